@@ -1,0 +1,7 @@
+"""Callbacks: the policies of training, imported as lskip.callbacks."""
+
+from lskip.callbacks.early_exit_loss import EarlyExitLoss
+from lskip.callbacks.layer_dropout import LayerDropout
+from lskip.callbacks.layer_metrics import LayerMetrics
+
+__all__ = ["EarlyExitLoss", "LayerDropout", "LayerMetrics"]

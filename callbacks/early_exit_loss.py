@@ -1,0 +1,43 @@
+"""Every layer learns to be decoded by the one LM head (arXiv 2404.16710, section 4.2)."""
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lskip.curricula import ExitCurriculum, Rotational
+from lskip.losses import exit_weights
+
+
+class EarlyExitLoss(Callback):
+    """Sets the weight of each exit's loss at the start of each step.
+
+    Args:
+        e_scale: how much the early exits count against the last; 0 (not at all) and up, the paper uses 0.1 to 1.
+        curriculum: which exits are on at a step: Rotational, Gradual, AllExits, LastExit or your own.
+
+    The exit after the first block weighs e(0) = 0: it is never trained, whatever the curriculum.
+
+    Raises:
+        ValueError: e_scale below 0.
+    """
+
+    def __init__(self, e_scale: float = 0.2, curriculum: ExitCurriculum = Rotational(period=8)):
+        if e_scale < 0:
+            raise ValueError(f"e_scale: {e_scale} is below 0")
+        self.e_scale = e_scale
+        self.curriculum = curriculum
+
+    def exit_weights(self, step: int, total_steps: int | None, num_layers: int) -> list[float]:
+        """ẽ(t, l), one a layer, at optimizer step `step` (0-based) of `total_steps`."""
+        on = self.curriculum.on(step, total_steps or 0, num_layers)
+        return exit_weights(num_layers, self.e_scale, on)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pl_module.exit_weights.claim(self)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.curriculum.needs_total and pl_module.total_steps is None:
+            name = type(self.curriculum).__name__
+            raise ValueError(f"early_exit_loss.curriculum: {name} needs a known number of steps; set trainer.max_steps")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int) -> None:
+        num_layers = len(pl_module.exit_weights.values)
+        pl_module.exit_weights.write(self, self.exit_weights(trainer.global_step, pl_module.total_steps, num_layers))

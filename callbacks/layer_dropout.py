@@ -1,0 +1,44 @@
+"""Deeper layers are skipped more often: p_{l,t} = S(t) D(l) p_max (arXiv 2404.16710, section 4.1)."""
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lskip.schedules import Constant, Exponential, Schedule
+
+
+class LayerDropout(Callback):
+    """Sets the drop rate of each block at the start of each step.
+
+    Args:
+        p_max: the drop rate of the last block once the time schedule has reached 1; 0 to 1.
+        depth: D(l), how the rate grows over the blocks: Exponential (the paper's), Linear, Constant or your own.
+        time: S(t), how it grows over the optimizer steps: Constant (continual pretraining, fine-tuning),
+            Exponential (the paper's, from scratch), Linear or your own.
+
+    Raises:
+        ValueError: p_max out of its range.
+    """
+
+    def __init__(self, p_max: float = 0.1, depth: Schedule = Exponential(), time: Schedule = Constant()):
+        if not 0 <= p_max <= 1:
+            raise ValueError(f"p_max: {p_max} is not between 0 and 1")
+        self.p_max = p_max
+        self.depth = depth
+        self.time = time
+
+    def drop_rates(self, step: int, total_steps: int | None, num_layers: int) -> list[float]:
+        """p_{l,t}, one a block, at optimizer step `step` (0-based) of `total_steps`."""
+        now = self.time(step, total_steps or 0) * self.p_max
+        return [now * self.depth(block, num_layers) for block in range(num_layers)]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pl_module.drop_rates.claim(self)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.time.needs_total and pl_module.total_steps is None:
+            name = type(self.time).__name__
+            raise ValueError(f"layer_dropout.time: {name} needs a known number of steps; set trainer.max_steps")
+        self.drop_rates(0, pl_module.total_steps, len(pl_module.drop_rates.values))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int) -> None:
+        num_layers = len(pl_module.drop_rates.values)
+        pl_module.drop_rates.write(self, self.drop_rates(trainer.global_step, pl_module.total_steps, num_layers))

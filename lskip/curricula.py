@@ -1,0 +1,63 @@
+"""Which exits are supervised at a step: C(t, l) of arXiv 2404.16710, section 4.2."""
+
+
+class ExitCurriculum:
+    """Decides, a pure function of the step, which exits are on. Subclass it for a curriculum of your own.
+
+    Attributes:
+        needs_total: false if the number of steps does not matter.
+    """
+
+    needs_total = False
+
+    def on(self, step: int, total: int, num_layers: int) -> list[bool]:
+        """One entry a layer, for optimizer step `step` (0-based) of `total`.
+
+        The last exit is always on: the paper does not say, but without it most steps would not train what
+        verification runs.
+        """
+        last = num_layers - 1
+        return [block == last or self.is_on(step, total, block, num_layers) for block in range(num_layers)]
+
+    def is_on(self, step: int, total: int, block: int, num_layers: int) -> bool:
+        """C(t, l) for the exit after block `block` (0-based); not asked for the last one."""
+        raise NotImplementedError
+
+
+class Rotational(ExitCurriculum):
+    """Exit l is on when (l - t) mod period = 0: one exit in `period` at each step, in turn.
+
+    Args:
+        period: R of the paper, steps until the same exit is on again; at least 1 (1: all exits at every step).
+    """
+
+    def __init__(self, period: int = 8):
+        if period < 1:
+            raise ValueError(f"period: {period} is not a whole number from 1 up")
+        self.period = period
+
+    def is_on(self, step: int, total: int, block: int, num_layers: int) -> bool:
+        return (block - step) % self.period == 0
+
+
+class Gradual(ExitCurriculum):
+    """Exits join from the top down, exit l from step (L - 1 - l) T / (2 L) on: all are on after half the run."""
+
+    needs_total = True
+
+    def is_on(self, step: int, total: int, block: int, num_layers: int) -> bool:
+        return 2 * num_layers * step >= (num_layers - 1 - block) * total
+
+
+class AllExits(ExitCurriculum):
+    """Every exit at every step: the most supervision, and the most head products."""
+
+    def is_on(self, step: int, total: int, block: int, num_layers: int) -> bool:
+        return True
+
+
+class LastExit(ExitCurriculum):
+    """The last exit only: ordinary language-model training."""
+
+    def is_on(self, step: int, total: int, block: int, num_layers: int) -> bool:
+        return False

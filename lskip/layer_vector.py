@@ -1,0 +1,53 @@
+"""One number a block that one callback may set: the seam between LayerSkipModule and the callbacks."""
+
+from collections.abc import Sequence
+
+
+class LayerVector:
+    """A number for each block, with at most one writer.
+
+    Args:
+        name: what error messages call it.
+        values: what holds when nobody writes.
+    """
+
+    def __init__(self, name: str, values: Sequence[float]):
+        self.name = name
+        self.values = list(values)
+        self._writer: object | None = None
+        self._sum = [0.0] * len(self.values)
+        self._count = 0
+
+    def claim(self, writer: object) -> None:
+        """Announce that `writer` will write.
+
+        Raises:
+            ValueError: somebody else already does; names both.
+        """
+        if self._writer is not None and self._writer is not writer:
+            names = f"{type(self._writer).__name__} and {type(writer).__name__}"
+            raise ValueError(f"callbacks: {names} both write {self.name}; keep one of them")
+        self._writer = writer
+
+    def write(self, writer: object, values: Sequence[float]) -> None:
+        """Set all values for the coming step.
+
+        Raises:
+            ValueError: another writer has claimed the vector, or the number of values is not that of the blocks.
+        """
+        self.claim(writer)
+        if len(values) != len(self.values):
+            writer_name, layers = type(writer).__name__, len(self.values)
+            raise ValueError(f"{writer_name}: {len(values)} values for {self.name}, the model has {layers} layers")
+        self.values = list(values)
+
+    def count_step(self) -> None:
+        """Take the current values into the mean."""
+        self._sum = [total + value for total, value in zip(self._sum, self.values, strict=True)]
+        self._count += 1
+
+    def take_mean(self) -> list[float]:
+        """The mean over the steps since it was last taken (a curriculum changes at each step)."""
+        mean = [total / max(self._count, 1) for total in self._sum]
+        self._sum, self._count = [0.0] * len(self.values), 0
+        return mean

@@ -1,0 +1,225 @@
+"""LayerSkipModule: a decoder trained with a drop rate and an exit weight for each block."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lskip.checkpoint import pack_model, random_state, restore_random_state
+from lskip.decoder import Decoder
+from lskip.layer_dropout import draw_dropped, run_kept_rows
+from lskip.layer_vector import LayerVector
+from lskip.losses import head_loss
+from lskip.optimization import WarmupCosine
+from lskip.pretrained import load_model
+from lskip.readout import Readout, read_exits, scored_positions
+
+OptimizerCallable = Callable[[Iterable], Optimizer]
+LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
+
+
+class LayerSkipModule(LightningModule):
+    """Trains a transformers causal LM by two vectors, one number a block each.
+
+    `drop_rates` says how often a sequence skips a block, `exit_weights` how much the loss of the exit after it
+    counts. With no callback they are all zeros and one on the last layer: plain language-model training. The
+    callbacks LayerDropout and EarlyExitLoss write them at the start of each step; so may your own.
+
+    Args:
+        model: a run folder, a checkpoint, a local or exported folder, a hub name, a .gguf file, `smollm2`, a
+            transformers config (model_type and its fields) to start from scratch, or a model already built.
+        tokenizer: saved with the model. None: the one that comes with `model`, or else the data's.
+        optimizer: parameters -> optimizer. Norms and biases are passed as a group without weight decay.
+        lr_scheduler: optimizer -> schedule, stepped at each optimizer step; None for a constant rate.
+        position_share: share of the positions at which each exit but the last is decoded, drawn anew at each
+            step: an unbiased estimate of the loss at less cost. 1.0 decodes all.
+        seed: of layer dropout and of the sampled positions.
+
+    Raises:
+        ValueError: a number out of its range, an unsupported model family, or a source that is not a model.
+    """
+
+    def __init__(
+        self,
+        model: str | dict | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        optimizer: OptimizerCallable = partial(torch.optim.AdamW, lr=3e-4),
+        lr_scheduler: LRSchedulerCallable | None = WarmupCosine,
+        position_share: float = 1.0,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if not 0 < position_share <= 1:
+            raise ValueError(f"position_share: {position_share} is not above 0 and at most 1")
+        if not isinstance(model, PreTrainedModel):
+            model, tokenizer = _load(model, tokenizer)
+        self.model = model.train()
+        self.decoder = Decoder(model)
+        self.tokenizer = tokenizer
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.position_share = position_share
+        self.seed = seed
+        layers = self.decoder.num_layers
+        self.drop_rates = LayerVector("drop_rates", [0.0] * layers)
+        self.exit_weights = LayerVector("exit_weights", [0.0] * (layers - 1) + [1.0])
+        self.validated_exits = [layers]  # LayerMetrics asks for all of them
+        self._resumed_random_state: dict | None = None
+
+    # Training: run the decoder with these drop rates, decode the exits whose weight is not zero, sum.
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The early exit loss of a batch {"input_ids" [B, S], "labels" [B, S] or absent}, in nats a token."""
+        self._check_length(batch["input_ids"])
+        loss, last_loss = self.early_exit_loss(batch, self.trainer.fit_loop.epoch_loop.total_batch_idx)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss_last_layer", last_loss)
+        return loss
+
+    def early_exit_loss(self, batch: dict[str, Tensor], micro_batch: int) -> tuple[Tensor, Tensor]:
+        """J = Σ_l ẽ(t, l) CE(g(x_{l+1}), y) (section 4.2), each CE a mean over the scored positions.
+
+        Args:
+            batch: {"input_ids" [B, S], "labels" [B, S] or absent (all are scored), -100 where not scored}.
+            micro_batch: number of the batch in the run, which keys the random draws.
+
+        Returns:
+            J to differentiate, and the last layer's own cross-entropy.
+        """
+        input_ids = batch["input_ids"]
+        positions, targets = scored_positions(input_ids, batch.get("labels"))
+        exits = [block for block, weight in enumerate(self.exit_weights.values) if weight > 0]
+        states, labels, weights = [], [], []
+        for block, x in self._exit_states(input_ids, exits, micro_batch):
+            picked = self._sample(block, len(positions), micro_batch)
+            rows = positions if picked is None else positions[picked]
+            states.append(self.decoder.norm(x.flatten(0, 1).index_select(0, rows)))
+            labels.append(targets if picked is None else targets[picked])
+            weight = self.exit_weights.values[block] * len(positions) / max(len(rows), 1)
+            weights.append(torch.full(rows.shape, weight, device=x.device))
+        decoder = self.decoder
+        total, losses = head_loss(
+            torch.cat(states), decoder.head_weight, decoder.head_bias, torch.cat(labels), torch.cat(weights)
+        )
+        scored = max(len(positions), 1)
+        return total / scored, losses[-len(labels[-1]) :].mean()
+
+    def _exit_states(self, input_ids: Tensor, exits: list[int], micro_batch: int):
+        """Yields (block, its output [B, S, D]) for the blocks in `exits`, ascending."""
+        x = self.decoder.embed(input_ids)
+        inputs = self.decoder.block_inputs(x)
+        for block in range(max(exits) + 1):
+            dropped = draw_dropped(self.seed, micro_batch, block, len(x), self.drop_rates.values[block])
+            x = run_kept_rows(partial(self.decoder.block, block), x, inputs, dropped)
+            if block in exits:
+                yield block, x
+
+    def _sample(self, block: int, count: int, micro_batch: int) -> Tensor | None:
+        """Which of `count` scored positions this exit decodes; None for all."""
+        if self.position_share == 1 or block == self.decoder.num_layers - 1 or count == 0:
+            return None
+        random = np.random.default_rng([self.seed, micro_batch, block, 1])
+        picked = random.permutation(count)[: max(1, round(self.position_share * count))]
+        return torch.from_numpy(picked).to(self.device, non_blocking=True)
+
+    # Validation: read the exits that somebody asked for, all in one pass.
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Readout:
+        return self._read("val/loss", batch)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> Readout:
+        return self._read("test/loss", batch)
+
+    def _read(self, name: str, batch: dict[str, Tensor]) -> Readout:
+        self._check_length(batch["input_ids"])
+        readout = read_exits(self.decoder, batch["input_ids"], batch.get("labels"), self.validated_exits)
+        last = readout.losses[-1]
+        # Weighted by its tokens, so that the mean over batches is the mean over tokens.
+        self.log(name, last.mean(), batch_size=len(last), prog_bar=True, sync_dist=True)
+        return readout
+
+    def _check_length(self, input_ids: Tensor) -> None:
+        length, context = input_ids.shape[1], self.decoder.context_length
+        if length > context:
+            raise ValueError(f"block_size: {length} tokens, the model's context holds {context}")
+
+    # The optimizer, and what it is told about the run.
+
+    @property
+    def total_steps(self) -> int | None:
+        """T, the optimizer steps of the run; None where nothing bounds them."""
+        steps = self.trainer.estimated_stepping_batches
+        return None if math.isinf(steps) else int(steps)
+
+    def configure_optimizers(self):
+        optimizer = self.optimizer(_parameter_groups(self.model))
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
+            scheduler.total_steps = self.total_steps
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # What the log shows of the vectors and the speed.
+
+    def on_train_start(self) -> None:
+        if self._resumed_random_state is not None:
+            restore_random_state(self._resumed_random_state)
+        self._tokens, self._since = 0, time.perf_counter()
+
+    def on_train_batch_end(self, outputs, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.drop_rates.count_step()
+        self.exit_weights.count_step()
+        self._tokens += batch["input_ids"].numel() * self.trainer.world_size
+        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
+            self._log_means()
+
+    def _log_means(self) -> None:
+        values = {"train/tokens_per_second": self._tokens / (time.perf_counter() - self._since)}
+        for name, vector in (("drop_rate", self.drop_rates), ("exit_weight", self.exit_weights)):
+            for layer, mean in enumerate(vector.take_mean(), start=1):
+                values[f"train/{name}/layer_{layer:02d}"] = mean
+        for logger in self.trainer.loggers:
+            logger.log_metrics(values, step=self.trainer.global_step)
+        self._tokens, self._since = 0, time.perf_counter()
+
+    # Setting up, saving and resuming.
+
+    def setup(self, stage: str) -> None:
+        if self.tokenizer is None:
+            self.tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)
+        if self.tokenizer is not None and len(self.tokenizer) > self.decoder.vocab_size:
+            raise ValueError(
+                f"vocab_size: the model has {self.decoder.vocab_size}, the tokenizer {len(self.tokenizer)} entries"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["lskip"] = pack_model(self.model, self.tokenizer)
+        checkpoint["random_state"] = random_state()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self._resumed_random_state = checkpoint.get("random_state")
+
+
+def _load(source: str | dict, tokenizer: PreTrainedTokenizerBase | None):
+    model, own = load_model(source)
+    return model, tokenizer if tokenizer is not None else own
+
+
+def _parameter_groups(model: PreTrainedModel) -> list[dict]:
+    """Matrices decay as the optimizer says; norms and biases, which only scale and shift, do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim > 1]
+    vectors = [parameter for parameter in trained if parameter.ndim <= 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

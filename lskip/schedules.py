@@ -1,0 +1,50 @@
+"""How a drop rate grows: over depth, D(l), and over time, S(t) (arXiv 2404.16710, section 4.1).
+
+The paper's formulas are the same for both, with (l, L) or (t, T), so one family serves both.
+"""
+
+import math
+
+
+class Schedule:
+    """A factor from 0 to 1. Subclass it for a schedule of your own.
+
+    Attributes:
+        needs_total: false if the value does not depend on `count`, so that it works where the number of steps
+            is not known.
+    """
+
+    needs_total = True
+
+    def __call__(self, index: int, count: int) -> float:
+        """The factor at `index` (0-based) of `count` blocks or steps."""
+        raise NotImplementedError
+
+
+class Constant(Schedule):
+    """1 everywhere: every block drops alike, or (over time) the full rate from the first step on."""
+
+    needs_total = False
+
+    def __call__(self, index: int, count: int) -> float:
+        return 1.0
+
+
+class Linear(Schedule):
+    """index / (count - 1): 0 at the first, 1 at the last."""
+
+    def __call__(self, index: int, count: int) -> float:
+        return _progress(self, index, count)
+
+
+class Exponential(Schedule):
+    """exp(index ln2 / (count - 1)) - 1: 0 at the first, 1 at the last, steeper towards the end."""
+
+    def __call__(self, index: int, count: int) -> float:
+        return math.expm1(_progress(self, index, count) * math.log(2))
+
+
+def _progress(schedule: Schedule, index: int, count: int) -> float:
+    if count < 2:
+        raise ValueError(f"{type(schedule).__name__} schedule: needs at least 2 layers or steps, not {count}")
+    return index / (count - 1)

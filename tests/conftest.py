@@ -1,0 +1,70 @@
+"""Tiny stand-ins that every test shares: random models of each family and a byte-level tokenizer."""
+
+import os
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("LSKIP_TEST_CUDA", ""))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+TINY = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+    # Ten times the usual spread: with the default of 0.02 random blocks change next to nothing,
+    # and a test that compares layers could not fail.
+    "initializer_range": 0.2,
+}
+
+
+def make_config(family: str = "llama", **overrides) -> dict:
+    sliding = {"sliding_window": None} if family == "mistral" else {}
+    return {"model_type": family, **TINY, **sliding, **overrides}
+
+
+def make_model(family: str = "llama", seed: int = 0, **overrides):
+    torch.manual_seed(seed)
+    config = make_config(family, **overrides)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa").eval()
+
+
+@pytest.fixture
+def tiny_config():
+    """Function (family, **overrides) -> a transformers config as a plain dict."""
+    return make_config
+
+
+@pytest.fixture
+def tiny_model():
+    """Function (family, **overrides) -> a random float32 model in eval mode."""
+    return make_model
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """Byte-level BPE with 300 entries, `<|endoftext|>` (id 0) at the end of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = "def add(a, b):\n    return a + b\n\nfor i in range(10):\n    print(add(i, 1))\n"
+    bpe.train_from_iterator([text] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
