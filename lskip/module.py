@@ -61,6 +61,8 @@ class LayerSkipModule(LightningModule):
         super().__init__()
         if not 0 < position_share <= 1:
             raise ValueError(f"position_share: {position_share} is not above 0 and at most 1")
+        if seed < 0:
+            raise ValueError(f"seed: {seed} is not a whole number from 0 up")
         if not isinstance(model, PreTrainedModel):
             model, tokenizer = _load(model, tokenizer)
         self.model = model.train()
@@ -81,7 +83,9 @@ class LayerSkipModule(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The early exit loss of a batch {"input_ids" [B, S], "labels" [B, S] or absent}, in nats a token."""
         self._check_length(batch["input_ids"])
-        loss, last_loss = self.early_exit_loss(batch, self.trainer.fit_loop.epoch_loop.total_batch_idx)
+        # `processed`, not `ready`: a checkpoint made in the middle of a batch has counted that one as ready.
+        micro_batch = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        loss, last_loss = self.early_exit_loss(batch, micro_batch)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/loss_last_layer", last_loss)
         return loss
@@ -99,20 +103,24 @@ class LayerSkipModule(LightningModule):
         input_ids = batch["input_ids"]
         positions, targets = scored_positions(input_ids, batch.get("labels"))
         exits = [block for block, weight in enumerate(self.exit_weights.values) if weight > 0]
+        if not exits:
+            raise ValueError("exit_weights: all are 0, so that nothing is trained; set at least one")
         states, labels, weights = [], [], []
+        weight_dtype = torch.promote_types(self.decoder.dtype, torch.float32)
         for block, x in self._exit_states(input_ids, exits, micro_batch):
             picked = self._sample(block, len(positions), micro_batch)
             rows = positions if picked is None else positions[picked]
             states.append(self.decoder.norm(x.flatten(0, 1).index_select(0, rows)))
             labels.append(targets if picked is None else targets[picked])
             weight = self.exit_weights.values[block] * len(positions) / max(len(rows), 1)
-            weights.append(torch.full(rows.shape, weight, device=x.device))
+            weights.append(torch.full(rows.shape, weight, device=x.device, dtype=weight_dtype))
         decoder = self.decoder
         total, losses = head_loss(
             torch.cat(states), decoder.head_weight, decoder.head_bias, torch.cat(labels), torch.cat(weights)
         )
         scored = max(len(positions), 1)
-        return total / scored, losses[-len(labels[-1]) :].mean()
+        last = losses[len(losses) - len(labels[-1]) :]
+        return total / scored, last.sum() / max(len(last), 1)
 
     def _exit_states(self, input_ids: Tensor, exits: list[int], micro_batch: int):
         """Yields (block, its output [B, S, D]) for the blocks in `exits`, ascending."""
@@ -145,7 +153,7 @@ class LayerSkipModule(LightningModule):
         readout = read_exits(self.decoder, batch["input_ids"], batch.get("labels"), self.validated_exits)
         last = readout.losses[-1]
         # Weighted by its tokens, so that the mean over batches is the mean over tokens.
-        self.log(name, last.mean(), batch_size=len(last), prog_bar=True, sync_dist=True)
+        self.log(name, last.sum() / max(len(last), 1), batch_size=len(last), prog_bar=True, sync_dist=True)
         return readout
 
     def _check_length(self, input_ids: Tensor) -> None:
@@ -159,7 +167,8 @@ class LayerSkipModule(LightningModule):
     def total_steps(self) -> int | None:
         """T, the optimizer steps of the run; None where nothing bounds them."""
         steps = self.trainer.estimated_stepping_batches
-        return None if math.isinf(steps) else int(steps)
+        # Lightning gives -1 for a stream of unknown length without max_steps.
+        return None if math.isinf(steps) or steps < 0 else int(steps)
 
     def configure_optimizers(self):
         optimizer = self.optimizer(_parameter_groups(self.model))
@@ -175,14 +184,16 @@ class LayerSkipModule(LightningModule):
     def on_train_start(self) -> None:
         if self._resumed_random_state is not None:
             restore_random_state(self._resumed_random_state)
-        self._tokens, self._since = 0, time.perf_counter()
+        self._tokens, self._since, self._logged_step = 0, time.perf_counter(), self.trainer.global_step
 
     def on_train_batch_end(self, outputs, batch: dict[str, Tensor], batch_idx: int) -> None:
         self.drop_rates.count_step()
         self.exit_weights.count_step()
         self._tokens += batch["input_ids"].numel() * self.trainer.world_size
-        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
+        every, step = self.trainer.log_every_n_steps, self.trainer.global_step
+        if every and step % every == 0 and step != self._logged_step:
             self._log_means()
+            self._logged_step = step
 
     def _log_means(self) -> None:
         values = {"train/tokens_per_second": self._tokens / (time.perf_counter() - self._since)}
@@ -196,6 +207,8 @@ class LayerSkipModule(LightningModule):
     # Setting up, saving and resuming.
 
     def setup(self, stage: str) -> None:
+        self.drop_rates.reset()
+        self.exit_weights.reset()
         if self.tokenizer is None:
             self.tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)
         if self.tokenizer is not None and len(self.tokenizer) > self.decoder.vocab_size:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -128,3 +128,13 @@ def settled_depth(agree: Tensor) -> Tensor:
     """The depth (1-based) from which on every layer agrees with the last: bool [L, N] -> int [N]."""
     still_agreeing = agree.flip(0).cumprod(0)  # from the last layer down: 1 until the first disagreement
     return len(agree) + 1 - still_agreeing.sum(0)
+
+
+@torch.inference_mode()
+def report_layers(decoder: Decoder, batches: Iterable[Tensor]) -> LayerReport:
+    """All layers of a model on a text, in one pass: batches of token ids [B, S] -> report."""
+    metric = LayerReportMetric(decoder.num_layers).to(decoder.device)
+    for input_ids in batches:
+        layers = range(1, decoder.num_layers + 1)
+        metric.update(read_exits(decoder, input_ids.to(decoder.device), None, layers))
+    return metric.compute()

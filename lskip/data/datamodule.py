@@ -1,0 +1,265 @@
+"""TextData: text from anywhere to batches of token blocks."""
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from lskip.data.arguments import check_at_least, check_fractions, check_source, check_split
+from lskip.data.chat import check_chat_template
+from lskip.data.corpus import StoredCorpus
+from lskip.data.documents import content_key, first_row, record_kind, texts_of
+from lskip.data.loading import ResumableLoader, ResumableSampler
+from lskip.data.packing import ENCODERS, NOT_SCORED, collate, encode_documents
+from lskip.data.sources import open_source
+from lskip.data.streaming import StreamedBlocks, StreamedCorpus, StreamLoader
+from lskip.data.tokenizer import SMALLEST_VOCABULARY, check_tokenizer, tokenizer_key, trained_tokenizer
+
+STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
+
+
+class TextData(LightningDataModule):
+    """Blocks of tokens from plain text, prompt and completion pairs, or chat messages.
+
+    Batches are {"input_ids", "labels"}, each int64 [batch_size, block_size]; labels are aligned with the
+    inputs (the model shifts them) and -100 where a token is not scored. The columns of the source decide:
+    `messages` (a row a conversation, every assistant turn is scored), `prompt` and `completion` (a row a
+    pair, the completion is scored), or `text` (joined with the end-of-text token after each, cut into
+    blocks). A conversation or pair longer than a block is cut at the right, and left out, with a warning,
+    when nothing scored is left of it.
+
+    Documents are de-duplicated and split by the sha256 of their content: the split is the same on every
+    machine, a copy never crosses it, and the tokenizer is trained on the training split alone.
+
+    Training order is a function of (seed, batch number): a run resumed with `ckpt_path` gets the batches that
+    it would have got uninterrupted, if batch_size and the number of devices are the same. Validation and test
+    are in a fixed order; on several devices Lightning repeats a few rows to make their shares equal.
+
+    Args:
+        source: "stdlib" (the Python source of this interpreter's standard library), "packages" (that of the
+            installed packages), a .txt, .jsonl, .json or .parquet file, a folder of text files or of .jsonl or
+            .parquet files (what most of its files are), or else a dataset of the Hugging Face hub as name,
+            name:config or name:config:split.
+        tokenizer: what lskip.pretrained.load_tokenizer takes (smollm2, a folder, a hub name ...), or a tokenizer;
+            null trains a byte-level BPE on the training split.
+        vocab_size: entries of the tokenizer that is trained; not used when `tokenizer` is given.
+        block_size: tokens in a row.
+        batch_size: rows in a batch, on each device.
+        val_fraction: share of the documents held out for validation.
+        test_fraction: share of the documents held out for test; may be 0.
+        text_column: the column that holds the text; null looks for messages, prompt and completion, then text.
+        max_val_blocks: at most so many rows of validation, and of test; null takes all.
+        streaming: read while training, for a corpus larger than the disk. Training documents are then not
+            de-duplicated, they repeat for ever (set trainer.max_steps), and resuming reads again what was
+            read. max_val_blocks must be set.
+        num_workers: processes that load batches; 0 loads in the training process.
+        seed: of the training order.
+        cache_dir: where documents, tokenizers and tokens are kept; null is ~/.cache/lskip.
+
+    Raises:
+        ValueError, FileNotFoundError: one sentence that names the argument; plain arguments are checked when
+            the object is made, the source when it is read.
+    """
+
+    def __init__(
+        self,
+        source: str = "stdlib",
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        vocab_size: int = 4096,
+        block_size: int = 256,
+        batch_size: int = 16,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        text_column: str | None = None,
+        max_val_blocks: int | None = 512,
+        streaming: bool = False,
+        num_workers: int = 0,
+        seed: int = 0,
+        cache_dir: str | None = None,
+    ):
+        super().__init__()
+        check_source(source)
+        check_at_least("vocab_size", vocab_size, SMALLEST_VOCABULARY)
+        check_at_least("block_size", block_size, 2)
+        check_at_least("batch_size", batch_size, 1)
+        check_at_least("num_workers", num_workers, 0)
+        check_at_least("seed", seed, 0)
+        check_fractions(val_fraction, test_fraction)
+        if max_val_blocks is not None:
+            check_at_least("max_val_blocks", max_val_blocks, 1)
+        elif streaming:
+            raise ValueError("max_val_blocks: null, but with streaming there must be a limit")
+        self.source = source
+        self.tokenizer_source = tokenizer
+        self.vocab_size = vocab_size
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.fractions = (val_fraction, test_fraction)
+        self.text_column = text_column
+        self.max_val_blocks = max_val_blocks
+        self.streaming = streaming
+        self.num_workers = num_workers
+        self.seed = seed
+        self.cache = Path(cache_dir or "~/.cache/lskip").expanduser().absolute()
+        self._blocks: dict[str, Dataset] = {}
+
+    # What Lightning calls
+
+    def prepare_data(self) -> None:
+        """Download, split and tokenize into the cache (one process a machine)."""
+        self.setup(self.trainer.state.fn if self.trainer else None)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open what `stage` needs, from the cache where prepare_data has filled it."""
+        for split in STAGES.get(stage, ("train", "val")):
+            if not (self.streaming and split == "train"):
+                self.blocks(split)
+
+    def train_dataloader(self) -> DataLoader:
+        if self.streaming:
+            return self._stream_loader()
+        blocks, (world, rank) = self.blocks("train"), self._share()
+        sampler = ResumableSampler(blocks, self.batch_size, self.seed, self._batches_done, world, rank)
+        if not len(sampler):
+            raise ValueError(
+                f"batch_size: {self.batch_size} on {world} device(s), but the training split has only "
+                f"{len(blocks)} rows of {self.block_size} tokens"
+            )
+        return ResumableLoader(blocks, sampler=sampler, **self._loading(), drop_last=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._held_out_loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._held_out_loader("test")
+
+    # What others ask for
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer given, loaded or trained."""
+        tokenizer = self.tokenizer_source
+        if tokenizer is None:
+            training = self._corpus.training_sample()
+            folder = self.cache / "tokenizers" / content_key("bpe", training, self.vocab_size)
+            tokenizer = trained_tokenizer(texts_of(training), self.vocab_size, folder)
+        elif isinstance(tokenizer, str):
+            from lskip.pretrained import load_tokenizer  # brings the whole model zoo: only when asked for
+
+            tokenizer = load_tokenizer(tokenizer)
+        return check_tokenizer(tokenizer)
+
+    def documents(self, split: str) -> Dataset:
+        """The raw documents of "train", "val" or "test", ordered by the hash of their content.
+
+        Columns: text, or prompt and completion, or messages (as JSON text). With streaming only the held-out
+        ones that were read, never "train" (ValueError).
+        """
+        check_split(split)
+        return self._corpus.documents(split).remove_columns("digest")
+
+    def blocks(self, split: str) -> Dataset:
+        """All rows of "train", or up to max_val_blocks of "val" or "test": numpy input_ids [block_size], and
+        labels [block_size] for pairs and conversations."""
+        check_split(split)
+        if split not in self._blocks:
+            self._blocks[split] = self._encoded(split)
+        return self._blocks[split]
+
+    def unigram_perplexity(self, split: str = "val") -> float:
+        """Perplexity of the scored tokens of `split` by their frequency among the training tokens (each count
+        plus one): what a model that ignores its context would reach."""
+        self._check_filled(split)
+        counts = self._token_counts("train") + 1
+        held_out = self._token_counts(split)
+        log_probability = np.log(counts / counts.sum())
+        return float(np.exp(-(held_out * log_probability).sum() / held_out.sum()))
+
+    # How it is done
+
+    @cached_property
+    def _corpus(self) -> StoredCorpus | StreamedCorpus:
+        rows, key = open_source(self.source, self.streaming, self.cache)
+        kind = record_kind(first_row(rows, self.source), self.text_column, self.source)
+        if self.streaming:
+            return StreamedCorpus(rows, kind, self.text_column, self.fractions, self.max_val_blocks, self.block_size)
+        return StoredCorpus(rows, key, kind, self.text_column, self.fractions, self.cache / "documents")
+
+    def _make_encoder(self):
+        tokenizer = self.tokenizer
+        if self._corpus.kind == "chat":
+            check_chat_template(tokenizer)
+        return ENCODERS[self._corpus.kind](tokenizer, self.block_size)
+
+    def _encoded(self, split: str) -> Dataset:
+        documents, encoder = self._corpus.documents(split), self._make_encoder()
+        key = content_key(self._corpus.kind, documents, tokenizer_key(self.tokenizer), self.block_size)
+        folder = self.cache / "blocks"
+        folder.mkdir(parents=True, exist_ok=True)
+        blocks = encode_documents(documents, encoder, folder / f"{key}.arrow", split)
+        if self._corpus.kind != "text" and len(blocks) < len(documents):
+            rank_zero_warn(
+                f"{len(documents) - len(blocks)} of {len(documents)} {split} examples left out: nothing scored "
+                f"within block_size={self.block_size} tokens"
+            )
+        if split == "train" or self.max_val_blocks is None:
+            return blocks
+        return blocks.select(range(min(len(blocks), self.max_val_blocks)))
+
+    def _held_out_loader(self, split: str) -> DataLoader:
+        self._check_filled(split)
+        return DataLoader(self.blocks(split), shuffle=False, **self._loading())
+
+    def _check_filled(self, split: str) -> None:
+        """ValueError when a held-out split has no row at all."""
+        if not len(self.blocks(split)):
+            documents = self._corpus.documents(split)
+            fraction = self.fractions[0 if split == "val" else 1]
+            of = "" if self._corpus.size is None else f" of {self._corpus.size}"
+            raise ValueError(
+                f"{split}_fraction: {fraction} leaves {len(documents)}{of} documents for {split}, which do not "
+                f"fill one row of {self.block_size} tokens: too small a corpus, or too small a fraction"
+            )
+
+    def _stream_loader(self) -> StreamLoader:
+        trainer = self.trainer
+        if trainer is not None and trainer.max_steps == -1 and trainer.limit_train_batches == 1.0:
+            raise ValueError("trainer.max_steps: not set, but with streaming the training documents repeat for ever")
+        world, rank = self._share()
+        blocks = StreamedBlocks(self._corpus, self._make_encoder, self.batch_size, self.seed, world, rank)
+        loader = StreamLoader(blocks, **self._loading(), drop_last=True)
+        loader.position = self._batches_done
+        return loader
+
+    def _loading(self) -> dict:
+        """Arguments of every loader. With a generator of its own a loader draws nothing from the global one."""
+        own = torch.Generator().manual_seed(self.seed)
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "collate_fn": collate,
+            "generator": own,
+        }
+
+    def _share(self) -> tuple[int, int]:
+        """(number of data-parallel processes, which of them this is)."""
+        shares = self.trainer.distributed_sampler_kwargs if self.trainer else None
+        return (shares["num_replicas"], shares["rank"]) if shares else (1, 0)
+
+    def _batches_done(self) -> int:
+        """Micro-batches whose step was finished. (`ready` also counts one that an interruption cut short.)"""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0
+
+    def _token_counts(self, split: str) -> np.ndarray:
+        """How often each token is a target in `split`: int64 [len(tokenizer)]."""
+        counts = np.zeros(len(self.tokenizer), np.int64)
+        for rows in self.blocks(split).iter(1000):
+            targets = rows.get("labels", rows["input_ids"])[:, 1:]
+            counts += np.bincount(targets[targets != NOT_SCORED], minlength=len(counts))
+        return counts

@@ -1,0 +1,56 @@
+"""Batches in an order that is a function of (seed, batch number), so that a resumed run goes on exactly."""
+
+from collections.abc import Callable, Iterator, Sized
+
+import numpy as np
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+
+class ResumableLoader(DataLoader):
+    """A loader that has no state to save: what it reads decides by itself where to begin.
+
+    Lightning warns about loaders without these two methods on every resume.
+    """
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+
+class ResumableSampler(DistributedSampler):
+    """Row indices of batches n, n + 1, ... where n = `position()` at the moment of iteration.
+
+    Batch n is a slice of the permutation of (seed, n // batches_per_epoch), so the order of one long run and
+    of any number of interrupted ones is the same, whatever `limit_train_batches` calls an epoch. Each rank
+    takes its own `batch_size` rows of the slice. Rows that do not fill a batch on every rank sit out that
+    epoch. As a DistributedSampler it is left alone by Lightning.
+    """
+
+    def __init__(
+        self,
+        rows: Sized,
+        batch_size: int,
+        seed: int,
+        position: Callable[[], int],
+        num_replicas: int = 1,
+        rank: int = 0,
+    ):
+        super().__init__(rows, num_replicas=num_replicas, rank=rank, seed=seed, drop_last=True)
+        self.batch_size = batch_size
+        self.position = position
+        self.batches_per_epoch = len(rows) // (batch_size * num_replicas)
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        first, order, epoch = self.position(), None, None
+        for batch in range(first, first + self.batches_per_epoch):
+            if batch // self.batches_per_epoch != epoch:
+                epoch = batch // self.batches_per_epoch
+                order = np.random.default_rng((self.seed, epoch)).permutation(len(self.dataset))
+            start = (batch % self.batches_per_epoch * self.num_replicas + self.rank) * self.batch_size
+            yield from order[start : start + self.batch_size].tolist()

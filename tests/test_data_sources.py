@@ -1,0 +1,197 @@
+"""What TextData reads, and what it refuses."""
+
+import json
+
+import pytest
+from datasets import Dataset
+from test_data import data_maker, split_by_hand, texts
+
+from lskip.data import TextData
+from lskip.data.corpora import cut_text, installed_package_files, standard_library_files
+
+
+@pytest.fixture
+def text_data(tmp_path, tiny_tokenizer):
+    return data_maker(tmp_path, tiny_tokenizer)
+
+
+# Sources
+
+
+def test_each_kind_of_file_gives_the_same_documents(text_data, tmp_path):
+    expected = set(text_data().documents("val")["text"])
+    table = Dataset.from_dict({"text": texts()})
+    table.to_parquet(tmp_path / "corpus.parquet")
+    (tmp_path / "corpus.json").write_text(json.dumps([{"text": text} for text in texts()]))
+    for folder, suffix in (("tables", "jsonl"), ("sources", "py")):
+        (tmp_path / folder / "deep").mkdir(parents=True)
+        for i, text in enumerate(texts()):
+            content = json.dumps({"text": text}) + "\n" if suffix == "jsonl" else text
+            (tmp_path / folder / ("deep" if i % 2 else ".") / f"{i}.{suffix}").write_text(content)
+    (tmp_path / "tables" / "README.md").write_text("what this is")
+    (tmp_path / "sources" / "sample.jsonl").write_text('{"text": "a sample"}')
+    (tmp_path / "sources" / ".hidden.py").write_text("hidden")
+    (tmp_path / "sources" / "picture.png").write_bytes(b"\x89PNG\0\xff")
+    (tmp_path / "sources" / "old.py").write_bytes("# caf\u00e9".encode("latin-1"))
+    for name in ("corpus.parquet", "corpus.json"):
+        assert set(text_data(source=str(tmp_path / name)).documents("val")["text"]) == expected, name
+    for name, left_out in (("tables", "README.md"), ("sources", "sample.jsonl")):
+        with pytest.warns(UserWarning, match=f"1 files left out, such as {left_out}"):
+            data = text_data(source=str(tmp_path / name))
+            data.setup("validate")
+        assert set(data.documents("val")["text"]) == expected, name
+
+
+def test_a_long_txt_is_many_documents(text_data, tmp_path):
+    book = "\n\n".join(f"Paragraph {i}: " + "word " * 300 for i in range(200))
+    (tmp_path / "book.txt").write_text(book)
+    pieces = list(cut_text(book))
+    assert "".join(pieces) == book and all(4000 <= len(piece) < 6000 for piece in pieces[:-1])
+    data = text_data(source=str(tmp_path / "book.txt"))
+    assert sum(len(data.documents(split)) for split in ("train", "val", "test")) == len(pieces)
+
+
+def test_a_named_column(text_data):
+    rows = [{"content": text, "messages": "?"} for text in texts()]
+    assert set(text_data(rows, text_column="content").documents("val")["text"]) == {
+        text for text in texts() if split_by_hand(text) == "val"
+    }
+
+
+def test_the_embedded_corpora():
+    files = standard_library_files()
+    parts = {part for file in files for part in file.parts[-3:-1]}
+    assert not parts & {"site-packages", "test", "tests"}
+    assert 8e6 < sum(file.stat().st_size for file in files) < 20e6
+    assert {"json", "asyncio"} <= parts and any("torch" in file.parts for file in installed_package_files())
+
+
+def test_a_hub_name_goes_to_load_dataset(text_data, monkeypatch):
+    asked = []
+
+    def hub(path, **arguments):
+        asked.append((path, arguments["name"], arguments["split"]))
+        return Dataset.from_dict({"text": texts()})
+
+    monkeypatch.setattr("lskip.data.sources.load_dataset", hub)
+    for source in ("org/name", "org/name:config", "name:config:validation", "name::validation"):
+        assert len(text_data(source=source).documents("val")) > 0
+    assert asked == [
+        ("org/name", None, "train"),
+        ("org/name", "config", "train"),
+        ("name", "config", "validation"),
+        ("name", None, "validation"),
+    ]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source": ""}, "source"),
+        ({"source": 3}, "source: 3"),
+        ({"block_size": 1}, "block_size: 1 is not a whole number of at least 2"),
+        ({"block_size": 16.5}, "block_size: 16.5"),
+        ({"batch_size": 0}, "batch_size: 0"),
+        ({"batch_size": True}, "batch_size: True"),
+        ({"vocab_size": 256}, "vocab_size: 256"),
+        ({"num_workers": -1}, "num_workers: -1"),
+        ({"seed": -1}, "seed: -1"),
+        ({"val_fraction": 0.0}, "val_fraction: 0.0"),
+        ({"val_fraction": 1.0}, "val_fraction: 1.0"),
+        ({"val_fraction": "a"}, "val_fraction: 'a'"),
+        ({"test_fraction": -0.1}, "test_fraction: -0.1"),
+        ({"val_fraction": 0.5, "test_fraction": 0.5}, "nothing to train on"),
+        ({"max_val_blocks": 0}, "max_val_blocks: 0"),
+        ({"streaming": True, "max_val_blocks": None}, "max_val_blocks"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(arguments, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        TextData(**arguments)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("source", ["nothing.jsonl", "./nothing", "/no/where", "~/nothing-here", "a/b/c", "a/b.txt"])
+def test_a_missing_path_is_no_hub_lookup(source, monkeypatch):
+    monkeypatch.setattr("lskip.data.sources.load_dataset", None)
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        TextData(source=source)
+
+
+def test_an_unreachable_hub_name_is_one_sentence(text_data):
+    with pytest.raises(ValueError, match="cannot load 'no-such-org/no-such-data', which is no local path") as refused:
+        text_data(source="no-such-org/no-such-data").setup("fit")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": ""}, {"text": None}, {"text": " \n"}], "every row is empty"),
+        ([{"body": "a", "title": "b"}], "has the columns .*body.*title.*; needed: text, or prompt and completion"),
+        ([{"prompt": "a"}], "has the columns .*prompt"),
+        ([{"text": 1}], "row 0: 'text' must be text, not int"),
+        ([{"prompt": "a", "completion": ["b"]}], "row 0: 'completion' must be text, not list"),
+        ([{"messages": "hello"}], "row 0: 'messages' must be a list"),
+        ([{"messages": [{"role": "user"}]}], "row 0: 'messages' must be a list"),
+    ],
+)
+def test_bad_rows(text_data, rows, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        text_data(rows).setup("fit")
+    assert "\n" not in str(refused.value)
+
+
+def test_bad_files(text_data, tmp_path):
+    cases = {
+        "empty.jsonl": ("", "empty"),
+        "empty.txt": ("", "holds no documents"),
+        "broken.jsonl": ("{not json\n", "cannot load"),
+        "broken.parquet": ("not parquet", "cannot load"),
+    }
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=message) as refused:
+            text_data(source=str(tmp_path / name)).setup("fit")
+        assert "\n" not in str(refused.value)
+
+
+def test_bad_folders(text_data, tmp_path):
+    for name, files, message in (
+        ("none", [], "holds no text files"),
+        ("two", ["a.jsonl", "b.parquet"], "holds .jsonl and .parquet files"),
+    ):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_text("x")
+        with pytest.raises(ValueError, match=message):
+            text_data(source=str(tmp_path / name)).setup("fit")
+
+
+def test_a_named_column_that_is_not_there(text_data):
+    with pytest.raises(ValueError, match=r"has the columns \['text'\]; needed: the text_column 'body'"):
+        text_data(text_column="body").setup("fit")
+
+
+def test_too_small_a_corpus(text_data):
+    few = [{"text": f"tiny text number {i}"} for i in range(4)]
+    with pytest.raises(ValueError, match=r"val_fraction: 0.01 leaves 0 of 4 documents for val.*too small a corpus"):
+        text_data(few, val_fraction=0.01).val_dataloader()
+    with pytest.raises(ValueError, match=r"test_fraction: 0.0 leaves 0 of 120 documents for test"):
+        text_data(test_fraction=0.0).test_dataloader()
+    with pytest.raises(ValueError, match=r"test_fraction: 0.0 leaves 0 of 120 documents for test"):
+        text_data(test_fraction=0.0).unigram_perplexity("test")
+    with pytest.raises(
+        ValueError, match=r"batch_size: 4096 on 1 device\(s\), but the training split has only \d+ rows"
+    ):
+        text_data(batch_size=4096).train_dataloader()
+
+
+def test_unknown_split(text_data):
+    with pytest.raises(ValueError, match="split: 'valid' is not one of train, val, test"):
+        text_data().documents("valid")
+    with pytest.raises(ValueError, match="split: 'valid' is not one of train, val, test"):
+        text_data().blocks("valid")
