@@ -1,5 +1,7 @@
 """Every layer learns to be decoded by the one LM head (arXiv 2404.16710, section 4.2)."""
 
+from math import inf
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lskip.curricula import ExitCurriculum, Rotational
@@ -16,12 +18,12 @@ class EarlyExitLoss(Callback):
     The exit after the first block weighs e(0) = 0: it is never trained, whatever the curriculum.
 
     Raises:
-        ValueError: e_scale below 0.
+        ValueError: e_scale below 0 or not finite.
     """
 
     def __init__(self, e_scale: float = 0.2, curriculum: ExitCurriculum = Rotational(period=8)):
-        if e_scale < 0:
-            raise ValueError(f"e_scale: {e_scale} is below 0")
+        if not 0 <= e_scale < inf:
+            raise ValueError(f"e_scale: {e_scale} is not a finite number from 0 up")
         self.e_scale = e_scale
         self.curriculum = curriculum
 
@@ -30,7 +32,7 @@ class EarlyExitLoss(Callback):
         on = self.curriculum.on(step, total_steps or 0, num_layers)
         return exit_weights(num_layers, self.e_scale, on)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.exit_weights.claim(self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

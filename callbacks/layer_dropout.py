@@ -30,7 +30,7 @@ class LayerDropout(Callback):
         now = self.time(step, total_steps or 0) * self.p_max
         return [now * self.depth(block, num_layers) for block in range(num_layers)]
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.drop_rates.claim(self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

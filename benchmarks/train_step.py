@@ -1,0 +1,342 @@
+"""One training step: what layer dropout saves and what early exits cost, in time and in memory.
+
+    python benchmarks/train_step.py [--quick] [--output result.json] [--threads 2] [--device cpu]
+
+All kinds of step run interleaved in one process; a time ratio is the median over the rounds of the ratio to the
+plain step of the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from environment import environment
+from exit_loss_memory import measure_exit_loss
+from lskip.callbacks import EarlyExitLoss, LayerDropout
+from peak_memory import peak_bytes, resident_bytes
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from lskip.curricula import Rotational
+from lskip.layer_dropout import draw_dropped, run_kept_rows
+from lskip.losses import head_loss
+from lskip.module import LayerSkipModule
+from lskip.readout import scored_positions
+from lskip.schedules import Constant
+
+PERIOD, STEP = 4, 1  # of 12 layers the exits 2, 6, 10 (1-based) are on, and the last
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The model, the batch and how often each kind of step runs.
+
+    Attributes:
+        exit_rows: rows of each exit in the table by vocabulary.
+        vocabularies: of that table; the plain loop is measured where all its logits fit into `plain_loop_bytes`.
+    """
+
+    layers: int = 12
+    vocabulary: int = 8192
+    hidden: int = 256
+    intermediate: int = 768
+    heads: int = 4
+    batch: int = 16
+    length: int = 256
+    rounds: int = 7
+    p_max: float = 0.5
+    position_share: float = 0.125
+    exit_rows: int = 4096
+    exits: int = 4
+    vocabularies: tuple[int, ...] = (4096, 8192, 32768, 131072)
+    plain_loop_bytes: int = 2**30
+
+
+QUICK = Sizes(
+    vocabulary=512, hidden=32, intermediate=64, length=16, rounds=2, exit_rows=256, vocabularies=(512, 1024)
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of step.
+
+    Attributes:
+        plain_loop: decode the exits one after the other, each with its logits and autograd.
+    """
+
+    dropout: bool = False
+    exits: bool = False
+    position_share: float = 1.0
+    plain_loop: bool = False
+
+
+def kinds_of_step(sizes: Sizes) -> dict[str, Kind]:
+    return {
+        "plain": Kind(),
+        "dropout": Kind(dropout=True),
+        "exits": Kind(exits=True),
+        "exits and dropout": Kind(dropout=True, exits=True),
+        "exits, sampled": Kind(exits=True, position_share=sizes.position_share),
+        "exits, plain loop": Kind(exits=True, plain_loop=True),
+    }
+
+
+class Trained:
+    """A model in training: weights, optimizer and one batch, and the work that is timed."""
+
+    def __init__(self, sizes: Sizes, device: torch.device):
+        torch.manual_seed(0)
+        config = {
+            "model_type": "llama",
+            "vocab_size": sizes.vocabulary,
+            "hidden_size": sizes.hidden,
+            "intermediate_size": sizes.intermediate,
+            "num_hidden_layers": sizes.layers,
+            "num_attention_heads": sizes.heads,
+            "num_key_value_heads": sizes.heads,
+            "max_position_embeddings": sizes.length,
+            "tie_word_embeddings": True,
+        }
+        self.sizes, self.device = sizes, device
+        self.module = LayerSkipModule(config).to(device)
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4)
+        self.ids = torch.randint(0, sizes.vocabulary, (sizes.batch, sizes.length), device=device)
+        self.rates = LayerDropout(sizes.p_max, Constant()).drop_rates(STEP, None, sizes.layers)
+        self.exit_weights = EarlyExitLoss(0.2, Rotational(PERIOD)).exit_weights(STEP, None, sizes.layers)
+
+    def step(self, kind: Kind, micro_batch: int) -> None:
+        """Forward, backward and the optimizer."""
+        module, no_exits = self.module, [0.0] * (self.sizes.layers - 1) + [1.0]
+        module.drop_rates.write(self, self.rates if kind.dropout else [0.0] * self.sizes.layers)
+        module.exit_weights.write(self, self.exit_weights if kind.exits else no_exits)
+        module.position_share = kind.position_share
+        if kind.plain_loop:
+            loss = self._plain_loop()
+        else:
+            loss, _ = module.early_exit_loss({"input_ids": self.ids}, micro_batch)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _plain_loop(self) -> Tensor:
+        decoder = self.module.decoder
+        x, loss = decoder.embed(self.ids), 0.0
+        inputs = decoder.block_inputs(x)
+        for block, weight in enumerate(self.exit_weights):
+            x = decoder.block(block, x, inputs)
+            if weight > 0:
+                logits = decoder.decode(x)[:, :-1]
+                loss = loss + weight * cross_entropy(logits.flatten(0, 1), self.ids[:, 1:].flatten())
+        return loss
+
+    def blocks(self, dropout: bool, micro_batch: int) -> None:
+        """The blocks alone, forward and backward."""
+        decoder = self.module.decoder
+        x = start = decoder.embed(self.ids).detach().requires_grad_()
+        inputs = decoder.block_inputs(x)
+        for block, rate in enumerate(self.rates):
+            dropped = draw_dropped(self.module.seed, micro_batch, block, len(x), rate if dropout else 0.0)
+            x = run_kept_rows(partial(decoder.block, block), x, inputs, dropped)
+        x.backward(start.detach())
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def drop_rate(self, micro_batch: int) -> float:
+        """The share of (sequence, block) pairs that this micro-batch drops."""
+        draws = [
+            draw_dropped(self.module.seed, micro_batch, block, self.sizes.batch, rate)
+            for block, rate in enumerate(self.rates)
+        ]
+        return torch.stack(draws).float().mean().item()
+
+    def head(self) -> None:
+        """What one more exit must do at least: the head's loss and gradients on all scored rows."""
+        positions, targets = scored_positions(self.ids, None)
+        states = self.module.decoder.embed(self.ids).detach().flatten(0, 1)[positions].requires_grad_()
+        weights = torch.ones(len(states), device=self.device)
+        head_loss(states, self.module.decoder.head_weight, None, targets, weights)
+
+    def flops(self) -> tuple[int, int]:
+        """Multiplications and additions of (the blocks, the head), forward and backward."""
+        sizes = self.sizes
+        tokens = sizes.batch * sizes.length
+        matrices = sum(p.numel() for p in self.module.model.model.layers.parameters() if p.ndim == 2)
+        attention = 2 * tokens * sizes.length * sizes.hidden * sizes.layers  # causal: half of 2 products
+        scored = sizes.batch * (sizes.length - 1)
+        return 3 * (2 * tokens * matrices + attention), 3 * 2 * scored * sizes.hidden * sizes.vocabulary
+
+
+def timed(work: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def time_rounds(works: dict[str, Callable[[int], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each work in each round, after one round to warm up; every round starts with another one."""
+    names, seconds = list(works), {name: [0.0] * rounds for name in works}
+    for number in range(-1, rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            taken = timed(partial(works[name], max(number, 0)), device)
+            if number >= 0:
+                seconds[name][number] = taken
+    return seconds
+
+
+def paired_ratio(seconds: dict[str, list[float]], name: str, base: str) -> float:
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
+
+
+def measure_steps(sizes: Sizes, device: torch.device) -> dict:
+    """Time and peak memory of every kind of step, and what dropout and exits should cost."""
+    trained = Trained(sizes, device)
+    kinds = kinds_of_step(sizes)
+    works = {name: partial(trained.step, kind) for name, kind in kinds.items()}
+    works |= {"blocks": partial(trained.blocks, False), "blocks, dropout": partial(trained.blocks, True)}
+    works["head"] = lambda micro_batch: trained.head()
+    seconds = time_rounds(works, sizes.rounds, device)
+    resident = resident_bytes(trained.module, trained.optimizer)
+    peaks = {name: resident + peak_bytes(partial(works[name], 0), device) for name in kinds}
+    steps = [
+        {
+            "step": name,
+            "seconds": statistics.median(seconds[name]),
+            "time_ratio": paired_ratio(seconds, name, "plain"),
+            "peak_bytes": peaks[name],
+            "memory_ratio": peaks[name] / peaks["plain"],
+        }
+        for name in kinds
+    ]
+    return {"steps": steps, "dropout": judge_dropout(trained, seconds), "exits": judge_exits(trained, seconds)}
+
+
+def judge_dropout(trained: Trained, seconds: dict[str, list[float]]) -> dict:
+    """Dropout at a mean rate r should save at least 0.8 r of the plain blocks' time."""
+    rates = [trained.drop_rate(micro_batch) for micro_batch in range(trained.sizes.rounds)]
+    pairs = zip(seconds["blocks, dropout"], seconds["blocks"], rates, strict=True)
+    return {
+        "mean_rate": statistics.mean(rates),
+        "plain_blocks_seconds": statistics.median(seconds["blocks"]),
+        "blocks_time_ratio": paired_ratio(seconds, "blocks, dropout", "blocks"),
+        "target_ratio": 1 - 0.8 * statistics.mean(rates),
+        "saved_share_of_rate": statistics.median((1 - ours / plain) / rate for ours, plain, rate in pairs),
+    }
+
+
+def judge_exits(trained: Trained, seconds: dict[str, list[float]]) -> dict:
+    """The extra exits should cost at most 1.15 times what the products with the head say."""
+    blocks, head = trained.flops()
+    extra = sum(weight > 0 for weight in trained.exit_weights[:-1])
+    predicted = 1 + extra * head / (blocks + head)
+    by_head = statistics.median(1 + extra * h / p for h, p in zip(seconds["head"], seconds["plain"], strict=True))
+    measured, loop = (paired_ratio(seconds, name, "plain") for name in ("exits", "exits, plain loop"))
+    return {
+        "extra_exits": extra,
+        "gigaflops_of_plain_step": (blocks + head) / 1e9,
+        "gigaflops_of_extra_heads": extra * head / 1e9,
+        "time_ratio": measured,
+        "ratio_by_flops": predicted,
+        "ratio_by_time_of_head": by_head,
+        "measured_over_predicted": measured / predicted,
+        "extra_measured_over_predicted": (measured - 1) / (predicted - 1),
+        "plain_loop_over_predicted": loop / predicted,
+        "plain_loop_extra_over_predicted": (loop - 1) / (predicted - 1),
+    }
+
+
+def run(sizes: Sizes, device: torch.device) -> dict:
+    """All figures, as written to --output."""
+    result = {"environment": environment(device), "sizes": asdict(sizes), **measure_steps(sizes, device)}
+    result["exit_loss_memory"] = [
+        measure_exit_loss(vocabulary, sizes.hidden, sizes.exits, sizes.exit_rows, device, sizes.plain_loop_bytes)
+        for vocabulary in sizes.vocabularies
+    ]
+    return result
+
+
+def show(result: dict, console: Console) -> None:
+    """The figures beside their targets."""
+    console.print(", ".join(f"{name} {value}" for name, value in result["environment"].items()))
+    console.print(", ".join(f"{name} {value}" for name, value in result["sizes"].items()))
+    rows = [
+        (
+            s["step"],
+            f"{s['seconds']:.3f}",
+            f"{s['time_ratio']:.3f}",
+            megabytes(s["peak_bytes"]),
+            f"{s['memory_ratio']:.3f}",
+        )
+        for s in result["steps"]
+    ]
+    print_table(console, "Training step", ("step", "seconds", "time / plain", "peak MB", "peak / plain"), rows)
+    dropout, exits = result["dropout"], result["exits"]
+    console.print(
+        f"Dropout: plain blocks {dropout['plain_blocks_seconds']:.3f} s; at rate {dropout['mean_rate']:.3f} they take "
+        f"{dropout['blocks_time_ratio']:.3f} of it (target {dropout['target_ratio']:.3f}), "
+        f"{dropout['saved_share_of_rate']:.2f} r saved (target 0.80 r)"
+    )
+    console.print(
+        f"{exits['extra_exits']} extra exits: {exits['gigaflops_of_extra_heads']:.3g} GFLOP on top of "
+        f"{exits['gigaflops_of_plain_step']:.3g} say {exits['ratio_by_flops']:.3f}, the head's own time says "
+        f"{exits['ratio_by_time_of_head']:.3f}, measured {exits['time_ratio']:.3f}"
+    )
+    console.print(
+        f"  measured / predicted {exits['measured_over_predicted']:.3f} (target 1.15; plain loop "
+        f"{exits['plain_loop_over_predicted']:.3f}); of the extra alone {exits['extra_measured_over_predicted']:.2f} "
+        f"(plain loop {exits['plain_loop_extra_over_predicted']:.2f})"
+    )
+    rows = [
+        (
+            str(m["vocabulary"]),
+            megabytes(m["head_loss_bytes"]),
+            megabytes(m["plain_loop_bytes"]),
+            megabytes(m["all_logits_bytes"]),
+        )
+        for m in result["exit_loss_memory"]
+    ]
+    title = f"Loss of {result['sizes']['exits']} exits of {result['sizes']['exit_rows']} rows"
+    print_table(console, title, ("vocabulary", "head_loss, peak MB", "plain loop, peak MB", "all logits, MB"), rows)
+
+
+def megabytes(count: int | None) -> str:
+    return "not run" if count is None else f"{count / 1e6:,.1f}"
+
+
+def print_table(console: Console, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    table = Table(*columns, title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; its times say nothing")
+    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    result = run(QUICK if options.quick else Sizes(), options.device)
+    show(result, Console(width=120))
+    if options.output is not None:
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Decoding one sequence: prefill, then rounds of draft and verify (arXiv 2404.16710, section 4.3).
+
+A round starts with tokens that no block has seen yet (`pending`: the end of the prompt, later the one token
+that the last round ended with). It drafts d tokens with the first blocks, runs the rest of the blocks once over
+the states that the draft left, and keeps the longest prefix that the whole model agrees with, plus the
+model's own next token. Autoregressive decoding is a round that drafts nothing; generating from a fixed exit
+is that on the first blocks. What this file does not know: text, stopping, sampling, how blocks are run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lskip.inference.cache import KVCache
+
+PREFILL_ROWS = 256  # a pass's mask and activations grow with its rows: a long prompt goes in pieces
+
+Chooser = Callable[[Tensor, int], Tensor]  # logits [N, V], position of the first -> token ids [N]
+
+
+class Step(Protocol):
+    """How blocks are run: LeanStep or ModuleStep. Rows [N, D] belong to consecutive positions."""
+
+    num_layers: int
+    device: torch.device
+
+    def new_cache(self, slots: int) -> KVCache: ...
+    def embed(self, ids: Tensor) -> Tensor: ...
+    def run(self, x: Tensor, cache: KVCache, start: int, first: int, last: int) -> Tensor: ...
+    def decode(self, x: Tensor) -> Tensor: ...
+
+
+class Depth(NamedTuple):
+    """Blocks that draft, and blocks that decide (all of them, or `exit_layer` for a fixed exit)."""
+
+    draft: int
+    full: int
+
+
+@dataclass
+class Sequence:
+    """One text being decoded. `cache.length` positions have been through every block; `pending` [P] follow."""
+
+    cache: KVCache
+    pending: Tensor
+
+    @property
+    def next_position(self) -> int:
+        """Where the first token that is not known yet will stand."""
+        return self.cache.length + len(self.pending)
+
+
+class Round(NamedTuple):
+    """What a round brought: `accepted` of `drafted` tokens and one of the model's own, in `tokens`."""
+
+    tokens: list[int]
+    drafted: int
+    accepted: int
+
+
+def prefill(step: Step, prompt: list[int], max_new_tokens: int, full: int) -> Sequence:
+    """A sequence whose prompt has been through blocks 0 … `full`-1, except for its end, which the first round takes."""
+    ids = torch.tensor(prompt, device=step.device)
+    # The last token generated is never run, so the text needs one slot less than it has tokens.
+    sequence = Sequence(step.new_cache(len(prompt) + max_new_tokens - 1), ids)
+    while len(sequence.pending) > PREFILL_ROWS:
+        rows, sequence.pending = sequence.pending.tensor_split([PREFILL_ROWS])
+        step.run(step.embed(rows), sequence.cache, sequence.cache.length, 0, full)
+        sequence.cache.length += PREFILL_ROWS
+    return sequence
+
+
+def decode_round(step: Step, sequence: Sequence, depth: Depth, num_drafts: int, choose: Chooser) -> Round:
+    """One round, which adds 1 to `num_drafts` + 1 tokens to the text."""
+    drafted, states = draft(step, sequence, depth.draft, num_drafts, choose)
+    own = verify(step, sequence, states, depth, num_drafts, choose)
+    tokens = torch.cat([*drafted, own]).tolist()  # the round's one transfer from the device
+    drafted_ids, own_ids = tokens[:num_drafts], tokens[num_drafts:]
+    accepted = agreeing_prefix(drafted_ids, own_ids)
+    # Rolling back is not moving on: slots of refused tokens are beyond the new length, to be written over.
+    sequence.cache.length += len(sequence.pending) + accepted
+    sequence.pending = own[accepted : accepted + 1]
+    return Round(own_ids[: accepted + 1], num_drafts, accepted)
+
+
+def draft(
+    step: Step, sequence: Sequence, exit_block: int, num_drafts: int, choose: Chooser
+) -> tuple[list[Tensor], Tensor]:
+    """Drafts with blocks 0 … `exit_block`-1.
+
+    Returns:
+        The drafted tokens, each [1], and the exit states [P + num_drafts, D] of pending and drafted tokens.
+    """
+    cache, position, ids = sequence.cache, sequence.cache.length, sequence.pending
+    states, drafted = [], []
+    for _ in range(num_drafts):
+        states.append(step.run(step.embed(ids), cache, position, 0, exit_block))
+        position += len(ids)
+        ids = choose(step.decode(states[-1][-1:]), position)
+        drafted.append(ids)
+    # The last token has been seen by no block yet; verification needs its state as well.
+    states.append(step.run(step.embed(ids), cache, position, 0, exit_block))
+    return drafted, torch.cat(states)
+
+
+def verify(step: Step, sequence: Sequence, states: Tensor, depth: Depth, num_drafts: int, choose: Chooser) -> Tensor:
+    """The model's own tokens [num_drafts + 1] for the positions from `next_position` on, given the draft."""
+    x = step.run(states, sequence.cache, sequence.cache.length, depth.draft, depth.full)
+    return choose(step.decode(x[-(num_drafts + 1) :]), sequence.next_position)
+
+
+def agreeing_prefix(drafted: list[int], own: list[int]) -> int:
+    """How many drafted tokens, from the first on, are the model's own."""
+    accepted = 0
+    while accepted < len(drafted) and drafted[accepted] == own[accepted]:
+        accepted += 1
+    return accepted

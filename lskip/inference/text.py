@@ -1,0 +1,90 @@
+"""Tokens to text, piece by piece, and prompts to tokens."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+UNFINISHED = "\ufffd"  # what a tokenizer prints for bytes that are not a character yet
+
+
+class TextPieces:
+    """Turns tokens into text as they come, holding back what later bytes may still change."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        # Text up to `given` is out. Decoding starts at `anchor`, one piece earlier: some tokenizers drop the
+        # space in front of whatever they are given first.
+        self.anchor = self.given = 0
+
+    def push(self, ids: list[int]) -> str:
+        """The text that is final now that `ids` have been added; "" inside a character."""
+        self.ids += ids
+        piece = self._new_text()
+        if piece.endswith(UNFINISHED):
+            return ""
+        self.anchor, self.given = self.given, len(self.ids)
+        return piece
+
+    def rest(self) -> str:
+        """What was held back, when no more tokens come."""
+        piece, self.given = self._new_text(), len(self.ids)
+        return piece
+
+    def _new_text(self) -> str:
+        before = decode_text(self.tokenizer, self.ids[self.anchor : self.given])
+        return decode_text(self.tokenizer, self.ids[self.anchor :])[len(before) :]
+
+
+def decode_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of `ids`, without special tokens and exactly as generated."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def encode_prompt(prompt, tokenizer: PreTrainedTokenizerBase | None, chat: bool | None, vocab_size: int) -> list[int]:
+    """Token ids of a prompt.
+
+    Args:
+        prompt: a text, chat messages ({"role", "content"} each), or token ids (list, or tensor of one row).
+        chat: whether a text becomes a user's message in the chat template; None: when there is a template.
+
+    Raises:
+        ValueError: an empty prompt, one that needs a tokenizer or template that is missing, ids out of range.
+    """
+    if isinstance(prompt, torch.Tensor):
+        prompt = prompt.flatten().tolist() if prompt.dim() == 1 or len(prompt) == 1 else None
+    if isinstance(prompt, str):
+        ids = _encode_text(prompt, tokenizer, chat)
+    elif isinstance(prompt, list) and prompt and all(isinstance(part, dict) for part in prompt):
+        ids = _encode_messages(prompt, tokenizer)
+    elif isinstance(prompt, list) and all(isinstance(part, int) for part in prompt):
+        ids = prompt
+    else:
+        raise ValueError("prompt: is neither a text, nor a list of chat messages, nor one row of token ids")
+    if not ids:
+        raise ValueError("prompt: is empty; give at least one token")
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise ValueError(f"prompt: token ids must lie between 0 and {vocab_size - 1}")
+    return ids
+
+
+def _encode_text(prompt: str, tokenizer: PreTrainedTokenizerBase | None, chat: bool | None) -> list[int]:
+    if tokenizer is None:
+        raise ValueError("prompt: a text needs a tokenizer, and the model came without one; give token ids")
+    if not prompt:
+        return []
+    templated = tokenizer.chat_template is not None if chat is None else chat
+    if templated:
+        return _encode_messages([{"role": "user", "content": prompt}], tokenizer)
+    return tokenizer(prompt)["input_ids"]
+
+
+def _encode_messages(messages: list[dict], tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    if tokenizer is None or tokenizer.chat_template is None:
+        raise ValueError("prompt: chat messages need a tokenizer with a chat template, and there is none")
+    for message in messages:
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise ValueError(f"prompt: a chat message needs the texts 'role' and 'content', got {message!r}")
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,0 +1,159 @@
+"""How a weight is held while decoding: a class with one product, chosen at load by trying it on this machine."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Plain:
+    """The matrix as the checkpoint has it: GPUs, and wherever nothing better exists."""
+
+    lone_row_width = 1  # rows that a single row is repeated to before the linears see it
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        """weight [out, in], bias [out]; kept, not copied."""
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, in] -> [N, out]."""
+        return F.linear(x, self.weight, self.bias)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual [N, out] + self([N, in])."""
+        return residual + F.linear(x, self.weight, self.bias)
+
+
+class Transposed(Plain):
+    """The matrix stored [in, out]: on some CPUs the kernel for few rows that reads memory fastest (float32)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        """weight [out, in] is copied into the new layout; bias [out] is kept."""
+        super().__init__(weight.t().contiguous(), bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.mm(x, self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            residual = residual + self.bias
+        return torch.addmm(residual, x, self.weight)
+
+
+class Packed(Plain):
+    """The matrix in oneDNN's blocked layout, made once at load (float32 or bfloat16).
+
+    On some CPUs `F.linear` arranges the matrix anew at every call, which for a few rows is most of its time.
+    """
+
+    expected_rows = 8  # oneDNN picks the layout for this many; it suits 1 to 16
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        """weight [out, in] is copied into the new layout; bias [out] is kept."""
+        super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), self.expected_rows), bias)
+        self._product = torch.ops.mkldnn._linear_pointwise.default
+        self._product_plus = torch.ops.mkldnn._linear_pointwise.binary
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._product(x, self.weight, self.bias, "none", [], "")
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        return self._product_plus(x, residual, self.weight, self.bias, "add")
+
+
+class PackedWide(Packed):
+    """Packed, with a lone row sent as four: a single row goes to another kernel, on some CPUs a slower one."""
+
+    lone_row_width = 4
+
+
+Form = type[Plain]
+FORMS = {"plain": Plain, "transposed": Transposed, "packed": Packed}
+
+
+def choose_form(form: str, samples: list[Tensor]) -> Form:
+    """The class that holds the weights of a model on this machine.
+
+    Args:
+        form: a name in FORMS; or "auto": whatever is fastest here and computes the right thing.
+        samples: [out, in] each, some of the model's matrices, to try the forms on.
+
+    Raises:
+        ValueError: unknown form, or one that does not work here.
+    """
+    if form not in ("auto", *FORMS):
+        raise ValueError(f"weights: {form!r} is not one of auto, {', '.join(FORMS)}")
+    if form != "auto":
+        if (reason := obstacle_to(FORMS[form], samples[0])) is not None:
+            raise ValueError(f"weights: {form!r} does not work here ({reason}); use 'auto' or 'plain'")
+        return FORMS[form]
+    candidates = [Packed] if samples[0].dtype == torch.bfloat16 else [Transposed, Packed, PackedWide]
+    usable = [candidate for candidate in candidates if obstacle_to(candidate, samples[0]) is None]
+    # In bfloat16 forms round to different texts, so that no timing may choose; in float32 texts are equal.
+    return usable[0] if usable and usable[0] is Packed else fastest([Plain, *usable], samples)
+
+
+def obstacle_to(form: Form, sample: Tensor) -> str | None:
+    """Why `sample` [out, in] cannot be held so on this machine; None when its products come out right."""
+    if form is Plain:
+        return None
+    if sample.device.type != "cpu":
+        return f"the model is on {sample.device.type}, this form is for the CPU"
+    if sample.dtype not in (torch.float32, torch.bfloat16):
+        return f"not for {sample.dtype}"
+    row = torch.linspace(-1, 1, sample.shape[1], dtype=sample.dtype)[None]
+    residual = torch.linspace(-1, 1, sample.shape[0], dtype=sample.dtype)[None]
+    # Builds without oneDNN lack its operations (AttributeError); CPUs without AVX-512 refuse bfloat16 (RuntimeError).
+    try:
+        held = form(sample)
+        products = torch.cat([held(row), held.add_to(residual, row)]).float()
+    except (AttributeError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+    plain = Plain(sample)
+    expected = torch.cat([plain(row), plain.add_to(residual, row)]).float()
+    tolerance = (1e-3 if sample.dtype == torch.float32 else 5e-2) * max(1.0, float(expected.abs().max()))
+    right = float((products - expected).abs().max()) <= tolerance
+    return None if right else "its products differ from torch's"
+
+
+def fastest(forms: list[Form], samples: list[Tensor]) -> Form:
+    """The form that takes least for three tokens, one row each, and one verification of five rows.
+
+    Timed on one thread (restored afterwards): on a busy machine threads wait for each other, for milliseconds
+    in a product of microseconds, and the choice would be chance.
+    """
+    if len(forms) == 1:
+        return forms[0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        costs = cost_of(forms, samples)
+    finally:
+        torch.set_num_threads(threads)
+    return min(costs, key=costs.get)
+
+
+@torch.inference_mode()
+def cost_of(forms: list[Form], samples: list[Tensor], rounds: int = 12) -> dict[Form, float]:
+    """Seconds that each form takes for `fastest`'s mix of products over all samples."""
+    held = {form: [form(sample) for sample in samples] for form in forms}
+    best: dict[tuple[Form, int, int], float] = {}
+    for _ in range(rounds):  # interleaved, so that a busy spell of the machine meets every form
+        for form in forms:
+            for index, (matrix, sample) in enumerate(zip(held[form], samples, strict=True)):
+                for weight, rows in ((3, form.lone_row_width), (1, 5)):
+                    cost = weight * seconds_of(matrix, sample.new_ones(rows, sample.shape[1]))
+                    # Other processes only ever add time: the best of each single product is nearest to the truth.
+                    key = form, index, weight
+                    best[key] = min(cost, best.get(key, cost))
+    return {form: sum(cost for key, cost in best.items() if key[0] is form) for form in forms}
+
+
+def seconds_of(matrix: Plain, x: Tensor) -> float:
+    """The time that one product takes."""
+    begin = time.perf_counter()
+    matrix(x)
+    return time.perf_counter() - begin

@@ -1,0 +1,238 @@
+"""`lskip fit`, `validate` and `test`: LightningCLI over a LayerSkipModule whose arguments are at the top level."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import signal
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lskip.callbacks import EarlyExitLoss, LayerDropout, LayerMetrics
+from lskip.callbacks.run_checkpoint import RunCheckpoint
+from lskip.curricula import ExitCurriculum
+from lskip.data import TextData
+from lskip.module import LayerSkipModule
+from lskip.pretrained import LAST_CHECKPOINT, make_config, read_checkpoint
+from lskip.schedules import Schedule
+from lskip.usage_errors import explain, innermost
+
+COMMANDS = ("fit", "validate", "test")
+_METHODS = {"layer_dropout": LayerDropout, "early_exit_loss": EarlyExitLoss}
+# What an error message lists where a class was misspelled. Short names work for whatever is imported here.
+_CHOICES = {
+    **_METHODS,
+    "curriculum": ExitCurriculum,
+    "depth": Schedule,
+    "time": Schedule,
+    "data": LightningDataModule,
+    "optimizer": Optimizer,
+    "lr_scheduler": LRScheduler,
+    "callbacks": Callback,
+}
+
+
+def run_training(arguments: list[str]) -> None:
+    """Run `fit`, `validate` or `test`: the first argument says which."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # not its tips and lists of accelerators
+    LayerSkipCLI(arguments)
+
+
+class LayerSkipCLI(LightningCLI):
+    """Parses one YAML or flags, checks what can be checked cheaply, builds, and hands over to the Trainer.
+
+    The top level holds `model`, the other arguments of LayerSkipModule, `data` (TextData unless a class_path
+    says otherwise), `layer_dropout`, `early_exit_loss` (both off unless named), `checkpoint`, `run_folder` and
+    `trainer`.
+
+    Raises:
+        ValueError, OSError, MisconfigurationException: the user's mistakes.
+    """
+
+    def __init__(self, args: list[str]):
+        parser_kwargs = {"exit_on_error": False, "allow_abbrev": False}
+        super().__init__(
+            seed_everything_default=0,
+            parser_kwargs={**parser_kwargs, **{command: dict(parser_kwargs) for command in COMMANDS}},
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+        )
+
+    # What the command line knows.
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {command: LightningCLI.subcommands()[command] for command in COMMANDS}
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--model",
+            type=dict[str, Any] | str,
+            required=True,
+            help="smollm2, a run folder, a checkpoint, a folder, a hub name, a .gguf file, "
+            "or a transformers config (model_type and its fields) to start from scratch",
+        )
+        self._module_arguments = parser.add_class_arguments(
+            LayerSkipModule, skip={"model", "tokenizer", "seed"}, fail_untyped=False, sub_configs=True
+        )
+        parser.set_defaults({"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-4}}})
+        parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False, required=False)
+        parser.set_defaults({"data": {"class_path": f"lskip.data.{TextData.__name__}"}})
+        for key, method in _METHODS.items():
+            parser.add_subclass_arguments(method, key, fail_untyped=False, required=False)
+        parser.add_class_arguments(RunCheckpoint, "checkpoint", skip={"folder"}, instantiate=False)
+        parser.add_argument(
+            "--run_folder", type=str, default="runs/fit", help="where checkpoints, TensorBoard files and config go"
+        )
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **settings) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **settings)
+        if subcommand != "fit":
+            parser.set_defaults(verbose=False)  # the table of layers says it better
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        try:
+            self.config = parser.parse_args(args)
+        except argparse.ArgumentError as error:
+            raise ValueError(explain(str(error), self._subcommand_parsers[args[0]], _CHOICES)) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: what a checkpoint was trained with never overrides what the command line says."""
+
+    # Checks that cost nothing, before the model is loaded.
+
+    def before_instantiate_classes(self) -> None:
+        config = self._settings
+        self.folder = Path(config.run_folder).expanduser()
+        if isinstance(config.model, dict):
+            # A flag like --model.hidden_size 64 arrives as text.
+            config.model = {key: _plain(value) for key, value in config.model.items()}
+        self._resolve_checkpoint(config)
+        if self.subcommand == "fit" and not config.trainer.fast_dev_run:
+            _refuse_existing_run(self.folder, self.ckpt_path)
+        self._make_writable()
+
+    @property
+    def _settings(self) -> Namespace:
+        return self.config[self.subcommand]
+
+    def _resolve_checkpoint(self, config: Namespace) -> None:
+        self.ckpt_path, self.resumed = None, None
+        if config.ckpt_path is None:
+            return
+        path = self.folder / LAST_CHECKPOINT if config.ckpt_path == "last" else Path(config.ckpt_path).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"ckpt_path: {config.ckpt_path!r}: there is no file '{path}'")
+        self.ckpt_path, self.resumed = str(path), read_checkpoint(path, "ckpt_path")
+        config.ckpt_path = None  # config.yaml says what the run is, not how often it was continued
+
+    def _make_writable(self) -> None:
+        folder = self.folder if self.subcommand == "fit" else self.folder / self.subcommand
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(f"run_folder: cannot write into '{folder}' ({error.strerror})") from error
+
+    # Building.
+
+    def instantiate_classes(self) -> None:
+        config = copy.deepcopy(self.config)
+        _let_data_fit_model(config[self.subcommand])
+        try:
+            self.config_init = self.parser.instantiate_classes(config)
+        except ValueError as error:
+            raise ValueError(innermost(str(error))) from error
+        built = self.config_init[self.subcommand]
+        self.datamodule = built.data
+        seed = 0 if built.seed_everything is False else built.seed_everything
+        arguments = {name: built[name] for name in self._module_arguments}
+        self.model = LayerSkipModule(built.model, seed=seed, **arguments)
+        if self.resumed is not None:
+            _check_weights_fit(self.resumed, self.model, self.ckpt_path)
+        self.trainer = self.instantiate_trainer()
+
+    def instantiate_trainer(self, **arguments) -> Trainer:
+        built = self.config_init[self.subcommand]
+        settings = {**built.trainer, **arguments}
+        if settings["logger"] in (None, True):
+            settings["logger"] = self._tensorboard()
+        if settings["max_epochs"] is None and settings["max_steps"] == -1 and settings["max_time"] is None:
+            settings["max_epochs"] = 1
+        settings["default_root_dir"] = settings["default_root_dir"] or str(self.folder)
+        methods = [built[key] for key in _METHODS if built[key] is not None]
+        checkpoint = RunCheckpoint(self.folder / LAST_CHECKPOINT.parent, **built.checkpoint)
+        if self.subcommand != "fit":
+            self.save_config_callback = None
+        return self._instantiate_trainer(settings, [*methods, LayerMetrics(), checkpoint])
+
+    def _tensorboard(self) -> TensorBoardLogger:
+        folder = self.folder if self.subcommand == "fit" else self.folder / self.subcommand
+        # What an interrupted run logged beyond its last checkpoint is hidden, since it is logged anew.
+        purge_step = None if self.resumed is None else self.resumed["global_step"] + 1
+        return TensorBoardLogger(folder, name="", version="", purge_step=purge_step)
+
+    # Running.
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": self.ckpt_path}
+
+    def fit(self, model: LayerSkipModule, **arguments) -> None:
+        """Trainer.fit, but Ctrl-C does not end the process with Lightning's exit code and says how to go on."""
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            self.trainer.fit(model, **arguments)
+        except SystemExit:
+            if not self.trainer.interrupted:
+                raise
+            saved = (self.folder / LAST_CHECKPOINT).is_file()
+            advice = "go on with the same command and --ckpt_path last" if saved else "nothing was saved yet"
+            raise KeyboardInterrupt(f" after step {self.trainer.global_step}; {advice}") from None
+        finally:
+            signal.signal(signal.SIGINT, handler)
+
+
+def _plain(value: Any) -> Any:
+    return yaml.safe_load(value) if isinstance(value, str) else value
+
+
+def _refuse_existing_run(folder: Path, ckpt_path: str | None) -> None:
+    if ckpt_path is None and any((folder / LAST_CHECKPOINT.parent).glob("*.ckpt")):
+        raise ValueError(
+            f"run_folder: '{folder}' holds a run; continue it with --ckpt_path last, or choose another --run_folder"
+        )
+
+
+def _let_data_fit_model(config: Namespace) -> None:
+    """The model's own tokenizer for its text, and for a model from scratch a tokenizer of its vocabulary's size."""
+    arguments = config.data.init_args if config.data is not None else {}
+    if isinstance(config.model, dict):
+        size = make_config(config.model).vocab_size
+        if "vocab_size" in arguments:
+            arguments["vocab_size"] = size
+    elif "tokenizer" in arguments and arguments["tokenizer"] is None:
+        arguments["tokenizer"] = config.model
+
+
+def _check_weights_fit(checkpoint: dict, module: LayerSkipModule, path: str) -> None:
+    saved, own = checkpoint["state_dict"], module.state_dict()
+    for name in sorted(saved.keys() | own.keys()):
+        shapes = [tuple(weights[name].shape) if name in weights else "absent" for weights in (saved, own)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"ckpt_path: {path!r} is of another model: {name} is {shapes[0]} there, {shapes[1]} here")

@@ -1,0 +1,73 @@
+"""LayerDropout in a run: the right rates at each step (by hand in test_equations.py), and its refusals."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch.utils.data import DataLoader, IterableDataset
+
+from lskip.callbacks import LayerDropout
+from lskip.module import LayerSkipModule
+from lskip.schedules import Constant, Exponential, Linear
+
+
+class Look(Callback):
+    def __init__(self):
+        self.rates = []
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.rates.append(pl_module.drop_rates.values)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([{"input_ids": torch.arange(12)[None]}] * 3)
+
+
+def fit(tmp_path, model, callback, data=None, **settings):
+    look = Look()
+    trainer = Trainer(
+        callbacks=[callback, look],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        **settings,
+    )
+    data = [{"input_ids": torch.arange(12)[None]}] * 6 if data is None else data
+    trainer.fit(LayerSkipModule(model), DataLoader(data, batch_size=None))
+    return look.rates
+
+
+def test_rates_follow_the_optimizer_steps_not_the_micro_batches(tiny_model, tmp_path):
+    rates = fit(tmp_path, tiny_model(), LayerDropout(0.4, Constant(), Linear()), max_steps=3, accumulate_grad_batches=2)
+    assert [rate[0] for rate in rates] == pytest.approx([0, 0, 0.2, 0.2, 0.4, 0.4])
+
+
+def test_steps_are_counted_over_epochs(tiny_model, tmp_path):
+    data = [{"input_ids": torch.arange(12)[None]}] * 2
+    rates = fit(tmp_path, tiny_model(), LayerDropout(0.3, Linear(), Linear()), data, max_epochs=2)
+    assert [rate[3] for rate in rates] == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert [rate[0] for rate in rates] == [0] * 4
+
+
+@pytest.mark.parametrize("p_max", [-0.1, 1.5, float("nan")])
+def test_p_max_out_of_range_is_refused(p_max):
+    with pytest.raises(ValueError, match=f"p_max: {p_max} is not between 0 and 1"):
+        LayerDropout(p_max)
+
+
+def test_growing_over_a_run_of_unknown_length_is_refused_before_the_first_step(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match=r"layer_dropout.time: Exponential needs a known number of steps"):
+        fit(tmp_path, tiny_model(), LayerDropout(time=Exponential()), Stream(), max_epochs=1)
+    rates = fit(tmp_path, tiny_model(), LayerDropout(0.2), Stream(), max_epochs=1)
+    assert [rate[3] for rate in rates] == [0.2] * 3
+
+
+def test_one_layer_or_one_step_is_refused_where_the_formula_divides_by_zero(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="Exponential schedule: needs at least 2 layers or steps, not 1"):
+        fit(tmp_path, tiny_model(num_hidden_layers=1), LayerDropout(), max_steps=3)
+    with pytest.raises(ValueError, match="Linear schedule: needs at least 2 layers or steps, not 1"):
+        fit(tmp_path, tiny_model(), LayerDropout(time=Linear()), max_steps=1)
+    assert fit(tmp_path, tiny_model(num_hidden_layers=1), LayerDropout(0.5, Constant()), max_steps=1) == [[0.5]]

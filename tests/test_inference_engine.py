@@ -1,0 +1,145 @@
+"""Rounds of draft and verify against slow references, and what they compute."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from lskip.decoder import Decoder
+from lskip.inference import TextGenerator
+from lskip.inference.module_step import ModuleStep
+
+PROMPT = [7, 42, 99, 3, 250, 18, 77]
+FULL = {"max_new_tokens": 40, "min_new_tokens": 40}
+
+
+def damped(model, exit_layer, factor):
+    """What blocks from `exit_layer` on add, times `factor`: at 0 the draft is the model, at 0.5 it often agrees."""
+    for layer in model.model.layers[exit_layer:]:
+        layer.self_attn.o_proj.weight.data *= factor
+        layer.mlp.down_proj.weight.data *= factor
+    return model
+
+
+class NeverAccepting(ModuleStep):
+    """A step whose lone-row logits, the draft's, rank tokens the other way round."""
+
+    def decode(self, x):
+        logits = super().decode(x)
+        return -logits if len(x) == 1 else logits
+
+
+@torch.inference_mode()
+def slow_reference(model, prompt, exit_layer, num_speculations, new_tokens):
+    """Self-speculation without any cache, every state recomputed: (tokens, accepted counts by round)."""
+
+    def best(tokens, last):
+        states = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+        x = states[last] if last == model.config.num_hidden_layers else model.model.norm(states[last])
+        return model.lm_head(x)[0].argmax(-1).tolist()
+
+    text, counts, layers = list(prompt), [], model.config.num_hidden_layers
+    while len(text) < len(prompt) + new_tokens:
+        room = min(num_speculations, len(prompt) + new_tokens - len(text) - 1)
+        drafted = []
+        for _ in range(room):
+            drafted.append(best(text + drafted, exit_layer)[-1])
+        own = best(text + drafted, layers)[len(text) - 1 :]
+        accepted = next((i for i in range(room) if drafted[i] != own[i]), room)
+        text += own[: accepted + 1]
+        counts.append((room, accepted))
+    return text[len(prompt) :], counts
+
+
+@pytest.mark.parametrize("weights", ["plain", "packed"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_self_speculation_equals_autoregressive(tiny_model, family, weights):
+    generator = TextGenerator(tiny_model(family, tie_word_embeddings=False), weights=weights)
+    truth = generator.generate(PROMPT, **FULL).token_ids
+    for exit_layer in (1, 2, 3):
+        for num_speculations in range(1, 7):
+            ours = generator.generate(PROMPT, exit_layer=exit_layer, num_speculations=num_speculations, **FULL)
+            assert ours.token_ids == truth, (exit_layer, num_speculations)
+
+
+def test_model_always_accepts(tiny_model):
+    generator = TextGenerator(damped(tiny_model("llama"), 2, 0.0))
+    truth = generator.generate(PROMPT, **FULL).token_ids
+    ours = generator.generate(PROMPT, exit_layer=2, num_speculations=4, **FULL)
+    assert ours.token_ids == truth
+    assert (ours.acceptance_rate, ours.rounds, ours.tokens_per_round) == (1.0, 8, 5.0)
+    assert ours.accepted_counts == Counter({4: 8})
+
+
+def test_model_never_accepts(tiny_model):
+    model = tiny_model("llama")
+    generator = TextGenerator(model)
+    truth = generator.generate(PROMPT, **FULL).token_ids
+    generator.step = NeverAccepting(Decoder(model))
+    ours = generator.generate(PROMPT, exit_layer=2, num_speculations=3, max_new_tokens=39, min_new_tokens=39)
+    # The 39th token is a round of its own that drafts nothing (a lone row, which this step turns round).
+    assert ours.token_ids[:38] == truth[:38]
+    assert (ours.acceptance_rate, ours.rounds, ours.tokens_per_round) == (0.0, 39, 1.0)
+
+
+@pytest.mark.parametrize("num_speculations", [1, 3, 6])
+@pytest.mark.parametrize("exit_layer", [2, 3])
+def test_model_sometimes_accepts_as_the_slow_reference(tiny_model, exit_layer, num_speculations):
+    model = damped(tiny_model("llama", tie_word_embeddings=False, eos_token_id=None), 2, 0.5)
+    tokens, counts = slow_reference(model, PROMPT, exit_layer, num_speculations, 40)
+    ours = TextGenerator(model).generate(
+        PROMPT, exit_layer=exit_layer, num_speculations=num_speculations, max_new_tokens=40
+    )
+    assert ours.token_ids == tokens
+    assert (ours.rounds, ours.drafted) == (len(counts), sum(drafted for drafted, _ in counts))
+    assert ours.accepted == sum(accepted for _, accepted in counts)
+    assert ours.accepted_counts == Counter(accepted for drafted, accepted in counts if drafted)
+    assert ours.tokens_per_round == pytest.approx(40 / len(counts))
+    # The test would see nothing if the text repeated one token, or if all drafts shared one fate.
+    assert len(set(tokens)) > 10 and 0.05 < ours.acceptance_rate < 0.95
+
+
+@pytest.mark.parametrize("exit_layer", [1, 2, 3])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_fixed_exit_equals_a_model_cut_off_there(tiny_model, family, exit_layer):
+    model = tiny_model(family)
+    short = tiny_model(family, num_hidden_layers=exit_layer)
+    short.load_state_dict(model.state_dict(), strict=False)
+    truth = short.generate(torch.tensor([PROMPT]), max_new_tokens=25, min_new_tokens=25, do_sample=False)
+    ours = TextGenerator(model).generate(PROMPT, exit_layer=exit_layer, max_new_tokens=25, min_new_tokens=25)
+    assert ours.token_ids == truth[0, len(PROMPT) :].tolist()
+    assert (ours.drafted, ours.acceptance_rate, ours.tokens_per_round) == (0, None, 1.0)
+
+
+def test_nothing_is_computed_twice(tiny_model):
+    """Lower blocks see every position of the prompt, the draft and the text once a round, upper ones too."""
+    model, exit_layer, num_speculations = tiny_model("llama"), 2, 3
+    generator = TextGenerator(model)
+    generator.step = ModuleStep(Decoder(model))
+    seen = {block: [] for block in range(4)}
+    for block, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs, block=block: seen[block].extend(kwargs["position_ids"][0].tolist()),
+            with_kwargs=True,
+        )
+    ours = generator.generate(PROMPT, exit_layer=exit_layer, num_speculations=num_speculations, **FULL)
+    # Every round runs its pending tokens and its draft through every block once, each row a single time.
+    rows = len(PROMPT) + ours.drafted + ours.rounds - 1
+    assert [len(seen[block]) for block in range(4)] == [rows] * 4
+    # Only what was refused is ever computed again.
+    refused = ours.drafted - ours.accepted
+    for block in range(4):
+        assert len(seen[block]) - len(set(seen[block])) <= refused
+        assert seen[block][: len(PROMPT)] == list(range(len(PROMPT)))
+
+
+def test_upper_blocks_run_once_a_round(tiny_model):
+    model = tiny_model("llama")
+    generator = TextGenerator(model)
+    generator.step = ModuleStep(Decoder(model))
+    calls = Counter()
+    for block, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, block=block: calls.update([block]))
+    ours = generator.generate(PROMPT, exit_layer=1, num_speculations=4, **FULL)
+    assert [calls[block] for block in (1, 2, 3)] == [ours.rounds] * 3
+    assert calls[0] == ours.rounds + ours.drafted

@@ -1,0 +1,72 @@
+"""Plain and packed products, and the choice between them."""
+
+import time
+
+import pytest
+import torch
+
+from lskip.inference import TextGenerator
+from lskip.inference.weights import Packed, PackedWide, Plain, Transposed, choose_form, fastest, obstacle_to
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", [Plain, Transposed, Packed])
+@pytest.mark.parametrize("rows", [1, 2, 5, 40])
+def test_products(form, dtype, rows):
+    if obstacle_to(form, torch.randn(8, 8, dtype=dtype)) is not None:
+        pytest.skip("this CPU does not have the form in this dtype")
+    weight, bias, x, residual = (torch.randn(*shape).to(dtype) for shape in ((48, 20), (48,), (rows, 20), (rows, 48)))
+    exact = x.double() @ weight.double().T + bias.double()
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 5e-2}
+    held, before = form(weight, bias), residual.clone()
+    assert torch.allclose(held(x).double(), exact, **tolerance)
+    assert torch.allclose(held.add_to(residual, x).double(), exact + residual.double(), **tolerance)
+    assert torch.equal(residual, before)
+
+
+def refuse(*_):
+    raise RuntimeError("unsupported CPU")
+
+
+PACK = torch.ops.mkldnn._reorder_linear_weight
+
+
+@pytest.mark.parametrize("broken", [refuse, lambda weight, rows: PACK(torch.zeros_like(weight), rows)])
+def test_auto_falls_back_to_plain_and_packed_says_why(tiny_model, monkeypatch, broken):
+    model = tiny_model("llama")
+    truth = TextGenerator(model, weights="plain").generate([5, 6, 7], max_new_tokens=10).token_ids
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", broken)
+    generator = TextGenerator(model)
+    assert generator.step.form in (Plain, Transposed)
+    assert generator.generate([5, 6, 7], max_new_tokens=10).token_ids == truth
+    with pytest.raises(ValueError, match="weights: 'packed' does not work here"):
+        TextGenerator(model, weights="packed")
+
+
+def test_the_choice():
+    sample = torch.randn(16, 8)
+    assert choose_form("plain", [sample]) is Plain
+    assert choose_form("auto", [sample.half()]) is Plain
+    assert choose_form("auto", [torch.empty(16, 8, device="meta")]) is Plain
+    assert choose_form("auto", [sample.bfloat16()]) in (Packed, Plain)  # never by a timing
+    with pytest.raises(ValueError, match="weights: 'int3' is not one of"):
+        choose_form("int3", [sample])
+
+
+def test_the_fastest_form_wins():
+    class Slow(Plain):
+        def __call__(self, x):
+            time.sleep(0.002)
+            return super().__call__(x)
+
+    class SlowAlone(Plain):
+        lone_row_width = 2
+
+        def __call__(self, x):
+            time.sleep(0.002 * (len(x) == 2))
+            return super().__call__(x)
+
+    samples = [torch.randn(16, 8), torch.randn(8, 16)]
+    for forms in ([Slow, Plain, SlowAlone], [SlowAlone, Slow, Plain]):
+        assert fastest(forms, samples) is Plain
+    assert PackedWide.lone_row_width == 4

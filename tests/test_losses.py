@@ -1,0 +1,161 @@
+"""The chunked head loss against the naive sum of torch's cross_entropy."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, linear
+
+from lskip import losses
+from lskip.losses import head_loss
+
+
+def make_rows(count=50, hidden=8, vocab=23, dtype=torch.float64, bias=False):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    states, weight = draw(count, hidden).to(dtype), draw(vocab, hidden).to(dtype)
+    head_bias = draw(vocab).to(dtype) if bias else None
+    labels = torch.randint(0, vocab, (count,), generator=generator)
+    row_weights = torch.rand(count, generator=generator, dtype=torch.float64)
+    differentiated = [part.requires_grad_() for part in (states, weight, head_bias) if part is not None]
+    return states, weight, head_bias, labels, row_weights, differentiated
+
+
+def naive(states, weight, bias, labels, row_weights):
+    rows = cross_entropy(linear(states, weight, bias).to(row_weights.dtype), labels, reduction="none")
+    return (rows * row_weights).sum(), rows
+
+
+def compare(rows, rtol, atol, scale=0.37):
+    """Loss, losses of rows and all gradients, with a gradient of `scale` arriving from above."""
+    *inputs, differentiated = rows
+    loss, row_losses = head_loss(*inputs)
+    expected, expected_rows = naive(*inputs)
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=rtol, atol=atol, check_dtype=False)  # noqa: E731
+    close(loss, expected)
+    close(row_losses, expected_rows)
+    assert not row_losses.requires_grad
+    ours = torch.autograd.grad(loss * scale, differentiated)
+    for grad, theirs in zip(ours, torch.autograd.grad(expected * scale, differentiated), strict=True):
+        assert grad.dtype == theirs.dtype
+        close(grad, theirs)
+
+
+@pytest.fixture(params=[1, 7, 50, 1000], ids=lambda rows: f"{rows}_rows_at_once")
+def chunked(request, monkeypatch):
+    """Chunks of some rows; 7 does not divide the 50 rows."""
+    monkeypatch.setattr(losses, "MIN_ROWS", request.param)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 1)
+    return request.param
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_float64(chunked, bias):
+    compare(make_rows(bias=bias), rtol=1e-12, atol=1e-12)
+
+
+def test_float32(chunked):
+    rows = make_rows(dtype=torch.float32, bias=True)
+    compare((*rows[:4], rows[4].float(), rows[5]), rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_is_as_near_to_the_exact_loss_as_the_naive_sum_is(chunked):
+    rows = make_rows(count=50, hidden=64, vocab=200, dtype=torch.bfloat16)
+    states, weight, bias, labels, row_weights, differentiated = rows
+    exact_parts = [part.detach().double().requires_grad_() for part in (states, weight)]
+    exact, _ = naive(*exact_parts, None, labels, row_weights)
+    loss, row_losses = head_loss(states, weight, bias, labels, row_weights.float())
+    assert loss.dtype == row_losses.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=2e-3)
+    theirs = torch.autograd.grad(naive(states, weight, bias, labels, row_weights.float())[0], differentiated)
+    references = torch.autograd.grad(exact, exact_parts)
+    for grad, other, reference in zip(torch.autograd.grad(loss, differentiated), theirs, references, strict=True):
+        assert grad.dtype == torch.bfloat16
+        error, other_error = ((g.double() - reference).norm() / reference.norm() for g in (grad, other))
+        assert error < max(1.2 * other_error, 0.004)
+
+
+def test_under_autocast_the_products_are_bfloat16_and_the_sums_float32(chunked):
+    states, weight, bias, labels, row_weights, differentiated = make_rows(
+        hidden=64, vocab=200, dtype=torch.float32, bias=True
+    )
+    exact, _ = naive(states, weight, bias, labels, row_weights.float())
+    reference = torch.autograd.grad(exact, differentiated)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, row_losses = head_loss(states, weight, bias, labels, row_weights.float())
+    assert loss.dtype == row_losses.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=5e-3)
+    assert loss.item() != pytest.approx(exact.item(), rel=1e-6)  # bfloat16 did take part
+    for grad, expected in zip(torch.autograd.grad(loss, differentiated), reference, strict=True):
+        assert grad.dtype == torch.float32
+        assert ((grad - expected).norm() / expected.norm()).item() < 0.02
+
+
+def test_gradcheck(monkeypatch):
+    monkeypatch.setattr(losses, "rows_at_once", lambda vocab_size: 2)
+    states, weight, bias, labels, row_weights, _ = make_rows(count=5, hidden=3, vocab=4, bias=True)
+    assert torch.autograd.gradcheck(lambda *parts: head_loss(*parts, labels, row_weights)[0], (states, weight, bias))
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong():
+    *inputs, differentiated = make_rows()
+    (grad, *_) = torch.autograd.grad(head_loss(*inputs)[0] ** 2, differentiated, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_a_tied_head_sums_its_gradient_with_the_embeddings():
+    generator = torch.Generator().manual_seed(0)
+    tied = torch.randn(23, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    ids, labels = torch.randint(0, 23, (2, 40), generator=generator)
+    weights = torch.rand(40, generator=generator, dtype=torch.float64)
+    grads = [
+        torch.autograd.grad(loss(tied[ids].tanh(), tied, None, labels, weights)[0], tied)[0]
+        for loss in (head_loss, naive)
+    ]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", ["states", "weight"])
+def test_a_frozen_side_gets_no_gradient_and_the_other_the_same(frozen):
+    states, weight, _, labels, row_weights, _ = make_rows()
+    (states if frozen == "states" else weight).requires_grad_(False)
+    other = weight if frozen == "states" else states
+    loss, _ = head_loss(states, weight, None, labels, row_weights)
+    expected, _ = naive(states, weight, None, labels, row_weights)
+    torch.testing.assert_close(*(torch.autograd.grad(total, other)[0] for total in (loss, expected)))
+
+
+def test_no_rows_lose_nothing_and_have_gradients_of_zero():
+    states, weight, bias, _, _, differentiated = make_rows(count=0, bias=True)
+    loss, rows = head_loss(states, weight, bias, torch.empty(0, dtype=torch.long), torch.empty(0))
+    assert loss.item() == 0 and rows.shape == (0,)
+    assert [grad.any().item() for grad in torch.autograd.grad(loss, differentiated)] == [False] * 3
+
+
+def test_large_logits_do_not_overflow():
+    rows = make_rows()
+    compare((rows[0].detach().mul(1e4).requires_grad_(), *rows[1:5], [rows[1]]), rtol=1e-10, atol=1e-10)
+
+
+def test_backward_twice_gives_the_same_gradient():
+    *inputs, differentiated = make_rows()
+    loss, _ = head_loss(*inputs)
+    first = torch.autograd.grad(loss * 0.5, differentiated, retain_graph=True)
+    for grad, again in zip(first, torch.autograd.grad(loss * 0.5, differentiated), strict=True):
+        assert torch.equal(grad, again)
+
+
+def test_never_more_rows_of_logits_than_a_chunk(chunked, monkeypatch):
+    shapes = []
+    original = losses._cross_entropy
+    monkeypatch.setattr(
+        losses, "_cross_entropy", lambda logits, *rest: shapes.append(logits.shape) or original(logits, *rest)
+    )
+    *inputs, differentiated = make_rows()
+    torch.autograd.grad(head_loss(*inputs)[0], differentiated)
+    assert sum(rows for rows, _ in shapes) == 50
+    assert max(rows for rows, _ in shapes) == min(chunked, 50)
+
+
+def test_chunks_by_vocabulary():
+    assert losses.rows_at_once(8192) == 1024
+    assert losses.rows_at_once(128_000) == 128  # few rows make slow products: never fewer than that
