@@ -125,6 +125,8 @@ def generate(
         device: cpu, cuda …; auto takes a GPU where there is one.
     """
     settings = _settings(locals())
+    if not prompt:
+        raise ValueError("prompt: is empty; give some text to continue")
     generator = load_generator(model, dtype=dtype, weights=weights, device=device)
     stream = generator.stream(prompt, **settings)
     for piece in stream:

@@ -54,7 +54,7 @@ def load_model(
     """Load the model that `source` names (see the table above), in eval mode, on the CPU.
 
     Returns the model and its tokenizer; the tokenizer is None for a model from scratch, and for a checkpoint
-    that was trained without one. Raises ValueError or FileNotFoundError with one sentence if there is no such
+    or folder that has none. Raises ValueError or FileNotFoundError with one sentence if there is no such
     model, or if the package that reads it is missing.
     """
     if isinstance(source, dict):
@@ -64,18 +64,26 @@ def load_model(
         return _from_checkpoint(Path(found.place), dtype)
     model = _from_transformers(AutoModelForCausalLM, found, dtype=dtype, attn_implementation="sdpa")
     _forget_quantization(model)
-    return model.eval(), _from_transformers(AutoTokenizer, found)
+    return model.eval(), _from_transformers(AutoTokenizer, found) if _has_tokenizer(found) else None
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """Load only the tokenizer of `source`. Raises as `load_model` does, and ValueError if there is none."""
     found = _find(source)
-    if found.kind != "checkpoint":
-        return _from_transformers(AutoTokenizer, found)
-    tokenizer = _saved_tokenizer(read_checkpoint(Path(found.place))["lskip"])
+    tokenizer = None
+    if found.kind == "checkpoint":
+        tokenizer = _saved_tokenizer(read_checkpoint(Path(found.place))["lskip"])
+    elif _has_tokenizer(found):
+        tokenizer = _from_transformers(AutoTokenizer, found)
     if tokenizer is None:
-        raise ValueError(f"model: {source!r} was trained without a tokenizer")
+        raise ValueError(f"model: {source!r} has no tokenizer")
     return tokenizer
+
+
+def _has_tokenizer(found: _Source) -> bool:
+    """False for a folder with weights alone; what is not a folder is asked when it is loaded."""
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+    return found.kind != "folder" or any((Path(found.place) / name).is_file() for name in names)
 
 
 def is_run(folder: Path) -> bool:

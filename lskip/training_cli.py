@@ -166,6 +166,7 @@ class LayerSkipCLI(LightningCLI):
         self.model = LayerSkipModule(built.model, seed=seed, **arguments)
         if self.resumed is not None:
             _check_weights_fit(self.resumed, self.model, self.ckpt_path)
+        _check_rows_fit(self.datamodule, self.model)
         self.trainer = self.instantiate_trainer()
 
     def instantiate_trainer(self, **arguments) -> Trainer:
@@ -236,3 +237,10 @@ def _check_weights_fit(checkpoint: dict, module: LayerSkipModule, path: str) -> 
         shapes = [tuple(weights[name].shape) if name in weights else "absent" for weights in (saved, own)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"ckpt_path: {path!r} is of another model: {name} is {shapes[0]} there, {shapes[1]} here")
+
+
+def _check_rows_fit(data: LightningDataModule | None, module: LayerSkipModule) -> None:
+    """What the first step would refuse, before the text is tokenized."""
+    length, context = getattr(data, "block_size", 0), module.decoder.context_length
+    if length > context:
+        raise ValueError(f"block_size: {length} tokens, the model's context holds {context}")

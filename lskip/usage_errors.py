@@ -32,6 +32,8 @@ def explain(report: str, parser: ArgumentParser, choices: dict[str, type]) -> st
     value = _last_value(report)
     if "dot import path" in report and value is not None and field.rsplit(".", 1)[-1] in choices:
         return _unknown_class(field, value, choices[field.rsplit(".", 1)[-1]])
+    if (literal := re.search(r"Literal\[(.*?)\]", report)) and value is not None:
+        return f"{field}: {value!r} is not one of {literal[1].replace(chr(39), '')}"
     expected = re.findall(r"Expected (?:an? )?(?:<class ')?(\w+)", report)
     kinds = [_KINDS[kind] for kind in dict.fromkeys(expected) if kind in _KINDS]
     if kinds and value is not None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_config, make_model
 
 from lskip.cli import main
-from conftest import make_config, make_model
 
 MODEL = json.dumps(make_config())
 
@@ -79,9 +79,9 @@ BAD = [
     (f"{FIT} --optimizer.lr=fast", "optimizer.lr: 'fast' number"),
     (f"{FIT} --position_share=0", "position_share: 0"),
     (f"{FIT} --position_share=half", "position_share: 'half' number"),
-    (f"{FIT} --checkpoint.every_n_train_steps=0", "every_n_train_steps: 0"),
+    (f"{FIT} {SMALL} --checkpoint.every_n_train_steps=0", "every_n_train_steps: 0"),
     (f"{FIT} --trainer.max_steps=many", "trainer.max_steps: 'many' whole number"),
-    (f"{FIT} --trainer.accelerator=abacus", "abacus"),
+    (f"{FIT} {SMALL} --trainer.accelerator=abacus", "abacus"),
     (f"{FIT} --data.block_size=1", "error: block_size: 1"),
     (f"{FIT} --data.block_sise=16", "data.block_sise there is no such option"),
     (f"{FIT} --data=Texts", "data: 'Texts' TextData"),
@@ -97,7 +97,7 @@ BAD = [
     ("generate", "prompt must be given"),
     (f"generate --promt=x {ASK}", "promt did you mean prompt"),
     ("generate --prompt=x --model={place}/broken.ckpt", "model: broken.ckpt not a readable checkpoint"),
-    (f"generate --prompt= {ASK}", "prompt"),
+    ("generate --prompt= --model=smollm2", "prompt: empty"),
     (f"generate --prompt=x {ASK} --exit_layer=0", "exit_layer: 0"),
     (f"generate --prompt=x {ASK} --exit_layer=5", "exit_layer: 5 4"),
     (f"generate --prompt=x {ASK} --exit_layer=two", "exit_layer: 'two' whole number"),
@@ -105,8 +105,8 @@ BAD = [
     (f"generate --prompt=x {ASK} --max_new_tokens=0", "max_new_tokens: 0"),
     (f"generate --prompt=x {ASK} --temperature=-1", "temperature: -1"),
     (f"generate --prompt=x {ASK} --top_p=1.5", "top_p: 1.5"),
-    (f"generate --prompt=x {ASK} --dtype=int3", "dtype int3 float32"),
-    (f"generate --prompt=x {ASK} --weights=heavy", "weights heavy packed"),
+    (f"generate --prompt=x {ASK} --dtype=int3", "dtype: 'int3' float32, bfloat16"),
+    (f"generate --prompt=x {ASK} --weights=heavy", "weights: 'heavy' packed"),
     (f"generate --prompt=x {ASK} --device=abacus", "device: 'abacus'"),
     (f"{PREDICT}/missing.txt", "prompts missing.txt"),
     (f"{PREDICT}/run", "prompts .txt .jsonl"),

@@ -159,7 +159,10 @@ def test_a_misspelled_config_field_is_refused(tiny_config):
     assert "hidden_size" in message_of(tiny_config(hidden_size="big"))
 
 
-def test_load_tokenizer_of_a_checkpoint_without_one(tmp_path, tiny_model):
+def test_a_model_without_a_tokenizer(tmp_path, tiny_model):
     path = save_checkpoint(tmp_path / "a.ckpt", tiny_model())
-    with pytest.raises(ValueError, match="without a tokenizer"):
-        load_tokenizer(str(path))
+    tiny_model().save_pretrained(tmp_path / "folder")
+    for source in (path, tmp_path / "folder"):
+        assert load_model(str(source))[1] is None
+        with pytest.raises(ValueError, match="has no tokenizer"):
+            load_tokenizer(str(source))

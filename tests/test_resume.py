@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lskip.callbacks.run_checkpoint import RunCheckpoint
 
 from lskip.cli import main
 
@@ -81,6 +82,23 @@ def test_a_stopped_run_goes_on(tmp_path, arguments, stop):
     rest = ("--ckpt_path=last", f"--trainer.max_steps={2 * EPOCH}")
     assert main(arguments(tmp_path / "parts", *steady, *rest)) == 0
     assert_same(weights(tmp_path / "whole", 2 * EPOCH), weights(tmp_path / "parts", 2 * EPOCH))
+
+
+def test_checkpoints_are_only_made_after_a_whole_step(tmp_path, arguments, monkeypatch):
+    """Half an accumulated gradient is in no checkpoint, so none may be saved with one: not even just resumed."""
+    saved = []
+    save = RunCheckpoint._save
+
+    def spy(self, trainer):
+        saved.append((trainer.global_step, trainer.fit_loop.epoch_loop.batch_progress.total.processed))
+        save(self, trainer)
+
+    often = ("--lr_scheduler=null", "--checkpoint.every_n_train_steps=4")
+    assert main(arguments(tmp_path / "run", *often, "--trainer.max_steps=4")) == 0
+    monkeypatch.setattr(RunCheckpoint, "_save", spy)
+    assert main(arguments(tmp_path / "run", *often, "--trainer.max_steps=10", "--ckpt_path=last")) == 0
+    assert saved == [(8, 16), (10, 20)]
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
 
 
 SLOW = """

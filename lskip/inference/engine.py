@@ -55,6 +55,35 @@ class Sequence:
         return self.cache.length + len(self.pending)
 
 
+@dataclass
+class Drafter:
+    """Weights that draft for others: a step of its own, and what that has seen of the text so far."""
+
+    step: Step
+    sequence: Sequence
+
+    def draft(self, depth: int, num_drafts: int, choose: Chooser) -> list[Tensor]:
+        """`num_drafts` tokens, each [1]. The last one is not run: only its successor would need that."""
+        sequence, drafted = self.sequence, []
+        position, ids = sequence.cache.length, sequence.pending
+        for _ in range(num_drafts):
+            x = self.step.run(self.step.embed(ids), sequence.cache, position, 0, depth)
+            position += len(ids)
+            ids = choose(self.step.decode(x[-1:]), position)
+            drafted.append(ids)
+        return drafted
+
+    def follow(self, drafted: list[Tensor], accepted: int, own: Tensor) -> None:
+        """Take over what the round added to the text: `accepted` of `drafted`, and the token `own` [1]."""
+        sequence = self.sequence
+        if not drafted:  # nothing was run
+            sequence.pending = torch.cat([sequence.pending, own])
+            return
+        seen = min(accepted, len(drafted) - 1)
+        sequence.cache.length += len(sequence.pending) + seen
+        sequence.pending = torch.cat([*drafted[seen:accepted], own])
+
+
 class Round(NamedTuple):
     """What a round brought: `accepted` of `drafted` tokens and one of the model's own, in `tokens`."""
 
@@ -75,16 +104,28 @@ def prefill(step: Step, prompt: list[int], max_new_tokens: int, full: int) -> Se
     return sequence
 
 
-def decode_round(step: Step, sequence: Sequence, depth: Depth, num_drafts: int, choose: Chooser) -> Round:
-    """One round, which adds 1 to `num_drafts` + 1 tokens to the text."""
-    drafted, states = draft(step, sequence, depth.draft, num_drafts, choose)
-    own = verify(step, sequence, states, depth, num_drafts, choose)
+def decode_round(
+    step: Step, sequence: Sequence, depth: Depth, num_drafts: int, choose: Chooser, drafter: Drafter | None = None
+) -> Round:
+    """One round, which adds 1 to `num_drafts` + 1 tokens to the text.
+
+    A `drafter`'s states are not the model's own, so that verification starts at the first block.
+    """
+    if drafter is None:
+        drafted, states = draft(step, sequence, depth.draft, num_drafts, choose)
+    else:
+        drafted = drafter.draft(depth.draft, num_drafts, choose)
+        states = step.embed(torch.cat([sequence.pending, *drafted]))
+    blocks = (depth.draft if drafter is None else 0), depth.full
+    own = verify(step, sequence, states, blocks, num_drafts, choose)
     tokens = torch.cat([*drafted, own]).tolist()  # the round's one transfer from the device
     drafted_ids, own_ids = tokens[:num_drafts], tokens[num_drafts:]
     accepted = agreeing_prefix(drafted_ids, own_ids)
     # Rolling back is not moving on: slots of refused tokens are beyond the new length, to be written over.
     sequence.cache.length += len(sequence.pending) + accepted
     sequence.pending = own[accepted : accepted + 1]
+    if drafter is not None:
+        drafter.follow(drafted, accepted, sequence.pending)
     return Round(own_ids[: accepted + 1], num_drafts, accepted)
 
 
@@ -108,9 +149,16 @@ def draft(
     return drafted, torch.cat(states)
 
 
-def verify(step: Step, sequence: Sequence, states: Tensor, depth: Depth, num_drafts: int, choose: Chooser) -> Tensor:
-    """The model's own tokens [num_drafts + 1] for the positions from `next_position` on, given the draft."""
-    x = step.run(states, sequence.cache, sequence.cache.length, depth.draft, depth.full)
+def verify(
+    step: Step, sequence: Sequence, states: Tensor, blocks: tuple[int, int], num_drafts: int, choose: Chooser
+) -> Tensor:
+    """The model's own tokens [num_drafts + 1] for the positions from `next_position` on, given the draft.
+
+    Args:
+        states: [P + num_drafts, D], inputs of the first of `blocks` for the pending and the drafted tokens.
+        blocks: from … to (not included).
+    """
+    x = step.run(states, sequence.cache, sequence.cache.length, *blocks)
     return choose(step.decode(x[-(num_drafts + 1) :]), sequence.next_position)
 
 

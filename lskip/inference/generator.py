@@ -12,9 +12,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lskip.decoder import Decoder
-from lskip.inference.engine import Depth, Round, Step, decode_round, prefill
+from lskip.inference.engine import Depth, Drafter, Round, Step, decode_round, prefill
 from lskip.inference.lean_step import LeanStep, obstacle, sample_weights
 from lskip.inference.module_step import ModuleStep
+from lskip.inference.quantized import choose_draft_form
 from lskip.inference.sampling import TokenChooser
 from lskip.inference.settings import GenerationSettings, defaults_from
 from lskip.inference.stopping import StopRule, stop_rule
@@ -115,6 +116,7 @@ class TextGenerator:
     Attributes:
         defaults: settings of a call that names none, from the model's generation_config.
         step: how blocks are run (LeanStep or ModuleStep).
+        draft_step: the blocks that draft when they have weights of their own; None: `step` drafts.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class TextGenerator:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         weights: str = "auto",
+        draft_weights: str | None = None,
         release_model: bool = False,
     ):
         """Converts the weights once.
@@ -131,10 +134,13 @@ class TextGenerator:
             tokenizer: None: prompts are token ids, and the text stays empty.
             weights: how they are held: "plain", "packed" or "transposed" (both for the CPU), or "auto": what is
                 fastest on this machine.
+            draft_weights: "int8" or "int4": drafts come from a rounded copy of the blocks (of all of them where no
+                exit_layer is named) and are verified by the model's own weights, so that the text is the same.
+                Needs no training; CPU only. None: drafts come from the model's own first layers.
             release_model: free the model's blocks while converting. The model is of no use afterwards.
 
         Raises:
-            ValueError: an unsupported family, or `weights` that are unknown or do not work here.
+            ValueError: an unsupported family, or `weights` or `draft_weights` that are unknown or do not work here.
         """
         decoder = Decoder(model)
         self.tokenizer = tokenizer
@@ -142,6 +148,8 @@ class TextGenerator:
         self.eos_ids = end_tokens(model, tokenizer)
         self.num_layers, self.vocab_size = decoder.num_layers, decoder.vocab_size
         self.context_length = decoder.context_length
+        # First, since building `step` may take the model apart.
+        self.draft_step = None if draft_weights is None else build_draft_step(decoder, draft_weights)
         self.step = build_step(decoder, weights, release_model)
 
     def generate(self, prompt, **settings) -> Generation:
@@ -159,7 +167,7 @@ class TextGenerator:
     def stream(self, prompt, **settings) -> TextStream:
         """The same as an iterator of text pieces. Everything is checked here, before the first piece."""
         chosen = self.defaults.changed(**settings)
-        chosen.check_layers(self.num_layers)
+        chosen.check_layers(self.num_layers, draft_weights=self.draft_step is not None)
         ids = encode_prompt(prompt, self.tokenizer, chosen.chat, self.vocab_size)
         stop = stop_rule(self.eos_ids, len(ids), chosen.max_new_tokens, self.context_length)
         seed = secrets.randbits(32) if chosen.seed is None else chosen.seed
@@ -175,15 +183,22 @@ class TextGenerator:
         choose = TokenChooser(settings, generation.seed, self.eos_ids, len(ids) + settings.min_new_tokens)
         with torch.inference_mode():
             sequence = prefill(self.step, ids, stop.max_new_tokens, depth.full)
+            drafter = self._drafter(ids, stop.max_new_tokens, depth) if settings.num_speculations else None
         while generation.finish_reason is None:
             left = stop.max_new_tokens - len(generation.token_ids)
             # A generator must not hold inference mode while the caller runs.
             with torch.inference_mode():
-                outcome = decode_round(self.step, sequence, depth, min(settings.num_speculations, left - 1), choose)
+                num_drafts = min(settings.num_speculations, left - 1)
+                outcome = decode_round(self.step, sequence, depth, num_drafts, choose, drafter)
             kept, generation.finish_reason = stop.cut(outcome.tokens, len(generation.token_ids))
             generation.add(outcome, kept)
             generation.seconds = time.perf_counter() - begin
             yield kept
+
+    def _drafter(self, ids: list[int], max_new_tokens: int, depth: Depth) -> Drafter | None:
+        if self.draft_step is None:
+            return None
+        return Drafter(self.draft_step, prefill(self.draft_step, ids, max_new_tokens, depth.draft))
 
 
 def depth_of(settings: GenerationSettings, num_layers: int) -> Depth:
@@ -206,6 +221,17 @@ def build_step(decoder: Decoder, weights: str, release: bool) -> Step:
     return ModuleStep(decoder)
 
 
+def build_draft_step(decoder: Decoder, draft_weights: str) -> LeanStep:
+    """The blocks again, in rounded weights.
+
+    Raises:
+        ValueError: `draft_weights` is unknown or does not work here, or the lean step does not cover the model.
+    """
+    if (reason := obstacle(decoder)) is not None:
+        raise ValueError(f"draft_weights: {draft_weights!r} is not for this model ({reason}); leave it out")
+    return LeanStep(decoder, choose_draft_form(draft_weights, sample_weights(decoder)))
+
+
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
     """Tokens that end a text: generation_config's, else the tokenizer's, else none."""
     ids = model.generation_config.eos_token_id if model.generation_config is not None else None
@@ -217,13 +243,17 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 
 
 def load_generator(
-    model: str = "smollm2", dtype: str = "float32", weights: str = "auto", device: str = "auto"
+    model: str = "smollm2",
+    dtype: str = "float32",
+    weights: str = "auto",
+    draft_weights: str | None = None,
+    device: str = "auto",
 ) -> TextGenerator:
     """A generator from whatever `--model` can name: "smollm2", a run, a checkpoint, a folder, a hub name, a GGUF file.
 
     Args:
         dtype: "float32", "bfloat16" or "float16".
-        weights: as in TextGenerator.
+        weights, draft_weights: as in TextGenerator.
         device: "cpu", "cuda", …; "auto": a GPU where there is one.
 
     Raises:
@@ -235,7 +265,7 @@ def load_generator(
         raise ValueError(f"dtype: {dtype!r} is not one of float32, bfloat16, float16")
     place = resolve_device(device)
     loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
-    return TextGenerator(loaded.eval().to(place), tokenizer, weights, release_model=True)
+    return TextGenerator(loaded.eval().to(place), tokenizer, weights, draft_weights, release_model=True)
 
 
 def resolve_device(device: str) -> torch.device:

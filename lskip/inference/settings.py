@@ -17,8 +17,9 @@ class GenerationSettings:
         max_new_tokens: tokens to generate at most; cut to what the context leaves.
         min_new_tokens: an end-of-text token is not chosen before this many, as in transformers.
         exit_layer: blocks that run before a token is read off (1 … L). None: all of them.
-        num_speculations: tokens drafted at `exit_layer` before the whole model verifies them. 0 with an
-            `exit_layer` below L generates from that layer alone.
+        num_speculations: tokens drafted before the whole model verifies them: at `exit_layer`, or where the
+            generator has draft_weights by all layers in those. 0 with an `exit_layer` below L generates from that
+            layer alone.
         temperature: 0.0 takes the likeliest token, 1.0 samples from the model's distribution.
         top_k: sample among the k likeliest only; None: all.
         top_p: sample among the likeliest that together reach this probability, in (0, 1].
@@ -57,8 +58,8 @@ class GenerationSettings:
         if self.chat not in (None, True, False):
             raise ValueError(f"chat: {self.chat!r} is not true, false or null")
 
-    def check_layers(self, num_layers: int) -> None:
-        """Checks `exit_layer` and `num_speculations` against a model of `num_layers`.
+    def check_layers(self, num_layers: int, draft_weights: bool = False) -> None:
+        """Checks `exit_layer` and `num_speculations` against a model of `num_layers`, with draft weights or without.
 
         Raises:
             ValueError: exit_layer beyond the model, or speculation without an exit below the last layer.
@@ -67,10 +68,10 @@ class GenerationSettings:
             raise ValueError(
                 f"exit_layer: {self.exit_layer} is not a whole number from 1 to {num_layers}, the model's layers"
             )
-        if self.num_speculations and self.exit_layer in (None, num_layers):
+        if self.num_speculations and not draft_weights and self.exit_layer in (None, num_layers):
             raise ValueError(
                 f"num_speculations: {self.num_speculations} needs an exit_layer from 1 to {num_layers - 1} to draft"
-                f" with; exit_layer is {self.exit_layer}"
+                f" with (it is {self.exit_layer}), or draft_weights"
             )
 
     def changed(self, **settings) -> GenerationSettings:

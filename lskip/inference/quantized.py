@@ -1,0 +1,83 @@
+"""Weights rounded to 8 or 4 bits: for drafts only, since the model's own text needs the model's own weights."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lskip.inference.weights import Form, Plain
+
+GROUP = 32  # weights of a row that share a scale in int4
+
+
+class Int8(Plain):
+    """One scale a row, symmetric; activations stay as they are. CPU."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        """weight [out, in] is rounded into 8 bits; bias [out] is kept."""
+        scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-12)
+        super().__init__(torch.round(weight / scale[:, None]).to(torch.int8), bias)
+        self.scale = scale.to(weight.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        product = torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale)
+        return product if self.bias is None else product + self.bias
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        return residual + self(x)
+
+
+class Int4(Plain):
+    """A scale and a zero point for each 32 weights of a row; activations stay as they are. CPU."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        """weight [out, in] is rounded into 4 bits, `in` a multiple of 32; bias [out] is kept."""
+        self.out = len(weight)
+        padded = F.pad(weight.float(), (0, 0, 0, -self.out % 16))  # the kernel wants a multiple of 16 rows
+        groups = padded.unflatten(1, (-1, GROUP))  # [out, in / 32, 32]
+        low, high = groups.amin(-1), groups.amax(-1)
+        scale = ((high - low) / 15).clamp(min=1e-12)
+        levels = torch.round((groups - low[..., None]) / scale[..., None]).clamp(0, 15).int().flatten(1)
+        super().__init__(torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1), bias)
+        # The kernel counts levels from the middle: weight = (level - 8) scale + zero.
+        self.scale_and_zero = torch.stack([scale, low + 8 * scale], -1).transpose(0, 1).to(weight.dtype).contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, GROUP, self.scale_and_zero)
+        product = product[:, : self.out]
+        return product if self.bias is None else product + self.bias
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        return residual + self(x)
+
+
+DRAFT_FORMS = {"int8": Int8, "int4": Int4}
+
+
+def choose_draft_form(form: str, samples: list[Tensor]) -> Form:
+    """The class for `form`, "int8" or "int4", after trying it on `samples` [out, in] each.
+
+    Raises:
+        ValueError: unknown form, or one that does not work here.
+    """
+    if form not in DRAFT_FORMS:
+        raise ValueError(f"draft_weights: {form!r} is not one of {', '.join(DRAFT_FORMS)}")
+    for sample in samples:
+        if (reason := obstacle_to_rounding(DRAFT_FORMS[form], sample)) is not None:
+            raise ValueError(f"draft_weights: {form!r} does not work here ({reason}); leave it out")
+    return DRAFT_FORMS[form]
+
+
+def obstacle_to_rounding(form: Form, sample: Tensor) -> str | None:
+    """Why `sample` [out, in] cannot be rounded and multiplied on this machine; None when it comes out about right."""
+    if sample.device.type != "cpu":
+        return f"the model is on {sample.device.type}, these kernels are for the CPU"
+    row = torch.linspace(-1, 1, sample.shape[1], dtype=sample.dtype)[None]
+    try:
+        product = form(sample)(row)
+    except (AttributeError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+    exact = (row.double() @ sample.double().T).norm()
+    error = (product.double() - row.double() @ sample.double().T).norm()
+    return None if error <= 0.25 * exact else "its products differ from torch's"

@@ -1,0 +1,81 @@
+"""Drafts from rounded weights: the products, and the text that must not depend on them."""
+
+import pytest
+import torch
+
+from lskip.inference import TextGenerator
+from lskip.inference.quantized import DRAFT_FORMS, Int4, Int8
+from lskip.inference.weights import Plain
+
+
+def by_hand(form, weight):
+    """What the rounded matrix stands for, worked out in float64 without the kernels."""
+    exact = weight.double()
+    if form is Int8:
+        scale = exact.abs().amax(1, keepdim=True) / 127
+        return torch.round(exact / scale) * scale
+    groups = exact.view(len(exact), -1, 32)
+    low = groups.amin(-1, keepdim=True)
+    scale = (groups.amax(-1, keepdim=True) - low) / 15
+    return (torch.round((groups - low) / scale) * scale + low).view_as(exact)
+
+
+@pytest.mark.parametrize("form", [Int8, Int4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_are_those_of_the_rounded_matrix(form, bias):
+    torch.manual_seed(0)
+    weight, offset = torch.randn(96, 64), torch.randn(96) if bias else None
+    x, residual = torch.randn(3, 64), torch.randn(3, 96)
+    held = form(weight, offset)
+    expected = x.double() @ by_hand(form, weight).T + (0 if offset is None else offset)
+    tolerance = 0.15 if form is Int4 else 1e-4  # the int4 kernel may keep scales in bfloat16
+    assert (held(x) - expected).abs().max() < tolerance
+    assert (held.add_to(residual, x) - expected - residual).abs().max() < tolerance
+    # and rounding is what makes the difference to the exact product
+    assert (held(x) - Plain(weight, offset)(x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("draft_weights", DRAFT_FORMS)
+def test_text_is_the_models_own(tiny_model, family, draft_weights):
+    model = tiny_model(family, head_dim=8)
+    plain = TextGenerator(model).generate([5, 6, 7], max_new_tokens=40, min_new_tokens=40)
+    generator = TextGenerator(model, draft_weights=draft_weights)
+    for exit_layer in (None, 2, 4):
+        for num_speculations in (1, 2, 5):
+            drafted = generator.generate(
+                [5, 6, 7],
+                max_new_tokens=40,
+                min_new_tokens=40,
+                exit_layer=exit_layer,
+                num_speculations=num_speculations,
+            )
+            assert drafted.token_ids == plain.token_ids
+            assert drafted.drafted > 0
+
+
+@pytest.mark.parametrize("num_speculations", [1, 2, 4])
+def test_exact_weights_as_their_own_draft_are_always_accepted(tiny_model, monkeypatch, num_speculations):
+    """A lagging or misplaced draft cache would make even the same weights disagree."""
+    monkeypatch.setitem(DRAFT_FORMS, "int8", Plain)
+    generator = TextGenerator(tiny_model("llama"), draft_weights="int8")
+    answer = generator.generate([3, 1, 4], max_new_tokens=50, min_new_tokens=50, num_speculations=num_speculations)
+    assert answer.accepted == answer.drafted > 0
+    assert answer.rounds == -(-50 // (num_speculations + 1))
+
+
+def test_sampled_text_does_not_depend_on_the_draft(tiny_model):
+    model = tiny_model("llama")
+    settings = {"max_new_tokens": 30, "temperature": 1.0, "top_p": 0.9, "seed": 7}
+    plain = TextGenerator(model).generate([5, 6, 7], **settings)
+    drafted = TextGenerator(model, draft_weights="int4").generate([5, 6, 7], num_speculations=3, **settings)
+    assert drafted.token_ids == plain.token_ids
+
+
+def test_bad_draft_weights(tiny_model, monkeypatch):
+    with pytest.raises(ValueError, match=r"draft_weights: 'int3' is not one of int8, int4"):
+        TextGenerator(tiny_model("llama"), draft_weights="int3")
+    with pytest.raises(ValueError, match=r"draft_weights: 'int4' does not work here"):
+        TextGenerator(tiny_model("llama", hidden_size=48, head_dim=12), draft_weights="int4")
+    with pytest.raises(ValueError, match=r"draft_weights: 'int8' is not for this model \(its activation is gelu\)"):
+        TextGenerator(tiny_model("llama", hidden_act="gelu"), draft_weights="int8")
