@@ -29,7 +29,7 @@ from rich.console import Console
 from lskip.cli import main as lskip
 from lskip.data import TextData
 from lskip.decoder import Decoder
-from lskip.inference import Generation, TextGenerator, load_generator
+from lskip.inference import Generation, TextGenerator
 from lskip.layer_figure import perplexity_figure, print_layers
 from lskip.pretrained import load_model
 from lskip.readout import LayerReport, read_exits, report_layers
@@ -48,6 +48,7 @@ class Sizes:
         new_tokens: tokens a prompt.
         blocks: blocks of held-out text in each layer table.
         exit_layer, num_speculations: how the trained model drafts.
+        draft_weights, smollm2_speculations: how SmolLM2, which has not learned to exit, drafts.
     """
 
     fit: tuple[str, ...] = ()
@@ -56,6 +57,8 @@ class Sizes:
     blocks: int = 16
     exit_layer: int = 2
     num_speculations: int = 4
+    draft_weights: str = "int8"
+    smollm2_speculations: int = 6
 
 
 def run(output: Path, sizes: Sizes) -> dict:
@@ -93,6 +96,7 @@ def scratch(output: Path, sizes: Sizes) -> dict:
     prompts = held_out_functions(held_out, tokenizer, sizes.prompts)
     return {
         "layers": reports["after training"].layers(),
+        "layers_needed": reports["after training"].layers_needed,
         "unigram_perplexity": held_out.unigram_perplexity(),
         "fit_seconds": fit_seconds,
         **speculation(model, tokenizer, prompts, sizes),
@@ -124,21 +128,20 @@ def held_out_functions(data: TextData, tokenizer, count: int) -> list[list[int]]
 def speculation(model, tokenizer, prompts: list[list[int]], sizes: Sizes) -> dict:
     """Autoregressive and self-speculative decoding of the same prompts, turn by turn."""
     generator = TextGenerator(model, tokenizer)
+    length = {"max_new_tokens": sizes.new_tokens, "min_new_tokens": sizes.new_tokens}
     speculative = {"exit_layer": sizes.exit_layer, "num_speculations": sizes.num_speculations}
-    plain_runs, drafted_runs = [], []
+    plain, drafted = [], []
     for prompt in [prompts[0], *prompts]:  # the first is a warm-up
-        plain_runs.append(generator.generate(prompt, max_new_tokens=sizes.new_tokens, temperature=0.0))
-        drafted_runs.append(generator.generate(prompt, max_new_tokens=sizes.new_tokens, temperature=0.0, **speculative))
-    plain_runs, drafted_runs = plain_runs[1:], drafted_runs[1:]
-    agreement = draft_agreement(Decoder(model), prompts, plain_runs, sizes.exit_layer)
+        plain.append(generator.generate(prompt, temperature=0.0, **length))
+        drafted.append(generator.generate(prompt, temperature=0.0, **length, **speculative))
+    plain, drafted = plain[1:], drafted[1:]
     return {
         **speculative,
-        "mismatches": mismatches([r.token_ids for r in plain_runs], [r.token_ids for r in drafted_runs]),
-        "draft_agreement": agreement,
-        "acceptance_rate": sum(r.accepted for r in drafted_runs) / sum(r.drafted for r in drafted_runs),
-        "tokens_per_round": sum(len(r.token_ids) for r in drafted_runs) / sum(r.rounds for r in drafted_runs),
-        "distinct_3grams": distinct_3grams([r.token_ids for r in plain_runs]),
-        "speedup": statistics.median(a.seconds / b.seconds for a, b in zip(plain_runs, drafted_runs, strict=True)),
+        "mismatches": sum(a.token_ids != b.token_ids for a, b in zip(plain, drafted, strict=True)),
+        "draft_agreement": draft_agreement(Decoder(model), prompts, plain, sizes.exit_layer),
+        **acceptance(drafted),
+        "distinct_3grams": distinct_3grams([run.token_ids for run in plain]),
+        "speedup": speedup([run.seconds for run in plain], drafted),
     }
 
 
@@ -163,22 +166,41 @@ def smollm2(output: Path, sizes: Sizes) -> dict:
     model, tokenizer = load_model("smollm2")
     report = report_layers(Decoder(model), topic_blocks(tokenizer, sizes.blocks // 2))
     show({"SmolLM2-135M-Instruct": report}, output / "smollm2_layers.png")
-    generator = load_generator("smollm2")
-    answers, references, ratios = [], [], []
-    prompts = chat_prompts()[: sizes.prompts]
-    for prompt in [prompts[0], *prompts]:  # the first is a warm-up
-        answer = generator.generate(prompt, max_new_tokens=sizes.new_tokens, temperature=0.0)
-        reference, seconds = generate_with_transformers(model, tokenizer, prompt, sizes.new_tokens)
-        answers.append(answer.token_ids)
-        references.append(reference)
-        ratios.append(seconds / answer.seconds)
     return {
         "layers": report.layers(),
         "layers_needed": report.layers_needed,
-        "mismatches": mismatches(references[1:], answers[1:]),
-        "distinct_3grams": distinct_3grams(answers[1:]),
-        "tokens": sum(len(answer) for answer in answers[1:]),
-        "speedup_over_generate": statistics.median(ratios[1:]),
+        **answers(model, tokenizer, sizes),
+    }
+
+
+def answers(model, tokenizer, sizes: Sizes) -> dict:
+    """Chat prompts answered by lskip, without and with drafts, and by transformers `generate`, turn by turn."""
+    generator = TextGenerator(model, tokenizer, draft_weights=sizes.draft_weights)
+    length = {"max_new_tokens": sizes.new_tokens, "min_new_tokens": sizes.new_tokens}
+    plain, drafted, reference, seconds = [], [], [], []
+    prompts = chat_prompts()[: sizes.prompts]
+    for prompt in [prompts[0], *prompts]:  # the first is a warm-up
+        plain.append(generator.generate(prompt, temperature=0.0, **length))
+        drafted.append(
+            generator.generate(prompt, temperature=0.0, num_speculations=sizes.smollm2_speculations, **length)
+        )
+        tokens, taken = generate_with_transformers(model, tokenizer, prompt, length)
+        reference.append(tokens)
+        seconds.append(taken)
+    plain, drafted, reference, seconds = plain[1:], drafted[1:], reference[1:], seconds[1:]
+    return {
+        "draft_weights": sizes.draft_weights,
+        "num_speculations": sizes.smollm2_speculations,
+        "weights": type(generator.step.head).__name__,
+        "tokens": sum(map(len, reference)),
+        "mismatches": sum(
+            not a == b.token_ids == c.token_ids for a, b, c in zip(reference, plain, drafted, strict=True)
+        ),
+        "distinct_3grams": distinct_3grams(reference),
+        "generate_tokens_per_second": statistics.median(len(a) / s for a, s in zip(reference, seconds, strict=True)),
+        **acceptance(drafted),
+        "autoregressive_over_generate": speedup(seconds, plain),
+        "speedup_over_generate": speedup(seconds, drafted),
     }
 
 
@@ -195,11 +217,11 @@ def chat_prompts() -> list[str]:
 
 
 @torch.inference_mode()
-def generate_with_transformers(model, tokenizer, prompt: str, new_tokens: int) -> tuple[list[int], float]:
+def generate_with_transformers(model, tokenizer, prompt: str, length: dict) -> tuple[list[int], float]:
     chat = [{"role": "user", "content": prompt}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     started = time.perf_counter()
-    output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    output = model.generate(**inputs, **length, do_sample=False)
     seconds = time.perf_counter() - started
     return output[0, inputs["input_ids"].shape[1] :].tolist(), seconds
 
@@ -213,9 +235,17 @@ def show(reports: dict[str, LayerReport], figure: Path) -> None:
     perplexity_figure(reports).savefig(figure, dpi=120)
 
 
-def mismatches(expected: list[list[int]], got: list[list[int]]) -> int:
-    """Prompts whose tokens differ anywhere."""
-    return sum(a != b for a, b in zip(expected, got, strict=True))
+def acceptance(runs: list[Generation]) -> dict:
+    """Over all runs together; the two figures belong together, since acceptance falls as more is drafted."""
+    return {
+        "acceptance_rate": sum(run.accepted for run in runs) / sum(run.drafted for run in runs),
+        "tokens_per_round": sum(len(run.token_ids) for run in runs) / sum(run.rounds for run in runs),
+    }
+
+
+def speedup(seconds: list[float], runs: list[Generation]) -> float:
+    """The median of the paired ratios: each run against what ran beside it."""
+    return statistics.median(before / run.seconds for before, run in zip(seconds, runs, strict=True))
 
 
 def distinct_3grams(texts: list[list[int]]) -> float:
@@ -228,18 +258,32 @@ def print_summary(summary: dict, output: Path) -> None:
     console.rule("Summary")
     small, real = summary["scratch"], summary["smollm2"]
     last = small["layers"][-1]["perplexity"]
+    print_layers(report_of(real), console, "SmolLM2-135M-Instruct")
+    print_layers(report_of(small), console, "trained from scratch")
     console.print(
         f"from scratch: perplexity {last:.0f} at the last layer (unigram {small['unigram_perplexity']:.0f}), "
         f"trained in {small['fit_seconds']:.0f} s\n"
-        f"  drafting {small['num_speculations']} tokens with the first {small['exit_layer']} layers: "
-        f"{equality(small['mismatches'])}, draft_agreement {small['draft_agreement']:.2f}, "
-        f"acceptance_rate {small['acceptance_rate']:.2f}, tokens_per_round {small['tokens_per_round']:.2f}, "
-        f"distinct 3-grams {small['distinct_3grams']:.2f}, {small['speedup']:.2f}x autoregressive\n"
+        f"  the first {small['exit_layer']} layers draft {small['num_speculations']}: "
+        f"{decoding(small)}, {small['speedup']:.2f}x autoregressive\n"
         f"SmolLM2: perplexity {real['layers'][14]['perplexity']:.2g} at layer 15, "
         f"{real['layers'][-1]['perplexity']:.1f} at layer {len(real['layers'])}\n"
-        f"  lskip against transformers generate (float32): {equality(real['mismatches'])}, "
-        f"distinct 3-grams {real['distinct_3grams']:.2f}, {real['speedup_over_generate']:.2f}x\n"
+        f"  {real['draft_weights']} drafts {real['num_speculations']}: {decoding(real)}, "
+        f"{real['speedup_over_generate']:.2f}x transformers generate in float32 "
+        f"(without drafts {real['autoregressive_over_generate']:.2f}x)\n"
         f"figures: {output}/scratch_layers.png, {output}/smollm2_layers.png; numbers: {output}/summary.json"
+    )
+
+
+def report_of(part: dict) -> LayerReport:
+    rows = part["layers"]
+    return LayerReport([r["perplexity"] for r in rows], [r["agreement"] for r in rows], part["layers_needed"])
+
+
+def decoding(part: dict) -> str:
+    agreement = f"draft_agreement {part['draft_agreement']:.2f}, " if "draft_agreement" in part else ""
+    return (
+        f"{equality(part['mismatches'])}, {agreement}acceptance_rate {part['acceptance_rate']:.2f}, "
+        f"tokens_per_round {part['tokens_per_round']:.2f}, distinct 3-grams {part['distinct_3grams']:.2f}"
     )
 
 

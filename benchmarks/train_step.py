@@ -53,10 +53,10 @@ class Sizes:
     heads: int = 4
     batch: int = 16
     length: int = 256
-    rounds: int = 7
+    rounds: int = 5
     p_max: float = 0.5
     position_share: float = 0.125
-    exit_rows: int = 4096
+    exit_rows: int = 2048
     exits: int = 4
     vocabularies: tuple[int, ...] = (4096, 8192, 32768, 131072)
     plain_loop_bytes: int = 2**30

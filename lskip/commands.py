@@ -33,7 +33,8 @@ def predict(
     seed: int = 0,
     chat: bool | None = None,
     dtype: Dtype = "float32",
-    weights: Literal["auto", "plain", "packed"] = "auto",
+    weights: Literal["auto", "plain", "packed", "transposed"] = "auto",
+    draft_weights: Literal["int8", "int4"] | None = None,
     device: str = "auto",
     overwrite: bool = False,
     resume: bool = False,
@@ -48,14 +49,16 @@ def predict(
         model: a run folder, a checkpoint, an exported or downloaded folder, a hub name, a .gguf file, smollm2.
         max_new_tokens: tokens to generate at most; null takes the model's default.
         exit_layer: blocks that run before a token is read off, 1 to the model's layers; null runs all.
-        num_speculations: tokens drafted at exit_layer before the whole model verifies them; 0 does not draft.
+        num_speculations: tokens drafted, at exit_layer or by draft_weights, before the whole model verifies them;
+            0 does not draft.
         temperature: 0 takes the likeliest token; null takes the model's default.
         top_k: sample among so many likeliest tokens; null takes the model's default.
         top_p: sample among the likeliest that together reach this probability; null takes the model's default.
         seed: of sampling.
         chat: whether a plain prompt goes through the chat template; null: when the model has one.
         dtype: of the weights in memory.
-        weights: how they are held; packed is twice as fast on a CPU, auto packs where that works.
+        weights: how they are held while decoding; auto takes what is fastest on this machine.
+        draft_weights: drafts come from a copy of the model in int8 or int4; null: from its own first layers.
         device: cpu, cuda …; auto takes a GPU where there is one.
         overwrite: start over an existing output.
         resume: go on with an existing output, after the prompts that it answers.
@@ -63,7 +66,7 @@ def predict(
     settings = _settings(locals())
     asked = read_prompts(Path(prompts))
     done, mode = start_output(Path(output), asked, overwrite, resume)
-    generator = load_generator(model, dtype=dtype, weights=weights, device=device)
+    generator = load_generator(model, dtype=dtype, weights=weights, draft_weights=draft_weights, device=device)
     for prompt in asked[done:]:
         prompt.check(generator, settings)
     with open(output, mode, encoding="utf-8") as file:
@@ -104,7 +107,8 @@ def generate(
     seed: int = 0,
     chat: bool | None = None,
     dtype: Dtype = "float32",
-    weights: Literal["auto", "plain", "packed"] = "auto",
+    weights: Literal["auto", "plain", "packed", "transposed"] = "auto",
+    draft_weights: Literal["int8", "int4"] | None = None,
     device: str = "auto",
 ) -> None:
     """Answer one prompt: the text on standard output as it comes, the counts on standard error.
@@ -114,20 +118,22 @@ def generate(
         model: a run folder, a checkpoint, an exported or downloaded folder, a hub name, a .gguf file, smollm2.
         max_new_tokens: tokens to generate at most; null takes the model's default.
         exit_layer: blocks that run before a token is read off, 1 to the model's layers; null runs all.
-        num_speculations: tokens drafted at exit_layer before the whole model verifies them; 0 does not draft.
+        num_speculations: tokens drafted, at exit_layer or by draft_weights, before the whole model verifies them;
+            0 does not draft.
         temperature: 0 takes the likeliest token; null takes the model's default.
         top_k: sample among so many likeliest tokens; null takes the model's default.
         top_p: sample among the likeliest that together reach this probability; null takes the model's default.
         seed: of sampling.
         chat: whether the prompt goes through the chat template; null: when the model has one.
         dtype: of the weights in memory.
-        weights: how they are held; packed is twice as fast on a CPU, auto packs where that works.
+        weights: how they are held while decoding; auto takes what is fastest on this machine.
+        draft_weights: drafts come from a copy of the model in int8 or int4; null: from its own first layers.
         device: cpu, cuda …; auto takes a GPU where there is one.
     """
     settings = _settings(locals())
     if not prompt:
         raise ValueError("prompt: is empty; give some text to continue")
-    generator = load_generator(model, dtype=dtype, weights=weights, device=device)
+    generator = load_generator(model, dtype=dtype, weights=weights, draft_weights=draft_weights, device=device)
     stream = generator.stream(prompt, **settings)
     for piece in stream:
         print(piece, end="", flush=True)

@@ -210,11 +210,18 @@ class LayerSkipModule(LightningModule):
         self.drop_rates.reset()
         self.exit_weights.reset()
         if self.tokenizer is None:
-            self.tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)
+            self._adopt_tokenizer(getattr(self.trainer.datamodule, "tokenizer", None))
         if self.tokenizer is not None and len(self.tokenizer) > self.decoder.vocab_size:
             raise ValueError(
                 f"vocab_size: the model has {self.decoder.vocab_size}, the tokenizer {len(self.tokenizer)} entries"
             )
+
+    def _adopt_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """The data's tokenizer becomes the model's, and its end of text what ends the model's texts."""
+        self.tokenizer = tokenizer
+        if tokenizer is not None:
+            self.model.config.eos_token_id = tokenizer.eos_token_id
+            self.model.generation_config.eos_token_id = tokenizer.eos_token_id
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["lskip"] = pack_model(self.model, self.tokenizer)
