@@ -57,8 +57,8 @@ class Sizes:
     blocks: int = 16
     exit_layer: int = 2
     num_speculations: int = 4
-    draft_weights: str = "int8"
-    smollm2_speculations: int = 6
+    draft_weights: str = "int4"
+    smollm2_speculations: int = 7
 
 
 def run(output: Path, sizes: Sizes) -> dict:

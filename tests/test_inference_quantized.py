@@ -28,11 +28,15 @@ def test_products_are_those_of_the_rounded_matrix(form, bias):
     x, residual = torch.randn(3, 64), torch.randn(3, 96)
     held = form(weight, offset)
     expected = x.double() @ by_hand(form, weight).T + (0 if offset is None else offset)
-    tolerance = 0.15 if form is Int4 else 1e-4  # the int4 kernel may keep scales in bfloat16
-    assert (held(x) - expected).abs().max() < tolerance
-    assert (held.add_to(residual, x) - expected - residual).abs().max() < tolerance
-    # and rounding is what makes the difference to the exact product
-    assert (held(x) - Plain(weight, offset)(x)).abs().max() > 1e-3
+
+    def distance(product, truth):
+        return float((product.double() - truth).norm() / truth.norm())
+
+    # The kernels multiply in bfloat16: 1 % is far above that, and far below what 4 bits change.
+    assert distance(held(x), expected) < 0.01
+    assert distance(held.add_to(residual, x), expected + residual) < 0.01
+    assert held(x).dtype == torch.float32
+    assert form is Int8 or distance(Plain(weight, offset)(x), expected) > 0.03
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
@@ -58,6 +62,7 @@ def test_text_is_the_models_own(tiny_model, family, draft_weights):
 def test_exact_weights_as_their_own_draft_are_always_accepted(tiny_model, monkeypatch, num_speculations):
     """A lagging or misplaced draft cache would make even the same weights disagree."""
     monkeypatch.setitem(DRAFT_FORMS, "int8", Plain)
+    monkeypatch.setattr("lskip.inference.generator.HEAD_FORM", Plain)
     generator = TextGenerator(tiny_model("llama"), draft_weights="int8")
     answer = generator.generate([3, 1, 4], max_new_tokens=50, min_new_tokens=50, num_speculations=num_speculations)
     assert answer.accepted == answer.drafted > 0

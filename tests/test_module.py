@@ -149,54 +149,6 @@ def test_activation_checkpointing_changes_nothing(tiny_model, reentrant):
         torch.testing.assert_close(same_grads[name], grads[name], rtol=1e-5, atol=1e-7)
 
 
-# A share of the positions
-
-
-@pytest.fixture
-def decoded(monkeypatch):
-    """Fills with (labels, row weights) of each call of head_loss."""
-    calls = []
-
-    def spy(states, head_weight, head_bias, labels, row_weights):
-        calls.append((labels, row_weights))
-        return original(states, head_weight, head_bias, labels, row_weights)
-
-    original = lskip.module.head_loss
-    monkeypatch.setattr(lskip.module, "head_loss", spy)
-    return calls
-
-
-def test_a_share_of_the_positions_at_each_exit_but_the_last(tiny_model, decoded):
-    ids = random_ids(rows=4, length=21)  # 80 scored positions
-    module = make_module(tiny_model(), weights=[0, 0.2, 0.3, 0.5], position_share=0.25)
-    module.early_exit_loss({"input_ids": ids}, 0)
-    ((labels, weights),) = decoded
-    assert len(labels) == 20 + 20 + 80
-    assert weights.tolist() == pytest.approx([0.8] * 20 + [1.2] * 20 + [0.5] * 80)
-    assert torch.equal(labels[40:], ids[:, 1:].flatten())
-    assert not torch.equal(labels[:20], labels[20:40])  # each exit draws its own
-
-
-def test_an_exit_decodes_at_least_one_position(tiny_model, decoded):
-    module = make_module(tiny_model(), weights=[0, 0.2, 0.3, 0.5], position_share=0.001)
-    module.early_exit_loss({"input_ids": random_ids()}, 0)
-    assert len(decoded[0][0]) == 1 + 1 + 33
-
-
-def test_the_sampled_loss_is_an_unbiased_estimate(tiny_model):
-    batch = {"input_ids": random_ids(rows=4, length=21)}
-    weights = [0, 0.3, 0.3, 0.4]
-    with torch.no_grad():
-        full = make_module(tiny_model(), weights=weights).early_exit_loss(batch, 0)[0]
-        module = make_module(tiny_model(), weights=weights, position_share=0.1)
-        results = [module.early_exit_loss(batch, micro_batch) for micro_batch in range(200)]
-    sampled = torch.stack([loss for loss, _ in results])
-    standard_error = sampled.std() / len(sampled) ** 0.5
-    assert standard_error > 0 and abs(sampled.mean() - full) < 4 * standard_error
-    assert standard_error < 0.02 * full
-    assert len({last.item() for _, last in results}) == 1  # the last exit is never sampled
-
-
 # Vectors and their writers, over runs
 
 
@@ -248,6 +200,16 @@ def test_a_second_run_of_the_module_starts_from_plain_training(tiny_model, tmp_p
 
 
 # What the module knows of the run
+
+
+def test_micro_batches_are_numbered_through_the_run(tiny_model, tmp_path, monkeypatch):
+    """Over epochs and accumulated steps alike: no two of them draw the same."""
+    numbers = []
+    original = LayerSkipModule.early_exit_loss
+    monkeypatch.setattr(LayerSkipModule, "early_exit_loss", lambda *args: numbers.append(args[-1]) or original(*args))
+    trainer = quiet_trainer(tmp_path, max_epochs=2, accumulate_grad_batches=2)
+    trainer.fit(LayerSkipModule(tiny_model()), loader([random_ids()] * 3))
+    assert numbers == [0, 1, 2, 3, 4, 5]
 
 
 class Stream(IterableDataset):

@@ -15,12 +15,12 @@ from lskip.decoder import Decoder
 from lskip.inference.engine import Depth, Drafter, Round, Step, decode_round, prefill
 from lskip.inference.lean_step import LeanStep, obstacle, sample_weights
 from lskip.inference.module_step import ModuleStep
-from lskip.inference.quantized import choose_draft_form
+from lskip.inference.quantized import HEAD_FORM, choose_draft_form
 from lskip.inference.sampling import TokenChooser
 from lskip.inference.settings import GenerationSettings, defaults_from
 from lskip.inference.stopping import StopRule, stop_rule
 from lskip.inference.text import TextPieces, decode_text, encode_prompt
-from lskip.inference.weights import Plain, choose_form
+from lskip.inference.weights import STEPS_AND_VERIFICATION, VERIFICATION, Mix, Plain, choose_form
 
 
 @dataclass
@@ -150,7 +150,8 @@ class TextGenerator:
         self.context_length = decoder.context_length
         # First, since building `step` may take the model apart.
         self.draft_step = None if draft_weights is None else build_draft_step(decoder, draft_weights)
-        self.step = build_step(decoder, weights, release_model)
+        mix = STEPS_AND_VERIFICATION if draft_weights is None else VERIFICATION
+        self.step = build_step(decoder, weights, release_model, mix)
 
     def generate(self, prompt, **settings) -> Generation:
         """Continues a prompt.
@@ -207,7 +208,7 @@ def depth_of(settings: GenerationSettings, num_layers: int) -> Depth:
     return Depth(exit_layer, num_layers if settings.num_speculations else exit_layer)
 
 
-def build_step(decoder: Decoder, weights: str, release: bool) -> Step:
+def build_step(decoder: Decoder, weights: str, release: bool, mix: Mix) -> Step:
     """LeanStep where it covers the model, else the model's own modules.
 
     Raises:
@@ -215,7 +216,7 @@ def build_step(decoder: Decoder, weights: str, release: bool) -> Step:
     """
     reason = obstacle(decoder)
     if reason is None:
-        return LeanStep(decoder, choose_form(weights, sample_weights(decoder)), release)
+        return LeanStep(decoder, choose_form(weights, sample_weights(decoder), mix), release)
     if choose_form(weights, [decoder.head_weight.detach()]) is not Plain and weights != "auto":
         raise ValueError(f"weights: {weights!r} is not for this model ({reason}); use 'auto' or 'plain'")
     return ModuleStep(decoder)
@@ -229,7 +230,7 @@ def build_draft_step(decoder: Decoder, draft_weights: str) -> LeanStep:
     """
     if (reason := obstacle(decoder)) is not None:
         raise ValueError(f"draft_weights: {draft_weights!r} is not for this model ({reason}); leave it out")
-    return LeanStep(decoder, choose_draft_form(draft_weights, sample_weights(decoder)))
+    return LeanStep(decoder, choose_draft_form(draft_weights, sample_weights(decoder)), head_form=HEAD_FORM)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:

@@ -60,7 +60,7 @@ class LeanStep:
         ValueError: `obstacle(decoder)` is not None.
     """
 
-    def __init__(self, decoder: Decoder, form: Form, release: bool = False):
+    def __init__(self, decoder: Decoder, form: Form, release: bool = False, head_form: Form | None = None):
         """Builds its weights from the model's, block by block.
 
         Args:
@@ -68,6 +68,7 @@ class LeanStep:
             form: how the weights are held.
             release: take each block out of the model as soon as it is converted, so that both never exist in
                 full. The model is of no use afterwards.
+            head_form: how the head is held, if not as the blocks are.
         """
         if (reason := obstacle(decoder)) is not None:
             raise ValueError(f"model: the lean step does not cover it ({reason})")
@@ -88,7 +89,7 @@ class LeanStep:
         self.rotary_scale = model.rotary_emb.attention_scaling
         self.embedding = model.embed_tokens.weight.detach()
         self.final_norm = self._norm_weight(model.norm)
-        self.head = form(decoder.head_weight.detach(), decoder.head_bias)
+        self.head = (head_form or form)(decoder.head_weight.detach(), decoder.head_bias)
         self.blocks = []
         for index in range(self.num_layers):
             self.blocks.append(self._convert(layers[index], decoder.window(index)))

@@ -71,15 +71,19 @@ class PackedWide(Packed):
 
 
 Form = type[Plain]
+Mix = tuple[tuple[int, int], ...]  # (how often, rows): the products that a form is chosen for
+STEPS_AND_VERIFICATION: Mix = ((3, 1), (1, 5))  # own drafts: a row at a time, then all at once
+VERIFICATION: Mix = ((1, 8),)  # where other weights draft
 FORMS = {"plain": Plain, "transposed": Transposed, "packed": Packed}
 
 
-def choose_form(form: str, samples: list[Tensor]) -> Form:
+def choose_form(form: str, samples: list[Tensor], mix: Mix = STEPS_AND_VERIFICATION) -> Form:
     """The class that holds the weights of a model on this machine.
 
     Args:
         form: a name in FORMS; or "auto": whatever is fastest here and computes the right thing.
         samples: [out, in] each, some of the model's matrices, to try the forms on.
+        mix: the products that "auto" should be fastest at.
 
     Raises:
         ValueError: unknown form, or one that does not work here.
@@ -93,7 +97,7 @@ def choose_form(form: str, samples: list[Tensor]) -> Form:
     candidates = [Packed] if samples[0].dtype == torch.bfloat16 else [Transposed, Packed, PackedWide]
     usable = [candidate for candidate in candidates if obstacle_to(candidate, samples[0]) is None]
     # In bfloat16 forms round to different texts, so that no timing may choose; in float32 texts are equal.
-    return usable[0] if usable and usable[0] is Packed else fastest([Plain, *usable], samples)
+    return usable[0] if usable and usable[0] is Packed else fastest([Plain, *usable], samples, mix)
 
 
 def obstacle_to(form: Form, sample: Tensor) -> str | None:
@@ -119,8 +123,8 @@ def obstacle_to(form: Form, sample: Tensor) -> str | None:
     return None if right else "its products differ from torch's"
 
 
-def fastest(forms: list[Form], samples: list[Tensor]) -> Form:
-    """The form that takes least for three tokens, one row each, and one verification of five rows.
+def fastest(forms: list[Form], samples: list[Tensor], mix: Mix) -> Form:
+    """The form that takes least for `mix`.
 
     Timed on one thread (restored afterwards): on a busy machine threads wait for each other, for milliseconds
     in a product of microseconds, and the choice would be chance.
@@ -130,22 +134,23 @@ def fastest(forms: list[Form], samples: list[Tensor]) -> Form:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        costs = cost_of(forms, samples)
+        costs = cost_of(forms, samples, mix)
     finally:
         torch.set_num_threads(threads)
     return min(costs, key=costs.get)
 
 
 @torch.inference_mode()
-def cost_of(forms: list[Form], samples: list[Tensor], rounds: int = 12) -> dict[Form, float]:
-    """Seconds that each form takes for `fastest`'s mix of products over all samples."""
+def cost_of(forms: list[Form], samples: list[Tensor], mix: Mix, rounds: int = 12) -> dict[Form, float]:
+    """Seconds that each form takes for `mix` over all samples."""
     held = {form: [form(sample) for sample in samples] for form in forms}
     best: dict[tuple[Form, int, int], float] = {}
     for _ in range(rounds):  # interleaved, so that a busy spell of the machine meets every form
         for form in forms:
             for index, (matrix, sample) in enumerate(zip(held[form], samples, strict=True)):
-                for weight, rows in ((3, form.lone_row_width), (1, 5)):
-                    cost = weight * seconds_of(matrix, sample.new_ones(rows, sample.shape[1]))
+                for weight, rows in mix:
+                    x = sample.new_ones(form.lone_row_width if rows == 1 else rows, sample.shape[1])
+                    cost = weight * seconds_of(matrix, x)
                     # Other processes only ever add time: the best of each single product is nearest to the truth.
                     key = form, index, weight
                     best[key] = min(cost, best.get(key, cost))
