@@ -25,6 +25,7 @@ from pydoc_data.topics import topics
 
 import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from lskip.cli import main as lskip
 from lskip.data import TextData
@@ -58,7 +59,7 @@ class Sizes:
     exit_layer: int = 2
     num_speculations: int = 4
     draft_weights: str = "int4"
-    smollm2_speculations: int = 7
+    smollm2_speculations: int = 5
 
 
 def run(output: Path, sizes: Sizes) -> dict:
@@ -86,10 +87,10 @@ def scratch(output: Path, sizes: Sizes) -> dict:
     lskip(["fit", "--config", str(QUICKSTART), "--run_folder", str(run_folder), *sizes.fit])
     fit_seconds = time.perf_counter() - started
     model, tokenizer = load_model(str(run_folder))
-    held_out = held_out_data(tokenizer, sizes)
+    held_out = held_out_data(tokenizer)
     blocks = [batch["input_ids"] for batch, _ in zip(held_out.val_dataloader(), range(sizes.blocks), strict=False)]
     reports = {
-        "before training": report_layers(Decoder(load_model(model.config.to_dict())[0]), blocks),
+        "before training": report_layers(Decoder(AutoModelForCausalLM.from_config(model.config)), blocks),
         "after training": report_layers(Decoder(model), blocks),
     }
     show(reports, output / "scratch_layers.png")
@@ -103,8 +104,8 @@ def scratch(output: Path, sizes: Sizes) -> dict:
     }
 
 
-def held_out_data(tokenizer, sizes: Sizes) -> TextData:
-    data = TextData(tokenizer=tokenizer, block_size=256, batch_size=4)
+def held_out_data(tokenizer) -> TextData:
+    data = TextData(tokenizer=tokenizer, block_size=128, batch_size=8)
     data.prepare_data()
     data.setup("validate")
     return data
@@ -175,14 +176,15 @@ def smollm2(output: Path, sizes: Sizes) -> dict:
 
 def answers(model, tokenizer, sizes: Sizes) -> dict:
     """Chat prompts answered by lskip, without and with drafts, and by transformers `generate`, turn by turn."""
-    generator = TextGenerator(model, tokenizer, draft_weights=sizes.draft_weights)
+    generator = TextGenerator(model, tokenizer)
+    drafting = TextGenerator(model, tokenizer, draft_weights=sizes.draft_weights)
     length = {"max_new_tokens": sizes.new_tokens, "min_new_tokens": sizes.new_tokens}
     plain, drafted, reference, seconds = [], [], [], []
     prompts = chat_prompts()[: sizes.prompts]
     for prompt in [prompts[0], *prompts]:  # the first is a warm-up
         plain.append(generator.generate(prompt, temperature=0.0, **length))
         drafted.append(
-            generator.generate(prompt, temperature=0.0, num_speculations=sizes.smollm2_speculations, **length)
+            drafting.generate(prompt, temperature=0.0, num_speculations=sizes.smollm2_speculations, **length)
         )
         tokens, taken = generate_with_transformers(model, tokenizer, prompt, length)
         reference.append(tokens)
@@ -191,7 +193,7 @@ def answers(model, tokenizer, sizes: Sizes) -> dict:
     return {
         "draft_weights": sizes.draft_weights,
         "num_speculations": sizes.smollm2_speculations,
-        "weights": type(generator.step.head).__name__,
+        "weights": [step.form.__name__ for step in (generator.step, drafting.step)],
         "tokens": sum(map(len, reference)),
         "mismatches": sum(
             not a == b.token_ids == c.token_ids for a, b, c in zip(reference, plain, drafted, strict=True)

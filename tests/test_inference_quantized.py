@@ -60,7 +60,7 @@ def test_text_is_the_models_own(tiny_model, family, draft_weights):
 
 @pytest.mark.parametrize("num_speculations", [1, 2, 4])
 def test_exact_weights_as_their_own_draft_are_always_accepted(tiny_model, monkeypatch, num_speculations):
-    """A lagging or misplaced draft cache would make even the same weights disagree."""
+    """A lagging or misplaced draft position would make even the same weights disagree."""
     monkeypatch.setitem(DRAFT_FORMS, "int8", Plain)
     monkeypatch.setattr("lskip.inference.generator.HEAD_FORM", Plain)
     generator = TextGenerator(tiny_model("llama"), draft_weights="int8")

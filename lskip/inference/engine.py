@@ -55,35 +55,6 @@ class Sequence:
         return self.cache.length + len(self.pending)
 
 
-@dataclass
-class Drafter:
-    """Weights that draft for others: a step of its own, and what that has seen of the text so far."""
-
-    step: Step
-    sequence: Sequence
-
-    def draft(self, depth: int, num_drafts: int, choose: Chooser) -> list[Tensor]:
-        """`num_drafts` tokens, each [1]. The last one is not run: only its successor would need that."""
-        sequence, drafted = self.sequence, []
-        position, ids = sequence.cache.length, sequence.pending
-        for _ in range(num_drafts):
-            x = self.step.run(self.step.embed(ids), sequence.cache, position, 0, depth)
-            position += len(ids)
-            ids = choose(self.step.decode(x[-1:]), position)
-            drafted.append(ids)
-        return drafted
-
-    def follow(self, drafted: list[Tensor], accepted: int, own: Tensor) -> None:
-        """Take over what the round added to the text: `accepted` of `drafted`, and the token `own` [1]."""
-        sequence = self.sequence
-        if not drafted:  # nothing was run
-            sequence.pending = torch.cat([sequence.pending, own])
-            return
-        seen = min(accepted, len(drafted) - 1)
-        sequence.cache.length += len(sequence.pending) + seen
-        sequence.pending = torch.cat([*drafted[seen:accepted], own])
-
-
 class Round(NamedTuple):
     """What a round brought: `accepted` of `drafted` tokens and one of the model's own, in `tokens`."""
 
@@ -92,50 +63,53 @@ class Round(NamedTuple):
     accepted: int
 
 
-def prefill(step: Step, prompt: list[int], max_new_tokens: int, full: int) -> Sequence:
-    """A sequence whose prompt has been through blocks 0 … `full`-1, except for its end, which the first round takes."""
+def prefill(step: Step, prompt: list[int], max_new_tokens: int, full: int, pending: int = PREFILL_ROWS) -> Sequence:
+    """A sequence whose prompt has been through blocks 0 … `full`-1, except for its end, which the first round takes.
+
+    Args:
+        pending: how many tokens at most are left to the first round.
+    """
     ids = torch.tensor(prompt, device=step.device)
     # The last token generated is never run, so the text needs one slot less than it has tokens.
     sequence = Sequence(step.new_cache(len(prompt) + max_new_tokens - 1), ids)
-    while len(sequence.pending) > PREFILL_ROWS:
-        rows, sequence.pending = sequence.pending.tensor_split([PREFILL_ROWS])
+    while (surplus := len(sequence.pending) - pending) > 0:
+        rows, sequence.pending = sequence.pending.tensor_split([min(surplus, PREFILL_ROWS)])
         step.run(step.embed(rows), sequence.cache, sequence.cache.length, 0, full)
-        sequence.cache.length += PREFILL_ROWS
+        sequence.cache.length += len(rows)
     return sequence
 
 
 def decode_round(
-    step: Step, sequence: Sequence, depth: Depth, num_drafts: int, choose: Chooser, drafter: Drafter | None = None
+    step: Step, sequence: Sequence, depth: Depth, num_drafts: int, choose: Chooser, draft_step: Step | None = None
 ) -> Round:
     """One round, which adds 1 to `num_drafts` + 1 tokens to the text.
 
-    A `drafter`'s states are not the model's own, so that verification starts at the first block.
+    Where `draft_step` drafts, with weights of its own, its states are not the model's: verification starts at the
+    first block. Both share the cache: drafts see the model's own keys and values, and verification writes over theirs.
     """
-    if drafter is None:
-        drafted, states = draft(step, sequence, depth.draft, num_drafts, choose)
+    drafted, states = draft(draft_step or step, sequence, depth.draft, num_drafts, choose)
+    if draft_step is None:
+        first, states = depth.draft, exit_states(step, sequence, states, drafted, depth.draft)
     else:
-        drafted = drafter.draft(depth.draft, num_drafts, choose)
-        states = step.embed(torch.cat([sequence.pending, *drafted]))
-    blocks = (depth.draft if drafter is None else 0), depth.full
-    own = verify(step, sequence, states, blocks, num_drafts, choose)
+        first, states = 0, step.embed(torch.cat([sequence.pending, *drafted]))
+    own = verify(step, sequence, states, (first, depth.full), num_drafts, choose)
     tokens = torch.cat([*drafted, own]).tolist()  # the round's one transfer from the device
     drafted_ids, own_ids = tokens[:num_drafts], tokens[num_drafts:]
     accepted = agreeing_prefix(drafted_ids, own_ids)
     # Rolling back is not moving on: slots of refused tokens are beyond the new length, to be written over.
     sequence.cache.length += len(sequence.pending) + accepted
     sequence.pending = own[accepted : accepted + 1]
-    if drafter is not None:
-        drafter.follow(drafted, accepted, sequence.pending)
     return Round(own_ids[: accepted + 1], num_drafts, accepted)
 
 
 def draft(
     step: Step, sequence: Sequence, exit_block: int, num_drafts: int, choose: Chooser
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[list[Tensor], list[Tensor]]:
     """Drafts with blocks 0 … `exit_block`-1.
 
     Returns:
-        The drafted tokens, each [1], and the exit states [P + num_drafts, D] of pending and drafted tokens.
+        The drafted tokens, each [1], and the states after these blocks of the pending tokens [P, D] and of all
+        drafted ones but the last, each [1, D].
     """
     cache, position, ids = sequence.cache, sequence.cache.length, sequence.pending
     states, drafted = [], []
@@ -144,9 +118,14 @@ def draft(
         position += len(ids)
         ids = choose(step.decode(states[-1][-1:]), position)
         drafted.append(ids)
-    # The last token has been seen by no block yet; verification needs its state as well.
-    states.append(step.run(step.embed(ids), cache, position, 0, exit_block))
-    return drafted, torch.cat(states)
+    return drafted, states
+
+
+def exit_states(step: Step, sequence: Sequence, states: list[Tensor], drafted: list[Tensor], exit_block: int) -> Tensor:
+    """[P + num_drafts, D]: `states`, and that of the last token, which no block has seen yet."""
+    ids = drafted[-1] if drafted else sequence.pending
+    position = sequence.cache.length + sum(map(len, states))
+    return torch.cat([*states, step.run(step.embed(ids), sequence.cache, position, 0, exit_block)])
 
 
 def verify(

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lskip.decoder import Decoder
-from lskip.inference.engine import Depth, Drafter, Round, Step, decode_round, prefill
+from lskip.inference.engine import PREFILL_ROWS, Depth, Round, Step, decode_round, prefill
 from lskip.inference.lean_step import LeanStep, obstacle, sample_weights
 from lskip.inference.module_step import ModuleStep
 from lskip.inference.quantized import HEAD_FORM, choose_draft_form
@@ -182,24 +182,21 @@ class TextGenerator:
         begin = time.perf_counter()
         depth = depth_of(settings, self.num_layers)
         choose = TokenChooser(settings, generation.seed, self.eos_ids, len(ids) + settings.min_new_tokens)
+        draft_step = self.draft_step if settings.num_speculations else None
         with torch.inference_mode():
-            sequence = prefill(self.step, ids, stop.max_new_tokens, depth.full)
-            drafter = self._drafter(ids, stop.max_new_tokens, depth) if settings.num_speculations else None
+            # Other weights draft from the prompt's last token on: what comes before, the model itself has seen.
+            pending = PREFILL_ROWS if draft_step is None else 1
+            sequence = prefill(self.step, ids, stop.max_new_tokens, depth.full, pending)
         while generation.finish_reason is None:
             left = stop.max_new_tokens - len(generation.token_ids)
             # A generator must not hold inference mode while the caller runs.
             with torch.inference_mode():
                 num_drafts = min(settings.num_speculations, left - 1)
-                outcome = decode_round(self.step, sequence, depth, num_drafts, choose, drafter)
+                outcome = decode_round(self.step, sequence, depth, num_drafts, choose, draft_step)
             kept, generation.finish_reason = stop.cut(outcome.tokens, len(generation.token_ids))
             generation.add(outcome, kept)
             generation.seconds = time.perf_counter() - begin
             yield kept
-
-    def _drafter(self, ids: list[int], max_new_tokens: int, depth: Depth) -> Drafter | None:
-        if self.draft_step is None:
-            return None
-        return Drafter(self.draft_step, prefill(self.draft_step, ids, max_new_tokens, depth.draft))
 
 
 def depth_of(settings: GenerationSettings, num_layers: int) -> Depth:

@@ -48,7 +48,7 @@ class Int4(Plain):
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.to(KERNEL_DTYPE), self.weight, GROUP, self.scale_and_zero
         )
-        product = product[:, : self.out].to(x.dtype)
+        product = (product if product.shape[1] == self.out else product[:, : self.out]).to(x.dtype)
         return product if self.bias is None else product + self.bias
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
