@@ -57,7 +57,7 @@ class Sizes:
     new_tokens: int = 100
     blocks: int = 16
     exit_layer: int = 2
-    num_speculations: int = 4
+    num_speculations: int = 2
     draft_weights: str = "int4"
     smollm2_speculations: int = 5
 
