@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from lskip.inference import TextGenerator
+from lskip.inference import GenerationSettings, TextGenerator
 
-WRITTEN = ("text", "tokens", "seconds", "acceptance_rate", "tokens_per_round", "finish_reason")
+WRITTEN = ("line", "text", "tokens", "seconds", "acceptance_rate", "tokens_per_round", "finish_reason", "seed")
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,12 @@ class Prompt:
         """A text, or chat messages."""
         return self.fields["prompt"] if "prompt" in self.fields else self.fields["messages"]
 
-    def check(self, generator: TextGenerator, settings: dict) -> None:
+    def check(self, generator: TextGenerator, settings: GenerationSettings) -> None:
         """ValueError with the line if this model cannot answer it: too long, no chat template …"""
         try:
-            generator.stream(self.content, **settings)
+            generator.prepare(self.content, settings)
         except ValueError as error:
-            if str(error).startswith("prompt"):
-                raise ValueError(f"prompts: line {self.line}: {error}") from error
-            raise
+            raise ValueError(f"prompts: line {self.line}: {error}") from error
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -95,11 +95,11 @@ def _are_messages(messages) -> bool:
     )
 
 
-def start_output(path: Path, prompts: list[Prompt], overwrite: bool, resume: bool) -> tuple[int, str]:
+def start_output(path: Path, prompts: list[Prompt], overwrite: bool, resume: bool) -> tuple[set[int], str]:
     """See that `path` can be written and what is to happen to what it holds.
 
     Returns:
-        The number of prompts that it already answers, and the mode to open it with.
+        The indices of the prompts that it already answers, and the mode to open it with.
 
     Raises:
         ValueError: it holds something and neither flag says what to do (or both do), it answers other prompts,
@@ -112,12 +112,12 @@ def start_output(path: Path, prompts: list[Prompt], overwrite: bool, resume: boo
     if not existed or not path.stat().st_size or overwrite:
         if not existed:
             path.unlink()
-        return 0, "w"
+        return set(), "w"
     if not resume:
         raise ValueError(
             f"output: '{path}' exists; go on with it by --resume true, replace it by --overwrite true, or name another"
         )
-    return _count_answered(path, prompts), "a"
+    return _find_answered(path, prompts), "a"
 
 
 def _check_writable(path: Path) -> None:
@@ -128,22 +128,51 @@ def _check_writable(path: Path) -> None:
         raise ValueError(f"output: cannot write '{path}' ({error.strerror})") from error
 
 
-def _count_answered(path: Path, prompts: list[Prompt]) -> int:
-    """How many prompts, from the first on, `path` answers; a last line that a kill cut short is removed."""
+def _find_answered(path: Path, prompts: list[Prompt]) -> set[int]:
+    """Indices of the prompts that `path` answers; a last line that a kill cut short is removed."""
+    index_of = {prompt.line: index for index, prompt in enumerate(prompts)}
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    answers = whole.decode("utf-8", errors="replace").split("\n")[:-1]
-    for number, answer in enumerate(answers):
-        if number >= len(prompts) or not _answers(answer, prompts[number]):
-            raise ValueError(f"output: line {number + 1} of '{path}' is not of these prompts; resume needs the same")
+    answered: set[int] = set()
+    for number, answer in enumerate(whole.decode("utf-8", errors="replace").split("\n")[:-1], start=1):
+        fields = _parse_answer(answer)
+        index = index_of.get(fields.get("line"))
+        if index is None or index in answered or not _answers(fields, prompts[index]):
+            raise ValueError(f"output: line {number} of '{path}' is not of these prompts; resume needs the same")
+        answered.add(index)
     with path.open("r+b") as file:
         file.truncate(len(whole))
-    return len(answers)
+    return answered
 
 
-def _answers(line: str, prompt: Prompt) -> bool:
+def _parse_answer(line: str) -> dict:
+    """What a line of the output says; nothing if it is no such line."""
     try:
         fields = json.loads(line)
     except json.JSONDecodeError:
-        return False
-    return isinstance(fields, dict) and all(fields.get(key) == value for key, value in prompt.fields.items())
+        return {}
+    return fields if isinstance(fields, dict) and isinstance(fields.get("line"), int) else {}
+
+
+def _answers(fields: dict, prompt: Prompt) -> bool:
+    return all(fields.get(key) == value for key, value in prompt.fields.items())
+
+
+def put_in_order(path: Path) -> None:
+    """Puts the lines of a finished output into the order of their prompts, all at once.
+
+    Raises:
+        OSError: its folder cannot be written; the lines then stay in the order in which they were done.
+    """
+    if not path.is_file():
+        return  # a pipe, or /dev/null: what went in there is gone
+    path = path.resolve()  # a link stays one
+    lines = path.read_bytes().split(b"\n")[:-1]
+    lines.sort(key=lambda line: json.loads(line)["line"])
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(b"\n".join([*lines, b""]))
+        shutil.copymode(path, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -22,11 +22,15 @@ def damped(model, exit_layer, factor):
 
 
 class NeverAccepting(ModuleStep):
-    """A step whose lone-row logits, the draft's, rank tokens the other way round."""
+    """A step that ranks tokens the other way round wherever it decodes a state of block 2, the draft's exit."""
+
+    def run(self, x, cache, starts, first, last):
+        self.last = last
+        return super().run(x, cache, starts, first, last)
 
     def decode(self, x):
         logits = super().decode(x)
-        return -logits if len(x) == 1 else logits
+        return -logits if self.last == 2 else logits
 
 
 @torch.inference_mode()
@@ -38,7 +42,8 @@ def slow_reference(model, prompt, exit_layer, num_speculations, new_tokens):
         x = states[last] if last == model.config.num_hidden_layers else model.model.norm(states[last])
         return model.lm_head(x)[0].argmax(-1).tolist()
 
-    text, counts, layers = list(prompt), [], model.config.num_hidden_layers
+    layers = model.config.num_hidden_layers
+    text, counts = [*prompt, best(prompt, layers)[-1]], [(0, 0)]  # the prompt's own pass brings the first token
     while len(text) < len(prompt) + new_tokens:
         room = min(num_speculations, len(prompt) + new_tokens - len(text) - 1)
         drafted = []
@@ -67,8 +72,9 @@ def test_model_always_accepts(tiny_model):
     truth = generator.generate(PROMPT, **FULL).token_ids
     ours = generator.generate(PROMPT, exit_layer=2, num_speculations=4, **FULL)
     assert ours.token_ids == truth
-    assert (ours.acceptance_rate, ours.rounds, ours.tokens_per_round) == (1.0, 8, 5.0)
-    assert ours.accepted_counts == Counter({4: 8})
+    # 1 token from the prompt's pass, 7 rounds of 4 + 1, and the last 4 tokens by a draft of 3.
+    assert (ours.acceptance_rate, ours.rounds, ours.tokens_per_round) == (1.0, 9, 40 / 9)
+    assert ours.accepted_counts == Counter({4: 7, 3: 1})
 
 
 def test_model_never_accepts(tiny_model):
@@ -76,10 +82,9 @@ def test_model_never_accepts(tiny_model):
     generator = TextGenerator(model)
     truth = generator.generate(PROMPT, **FULL).token_ids
     generator.step = NeverAccepting(Decoder(model))
-    ours = generator.generate(PROMPT, exit_layer=2, num_speculations=3, max_new_tokens=39, min_new_tokens=39)
-    # The 39th token is a round of its own that drafts nothing (a lone row, which this step turns round).
-    assert ours.token_ids[:38] == truth[:38]
-    assert (ours.acceptance_rate, ours.rounds, ours.tokens_per_round) == (0.0, 39, 1.0)
+    ours = generator.generate(PROMPT, exit_layer=2, num_speculations=3, **FULL)
+    assert ours.token_ids == truth
+    assert (ours.acceptance_rate, ours.rounds, ours.tokens_per_round) == (0.0, 40, 1.0)
 
 
 @pytest.mark.parametrize("num_speculations", [1, 3, 6])
@@ -112,7 +117,7 @@ def test_fixed_exit_equals_a_model_cut_off_there(tiny_model, family, exit_layer)
 
 
 def test_nothing_is_computed_twice(tiny_model):
-    """Lower blocks see every position of the prompt, the draft and the text once a round, upper ones too."""
+    """Every block sees the prompt once, and in a round the pending token and the draft once."""
     model, exit_layer, num_speculations = tiny_model("llama"), 2, 3
     generator = TextGenerator(model)
     generator.step = ModuleStep(Decoder(model))
@@ -123,7 +128,7 @@ def test_nothing_is_computed_twice(tiny_model):
             with_kwargs=True,
         )
     ours = generator.generate(PROMPT, exit_layer=exit_layer, num_speculations=num_speculations, **FULL)
-    # Every round runs its pending tokens and its draft through every block once, each row a single time.
+    # The prompt's pass, and one row for each pending and each drafted token.
     rows = len(PROMPT) + ours.drafted + ours.rounds - 1
     assert [len(seen[block]) for block in range(4)] == [rows] * 4
     # Only what was refused is ever computed again.

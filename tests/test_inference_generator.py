@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lskip.inference import TextGenerator
-from lskip.inference.stopping import stop_rule
 from lskip.inference.text import TextPieces, decode_text
 
 PROMPT = [7, 42, 99, 3, 250, 18, 77]
@@ -48,16 +47,6 @@ def test_the_context_ends_the_text(tiny_model, speculate):
     assert (len(ours.token_ids), ours.finish_reason) == (13, "context")
     filled = TextGenerator(model).generate(PROMPT, max_new_tokens=13, **speculate)
     assert (filled.token_ids, filled.finish_reason) == (ours.token_ids, "length")
-
-
-def test_a_stop_rule_worked_by_hand():
-    rule = stop_rule((5, 6), prompt_tokens=10, max_new_tokens=4, context_length=100)
-    assert rule.cut([1, 2], 0) == ([1, 2], None)
-    assert rule.cut([1, 2, 3], 2) == ([1, 2], "length")
-    assert rule.cut([1, 6, 5], 0) == ([1, 6], "eos")
-    assert rule.cut([1, 1, 5], 2) == ([1, 1], "length")
-    assert rule.cut([5], 3) == ([5], "eos")
-    assert stop_rule((), 98, 4, 100).cut([1, 2, 3], 0) == ([1, 2], "context")
 
 
 def test_streamed_pieces_are_the_text(tiny_model, tiny_tokenizer):

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from lskip.inference import GenerationSettings, TextGenerator, load_generator
+from lskip.inference.drafting import FixedDraft
+from lskip.inference.settings import defaults_from
 
 PROMPT = [7, 42, 99]
 
@@ -26,6 +29,26 @@ BAD_SETTINGS = [
     ({"top_k": 0}, "top_k: 0"),
     ({"top_p": 0.0}, "top_p: 0.0"),
     ({"top_p": 1.1}, "top_p: 1.1"),
+    ({"min_p": -0.1}, "min_p: -0.1"),
+    ({"min_p": 1.5}, "min_p: 1.5"),
+    ({"min_p": True}, "min_p: True"),
+    ({"repetition_penalty": 0}, "repetition_penalty: 0 is"),
+    ({"repetition_penalty": -1.2}, "repetition_penalty: -1.2"),
+    ({"repetition_penalty": float("inf")}, "repetition_penalty: inf"),
+    ({"stop_strings": "stop"}, "stop_strings: 'stop' is not a list"),
+    ({"stop_strings": ["a", ""]}, r"stop_strings: \['a', ''\]"),
+    ({"stop_strings": [7]}, r"stop_strings: \[7\]"),
+    ({"stop_strings": None}, "stop_strings: None"),
+    ({"acceptance": "always"}, "acceptance: 'always' is not one of shared_noise, rejection"),
+    ({"acceptance": None}, "acceptance: None"),
+    ({"draft": "n-gram"}, "draft: 'n-gram' is not one of layers, weights, ngram"),
+    ({"draft": 3}, "draft: 3"),
+    ({"draft": "weights"}, "draft: 'weights' needs draft_weights"),
+    ({"draft": "weights", "num_speculations": 3, "exit_layer": 2}, "draft: 'weights' needs draft_weights"),
+    ({"draft": "layers", "num_speculations": 3}, "num_speculations: 3 needs an exit_layer from 1 to 3"),
+    ({"draft_policy": "fast"}, "draft_policy: 'fast' is not a DraftPolicy"),
+    ({"draft_policy": FixedDraft}, "draft_policy: <class .* is not a DraftPolicy"),
+    ({"draft_policy": FixedDraft(), "num_speculations": 3}, "num_speculations: 3 needs an exit_layer from 1 to 3"),
     ({"seed": -1}, "seed: -1"),
     ({"seed": 2**64}, "seed"),
     ({"chat": "yes"}, "chat: 'yes'"),
@@ -45,12 +68,18 @@ BAD_PROMPTS = [
 
 
 @pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS)
-def test_bad_settings(tiny_model, settings, message):
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        GenerationSettings().changed(**settings).check_layers(4)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS)
+def test_bad_settings_are_found_before_any_work(tiny_model, settings, message):
     generator = TextGenerator(tiny_model("llama"))
     generator.step = None  # nothing may run before the check
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match=message):
         generator.stream(PROMPT, **settings)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("prompt", "message"), BAD_PROMPTS)
@@ -93,3 +122,46 @@ def test_settings_are_unchangeable_values():
     settings = GenerationSettings()
     assert settings.changed(top_k=3) == GenerationSettings(top_k=3)
     assert settings.top_k is None
+    assert settings.changed(stop_strings=["a"]).stop_strings == ("a",)
+
+
+class AnyDraft(FixedDraft):
+    chooses_draft = True
+
+
+@pytest.mark.parametrize(
+    ("settings", "draft_weights"),
+    [
+        ({"exit_layer": 3}, False),
+        ({}, True),
+        ({"exit_layer": 4}, True),
+        ({"draft": "weights"}, True),
+        ({"draft": "ngram"}, False),
+        ({"draft": "ngram", "exit_layer": 4}, False),
+        ({"draft": "layers", "exit_layer": 2}, True),
+        ({"draft_policy": FixedDraft(), "draft": "ngram"}, False),
+        ({"draft_policy": AnyDraft()}, False),
+        ({"draft_policy": AnyDraft(), "exit_layer": 2}, False),
+    ],
+)
+def test_what_can_draft(settings, draft_weights):
+    GenerationSettings(num_speculations=3, **settings).check_layers(4, draft_weights)
+
+
+@pytest.mark.parametrize("draft_weights", [False, True])
+def test_layers_named_as_the_draft_need_an_exit_whatever_else_there_is(draft_weights):
+    for policy in (None, AnyDraft()):
+        settings = GenerationSettings(num_speculations=3, draft="layers", draft_policy=policy)
+        with pytest.raises(ValueError, match="needs an exit_layer from 1 to 3"):
+            settings.check_layers(4, draft_weights)
+
+
+def test_defaults_come_from_the_generation_config():
+    config = GenerationConfig(
+        do_sample=True, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, repetition_penalty=1.3, stop_strings="end"
+    )
+    ours = defaults_from(config)
+    assert (ours.temperature, ours.top_k, ours.top_p, ours.min_p) == (0.5, 7, 0.9, 0.1)
+    assert (ours.repetition_penalty, ours.stop_strings) == (1.3, ("end",))
+    assert defaults_from(GenerationConfig(stop_strings=["a", "b"])).stop_strings == ("a", "b")
+    assert defaults_from(GenerationConfig()) == defaults_from(None) == GenerationSettings()

@@ -5,9 +5,10 @@ import torch
 
 from lskip.decoder import Decoder
 from lskip.inference import TextGenerator
-from lskip.inference.lean_step import LeanStep, obstacle
+from lskip.inference.lean_blocks import obstacle
+from lskip.inference.lean_step import LeanStep
 from lskip.inference.module_step import ModuleStep
-from lskip.inference.weights import Packed, PackedWide, Plain, Transposed
+from lskip.inference.weights import Packed, PackedWide, Plain, Sliced, Transposed
 
 FAMILIES = {
     "llama": {},
@@ -50,6 +51,8 @@ STEPS = {
     "transposed": lambda decoder: LeanStep(decoder, Transposed),
     "packed": lambda decoder: LeanStep(decoder, Packed),
     "packed_wide": lambda decoder: LeanStep(decoder, PackedWide),
+    "sliced_exact": lambda decoder: LeanStep(decoder, Sliced, width=4),
+    "packed_exact": lambda decoder: LeanStep(decoder, Packed, width=4),
     "module": ModuleStep,
 }
 
@@ -75,12 +78,30 @@ def test_logits_equal_transformers(tiny_model, name, step):
     model = build(tiny_model, name)
     run = STEPS[step](Decoder(model))
     ids = torch.tensor(prompt_ids(24))
-    cache, rows, start = run.new_cache(24), [], 0
-    for piece in ids.split([11, 1, 1, 5, 1, 4, 1]):
-        half = run.run(run.embed(piece), cache, start, 0, 2)
-        rows.append(run.decode(run.run(half, cache, start, 2, 4)))
-        start += len(piece)
-    assert torch.allclose(torch.cat(rows), model(ids[None]).logits[0], atol=1e-4, rtol=1e-4)
+    cache, rows, start = run.new_cache(1, 24), [], 0
+    for piece in ids[None].split([11, 1, 1, 5, 1, 4, 1], dim=1):
+        half = run.run(run.embed(piece), cache, [start], 0, 2)
+        rows.append(run.decode(run.run(half, cache, [start], 2, 4)))
+        start += piece.shape[1]
+    assert torch.allclose(torch.cat(rows, 1), model(ids[None]).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.inference_mode()
+def test_lanes_of_unequal_length_do_not_meet(tiny_model, name, step):
+    """Three texts in lanes of a larger cache, prefilled alone, then a pass of 1 and one of 3 rows for all."""
+    model = build(tiny_model, name)
+    run = STEPS[step](Decoder(model))
+    texts = [prompt_ids(length, seed=length) for length in (19, 6, 12)]
+    cache, starts = run.new_cache(4, 24), [len(text) - 4 for text in texts]
+    for index, (text, start) in enumerate(zip(texts, starts, strict=True)):
+        run.run(run.embed(torch.tensor([text[:start]])), cache.lane(index), [0], 0, 4)
+    ends = torch.tensor([text[-4:] for text in texts])
+    ours = [run.decode(run.run(run.embed(ends[:, :1]), cache, starts, 0, 4))]
+    ours.append(run.decode(run.run(run.embed(ends[:, 1:]), cache, [start + 1 for start in starts], 0, 4)))
+    for text, logits in zip(texts, torch.cat(ours, 1), strict=True):
+        assert torch.allclose(logits, model(torch.tensor([text])).logits[0, -4:], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -116,7 +137,7 @@ def test_bfloat16_logits_are_near_transformers(tiny_model, name):
     with torch.inference_mode():
         truth, theirs = exact(ids[None]).logits[0], model(ids[None]).logits[0].float()
         step = LeanStep(Decoder(model), Plain)
-        ours = step.decode(step.run(step.embed(ids), step.new_cache(20), 0, 0, 4)).float()
+        ours = step.decode(step.run(step.embed(ids[None]), step.new_cache(1, 20), [0], 0, 4))[0].float()
     # Rounding differs; it must not be worse than transformers' own by more than a little.
     assert (ours - truth).abs().mean() < 1.5 * (theirs - truth).abs().mean()
 
@@ -140,6 +161,8 @@ def test_what_the_lean_step_does_not_cover_runs_on_modules(tiny_model, overrides
         LeanStep(Decoder(model), Plain)
     with pytest.raises(ValueError, match="weights: 'packed' is not for this model"):
         TextGenerator(model, weights="packed")
+    with pytest.raises(ValueError, match="bit_exact: is not for this model"):
+        TextGenerator(model, bit_exact=True)
 
 
 def test_a_part_the_lean_step_does_not_know_is_not_left_out(tiny_model):

@@ -1,10 +1,10 @@
-"""Decoding one sequence: prefill, then rounds of draft and verify (arXiv 2404.16710, section 4.3).
+"""Decoding a batch of texts: prefill, then rounds of draft and verify (arXiv 2404.16710, section 4.3).
 
-A round starts with tokens that no block has seen yet (`pending`: the end of the prompt, later the one token
-that the last round ended with). It drafts d tokens with the first blocks, runs the rest of the blocks once over
-the states that the draft left, and keeps the longest prefix that the whole model agrees with, plus the
-model's own next token. Autoregressive decoding is a round that drafts nothing; generating from a fixed exit
-is that on the first blocks. What this file does not know: text, stopping, sampling, how blocks are run.
+Every text has a lane of the cache and, between rounds, one pending token: its last, which no block has seen yet.
+A round drafts d tokens a lane, runs the blocks that the draft has not run once over the states that it left, and
+keeps in each lane the longest prefix that the whole model agrees with, plus the model's own next token.
+Autoregressive decoding is a round that drafts nothing; generating from a fixed exit is that on the first blocks.
+What this file does not know: text, stopping, sampling, when lanes come and go, how blocks are run.
 """
 
 from __future__ import annotations
@@ -20,130 +20,128 @@ from lskip.inference.cache import KVCache
 
 PREFILL_ROWS = 256  # a pass's mask and activations grow with its rows: a long prompt goes in pieces
 
-Chooser = Callable[[Tensor, int], Tensor]  # logits [N, V], position of the first -> token ids [N]
-
 
 class Step(Protocol):
-    """How blocks are run: LeanStep or ModuleStep. Rows [N, D] belong to consecutive positions."""
+    """How blocks are run: LeanStep or ModuleStep.
+
+    States are [A, n, D]: n consecutive positions in each of the cache's first A lanes, those of lane a from
+    starts[a] on.
+    """
 
     num_layers: int
     device: torch.device
 
-    def new_cache(self, slots: int) -> KVCache: ...
+    def new_cache(self, lanes: int, slots: int) -> KVCache: ...
     def embed(self, ids: Tensor) -> Tensor: ...
-    def run(self, x: Tensor, cache: KVCache, start: int, first: int, last: int) -> Tensor: ...
+    def run(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> Tensor: ...
+    def fill(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> None: ...
     def decode(self, x: Tensor) -> Tensor: ...
 
 
-class Depth(NamedTuple):
-    """Blocks that draft, and blocks that decide (all of them, or `exit_layer` for a fixed exit)."""
+class Chooser(Protocol):
+    """How tokens are chosen: BatchChooser."""
 
-    draft: int
-    full: int
+    def propose(self, logits: Tensor, drafted: Tensor) -> Tensor: ...
+    def settle(self, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass
-class Sequence:
-    """One text being decoded. `cache.length` positions have been through every block; `pending` [P] follow."""
+class Lanes:
+    """The texts under way, in the cache's first A lanes; `pending` [A] is the last token of each."""
 
     cache: KVCache
     pending: Tensor
 
     @property
-    def next_position(self) -> int:
-        """Where the first token that is not known yet will stand."""
-        return self.cache.length + len(self.pending)
+    def starts(self) -> list[int]:
+        """Where the pending tokens stand."""
+        return self.cache.lengths[: len(self.pending)]
+
+
+class Drafted(NamedTuple):
+    """What a draft leaves for verification.
+
+    Attributes:
+        ids: [A, d].
+        states: of the pending and of all drafted tokens but the last, [A, 1, D] each, after `exit_block` blocks
+            of the model; empty where something else drafted.
+        exit_block: blocks that the model need not run again for them.
+    """
+
+    ids: Tensor
+    states: list[Tensor]
+    exit_block: int
 
 
 class Round(NamedTuple):
-    """What a round brought: `accepted` of `drafted` tokens and one of the model's own, in `tokens`."""
+    """What a round brought: in each lane, `accepted` of the drafted tokens and one of the model's own."""
 
-    tokens: list[int]
-    drafted: int
-    accepted: int
+    tokens: list[list[int]]
+    num_drafted: int
+    accepted: list[int]
 
 
-def prefill(step: Step, prompt: list[int], max_new_tokens: int, full: int, pending: int = PREFILL_ROWS) -> Sequence:
-    """A sequence whose prompt has been through blocks 0 … `full`-1, except for its end, which the first round takes.
+def prefill(step: Step, cache: KVCache, prompt: list[int], full: int) -> Tensor:
+    """Runs blocks 0 … `full`-1 on a prompt, in pieces, into the first lane of an empty `cache`.
 
-    Args:
-        pending: how many tokens at most are left to the first round.
+    Returns:
+        [1, 1, V]: the logits after its last token, the only ones that are needed.
     """
-    ids = torch.tensor(prompt, device=step.device)
-    # The last token generated is never run, so the text needs one slot less than it has tokens.
-    sequence = Sequence(step.new_cache(len(prompt) + max_new_tokens - 1), ids)
-    while (surplus := len(sequence.pending) - pending) > 0:
-        rows, sequence.pending = sequence.pending.tensor_split([min(surplus, PREFILL_ROWS)])
-        step.run(step.embed(rows), sequence.cache, sequence.cache.length, 0, full)
-        sequence.cache.length += len(rows)
-    return sequence
+    for rows in torch.tensor([prompt], device=step.device).split(PREFILL_ROWS, dim=1):
+        x = step.run(step.embed(rows), cache, cache.lengths, 0, full)
+        cache.lengths[0] += rows.shape[1]
+    return step.decode(x[:, -1:])
 
 
-def decode_round(
-    step: Step, sequence: Sequence, depth: Depth, num_drafts: int, choose: Chooser, draft_step: Step | None = None
-) -> Round:
-    """One round, which adds 1 to `num_drafts` + 1 tokens to the text.
-
-    Where `draft_step` drafts, with weights of its own, its states are not the model's: verification starts at the
-    first block. Both share the cache: drafts see the model's own keys and values, and verification writes over theirs.
-    """
-    drafted, states = draft(draft_step or step, sequence, depth.draft, num_drafts, choose)
-    if draft_step is None:
-        first, states = depth.draft, exit_states(step, sequence, states, drafted, depth.draft)
-    else:
-        first, states = 0, step.embed(torch.cat([sequence.pending, *drafted]))
-    own = verify(step, sequence, states, (first, depth.full), num_drafts, choose)
-    tokens = torch.cat([*drafted, own]).tolist()  # the round's one transfer from the device
-    drafted_ids, own_ids = tokens[:num_drafts], tokens[num_drafts:]
-    accepted = agreeing_prefix(drafted_ids, own_ids)
-    # Rolling back is not moving on: slots of refused tokens are beyond the new length, to be written over.
-    sequence.cache.length += len(sequence.pending) + accepted
-    sequence.pending = own[accepted : accepted + 1]
-    return Round(own_ids[: accepted + 1], num_drafts, accepted)
+def nothing_drafted(lanes: Lanes) -> Drafted:
+    """The draft of a plain round."""
+    return Drafted(lanes.pending.new_empty(len(lanes.pending), 0), [], 0)
 
 
 def draft(
-    step: Step, sequence: Sequence, exit_block: int, num_drafts: int, choose: Chooser
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Drafts with blocks 0 … `exit_block`-1.
-
-    Returns:
-        The drafted tokens, each [1], and the states after these blocks of the pending tokens [P, D] and of all
-        drafted ones but the last, each [1, D].
-    """
-    cache, position, ids = sequence.cache, sequence.cache.length, sequence.pending
-    states, drafted = [], []
-    for _ in range(num_drafts):
-        states.append(step.run(step.embed(ids), cache, position, 0, exit_block))
-        position += len(ids)
-        ids = choose(step.decode(states[-1][-1:]), position)
-        drafted.append(ids)
-    return drafted, states
-
-
-def exit_states(step: Step, sequence: Sequence, states: list[Tensor], drafted: list[Tensor], exit_block: int) -> Tensor:
-    """[P + num_drafts, D]: `states`, and that of the last token, which no block has seen yet."""
-    ids = drafted[-1] if drafted else sequence.pending
-    position = sequence.cache.length + sum(map(len, states))
-    return torch.cat([*states, step.run(step.embed(ids), sequence.cache, position, 0, exit_block)])
-
-
-def verify(
-    step: Step, sequence: Sequence, states: Tensor, blocks: tuple[int, int], num_drafts: int, choose: Chooser
-) -> Tensor:
-    """The model's own tokens [num_drafts + 1] for the positions from `next_position` on, given the draft.
+    step: Step,
+    lanes: Lanes,
+    exit_block: int,
+    num_speculations: int,
+    chooser: Chooser,
+    goes_on: Callable[[Tensor, Tensor], bool] | None = None,
+) -> Drafted:
+    """Drafts up to `num_speculations` tokens a lane with blocks 0 … `exit_block`-1.
 
     Args:
-        states: [P + num_drafts, D], inputs of the first of `blocks` for the pending and the drafted tokens.
-        blocks: from … to (not included).
+        goes_on: is given the logits [A, 1, V] and the token ids [A] of what was drafted last; False ends the draft.
     """
-    x = step.run(states, sequence.cache, sequence.cache.length, *blocks)
-    return choose(step.decode(x[-(num_drafts + 1) :]), sequence.next_position)
+    starts, ids = lanes.starts, lanes.pending
+    states, drafted = [], lanes.pending.new_empty(len(ids), 0)
+    while True:
+        position = [start + len(states) for start in starts]
+        states.append(step.run(step.embed(ids[:, None]), lanes.cache, position, 0, exit_block))
+        logits = step.decode(states[-1])
+        ids = chooser.propose(logits, drafted)
+        drafted = torch.cat([drafted, ids[:, None]], 1)
+        if len(states) == num_speculations or (goes_on is not None and not goes_on(logits, ids)):
+            return Drafted(drafted, states, exit_block)
 
 
-def agreeing_prefix(drafted: list[int], own: list[int]) -> int:
-    """How many drafted tokens, from the first on, are the model's own."""
-    accepted = 0
-    while accepted < len(drafted) and drafted[accepted] == own[accepted]:
-        accepted += 1
-    return accepted
+def verify(step: Step, lanes: Lanes, drafted: Drafted, full: int, chooser: Chooser) -> Round:
+    """Runs the rest of the `full` blocks over pending and drafted tokens, and settles what is kept.
+
+    Adds 1 to d + 1 tokens to each lane.
+    """
+    starts, num_drafted = lanes.starts, drafted.ids.shape[1]
+    if drafted.states:
+        last = [start + num_drafted for start in starts]
+        x = step.run(step.embed(drafted.ids[:, -1:]), lanes.cache, last, 0, drafted.exit_block)
+        x = torch.cat([*drafted.states, x], 1)
+    else:
+        x = step.embed(torch.cat([lanes.pending[:, None], drafted.ids], 1))
+    x = step.run(x, lanes.cache, starts, drafted.exit_block, full)
+    accepted, own = chooser.settle(step.decode(x), drafted.ids)
+    # The round's one transfer from the device.
+    table = torch.cat([accepted[:, None], own[:, None], drafted.ids], 1).tolist()
+    lanes.pending = own
+    for lane, (count, *_) in enumerate(table):
+        # Rolling back is not moving on: slots of refused tokens are beyond the new length, to be written over.
+        lanes.cache.lengths[lane] += 1 + count
+    tokens = [[*ids[:count], token] for count, token, *ids in table]
+    return Round(tokens, num_drafted, [row[0] for row in table])

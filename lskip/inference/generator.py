@@ -3,115 +3,38 @@
 from __future__ import annotations
 
 import secrets
-import time
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lskip.decoder import Decoder
-from lskip.inference.engine import PREFILL_ROWS, Depth, Round, Step, decode_round, prefill
-from lskip.inference.lean_step import LeanStep, obstacle, sample_weights
+from lskip.inference.batch import Batch, Text
+from lskip.inference.costs import Costs, measure_costs
+from lskip.inference.engine import Step
+from lskip.inference.generation import Generation, TextStream
+from lskip.inference.lean_blocks import obstacle, sample_weights
+from lskip.inference.lean_step import LeanStep
 from lskip.inference.module_step import ModuleStep
 from lskip.inference.quantized import HEAD_FORM, choose_draft_form
 from lskip.inference.sampling import TokenChooser
-from lskip.inference.settings import GenerationSettings, defaults_from
-from lskip.inference.stopping import StopRule, stop_rule
+from lskip.inference.settings import GenerationSettings, check_whole, defaults_from
+from lskip.inference.stopping import stop_rule
 from lskip.inference.text import TextPieces, decode_text, encode_prompt
-from lskip.inference.weights import STEPS_AND_VERIFICATION, VERIFICATION, Mix, Plain, choose_form
-
-
-@dataclass
-class Generation:
-    """What one prompt brought.
-
-    Attributes:
-        text: the continuation, special tokens left out ("" without a tokenizer).
-        token_ids: its tokens, an end-of-text token included.
-        prompt_tokens: tokens of the prompt, chat template included.
-        seconds: from the prompt's tokens to the last token; the prompt's own pass is part of it.
-        finish_reason: "eos", "length" (max_new_tokens reached), "context" (no position left), or None while it runs
-            or where the caller stopped it.
-        drafted: tokens drafted. accepted: of these, how many are in the text.
-        rounds: passes of the whole model (of the exit, at a fixed exit), the one that takes the prompt included.
-        accepted_counts: accepted tokens of a drafting round -> how many rounds had that many.
-        seed: fixes the sampled text; the one drawn when none was asked for.
-    """
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    prompt_tokens: int = 0
-    seconds: float = 0.0
-    finish_reason: str | None = None
-    drafted: int = 0
-    accepted: int = 0
-    rounds: int = 0
-    accepted_counts: Counter[int] = field(default_factory=Counter)
-    seed: int = 0
-
-    @property
-    def acceptance_rate(self) -> float | None:
-        """accepted / drafted; None when nothing was drafted."""
-        return self.accepted / self.drafted if self.drafted else None
-
-    @property
-    def tokens_per_round(self) -> float:
-        """Emitted tokens per verification."""
-        return len(self.token_ids) / self.rounds if self.rounds else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return len(self.token_ids) / self.seconds if self.seconds else 0.0
-
-    def add(self, outcome: Round, kept: list[int]) -> None:
-        """Counts a round of which `kept` tokens belong to the text: what follows a stop is accepted by nobody."""
-        accepted = min(outcome.accepted, len(kept))
-        self.token_ids += kept
-        self.rounds += 1
-        self.drafted += outcome.drafted
-        self.accepted += accepted
-        if outcome.drafted:
-            self.accepted_counts[accepted] += 1
-
-
-class TextStream:
-    """A generation under way: iterate for pieces of text, each final and never a part of a character.
-
-    `generation` holds what there is so far, complete once the iteration has ended. Leaving early (a break, or
-    ctrl-C) is fine.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, rounds: Iterator[list[int]], generation: Generation):
-        self._tokenizer, self._rounds, self._generation = tokenizer, rounds, generation
-
-    def __iter__(self) -> Iterator[str]:
-        if self._tokenizer is None:
-            raise ValueError("prompt: streaming text needs a tokenizer, and the model came without one")
-        pieces = TextPieces(self._tokenizer)
-        for tokens in self._rounds:
-            if piece := pieces.push(tokens):
-                yield piece
-        if piece := pieces.rest():
-            yield piece
-
-    def run(self) -> Generation:
-        """Generates to the end."""
-        for _ in self._rounds:
-            pass
-        return self.generation
-
-    @property
-    def generation(self) -> Generation:
-        """The outcome so far."""
-        if self._tokenizer is not None:
-            self._generation.text = decode_text(self._tokenizer, self._generation.token_ids)
-        return self._generation
+from lskip.inference.weights import (
+    EXACT_WIDTH,
+    STEPS_AND_VERIFICATION,
+    VERIFICATION,
+    Mix,
+    Plain,
+    choose_exact_form,
+    choose_form,
+)
 
 
 class TextGenerator:
-    """A model made ready for decoding; use it for any number of prompts, one at a time.
+    """A model made ready for decoding; use it for any number of prompts, one at a time or in batches.
 
     Attributes:
         defaults: settings of a call that names none, from the model's generation_config.
@@ -126,6 +49,7 @@ class TextGenerator:
         weights: str = "auto",
         draft_weights: str | None = None,
         release_model: bool = False,
+        bit_exact: bool = False,
     ):
         """Converts the weights once.
 
@@ -138,9 +62,12 @@ class TextGenerator:
                 exit_layer is named) and are verified by the model's own weights, so that the text is the same.
                 Needs no training; CPU only. None: drafts come from the model's own first layers.
             release_model: free the model's blocks while converting. The model is of no use afterwards.
+            bit_exact: a text's logits are the same bits alone, in any batch, with and without speculation, in
+                bfloat16 too. Costs some speed. Without it texts are equal in float32 up to ties within rounding.
 
         Raises:
-            ValueError: an unsupported family, or `weights` or `draft_weights` that are unknown or do not work here.
+            ValueError: an unsupported family, or `weights`, `draft_weights` or `bit_exact` that are unknown or do not
+                work here.
         """
         decoder = Decoder(model)
         self.tokenizer = tokenizer
@@ -151,7 +78,7 @@ class TextGenerator:
         # First, since building `step` may take the model apart.
         self.draft_step = None if draft_weights is None else build_draft_step(decoder, draft_weights)
         mix = STEPS_AND_VERIFICATION if draft_weights is None else VERIFICATION
-        self.step = build_step(decoder, weights, release_model, mix)
+        self.step = build_step(decoder, weights, release_model, mix, bit_exact)
 
     def generate(self, prompt, **settings) -> Generation:
         """Continues a prompt.
@@ -167,45 +94,124 @@ class TextGenerator:
 
     def stream(self, prompt, **settings) -> TextStream:
         """The same as an iterator of text pieces. Everything is checked here, before the first piece."""
+        chosen = self.settings(**settings)
+        text = self.prepare(prompt, chosen)
+        return TextStream(self.tokenizer, (news for _, news in self._rounds([text], 1, chosen)), text.generation)
+
+    def generate_batch(
+        self, prompts: list, batch_size: int = 8, indices: list[int] | None = None, **settings
+    ) -> Iterator[tuple[int, Generation]]:
+        """Continues many prompts, up to `batch_size` of them at a time: one that ends makes room for the next.
+
+        Args:
+            prompts: as in `generate`.
+            batch_size: texts that are decoded together.
+            indices: a number for each prompt, 0, 1, 2 … when not given.
+            settings: as in `generate`. With a seed, the prompt of index i gets seed + i.
+
+        Returns:
+            (index of the prompt, its outcome), as they end. Everything is checked before the first.
+
+        Raises:
+            ValueError: as in `generate`, with the prompt's index.
+        """
+        indexed, chosen = self._prepare_all(prompts, batch_size, indices, settings)
+        return self._endings(indexed, batch_size, chosen)
+
+    def stream_batch(
+        self, prompts: list, batch_size: int = 8, indices: list[int] | None = None, **settings
+    ) -> Iterator[tuple[int, str]]:
+        """The same as (index of the prompt, piece of its text), each piece final and never a part of a character."""
+        if self.tokenizer is None:
+            raise ValueError("prompt: streaming text needs a tokenizer, and the model came without one")
+        indexed, chosen = self._prepare_all(prompts, batch_size, indices, settings)
+        return self._pieces(indexed, batch_size, chosen)
+
+    def settings(self, **settings) -> GenerationSettings:
+        """`defaults` with some settings changed, checked against this model.
+
+        Raises:
+            ValueError: an unknown name, or a value that is not allowed (here).
+        """
         chosen = self.defaults.changed(**settings)
         chosen.check_layers(self.num_layers, draft_weights=self.draft_step is not None)
-        ids = encode_prompt(prompt, self.tokenizer, chosen.chat, self.vocab_size)
-        stop = stop_rule(self.eos_ids, len(ids), chosen.max_new_tokens, self.context_length)
-        seed = secrets.randbits(32) if chosen.seed is None else chosen.seed
-        generation = Generation(prompt_tokens=len(ids), seed=seed)
-        return TextStream(self.tokenizer, self._rounds(ids, chosen, stop, generation), generation)
+        if chosen.stop_strings and self.tokenizer is None:
+            raise ValueError("stop_strings: need a tokenizer, and the model came without one")
+        return chosen
 
-    def _rounds(
-        self, ids: list[int], settings: GenerationSettings, stop: StopRule, generation: Generation
-    ) -> Iterator[list[int]]:
-        """Runs round after round until the text stops; yields the tokens that each one adds."""
-        begin = time.perf_counter()
-        depth = depth_of(settings, self.num_layers)
-        choose = TokenChooser(settings, generation.seed, self.eos_ids, len(ids) + settings.min_new_tokens)
-        draft_step = self.draft_step if settings.num_speculations else None
-        with torch.inference_mode():
-            # Other weights draft from the prompt's last token on: what comes before, the model itself has seen.
-            pending = PREFILL_ROWS if draft_step is None else 1
-            sequence = prefill(self.step, ids, stop.max_new_tokens, depth.full, pending)
-        while generation.finish_reason is None:
-            left = stop.max_new_tokens - len(generation.token_ids)
-            # A generator must not hold inference mode while the caller runs.
-            with torch.inference_mode():
-                num_drafts = min(settings.num_speculations, left - 1)
-                outcome = decode_round(self.step, sequence, depth, num_drafts, choose, draft_step)
-            kept, generation.finish_reason = stop.cut(outcome.tokens, len(generation.token_ids))
-            generation.add(outcome, kept)
-            generation.seconds = time.perf_counter() - begin
-            yield kept
+    def prepare(self, prompt, settings: GenerationSettings, index: int = 0) -> Text:
+        """A prompt as the engine takes it. `index`: its place in a batch, which its seed depends on."""
+        ids = encode_prompt(prompt, self.tokenizer, settings.chat, self.vocab_size)
+        stop = stop_rule(
+            self.eos_ids,
+            len(ids),
+            settings.max_new_tokens,
+            self.context_length,
+            settings.stop_strings,
+            self.tokenizer,
+        )
+        seed = secrets.randbits(32) if settings.seed is None else (settings.seed + index) % 2**64
+        chooser = TokenChooser(settings, seed, self.eos_ids, ids)
+        return Text(ids, chooser, stop, Generation(prompt_tokens=len(ids), seed=seed))
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What passes of this model cost on this machine; measured once, in seconds at most."""
+        return measure_costs(self.step, self.draft_step)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by part: "blocks", "head", "embedding", and "draft" for rounded weights."""
+        parts = self.step.memory()
+        if self.draft_step is not None:
+            draft = self.draft_step.memory()
+            parts["draft"] = draft["blocks"] + draft["head"]
+        return parts
+
+    def _prepare_all(
+        self, prompts: list, batch_size: int, indices: list[int] | None, settings: dict
+    ) -> tuple[list[tuple[int, Text]], GenerationSettings]:
+        check_whole("batch_size", batch_size, 1)
+        chosen = self.settings(**settings)
+        indexed = []
+        for index, prompt in zip(range(len(prompts)) if indices is None else indices, prompts, strict=True):
+            try:
+                indexed.append((index, self.prepare(prompt, chosen, index)))
+            except ValueError as error:
+                raise ValueError(f"prompts[{index}]: {error}") from error
+        return indexed, chosen
+
+    def _rounds(self, texts: list[Text], lanes: int, settings: GenerationSettings) -> Iterator[tuple[Text, list[int]]]:
+        """Runs round after round until all texts have ended; yields what each round adds to each."""
+        if not texts:
+            return
+        # A text's last token is never run, so it needs one slot less than it has tokens.
+        slots = max(len(text.prompt) + text.stop.max_new_tokens - 1 for text in texts)
+        batch = Batch(self.step, self.draft_step, settings, min(lanes, len(texts)), slots, lambda: self.costs)
+        for text in texts:
+            batch.add(text)
+        while batch.busy:
+            yield from batch.round()
+
+    def _endings(self, indexed, batch_size: int, settings: GenerationSettings) -> Iterator[tuple[int, Generation]]:
+        index_of = {id(text): index for index, text in indexed}
+        for text, _ in self._rounds([text for _, text in indexed], batch_size, settings):
+            if text.ended:
+                if self.tokenizer is not None:
+                    text.generation.text = decode_text(self.tokenizer, text.generation.token_ids)
+                yield index_of[id(text)], text.generation
+
+    def _pieces(self, indexed, batch_size: int, settings: GenerationSettings) -> Iterator[tuple[int, str]]:
+        under_way = {id(text): (index, TextPieces(self.tokenizer)) for index, text in indexed}
+        for text, tokens in self._rounds([text for _, text in indexed], batch_size, settings):
+            index, pieces = under_way[id(text)]
+            piece = pieces.push(tokens)
+            if text.ended:
+                piece += pieces.rest()
+            if piece:
+                yield index, piece
 
 
-def depth_of(settings: GenerationSettings, num_layers: int) -> Depth:
-    """Autoregressive: (L, L). Fixed exit: (E, E). Self-speculative: (E, L)."""
-    exit_layer = settings.exit_layer or num_layers
-    return Depth(exit_layer, num_layers if settings.num_speculations else exit_layer)
-
-
-def build_step(decoder: Decoder, weights: str, release: bool, mix: Mix) -> Step:
+def build_step(decoder: Decoder, weights: str, release: bool, mix: Mix, bit_exact: bool) -> Step:
     """LeanStep where it covers the model, else the model's own modules.
 
     Raises:
@@ -213,9 +219,13 @@ def build_step(decoder: Decoder, weights: str, release: bool, mix: Mix) -> Step:
     """
     reason = obstacle(decoder)
     if reason is None:
-        return LeanStep(decoder, choose_form(weights, sample_weights(decoder), mix), release)
+        samples = sample_weights(decoder)
+        form = choose_exact_form(weights, samples) if bit_exact else choose_form(weights, samples, mix)
+        return LeanStep(decoder, form, release, width=EXACT_WIDTH if bit_exact else 1)
     if choose_form(weights, [decoder.head_weight.detach()]) is not Plain and weights != "auto":
         raise ValueError(f"weights: {weights!r} is not for this model ({reason}); use 'auto' or 'plain'")
+    if bit_exact:
+        raise ValueError(f"bit_exact: is not for this model ({reason}); leave it out")
     return ModuleStep(decoder)
 
 
@@ -246,12 +256,13 @@ def load_generator(
     weights: str = "auto",
     draft_weights: str | None = None,
     device: str = "auto",
+    bit_exact: bool = False,
 ) -> TextGenerator:
     """A generator from whatever `--model` can name: "smollm2", a run, a checkpoint, a folder, a hub name, a GGUF file.
 
     Args:
         dtype: "float32", "bfloat16" or "float16".
-        weights, draft_weights: as in TextGenerator.
+        weights, draft_weights, bit_exact: as in TextGenerator.
         device: "cpu", "cuda", …; "auto": a GPU where there is one.
 
     Raises:
@@ -263,7 +274,9 @@ def load_generator(
         raise ValueError(f"dtype: {dtype!r} is not one of float32, bfloat16, float16")
     place = resolve_device(device)
     loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
-    return TextGenerator(loaded.eval().to(place), tokenizer, weights, draft_weights, release_model=True)
+    return TextGenerator(
+        loaded.eval().to(place), tokenizer, weights, draft_weights, release_model=True, bit_exact=bit_exact
+    )
 
 
 def resolve_device(device: str) -> torch.device:

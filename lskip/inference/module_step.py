@@ -12,17 +12,17 @@ from lskip.inference.cache import KVCache
 class CacheView:
     """What a transformers block takes for its cache: writes into a KVCache at the positions of this pass."""
 
-    def __init__(self, cache: KVCache, start: int):
-        self.cache, self.start, self.updates = cache, start, 0
+    def __init__(self, cache: KVCache, starts: list[int]):
+        self.cache, self.starts, self.updates = cache, starts, 0
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Keys and values [1, KV, N, head_dim] of the rows -> those of all slots up to them, [1, KV, K, head_dim]."""
-        stop = self.start + keys.shape[2]
-        states = self.cache.states[layer_idx]
-        states[self.start : stop, 0] = keys[0].transpose(0, 1)
-        states[self.start : stop, 1] = values[0].transpose(0, 1)
+        """Keys and values [A, KV, n, head_dim] of the rows -> those of all slots, [A, KV, K, head_dim]."""
+        states, rows = self.cache.states[layer_idx], keys.shape[2]
+        for lane, start in enumerate(self.starts):
+            states[lane, start : start + rows, 0] = keys[lane].transpose(0, 1)
+            states[lane, start : start + rows, 1] = values[lane].transpose(0, 1)
         self.updates += 1
-        seen = states[:stop].permute(1, 2, 0, 3)[:, None]
+        seen = states[: len(self.starts), : max(self.starts) + rows].permute(2, 0, 3, 1, 4)
         return seen[0], seen[1]
 
 
@@ -37,26 +37,42 @@ class ModuleStep:
         self.kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
-    def new_cache(self, slots: int) -> KVCache:
-        """A cache for a request of `slots` positions."""
-        return KVCache(self.num_layers, slots, self.kv_heads, self.head_dim, self.dtype, self.device)
+    def new_cache(self, lanes: int, slots: int) -> KVCache:
+        """A cache for texts of up to `slots` positions."""
+        shape = self.num_layers, lanes, slots, self.kv_heads, self.head_dim
+        return KVCache.of_zeros(*shape, self.dtype, self.device)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by part; a tied head is the embedding."""
+        embedding, head = self.decoder.model.get_input_embeddings().weight, self.decoder.head_weight
+        blocks = [*self.decoder.model.model.layers.parameters(), *self.decoder.model.model.layers.buffers()]
+        return {
+            "blocks": sum(part.nbytes for part in blocks),
+            "head": 0 if head is embedding else head.nbytes,
+            "embedding": embedding.nbytes,
+        }
 
     def embed(self, ids: Tensor) -> Tensor:
-        """[N] token ids -> [N, D]."""
-        return self.decoder.embed(ids[None])[0]
+        """[A, n] token ids -> [A, n, D]."""
+        return self.decoder.embed(ids)
 
     def decode(self, x: Tensor) -> Tensor:
-        """Exit states [N, D] -> logits [N, V]: final norm and head."""
-        return self.decoder.decode(x[None])[0]
+        """Exit states [..., D] -> logits [..., V]: final norm and head."""
+        return self.decoder.decode(x)
 
-    def run(self, x: Tensor, cache: KVCache, start: int, first: int, last: int) -> Tensor:
-        """Blocks `first` … `last`-1 on rows x [N, D] at positions start … start+N-1, as LeanStep.run."""
-        x, stop = x[None], start + x.shape[0]
-        view = CacheView(cache, start)
-        positions = torch.arange(start, stop, device=x.device)[None]
-        inputs = self.decoder.block_inputs(x, positions, cache=view, num_keys=stop)
+    def run(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> Tensor:
+        """Blocks `first` … `last`-1 on states x [A, n, D] of the cache's first A lanes, as LeanStep.run."""
+        rows = x.shape[1]
+        view = CacheView(cache, starts)
+        positions = torch.tensor(starts, device=x.device)[:, None] + torch.arange(rows, device=x.device)
+        inputs = self.decoder.block_inputs(x, positions, cache=view, num_keys=max(starts) + rows)
         for index in range(first, last):
             x = self.decoder.block(index, x, inputs)
         # Blocks take **kwargs: a cache under another name would be ignored without a word.
         assert view.updates == last - first, "the blocks did not use the cache"
-        return x[0]
+        return x
+
+    def fill(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> None:
+        """Writes the keys and values that blocks `first` … `last`-1 make of x [A, n, D], as LeanStep.fill."""
+        for index in range(first, last):  # each from the exit's state, so one at a time
+            self.run(x, cache, starts, index, index + 1)

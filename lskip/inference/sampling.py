@@ -1,57 +1,165 @@
-"""Choosing a token from logits: greedy, or sampled with noise that draft and verification share."""
+"""Choosing tokens from logits: greedy, or sampled with noise that draft and verification share."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
+from lskip.inference.noise import gumbel_noise, to_device
+from lskip.inference.rejection import RejectionChooser
 from lskip.inference.settings import GenerationSettings
 
 
 class TokenChooser:
-    """Logits [N, V] of N consecutive positions -> a token each.
+    """Chooses the tokens of one text.
 
     Sampling is argmax(processed logits + Gumbel noise), the noise a function of (seed, position) alone: an exact
     draw from the processed distribution. Draft and verification see the same noise, so a drafted token is
     accepted when it equals the verifier's own choice, and the text does not depend on whether, or how, it
     was drafted.
+
+    Nothing here waits for the logits' device.
+
+    Attributes:
+        text: prompt and every token emitted so far; its owner extends it after each round.
+        rejection: whether drafted tokens are to be accepted by rejection sampling (RejectionChooser).
     """
 
-    def __init__(self, settings: GenerationSettings, seed: int, eos_ids: tuple[int, ...], first_eos: int):
-        """first_eos: the lowest absolute position at which a token of `eos_ids` may be chosen."""
-        self.seed, self.greedy = seed, settings.temperature == 0
-        self.eos_ids, self.first_eos = list(eos_ids), first_eos
-        self.processors = LogitsProcessorList()
-        if self.greedy:
-            return
-        if settings.temperature != 1:
-            self.processors.append(TemperatureLogitsWarper(float(settings.temperature)))
-        if settings.top_k is not None:
-            self.processors.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p < 1:
-            self.processors.append(TopPLogitsWarper(float(settings.top_p)))
+    def __init__(self, settings: GenerationSettings, seed: int, eos_ids: tuple[int, ...], prompt: list[int]):
+        """eos_ids: barred from the first `settings.min_new_tokens` positions after the prompt."""
+        self.text, self.seed, self.eos_ids = list(prompt), seed, tuple(eos_ids)
+        self.first_eos = len(prompt) + settings.min_new_tokens
+        self.greedy = settings.temperature == 0
+        self.rejection = settings.acceptance == "rejection" and not self.greedy
+        self.penalty = None
+        if settings.repetition_penalty != 1:
+            self.penalty = RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty))
+        self.warpers = LogitsProcessorList([] if self.greedy else warpers(settings))
+        self._text_ids: Tensor | None = None
+        self._noise: dict[int, Tensor] = {}
 
-    def __call__(self, logits: Tensor, position: int) -> Tensor:
-        """logits [N, V], row i for the token at `position` + i -> token ids [N], on the logits' device."""
-        if position < self.first_eos and self.eos_ids:
-            logits = logits.clone()
-            logits[: self.first_eos - position, self.eos_ids] = float("-inf")
-        if self.greedy:
+    def takes_likeliest(self, logits: Tensor, drafted: Tensor) -> bool:
+        """Whether `draw` of the same arguments ([…, n, V] and […, m]) is a bare argmax."""
+        barred = bool(self.eos_ids) and self._first_position(logits, drafted) < self.first_eos
+        return self.greedy and self.penalty is None and not barred
+
+    def draw(self, logits: Tensor, drafted: Tensor) -> Tensor:
+        """Tokens for n consecutive positions.
+
+        Args:
+            logits: [n, V]; row j is for the token at position len(text) + m - (n - 1) + j.
+            drafted: [m], m >= n - 1: tokens after the text; row j stands after the first m - (n - 1) + j of them.
+
+        Returns:
+            Token ids [n].
+        """
+        if self.takes_likeliest(logits, drafted):
             return logits.argmax(-1)
-        scores = self.processors(None, logits.float())
-        noise = [gumbel_noise(self.seed, position + row, scores.shape[1]) for row in range(len(scores))]
-        return (scores + torch.stack(noise).to(scores.device)).argmax(-1)
+        scores = self.scores(logits, drafted)
+        if not self.greedy:
+            scores = scores + self.noise(self._first_position(logits, drafted), scores)
+        return scores.argmax(-1)
+
+    propose = draw
+
+    def settle(self, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
+        """logits [d+1, V], drafted [d] -> how many drafted tokens are kept [1], and the token after them [1]."""
+        return keep_agreeing(self.draw(logits, drafted)[None], drafted[None])
+
+    def scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
+        """float32 [n, V]: the processed logits, in the order of transformers' generate. Arguments as in `draw`."""
+        first, scores = self._first_position(logits, drafted), logits.float()
+        if self.penalty is not None:
+            before = torch.cat([self._text_on(drafted.device), drafted])[None]
+            rows = [self.penalty(before[:, : first + row], scores[row : row + 1]) for row in range(len(scores))]
+            scores = torch.cat(rows)
+        if self.eos_ids and first < self.first_eos:
+            scores = scores.clone()
+            for token in self.eos_ids:
+                scores[: self.first_eos - first, token] = float("-inf")
+        return self.warpers(None, scores)
+
+    def noise(self, first: int, like: Tensor) -> Tensor:
+        """Gumbel noise of `like`'s shape [n, V] for the tokens from position `first` on."""
+        for position in [position for position in self._noise if position < len(self.text)]:
+            del self._noise[position]
+        num, size = like.shape
+        for position in range(first, first + num):
+            if position not in self._noise:  # verification asks for what the draft has just used
+                self._noise[position] = to_device(gumbel_noise(self.seed, position, size), like.device)
+        return torch.stack([self._noise[position] for position in range(first, first + num)])
+
+    def _first_position(self, logits: Tensor, drafted: Tensor) -> int:
+        return len(self.text) + drafted.shape[-1] - (logits.shape[-2] - 1)
+
+    def _text_on(self, device: torch.device) -> Tensor:
+        """The text's ids on the device; only what is new travels."""
+        known = self._text_ids
+        if known is None:
+            known = torch.empty(0, dtype=torch.long, device=device)
+        if new := self.text[len(known) :]:
+            known = torch.cat([known, to_device(torch.tensor(new), device)])
+        self._text_ids = known
+        return known
 
 
-@lru_cache(maxsize=64)  # verification asks for what the draft has just used
-def gumbel_noise(seed: int, position: int, size: int) -> Tensor:
-    """float32 [size] on the CPU: Gumbel noise that depends on (seed, position) and nothing else."""
-    # Philox is a function of key and counter. The position goes into the counter's highest word, so that
-    # streams of different positions never meet.
-    source = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position]))
-    exponential = np.maximum(source.standard_exponential(size), np.finfo(np.float64).tiny)
-    return torch.from_numpy(-np.log(exponential)).float()
+class BatchChooser:
+    """Chooses the tokens of a round in all lanes."""
+
+    def __init__(self, choosers: list[TokenChooser]):
+        """choosers: one a lane, in the order of the lanes."""
+        self.choosers = choosers
+        self._lanes = [RejectionChooser(chooser) if chooser.rejection else chooser for chooser in choosers]
+
+    def propose(self, logits: Tensor, drafted: Tensor) -> Tensor:
+        """The draft's next tokens [B], from its logits [B, 1, V] and the `drafted` [B, i] of this round so far."""
+        if self._take_likeliest(logits, drafted):
+            return logits[:, -1].argmax(-1)
+        return torch.cat([lane.propose(*rows) for lane, *rows in zip(self._lanes, logits, drafted, strict=True)])
+
+    def settle(self, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
+        """What a verification brings.
+
+        Args:
+            logits: [B, d+1, V], the model's, after the text and after each drafted token.
+            drafted: [B, d], d >= 0.
+
+        Returns:
+            [B]: how many drafted tokens are kept; [B]: the model's own token after them.
+        """
+        if self._take_likeliest(logits, drafted):
+            return keep_agreeing(logits.argmax(-1), drafted)
+        outcomes = [lane.settle(*rows) for lane, *rows in zip(self._lanes, logits, drafted, strict=True)]
+        accepted, own = zip(*outcomes, strict=True)
+        return torch.cat(accepted), torch.cat(own)
+
+    def _take_likeliest(self, logits: Tensor, drafted: Tensor) -> bool:
+        return all(chooser.takes_likeliest(logits, drafted) for chooser in self.choosers)
+
+
+def keep_agreeing(own: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
+    """own [B, d+1], drafted [B, d] -> length of the prefix in which they agree [B], and `own` there [B]."""
+    accepted = (own[:, :-1] == drafted).long().cumprod(1).sum(1)
+    return accepted, own.gather(1, accepted[:, None])[:, 0]
+
+
+def warpers(settings: GenerationSettings) -> list:
+    """What sampling does to logits, in the order of transformers' `_get_logits_processor`."""
+    chosen = []
+    if settings.temperature != 1:
+        chosen.append(TemperatureLogitsWarper(float(settings.temperature)))
+    if settings.top_k is not None:
+        chosen.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1:
+        chosen.append(TopPLogitsWarper(float(settings.top_p)))
+    if settings.min_p > 0:
+        chosen.append(MinPLogitsWarper(float(settings.min_p)))
+    return chosen

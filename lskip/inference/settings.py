@@ -5,8 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from numbers import Real
+from typing import TYPE_CHECKING
 
 from transformers import GenerationConfig
+
+if TYPE_CHECKING:
+    from lskip.inference.drafting import DraftPolicy
+    from lskip.inference.exits import ExitCriterion
+
+ACCEPTANCES = ("shared_noise", "rejection")
+DRAFT_KINDS = ("layers", "weights", "ngram")
 
 
 @dataclass(frozen=True)
@@ -17,27 +25,65 @@ class GenerationSettings:
         max_new_tokens: tokens to generate at most; cut to what the context leaves.
         min_new_tokens: an end-of-text token is not chosen before this many, as in transformers.
         exit_layer: blocks that run before a token is read off (1 … L). None: all of them.
-        num_speculations: tokens drafted before the whole model verifies them: at `exit_layer`, or where the
-            generator has draft_weights by all layers in those. 0 with an `exit_layer` below L generates from that
-            layer alone.
+        exit_criterion: decides token by token how deep to go, never deeper than exit_layer where that is named, and
+            nothing is verified: another text. The prompt and its first token are not asked. None: every token goes
+            to the end.
+        num_speculations: tokens drafted before the whole model verifies them (at most, where a draft_policy decides).
+            0 with an `exit_layer` below L generates from that layer alone.
+        draft: what drafts: "layers" (blocks 1 … exit_layer of the model), "weights" (those, or all blocks where no
+            exit_layer is named, in the generator's draft_weights) or "ngram" (what followed the same tokens earlier in
+            the text). None: "weights" where the generator has draft_weights, else "layers".
+        draft_policy: decides round by round what drafts, and how many tokens. None: num_speculations every time.
+        acceptance: which drafted tokens are kept when sampling. "shared_noise": draft and verification sample with
+            the same noise, and a seed's text is the same with and without speculation. "rejection" (arXiv 2211.17192)
+            keeps somewhat more; every token is still an exact draw from the model's distribution, but a seed's text
+            depends on what was drafted.
         temperature: 0.0 takes the likeliest token, 1.0 samples from the model's distribution.
         top_k: sample among the k likeliest only; None: all.
         top_p: sample among the likeliest that together reach this probability, in (0, 1].
-        seed: fixes the sampled text (with or without speculation); None: another text each time.
+        min_p: sample among those with at least this share of the likeliest one's probability, in [0, 1]; 0: all.
+        repetition_penalty: above 1 makes tokens that are in the prompt or the text less likely, below 1 more, in
+            greedy decoding too; 1: off.
+        stop_strings: texts that end the generation, with the token that completes one; they need a tokenizer. Only
+            generated text counts, special tokens included.
+        seed: fixes the sampled text; None: another text each time.
         chat: whether a text prompt goes through the tokenizer's chat template; None: when it has one.
     """
 
     max_new_tokens: int = 256
     min_new_tokens: int = 0
     exit_layer: int | None = None
+    exit_criterion: ExitCriterion | None = None
     num_speculations: int = 0
+    draft: str | None = None
+    draft_policy: DraftPolicy | None = None
+    acceptance: str = "shared_noise"
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_strings: tuple[str, ...] = ()
     seed: int | None = None
     chat: bool | None = None
 
     def __post_init__(self):
+        self._check_counts()
+        check_real("temperature", self.temperature, "0 or more", lambda value: value >= 0)
+        check_real("top_p", self.top_p, "above 0 and at most 1", lambda value: 0 < value <= 1)
+        check_real("min_p", self.min_p, "from 0 to 1", lambda value: 0 <= value <= 1)
+        check_real("repetition_penalty", self.repetition_penalty, "above 0", lambda value: value > 0)
+        if self.draft is not None:
+            check_choice("draft", self.draft, DRAFT_KINDS)
+        check_choice("acceptance", self.acceptance, ACCEPTANCES)
+        check_policy("draft_policy", self.draft_policy)
+        self._check_criterion()
+        check_texts("stop_strings", self.stop_strings)
+        object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+        if self.chat not in (None, True, False):
+            raise ValueError(f"chat: {self.chat!r} is not true, false or null")
+
+    def _check_counts(self) -> None:
         check_whole("max_new_tokens", self.max_new_tokens, 1)
         check_whole("min_new_tokens", self.min_new_tokens, 0)
         check_whole("num_speculations", self.num_speculations, 0)
@@ -45,33 +91,52 @@ class GenerationSettings:
             raise ValueError(
                 f"min_new_tokens: {self.min_new_tokens} is more than max_new_tokens, {self.max_new_tokens}"
             )
-        if self.exit_layer is not None:
-            check_whole("exit_layer", self.exit_layer, 1)
-        if self.top_k is not None:
-            check_whole("top_k", self.top_k, 1)
-        if self.seed is not None:
-            check_whole("seed", self.seed, 0)
-            if self.seed >= 2**64:
-                raise ValueError(f"seed: {self.seed} is not below 2**64")
-        check_real("temperature", self.temperature, "0 or more", lambda value: value >= 0)
-        check_real("top_p", self.top_p, "above 0 and at most 1", lambda value: 0 < value <= 1)
-        if self.chat not in (None, True, False):
-            raise ValueError(f"chat: {self.chat!r} is not true, false or null")
+        for name, lowest in (("exit_layer", 1), ("top_k", 1), ("seed", 0)):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), lowest)
+        if self.seed is not None and self.seed >= 2**64:
+            raise ValueError(f"seed: {self.seed} is not below 2**64")
+
+    def _check_criterion(self) -> None:
+        criterion = self.exit_criterion
+        if criterion is None:
+            return
+        # By its methods: importing the class would be a cycle.
+        is_criterion = all(callable(getattr(criterion, method, None)) for method in ("looks_at", "exits"))
+        if isinstance(criterion, type) or not is_criterion:
+            raise ValueError(f"exit_criterion: {criterion!r} is not an ExitCriterion, such as Margin(0.5), or null")
+        if self.num_speculations:
+            raise ValueError(
+                f"num_speculations: {self.num_speculations} does not go with an exit_criterion, whose tokens are not"
+                " verified; use 0, or leave the criterion out"
+            )
 
     def check_layers(self, num_layers: int, draft_weights: bool = False) -> None:
-        """Checks `exit_layer` and `num_speculations` against a model of `num_layers`, with draft weights or without.
+        """Checks what drafts, and where, against a model of `num_layers`, with draft weights or without.
 
         Raises:
-            ValueError: exit_layer beyond the model, or speculation without an exit below the last layer.
+            ValueError: exit_layer beyond the model, a criterion that would never be asked, draft weights that there
+                are not, or layers that are to draft without an exit below the last.
         """
         if self.exit_layer is not None and self.exit_layer > num_layers:
             raise ValueError(
                 f"exit_layer: {self.exit_layer} is not a whole number from 1 to {num_layers}, the model's layers"
             )
-        if self.num_speculations and not draft_weights and self.exit_layer in (None, num_layers):
+        depth = self.exit_layer or num_layers
+        if self.exit_criterion is not None and not any(map(self.exit_criterion.looks_at, range(1, depth))):
+            raise ValueError(f"exit_criterion: looks at no layer below {depth}, the last one that runs")
+        if self.draft == "weights" and not draft_weights:
+            raise ValueError("draft: 'weights' needs draft_weights, and the generator has none")
+        if not self.num_speculations or self.exit_layer not in (None, num_layers):
+            return
+        if self.draft is None:
+            needs_exit = not draft_weights and not getattr(self.draft_policy, "chooses_draft", False)
+        else:
+            needs_exit = self.draft == "layers"
+        if needs_exit:
             raise ValueError(
                 f"num_speculations: {self.num_speculations} needs an exit_layer from 1 to {num_layers - 1} to draft"
-                f" with (it is {self.exit_layer}), or draft_weights"
+                f" with (it is {self.exit_layer}), draft_weights, or draft 'ngram'"
             )
 
     def changed(self, **settings) -> GenerationSettings:
@@ -98,12 +163,16 @@ def defaults_from(config: GenerationConfig | None) -> GenerationSettings:
 
     sampled = bool(config.do_sample)
     max_new_tokens = given("max_new_tokens", GenerationSettings.max_new_tokens)
+    stop_strings = given("stop_strings", ())
     return GenerationSettings(
         max_new_tokens=max_new_tokens,
         min_new_tokens=min(given("min_new_tokens", 0), max_new_tokens),
         temperature=float(given("temperature", 1.0)) if sampled else 0.0,
         top_k=given("top_k", None) or None,  # transformers writes 0 for "all"
         top_p=float(given("top_p", 1.0)),
+        min_p=float(given("min_p", 0.0)),
+        repetition_penalty=float(given("repetition_penalty", 1.0)),
+        stop_strings=(stop_strings,) if isinstance(stop_strings, str) else stop_strings,
     )
 
 
@@ -118,3 +187,24 @@ def check_real(name: str, value, allowed: str, holds) -> None:
     number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not holds(value):
         raise ValueError(f"{name}: {value!r} is not a number {allowed}")
+
+
+def check_choice(name: str, value, choices: tuple[str, ...]) -> None:
+    """ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(choices)}")
+
+
+def check_texts(name: str, value) -> None:
+    """ValueError unless `value` is a list or tuple of texts that are not empty."""
+    texts = value if isinstance(value, list | tuple) else [None]
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"{name}: {value!r} is not a list of texts, none of them empty")
+
+
+def check_policy(name: str, value) -> None:
+    """ValueError unless `value` is None or an object with a DraftPolicy's methods."""
+    # By its methods: importing the class would be a cycle.
+    is_policy = all(callable(getattr(value, method, None)) for method in ("begin", "plan", "goes_on", "learn"))
+    if value is not None and (isinstance(value, type) or not is_policy):
+        raise ValueError(f"{name}: {value!r} is not a DraftPolicy, such as CostAwareDraft(), or null")

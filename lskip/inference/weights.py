@@ -26,6 +26,12 @@ class Plain:
         """residual [N, out] + self([N, in])."""
         return residual + F.linear(x, self.weight, self.bias)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds. An opaque layout does not tell its padding: its numbers are counted."""
+        parts = [part for part in vars(self).values() if isinstance(part, Tensor)]
+        return sum(part.numel() * part.element_size() for part in parts)
+
 
 class Transposed(Plain):
     """The matrix stored [in, out]: on some CPUs the kernel for few rows that reads memory fastest (float32)."""
@@ -70,7 +76,18 @@ class PackedWide(Packed):
     lone_row_width = 4
 
 
+class Sliced(Plain):
+    """Plain, four rows at a time: whatever kernel takes them, every row meets the same product."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([F.linear(rows, self.weight, self.bias) for rows in x.split(EXACT_WIDTH)])
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        return residual + self(x)
+
+
 Form = type[Plain]
+EXACT_WIDTH = 4  # rows that products and attention groups see at once where bits must not depend on neighbours
 Mix = tuple[tuple[int, int], ...]  # (how often, rows): the products that a form is chosen for
 STEPS_AND_VERIFICATION: Mix = ((3, 1), (1, 5))  # own drafts: a row at a time, then all at once
 VERIFICATION: Mix = ((1, 8),)  # where other weights draft
@@ -98,6 +115,32 @@ def choose_form(form: str, samples: list[Tensor], mix: Mix = STEPS_AND_VERIFICAT
     usable = [candidate for candidate in candidates if obstacle_to(candidate, samples[0]) is None]
     # In bfloat16 forms round to different texts, so that no timing may choose; in float32 texts are equal.
     return usable[0] if usable and usable[0] is Packed else fastest([Plain, *usable], samples, mix)
+
+
+def choose_exact_form(form: str, samples: list[Tensor]) -> Form:
+    """The class that holds the weights so that a row's bits do not depend on the rows beside it.
+
+    Raises:
+        ValueError: unknown form, or one that does not work here.
+    """
+    if form == "plain":
+        return Sliced
+    if form not in ("auto", "packed"):
+        raise ValueError(f"weights: {form!r} does not go with bit_exact; use 'auto', 'packed' or 'plain'")
+    reason = obstacle_to(Packed, samples[0])
+    if reason is None and not keeps_bits(Packed, samples[0]):
+        reason = "its products depend on the number of rows"
+    if reason is not None and form == "packed":
+        raise ValueError(f"weights: {form!r} does not work here ({reason}); use 'auto' or 'plain'")
+    return Packed if reason is None else Sliced
+
+
+def keeps_bits(form: Form, sample: Tensor) -> bool:
+    """Whether products of 4, 12 and 64 rows agree bit for bit on the rows that they share."""
+    held = form(sample)
+    rows = torch.linspace(-1, 1, 64 * sample.shape[1], dtype=sample.dtype, device=sample.device).view(64, -1)
+    whole = held(rows)
+    return all(torch.equal(held(rows[:count]), whole[:count]) for count in (EXACT_WIDTH, 3 * EXACT_WIDTH))
 
 
 def obstacle_to(form: Form, sample: Tensor) -> str | None:

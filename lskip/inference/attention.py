@@ -1,0 +1,187 @@
+"""Attention over the cache for a few rows in each lane: as fast as it goes, or with bits that nothing else moves."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Heads(NamedTuple):
+    """How a block's attention is cut: H query heads share KV key heads, H / KV each."""
+
+    queries: int
+    keys: int
+    size: int
+    scale: float
+
+    @property
+    def group(self) -> int:
+        return self.queries // self.keys
+
+
+class View(NamedTuple):
+    """Which slots the rows of a pass see in a block: `low` … stop-1, less what `mask` [A, 1, G n, K] hides."""
+
+    low: int
+    mask: Tensor | None
+
+
+class Span(NamedTuple):
+    """What every block needs to know about the rows of one pass: n positions in each of A lanes.
+
+    Attributes:
+        starts: of each lane.
+        rows: n.
+        stop: the slots that the farthest lane sees.
+        written: where keys and values go: of a lone lane's slots, or [A n] of all lanes' slots, one lane after another.
+        views: by window.
+    """
+
+    starts: list[int]
+    rows: int
+    stop: int
+    written: slice | Tensor
+    views: dict[int | None, View]
+
+
+class Attention:
+    """All lanes in one call; each is given the slots of the farthest, behind a mask.
+
+    Query heads that share a key head are rows of one product, so that keys are never repeated. A single row of a
+    single lane needs no mask.
+    """
+
+    def __init__(self, heads: Heads, windows: set[int | None], dtype: torch.dtype, device: torch.device):
+        self.heads, self.windows, self.dtype, self.device = heads, windows, dtype, device
+
+    def span(self, starts: list[int], rows: int, slots: int) -> Span:
+        """For `rows` positions in each lane, those of lane a from starts[a] on, in a cache of `slots` a lane."""
+        stop = max(starts) + rows
+        if len(starts) == 1:
+            written = slice(starts[0], stop)
+        else:
+            first = torch.tensor(starts, device=self.device) + torch.arange(len(starts), device=self.device) * slots
+            written = (first[:, None] + torch.arange(rows, device=self.device)).flatten()
+        views = {window: self._view(starts, rows, stop, window) for window in self.windows}
+        return Span(starts, rows, stop, written, views)
+
+    def _view(self, starts: list[int], rows: int, stop: int, window: int | None) -> View:
+        low = 0 if window is None else max(0, min(starts) + 1 - window)
+        if rows == 1 and len(starts) == 1:
+            return View(low, None)
+        positions = torch.tensor(starts, device=self.device)[:, None] + torch.arange(rows, device=self.device)
+        distance = positions[:, :, None] - torch.arange(low, stop, device=self.device)  # [A, n, K]
+        mask = hiding(distance, window, self.dtype)
+        return View(low, mask[:, None].expand(-1, self.heads.group, -1, -1).flatten(1, 2)[:, None])
+
+    def __call__(self, qkv: Tensor, states: Tensor, span: Span, window: int | None) -> Tensor:
+        """Writes keys and values, and attends.
+
+        Args:
+            qkv: [A n, H + 2 KV, head_dim], rotated.
+            states: this block's part of the cache, [lanes, slots, 2, KV, head_dim].
+
+        Returns:
+            [A n, H head_dim].
+        """
+        self.write(qkv, states, span)
+        return self.attend(qkv[:, : self.heads.queries], states, span, window)
+
+    def write(self, qkv: Tensor, states: Tensor, span: Span) -> None:
+        """Keys and values of the rows into their slots."""
+        new = qkv[:, self.heads.queries :]  # [A n, 2 KV, head_dim]
+        if len(span.starts) == 1:
+            states[0, span.written].view(new.shape).copy_(new)
+        else:
+            states.view(-1, *new.shape[1:]).index_copy_(0, span.written, new)
+
+    def attend(self, queries: Tensor, states: Tensor, span: Span, window: int | None) -> Tensor:
+        """queries [A n, H, head_dim] -> [A n, H head_dim]."""
+        (low, mask), lanes = span.views[window], len(span.starts)
+        keys, values = states[:lanes, low : span.stop].permute(2, 0, 3, 1, 4)  # each [A, KV, K, head_dim]
+        return self._product(queries, keys, values, mask, lanes, span.rows)
+
+    def _product(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, lanes: int, rows: int):
+        _, kv_heads, size, scale = self.heads
+        queries = queries.reshape(lanes, rows, kv_heads, self.heads.group, size).permute(0, 2, 3, 1, 4)
+        queries = queries.reshape(lanes, kv_heads, self.heads.group * rows, size)
+        z = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+        z = z.view(lanes, kv_heads, self.heads.group, rows, size).permute(0, 3, 1, 2, 4)
+        return z.reshape(lanes * rows, -1)
+
+
+class AlignedAttention(Attention):
+    """A row's bits depend on its own lane and position alone.
+
+    Kernels choose their order of summation by the number of queries and of keys. So token p always sits in slot
+    p mod W of a group of W query rows over (p // W + 1) W keys, whatever else is in flight; unused rows of a group
+    are zeros. One call a group: slower where many lanes or rows are under way.
+    """
+
+    def __init__(self, heads: Heads, windows: set[int | None], dtype: torch.dtype, device: torch.device, width: int):
+        """width: W, rows of a group. A cache needs its slots in multiples of it."""
+        super().__init__(heads, windows, dtype, device)
+        self.width = width
+
+    def _view(self, starts: list[int], rows: int, stop: int, window: int | None) -> View:
+        """The mask of the last group [1, 1, G W, K]; a group before it sees the end of it."""
+        keys = -(-stop // self.width) * self.width
+        slots = torch.arange(self.width, device=self.device)
+        distance = (keys - self.width + slots)[:, None] - torch.arange(keys, device=self.device)
+        mask = hiding(distance, window, self.dtype)
+        return View(0, mask.expand(self.heads.group, -1, -1).flatten(0, 1)[None, None])
+
+    def attend(self, queries: Tensor, states: Tensor, span: Span, window: int | None) -> Tensor:
+        output = queries.new_empty(len(queries), queries[0].numel())
+        mask = span.views[window].mask
+        for lane, start in enumerate(span.starts):
+            for group in range(start // self.width, (start + span.rows - 1) // self.width + 1):
+                begin, end = max(start, group * self.width), min(start + span.rows, (group + 1) * self.width)
+                here = slice(lane * span.rows + begin - start, lane * span.rows + end - start)
+                padded = queries.new_zeros(self.width, *queries.shape[1:])
+                within = slice(begin - group * self.width, end - group * self.width)
+                padded[within] = queries[here]
+                stop = (group + 1) * self.width
+                keys, values = states[lane, :stop].permute(1, 2, 0, 3)[:, None]
+                output[here] = self._product(padded, keys, values, mask[..., -stop:], 1, self.width)[within]
+        return output
+
+
+def hiding(distance: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Additive mask: -inf for keys that lie ahead of their query (distance < 0) or `window` or more behind it."""
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    return torch.zeros(distance.shape, dtype=dtype, device=distance.device).masked_fill_(hidden, float("-inf"))
+
+
+class Rotary:
+    """Rotary embedding as one complex product: heads come with each pair of dimensions side by side."""
+
+    def __init__(self, inv_freq: Tensor, scale: float):
+        """inv_freq [head_dim / 2]; scale multiplies the turned vectors (YaRN's)."""
+        self.inv_freq, self.scale = inv_freq.float(), scale
+        self.table = self._turns(0)
+
+    def _turns(self, positions: int) -> Tensor:
+        angle = torch.outer(torch.arange(positions, device=self.inv_freq.device).float(), self.inv_freq)
+        return torch.polar(torch.full_like(angle, self.scale), angle)[:, None]
+
+    def turns(self, starts: list[int], rows: int) -> Tensor:
+        """[A n, 1, head_dim / 2] complex, for n rows in each lane from starts[a] on."""
+        stop = max(starts) + rows
+        if len(self.table) < stop:
+            self.table = self._turns(max(stop, 2 * len(self.table)))
+        if len(starts) == 1:
+            return self.table[starts[0] : stop]
+        positions = torch.tensor(starts)[:, None] + torch.arange(rows)
+        return self.table[positions.flatten().to(self.table.device)]
+
+    @staticmethod
+    def apply(heads: Tensor, turns: Tensor) -> None:
+        """Turns heads [A n, heads, head_dim], in place."""
+        exact = heads if heads.dtype == torch.float32 else heads.float()
+        torch.view_as_complex(exact.unflatten(-1, (-1, 2))).mul_(turns)
+        if exact is not heads:
+            heads.copy_(exact)

@@ -1,0 +1,245 @@
+"""Texts come and go: a batch whose lanes are refilled from a queue while the others go on (continuous batching)."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lskip.inference.costs import Costs
+from lskip.inference.drafting import Draft, DraftPlan, DraftPolicy, FixedDraft
+from lskip.inference.engine import (
+    Drafted,
+    Lanes,
+    Round,
+    Step,
+    draft,
+    nothing_drafted,
+    prefill,
+    verify,
+)
+from lskip.inference.exits import ExitCriterion, exit_round
+from lskip.inference.generation import Generation
+from lskip.inference.ngrams import NgramIndex
+from lskip.inference.sampling import BatchChooser, TokenChooser
+from lskip.inference.settings import GenerationSettings
+from lskip.inference.stopping import StopRule
+
+
+@dataclass
+class Text:
+    """One prompt and what becomes of it.
+
+    Attributes:
+        prompt: token ids.
+        chooser: how its tokens are chosen.
+        stop: when it ends.
+        generation: the outcome, growing.
+        ngrams: of prompt and outcome, to draft from.
+    """
+
+    prompt: list[int]
+    chooser: TokenChooser
+    stop: StopRule
+    generation: Generation
+    ngrams: NgramIndex = field(default_factory=NgramIndex)
+    began: float = 0.0
+
+    @property
+    def left(self) -> int:
+        """Tokens that it may still get."""
+        return self.stop.max_new_tokens - len(self.generation.token_ids)
+
+    @property
+    def ended(self) -> bool:
+        return self.generation.finish_reason is not None
+
+    def begin(self) -> None:
+        self.began = time.perf_counter()
+        self.ngrams.push(self.prompt)
+
+    def add(self, tokens: list[int], drafted: int = 0, accepted: int = 0) -> list[int]:
+        """Takes a round's tokens up to where the text ends, and returns these."""
+        kept, self.generation.finish_reason = self.stop.cut(tokens, self.generation.token_ids)
+        self.generation.add(kept, drafted, accepted)
+        self.generation.seconds = time.perf_counter() - self.began
+        self.chooser.text += kept
+        self.ngrams.push(kept)
+        return kept
+
+
+class Batch:
+    """Decodes any number of texts, at most so many at a time as there are lanes.
+
+    Lanes 0 … A-1 of the cache are in use. A text that ends gives its lane to the last one's, whose keys and values
+    move, once; then waiting texts join behind it, each prefilled by itself.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        draft_step: Step | None,
+        settings: GenerationSettings,
+        lanes: int,
+        slots: int,
+        costs: Callable[[], Costs],
+    ):
+        """Args:
+        step: the model's blocks.
+        draft_step: the same in rounded weights, or None.
+        settings: how to draft and how deep to go; how tokens are chosen is each text's own.
+        lanes: texts that are decoded at a time.
+        slots: positions that the longest text needs, its last token left out.
+        costs: measures what rounds cost, for a policy that asks.
+        """
+        self.step, self.draft_step, self.settings = step, draft_step, settings
+        self.full = full_depth(settings, step.num_layers)
+        # A lane near its end drafts as many as the others: room for what it will not keep.
+        self.cache = step.new_cache(lanes, slots + (settings.num_speculations if lanes > 1 else 0))
+        self.lanes = Lanes(self.cache, torch.empty(0, dtype=torch.long, device=step.device))
+        self.texts: list[Text] = []
+        self.waiting: deque[Text] = deque()
+        self.policy: DraftPolicy = settings.draft_policy or FixedDraft()
+        self.drafts = drafts_of(settings, step.num_layers, draft_step is not None)
+        if self.drafts:
+            self.policy.begin(self.drafts, costs, settings.num_speculations)
+
+    def add(self, text: Text) -> None:
+        """Queues a text; it joins when a lane is free."""
+        self.waiting.append(text)
+
+    @torch.inference_mode()
+    def cancel(self, text: Text) -> None:
+        """Takes a text out, whether it waits or runs."""
+        if text in self.waiting:
+            self.waiting.remove(text)
+        elif text in self.texts:
+            self._leave(self.texts.index(text))
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a text that has not ended."""
+        return bool(self.texts or self.waiting)
+
+    @torch.inference_mode()
+    def round(self) -> list[tuple[Text, list[int]]]:
+        """Lets waiting texts join, and adds tokens to every text; returns what each one got."""
+        news = self._join()
+        if self.texts:
+            news += self._advance()
+        for lane in reversed(range(len(self.texts))):
+            if self.texts[lane].ended:
+                self._leave(lane)
+        return news
+
+    def _join(self) -> list[tuple[Text, list[int]]]:
+        news = []
+        while self.waiting and len(self.texts) < len(self.cache.lengths):
+            text = self.waiting.popleft()
+            text.begin()
+            lane = len(self.texts)
+            self.cache.lengths[lane] = 0
+            memory = self.cache.lane(lane)
+            logits = prefill(self.step, memory, text.prompt, self.full)
+            self.cache.lengths[lane] = memory.lengths[0]
+            none = torch.empty(1, 0, dtype=torch.long, device=logits.device)
+            _, token = BatchChooser([text.chooser]).settle(logits, none)
+            news.append((text, text.add(token.tolist())))
+            if not text.ended:
+                self.texts.append(text)
+                self.lanes.pending = torch.cat([self.lanes.pending, token])
+        return news
+
+    def _leave(self, lane: int) -> None:
+        last = len(self.texts) - 1
+        if lane != last:
+            self.cache.move(last, lane)
+            self.texts[lane] = self.texts[last]
+            self.lanes.pending[lane] = self.lanes.pending[last]
+        self.texts.pop()
+        self.lanes.pending = self.lanes.pending[:last]
+
+    def _advance(self) -> list[tuple[Text, list[int]]]:
+        chooser = BatchChooser([text.chooser for text in self.texts])
+        if self.settings.exit_criterion is not None:
+            return self._advance_to_exits(chooser, self.settings.exit_criterion)
+        began = time.perf_counter()
+        plan, drafted = self._draft(chooser)
+        outcome = verify(self.step, self.lanes, drafted, self.full, chooser)
+        if self.drafts:
+            self.policy.learn(plan, outcome.num_drafted, outcome.accepted, time.perf_counter() - began)
+        return [self._take(lane, outcome) for lane in range(len(self.texts))]
+
+    def _advance_to_exits(self, chooser: BatchChooser, criterion: ExitCriterion) -> list[tuple[Text, list[int]]]:
+        outcome, depths = exit_round(self.step, self.lanes, criterion, self.full, chooser)
+        for text, depth in zip(self.texts, depths, strict=True):
+            text.generation.layers_run += depth
+        return [self._take(lane, outcome) for lane in range(len(self.texts))]
+
+    def _take(self, lane: int, outcome: Round) -> tuple[Text, list[int]]:
+        text = self.texts[lane]
+        # What was drafted beyond a text's last token was drafted for its neighbours.
+        drafted = min(outcome.num_drafted, text.left - 1)
+        return text, text.add(outcome.tokens[lane], drafted, min(outcome.accepted[lane], drafted))
+
+    def _draft(self, chooser: BatchChooser) -> tuple[DraftPlan, Drafted]:
+        """What the policy plans for this round, carried out."""
+        nothing = DraftPlan(None, 0), nothing_drafted(self.lanes)
+        most = self._most()
+        if not self.drafts or most < 1:
+            return nothing
+        plan = self.policy.plan(len(self.texts), most)
+        if plan.draft is not None and plan.draft.kind == "ngram":
+            if (guesses := self._guesses(plan.num_speculations)) is not None:
+                return plan, Drafted(guesses, [], 0)
+            plan = self.policy.plan(len(self.texts), most, without=frozenset([plan.draft]))
+        if plan.draft is None or plan.num_speculations == 0:
+            return nothing
+        step = self.draft_step if plan.draft.kind == "weights" else self.step
+        drafted = draft(step, self.lanes, plan.draft.exit_layer, plan.num_speculations, chooser, self._goes_on)
+        # States of rounded weights are not the model's own: verification starts at the first block. Both share the
+        # cache: drafts see the model's own keys and values, and verification writes over theirs.
+        return plan, drafted if step is self.step else Drafted(drafted.ids, [], 0)
+
+    def _most(self) -> int:
+        """Tokens that a lane can be drafted: more than any text may still get is of no use, nor has it a slot."""
+        room = self.cache.slots - 1 - max(self.lanes.starts)
+        return min(room, max(text.left for text in self.texts) - 1)
+
+    def _goes_on(self, logits: Tensor, ids: Tensor) -> bool:
+        return self.policy.goes_on(lambda: logits[:, 0].float().softmax(-1).gather(1, ids[:, None])[:, 0].tolist())
+
+    def _guesses(self, num_speculations: int) -> Tensor | None:
+        """[A, d] tokens that followed the same n-grams before; None when no text has any."""
+        guesses = [text.ngrams.guess(num_speculations) for text in self.texts]
+        if not (longest := max(map(len, guesses))):
+            return None
+        filled = [
+            guess + [text.chooser.text[-1]] * (longest - len(guess))
+            for guess, text in zip(guesses, self.texts, strict=True)
+        ]
+        return torch.tensor(filled, device=self.step.device)
+
+
+def full_depth(settings: GenerationSettings, num_layers: int) -> int:
+    """Blocks that decide a token: all, or at a fixed exit its own."""
+    return num_layers if settings.num_speculations else settings.exit_layer or num_layers
+
+
+def drafts_of(settings: GenerationSettings, num_layers: int, has_weights: bool) -> list[Draft]:
+    """The ways to draft that the settings allow, the one that they name first."""
+    if not settings.num_speculations:
+        return []
+    drafts = []
+    if has_weights:
+        drafts.append(Draft("weights", settings.exit_layer or num_layers))
+    exits = [settings.exit_layer] if settings.exit_layer else [num_layers // 4, num_layers // 3, num_layers // 2]
+    drafts += [Draft("layers", exit_layer) for exit_layer in dict.fromkeys(exits) if 1 <= exit_layer < num_layers]
+    drafts.append(Draft("ngram", 0))
+    if settings.draft is not None:
+        drafts = [each for each in drafts if each.kind == settings.draft]
+    return drafts

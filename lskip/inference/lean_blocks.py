@@ -1,0 +1,116 @@
+"""The weights of Llama-like blocks as the lean step uses them, made from a model's own."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lskip.decoder import Decoder
+from lskip.inference.attention import Heads
+from lskip.inference.weights import Form, Plain
+
+# Rotary embeddings whose frequencies do not depend on how long the text is.
+FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+class Block(NamedTuple):
+    """The weights of one block as the step uses them: a product each, norms, and how far its attention sees."""
+
+    qkv: Plain  # D -> (H + 2 KV) head_dim; q and k rows in rotary pairs
+    output: Plain  # H head_dim -> D
+    gate_up: Plain  # D -> 2 I
+    down: Plain  # I -> D
+    attention_norm: Tensor  # [D]
+    mlp_norm: Tensor  # [D]
+    qk_norm: Tensor | None  # [H + KV, head_dim], Qwen3's
+    window: int | None
+
+
+def convert(layer: nn.Module, window: int | None, heads: Heads, form: Form, norm_weight) -> Block:
+    """A block of the model. `norm_weight`: how a norm's module becomes the weight that the step multiplies by."""
+    attention, mlp = layer.self_attn, layer.mlp
+    device = attention.q_proj.weight.device
+    orders = pair_order(heads.queries, heads.size, device), pair_order(heads.keys, heads.size, device), None
+    return Block(
+        qkv=fuse(form, (attention.q_proj, attention.k_proj, attention.v_proj), orders),
+        output=fuse(form, (attention.o_proj,)),
+        gate_up=fuse(form, (mlp.gate_proj, mlp.up_proj)),
+        down=fuse(form, (mlp.down_proj,)),
+        attention_norm=norm_weight(layer.input_layernorm),
+        mlp_norm=norm_weight(layer.post_attention_layernorm),
+        qk_norm=qk_norm(attention, heads),
+        window=window,
+    )
+
+
+def pair_order(heads: int, size: int, device: torch.device) -> Tensor:
+    """[heads size]: the row that each reordered row of q or k comes from, so that rotary pairs are side by side."""
+    rows = torch.arange(heads * size, device=device)
+    return rows.view(heads, 2, -1).transpose(1, 2).reshape(-1)
+
+
+def qk_norm(attention: nn.Module, heads: Heads) -> Tensor | None:
+    """[H + KV, head_dim]: Qwen3's norm weights of every head, in the order of `pair_order`."""
+    if not hasattr(attention, "q_norm"):
+        return None
+    q, k = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
+    order = pair_order(1, heads.size, q.device)
+    return torch.cat([q[order].expand(heads.queries, -1), k[order].expand(heads.keys, -1)])
+
+
+def fuse(form: Form, parts: tuple[nn.Linear, ...], orders: tuple[Tensor | None, ...] = ()):
+    """One product in place of several on the same input, the rows of each part reordered where an order is given."""
+    orders = orders or (None,) * len(parts)
+
+    def joined(name: str) -> Tensor:
+        tensors = [getattr(part, name).detach() for part in parts]
+        ordered = [t if order is None else t[order] for t, order in zip(tensors, orders, strict=True)]
+        return torch.cat(ordered) if len(ordered) > 1 else ordered[0]
+
+    return form(joined("weight"), None if parts[0].bias is None else joined("bias"))
+
+
+def obstacle(decoder: Decoder) -> str | None:
+    """Why the lean step cannot stand in for this model's own blocks; None when it can."""
+    config, model = decoder.config, decoder.model.model
+    if config.hidden_act != "silu":
+        return f"its activation is {config.hidden_act}"
+    rope = getattr(model.rotary_emb, "rope_type", None)
+    if rope not in FIXED_ROPE:
+        return f"its rotary embedding is of type {rope}"
+    if 2 * len(model.rotary_emb.inv_freq) != model.layers[0].self_attn.head_dim:
+        return "its rotary embedding turns a part of each head"
+    return unexpected_part(model.layers[0])
+
+
+def sample_weights(decoder: Decoder, nbytes: int = 2**25) -> list[Tensor]:
+    """Matrices of the first blocks, about `nbytes` in all: more than the cores' own caches hold, as in decoding."""
+    samples, size = [], 0
+    for layer in decoder.model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for part in (attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.down_proj):
+            samples.append(part.weight.detach())
+            size += samples[-1].nbytes
+        if size >= nbytes:
+            break
+    return samples
+
+
+EXPECTED = {
+    "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
+    "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"},
+    "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
+}
+
+
+def unexpected_part(layer: nn.Module) -> str | None:
+    """Names a module of a block that the lean step would leave out (an adapter, a quantized linear, a new norm)."""
+    for name, expected in EXPECTED.items():
+        for child, module in layer.get_submodule(name).named_children():
+            if child not in expected:
+                return f"its blocks have a part {child!r}"
+            if child.endswith("_proj") and type(module) is not nn.Linear:
+                return f"its {child} is a {type(module).__name__}"
+    return None

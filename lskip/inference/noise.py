@@ -1,0 +1,37 @@
+"""Random numbers of sampling: functions of their key, from no global generator."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Purpose(IntEnum):
+    """What random numbers are for; those of different purposes are independent."""
+
+    OWN = 0  # the model's own token; with shared noise also the draft's
+    DRAFT = 1  # the draft's token in rejection sampling
+    ACCEPTANCE = 2  # whether rejection sampling keeps a drafted token
+
+
+def random_source(seed: int, position: int, purpose: Purpose = Purpose.OWN, index: int = 0) -> np.random.Generator:
+    """A generator that depends on its arguments and nothing else; other arguments give an independent one."""
+    # Philox is a function of key and counter. It counts in the counter's lowest word, so that streams that differ
+    # in the higher ones never meet.
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, index, purpose, position]))
+
+
+def gumbel_noise(seed: int, position: int, size: int, purpose: Purpose = Purpose.OWN, index: int = 0) -> Tensor:
+    """float32 [size] on the CPU: argmax(log weights + it) is an exact draw from the normalized weights."""
+    exponential = random_source(seed, position, purpose, index).standard_exponential(size)
+    return torch.from_numpy(-np.log(np.maximum(exponential, np.finfo(np.float64).tiny))).float()
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """`values` of the CPU on the device, without waiting for what the device is doing."""
+    if device.type == "cuda":  # a copy from pageable memory would wait
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
