@@ -6,6 +6,7 @@ import argparse
 import inspect
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from lskip.export import export
 from lskip.inference import Generation, GenerationSettings, TextGenerator, load_generator
 from lskip.inference.drafting import DraftPolicy
+from lskip.inference.exits import ExitCriterion
 from lskip.inference.settings import check_whole
 from lskip.prompt_file import Prompt, put_in_order, read_prompts, start_output
 from lskip.usage_errors import explain, innermost
@@ -34,6 +36,9 @@ class LoadingOptions:
         device: cpu, cuda …; auto takes a GPU where there is one.
         bit_exact: a text is the same to the bit alone, in any batch, with and without drafts, in bfloat16 too;
             costs some speed.
+        compiled: run the blocks through torch.compile; for GPUs.
+        costs_file: JSON file that keeps what a pass costs on this machine, which CostAwareDraft goes by; made where
+            there is none. null: measured each time, which takes seconds.
     """
 
     model: str = "smollm2"
@@ -42,6 +47,8 @@ class LoadingOptions:
     draft_weights: Literal["int8", "int4"] | None = None
     device: str = "auto"
     bit_exact: bool = False
+    compiled: bool = False
+    costs_file: str | None = None
 
     def load(self) -> TextGenerator:
         """ValueError, FileNotFoundError: as load_generator."""
@@ -55,6 +62,8 @@ class DecodingOptions:
     Attributes:
         max_new_tokens: tokens to generate at most; null takes the model's default.
         exit_layer: blocks that run before a token is read off, 1 to the model's layers; null runs all.
+        exit_criterion: stops each token at the first layer that is sure enough (Entropy, Margin, Saturation; another
+            text, not verified); null: none.
         num_speculations: tokens drafted, at most, before the whole model verifies them; 0 does not draft.
         draft: what drafts: layers (the first exit_layer blocks), weights (the draft_weights) or ngram (what followed
             the same tokens earlier in the text); null: the draft_weights, or else the layers.
@@ -74,6 +83,7 @@ class DecodingOptions:
 
     max_new_tokens: int | None = None
     exit_layer: int | None = None
+    exit_criterion: ExitCriterion | None = None
     num_speculations: int = 0
     draft: Literal["layers", "weights", "ngram"] | None = None
     draft_policy: DraftPolicy | None = None
@@ -83,7 +93,7 @@ class DecodingOptions:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_strings: list | None = None  # of str: GenerationSettings says it in one sentence
+    stop_strings: list[Any] | None = None  # of texts: GenerationSettings says so in a plain sentence
     seed: int | None = 0
     chat: bool | None = None
 
@@ -142,15 +152,15 @@ def predict(
 
 
 def _write_answers(file, asked: list[Prompt], outcomes, done: int) -> None:
-    tokens = 0
+    tokens, began = 0, time.perf_counter()
     with tqdm(initial=done, total=len(asked), unit="prompt", desc="predict") as bar:
         try:
             for index, generation in outcomes:
                 file.write(json.dumps(_row(asked[index], generation), ensure_ascii=False) + "\n")
                 file.flush()
-                bar.update()
                 tokens += len(generation.token_ids)
-                bar.set_postfix_str(f"{tokens / bar.format_dict['elapsed']:.1f} tokens/s")
+                bar.set_postfix_str(f"{tokens / (time.perf_counter() - began):.1f} tokens/s", refresh=False)
+                bar.update()
         except KeyboardInterrupt:
             message = f", {bar.n} of {len(asked)} prompts are done; go on with --resume true"
             raise KeyboardInterrupt(message) from None
@@ -199,6 +209,8 @@ def _summary(generation: Generation, policy: DraftPolicy | None) -> str:
     if generation.acceptance_rate is not None:
         parts.append(f"acceptance_rate {generation.acceptance_rate:.2f}")
         parts.append(f"tokens_per_round {generation.tokens_per_round:.2f}")
+    if generation.mean_exit_layer is not None:
+        parts.append(f"mean exit layer {generation.mean_exit_layer:.1f}")
     if generation.finish_reason is not None:
         parts.append(generation.finish_reason)
     learnt = policy.summary() if policy is not None else {}
@@ -219,6 +231,7 @@ def _in_words(value: Any) -> str:
 _COMMANDS: dict[str, Callable] = {"predict": predict, "generate": generate, "export": export}
 # Arguments of a command that stand for a group of options.
 _GROUPS = {"decoding": DecodingOptions, "loading": LoadingOptions}
+_CLASSES = {"draft_policy": DraftPolicy, "exit_criterion": ExitCriterion}
 
 
 def run_command(arguments: list[str]) -> None:
@@ -244,7 +257,7 @@ def _parse(parser: ArgumentParser, options: list[str]):
     try:
         values = parser.parse_args(options)
     except argparse.ArgumentError as error:
-        raise ValueError(explain(str(error), parser, {"draft_policy": DraftPolicy})) from error
+        raise ValueError(explain(str(error), parser, _CLASSES)) from error
     try:
         return parser.instantiate_classes(values)
     except ValueError as error:

@@ -29,6 +29,7 @@ def place(tmp_path_factory) -> Path:
     (folder / "number.jsonl").write_text('{"prompt": 5}\n')
     (folder / "messages.jsonl").write_text('{"messages": [{"role": "user"}]}\n')
     (folder / "taken.jsonl").write_text('{"prompt": "a", "text": "b"}\n')
+    (folder / "line.jsonl").write_text('{"prompt": "a", "line": 4}\n')
     (folder / "latin.txt").write_bytes(b"caf\xe9\n")
     (folder / "answers.jsonl").write_text('{"prompt": "a"}\n')
     (folder / "broken.ckpt").write_bytes(b"PK\x03\x04 not really")
@@ -49,6 +50,7 @@ def tokenizer(place, tiny_tokenizer):
 FIT = "fit --model={model} --data.source={place}/good.jsonl --data.cache_dir={place}/cache --run_folder={place}/new"
 SMALL = "--data.block_size=16 --trainer.accelerator=cpu --trainer.max_steps=2 --trainer.enable_progress_bar=false"
 ASK = "--model={place}/model --max_new_tokens=2"
+POLICY = f"generate --prompt=x {ASK} --exit_layer=2 --num_speculations=2 --draft_policy"
 PREDICT = f"predict --output={{place}}/out.jsonl {ASK} --prompts={{place}}"
 
 # command -> words that the sentence must hold: the field and the value, or what is allowed
@@ -105,6 +107,25 @@ BAD = [
     (f"generate --prompt=x {ASK} --max_new_tokens=0", "max_new_tokens: 0"),
     (f"generate --prompt=x {ASK} --temperature=-1", "temperature: -1"),
     (f"generate --prompt=x {ASK} --top_p=1.5", "top_p: 1.5"),
+    (f"generate --prompt=x {ASK} --min_p=2", "min_p: 2.0"),
+    (f"generate --prompt=x {ASK} --min_p=few", "min_p: 'few' number"),
+    (f"generate --prompt=x {ASK} --repetition_penalty=0", "repetition_penalty: 0.0 above 0"),
+    (f"generate --prompt=x {ASK} --stop_strings=END", "stop_strings: 'END' list"),
+    (f'generate --prompt=x {ASK} --stop_strings=["a",5]', "stop_strings: ['a', 5] texts"),
+    (f'generate --prompt=x {ASK} --stop_strings=["a",""]', "stop_strings: ['a', ''] texts none empty"),
+    (f"generate --prompt=x {ASK} --acceptance=all", "acceptance: 'all' shared_noise, rejection"),
+    (f"generate --prompt=x {ASK} --draft=words", "draft: 'words' layers, weights, ngram"),
+    (f"generate --prompt=x {ASK} --draft=ngram", "num_speculations: 0 draft"),
+    (f"generate --prompt=x {ASK} --draft=weights --num_speculations=2", "draft: 'weights' draft_weights"),
+    (f"generate --prompt=x {ASK} --draft_policy=FixedDraft", "num_speculations: 0 draft_policy"),
+    (f"{POLICY}=Fixed", "draft_policy: 'Fixed' ConfidenceDraft, CostAwareDraft, FixedDraft"),
+    (f"{POLICY}=CostAwareDraft --draft_policy.budget=2", "error: budget: 2.0 from 0 to 1"),
+    (f"{POLICY}=CostAwareDraft --draft_policy.budget=some", "draft_policy.budget: 'some' number"),
+    (f"{POLICY}=CostAwareDraft --draft_policy.bugdet=0", "draft_policy.bugdet CostAwareDraft budget"),
+    (f"generate --prompt=x {ASK} --seed=-1", "seed: -1"),
+    (f"generate --prompt=x {ASK} --num_speculations=-1", "num_speculations: -1"),
+    (f"generate --prompt=x {ASK} --bit_exact=mostly", "bit_exact: 'mostly' true or false"),
+    (f"generate --prompt=x {ASK} --draft_weights=int2", "draft_weights: 'int2' int8, int4"),
     (f"generate --prompt=x {ASK} --dtype=int3", "dtype: 'int3' float32, bfloat16"),
     (f"generate --prompt=x {ASK} --weights=heavy", "weights: 'heavy' packed"),
     (f"generate --prompt=x {ASK} --device=abacus", "device: 'abacus'"),
@@ -122,6 +143,10 @@ BAD = [
     (f"{PREDICT}/prompts.txt --output={{place}}/answers.jsonl --resume=true", "output line 1 answers.jsonl"),
     (f"{PREDICT}/prompts.txt --output={{place}}/run", "output /run"),
     (f"{PREDICT}/prompts.txt --output=/proc/lskip/out.jsonl", "output /proc/lskip"),
+    (f"{PREDICT}/prompts.txt --batch_size=0", "batch_size: 0 from 1 up"),
+    (f"{PREDICT}/prompts.txt --batch_size=all", "batch_size: 'all' whole number"),
+    (f"{PREDICT}/prompts.txt --overwrite=true --resume=true", "overwrite: resume: exclude"),
+    (f"{PREDICT}/line.jsonl", "prompts line 1 'line'"),
     (f"{PREDICT}/prompts.txt --overwrite=maybe", "overwrite: 'maybe' true or false"),
     ("export --model={place}/model --output={place}/run", "output /run"),
     ("export --model={place}/model --output={place}/good.jsonl/x", "output good.jsonl/x"),

@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM
 
 import lskip
 from lskip.cli import main
@@ -224,59 +222,6 @@ def test_a_run_folder_has_all_of_it_and_serves_every_command(tmp_path, fit, caps
         assert "8 tokens" in counts or "eos" in counts
         generator = TextGenerator(*load_model(str(run)))
         assert text == generator.generate("def f", max_new_tokens=8).text + "\n"
-
-
-@pytest.fixture
-def model_folder(tmp_path, tiny_model, tiny_tokenizer) -> Path:
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-def answers(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-
-
-def test_predict_writes_a_line_a_prompt(tmp_path, model_folder, tiny_tokenizer):
-    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "new" / "answers.jsonl"
-    prompts.write_text('{"prompt": "def f", "id": 7}\n\n{"prompt": "return\\u2028x"}\n')
-    base = ["predict", f"--prompts={prompts}", f"--output={output}", f"--model={model_folder}", "--max_new_tokens=6"]
-    assert main([*base, "--exit_layer=2", "--num_speculations=3"]) == 0
-    first, second = answers(output)
-    assert first["id"] == 7 and second["prompt"] == "return\u2028x"
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
-    ids = tiny_tokenizer("def f", return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        oracle = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-    assert first["text"] == tiny_tokenizer.decode(oracle, skip_special_tokens=True)
-    assert first["tokens"] == len(oracle)
-    assert 0 <= first["acceptance_rate"] <= 1 <= first["tokens_per_round"] <= 4
-    assert first["seconds"] > 0 and first["finish_reason"] in ("eos", "length")
-
-
-def test_predict_resumes_and_overwrites_only_when_told(tmp_path, model_folder, capsys):
-    prompts, output = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
-    prompts.write_text("one\ntwo\nthree\n")
-    base = ["predict", f"--prompts={prompts}", f"--output={output}", f"--model={model_folder}", "--max_new_tokens=3"]
-    assert main(base) == 0
-    whole = output.read_text().splitlines(keepends=True)
-    texts = [line["text"] for line in answers(output)]
-
-    assert main(base) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "--resume true" in error and "--overwrite true" in error
-
-    # killed in the middle of the second line
-    output.write_text(whole[0] + whole[1][:10])
-    assert main([*base, "--resume=true"]) == 0
-    assert [line["text"] for line in answers(output)] == texts
-    assert output.read_text().startswith(whole[0])  # the finished line was kept, not answered again
-
-    output.write_text('{"prompt": "other"}\n')
-    assert main([*base, "--resume=true"]) == 2
-    assert output.read_text() == '{"prompt": "other"}\n'
-    assert main([*base, "--overwrite=true"]) == 0
-    assert [line["text"] for line in answers(output)] == texts
 
 
 def run_python(*arguments: str, folder: Path) -> subprocess.CompletedProcess:

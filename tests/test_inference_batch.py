@@ -118,3 +118,19 @@ def test_lanes_move_when_a_text_leaves(tiny_model):
     assert cache.lengths == [5, 8, 5]
     assert torch.equal(cache.states[:, 0, :5], before[:, 2, :5])
     assert torch.equal(cache.states[:, 0, 5:], before[:, 0, 5:]) and torch.equal(cache.states[:, 1:], before[:, 1:])
+
+
+def test_filler_beside_a_neighbours_guess_is_not_counted_as_drafted(generator):
+    """Counts of n-gram drafts are a text's own, whatever its neighbours find in theirs."""
+    settings = {"max_new_tokens": 40, "temperature": 0.0, **WAYS["ngram"]}
+    generator.eos_ids = ()
+    for index, one in generator.generate_batch(PROMPTS, 7, **settings):
+        alone = generator.generate(PROMPTS[index], **settings)
+        assert (one.drafted, one.accepted) == (alone.drafted, alone.accepted)
+
+
+def test_every_text_ends_once(generator):
+    """Also one that ends in the round that it joined: with one token, or with two."""
+    for max_new_tokens in (1, 2, 3):
+        ended = [index for index, _ in generator.generate_batch(PROMPTS, 2, max_new_tokens=max_new_tokens)]
+        assert sorted(ended) == list(range(len(PROMPTS)))

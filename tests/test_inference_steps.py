@@ -1,5 +1,7 @@
 """LeanStep and ModuleStep against transformers' own forward pass and `generate`."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -186,3 +188,20 @@ def test_the_model_stays_as_it_is_unless_released(tiny_model, form):
     released = TextGenerator(model, weights=form, release_model=True)
     assert not any("layers" in name for name, _ in model.named_parameters())
     assert released.generate(ids, max_new_tokens=12).token_ids == tokens
+
+
+def test_compiled_blocks_write_the_same_text(tiny_model, monkeypatch):
+    """Static shapes: a pass compiled once serves every position. (Captured and made functional; no C++ is built.)"""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    model = tiny_model("llama", num_hidden_layers=1)
+    truth = TextGenerator(model, weights="plain")
+    generator = TextGenerator(model, compiled=True)
+    torch._dynamo.utils.counters.clear()
+    for length in (3, 9):
+        ids = prompt_ids(length)
+        settings = {"max_new_tokens": 20 - length, "min_new_tokens": 20 - length}
+        assert generator.generate(ids, **settings).token_ids == truth.generate(ids, **settings).token_ids
+    # Two prompts of different length, and one pass of a single row.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    with pytest.raises(ValueError, match="compiled: goes with weights 'plain' only"):
+        TextGenerator(model, compiled=True, weights="packed")

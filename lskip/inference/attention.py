@@ -33,7 +33,7 @@ class Span(NamedTuple):
     """What every block needs to know about the rows of one pass: n positions in each of A lanes.
 
     Attributes:
-        starts: of each lane.
+        starts: of each lane (zeros where shapes are static: there only their number counts).
         rows: n.
         stop: the slots that the farthest lane sees.
         written: where keys and values go: of a lone lane's slots, or [A n] of all lanes' slots, one lane after another.
@@ -54,8 +54,11 @@ class Attention:
     single lane needs no mask.
     """
 
-    def __init__(self, heads: Heads, windows: set[int | None], dtype: torch.dtype, device: torch.device):
-        self.heads, self.windows, self.dtype, self.device = heads, windows, dtype, device
+    def __init__(
+        self, heads: Heads, windows: set[int | None], dtype: torch.dtype, device: torch.device, width: int = 1
+    ):
+        """width: rows of a group, where attention goes by groups."""
+        self.heads, self.windows, self.dtype, self.device, self.width = heads, windows, dtype, device, width
 
     def span(self, starts: list[int], rows: int, slots: int) -> Span:
         """For `rows` positions in each lane, those of lane a from starts[a] on, in a cache of `slots` a lane."""
@@ -72,10 +75,17 @@ class Attention:
         low = 0 if window is None else max(0, min(starts) + 1 - window)
         if rows == 1 and len(starts) == 1:
             return View(low, None)
-        positions = torch.tensor(starts, device=self.device)[:, None] + torch.arange(rows, device=self.device)
-        distance = positions[:, :, None] - torch.arange(low, stop, device=self.device)  # [A, n, K]
-        mask = hiding(distance, window, self.dtype)
-        return View(low, mask[:, None].expand(-1, self.heads.group, -1, -1).flatten(1, 2)[:, None])
+        distance = self._positions(starts, rows) - torch.arange(low, stop, device=self.device)
+        return View(low, self._for_all_heads(hiding(distance, window, self.dtype)))
+
+    def _positions(self, starts: list[int], rows: int) -> Tensor:
+        """[A, n, 1]."""
+        first = torch.tensor(starts, device=self.device)
+        return (first[:, None] + torch.arange(rows, device=self.device))[:, :, None]
+
+    def _for_all_heads(self, mask: Tensor) -> Tensor:
+        """[A, n, K] -> [A, 1, G n, K], for the rows of a key head's query heads."""
+        return mask[:, None].expand(-1, self.heads.group, -1, -1).flatten(1, 2)[:, None]
 
     def __call__(self, qkv: Tensor, states: Tensor, span: Span, window: int | None) -> Tensor:
         """Writes keys and values, and attends.
@@ -113,18 +123,29 @@ class Attention:
         return z.reshape(lanes * rows, -1)
 
 
+class StaticAttention(Attention):
+    """Shapes do not tell how far the texts have come: every pass sees all slots, behind a mask. For torch.compile."""
+
+    def span(self, starts: list[int], rows: int, slots: int) -> Span:
+        first = torch.tensor(starts, device=self.device) + torch.arange(len(starts), device=self.device) * slots
+        written = (first[:, None] + torch.arange(rows, device=self.device)).flatten()
+        distance = self._positions(starts, rows) - torch.arange(slots, device=self.device)
+        views = {window: View(0, self._for_all_heads(hiding(distance, window, self.dtype))) for window in self.windows}
+        return Span([0] * len(starts), rows, slots, written, views)
+
+    def write(self, qkv: Tensor, states: Tensor, span: Span) -> None:
+        new = qkv[:, self.heads.queries :]
+        states.view(-1, *new.shape[1:]).index_copy_(0, span.written, new)
+
+
 class AlignedAttention(Attention):
     """A row's bits depend on its own lane and position alone.
 
     Kernels choose their order of summation by the number of queries and of keys. So token p always sits in slot
     p mod W of a group of W query rows over (p // W + 1) W keys, whatever else is in flight; unused rows of a group
-    are zeros. One call a group: slower where many lanes or rows are under way.
+    are zeros. One call a group: slower where many lanes or rows are under way. A cache needs its slots in multiples
+    of W.
     """
-
-    def __init__(self, heads: Heads, windows: set[int | None], dtype: torch.dtype, device: torch.device, width: int):
-        """width: W, rows of a group. A cache needs its slots in multiples of it."""
-        super().__init__(heads, windows, dtype, device)
-        self.width = width
 
     def _view(self, starts: list[int], rows: int, stop: int, window: int | None) -> View:
         """The mask of the last group [1, 1, G W, K]; a group before it sees the end of it."""
@@ -180,8 +201,15 @@ class Rotary:
 
     @staticmethod
     def apply(heads: Tensor, turns: Tensor) -> None:
-        """Turns heads [A n, heads, head_dim], in place."""
+        """Turns heads [A n, heads, head_dim], in place.
+
+        turns: complex, or [..., 2] real, which torch.compile can fuse.
+        """
         exact = heads if heads.dtype == torch.float32 else heads.float()
-        torch.view_as_complex(exact.unflatten(-1, (-1, 2))).mul_(turns)
+        if turns.is_complex():
+            torch.view_as_complex(exact.unflatten(-1, (-1, 2))).mul_(turns)
+        else:
+            (x, y), (cos, sin) = exact.unflatten(-1, (-1, 2)).unbind(-1), turns.unbind(-1)
+            exact = torch.stack([x * cos - y * sin, x * sin + y * cos], -1).flatten(-2)
         if exact is not heads:
             heads.copy_(exact)

@@ -30,7 +30,7 @@ from lskip.inference.settings import GenerationSettings
 from lskip.inference.stopping import StopRule
 
 
-@dataclass
+@dataclass(eq=False)
 class Text:
     """One prompt and what becomes of it.
 
@@ -130,14 +130,16 @@ class Batch:
         """Lets waiting texts join, and adds tokens to every text; returns what each one got."""
         news = self._join()
         if self.texts:
-            news += self._advance()
+            for text, tokens in self._advance():
+                news[text] = news.get(text, []) + tokens
         for lane in reversed(range(len(self.texts))):
             if self.texts[lane].ended:
                 self._leave(lane)
-        return news
+        return list(news.items())
 
-    def _join(self) -> list[tuple[Text, list[int]]]:
-        news = []
+    def _join(self) -> dict[Text, list[int]]:
+        """Prefills waiting texts into free lanes; the prompt's pass brings the first token."""
+        news = {}
         while self.waiting and len(self.texts) < len(self.cache.lengths):
             text = self.waiting.popleft()
             text.begin()
@@ -148,7 +150,7 @@ class Batch:
             self.cache.lengths[lane] = memory.lengths[0]
             none = torch.empty(1, 0, dtype=torch.long, device=logits.device)
             _, token = BatchChooser([text.chooser]).settle(logits, none)
-            news.append((text, text.add(token.tolist())))
+            news[text] = text.add(token.tolist())
             if not text.ended:
                 self.texts.append(text)
                 self.lanes.pending = torch.cat([self.lanes.pending, token])
@@ -171,7 +173,7 @@ class Batch:
         plan, drafted = self._draft(chooser)
         outcome = verify(self.step, self.lanes, drafted, self.full, chooser)
         if self.drafts:
-            self.policy.learn(plan, outcome.num_drafted, outcome.accepted, time.perf_counter() - began)
+            self.policy.learn(plan, max(outcome.drafted), outcome.accepted, time.perf_counter() - began)
         return [self._take(lane, outcome) for lane in range(len(self.texts))]
 
     def _advance_to_exits(self, chooser: BatchChooser, criterion: ExitCriterion) -> list[tuple[Text, list[int]]]:
@@ -183,7 +185,7 @@ class Batch:
     def _take(self, lane: int, outcome: Round) -> tuple[Text, list[int]]:
         text = self.texts[lane]
         # What was drafted beyond a text's last token was drafted for its neighbours.
-        drafted = min(outcome.num_drafted, text.left - 1)
+        drafted = min(outcome.drafted[lane], text.left - 1)
         return text, text.add(outcome.tokens[lane], drafted, min(outcome.accepted[lane], drafted))
 
     def _draft(self, chooser: BatchChooser) -> tuple[DraftPlan, Drafted]:
@@ -194,8 +196,8 @@ class Batch:
             return nothing
         plan = self.policy.plan(len(self.texts), most)
         if plan.draft is not None and plan.draft.kind == "ngram":
-            if (guesses := self._guesses(plan.num_speculations)) is not None:
-                return plan, Drafted(guesses, [], 0)
+            if (guessed := self._guess(plan.num_speculations)) is not None:
+                return plan, guessed
             plan = self.policy.plan(len(self.texts), most, without=frozenset([plan.draft]))
         if plan.draft is None or plan.num_speculations == 0:
             return nothing
@@ -213,16 +215,13 @@ class Batch:
     def _goes_on(self, logits: Tensor, ids: Tensor) -> bool:
         return self.policy.goes_on(lambda: logits[:, 0].float().softmax(-1).gather(1, ids[:, None])[:, 0].tolist())
 
-    def _guesses(self, num_speculations: int) -> Tensor | None:
-        """[A, d] tokens that followed the same n-grams before; None when no text has any."""
+    def _guess(self, num_speculations: int) -> Drafted | None:
+        """Tokens that followed the same n-grams before; None when no text has any."""
         guesses = [text.ngrams.guess(num_speculations) for text in self.texts]
         if not (longest := max(map(len, guesses))):
             return None
-        filled = [
-            guess + [text.chooser.text[-1]] * (longest - len(guess))
-            for guess, text in zip(guesses, self.texts, strict=True)
-        ]
-        return torch.tensor(filled, device=self.step.device)
+        filled = [guess + [0] * (longest - len(guess)) for guess in guesses]
+        return Drafted(torch.tensor(filled, device=self.step.device), [], 0, [len(guess) for guess in guesses])
 
 
 def full_depth(settings: GenerationSettings, num_layers: int) -> int:

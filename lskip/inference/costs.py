@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from bisect import bisect_left
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -162,8 +164,8 @@ def _row_costs(saved: Any) -> RowCosts:
 
 def _fields(saved: Any, name: str, expected: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(saved, dict) or set(saved) != set(expected):
-        found = ", ".join(map(str, saved)) if isinstance(saved, dict) else repr(saved)
-        raise ValueError(f"{name}: {found or 'nothing'} stands where {', '.join(expected)} must")
+        found = list(saved) if isinstance(saved, dict) else saved
+        raise ValueError(f"{name}: {found!r} is not a table of {', '.join(expected)}")
     return {key: saved[key] for key in expected}
 
 
@@ -186,6 +188,26 @@ def measure_costs(step: Step, draft_step: Step | None = None, seconds: float = 4
         if now - begin + (now - round_begin) > seconds:
             break
     return Costs(step.num_layers, *(timer.medians() for timer in timers))
+
+
+def keep_costs(path: Path, step: Step, draft_step: Step | None = None) -> Costs:
+    """The costs in a JSON file, for the same model on the same machine; measured and written where there is none.
+
+    Raises:
+        ValueError: a file that holds something else, or costs of another model.
+    """
+    if not path.exists():
+        costs = measure_costs(step, draft_step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(costs.to_dict(), indent=1) + "\n", encoding="utf-8")
+        return costs
+    try:
+        costs = Costs.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"costs_file: '{path}' is not JSON ({error.msg}); remove it to measure again") from error
+    if costs.num_layers != step.num_layers or (costs.draft is None) != (draft_step is None):
+        raise ValueError(f"costs_file: '{path}' is of another model or of other draft_weights; name another file")
+    return costs
 
 
 class Timer:

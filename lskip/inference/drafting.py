@@ -1,28 +1,25 @@
-"""Who drafts a round, and how many tokens: policies that decide it round by round. None changes the text."""
+"""Who drafts a round, and how many tokens: policies that decide it round by round."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lskip.inference.settings import check_real, check_whole
 
 if TYPE_CHECKING:
     from lskip.inference.costs import Costs
 
 
 class Draft(NamedTuple):
-    """A source of drafted tokens.
+    """A source of drafted tokens."""
 
-    Attributes:
-        kind: "layers" (the model's first blocks), "weights" (blocks in rounded weights), or "ngram" (the text).
-        exit_layer: how many blocks draft; 0 for "ngram".
-    """
-
-    kind: str
-    exit_layer: int
+    kind: str  # "layers" (the model's first blocks), "weights" (blocks in rounded weights), or "ngram" (the text)
+    exit_layer: int  # how many blocks draft; 0 for "ngram"
 
     def __str__(self) -> str:
         return f"{self.kind} {self.exit_layer}" if self.exit_layer else self.kind
@@ -70,9 +67,7 @@ class DraftPolicy(ABC):
     def goes_on(self, probabilities: Callable[[], list[float]]) -> bool:
         """Whether to draft another token; asked after each drafted token but the plan's last.
 
-        Args:
-            probabilities: by lane, the draft's probability of the token that it has just drafted. Calling it waits
-                for the device.
+        `probabilities()`, by lane, are the draft's of the token it has just drafted; calling it waits for the device.
         """
         return True
 
@@ -80,7 +75,7 @@ class DraftPolicy(ABC):
         """After each round.
 
         Args:
-            plan: what was planned; drafted: tokens drafted in each lane, possibly fewer.
+            drafted: tokens drafted in each lane, perhaps fewer than planned.
             accepted: how many of them were accepted, by lane.
             seconds: what the round took, where it was timed.
         """
@@ -105,21 +100,17 @@ class ConfidenceDraft(FixedDraft):
     """The draft that the user named, stopped when it gives the token it has just drafted too little probability.
 
     Of several lanes at least half must be under the threshold. It adapts after each round as in Draft & Verify
-    (Zhang et al., arXiv 2309.08168, "adaptive draft-exiting"; transformers' assistant_confidence_threshold stays
-    where it is, or moves by a ROC curve over all tokens so far). With A the mean of the round's acceptance_rate
-    and the previous A: the threshold rises by `step` where A < target, and falls by `step` otherwise, unless the
-    round drafted all it might: then the threshold stopped nothing. (There a step is .001, a tenth of .01.)
+    (Zhang et al., arXiv 2309.08168; transformers' assistant_confidence_threshold fits a ROC curve instead, where
+    scikit-learn is installed). With A the mean of the round's acceptance_rate and the previous A: the threshold
+    rises by `step` where A < target, and falls by `step` otherwise, unless the round drafted all it might: then
+    the threshold stopped nothing. (The authors aim at .9, in steps of .001.)
     """
 
-    def __init__(self, threshold: float = 0.6, target: float = 0.9, step: float = 0.01):
-        """Where the threshold begins, the acceptance_rate it aims at, and how fast it moves.
-
-        Raises:
-            ValueError: a number that is not between 0 and 1.
-        """
-        self.threshold = _share("threshold", threshold)
-        self.target = _share("target", target)
-        self.step = _share("step", step)
+    def __init__(self, threshold: float = 0.6, target: float = 0.8, step: float = 0.01):
+        """Where the threshold begins, the acceptance_rate it aims at, its move; ValueError unless all from 0 to 1."""
+        for name, value in (("threshold", threshold), ("target", target), ("step", step)):
+            check_real(name, value, "from 0 to 1", lambda number: 0 <= number <= 1)
+        self.threshold, self.target, self.step = threshold, target, step
         self.acceptance_rate: float | None = None
 
     def goes_on(self, probabilities: Callable[[], list[float]]) -> bool:
@@ -142,157 +133,165 @@ class ConfidenceDraft(FixedDraft):
 
 @dataclass
 class Record:
-    """What is known of one draft: accepted and refused tokens, older ones counting less, and rounds by tokens drafted.
+    """How tokens of one draft fared when they were tested: each up to the first refusal of its lane's round."""
 
-    A token is tried until the first refusal of its lane's round; what follows it was never put to the test.
-    """
-
-    accepted: float = 0.0
+    accepted: float = 0.0  # older ones count less
     refused: float = 0.0
-    rounds: Counter[int] = field(default_factory=Counter)
+    rounds: Counter[int] = field(default_factory=Counter)  # by tokens drafted
 
     @property
-    def chance(self) -> float:
-        """That a token is accepted, one imaginary refusal included: what is hardly known is not relied on."""
-        return self.accepted / (self.accepted + self.refused + 1)
+    def tested(self) -> float:
+        return self.accepted + self.refused
 
     @property
-    def hope(self) -> float:
-        """The same with two imaginary acceptances: 1 for an untried draft."""
-        return (self.accepted + 2) / (self.accepted + self.refused + 2)
+    def cautious(self) -> float:
+        """The chance that a token is accepted, with one imaginary refusal: what is hardly known is not relied on."""
+        return self.accepted / (self.tested + 1)
 
     @property
-    def middle(self) -> float:
-        """Between the two: Laplace's rule of succession."""
-        return (self.accepted + 1) / (self.accepted + self.refused + 2)
+    def likely(self) -> float:
+        """The same by Laplace's rule of succession."""
+        return (self.accepted + 1) / (self.tested + 2)
 
-    def fade(self, factor: float) -> None:
-        self.accepted *= factor
-        self.refused *= factor
+    @property
+    def hopeful(self) -> float:
+        """One standard error above that; 1 for an untested draft."""
+        return self.likely + math.sqrt(self.likely * (1 - self.likely) / (self.tested + 1))
+
+    def add(self, accepted: int, refused: int, kept: float) -> None:
+        """Counts tested tokens; of earlier ones a share of `kept` remains."""
+        self.accepted = self.accepted * kept + accepted
+        self.refused = self.refused * kept + refused
 
 
 class CostAwareDraft(DraftPolicy):
-    """Each round the draft and number of tokens with the most expected tokens per second; none where none pays.
+    """Each round the draft and the number of tokens that promise most tokens per second; none where none pays.
 
-    A round of d tokens, each accepted with chance q, brings 1 + q + … + q^d tokens (design, section 1). q is a
-    running count for each draft; the cost is that of `Costs`, corrected by what rounds took where they are timed.
-    Drafts that are not in use are tried again where even a hopeful count makes them the fastest, as seldom as a budget allows.
+    A round of d tokens, each accepted with chance q, brings 1 + q + ... + q^d tokens (design, section 1); q is
+    counted for each draft. A round costs what `Costs` say, corrected by what rounds took where they are timed.
+    A draft that is not in use is tried where its hopeful q would make it the fastest.
 
-    All is reckoned in plain steps, and two allowances bound what may be lost: `_patience` against plain decoding,
-    whatever the reason, `_curiosity` against the best plan known, by trying others. Both begin at ALLOWANCE and
-    grow by `budget`; a round that could cost more than is left of them, if all its tokens were refused, is not
-    planned. So by the table of costs, N tokens a lane take at most (1 + budget) N + ALLOWANCE plain steps,
-    whatever is accepted: at the default budget, N >= 300 tokens are never slower than 0.97 x plain decoding.
+    What may be lost is bounded, in plain steps: by `_patience` against plain decoding, whatever the reason, and by
+    `_curiosity` against the best plan known, in tries. Both begin at ALLOWANCE, grow by `budget` of the time, and
+    never exceed SAVINGS. A round that would overdraw them if all its tokens were refused is not planned. So by
+    these costs, whatever is accepted, N tokens a lane take at most (1 + budget) N + ALLOWANCE plain steps: by
+    default never less than 0.97 x plain decoding's speed from 300 tokens on. (A later stretch may lose SAVINGS.)
     """
 
-    ALLOWANCE = 3.0
-    MOST_PATIENCE = 10.0  # what long success may save up: a good draft that turns bad loses no more than this
-    MARGIN = 1.02  # a draft pays if it promises this much over plain decoding, or over the draft in use
-    PLAIN_EVERY = 100  # rounds, at most, until a plain one is timed again
+    ALLOWANCE = 6.0
+    SAVINGS = 20.0
+    MARGIN = 1.02  # what a draft must promise over plain decoding to be used, and over the best plan to be tried
+    FADING = 5  # counts fade as slowly as if a token were tested in one round of so many
+    PLAIN_EVERY = 100  # rounds that are timed before a plain one must be among them again
 
-    def __init__(self, budget: float = 0.02, memory: int = 40):
-        """The share of time that may be lost, and how many tokens put to the test a draft's count remembers.
+    def __init__(self, budget: float = 0.01, memory: int = 80):
+        """The share of time that may be lost, and how many tested tokens the count of q goes back.
 
         Raises:
-            ValueError: a budget that is not between 0 and 1, or a memory that is not a whole number from 1 up.
+            ValueError: a budget that is not from 0 to 1, or a memory that is not a whole number from 2 up.
         """
-        self.budget = _share("budget", budget)
-        if not isinstance(memory, int) or isinstance(memory, bool) or memory < 1:
-            raise ValueError(f"memory: {memory!r} is not a whole number from 1 up")
-        self.memory = memory
+        check_real("budget", budget, "from 0 to 1", lambda number: 0 <= number <= 1)
+        check_whole("memory", memory, 2)
+        self.budget, self.memory = budget, memory
         self._records: dict[Draft, Record] = {}
         self._plain_rounds = 0
         self._patience = self._curiosity = self.ALLOWANCE
-        self._tried_against: float | None = None  # the best plan's speed, while the round under way tries another
-        self._ratios: dict[str, float] = {"plain": 1.0}  # kind -> seconds measured / predicted
-        self._timed, self._since_plain = False, self.PLAIN_EVERY
+        self._best_speed: float | None = None  # while the round under way is a try: the speed of the best plan known
+        self._ratios = {"plain": 1.0}  # kind of draft -> seconds measured over predicted
+        self._since_plain = self.PLAIN_EVERY - 1  # timed rounds since a plain one
 
     def begin(self, drafts: Sequence[Draft], costs: Callable[[], Costs], num_speculations: int) -> None:
         super().begin(drafts, costs, num_speculations)
         self._tables: dict[tuple[Draft, int], list[float]] = {}
-        if self.drafts and num_speculations:
-            self._costs = costs()
-        for draft in self.drafts:
-            self._records.setdefault(draft, Record())
+        self._costs = costs()
+        self._records = {draft: Record() for draft in self.drafts} | self._records
 
     def plan(self, lanes: int, most: int, without: frozenset[Draft] = frozenset()) -> DraftPlan:
-        self._tried_against = None
+        self._best_speed = None
         most = min(most, self.num_speculations)
         drafts = [draft for draft in self.drafts if draft not in without]
-        if most < 1 or not drafts or (self._timed and self._since_plain >= self.PLAIN_EVERY):
+        if most < 1 or not drafts or self._since_plain >= self.PLAIN_EVERY:
             return PLAIN
-        offers = [
-            (*self._best(draft, lanes, most, self._records[draft].chance, self._patience), draft) for draft in drafts
-        ]
-        speed, count, draft = max(offers)
+        offers = [(*self._offer(draft, self._records[draft].cautious, lanes, most), draft) for draft in drafts]
+        speed, count, used = max(offers)
         if speed < self.MARGIN:
-            speed, count, draft = 1.0, 0, None
-        trial = self._trial([other for other in drafts if other != draft], lanes, most, speed)
-        if trial is not None:
-            self._tried_against = speed
-            return trial
-        return DraftPlan(draft, count)
+            speed, count, used = 1.0, 0, None
+        trial = self._trial([draft for draft in drafts if draft != used], lanes, most, speed)
+        if trial is None:
+            return DraftPlan(used, count)
+        self._best_speed = speed
+        return trial
 
     def _trial(self, drafts: list[Draft], lanes: int, most: int, speed: float) -> DraftPlan | None:
-        """The most promising draft of which a hopeful count says that it beats `speed`, if a try can be afforded."""
-        hopes = [(self._best(draft, lanes, most, self._records[draft].hope)[0], draft) for draft in drafts]
-        # If all is refused, the round brings one token, for which the best plan takes 1 / speed.
-        affordable = min(self._patience, self._curiosity - 1 + 1 / speed)
+        """The most promising of `drafts` that might beat `speed`, with as many tokens as are likeliest to pay."""
+        hopes = [(self._offer(draft, self._records[draft].hopeful, lanes, most)[0], draft) for draft in drafts]
         for hope, draft in sorted(hopes, reverse=True):
             if hope < speed * self.MARGIN:
-                return None
-            count = self._best(draft, lanes, most, self._records[draft].middle, affordable)[1]
+                break
+            # If all is refused, the round brings one token, for which the best plan takes 1 / speed.
+            count = self._offer(draft, self._records[draft].likely, lanes, most, self._curiosity + 1 / speed)[1]
             if count:
                 return DraftPlan(draft, count)
         return None
 
-    def _best(
-        self, draft: Draft, lanes: int, most: int, chance: float, affordable: float = float("inf")
-    ) -> tuple[float, int]:
-        """The highest speed over plain decoding that this draft promises, and with how many tokens (0: none can be afforded)."""
-        speed, best, reached, tokens = 0.0, 0, 1.0, 1.0
-        ratio = self._ratio(draft.kind) / self._ratio("plain")
-        for count, steps in enumerate(self._steps(draft, lanes), 1):
-            if count > most: break
+    def _offer(self, draft: Draft, chance: float, lanes: int, most: int, limit: float = math.inf) -> tuple[float, int]:
+        """What a draft promises if each token is accepted with `chance`: its best speed over plain, and tokens for it.
+
+        Rounds that cost more than `limit` plain steps, or more than patience allows, are left out: (0, 0) if all are.
+        """
+        ratio, limit = self._ratio(draft.kind), min(limit, 1 + self._patience)
+        best, reached, tokens = (0.0, 0), 1.0, 1.0
+        for count, steps in enumerate(self._steps(draft, lanes)[:most], 1):
             reached *= chance
             tokens += reached
             steps *= ratio
-            if steps - 1 <= affordable and tokens > speed * steps:
-                speed, best = tokens / steps, count
-        return speed, best
+            if steps <= limit and tokens > best[0] * steps:
+                best = tokens / steps, count
+        return best
 
     def _steps(self, draft: Draft, lanes: int) -> list[float]:
-        """Cost in plain steps of a round with 1, 2, … num_speculations tokens."""
+        """The cost of a round with 1, 2, ... num_speculations tokens in plain steps, as the table of costs has it."""
         if (draft, lanes) not in self._tables:
-            rounds = [self._costs.round(DraftPlan(draft, d), lanes) for d in range(1, self.num_speculations + 1)]
-            self._tables[draft, lanes] = [cost / self._costs.plain(lanes) for cost in rounds]
+            rounds = [self._costs.round(DraftPlan(draft, 1 + d), lanes) for d in range(self.num_speculations)]
+            self._tables[draft, lanes] = [seconds / self._costs.plain(lanes) for seconds in rounds]
         return self._tables[draft, lanes]
 
-    def _ratio(self, kind):
-        return self._ratios.get(kind, self._ratios["plain"])
+    def _ratio(self, kind: str) -> float:
+        """By how much rounds of this kind exceed their predicted cost, compared with plain rounds."""
+        return self._ratios.get(kind, self._ratios["plain"]) / self._ratios["plain"]
 
     def learn(self, plan: DraftPlan, drafted: int, accepted: list[int], seconds: float | None = None) -> None:
-        lanes = len(accepted)
-        for record in self._records.values():
-            record.fade(1 - 1 / (self.memory * 5))
-        steps = 1.0
-        if drafted and plan.draft:
-            steps = self._steps(plan.draft, lanes)[drafted - 1]
+        for record in self._records.values():  # so that a draft that is not in use becomes worth another try
+            record.add(0, 0, kept=1 - 1 / (self.FADING * self.memory))
+        kind, steps, lanes = "plain", 1.0, len(accepted)
+        if drafted:
+            record, kind = self._records[plan.draft], plan.draft.kind
             refused = sum(count < drafted for count in accepted)
-            record = self._records[plan.draft]
-            record.fade((1 - 1 / self.memory) ** (sum(accepted) + refused))
-            record.accepted += sum(accepted)
-            record.refused += refused
+            record.add(sum(accepted), refused, kept=(1 - 1 / self.memory) ** (sum(accepted) + refused))
             record.rounds[drafted] += 1
-        else:
-            self._plain_rounds += 1
-        gained = 1 + sum(accepted) / lanes
-        self._patience = min(self.MOST_PATIENCE, self._patience + (1 + self.budget) * gained - steps)
-        lost = 0.0 if self._tried_against is None else steps - gained / self._tried_against
-        self._curiosity = min(self.ALLOWANCE, self._curiosity + self.budget * steps - lost)
+            steps = self._steps(plan.draft, lanes)[drafted - 1]
+        self._plain_rounds += not drafted
+        self._spend(steps * self._ratio(kind), 1 + sum(accepted) / lanes)
+        if seconds is not None:
+            self._correct(kind, seconds / (steps * self._costs.plain(lanes)))
 
+    def _spend(self, steps: float, tokens: float) -> None:
+        """Books a round that cost so many plain steps and brought so many tokens to each lane."""
+        self._patience = min(self.SAVINGS, self._patience + (1 + self.budget) * tokens - steps)
+        lost = 0.0 if self._best_speed is None else steps - tokens / self._best_speed
+        self._curiosity = min(self.SAVINGS, self._curiosity + self.budget * steps - lost)
 
-def _share(name: str, value: Any) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise ValueError(f"{name}: {value!r} is not a number between 0 and 1")
-    return float(value)
+    def _correct(self, kind: str, ratio: float) -> None:
+        """Takes in a round's seconds measured over predicted; a single hiccup of the machine moves little."""
+        known = self._ratios.get(kind, self._ratios["plain"])
+        self._ratios[kind] = known + (min(max(ratio, 0.8 * known), 1.25 * known) - known) / 4
+        self._since_plain = 0 if kind == "plain" else self._since_plain + 1
+
+    def summary(self) -> dict[str, Any]:
+        """By draft (and "plain"): rounds, the q of late (None: nothing tested), and num_speculations -> rounds."""
+        said: dict[str, Any] = {"plain": {"rounds": self._plain_rounds}}
+        for draft, record in self._records.items():
+            q = record.accepted / record.tested if record.tested else None
+            counts = dict(sorted(record.rounds.items()))
+            said[str(draft)] = {"rounds": sum(counts.values()), "q": q, "num_speculations": counts}
+        return said

@@ -66,18 +66,20 @@ class Drafted(NamedTuple):
         states: of the pending and of all drafted tokens but the last, [A, 1, D] each, after `exit_block` blocks
             of the model; empty where something else drafted.
         exit_block: blocks that the model need not run again for them.
+        counts: tokens of each lane that were drafted for it, where the rest of its row is filler; None: all.
     """
 
     ids: Tensor
     states: list[Tensor]
     exit_block: int
+    counts: list[int] | None = None
 
 
 class Round(NamedTuple):
-    """What a round brought: in each lane, `accepted` of the drafted tokens and one of the model's own."""
+    """What a round brought, by lane: the tokens, how many were drafted, and how many of these are among the tokens."""
 
     tokens: list[list[int]]
-    num_drafted: int
+    drafted: list[int]
     accepted: list[int]
 
 
@@ -144,4 +146,5 @@ def verify(step: Step, lanes: Lanes, drafted: Drafted, full: int, chooser: Choos
         # Rolling back is not moving on: slots of refused tokens are beyond the new length, to be written over.
         lanes.cache.lengths[lane] += 1 + count
     tokens = [[*ids[:count], token] for count, token, *ids in table]
-    return Round(tokens, num_drafted, [row[0] for row in table])
+    counts = drafted.counts or [num_drafted] * len(table)
+    return Round(tokens, counts, [min(row[0], count) for row, count in zip(table, counts, strict=True)])

@@ -124,7 +124,8 @@ def exit_round(
     tokens = lanes.pending.tolist()
     for lane in range(len(tokens)):
         lanes.cache.lengths[lane] += 1
-    return Round([[token] for token in tokens], 0, [0] * len(tokens)), depths
+    nothing = [0] * len(tokens)
+    return Round([[token] for token in tokens], nothing, nothing), depths
 
 
 def descend(step: Step, lanes: Lanes, criterion: ExitCriterion, full: int) -> tuple[Logits, list[int]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lskip.decoder import Decoder
 from lskip.inference.batch import Batch, Text
-from lskip.inference.costs import Costs, measure_costs
+from lskip.inference.costs import Costs, keep_costs, measure_costs
 from lskip.inference.engine import Step
 from lskip.inference.generation import Generation, TextStream
 from lskip.inference.lean_blocks import obstacle, sample_weights
@@ -50,6 +50,8 @@ class TextGenerator:
         draft_weights: str | None = None,
         release_model: bool = False,
         bit_exact: bool = False,
+        compiled: bool = False,
+        costs_file: str | None = None,
     ):
         """Converts the weights once.
 
@@ -64,13 +66,16 @@ class TextGenerator:
             release_model: free the model's blocks while converting. The model is of no use afterwards.
             bit_exact: a text's logits are the same bits alone, in any batch, with and without speculation, in
                 bfloat16 too. Costs some speed. Without it texts are equal in float32 up to ties within rounding.
+            compiled: run the blocks through torch.compile (for GPUs; the first rounds take minutes).
+            costs_file: JSON file to keep `costs` in, read where it exists; None: measured anew by each process that
+                has a policy that asks for them.
 
         Raises:
             ValueError: an unsupported family, or `weights`, `draft_weights` or `bit_exact` that are unknown or do not
                 work here.
         """
         decoder = Decoder(model)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.costs_file = tokenizer, costs_file
         self.defaults = defaults_from(model.generation_config)
         self.eos_ids = end_tokens(model, tokenizer)
         self.num_layers, self.vocab_size = decoder.num_layers, decoder.vocab_size
@@ -78,7 +83,7 @@ class TextGenerator:
         # First, since building `step` may take the model apart.
         self.draft_step = None if draft_weights is None else build_draft_step(decoder, draft_weights)
         mix = STEPS_AND_VERIFICATION if draft_weights is None else VERIFICATION
-        self.step = build_step(decoder, weights, release_model, mix, bit_exact)
+        self.step = build_step(decoder, weights, release_model, mix, bit_exact, compiled)
 
     def generate(self, prompt, **settings) -> Generation:
         """Continues a prompt.
@@ -156,7 +161,9 @@ class TextGenerator:
 
     @cached_property
     def costs(self) -> Costs:
-        """What passes of this model cost on this machine; measured once, in seconds at most."""
+        """What passes of this model cost on this machine: from `costs_file`, or measured, which takes seconds."""
+        if self.costs_file is not None:
+            return keep_costs(Path(self.costs_file), self.step, self.draft_step)
         return measure_costs(self.step, self.draft_step)
 
     def memory(self) -> dict[str, int]:
@@ -211,21 +218,25 @@ class TextGenerator:
                 yield index, piece
 
 
-def build_step(decoder: Decoder, weights: str, release: bool, mix: Mix, bit_exact: bool) -> Step:
+def build_step(decoder: Decoder, weights: str, release: bool, mix: Mix, bit_exact: bool, compiled: bool) -> Step:
     """LeanStep where it covers the model, else the model's own modules.
 
     Raises:
         ValueError: `weights` is unknown, does not work here, or asks for a form that the modules do not have.
     """
+    if compiled and (bit_exact or weights not in ("auto", "plain")):
+        raise ValueError("compiled: goes with weights 'plain' only, and without bit_exact")
     reason = obstacle(decoder)
+    if reason is None and compiled:
+        return LeanStep(decoder, Plain, release, compiled=True)
     if reason is None:
         samples = sample_weights(decoder)
         form = choose_exact_form(weights, samples) if bit_exact else choose_form(weights, samples, mix)
         return LeanStep(decoder, form, release, width=EXACT_WIDTH if bit_exact else 1)
     if choose_form(weights, [decoder.head_weight.detach()]) is not Plain and weights != "auto":
         raise ValueError(f"weights: {weights!r} is not for this model ({reason}); use 'auto' or 'plain'")
-    if bit_exact:
-        raise ValueError(f"bit_exact: is not for this model ({reason}); leave it out")
+    if bit_exact or compiled:
+        raise ValueError(f"{'bit_exact' if bit_exact else 'compiled'}: is not for this model ({reason}); leave it out")
     return ModuleStep(decoder)
 
 
@@ -248,43 +259,3 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     if ids is None:
         return ()
     return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
-
-
-def load_generator(
-    model: str = "smollm2",
-    dtype: str = "float32",
-    weights: str = "auto",
-    draft_weights: str | None = None,
-    device: str = "auto",
-    bit_exact: bool = False,
-) -> TextGenerator:
-    """A generator from whatever `--model` can name: "smollm2", a run, a checkpoint, a folder, a hub name, a GGUF file.
-
-    Args:
-        dtype: "float32", "bfloat16" or "float16".
-        weights, draft_weights, bit_exact: as in TextGenerator.
-        device: "cpu", "cuda", …; "auto": a GPU where there is one.
-
-    Raises:
-        ValueError, FileNotFoundError: what is wrong with an argument, or that there is no such model.
-    """
-    from lskip.pretrained import load_model  # brings the GGUF reader and the hub client: only when loading
-
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype: {dtype!r} is not one of float32, bfloat16, float16")
-    place = resolve_device(device)
-    loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
-    return TextGenerator(
-        loaded.eval().to(place), tokenizer, weights, draft_weights, release_model=True, bit_exact=bit_exact
-    )
-
-
-def resolve_device(device: str) -> torch.device:
-    """ValueError unless torch knows the device and this machine has it."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device: {device!r} cannot be used here; try 'auto' or 'cpu'") from error
-    return torch.device(device)

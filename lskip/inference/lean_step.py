@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lskip.decoder import Decoder
-from lskip.inference.attention import AlignedAttention, Attention, Heads, Rotary, Span
+from lskip.inference.attention import AlignedAttention, Attention, Heads, Rotary, Span, StaticAttention
 from lskip.inference.cache import KVCache
 from lskip.inference.lean_blocks import Block, convert, obstacle
 from lskip.inference.weights import Form
@@ -34,6 +34,7 @@ class LeanStep:
         release: bool = False,
         head_form: Form | None = None,
         width: int = 1,
+        compiled: bool = False,
     ):
         """Builds its weights from the model's, block by block.
 
@@ -45,11 +46,12 @@ class LeanStep:
             head_form: how the head is held, if not as the blocks are.
             width: above 1, a row's bits depend on its own lane and position alone: linears see multiples of this
                 many rows, attention groups of so many (AlignedAttention).
+            compiled: run the blocks through torch.compile, once for every number of rows and of blocks.
         """
         if (reason := obstacle(decoder)) is not None:
             raise ValueError(f"model: the lean step does not cover it ({reason})")
         layers, model = decoder.model.model.layers, decoder.model.model
-        self.form, self.width = form, width
+        self.form, self.width, self.compiled = form, width, compiled
         self.num_layers, self.hidden_size = decoder.num_layers, decoder.hidden_size
         self.dtype, self.device = decoder.dtype, decoder.device
         self.heads = heads_of(layers[0].self_attn)
@@ -59,7 +61,9 @@ class LeanStep:
         self.norm_floor = torch.tensor((self.hidden_size * self.eps) ** 0.5)
         self.rotary = Rotary(model.rotary_emb.inv_freq, model.rotary_emb.attention_scaling)
         windows = {decoder.window(index) for index in range(self.num_layers)}
-        self.attention = make_attention(self.heads, windows, self.dtype, self.device, width)
+        kind = StaticAttention if compiled else AlignedAttention if width > 1 else Attention
+        self.attention = kind(self.heads, windows, self.dtype, self.device, width)
+        self._through = torch.compile(self._blocks_on, dynamic=False) if compiled else self._blocks_on
         self.embedding = model.embed_tokens.weight.detach()
         self.final_norm = self._norm_weight(model.norm)
         self.head = (head_form or form)(decoder.head_weight.detach(), decoder.head_bias)
@@ -105,9 +109,14 @@ class LeanStep:
             return x
         span, turns = self._places(x, cache, starts)
         rows, shape = self._widen(x.reshape(-1, self.hidden_size)), x.shape
-        for index in range(first, last):
-            rows = self._block(self.blocks[index], rows, cache.states[index], span, turns)
+        rows = self._through(rows, cache.states[first:last], span, turns, first)
         return rows[: shape[0] * shape[1]].view(shape)
+
+    def _blocks_on(self, rows: Tensor, states: Tensor, span: Span, turns: Tensor, first: int) -> Tensor:
+        """As many blocks from `first` on as `states` has parts."""
+        for index, part in enumerate(states, first):
+            rows = self._block(self.blocks[index], rows, part, span, turns)
+        return rows
 
     def fill(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> None:
         """Writes the keys and values that blocks `first` … `last`-1 would make of x [A, n, D] and does nothing else.
@@ -121,8 +130,9 @@ class LeanStep:
             self.attention.write(self._qkv(block, rows, span, turns), cache.states[index], span)
 
     def _places(self, x: Tensor, cache: KVCache, starts: list[int]) -> tuple[Span, Tensor]:
-        rows = x.shape[1]
-        return self.attention.span(starts, rows, cache.slots), self.rotary.turns(starts, rows)
+        turns = self.rotary.turns(starts, x.shape[1])
+        span = self.attention.span(starts, x.shape[1], cache.slots)
+        return span, torch.view_as_real(turns) if self.compiled else turns
 
     def _widen(self, rows: Tensor) -> Tensor:
         """Rows [N, D] as many as the linears want: a multiple of `width`, and a lone one as its form likes it."""
@@ -164,12 +174,6 @@ def heads_of(attention: nn.Module) -> Heads:
     size = attention.head_dim
     queries, keys = attention.q_proj.out_features // size, attention.k_proj.out_features // size
     return Heads(queries, keys, size, attention.scaling)
-
-
-def make_attention(heads: Heads, windows: set, dtype: torch.dtype, device: torch.device, width: int) -> Attention:
-    if width == 1:
-        return Attention(heads, windows, dtype, device)
-    return AlignedAttention(heads, windows, dtype, device, width)
 
 
 def shares_memory(a: Tensor, b: Tensor) -> bool:

@@ -78,6 +78,8 @@ def obstacle_to_rounding(form: Form, sample: Tensor) -> str | None:
     """Why `sample` [out, in] cannot be rounded and multiplied on this machine; None when it comes out about right."""
     if sample.device.type != "cpu":
         return f"the model is on {sample.device.type}, these kernels are for the CPU"
+    if sample.shape[1] % 16:  # the int8 kernel would read beyond the matrix, without a word
+        return f"a matrix takes {sample.shape[1]} numbers, not a multiple of 16"
     row = torch.linspace(-1, 1, sample.shape[1], dtype=sample.dtype)[None]
     try:
         product = form(sample)(row)

@@ -1,0 +1,110 @@
+"""lskip's own methods, as the decoding benchmark runs them."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from functools import partial
+
+from decoding_runs import PROMPT, Run
+from decoding_settings import DRAFTS, Setting
+from transformers import PreTrainedModel
+
+from lskip.inference import TextGenerator
+from lskip.inference.drafting import ConfidenceDraft, CostAwareDraft, Draft, DraftPlan, DraftPolicy, FixedDraft
+
+POLICY_CLASSES = {"fixed": FixedDraft, "confidence": ConfidenceDraft, "cost_aware": CostAwareDraft}
+
+
+class Generators:
+    """One model, ready for decoding with each kind of draft weights."""
+
+    def __init__(self, model: PreTrainedModel, release: bool = False):
+        """release: convert the model instead of copying it; then there can be one generator only."""
+        self.model, self.release = model, release
+        self.made: dict[str | None, TextGenerator] = {}
+
+    def drafting_with(self, draft_weights: str | None) -> TextGenerator:
+        """Raises ValueError where such weights do not work."""
+        if draft_weights not in self.made:
+            self.made[draft_weights] = TextGenerator(
+                self.model, draft_weights=draft_weights, release_model=self.release
+            )
+        return self.made[draft_weights]
+
+
+class Lskip:
+    """`autoregressive`, `fixed_exit` and `self_speculative`."""
+
+    def __init__(self, generators: Generators, setting: Setting):
+        source = DRAFTS.get(setting.draft)
+        self.setting = setting
+        self.generator = generators.drafting_with(source.draft_weights if source else None)
+        self.arguments = {"temperature": 0.0, "exit_layer": setting.exit_layer}
+        self.rounds: list[tuple[DraftPlan, int]] = []
+        if source is not None:
+            policy = POLICY_CLASSES[setting.policy]()  # one for all prompts: it learns
+            remember_rounds(policy, self.rounds)
+            self.arguments |= {
+                "draft": source.draft,
+                "draft_policy": policy,
+                "num_speculations": setting.num_speculations,
+            }
+        self.generator.settings(**self.arguments)  # ValueError now rather than in an hour
+
+    def run(self, prompts: list[list[int]], max_new_tokens: int) -> Run:
+        self.rounds.clear()
+        arguments = {**self.arguments, "max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens}
+        begin = time.perf_counter()
+        if self.setting.batch == 1:
+            generations = [self.generator.generate(prompt, **arguments) for prompt in prompts]
+        else:
+            ended = self.generator.generate_batch(prompts, batch_size=self.setting.batch, **arguments)
+            generations = [generation for _, generation in sorted(ended, key=lambda pair: pair[0])]
+        seconds = time.perf_counter() - begin
+        return Run(
+            texts=[generation.token_ids for generation in generations],
+            seconds=seconds,
+            rounds=sum(generation.rounds for generation in generations),
+            drafted=sum(generation.drafted for generation in generations),
+            accepted=sum(generation.accepted for generation in generations),
+            accepted_counts=sum((generation.accepted_counts for generation in generations), Counter()),
+            planned=partial(
+                self._planned,
+                rounds=list(self.rounds),
+                tokens=sum(len(generation.token_ids) - 1 for generation in generations),
+                lanes=min(self.setting.batch, len(prompts)),
+            ),
+        )
+
+    def _planned(self, rounds: list[tuple[DraftPlan, int]], tokens: int, lanes: int) -> float:
+        """Seconds that the cost model gives the rounds, which brought `tokens`: all but each text's first."""
+        costs = self.generator.costs
+        if self.setting.draft is not None:
+            return sum(costs.round(plan, lanes) for plan, lanes in rounds)
+        if self.setting.exit_layer is None:
+            return tokens / lanes * costs.plain(lanes)
+        # A token of a fixed exit is what a drafted one is.
+        return tokens / lanes * costs.draft_step(Draft("layers", self.setting.exit_layer), lanes)
+
+
+class PromptPass:
+    """The prompts' own passes: generating the first token and no more."""
+
+    def __init__(self, generators: Generators):
+        self.setting = Setting(PROMPT, "")
+        self.autoregressive = Lskip(generators, self.setting)
+
+    def run(self, prompts: list[list[int]], max_new_tokens: int) -> Run:
+        return self.autoregressive.run(prompts, 1)
+
+
+def remember_rounds(policy: DraftPolicy, rounds: list[tuple[DraftPlan, int]]) -> None:
+    """Makes `policy` append to `rounds` what each round drafted and in how many lanes, besides learning from it."""
+    learn = policy.learn
+
+    def learn_and_remember(plan: DraftPlan, drafted: int, accepted: list[int], *more) -> None:
+        rounds.append((DraftPlan(plan.draft, drafted), len(accepted)))
+        learn(plan, drafted, accepted, *more)
+
+    policy.learn = learn_and_remember

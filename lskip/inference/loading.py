@@ -1,0 +1,49 @@
+"""From a name to a model ready for decoding."""
+
+from __future__ import annotations
+
+import torch
+
+from lskip.inference.generator import TextGenerator
+
+
+def load_generator(
+    model: str = "smollm2",
+    dtype: str = "float32",
+    weights: str = "auto",
+    draft_weights: str | None = None,
+    device: str = "auto",
+    bit_exact: bool = False,
+    compiled: bool = False,
+    costs_file: str | None = None,
+) -> TextGenerator:
+    """A generator from whatever `--model` can name: "smollm2", a run, a checkpoint, a folder, a hub name, a GGUF file.
+
+    Args:
+        dtype: "float32", "bfloat16" or "float16".
+        weights, draft_weights, bit_exact, compiled, costs_file: as in TextGenerator.
+        device: "cpu", "cuda", …; "auto": a GPU where there is one.
+
+    Raises:
+        ValueError, FileNotFoundError: what is wrong with an argument, or that there is no such model.
+    """
+    from lskip.pretrained import load_model  # brings the GGUF reader and the hub client: only when loading
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype: {dtype!r} is not one of float32, bfloat16, float16")
+    place = resolve_device(device)
+    loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
+    return TextGenerator(
+        loaded.eval().to(place), tokenizer, weights, draft_weights, True, bit_exact, compiled, costs_file
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """ValueError unless torch knows the device and this machine has it."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device: {device!r} cannot be used here; try 'auto' or 'cpu'") from error
+    return torch.device(device)

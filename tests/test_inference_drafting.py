@@ -1,0 +1,329 @@
+"""Draft policies: what they plan by hand-worked rules, and how fast they are on simulated texts of known acceptance."""
+
+import json
+import random
+from statistics import mean
+from typing import NamedTuple
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from lskip.inference.costs import ROWS, Costs, RowCosts
+from lskip.inference.drafting import ConfidenceDraft, CostAwareDraft, Draft, DraftPlan, DraftPolicy, FixedDraft
+
+EARLY, LATE, WEIGHTS, NGRAM = Draft("layers", 6), Draft("layers", 15), Draft("weights", 30), Draft("ngram", 0)
+NGRAMS = frozenset([NGRAM])
+PLAIN = DraftPlan(None, 0)
+
+
+def flat(seconds):
+    """Packed weights on a CPU: 8 rows cost what 1 does, more cost more (figures.md)."""
+    return tuple(seconds * (1 + 0.004 * rows + 0.03 * max(0, rows - 8)) for rows in ROWS)
+
+
+# F.linear on a CPU: 2 and 3 rows cost more than 4 to 8 do (figures.md).
+UNEVEN = (50.8, 83.9, 104.7, 71.9, 67.9, 71.1, 68.7, 74.9, 85.8, 100.0, 120.0, 160.0, 200.0)
+STEEP = tuple(1.0 + rows for rows in ROWS)
+TABLES = {
+    "flat": Costs(30, RowCosts(ROWS, flat(1.0), flat(8.0)), RowCosts(ROWS, flat(0.4), flat(3.0))),
+    "uneven": Costs(30, RowCosts(ROWS, UNEVEN, tuple(8 * each for each in UNEVEN)), RowCosts(ROWS, flat(20), flat(50))),
+    "steep": Costs(30, RowCosts(ROWS, STEEP, STEEP), RowCosts(ROWS, STEEP, STEEP)),
+}
+
+
+class Moment(NamedTuple):
+    """After a round: tokens of each lane and plain steps spent so far, and what the round drafted."""
+
+    tokens: float
+    steps: float
+    plan: DraftPlan
+
+    @property
+    def speed(self):
+        """Over plain decoding."""
+        return self.tokens / self.steps
+
+
+def simulate(policy, costs, accepts, num_speculations=8, lanes=1, tokens=2000, seed=0, seconds=None):
+    """Decodes a text of so many tokens a lane.
+
+    Args:
+        accepts: draft -> chance of acceptance, or a function of (tokens so far) -> that; what it leaves out has
+            nothing to offer.
+        seconds: a function of (plan) -> by how much a round exceeds its predicted cost; None: rounds are not timed.
+    """
+    rng, moments, done, steps = random.Random(seed), [], 0.0, 0.0
+    chances = accepts if callable(accepts) else lambda _: accepts
+    drafts = sorted({draft for at in range(0, tokens, 50) for draft in chances(at)})
+    policy.begin(drafts, lambda: costs, num_speculations)
+    while done < tokens:
+        offered = chances(done)
+        plan = policy.plan(lanes, most := int(tokens - done))
+        if plan.draft is not None and plan.draft not in offered:
+            plan = policy.plan(lanes, most, without=frozenset([plan.draft]))
+        assert 0 <= plan.num_speculations <= min(most, num_speculations)
+        accepted = [accepted_of(plan, offered, rng) for _ in range(lanes)]
+        excess = seconds(plan) if seconds else 1.0
+        spent = excess * costs.round(plan, lanes)
+        policy.learn(plan, plan.num_speculations, accepted, spent if seconds else None)
+        done, steps = done + 1 + sum(accepted) / lanes, steps + spent / costs.plain(lanes)
+        moments.append(Moment(done, steps, plan))
+    return moments
+
+
+def accepted_of(plan, chances, rng):
+    count = 0
+    while count < plan.num_speculations and rng.random() < chances[plan.draft]:
+        count += 1
+    return count
+
+
+def best_fixed(costs, chances, num_speculations=8, lanes=1):
+    """Speed over plain decoding of the best draft and number of tokens, by the equation."""
+    speeds = [1.0]
+    for draft, q in chances.items():
+        for d in range(1, num_speculations + 1):
+            tokens = 1 + sum(q**i for i in range(1, d + 1))
+            speeds.append(costs.ideal_speedup(DraftPlan(draft, d), lanes, tokens))
+    return max(speeds)
+
+
+def unused():
+    raise AssertionError("nobody asked for costs")
+
+
+def test_fixed_draft():
+    policy = FixedDraft()
+    policy.begin([EARLY, NGRAM], unused, 4)
+    assert policy.plan(3, 9) == DraftPlan(EARLY, 4)
+    assert policy.plan(3, 2) == DraftPlan(EARLY, 2)
+    assert policy.plan(3, 0) == PLAIN
+    assert policy.plan(3, 9, without=NGRAMS) == DraftPlan(EARLY, 4)
+    assert policy.plan(3, 9, without=frozenset([EARLY])) == PLAIN
+    assert policy.goes_on(unused)  # no wait for the device
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "goes_on"),
+    [([0.5], True), ([0.49], False), ([0.9, 0.1], False), ([0.9, 0.9, 0.1], True), ([0.9, 0.1, 0.1], False)],
+)
+def test_confidence_stops_when_half_of_the_lanes_doubt(probabilities, goes_on):
+    policy = ConfidenceDraft(threshold=0.5)
+    policy.begin([EARLY], unused, 4)
+    assert policy.plan(1, 9) == DraftPlan(EARLY, 4)
+    assert policy.goes_on(lambda: probabilities) is goes_on
+
+
+def test_the_threshold_adapts_by_the_rule():
+    policy, plan = ConfidenceDraft(threshold=0.5, target=0.75, step=0.1), DraftPlan(EARLY, 4)
+    seen = []
+    for drafted, accepted in [(4, [4]), (4, [0]), (2, [2]), (2, [2, 2]), (2, [2]), (4, [4]), (0, [0])]:
+        policy.learn(plan, drafted, accepted)
+        seen.append((policy.acceptance_rate, round(policy.threshold, 9)))
+    # A: 1, (1 + 0) / 2, … A full round of good acceptance leaves the threshold, a plain round leaves everything.
+    assert seen == [(1, 0.5), (0.5, 0.6), (0.75, 0.5), (0.875, 0.4), (0.9375, 0.3), (0.96875, 0.3), (0.96875, 0.3)]
+    assert policy.summary() == {"threshold": pytest.approx(0.3), "acceptance_rate": 0.96875}
+
+
+@pytest.mark.parametrize("trust", [0.8, 1.0, 1.25])
+def test_confidence_beats_every_fixed_number_of_tokens(trust):
+    """Tokens are accepted with `trust` x the draft's probability: too sure of itself, calibrated, too modest."""
+    fixed = max(confident_speed(FixedDraft(), trust, d) for d in range(1, 9))
+    low, high = (confident_speed(ConfidenceDraft(threshold), trust, 8) for threshold in (0.1, 1.0))
+    assert min(low, high) > 0.99 * fixed
+    assert trust == 0.8 or min(low, high) > 1.03 * fixed
+
+
+def confident_speed(policy, trust, num_speculations):
+    rng, costs, tokens, steps = random.Random(0), TABLES["flat"], 0, 0.0
+    policy.begin([WEIGHTS], unused, num_speculations)
+    for _ in range(4000):
+        plan, drafted, accepted, good = policy.plan(1, 99), 0, 0, True
+        while drafted < plan.num_speculations:
+            probability = rng.betavariate(3, 0.5)  # mostly sure, with a tail of doubt
+            drafted += 1
+            good = good and rng.random() < min(1, trust * probability)
+            accepted += good
+            if drafted < plan.num_speculations and not policy.goes_on(lambda at=probability: [at]):
+                break
+        policy.learn(plan, drafted, [accepted])
+        tokens += 1 + accepted
+        steps += costs.round(DraftPlan(WEIGHTS, drafted), 1) / costs.plain(1)
+    return tokens / steps
+
+
+def switching(period, first, second):
+    return lambda done: first if int(done / period) % 2 == 0 else second
+
+
+BAD, GOOD = {EARLY: 0.0, LATE: 0.1, WEIGHTS: 0.2}, {EARLY: 0.9, LATE: 0.95, WEIGHTS: 0.97}
+TEXTS = {
+    **{f"chance {q}": {EARLY: q, LATE: q, WEIGHTS: q} for q in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)},
+    "good, then bad": lambda done: GOOD if done < 200 else BAD,
+    "in turn, 10": switching(10, GOOD, BAD),  # about as long as it takes to be convinced
+    "in turn, 40": switching(40, GOOD, BAD),
+    "in turn, 200": switching(200, BAD, GOOD),
+    "many": {Draft("layers", 2 * index): index / 40 for index in range(1, 15)},
+}
+
+
+@pytest.mark.parametrize("lanes", [1, 8])
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("text", TEXTS)
+def test_never_slower_than_plain_decoding(text, table, lanes):
+    """Red: without the bound of patience, with a larger budget, or where a round's worst outcome is not allowed for."""
+    for seed in range(2):
+        moments = simulate(CostAwareDraft(), TABLES[table], TEXTS[text], 12, lanes, tokens=1000, seed=seed)
+        assert all(moment.steps <= 1.01 * moment.tokens + 6 + 1e-9 for moment in moments)
+        assert min(moment.speed for moment in moments if moment.tokens >= 300) >= 0.97
+
+
+STATIONARY = [
+    *({EARLY: q} for q in (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0)),
+    *({LATE: q} for q in (0.5, 0.8, 0.95)),
+    *({WEIGHTS: q} for q in (0.5, 0.8, 0.95)),
+    {EARLY: 0.3, LATE: 0.9, WEIGHTS: 0.6},
+    {EARLY: 0.7, LATE: 0.75, WEIGHTS: 0.9},
+    {EARLY: 0.0, LATE: 0.0, WEIGHTS: 0.9},
+    {EARLY: 0.6, LATE: 0.0, WEIGHTS: 0.85, NGRAM: 0.2},
+]
+
+
+@pytest.mark.parametrize("lanes", [1, 8])
+@pytest.mark.parametrize("table", TABLES)
+def test_close_to_the_best_fixed_plan(table, lanes):
+    """Red: when a good draft is given up after early bad luck, or others are tried too often."""
+    costs = TABLES[table]
+    for chances in STATIONARY:
+        best = best_fixed(costs, chances, lanes=lanes)
+        speeds = [simulate(CostAwareDraft(), costs, chances, lanes=lanes, seed=seed)[-1].speed for seed in range(6)]
+        assert mean(speeds) >= 0.95 * best, (chances, best, speeds)
+
+
+def test_drafts_where_it_pays_only():
+    """The fuller the batch, the less a draft pays: at 1 lane it drafts almost always, at 64 almost never."""
+    shares = {}
+    for lanes in (1, 64):
+        moments = simulate(CostAwareDraft(), TABLES["flat"], {EARLY: 0.7}, lanes=lanes)
+        shares[lanes] = mean(moment.plan.num_speculations > 0 for moment in moments if moment.tokens > 500)
+    assert best_fixed(TABLES["flat"], {EARLY: 0.7}, lanes=1) > 1.3
+    assert best_fixed(TABLES["flat"], {EARLY: 0.7}, lanes=64) == 1
+    assert shares[1] > 0.98 and shares[64] < 0.02
+
+
+def test_drafts_more_tokens_the_more_are_accepted():
+    counts = []
+    for q in (0.5, 0.8, 0.97):
+        moments = simulate(CostAwareDraft(), TABLES["flat"], {EARLY: q})
+        counts.append(mean(moment.plan.num_speculations for moment in moments if moment.tokens > 500))
+    assert 1 < counts[0] < counts[1] - 0.5 < counts[2] - 2
+
+
+def test_finds_out_that_an_unused_draft_has_become_good():
+    for seed in range(5):
+        moments = simulate(CostAwareDraft(), TABLES["flat"], lambda n: BAD if n < 600 else GOOD, tokens=1600, seed=seed)
+        begin = next(moment for moment in moments if moment.tokens > 1000)
+        speed = (moments[-1].tokens - begin.tokens) / (moments[-1].steps - begin.steps)
+        assert speed > 0.9 * best_fixed(TABLES["flat"], GOOD)
+
+
+def test_ngrams_are_judged_by_what_they_found():
+    """In every third stretch of 60 tokens the text repeats; elsewhere n-grams find nothing, which costs nothing."""
+    novel, repeating = {WEIGHTS: 0.8}, {WEIGHTS: 0.8, NGRAM: 0.9}
+    policy = CostAwareDraft()
+    moments = simulate(policy, TABLES["flat"], lambda n: repeating if int(n / 60) % 3 == 0 else novel, tokens=3000)
+    assert policy.summary()["ngram"]["q"] == pytest.approx(0.9, abs=0.12)
+    best = 3 / (1 / best_fixed(TABLES["flat"], repeating) + 2 / best_fixed(TABLES["flat"], novel))
+    assert moments[-1].speed > 0.95 * best > 1.1 * best_fixed(TABLES["flat"], novel)
+
+
+def test_planning_changes_nothing():
+    """Red: if asking again, as the owner does after n-grams found nothing, counts as another round."""
+
+    class Asked(CostAwareDraft):
+        def plan(self, lanes, most, without=frozenset()):
+            for _ in range(3):
+                super().plan(lanes, most, NGRAMS)
+            return super().plan(lanes, most, without)
+
+    for table in TABLES.values():
+        chances = {EARLY: 0.7, WEIGHTS: 0.8, NGRAM: 0.5}
+        once, asked = (simulate(policy, table, chances, tokens=500) for policy in (CostAwareDraft(), Asked()))
+        assert once == asked
+        assert all(moment.plan.draft != NGRAM for moment in simulate(Asked(), table, {EARLY: 0.7}, tokens=500))
+
+
+def test_learning_goes_on_over_prompts():
+    policy = CostAwareDraft()
+    simulate(policy, TABLES["flat"], {EARLY: 0.9})
+    assert simulate(policy, TABLES["flat"], {EARLY: 0.9}, tokens=50)[0].plan.draft == EARLY
+
+
+def excess(of_plain, of_drafts):
+    return lambda plan: of_plain if plan.num_speculations == 0 else of_drafts
+
+
+def test_costs_are_corrected_by_measured_seconds():
+    """Drafting rounds that take twice what the table says do not pay, though by the table they do."""
+    chances, late = {EARLY: 0.75}, slice(-300, None)
+    misled = simulate(CostAwareDraft(), TABLES["flat"], chances, tokens=1500)
+    assert mean(moment.plan.draft == EARLY for moment in misled[late]) > 0.95
+    timed = simulate(CostAwareDraft(), TABLES["flat"], chances, tokens=1500, seconds=excess(1.0, 2.0))
+    assert mean(moment.plan.draft == EARLY for moment in timed[late]) < 0.05
+    assert timed[-1].speed > 0.95
+
+
+@pytest.mark.parametrize("factor", [0.5, 3.0])
+def test_a_machine_that_is_slower_throughout_changes_no_plan(factor):
+    """Red: if drafts are held against the table's time of a plain step, or a plain step is never timed."""
+    moments = simulate(CostAwareDraft(), TABLES["flat"], {EARLY: 0.75}, seconds=excess(factor, factor))
+    assert moments[-1].speed * factor > 0.93 * best_fixed(TABLES["flat"], {EARLY: 0.75})
+
+
+def test_a_hiccup_of_the_machine_changes_little():
+    rng = random.Random(1)
+    moments = simulate(
+        CostAwareDraft(), TABLES["flat"], {EARLY: 0.75}, seconds=lambda plan: 50 if rng.random() < 0.01 else 1
+    )
+    assert mean(moment.plan.draft == EARLY for moment in moments) > 0.9
+
+
+def test_summary_is_plain_and_counts():
+    policy = CostAwareDraft()
+    moments = simulate(policy, TABLES["flat"], {EARLY: 0.8, NGRAM: 0.1})
+    said = json.loads(json.dumps(policy.summary()))
+    used = [moment.plan for moment in moments if moment.plan.draft == EARLY]
+    assert said["plain"] == {"rounds": sum(moment.plan.draft is None for moment in moments)}
+    assert set(said) == {"plain", "layers 6", "ngram"}
+    assert said["layers 6"]["rounds"] == len(used) == sum(said["layers 6"]["num_speculations"].values())
+    assert said["layers 6"]["num_speculations"]["4"] == sum(plan.num_speculations == 4 for plan in used)
+    assert said["layers 6"]["q"] == pytest.approx(0.8, abs=0.12)
+
+
+@pytest.mark.parametrize(
+    ("policy", "arguments", "message"),
+    [
+        (ConfidenceDraft, {"threshold": 1.5}, "threshold: 1.5 is not a number from 0 to 1"),
+        (ConfidenceDraft, {"target": "high"}, "target: 'high'"),
+        (ConfidenceDraft, {"step": float("nan")}, "step: nan"),
+        (CostAwareDraft, {"budget": -0.1}, "budget: -0.1 is not a number from 0 to 1"),
+        (CostAwareDraft, {"memory": 1}, "memory: 1 is not a whole number from 2 up"),
+        (CostAwareDraft, {"memory": 9.5}, "memory: 9.5"),
+    ],
+)
+def test_bad_arguments(policy, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        policy(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("FixedDraft", {}), ("ConfidenceDraft", {"threshold": 1, "step": 0.02}), ("CostAwareDraft", {"memory": 40})],
+)
+def test_policies_are_named_in_yaml(name, arguments):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--policy", type=DraftPolicy)
+    given = parser.parse_object({"policy": {"class_path": f"lskip.inference.drafting.{name}", "init_args": arguments}})
+    made = parser.instantiate_classes(given).policy
+    assert type(made).__name__ == name
+    assert {key: getattr(made, key) for key in arguments} == arguments
