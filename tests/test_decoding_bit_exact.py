@@ -152,6 +152,18 @@ def test_logits_keep_their_bits_on_two_threads(dtype):
         assert differing_lanes(step, ids, truth, [([15, 0, 7], 5), ([3, 11], 2)]) == []
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_bits_do_not_depend_on_how_threads_share_the_work(dtype):
+    """Large enough that torch cuts elementwise operations in three, in the middle of a row."""
+    with threads(4):
+        model = make_sized("llama", dtype, num_hidden_layers=1, intermediate_size=2000)
+        step = TextGenerator(model, bit_exact=True).step
+        ids, cache = make_ids(44), step.new_cache(1, 44)
+        truth = [logits_of(step, ids[:, start : start + 4], cache, [start]) for start in range(0, 44, 4)]
+        assert torch.equal(logits_of(step, ids, cache, [0]), torch.cat(truth, 1))
+
+
 @pytest.mark.parametrize("form", [Sliced, Packed])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()

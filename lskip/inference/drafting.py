@@ -169,7 +169,7 @@ class CostAwareDraft(DraftPolicy):
 
     A round of d tokens, each accepted with chance q, brings 1 + q + ... + q^d tokens (design, section 1); q is
     counted for each draft. A round costs what `Costs` say, corrected by what rounds took where they are timed.
-    A draft that is not in use is tried where its hopeful q would make it the fastest.
+    A draft that is not in use is tried where a hopeful q would make it the fastest, the least tested one first.
 
     What may be lost is bounded, in plain steps: by `_patience` against plain decoding, whatever the reason, and by
     `_curiosity` against the best plan known, in tries. Both begin at ALLOWANCE, grow by `budget` of the time, and
@@ -181,7 +181,7 @@ class CostAwareDraft(DraftPolicy):
     ALLOWANCE = 6.0
     SAVINGS = 20.0
     MARGIN = 1.02  # what a draft must promise over plain decoding to be used, and over the best plan to be tried
-    FADING = 5  # counts fade as slowly as if a token were tested in one round of so many
+    FADING = 10  # counts fade as slowly as if a token were tested in one round of so many
     PLAIN_EVERY = 100  # rounds that are timed before a plain one must be among them again
 
     def __init__(self, budget: float = 0.01, memory: int = 80):
@@ -223,13 +223,13 @@ class CostAwareDraft(DraftPolicy):
         return trial
 
     def _trial(self, drafts: list[Draft], lanes: int, most: int, speed: float) -> DraftPlan | None:
-        """The most promising of `drafts` that might beat `speed`, with as many tokens as are likeliest to pay."""
-        hopes = [(self._offer(draft, self._records[draft].hopeful, lanes, most)[0], draft) for draft in drafts]
-        for hope, draft in sorted(hopes, reverse=True):
-            if hope < speed * self.MARGIN:
-                break
+        """The least tested of `drafts` that might beat `speed`, with as many tokens as are likeliest to pay."""
+        for draft in sorted(drafts, key=lambda draft: self._records[draft].tested):
+            record = self._records[draft]
+            if self._offer(draft, record.hopeful, lanes, most)[0] < speed * self.MARGIN:
+                continue
             # If all is refused, the round brings one token, for which the best plan takes 1 / speed.
-            count = self._offer(draft, self._records[draft].likely, lanes, most, self._curiosity + 1 / speed)[1]
+            count = self._offer(draft, record.likely, lanes, most, self._curiosity + 1 / speed)[1]
             if count:
                 return DraftPlan(draft, count)
         return None

@@ -54,6 +54,7 @@ class LeanStep:
         self.form, self.width, self.compiled = form, width, compiled
         self.num_layers, self.hidden_size = decoder.num_layers, decoder.hidden_size
         self.dtype, self.device = decoder.dtype, decoder.device
+        self.inner_dtype = form.inner_dtype or self.dtype
         self.heads = heads_of(layers[0].self_attn)
         self.eps = layers[0].input_layernorm.variance_epsilon
         # On the CPU torch makes rms_norm of seven small operations, a tenth of a token's time; four will do.
@@ -97,7 +98,7 @@ class LeanStep:
         """Exit states [..., D] -> logits [..., V]: final norm and head."""
         flat = x.reshape(-1, self.hidden_size)
         logits = self.head(self._norm(self._widen(flat), self.final_norm))
-        return logits[: len(flat)].view(*x.shape[:-1], -1)
+        return logits[: len(flat)].view(*x.shape[:-1], -1).to(self.dtype)
 
     def run(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> Tensor:
         """Blocks `first` … `last`-1 on states x [A, n, D] of the cache's first A lanes.
@@ -143,10 +144,11 @@ class LeanStep:
         return rows.expand(width, -1).contiguous() if count == 1 and width > 1 else rows
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMS norm of x [N, D]: x sqrt(D) weight / sqrt(|x|^2 + D eps)."""
+        """RMS norm of x [N, D]: x sqrt(D) weight / sqrt(|x|^2 + D eps), as the products like to be given it."""
         if not self.composed_norm:
-            return torch.rms_norm(x, [self.hidden_size], weight, self.eps)
-        return x.div(torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.norm_floor)).mul_(weight)
+            return torch.rms_norm(x, [self.hidden_size], weight, self.eps).to(self.inner_dtype)
+        unit = x.div(torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.norm_floor))
+        return unit.mul_(weight).to(self.inner_dtype)
 
     def _norm_weight(self, norm: nn.Module) -> Tensor:
         weight = norm.weight.detach()
@@ -162,7 +164,7 @@ class LeanStep:
     def _qkv(self, block: Block, x: Tensor, span: Span, turns: Tensor) -> Tensor:
         """[A n, H + 2 KV, head_dim], queries and keys normed (Qwen3) and turned."""
         rows, (queries, keys, size, _) = len(span.starts) * span.rows, self.heads
-        qkv = block.qkv(self._norm(x, block.attention_norm))[:rows].view(rows, queries + 2 * keys, size)
+        qkv = block.qkv(self._norm(x, block.attention_norm))[:rows].view(rows, queries + 2 * keys, size).to(self.dtype)
         turned = qkv[:, : queries + keys]
         if block.qk_norm is not None:
             turned.copy_(torch.rms_norm(turned, [size], None, self.eps) * block.qk_norm)

@@ -12,7 +12,24 @@ GROUP = 32  # weights of a row that share a scale in int4
 KERNEL_DTYPE = torch.bfloat16  # of activations and scales: the kernels for other types are ten times slower
 
 
-class Int8(Plain):
+class Rounded(Plain):
+    """What int8 and int4 share: inputs of any type, products in bfloat16, and the sum in the residual's type."""
+
+    inner_dtype = KERNEL_DTYPE
+
+    def __call__(self, x: Tensor) -> Tensor:
+        product = self._product(x.to(KERNEL_DTYPE))
+        return product if self.bias is None else product + self.bias.to(KERNEL_DTYPE)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        return residual + self(x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """bfloat16 [N, in] -> [N, out]."""
+        raise NotImplementedError
+
+
+class Int8(Rounded):
     """One scale a row, symmetric; the product in bfloat16. CPU."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
@@ -21,15 +38,11 @@ class Int8(Plain):
         super().__init__(torch.round(weight / scale[:, None]).to(torch.int8), bias)
         self.scale = scale.to(KERNEL_DTYPE)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        product = torch.ops.aten._weight_int8pack_mm(x.to(KERNEL_DTYPE), self.weight, self.scale).to(x.dtype)
-        return product if self.bias is None else product + self.bias
-
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        return residual + self(x)
+    def _product(self, x: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale)
 
 
-class Int4(Plain):
+class Int4(Rounded):
     """A scale and a zero point for each 32 weights of a row; the product in bfloat16. CPU."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
@@ -44,15 +57,9 @@ class Int4(Plain):
         # The kernel counts levels from the middle: weight = (level - 8) scale + zero.
         self.scale_and_zero = torch.stack([scale, low + 8 * scale], -1).transpose(0, 1).to(KERNEL_DTYPE).contiguous()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        product = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x.to(KERNEL_DTYPE), self.weight, GROUP, self.scale_and_zero
-        )
-        product = (product if product.shape[1] == self.out else product[:, : self.out]).to(x.dtype)
-        return product if self.bias is None else product + self.bias
-
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        return residual + self(x)
+    def _product(self, x: Tensor) -> Tensor:
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, GROUP, self.scale_and_zero)
+        return product if product.shape[1] == self.out else product[:, : self.out]
 
 
 DRAFT_FORMS = {"int8": Int8, "int4": Int4}

@@ -13,6 +13,7 @@ class Plain:
     """The matrix as the checkpoint has it: GPUs, and wherever nothing better exists."""
 
     lone_row_width = 1  # rows that a single row is repeated to before the linears see it
+    inner_dtype: torch.dtype | None = None  # what inputs are best given in, and products come in; None: the model's
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         """weight [out, in], bias [out]; kept, not copied."""
