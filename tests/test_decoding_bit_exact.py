@@ -93,7 +93,8 @@ def blocks_everywhere(length: int, most: int = 16) -> list[tuple[int, int]]:
     random, cases = Random(length), []
     for rows, offset in product(range(1, most + 1), range(4)):
         last = (length - rows - offset) // 4
-        cases += [(4 * group + offset, rows) for group in (0, last, random.randint(0, last))]
+        if last >= 0:
+            cases += [(4 * group + offset, rows) for group in (0, last, random.randint(0, last))]
     return cases
 
 

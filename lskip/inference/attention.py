@@ -47,6 +47,16 @@ class Span(NamedTuple):
     views: dict[int | None, View]
 
 
+class Part(NamedTuple):
+    """One block's part of the cache, as the rows of a pass meet it; views, nothing is copied."""
+
+    target: (
+        Tensor  # where keys and values go: [n, 2 KV, head_dim] of a lone lane, or all lanes' slots [.., 2 KV, head_dim]
+    )
+    keys: Tensor  # [A, KV, K, head_dim]
+    values: Tensor
+
+
 class Attention:
     """All lanes in one call; each is given the slots of the farthest, behind a mask.
 
@@ -87,32 +97,54 @@ class Attention:
         """[A, n, K] -> [A, 1, G n, K], for the rows of a key head's query heads."""
         return mask[:, None].expand(-1, self.heads.group, -1, -1).flatten(1, 2)[:, None]
 
-    def __call__(self, qkv: Tensor, states: Tensor, span: Span, window: int | None) -> Tensor:
+    def parts(self, states: Tensor, span: Span, windows: list[int | None]) -> list[Part]:
+        """What each of some blocks sees and writes: taken for all of them at once, since each view costs time.
+
+        Args:
+            states: their part of the cache, [blocks, lanes, slots, 2, KV, head_dim].
+            windows: of each block.
+        """
+        blocks, _, _, _, heads, size = states.shape
+        if isinstance(span.written, slice):
+            targets = states[:, 0, span.written].view(blocks, span.rows, 2 * heads, size).unbind()
+        else:
+            targets = states.view(blocks, -1, 2 * heads, size).unbind()
+        seen = {}
+        for window in set(windows):
+            low, lanes = span.views[window].low, len(span.starts)
+            # [2, blocks, A, KV, K, head_dim]
+            both = states[:, :lanes, low : span.stop].permute(3, 0, 1, 4, 2, 5)
+            seen[window] = both[0].unbind(), both[1].unbind()
+        return [
+            Part(target, seen[window][0][block], seen[window][1][block])
+            for block, (target, window) in enumerate(zip(targets, windows, strict=True))
+        ]
+
+    def __call__(self, qkv: Tensor, part: Part, span: Span, window: int | None) -> Tensor:
         """Writes keys and values, and attends.
 
         Args:
             qkv: [A n, H + 2 KV, head_dim], rotated.
-            states: this block's part of the cache, [lanes, slots, 2, KV, head_dim].
+            part: this block's part of the cache.
 
         Returns:
             [A n, H head_dim].
         """
-        self.write(qkv, states, span)
-        return self.attend(qkv[:, : self.heads.queries], states, span, window)
+        self.write(qkv, part, span)
+        return self.attend(qkv[:, : self.heads.queries], part, span, window)
 
-    def write(self, qkv: Tensor, states: Tensor, span: Span) -> None:
+    def write(self, qkv: Tensor, part: Part, span: Span) -> None:
         """Keys and values of the rows into their slots."""
         new = qkv[:, self.heads.queries :]  # [A n, 2 KV, head_dim]
-        if len(span.starts) == 1:
-            states[0, span.written].view(new.shape).copy_(new)
+        if isinstance(span.written, slice):
+            part.target.copy_(new)
         else:
-            states.view(-1, *new.shape[1:]).index_copy_(0, span.written, new)
+            part.target.index_copy_(0, span.written, new)
 
-    def attend(self, queries: Tensor, states: Tensor, span: Span, window: int | None) -> Tensor:
+    def attend(self, queries: Tensor, part: Part, span: Span, window: int | None) -> Tensor:
         """queries [A n, H, head_dim] -> [A n, H head_dim]."""
-        (low, mask), lanes = span.views[window], len(span.starts)
-        keys, values = states[:lanes, low : span.stop].permute(2, 0, 3, 1, 4)  # each [A, KV, K, head_dim]
-        return self._product(queries, keys, values, mask, lanes, span.rows)
+        mask = span.views[window].mask
+        return self._product(queries, part.keys, part.values, mask, len(span.starts), span.rows)
 
     def _product(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, lanes: int, rows: int):
         _, kv_heads, size, scale = self.heads
@@ -133,10 +165,6 @@ class StaticAttention(Attention):
         views = {window: View(0, self._for_all_heads(hiding(distance, window, self.dtype))) for window in self.windows}
         return Span([0] * len(starts), rows, slots, written, views)
 
-    def write(self, qkv: Tensor, states: Tensor, span: Span) -> None:
-        new = qkv[:, self.heads.queries :]
-        states.view(-1, *new.shape[1:]).index_copy_(0, span.written, new)
-
 
 class AlignedAttention(Attention):
     """A row's bits depend on its own lane and position alone.
@@ -147,6 +175,10 @@ class AlignedAttention(Attention):
     of W.
     """
 
+    def span(self, starts: list[int], rows: int, slots: int) -> Span:
+        span = super().span(starts, rows, slots)
+        return span._replace(stop=-(-span.stop // self.width) * self.width)
+
     def _view(self, starts: list[int], rows: int, stop: int, window: int | None) -> View:
         """The mask of the last group [1, 1, G W, K]; a group before it sees the end of it."""
         keys = -(-stop // self.width) * self.width
@@ -155,7 +187,7 @@ class AlignedAttention(Attention):
         mask = hiding(distance, window, self.dtype)
         return View(0, mask.expand(self.heads.group, -1, -1).flatten(0, 1)[None, None])
 
-    def attend(self, queries: Tensor, states: Tensor, span: Span, window: int | None) -> Tensor:
+    def attend(self, queries: Tensor, part: Part, span: Span, window: int | None) -> Tensor:
         output = queries.new_empty(len(queries), queries[0].numel())
         mask = span.views[window].mask
         for lane, start in enumerate(span.starts):
@@ -166,7 +198,7 @@ class AlignedAttention(Attention):
                 within = slice(begin - group * self.width, end - group * self.width)
                 padded[within] = queries[here]
                 stop = (group + 1) * self.width
-                keys, values = states[lane, :stop].permute(1, 2, 0, 3)[:, None]
+                keys, values = part.keys[lane : lane + 1, :, :stop], part.values[lane : lane + 1, :, :stop]
                 output[here] = self._product(padded, keys, values, mask[..., -stop:], 1, self.width)[within]
         return output
 

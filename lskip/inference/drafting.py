@@ -44,6 +44,8 @@ class DraftPolicy(ABC):
     drafts: tuple[Draft, ...] = ()
     num_speculations = 0
 
+    chooses_draft = False  # whether it picks among all drafts, and so needs none named
+
     def begin(self, drafts: Sequence[Draft], costs: Callable[[], Costs], num_speculations: int) -> None:
         """At the start of a generation, or of a batch.
 
@@ -183,6 +185,8 @@ class CostAwareDraft(DraftPolicy):
     MARGIN = 1.02  # what a draft must promise over plain decoding to be used, and over the best plan to be tried
     FADING = 10  # counts fade as slowly as if a token were tested in one round of so many
     PLAIN_EVERY = 100  # rounds that are timed before a plain one must be among them again
+
+    chooses_draft = True
 
     def __init__(self, budget: float = 0.01, memory: int = 80):
         """The share of time that may be lost, and how many tested tokens the count of q goes back.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lskip.decoder import Decoder
-from lskip.inference.attention import AlignedAttention, Attention, Heads, Rotary, Span, StaticAttention
+from lskip.inference.attention import AlignedAttention, Attention, Heads, Part, Rotary, Span, StaticAttention
 from lskip.inference.cache import KVCache
 from lskip.inference.lean_blocks import Block, convert, obstacle
 from lskip.inference.weights import Form
@@ -115,8 +115,10 @@ class LeanStep:
 
     def _blocks_on(self, rows: Tensor, states: Tensor, span: Span, turns: Tensor, first: int) -> Tensor:
         """As many blocks from `first` on as `states` has parts."""
-        for index, part in enumerate(states, first):
-            rows = self._block(self.blocks[index], rows, part, span, turns)
+        blocks = self.blocks[first : first + len(states)]
+        parts = self.attention.parts(states, span, [block.window for block in blocks])
+        for block, part in zip(blocks, parts, strict=True):
+            rows = self._block(block, rows, part, span, turns)
         return rows
 
     def fill(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> None:
@@ -126,9 +128,10 @@ class LeanStep:
         """
         span, turns = self._places(x, cache, starts)
         rows = self._widen(x.reshape(-1, self.hidden_size))
-        for index in range(first, last):
-            block = self.blocks[index]
-            self.attention.write(self._qkv(block, rows, span, turns), cache.states[index], span)
+        blocks = self.blocks[first:last]
+        parts = self.attention.parts(cache.states[first:last], span, [block.window for block in blocks])
+        for block, part in zip(blocks, parts, strict=True):
+            self.attention.write(self._qkv(block, rows, span, turns), part, span)
 
     def _places(self, x: Tensor, cache: KVCache, starts: list[int]) -> tuple[Span, Tensor]:
         turns = self.rotary.turns(starts, x.shape[1])
@@ -146,25 +149,29 @@ class LeanStep:
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm of x [N, D]: x sqrt(D) weight / sqrt(|x|^2 + D eps), as the products like to be given it."""
         if not self.composed_norm:
-            return torch.rms_norm(x, [self.hidden_size], weight, self.eps).to(self.inner_dtype)
-        unit = x.div(torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.norm_floor))
-        return unit.mul_(weight).to(self.inner_dtype)
+            normed = torch.rms_norm(x, [self.hidden_size], weight, self.eps)
+        else:
+            normed = x.div(torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.norm_floor)).mul_(weight)
+        return normed if self.inner_dtype is self.dtype else normed.to(self.inner_dtype)
 
     def _norm_weight(self, norm: nn.Module) -> Tensor:
         weight = norm.weight.detach()
         return weight * self.hidden_size**0.5 if self.composed_norm else weight
 
-    def _block(self, block: Block, x: Tensor, states: Tensor, span: Span, turns: Tensor) -> Tensor:
-        """x [N, D] + attention + MLP; `states` is this block's part of the cache."""
-        attended = self.attention(self._qkv(block, x, span, turns), states, span, block.window)
-        x = block.output.add_to(x, self._widen(attended))
+    def _block(self, block: Block, x: Tensor, part: Part, span: Span, turns: Tensor) -> Tensor:
+        """x [N, D] + attention + MLP; `part` is this block's of the cache."""
+        attended = self.attention(self._qkv(block, x, span, turns), part, span, block.window)
+        x = block.output.add_to(x, attended if attended.shape[0] == x.shape[0] else self._widen(attended))
         gate, up = block.gate_up(self._norm(x, block.mlp_norm)).chunk(2, -1)
         return block.down.add_to(x, F.silu(gate) * up)
 
     def _qkv(self, block: Block, x: Tensor, span: Span, turns: Tensor) -> Tensor:
         """[A n, H + 2 KV, head_dim], queries and keys normed (Qwen3) and turned."""
         rows, (queries, keys, size, _) = len(span.starts) * span.rows, self.heads
-        qkv = block.qkv(self._norm(x, block.attention_norm))[:rows].view(rows, queries + 2 * keys, size).to(self.dtype)
+        qkv = block.qkv(self._norm(x, block.attention_norm))
+        if qkv.dtype is not self.dtype:
+            qkv = qkv.to(self.dtype)
+        qkv = qkv[:rows].view(rows, queries + 2 * keys, size)
         turned = qkv[:, : queries + keys]
         if block.qk_norm is not None:
             turned.copy_(torch.rms_norm(turned, [size], None, self.eps) * block.qk_norm)

@@ -46,10 +46,16 @@ class TokenChooser:
         self._text_ids: Tensor | None = None
         self._noise: dict[int, Tensor] = {}
 
-    def takes_likeliest(self, logits: Tensor, drafted: Tensor) -> bool:
-        """Whether `draw` of the same arguments ([…, n, V] and […, m]) is a bare argmax."""
-        barred = bool(self.eos_ids) and self._first_position(logits, drafted) < self.first_eos
-        return self.greedy and self.penalty is None and not barred
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether `draw` is an argmax, but for barred end tokens."""
+        return self.greedy and self.penalty is None
+
+    def bar(self, logits: Tensor, drafted: Tensor) -> None:
+        """Bars the end tokens where the text is too short for one, in place. Arguments as in `draw`."""
+        if (rows := self.first_eos - self._first_position(logits, drafted)) > 0:
+            for token in self.eos_ids:
+                logits[:rows, token] = float("-inf")
 
     def draw(self, logits: Tensor, drafted: Tensor) -> Tensor:
         """Tokens for n consecutive positions.
@@ -61,8 +67,6 @@ class TokenChooser:
         Returns:
             Token ids [n].
         """
-        if self.takes_likeliest(logits, drafted):
-            return logits.argmax(-1)
         scores = self.scores(logits, drafted)
         if not self.greedy:
             scores = scores + self.noise(self._first_position(logits, drafted), scores)
@@ -83,8 +87,7 @@ class TokenChooser:
             scores = torch.cat(rows)
         if self.eos_ids and first < self.first_eos:
             scores = scores.clone()
-            for token in self.eos_ids:
-                scores[: self.first_eos - first, token] = float("-inf")
+            self.bar(scores, drafted)
         return self.warpers(None, scores)
 
     def noise(self, first: int, like: Tensor) -> Tensor:
@@ -117,32 +120,39 @@ class BatchChooser:
     def __init__(self, choosers: list[TokenChooser]):
         """choosers: one a lane, in the order of the lanes."""
         self.choosers = choosers
+        self._take_likeliest = all(chooser.takes_likeliest for chooser in choosers)
         self._lanes = [RejectionChooser(chooser) if chooser.rejection else chooser for chooser in choosers]
 
     def propose(self, logits: Tensor, drafted: Tensor) -> Tensor:
-        """The draft's next tokens [B], from its logits [B, 1, V] and the `drafted` [B, i] of this round so far."""
-        if self._take_likeliest(logits, drafted):
-            return logits[:, -1].argmax(-1)
+        """The draft's next tokens [B], from its logits [B, 1, V] and the `drafted` [B, i] of this round so far.
+
+        The logits may be written to.
+        """
+        if self._take_likeliest:
+            return self._likeliest(logits, drafted)[:, 0]
         return torch.cat([lane.propose(*rows) for lane, *rows in zip(self._lanes, logits, drafted, strict=True)])
 
     def settle(self, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
         """What a verification brings.
 
         Args:
-            logits: [B, d+1, V], the model's, after the text and after each drafted token.
+            logits: [B, d+1, V], the model's, after the text and after each drafted token; may be written to.
             drafted: [B, d], d >= 0.
 
         Returns:
             [B]: how many drafted tokens are kept; [B]: the model's own token after them.
         """
-        if self._take_likeliest(logits, drafted):
-            return keep_agreeing(logits.argmax(-1), drafted)
+        if self._take_likeliest:
+            return keep_agreeing(self._likeliest(logits, drafted), drafted)
         outcomes = [lane.settle(*rows) for lane, *rows in zip(self._lanes, logits, drafted, strict=True)]
         accepted, own = zip(*outcomes, strict=True)
         return torch.cat(accepted), torch.cat(own)
 
-    def _take_likeliest(self, logits: Tensor, drafted: Tensor) -> bool:
-        return all(chooser.takes_likeliest(logits, drafted) for chooser in self.choosers)
+    def _likeliest(self, logits: Tensor, drafted: Tensor) -> Tensor:
+        """One argmax for all lanes."""
+        for chooser, rows, ids in zip(self.choosers, logits, drafted, strict=True):
+            chooser.bar(rows, ids)
+        return logits.argmax(-1)
 
 
 def keep_agreeing(own: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
