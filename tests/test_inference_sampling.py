@@ -210,9 +210,10 @@ def test_end_tokens_are_barred_until_min_new_tokens():
         chooser.text += [1, 1]
         tokens = chooser.draw(logits[0], torch.tensor([0, 0])).tolist()
         assert 2 not in tokens[:2] and tokens[2] == 2
-        assert BatchChooser([chooser]).propose(logits[:, :1], torch.zeros(1, 2, dtype=torch.long)).tolist() == [2]
-        assert BatchChooser([chooser]).propose(logits[:, :1], torch.zeros(1, 1, dtype=torch.long)).tolist() != [2]
         assert logits[0, 0, 2] == 5.0  # the caller's logits are not changed
+        for drafted, allowed in ((2, True), (1, False)):
+            zeros = torch.zeros(1, drafted, dtype=torch.long)
+            assert (BatchChooser([chooser]).propose(logits[:, :1].clone(), zeros).tolist() == [2]) is allowed
 
 
 @pytest.mark.parametrize("acceptance", ["shared_noise", "rejection"])
