@@ -28,6 +28,8 @@ def test_times_between_and_beyond_the_measured_ones():
     assert times.block_seconds(12) == 10  # on by (8 - 6) / (8 - 4) a row
     assert times.head_seconds(100) == 20  # times that fell by chance do not fall below nothing
     assert RowCosts((2, 4), (2.0, 3.0), (1.0, 1.0)).block_seconds(1) == 1.5
+    # By the upper half of the table, not by its last two, which chance may have set apart.
+    assert RowCosts((1, 4, 7, 8), (1.0, 4.0, 9.0, 8.0), (1.0,) * 4).block_seconds(10) == 10
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,13 @@ def test_close_to_the_best_fixed_plan(table, lanes):
         assert mean(speeds) >= 0.95 * best, (chances, best, speeds)
 
 
+def test_tries_are_bounded_however_many_drafts_there_are():
+    """Red: without the bound of curiosity, fourteen useless drafts cost a quarter of the speed."""
+    chances = {Draft("layers", 2 * index): 0.5 for index in range(1, 15)} | {WEIGHTS: 0.95}
+    speeds = [simulate(CostAwareDraft(), TABLES["uneven"], chances, seed=seed)[-1].speed for seed in range(6)]
+    assert mean(speeds) > 0.82 * best_fixed(TABLES["uneven"], chances)
+
+
 def test_drafts_where_it_pays_only():
     """The fuller the batch, the less a draft pays: at 1 lane it drafts almost always, at 64 almost never."""
     shares = {}
@@ -255,8 +262,8 @@ def test_planning_changes_nothing():
 
 def test_learning_goes_on_over_prompts():
     policy = CostAwareDraft()
-    simulate(policy, TABLES["flat"], {EARLY: 0.9})
-    assert simulate(policy, TABLES["flat"], {EARLY: 0.9}, tokens=50)[0].plan.draft == EARLY
+    simulate(policy, TABLES["flat"], {EARLY: 1.0}, num_speculations=2)
+    assert simulate(policy, TABLES["flat"], {EARLY: 1.0}, tokens=50)[0].plan == DraftPlan(EARLY, 8)
 
 
 def excess(of_plain, of_drafts):
@@ -271,6 +278,21 @@ def test_costs_are_corrected_by_measured_seconds():
     timed = simulate(CostAwareDraft(), TABLES["flat"], chances, tokens=1500, seconds=excess(1.0, 2.0))
     assert mean(moment.plan.draft == EARLY for moment in timed[late]) < 0.05
     assert timed[-1].speed > 0.95
+
+
+def test_plain_rounds_that_have_become_faster_are_noticed():
+    """Red: without a plain round now and then, whose time would tell."""
+    rounds = iter(range(10**6))
+    costs, later = TABLES["flat"], slice(-200, None)
+    moments = simulate(
+        CostAwareDraft(),
+        costs,
+        {EARLY: 0.8},
+        tokens=3000,
+        seconds=lambda plan: excess(1 - 0.6 * (next(rounds) > 500), 1)(plan),
+    )
+    assert mean(moment.plan.draft == EARLY for moment in moments[300:500]) > 0.95
+    assert mean(moment.plan.draft == EARLY for moment in moments[later]) < 0.05
 
 
 @pytest.mark.parametrize("factor", [0.5, 3.0])

@@ -43,7 +43,6 @@ class DraftPolicy(ABC):
 
     drafts: tuple[Draft, ...] = ()
     num_speculations = 0
-
     chooses_draft = False  # whether it picks among all drafts, and so needs none named
 
     def begin(self, drafts: Sequence[Draft], costs: Callable[[], Costs], num_speculations: int) -> None:
@@ -217,9 +216,8 @@ class CostAwareDraft(DraftPolicy):
         if most < 1 or not drafts or self._since_plain >= self.PLAIN_EVERY:
             return PLAIN
         offers = [(*self._offer(draft, self._records[draft].cautious, lanes, most), draft) for draft in drafts]
-        speed, count, used = max(offers)
-        if speed < self.MARGIN:
-            speed, count, used = 1.0, 0, None
+        best = max(offers)
+        speed, count, used = best if best[0] >= self.MARGIN else (1.0, 0, None)
         trial = self._trial([draft for draft in drafts if draft != used], lanes, most, speed)
         if trial is None:
             return DraftPlan(used, count)

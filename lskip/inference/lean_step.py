@@ -53,8 +53,10 @@ class LeanStep:
         layers, model = decoder.model.model.layers, decoder.model.model
         self.form, self.width, self.compiled = form, width, compiled
         self.num_layers, self.hidden_size = decoder.num_layers, decoder.hidden_size
-        self.dtype, self.device = decoder.dtype, decoder.device
-        self.inner_dtype = form.inner_dtype or self.dtype
+        self.device = decoder.device
+        # On the CPU bfloat16 pays in the products, where its bytes are read; between them float32 is faster, and exact.
+        self.dtype = torch.float32 if self.device.type == "cpu" and not compiled else decoder.dtype
+        self.inner_dtype = form.inner_dtype or decoder.dtype
         self.heads = heads_of(layers[0].self_attn)
         self.eps = layers[0].input_layernorm.variance_epsilon
         # On the CPU torch makes rms_norm of seven small operations, a tenth of a token's time; four will do.
@@ -92,7 +94,7 @@ class LeanStep:
 
     def embed(self, ids: Tensor) -> Tensor:
         """[A, n] token ids -> [A, n, D]."""
-        return F.embedding(ids, self.embedding)
+        return F.embedding(ids, self.embedding).to(self.dtype)
 
     def decode(self, x: Tensor) -> Tensor:
         """Exit states [..., D] -> logits [..., V]: final norm and head."""
@@ -155,15 +157,23 @@ class LeanStep:
         return normed if self.inner_dtype is self.dtype else normed.to(self.inner_dtype)
 
     def _norm_weight(self, norm: nn.Module) -> Tensor:
-        weight = norm.weight.detach()
+        weight = norm.weight.detach().to(self.dtype)
         return weight * self.hidden_size**0.5 if self.composed_norm else weight
 
     def _block(self, block: Block, x: Tensor, part: Part, span: Span, turns: Tensor) -> Tensor:
         """x [N, D] + attention + MLP; `part` is this block's of the cache."""
         attended = self.attention(self._qkv(block, x, span, turns), part, span, block.window)
-        x = block.output.add_to(x, attended if attended.shape[0] == x.shape[0] else self._widen(attended))
+        if attended.shape[0] != x.shape[0]:
+            attended = self._widen(attended)
+        x = block.output.add_to(x, attended if self.inner_dtype is self.dtype else attended.to(self.inner_dtype))
         gate, up = block.gate_up(self._norm(x, block.mlp_norm)).chunk(2, -1)
-        return block.down.add_to(x, F.silu(gate) * up)
+        return block.down.add_to(x, self._silu(gate) * up)
+
+    def _silu(self, gate: Tensor) -> Tensor:
+        if self.width == 1:
+            return F.silu(gate)
+        # Threads share a large tensor out at places that depend on its size, and round otherwise at the seams.
+        return torch.cat([F.silu(rows) for rows in gate.split(self.width)])
 
     def _qkv(self, block: Block, x: Tensor, span: Span, turns: Tensor) -> Tensor:
         """[A n, H + 2 KV, head_dim], queries and keys normed (Qwen3) and turned."""

@@ -44,7 +44,6 @@ class NgramIndex:
         Fewer where the text ends; none where no n-gram occurred before.
         """
         for size in self.sizes:
-            start = self.followers.get(tuple(self.text[-size:])) if size <= len(self.text) else None
-            if start is not None:
+            if (start := self.followers.get(tuple(self.text[-size:]))) is not None:
                 return self.text[start : start + num]
         return []

@@ -24,7 +24,7 @@ class Plain:
         return F.linear(x, self.weight, self.bias)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual [N, out] + self([N, in])."""
+        """residual [N, out] + self([N, in]), in the residual's type."""
         return residual + F.linear(x, self.weight, self.bias)
 
     @property
@@ -45,6 +45,8 @@ class Transposed(Plain):
         return torch.mm(x, self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        if residual.dtype is not x.dtype:
+            return residual + self(x)
         if self.bias is not None:
             residual = residual + self.bias
         return torch.addmm(residual, x, self.weight)
@@ -68,6 +70,8 @@ class Packed(Plain):
         return self._product(x, self.weight, self.bias, "none", [], "")
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        if residual.dtype is not x.dtype:
+            return residual + self(x)
         return self._product_plus(x, residual, self.weight, self.bias, "add")
 
 
