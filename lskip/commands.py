@@ -35,7 +35,7 @@ class LoadingOptions:
         draft_weights: a copy of the model in int8 or int4 that may draft; null: none.
         device: cpu, cuda …; auto takes a GPU where there is one.
         bit_exact: a text is the same to the bit alone, in any batch, with and without drafts, in bfloat16 too;
-            costs some speed.
+            costs some speed. null: in bfloat16 on a CPU.
         compiled: run the blocks through torch.compile; for GPUs.
         costs_file: JSON file that keeps what a pass costs on this machine, which CostAwareDraft goes by; made where
             there is none. null: measured each time, which takes seconds.
@@ -46,7 +46,7 @@ class LoadingOptions:
     weights: Literal["auto", "plain", "packed", "transposed"] = "auto"
     draft_weights: Literal["int8", "int4"] | None = None
     device: str = "auto"
-    bit_exact: bool = False
+    bit_exact: bool | None = None
     compiled: bool = False
     costs_file: str | None = None
 

@@ -70,3 +70,15 @@ def test_the_fastest_form_wins():
     for forms in ([Slow, Plain, SlowAlone], [SlowAlone, Slow, Plain]):
         assert fastest(forms, samples, ((3, 1), (1, 5))) is Plain
     assert PackedWide.lone_row_width == 4
+
+
+def test_where_bits_are_kept_by_default(tiny_model):
+    """A table by device, type and form of weights."""
+    single = tiny_model("llama")
+    assert TextGenerator(single, weights="packed").step.width == 1
+    assert TextGenerator(single, weights="packed", bit_exact=True).step.width == 4
+    half = tiny_model("llama").to(torch.bfloat16)
+    assert TextGenerator(half, weights="plain").step.width == 1
+    if obstacle_to(Packed, half.lm_head.weight.detach()) is None:
+        assert TextGenerator(half, weights="packed").step.width == 4
+        assert TextGenerator(half, weights="packed", bit_exact=False).step.width == 1

@@ -30,6 +30,7 @@ from lskip.inference.weights import (
     Plain,
     choose_exact_form,
     choose_form,
+    exact_by_default,
 )
 
 
@@ -49,7 +50,7 @@ class TextGenerator:
         weights: str = "auto",
         draft_weights: str | None = None,
         release_model: bool = False,
-        bit_exact: bool = False,
+        bit_exact: bool | None = None,
         compiled: bool = False,
         costs_file: str | None = None,
     ):
@@ -65,7 +66,8 @@ class TextGenerator:
                 Needs no training; CPU only. None: drafts come from the model's own first layers.
             release_model: free the model's blocks while converting. The model is of no use afterwards.
             bit_exact: a text's logits are the same bits alone, in any batch, with and without speculation, in
-                bfloat16 too. Costs some speed. Without it texts are equal in float32 up to ties within rounding.
+                bfloat16 too. Costs 10 to 20 % of the speed. False: texts are equal in float32 up to ties within
+                rounding. None: true for packed bfloat16 weights on a CPU (weights.EXACT_BY_DEFAULT), else false.
             compiled: run the blocks through torch.compile (for GPUs; the first rounds take minutes).
             costs_file: JSON file to keep `costs` in, read where it exists; None: measured anew by each process that
                 has a policy that asks for them.
@@ -218,7 +220,7 @@ class TextGenerator:
                 yield index, piece
 
 
-def build_step(decoder: Decoder, weights: str, release: bool, mix: Mix, bit_exact: bool, compiled: bool) -> Step:
+def build_step(decoder: Decoder, weights: str, release: bool, mix: Mix, bit_exact: bool | None, compiled: bool) -> Step:
     """LeanStep where it covers the model, else the model's own modules.
 
     Raises:
@@ -232,7 +234,8 @@ def build_step(decoder: Decoder, weights: str, release: bool, mix: Mix, bit_exac
     if reason is None:
         samples = sample_weights(decoder)
         form = choose_exact_form(weights, samples) if bit_exact else choose_form(weights, samples, mix)
-        return LeanStep(decoder, form, release, width=EXACT_WIDTH if bit_exact else 1)
+        exact = exact_by_default(form, samples[0]) if bit_exact is None else bit_exact
+        return LeanStep(decoder, form, release, width=EXACT_WIDTH if exact else 1)
     if choose_form(weights, [decoder.head_weight.detach()]) is not Plain and weights != "auto":
         raise ValueError(f"weights: {weights!r} is not for this model ({reason}); use 'auto' or 'plain'")
     if bit_exact or compiled:

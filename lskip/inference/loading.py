@@ -13,7 +13,7 @@ def load_generator(
     weights: str = "auto",
     draft_weights: str | None = None,
     device: str = "auto",
-    bit_exact: bool = False,
+    bit_exact: bool | None = None,
     compiled: bool = False,
     costs_file: str | None = None,
 ) -> TextGenerator:

@@ -95,7 +95,7 @@ Form = type[Plain]
 EXACT_WIDTH = 4  # rows that products and attention groups see at once where bits must not depend on neighbours
 Mix = tuple[tuple[int, int], ...]  # (how often, rows): the products that a form is chosen for
 STEPS_AND_VERIFICATION: Mix = ((3, 1), (1, 5))  # own drafts: a row at a time, then all at once
-VERIFICATION: Mix = ((1, 8),)  # where other weights draft
+VERIFICATION: Mix = ((1, 1), (4, 6))  # where other weights draft, and now and then none
 FORMS = {"plain": Plain, "transposed": Transposed, "packed": Packed}
 
 
@@ -120,6 +120,15 @@ def choose_form(form: str, samples: list[Tensor], mix: Mix = STEPS_AND_VERIFICAT
     usable = [candidate for candidate in candidates if obstacle_to(candidate, samples[0]) is None]
     # In bfloat16 forms round to different texts, so that no timing may choose; in float32 texts are equal.
     return usable[0] if usable and usable[0] is Packed else fastest([Plain, *usable], samples, mix)
+
+
+# Where bits are kept unless the caller says otherwise: texts of bfloat16 models part within some tens of tokens.
+EXACT_BY_DEFAULT = {("cpu", torch.bfloat16, Packed)}
+
+
+def exact_by_default(form: Form, sample: Tensor) -> bool:
+    """Whether bits are to be kept where nobody has said: a table, never a timing, so that texts do not depend on it."""
+    return (sample.device.type, sample.dtype, form) in EXACT_BY_DEFAULT
 
 
 def choose_exact_form(form: str, samples: list[Tensor]) -> Form:
