@@ -126,7 +126,7 @@ class LeanStep:
     def fill(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> None:
         """Writes the keys and values that blocks `first` … `last`-1 would make of x [A, n, D] and does nothing else.
 
-        For tokens that exited before these blocks (CALM, arXiv 2207.07061, section 3.5).
+        For tokens that exited before these blocks (CALM, arXiv 2207.07061).
         """
         span, turns = self._places(x, cache, starts)
         rows = self._widen(x.reshape(-1, self.hidden_size))
