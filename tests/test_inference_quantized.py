@@ -84,3 +84,10 @@ def test_bad_draft_weights(tiny_model, monkeypatch):
         TextGenerator(tiny_model("llama", hidden_size=48, head_dim=12), draft_weights="int4")
     with pytest.raises(ValueError, match=r"draft_weights: 'int8' is not for this model \(its activation is gelu\)"):
         TextGenerator(tiny_model("llama", hidden_act="gelu"), draft_weights="int8")
+
+
+@pytest.mark.parametrize("draft_weights", DRAFT_FORMS)
+def test_a_width_that_the_kernels_would_read_beyond_is_refused(tiny_model, draft_weights):
+    """Called with it, the int8 kernel reads what is not the matrix's: garbage, or the end of the process."""
+    with pytest.raises(ValueError, match=f"draft_weights: '{draft_weights}' does not work here .*40 numbers"):
+        TextGenerator(tiny_model("llama", intermediate_size=40), draft_weights=draft_weights)
