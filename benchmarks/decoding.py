@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from decoding_batches import batch_gains, batch_groups, batch_rates, batch_settings
-from decoding_contestants import end_ids
 from decoding_lskip import PromptPass
 from decoding_memory import peak_of
 from decoding_options import Job, make_parser, prepare
@@ -34,6 +33,8 @@ from decoding_settings import Setting
 from environment import environment
 from peers_llama_cpp import LlamaCpp, LlamaCppProcess
 from rich.console import Console
+
+from lskip.inference.generator import end_tokens
 
 console = Console(width=190)
 
@@ -152,7 +153,7 @@ def measure_memory(job: Job, found: list[dict], files: Path) -> None:
 def llama_cpp_peak(job: Job, files: Path, setting: Setting, group: list[list[int]]) -> float:
     process = LlamaCppProcess(job.llama_cpp_python, job.options.out / "llama_cpp.log")
     try:
-        contestant = LlamaCpp(process, files, setting, end_ids(job.shared.model), job.context)
+        contestant = LlamaCpp(process, files, setting, end_tokens(job.shared.model, None), job.context)
         contestant.run(group, job.options.max_new_tokens)
         return process.ask(do="memory")["mib"]
     finally:

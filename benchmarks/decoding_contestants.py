@@ -13,6 +13,7 @@ from peers_llama_cpp import LlamaCpp, LlamaCppProcess, write_files
 from peers_transformers import Assistants, Transformers
 from transformers import PreTrainedModel
 
+from lskip.inference.generator import end_tokens
 from lskip.pretrained import load_model
 
 
@@ -47,7 +48,7 @@ class Contestants:
     def build(self, setting: Setting) -> Contestant:
         """Raises ValueError or RuntimeError where the setting does not work here."""
         if setting.method == "llama_cpp":
-            ends = end_ids(self.model)
+            ends = end_tokens(self.model, None)
             return LlamaCpp(self.llama_cpp, self.files, setting, ends, self.context)
         if setting.method.startswith("hf_"):
             return Transformers(self.model, self.assistants, setting)
@@ -56,12 +57,6 @@ class Contestants:
     def close(self) -> None:
         if self.llama_cpp is not None:
             self.llama_cpp.close()
-
-
-def end_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    """Tokens that end a text."""
-    ids = model.generation_config.eos_token_id
-    return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
 
 
 def load(source: str, dtype: str, device: str) -> tuple:

@@ -13,17 +13,16 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import platform
 import shutil
 import statistics
 import time
 from dataclasses import dataclass
-from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from environment import environment
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -65,15 +64,14 @@ class Sizes:
 def run(output: Path, sizes: Sizes) -> dict:
     """Both parts; writes summary.json and the figures under `output`, and returns the summary."""
     output.mkdir(parents=True, exist_ok=True)
-    summary = {"environment": environment(), "scratch": scratch(output, sizes), "smollm2": smollm2(output, sizes)}
+    summary = {
+        "environment": environment(torch.device("cpu")),
+        "scratch": scratch(output, sizes),
+        "smollm2": smollm2(output, sizes),
+    }
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print_summary(summary, output)
     return summary
-
-
-def environment() -> dict:
-    packages = {name: metadata.version(name) for name in ("torch", "transformers", "lightning")}
-    return {"python": platform.python_version(), "threads": torch.get_num_threads(), **packages}
 
 
 # Part 1: from scratch.

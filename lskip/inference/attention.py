@@ -48,12 +48,15 @@ class Span(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One block's part of the cache, as the rows of a pass meet it; views, nothing is copied."""
+    """One block's part of the cache, as the rows of a pass meet it; views, nothing is copied.
 
-    target: (
-        Tensor  # where keys and values go: [n, 2 KV, head_dim] of a lone lane, or all lanes' slots [.., 2 KV, head_dim]
-    )
-    keys: Tensor  # [A, KV, K, head_dim]
+    Attributes:
+        target: where keys and values go: a lone lane's [n, 2 KV, head_dim], or all slots of all lanes.
+        keys, values: [A, KV, K, head_dim].
+    """
+
+    target: Tensor
+    keys: Tensor
     values: Tensor
 
 
@@ -73,11 +76,7 @@ class Attention:
     def span(self, starts: list[int], rows: int, slots: int) -> Span:
         """For `rows` positions in each lane, those of lane a from starts[a] on, in a cache of `slots` a lane."""
         stop = max(starts) + rows
-        if len(starts) == 1:
-            written = slice(starts[0], stop)
-        else:
-            first = torch.tensor(starts, device=self.device) + torch.arange(len(starts), device=self.device) * slots
-            written = (first[:, None] + torch.arange(rows, device=self.device)).flatten()
+        written = slice(starts[0], stop) if len(starts) == 1 else self._slots(starts, rows, slots)
         views = {window: self._view(starts, rows, stop, window) for window in self.windows}
         return Span(starts, rows, stop, written, views)
 
@@ -85,17 +84,18 @@ class Attention:
         low = 0 if window is None else max(0, min(starts) + 1 - window)
         if rows == 1 and len(starts) == 1:
             return View(low, None)
-        distance = self._positions(starts, rows) - torch.arange(low, stop, device=self.device)
-        return View(low, self._for_all_heads(hiding(distance, window, self.dtype)))
+        return self._masked(starts, rows, low, stop, window)
 
-    def _positions(self, starts: list[int], rows: int) -> Tensor:
-        """[A, n, 1]."""
-        first = torch.tensor(starts, device=self.device)
-        return (first[:, None] + torch.arange(rows, device=self.device))[:, :, None]
+    def _masked(self, starts: list[int], rows: int, low: int, stop: int, window: int | None) -> View:
+        """Slots `low` … stop-1 behind a mask, repeated for the rows of a key head's query heads."""
+        distance = positions(starts, rows, self.device)[:, :, None] - torch.arange(low, stop, device=self.device)
+        mask = hiding(distance, window, self.dtype)  # [A, n, K]
+        return View(low, mask[:, None].expand(-1, self.heads.group, -1, -1).flatten(1, 2)[:, None])
 
-    def _for_all_heads(self, mask: Tensor) -> Tensor:
-        """[A, n, K] -> [A, 1, G n, K], for the rows of a key head's query heads."""
-        return mask[:, None].expand(-1, self.heads.group, -1, -1).flatten(1, 2)[:, None]
+    def _slots(self, starts: list[int], rows: int, slots: int) -> Tensor:
+        """[A n]: where the rows stand among the slots of all lanes, one lane after another."""
+        lanes = torch.arange(len(starts), device=self.device)[:, None]
+        return (positions(starts, rows, self.device) + lanes * slots).flatten()
 
     def parts(self, states: Tensor, span: Span, windows: list[int | None]) -> list[Part]:
         """What each of some blocks sees and writes: taken for all of them at once, since each view costs time.
@@ -159,11 +159,8 @@ class StaticAttention(Attention):
     """Shapes do not tell how far the texts have come: every pass sees all slots, behind a mask. For torch.compile."""
 
     def span(self, starts: list[int], rows: int, slots: int) -> Span:
-        first = torch.tensor(starts, device=self.device) + torch.arange(len(starts), device=self.device) * slots
-        written = (first[:, None] + torch.arange(rows, device=self.device)).flatten()
-        distance = self._positions(starts, rows) - torch.arange(slots, device=self.device)
-        views = {window: View(0, self._for_all_heads(hiding(distance, window, self.dtype))) for window in self.windows}
-        return Span([0] * len(starts), rows, slots, written, views)
+        views = {window: self._masked(starts, rows, 0, slots, window) for window in self.windows}
+        return Span([0] * len(starts), rows, slots, self._slots(starts, rows, slots), views)
 
 
 class AlignedAttention(Attention):
@@ -203,6 +200,11 @@ class AlignedAttention(Attention):
         return output
 
 
+def positions(starts: list[int], rows: int, device: torch.device) -> Tensor:
+    """[A, n]: `rows` positions in each lane, those of lane a from starts[a] on."""
+    return torch.tensor(starts, device=device)[:, None] + torch.arange(rows, device=device)
+
+
 def hiding(distance: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
     """Additive mask: -inf for keys that lie ahead of their query (distance < 0) or `window` or more behind it."""
     hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
@@ -217,8 +219,8 @@ class Rotary:
         self.inv_freq, self.scale = inv_freq.float(), scale
         self.table = self._turns(0)
 
-    def _turns(self, positions: int) -> Tensor:
-        angle = torch.outer(torch.arange(positions, device=self.inv_freq.device).float(), self.inv_freq)
+    def _turns(self, stop: int) -> Tensor:
+        angle = torch.outer(torch.arange(stop, device=self.inv_freq.device).float(), self.inv_freq)
         return torch.polar(torch.full_like(angle, self.scale), angle)[:, None]
 
     def turns(self, starts: list[int], rows: int) -> Tensor:
@@ -228,8 +230,7 @@ class Rotary:
             self.table = self._turns(max(stop, 2 * len(self.table)))
         if len(starts) == 1:
             return self.table[starts[0] : stop]
-        positions = torch.tensor(starts)[:, None] + torch.arange(rows)
-        return self.table[positions.flatten().to(self.table.device)]
+        return self.table[positions(starts, rows, self.table.device).flatten()]
 
     @staticmethod
     def apply(heads: Tensor, turns: Tensor) -> None:

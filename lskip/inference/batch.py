@@ -11,17 +11,8 @@ import torch
 from torch import Tensor
 
 from lskip.inference.costs import Costs
-from lskip.inference.drafting import Draft, DraftPlan, DraftPolicy, FixedDraft
-from lskip.inference.engine import (
-    Drafted,
-    Lanes,
-    Round,
-    Step,
-    draft,
-    nothing_drafted,
-    prefill,
-    verify,
-)
+from lskip.inference.drafting import PLAIN, Draft, DraftPlan, DraftPolicy, FixedDraft
+from lskip.inference.engine import Drafted, Lanes, Round, Step, draft, nothing_drafted, prefill, verify
 from lskip.inference.exits import ExitCriterion, exit_round
 from lskip.inference.generation import Generation
 from lskip.inference.ngrams import NgramIndex
@@ -39,7 +30,7 @@ class Text:
         chooser: how its tokens are chosen.
         stop: when it ends.
         generation: the outcome, growing.
-        ngrams: of prompt and outcome, to draft from.
+        ngrams: of prompt and outcome so far as `guess` has needed them.
     """
 
     prompt: list[int]
@@ -58,9 +49,10 @@ class Text:
     def ended(self) -> bool:
         return self.generation.finish_reason is not None
 
-    def begin(self) -> None:
-        self.began = time.perf_counter()
-        self.ngrams.push(self.prompt)
+    def guess(self, num_speculations: int) -> list[int]:
+        """Tokens that followed the same n-gram earlier in the text."""
+        self.ngrams.push(self.chooser.text[len(self.ngrams.text) :])  # only here: most texts are never asked
+        return self.ngrams.guess(num_speculations)
 
     def add(self, tokens: list[int], drafted: int = 0, accepted: int = 0) -> list[int]:
         """Takes a round's tokens up to where the text ends, and returns these."""
@@ -68,7 +60,6 @@ class Text:
         self.generation.add(kept, drafted, accepted)
         self.generation.seconds = time.perf_counter() - self.began
         self.chooser.text += kept
-        self.ngrams.push(kept)
         return kept
 
 
@@ -142,12 +133,10 @@ class Batch:
         news = {}
         while self.waiting and len(self.texts) < len(self.cache.lengths):
             text = self.waiting.popleft()
-            text.begin()
+            text.began = time.perf_counter()
             lane = len(self.texts)
-            self.cache.lengths[lane] = 0
-            memory = self.cache.lane(lane)
-            logits = prefill(self.step, memory, text.prompt, self.full)
-            self.cache.lengths[lane] = memory.lengths[0]
+            logits = prefill(self.step, self.cache.lane(lane), text.prompt, self.full)
+            self.cache.lengths[lane] = len(text.prompt)
             none = torch.empty(1, 0, dtype=torch.long, device=logits.device)
             _, token = BatchChooser([text.chooser]).settle(logits, none)
             news[text] = text.add(token.tolist())
@@ -167,20 +156,23 @@ class Batch:
 
     def _advance(self) -> list[tuple[Text, list[int]]]:
         chooser = BatchChooser([text.chooser for text in self.texts])
-        if self.settings.exit_criterion is not None:
-            return self._advance_to_exits(chooser, self.settings.exit_criterion)
+        criterion = self.settings.exit_criterion
+        outcome = self._speculate(chooser) if criterion is None else self._exit(chooser, criterion)
+        return [self._take(lane, outcome) for lane in range(len(self.texts))]
+
+    def _speculate(self, chooser: BatchChooser) -> Round:
         began = time.perf_counter()
         plan, drafted = self._draft(chooser)
         outcome = verify(self.step, self.lanes, drafted, self.full, chooser)
         if self.drafts:
             self.policy.learn(plan, max(outcome.drafted), outcome.accepted, time.perf_counter() - began)
-        return [self._take(lane, outcome) for lane in range(len(self.texts))]
+        return outcome
 
-    def _advance_to_exits(self, chooser: BatchChooser, criterion: ExitCriterion) -> list[tuple[Text, list[int]]]:
+    def _exit(self, chooser: BatchChooser, criterion: ExitCriterion) -> Round:
         outcome, depths = exit_round(self.step, self.lanes, criterion, self.full, chooser)
         for text, depth in zip(self.texts, depths, strict=True):
             text.generation.layers_run += depth
-        return [self._take(lane, outcome) for lane in range(len(self.texts))]
+        return outcome
 
     def _take(self, lane: int, outcome: Round) -> tuple[Text, list[int]]:
         text = self.texts[lane]
@@ -190,7 +182,7 @@ class Batch:
 
     def _draft(self, chooser: BatchChooser) -> tuple[DraftPlan, Drafted]:
         """What the policy plans for this round, carried out."""
-        nothing = DraftPlan(None, 0), nothing_drafted(self.lanes)
+        nothing = PLAIN, nothing_drafted(self.lanes)
         most = self._most()
         if not self.drafts or most < 1:
             return nothing
@@ -205,7 +197,7 @@ class Batch:
         drafted = draft(step, self.lanes, plan.draft.exit_layer, plan.num_speculations, chooser, self._goes_on)
         # States of rounded weights are not the model's own: verification starts at the first block. Both share the
         # cache: drafts see the model's own keys and values, and verification writes over theirs.
-        return plan, drafted if step is self.step else Drafted(drafted.ids, [], 0)
+        return plan, drafted if step is self.step else Drafted(drafted.ids)
 
     def _most(self) -> int:
         """Tokens that a lane can be drafted: more than any text may still get is of no use, nor has it a slot."""
@@ -217,11 +209,12 @@ class Batch:
 
     def _guess(self, num_speculations: int) -> Drafted | None:
         """Tokens that followed the same n-grams before; None when no text has any."""
-        guesses = [text.ngrams.guess(num_speculations) for text in self.texts]
+        guesses = [text.guess(num_speculations) for text in self.texts]
         if not (longest := max(map(len, guesses))):
             return None
         filled = [guess + [0] * (longest - len(guess)) for guess in guesses]
-        return Drafted(torch.tensor(filled, device=self.step.device), [], 0, [len(guess) for guess in guesses])
+        ids = torch.tensor(filled, device=self.step.device)
+        return Drafted(ids, counts=[len(guess) for guess in guesses])
 
 
 def full_depth(settings: GenerationSettings, num_layers: int) -> int:

@@ -26,7 +26,7 @@ class KVCache:
         return cls(torch.zeros(shape, dtype=dtype, device=device), [0] * lanes)
 
     def lane(self, index: int) -> KVCache:
-        """A view of one lane's memory, with a length of its own to count in."""
+        """A view of one lane's memory."""
         return KVCache(self.states[:, index : index + 1], [self.lengths[index]])
 
     def move(self, source: int, target: int) -> None:
@@ -37,7 +37,3 @@ class KVCache:
     @property
     def slots(self) -> int:
         return self.states.shape[2]
-
-    @property
-    def nbytes(self) -> int:
-        return self.states.nbytes

@@ -9,7 +9,7 @@ What this file does not know: text, stopping, sampling, when lanes come and go, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -70,8 +70,8 @@ class Drafted(NamedTuple):
     """
 
     ids: Tensor
-    states: list[Tensor]
-    exit_block: int
+    states: Sequence[Tensor] = ()
+    exit_block: int = 0
     counts: list[int] | None = None
 
 
@@ -84,20 +84,21 @@ class Round(NamedTuple):
 
 
 def prefill(step: Step, cache: KVCache, prompt: list[int], full: int) -> Tensor:
-    """Runs blocks 0 … `full`-1 on a prompt, in pieces, into the first lane of an empty `cache`.
+    """Runs blocks 0 … `full`-1 on a prompt, in pieces, into a `cache` of one lane, from its first slot on.
 
     Returns:
         [1, 1, V]: the logits after its last token, the only ones that are needed.
     """
+    start = 0
     for rows in torch.tensor([prompt], device=step.device).split(PREFILL_ROWS, dim=1):
-        x = step.run(step.embed(rows), cache, cache.lengths, 0, full)
-        cache.lengths[0] += rows.shape[1]
+        x = step.run(step.embed(rows), cache, [start], 0, full)
+        start += rows.shape[1]
     return step.decode(x[:, -1:])
 
 
 def nothing_drafted(lanes: Lanes) -> Drafted:
     """The draft of a plain round."""
-    return Drafted(lanes.pending.new_empty(len(lanes.pending), 0), [], 0)
+    return Drafted(lanes.pending.new_empty(len(lanes.pending), 0))
 
 
 def draft(
@@ -114,7 +115,7 @@ def draft(
         goes_on: is given the logits [A, 1, V] and the token ids [A] of what was drafted last; False ends the draft.
     """
     starts, ids = lanes.starts, lanes.pending
-    states, drafted = [], lanes.pending.new_empty(len(ids), 0)
+    states, drafted = [], nothing_drafted(lanes).ids
     while True:
         position = [start + len(states) for start in starts]
         states.append(step.run(step.embed(ids[:, None]), lanes.cache, position, 0, exit_block))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lskip.decoder import Decoder
+from lskip.inference.attention import positions
 from lskip.inference.cache import KVCache
 
 
@@ -64,8 +64,8 @@ class ModuleStep:
         """Blocks `first` … `last`-1 on states x [A, n, D] of the cache's first A lanes, as LeanStep.run."""
         rows = x.shape[1]
         view = CacheView(cache, starts)
-        positions = torch.tensor(starts, device=x.device)[:, None] + torch.arange(rows, device=x.device)
-        inputs = self.decoder.block_inputs(x, positions, cache=view, num_keys=max(starts) + rows)
+        places = positions(starts, rows, x.device)
+        inputs = self.decoder.block_inputs(x, places, cache=view, num_keys=max(starts) + rows)
         for index in range(first, last):
             x = self.decoder.block(index, x, inputs)
         # Blocks take **kwargs: a cache under another name would be ignored without a word.

@@ -21,9 +21,6 @@ class Rounded(Plain):
         product = self._product(x.to(KERNEL_DTYPE))
         return product if self.bias is None else product + self.bias.to(KERNEL_DTYPE)
 
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        return residual + self(x)
-
     def _product(self, x: Tensor) -> Tensor:
         """bfloat16 [N, in] -> [N, out]."""
         raise NotImplementedError

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 ACCEPTANCES = ("shared_noise", "rejection")
 DRAFT_KINDS = ("layers", "weights", "ngram")
+POLICY_METHODS = ("begin", "plan", "goes_on", "learn")
+CRITERION_METHODS = ("looks_at", "exits")
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,13 @@ class GenerationSettings:
         if self.draft is not None:
             check_choice("draft", self.draft, DRAFT_KINDS)
         check_choice("acceptance", self.acceptance, ACCEPTANCES)
-        check_policy("draft_policy", self.draft_policy)
-        self._check_criterion()
+        check_parts("draft_policy", self.draft_policy, POLICY_METHODS, "a DraftPolicy, such as CostAwareDraft()")
+        check_parts("exit_criterion", self.exit_criterion, CRITERION_METHODS, "an ExitCriterion, such as Margin(0.5)")
+        if self.exit_criterion is not None and self.num_speculations:
+            raise ValueError(
+                f"num_speculations: {self.num_speculations} does not go with an exit_criterion, whose tokens are not"
+                " verified; use 0, or leave the criterion out"
+            )
         check_texts("stop_strings", self.stop_strings)
         object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
         if self.chat not in (None, True, False):
@@ -96,20 +103,6 @@ class GenerationSettings:
                 check_whole(name, getattr(self, name), lowest)
         if self.seed is not None and self.seed >= 2**64:
             raise ValueError(f"seed: {self.seed} is not below 2**64")
-
-    def _check_criterion(self) -> None:
-        criterion = self.exit_criterion
-        if criterion is None:
-            return
-        # By its methods: importing the class would be a cycle.
-        is_criterion = all(callable(getattr(criterion, method, None)) for method in ("looks_at", "exits"))
-        if isinstance(criterion, type) or not is_criterion:
-            raise ValueError(f"exit_criterion: {criterion!r} is not an ExitCriterion, such as Margin(0.5), or null")
-        if self.num_speculations:
-            raise ValueError(
-                f"num_speculations: {self.num_speculations} does not go with an exit_criterion, whose tokens are not"
-                " verified; use 0, or leave the criterion out"
-            )
 
     def check_layers(self, num_layers: int, draft_weights: bool = False) -> None:
         """Checks what drafts, and where, against a model of `num_layers`, with draft weights or without.
@@ -202,9 +195,8 @@ def check_texts(name: str, value) -> None:
         raise ValueError(f"{name}: {value!r} is not a list of texts, none of them empty")
 
 
-def check_policy(name: str, value) -> None:
-    """ValueError unless `value` is None or an object with a DraftPolicy's methods."""
-    # By its methods: importing the class would be a cycle.
-    is_policy = all(callable(getattr(value, method, None)) for method in ("begin", "plan", "goes_on", "learn"))
-    if value is not None and (isinstance(value, type) or not is_policy):
-        raise ValueError(f"{name}: {value!r} is not a DraftPolicy, such as CostAwareDraft(), or null")
+def check_parts(name: str, value, methods: tuple[str, ...], kind: str) -> None:
+    """ValueError unless `value` is None or an object with these methods. (To import its class would be a cycle.)"""
+    has_them = all(callable(getattr(value, method, None)) for method in methods)
+    if value is not None and (isinstance(value, type) or not has_them):
+        raise ValueError(f"{name}: {value!r} is not {kind}, or null")

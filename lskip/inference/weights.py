@@ -25,7 +25,7 @@ class Plain:
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual [N, out] + self([N, in]), in the residual's type."""
-        return residual + F.linear(x, self.weight, self.bias)
+        return residual + self(x)
 
     @property
     def nbytes(self) -> int:
@@ -46,7 +46,7 @@ class Transposed(Plain):
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         if residual.dtype is not x.dtype:
-            return residual + self(x)
+            return super().add_to(residual, x)
         if self.bias is not None:
             residual = residual + self.bias
         return torch.addmm(residual, x, self.weight)
@@ -71,7 +71,7 @@ class Packed(Plain):
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         if residual.dtype is not x.dtype:
-            return residual + self(x)
+            return super().add_to(residual, x)
         return self._product_plus(x, residual, self.weight, self.bias, "add")
 
 
@@ -86,9 +86,6 @@ class Sliced(Plain):
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.cat([F.linear(rows, self.weight, self.bias) for rows in x.split(EXACT_WIDTH)])
-
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        return residual + self(x)
 
 
 Form = type[Plain]
