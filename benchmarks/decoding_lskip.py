@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from copy import copy
 from functools import partial
 
 from decoding_runs import PROMPT, Run
-from decoding_settings import DRAFTS, Setting
+from decoding_settings import DRAFTS, OWN_WEIGHTS, Setting
 from transformers import PreTrainedModel
 
 from lskip.inference import TextGenerator
@@ -27,9 +28,13 @@ class Generators:
     def drafting_with(self, draft_weights: str | None) -> TextGenerator:
         """Raises ValueError where such weights do not work."""
         if draft_weights not in self.made:
-            self.made[draft_weights] = TextGenerator(
-                self.model, draft_weights=draft_weights, release_model=self.release
-            )
+            if draft_weights == OWN_WEIGHTS:
+                made = copy(self.drafting_with(None))
+                made.draft_step = copy(made.step)
+                vars(made).pop("costs", None)  # measured without a draft step
+            else:
+                made = TextGenerator(self.model, draft_weights=draft_weights, release_model=self.release)
+            self.made[draft_weights] = made
         return self.made[draft_weights]
 
 

@@ -15,6 +15,7 @@ from lskip.prompt_file import read_prompts
 
 # --quick sets what was not named: it shows that everything runs; its times say nothing.
 DEFAULTS = {"max_new_tokens": 100, "num_speculations": (2, 4, 6), "batch_sizes": (1,), "limit_prompts": None}
+DEFAULT_DRAFTS = tuple(draft for draft in DRAFTS if draft != "layers_uncached")
 QUICK = {"max_new_tokens": 8, "num_speculations": (2,), "batch_sizes": (1, 2), "limit_prompts": 2}
 
 
@@ -71,7 +72,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--out", required=True, type=Path, help="folder for the results")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--methods", type=words, default=METHODS, help=f"of {', '.join(METHODS)}; {' and '.join(BASES)} always run")
-    add("--drafts", type=words, default=tuple(DRAFTS), help=f"of self_speculative: {', '.join(DRAFTS)}")
+    add("--drafts", type=words, default=DEFAULT_DRAFTS, help=f"of self_speculative: {', '.join(DRAFTS)}")
     add("--policies", type=words, default=POLICIES, help=f"of drafts: {', '.join(POLICIES)}")
     add("--exit_layers", type=numbers, help="default: a quarter, half and three quarters of the model")
     add("--num_speculations", type=numbers, help="default: 2,4,6; policies other than fixed get the largest")

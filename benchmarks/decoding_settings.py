@@ -20,8 +20,14 @@ POLICIES = ("fixed", "confidence", "cost_aware")
 LLAMA_CPP_PRECISIONS = ("float32", "bfloat16", "Q8_0")
 
 
+OWN_WEIGHTS = "own"
+
+
 class Source(NamedTuple):
-    """What drafts, in the words of TextGenerator: `draft_weights` it is made with, `draft` it is called with."""
+    """What drafts, in the words of TextGenerator: `draft_weights` it is made with, `draft` it is called with.
+
+    OWN_WEIGHTS: the model's own, as if they were another's: verification runs every block again.
+    """
 
     draft_weights: str | None
     draft: str | None
@@ -29,6 +35,8 @@ class Source(NamedTuple):
 
 DRAFTS = {
     "layers": Source(None, "layers"),
+    # The same drafts, without the cached exit states: what that cache is worth (the paper: 6 to 12 %).
+    "layers_uncached": Source(OWN_WEIGHTS, "weights"),
     "int8": Source("int8", "weights"),
     "int4": Source("int4", "weights"),
     "ngram": Source(None, "ngram"),
@@ -111,7 +119,7 @@ class Grid:
         return [
             Setting("self_speculative", self.precision, exit_layer, draft, policy, count)
             for draft in self.drafts
-            for exit_layer in (self.exit_layers if draft == "layers" else (None,))
+            for exit_layer in (self.exit_layers if draft.startswith("layers") else (None,))
             for policy in self.policies
             if suits(policy, draft)
             for count in (self.num_speculations if policy == "fixed" else (max(self.num_speculations),))

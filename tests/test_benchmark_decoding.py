@@ -61,7 +61,7 @@ def output(benchmarks_importable, folder, tmp_path_factory):
     out, printed = tmp_path_factory.mktemp("decoding") / "result", StringIO()
     with redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
         patch.setattr("decoding.console", Console(file=printed, width=190))
-        main(arguments(folder, out, "--methods", OTHERS, "--drafts", "layers,int8,ngram,int8", "--repeats", "1"))
+        main(arguments(folder, out, "--methods", OTHERS, "--drafts", "layers,layers_uncached,int8,ngram,int8", "--repeats", "1"))
     return printed.getvalue(), out
 
 
@@ -89,6 +89,7 @@ def test_each_draft_runs_with_each_policy_that_suits_it(output):
     own = [record for record in read(output[1]) if record["method"] == "self_speculative" and record["batch"] == 1]
     assert {(record["draft"], record["policy"]) for record in own} == {
         ("layers", "fixed"), ("layers", "confidence"), ("layers", "cost_aware"),
+        ("layers_uncached", "fixed"), ("layers_uncached", "confidence"), ("layers_uncached", "cost_aware"),
         ("int8", "fixed"), ("int8", "confidence"), ("int8", "cost_aware"),
         ("ngram", "fixed"), ("ngram", "cost_aware"),
     }  # fmt: skip
@@ -97,6 +98,15 @@ def test_each_draft_runs_with_each_policy_that_suits_it(output):
     counts = {int(count): rounds for count, rounds in drafted["accepted_counts"].items()}
     assert sum((count + 1) * rounds for count, rounds in counts.items()) <= 2 * 7
     assert 0 <= drafted["acceptance_rate"] <= 1
+
+
+def test_without_cached_exit_states_the_same_rounds_happen(output):
+    rounds = {
+        (record["draft"], record["exit_layer"]): record["accepted_counts"]
+        for record in read(output[1])
+        if record["method"] == "self_speculative" and record["policy"] == "fixed" and record["batch"] == 1
+    }
+    assert rounds["layers", 2] == rounds["layers_uncached", 2]
 
 
 def test_batches_have_records_of_their_own(output):
@@ -111,7 +121,7 @@ def test_what_is_written_and_printed_besides(output):
     printed, out = output
     environment = read(out, "environment.json")
     assert {"date", "hardware", "threads", "torch", "transformers", "options", "distinct_3grams"} <= set(environment)
-    assert set(read(out, "costs.json")) == {"none", "int8"}
+    assert set(read(out, "costs.json")) == {"none", "own", "int8"}
     assert all((out / name).stat().st_size > 1000 for name in ("speedups.png", "batches.png"))
     assert "distinct_3grams" in printed and "hf_early_exit" in printed
     assert "differs from generate" not in printed

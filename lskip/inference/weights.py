@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -178,37 +179,43 @@ def obstacle_to(form: Form, sample: Tensor) -> str | None:
 
 
 def fastest(forms: list[Form], samples: list[Tensor], mix: Mix) -> Form:
-    """The form that takes least for `mix`.
-
-    Timed on one thread (restored afterwards): on a busy machine threads wait for each other, for milliseconds
-    in a product of microseconds, and the choice would be chance.
-    """
+    """The form that takes least for `mix`."""
     if len(forms) == 1:
         return forms[0]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        costs = cost_of(forms, samples, mix)
-    finally:
-        torch.set_num_threads(threads)
+    costs = cost_of(forms, samples, mix)
     return min(costs, key=costs.get)
 
 
 @torch.inference_mode()
-def cost_of(forms: list[Form], samples: list[Tensor], mix: Mix, rounds: int = 12) -> dict[Form, float]:
-    """Seconds that each form takes for `mix` over all samples."""
-    held = {form: [form(sample) for sample in samples] for form in forms}
-    best: dict[tuple[Form, int, int], float] = {}
-    for _ in range(rounds):  # interleaved, so that a busy spell of the machine meets every form
-        for form in forms:
-            for index, (matrix, sample) in enumerate(zip(held[form], samples, strict=True)):
-                for weight, rows in mix:
-                    x = sample.new_ones(form.lone_row_width if rows == 1 else rows, sample.shape[1])
-                    cost = weight * seconds_of(matrix, x)
-                    # Other processes only ever add time: the best of each single product is nearest to the truth.
-                    key = form, index, weight
-                    best[key] = min(cost, best.get(key, cost))
-    return {form: sum(cost for key, cost in best.items() if key[0] is form) for form in forms}
+def cost_of(
+    forms: list[Form], samples: list[Tensor], mix: Mix, rounds: int = 8, limit: float = 1.0
+) -> dict[Form, float]:
+    """Seconds that each form takes for `mix` over all samples.
+
+    Other processes only ever add time: the best of each single product is nearest to the truth. On a busy machine
+    threads wait for each other, for milliseconds in a product of microseconds, so that one thread is tried as well
+    as all of them. No round begins after `limit` seconds.
+    """
+    products = [
+        (form, matrix, sample.new_ones(form.lone_row_width if rows == 1 else rows, sample.shape[1]), weight)
+        for form in forms
+        for matrix, sample in [(form(sample), sample) for sample in samples]
+        for weight, rows in mix
+    ]
+    best, threads, begin = [math.inf] * len(products), torch.get_num_threads(), time.perf_counter()
+    try:
+        for _ in range(rounds):  # interleaved, so that a busy spell of the machine meets every form
+            for count in {1, threads}:
+                torch.set_num_threads(count)
+                best = [min(old, seconds_of(matrix, x)) for old, (_, matrix, x, _) in zip(best, products, strict=True)]
+            if time.perf_counter() - begin > limit:
+                break
+    finally:
+        torch.set_num_threads(threads)
+    costs = dict.fromkeys(forms, 0.0)
+    for (form, _, _, weight), seconds in zip(products, best, strict=True):
+        costs[form] += weight * seconds
+    return costs
 
 
 def seconds_of(matrix: Plain, x: Tensor) -> float:
