@@ -61,7 +61,8 @@ def output(benchmarks_importable, folder, tmp_path_factory):
     out, printed = tmp_path_factory.mktemp("decoding") / "result", StringIO()
     with redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
         patch.setattr("decoding.console", Console(file=printed, width=190))
-        main(arguments(folder, out, "--methods", OTHERS, "--drafts", "layers,layers_uncached,int8,ngram,int8", "--repeats", "1"))
+        drafts = "layers,layers_uncached,int8,ngram,int8"
+        main(arguments(folder, out, "--methods", OTHERS, "--drafts", drafts, "--repeats", "1"))
     return printed.getvalue(), out
 
 
