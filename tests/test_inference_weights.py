@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from lskip.inference import TextGenerator
-from lskip.inference.weights import Packed, PackedWide, Plain, Transposed, choose_form, fastest, obstacle_to
+from lskip.inference.weights import (
+    Packed,
+    PackedWide,
+    Plain,
+    Sliced,
+    Transposed,
+    Widened,
+    choose_form,
+    fastest,
+    obstacle_to,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -43,12 +53,32 @@ def test_auto_falls_back_to_plain_and_packed_says_why(tiny_model, monkeypatch, b
         TextGenerator(model, weights="packed")
 
 
+@pytest.mark.parametrize("bit_exact", [None, True])
+def test_without_bfloat16_products_weights_are_widened(tiny_model, monkeypatch, bit_exact):
+    """Older CPUs: the text is that of the same weights in a float32 model."""
+    model = tiny_model("llama").to(torch.bfloat16)
+    product = torch.ops.mkldnn._reorder_linear_weight
+    monkeypatch.setattr(
+        torch.ops.mkldnn,
+        "_reorder_linear_weight",
+        lambda weight, rows: refuse() if weight.dtype == torch.bfloat16 else product(weight, rows),
+    )
+    generator = TextGenerator(model, bit_exact=bit_exact)
+    assert generator.step.form in ((Widened,) if bit_exact is None else (Widened, Sliced))
+    if generator.step.form is Widened:
+        alone = TextGenerator(model.float(), weights="plain").generate([5, 6, 7], max_new_tokens=30)
+        assert generator.generate([5, 6, 7], max_new_tokens=30).token_ids == alone.token_ids
+        drafted = generator.generate([5, 6, 7], max_new_tokens=30, exit_layer=2, num_speculations=3)
+        assert drafted.token_ids == alone.token_ids
+    assert generator.memory()["blocks"] == 4 * sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
+
+
 def test_the_choice():
     sample = torch.randn(16, 8)
     assert choose_form("plain", [sample]) is Plain
     assert choose_form("auto", [sample.half()]) is Plain
     assert choose_form("auto", [torch.empty(16, 8, device="meta")]) is Plain
-    assert choose_form("auto", [sample.bfloat16()]) in (Packed, Plain)  # never by a timing
+    assert choose_form("auto", [sample.bfloat16()]) in (Packed, Widened, Plain)  # never by a timing
     with pytest.raises(ValueError, match="weights: 'int3' is not one of"):
         choose_form("int3", [sample])
 

@@ -82,6 +82,19 @@ class PackedWide(Packed):
     lone_row_width = 4
 
 
+class Widened(Packed):
+    """bfloat16 weights packed as float32, twice as large: for CPUs that have no bfloat16 products.
+
+    There torch's own are slow, for several rows most of all. The text is that of float32 arithmetic on these weights.
+    """
+
+    inner_dtype = torch.float32
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        """weight [out, in] is copied, widened; bias [out] too."""
+        super().__init__(weight.float(), None if bias is None else bias.float())
+
+
 class Sliced(Plain):
     """Plain, four rows at a time: whatever kernel takes them, every row meets the same product."""
 
@@ -114,10 +127,11 @@ def choose_form(form: str, samples: list[Tensor], mix: Mix = STEPS_AND_VERIFICAT
         if (reason := obstacle_to(FORMS[form], samples[0])) is not None:
             raise ValueError(f"weights: {form!r} does not work here ({reason}); use 'auto' or 'plain'")
         return FORMS[form]
-    candidates = [Packed] if samples[0].dtype == torch.bfloat16 else [Transposed, Packed, PackedWide]
-    usable = [candidate for candidate in candidates if obstacle_to(candidate, samples[0]) is None]
-    # In bfloat16 forms round to different texts, so that no timing may choose; in float32 texts are equal.
-    return usable[0] if usable and usable[0] is Packed else fastest([Plain, *usable], samples, mix)
+    if samples[0].dtype == torch.bfloat16:
+        # Forms round to different texts here, so that no timing may choose; in float32 texts are equal.
+        return next(form for form in (Packed, Widened, Plain) if obstacle_to(form, samples[0]) is None)
+    usable = [form for form in (Transposed, Packed, PackedWide) if obstacle_to(form, samples[0]) is None]
+    return fastest([Plain, *usable], samples, mix)
 
 
 # Where bits are kept unless the caller says otherwise: texts of bfloat16 models part within some tens of tokens.
@@ -139,18 +153,25 @@ def choose_exact_form(form: str, samples: list[Tensor]) -> Form:
         return Sliced
     if form not in ("auto", "packed"):
         raise ValueError(f"weights: {form!r} does not go with bit_exact; use 'auto', 'packed' or 'plain'")
-    reason = obstacle_to(Packed, samples[0])
-    if reason is None and not keeps_bits(Packed, samples[0]):
-        reason = "its products depend on the number of rows"
-    if reason is not None and form == "packed":
+    if form == "packed" and (reason := obstacle_to_bits(Packed, samples[0])) is not None:
         raise ValueError(f"weights: {form!r} does not work here ({reason}); use 'auto' or 'plain'")
-    return Packed if reason is None else Sliced
+    candidates = [Packed, Widened] if form == "auto" and samples[0].dtype == torch.bfloat16 else [Packed]
+    return next((each for each in candidates if obstacle_to_bits(each, samples[0]) is None), Sliced)
+
+
+def obstacle_to_bits(form: Form, sample: Tensor) -> str | None:
+    """Why `sample` [out, in] held so would not keep bits; None when it does."""
+    reason = obstacle_to(form, sample)
+    if reason is None and not keeps_bits(form, sample):
+        reason = "its products depend on the number of rows"
+    return reason
 
 
 def keeps_bits(form: Form, sample: Tensor) -> bool:
     """Whether products of 4, 12 and 64 rows agree bit for bit on the rows that they share."""
     held = form(sample)
-    rows = torch.linspace(-1, 1, 64 * sample.shape[1], dtype=sample.dtype, device=sample.device).view(64, -1)
+    dtype = form.inner_dtype or sample.dtype
+    rows = torch.linspace(-1, 1, 64 * sample.shape[1], dtype=dtype, device=sample.device).view(64, -1)
     whole = held(rows)
     return all(torch.equal(held(rows[:count]), whole[:count]) for count in (EXACT_WIDTH, 3 * EXACT_WIDTH))
 
@@ -168,7 +189,8 @@ def obstacle_to(form: Form, sample: Tensor) -> str | None:
     # Builds without oneDNN lack its operations (AttributeError); CPUs without AVX-512 refuse bfloat16 (RuntimeError).
     try:
         held = form(sample)
-        products = torch.cat([held(row), held.add_to(residual, row)]).float()
+        x = row.to(form.inner_dtype or row.dtype)
+        products = torch.cat([held(x), held.add_to(residual, x)]).float()
     except (AttributeError, RuntimeError) as error:
         return str(error).splitlines()[0]
     plain = Plain(sample)
