@@ -1,12 +1,13 @@
 """Checks of plain arguments: one sentence that names the argument, its value and what is allowed."""
 
 from lskip.data.documents import SPLITS
-from lskip.data.sources import local_path
+from lskip.data.sources import NAMES, check_packages, local_path
 
 
 def check_source(source: str) -> None:
     if not isinstance(source, str) or not source.strip():
-        raise ValueError(f"source: {source!r} names no text; give stdlib, packages, a file, a folder or a hub name")
+        raise ValueError(f"source: {source!r} names no text; give {', '.join(NAMES)}, a file, a folder or a hub name")
+    check_packages(source)
     local_path(source)
 
 

@@ -1,4 +1,4 @@
-"""The documents of a source on disk: each once, ordered and split by the hash of their content."""
+"""The documents of a source on disk: each once, ordered by the hash of their content, split by it or by group."""
 
 from bisect import bisect_left
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from datasets import Dataset, NamedSplit, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from lskip.data.cache import cached_folder
-from lskip.data.documents import SPLITS, content_key, document_features, read_records, split_of, unique
+from lskip.data.documents import SPLITS, content_key, document_features, has_group, read_records, split_of, unique
 
 
 class StoredCorpus:
@@ -74,7 +74,10 @@ def generate_documents(rows: Iterable[dict], kind: str, text_column: str | None,
 
 
 def split_documents(documents: Dataset, val_fraction: float, test_fraction: float) -> dict[str, Dataset]:
-    """The three splits of documents ordered by digest (as `split_of` says, found by bisection)."""
+    """The three splits of documents ordered by digest, as `split_of` says; found by bisection where no groups are."""
+    if has_group(documents[0]["digest"]):
+        splits = np.array([split_of(digest, val_fraction, test_fraction) for digest in documents["digest"][:]])
+        return {split: documents.select(np.flatnonzero(splits == split)) for split in SPLITS}
     order = {split: rank for rank, split in enumerate(SPLITS)}
 
     def rank(row: int) -> int:

@@ -35,7 +35,8 @@ class TextData(LightningDataModule):
     when nothing scored is left of it.
 
     Documents are de-duplicated and split by the sha256 of their content: the split is the same on every
-    machine, a copy never crosses it, and the tokenizer is trained on the training split alone.
+    machine, a copy never crosses it, and the tokenizer is trained on the training split alone. Where rows have a
+    column `group`, the split is by the sha256 of that, and all documents of a group stay on one side.
 
     Training order is a function of (seed, batch number): a run resumed with `ckpt_path` gets the batches that
     it would have got uninterrupted, if batch_size and the number of devices are the same. Validation and test
@@ -43,9 +44,9 @@ class TextData(LightningDataModule):
 
     Args:
         source: "stdlib" (the Python source of this interpreter's standard library), "packages" (that of the
-            installed packages), a .txt, .jsonl, .json or .parquet file, a folder of text files or of .jsonl or
-            .parquet files (what most of its files are), or else a dataset of the Hugging Face hub as name,
-            name:config or name:config:split.
+            installed packages), "home_assistant" (pairs: what is said to a smart home, and its parse), a .txt,
+            .jsonl, .json or .parquet file, a folder of text files or of .jsonl or .parquet files (what most of its
+            files are), or else a dataset of the Hugging Face hub as name, name:config or name:config:split.
         tokenizer: what lskip.pretrained.load_tokenizer takes (smollm2, a folder, a hub name ...), or a tokenizer;
             null trains a byte-level BPE on the training split.
         vocab_size: entries of the tokenizer that is trained; not used when `tokenizer` is given.

@@ -1,4 +1,4 @@
-"""Rows of a source become documents: checked, de-duplicated by content, split by the hash of their content."""
+"""Rows of a source become documents: checked, de-duplicated by content, split by the hash of content or group."""
 
 import hashlib
 import json
@@ -10,7 +10,9 @@ from lskip.data.sources import first_line
 
 SPLITS = ("val", "test", "train")  # in the order of the hash
 COLUMNS = {"chat": ("messages",), "pairs": ("prompt", "completion"), "text": ("text",)}
-VERSION = 1  # raise it when a change here makes cached documents differ
+PLACE = 16  # hex digits of a sha256 that decide on the split
+CONTENT = 64  # hex digits of a digest that come from the content; those of a group's place follow
+VERSION = 2  # raise it when a change here makes cached documents differ
 
 
 def first_row(rows: Iterable[dict], source: str) -> dict:
@@ -42,10 +44,10 @@ def record_kind(columns: Iterable[str], text_column: str | None, source: str) ->
 
 
 def read_records(rows: Iterable[dict], kind: str, text_column: str | None) -> Iterator[dict]:
-    """Documents with their `digest` (sha256 of the content), strings only; empty rows are left out.
+    """Documents with their `digest` (of `document_digest`), strings only; empty rows are left out.
 
     The columns are those of `COLUMNS[kind]`; `messages` is kept as JSON text, since the fields of a message
-    differ from row to row. The digest is of the text itself, for the other kinds of the JSON list of columns.
+    differ from row to row. The content is the text itself, for the other kinds the JSON list of columns.
     """
     for number, row in enumerate(rows):
         content = [row[text_column or "text"]] if kind == "text" else [row[name] for name in COLUMNS[kind]]
@@ -55,17 +57,30 @@ def read_records(rows: Iterable[dict], kind: str, text_column: str | None) -> It
             content = [messages_json(content[0], number)]
         check_strings(content, kind, number)
         if content[-1].strip():
-            yield dict(zip(COLUMNS[kind], content, strict=True), digest=content_digest(content))
+            yield dict(zip(COLUMNS[kind], content, strict=True), digest=document_digest(content, row))
 
 
 def document_features(kind: str) -> Features:
     return Features({name: Value("string") for name in (*COLUMNS[kind], "digest")})
 
 
-def content_digest(content: list[str]) -> str:
-    """Hex sha256 of a single text, or of the JSON list of several."""
-    text = content[0] if len(content) == 1 else json.dumps(content, ensure_ascii=False)
+def document_digest(content: list[str], row: dict) -> str:
+    """Hex sha256 of a single text, or of the JSON list of several; where rows have groups, then the group's place.
+
+    A row that is in no group (null) is one by itself.
+    """
+    digest = text_digest(content[0] if len(content) == 1 else json.dumps(content, ensure_ascii=False))
+    if "group" not in row:
+        return digest
+    return digest + (digest if row["group"] is None else text_digest(str(row["group"])))[:PLACE]
+
+
+def text_digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
+
+
+def has_group(digest: str) -> bool:
+    return len(digest) > CONTENT
 
 
 def check_strings(content: list, kind: str, number: int) -> None:
@@ -89,15 +104,15 @@ def is_message(message) -> bool:
 def unique(records: Iterable[dict]) -> Iterator[dict]:
     seen = set()
     for record in records:
-        key = bytes.fromhex(record["digest"])
+        key = bytes.fromhex(record["digest"][:CONTENT])
         if key not in seen:
             seen.add(key)
             yield record
 
 
 def fraction_of(digest: str) -> float:
-    """The place of a digest in [0, 1): its first 64 bits as a binary fraction."""
-    return int(digest[:16], 16) / 2**64
+    """The place of a digest in [0, 1): the first 64 bits of its group's hash, else of its own, as a binary fraction."""
+    return int(digest[CONTENT:] or digest[:PLACE], 16) / 2**64
 
 
 def split_of(digest: str, val_fraction: float, test_fraction: float) -> str:

@@ -1,6 +1,7 @@
 """What `source` can name: an embedded corpus, a local file or folder, a dataset of the Hugging Face hub."""
 
 import hashlib
+import importlib.util
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lskip.data.corpora import EMBEDDED, files_below, read_texts
 
+NAMES = (*EMBEDDED, "home_assistant")
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 FOLDER_TABLES = (".jsonl", ".parquet")  # a .json among source files is a setting more often than a corpus
 EXTENSION = re.compile(r"\.[A-Za-z]\w*$")
@@ -23,7 +25,7 @@ def local_path(source: str) -> Path | None:
         FileNotFoundError: `source` looks like a path (an extension, two separators, a leading . / or ~)
             and nothing is there.
     """
-    if source in EMBEDDED:
+    if source in NAMES:
         return None
     path = Path(source).expanduser()
     if path.exists():
@@ -42,6 +44,8 @@ def open_source(source: str, streaming: bool, cache: Path) -> tuple[Rows, str]:
     """
     if source in EMBEDDED:
         return open_texts(source, EMBEDDED[source]())
+    if source == "home_assistant":
+        return open_home_assistant()
     path = local_path(source)
     if path is None:
         return open_hub(source, streaming)
@@ -50,6 +54,19 @@ def open_source(source: str, streaming: bool, cache: Path) -> tuple[Rows, str]:
     else:
         files, is_table = folder_files(path)
     return open_tables(source, files, streaming, cache) if is_table else open_texts(source, files)
+
+
+def open_home_assistant() -> tuple[IterableDataset, str]:
+    from lskip.data.home_assistant import content_key, read_pairs  # needs packages that only this source needs
+
+    return IterableDataset.from_generator(read_pairs), content_key()
+
+
+def check_packages(source: str) -> None:
+    """ValueError where an embedded corpus needs a package that is not here."""
+    needed = {"home_assistant_intents": "home-assistant-intents", "hassil": "hassil"}
+    if source == "home_assistant" and any(importlib.util.find_spec(name) is None for name in needed):
+        raise ValueError(f"source: for home_assistant, run: pip install {' '.join(needed.values())}")
 
 
 def folder_files(folder: Path) -> tuple[list[Path], bool]:
@@ -92,7 +109,7 @@ def load(source: str, builder: str, streaming: bool, split: str = "train", **arg
         rows = load_dataset(builder, split=split, streaming=streaming, **arguments)
     except Exception as error:  # network, unknown name, config or split, bad JSON: each its own unrelated type
         cause = first_line(error.__cause__ or error)
-        place = "" if builder in TABLES.values() else f", which is no local path and not one of {list(EMBEDDED)}"
+        place = "" if builder in TABLES.values() else f", which is no local path and not one of {list(NAMES)}"
         raise ValueError(f"source: cannot load '{source}'{place}: {cause}") from error
     return rows, "" if streaming else rows._fingerprint
 
