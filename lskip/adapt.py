@@ -1,0 +1,285 @@
+"""`lskip adapt`: an exit adapter for a model that stays as it is, trained on answers of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lskip.adapter_states import AnswerData, AnswerRow, answer_states, frequent_words, read_answers
+from lskip.adapter_training import AdapterModule, AveragedWeights, TimeBudget, report
+from lskip.callbacks.run_checkpoint import RunCheckpoint
+from lskip.decoder import Decoder
+from lskip.exit_adapter import SHAPE_FILE, WEIGHTS_FILE, AdapterShape, ExitAdapter, check_shape
+from lskip.inference.loading import resolve_device
+from lskip.inference.settings import check_real, check_whole
+from lskip.pretrained import load_model
+
+METRICS_FILE = "metrics.json"
+CHECKPOINT = Path("training") / "last.ckpt"  # not where a run of `fit` has its own: an adapter is no model
+DEFAULT_STEPS = 2000
+SAVED_DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class AdapterTraining:
+    """How an adapter is trained.
+
+    Attributes:
+        max_steps: optimizer steps, at most; null: 2000, or with max_minutes as many as go into them.
+        max_minutes: ends training after so many minutes, validations included, and the learning rate's decay with
+            it; two such runs are not the same to the bit. null: max_steps alone decides.
+        batch_size: answers a step.
+        lr: full learning rate of AdamW.
+        warmup_steps: optimizer steps until the full rate.
+        unroll: draft steps that it is trained on, each on what it made of the one before.
+        decay: weight of a draft step in the loss, against the one before.
+        ema: what is kept is an average of the weights with this decay a step; null: the last weights.
+        precision: of training; bf16-mixed computes the model's states in bfloat16 too, faster where the CPU can.
+        val_every: optimizer steps between two validations.
+        val_answers: held-out answers that a validation looks at; in the end it is all of them.
+        checkpoint_every: optimizer steps between two checkpoints.
+        seed: of the order of the answers.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    max_steps: int | None = None
+    max_minutes: float | None = None
+    batch_size: int = 16
+    lr: float = 1e-3
+    warmup_steps: int = 50
+    unroll: int = 3
+    decay: float = 0.8
+    ema: float | None = 0.995
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    val_every: int = 250
+    val_answers: int = 64
+    checkpoint_every: int = 100
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("batch_size", "unroll", "val_every", "val_answers", "checkpoint_every"):
+            check_whole(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "seed"):
+            check_whole(name, getattr(self, name), 0)
+        for name in ("lr", "decay"):
+            check_real(name, getattr(self, name), "above 0", lambda value: value > 0)
+        if self.max_steps is not None:
+            check_whole("max_steps", self.max_steps, 1)
+        if self.max_minutes is not None:
+            check_real("max_minutes", self.max_minutes, "above 0", lambda value: value > 0)
+        if self.ema is not None:
+            check_real("ema", self.ema, "between 0 and 1", lambda value: 0 < value < 1)
+
+    @property
+    def steps(self) -> int:
+        """-1: as many as there is time for."""
+        return self.max_steps or (DEFAULT_STEPS if self.max_minutes is None else -1)
+
+
+def adapt(
+    answers: list[str],
+    output: str,
+    training: AdapterTraining,
+    model: str = "smollm2",
+    exit_layer: int = 3,
+    num_blocks: int = 1,
+    joins_last_state: bool = True,
+    vocabulary: int | None = 8192,
+    block_size: int = 256,
+    device: str = "auto",
+    cache_dir: str | None = None,
+    resume: bool = False,
+) -> None:
+    """Train an exit adapter: with it the exit of a model that stays as it is drafts what its last layer says.
+
+    The model's states on the answers are computed once and kept on disk, so that a training step runs the adapter
+    alone. 3 % of the prompts are held out. `output` gets adapter.json and adapter.safetensors (after every
+    validation, too) and in the end metrics.json; logs and the checkpoint to go on from lie in folders of it.
+
+    Args:
+        answers: list of .jsonl files that `lskip predict` wrote with this model.
+        output: folder for the adapter; it must not exist yet, or be empty.
+        training: how it is trained.
+        model: a run folder, a checkpoint, a folder, a hub name, a .gguf file, smollm2.
+        exit_layer: blocks of the model that run before the adapter.
+        num_blocks: blocks of the adapter, at first copies of the model's last ones.
+        joins_last_state: it also gets the last layer's state of the token before, on drafted tokens its own.
+        vocabulary: it predicts so many tokens, the most frequent ones of the answers; null: all.
+        block_size: tokens of a prompt with its answer; longer ones are cut.
+        device: cpu, cuda …; auto takes a GPU where there is one.
+        cache_dir: where the states are kept, for SmolLM2 2.3 KB a token; null: ~/.cache/lskip.
+        resume: go on with the training that `output` holds, with the same arguments.
+
+    Raises:
+        ValueError: an argument out of its range, `output` holds something, answers that do not suffice.
+        FileNotFoundError: no such model or answers, or nothing to resume.
+    """
+    shape = AdapterShape(exit_layer, num_blocks, joins_last_state)
+    check_whole("block_size", block_size, 2)
+    if vocabulary is not None:
+        check_whole("vocabulary", vocabulary, 16)
+    place, folder = resolve_device(device), Path(output)
+    _check_files(folder, answers, resume)
+    frozen, tokenizer = _load(model, shape, block_size)
+    rows = read_answers([Path(path) for path in answers], frozen, tokenizer, block_size)
+    _check_enough(rows, training.batch_size)
+    words = None if vocabulary is None else frequent_words(rows, vocabulary, frozen, tokenizer)
+    # In eval mode: dropout would be the only thing that differs from run to run, or after resuming.
+    adapter = ExitAdapter(frozen, shape, words).eval()
+    cache = Path(cache_dir or "~/.cache/lskip").expanduser() / "adapter_states"
+    dtype = torch.float32 if training.precision == "32-true" else torch.bfloat16
+    states = answer_states(frozen.to(place, dtype), rows, exit_layer, cache)
+    data = AnswerData(*states, training.batch_size, training.val_answers, training.seed)
+    del frozen  # from here on only the adapter runs
+    module = AdapterModule(adapter, training.unroll, training.decay, training.lr, training.warmup_steps)
+    timer = TimeBudget(training.max_minutes)
+    trainer = _trainer(folder, training, timer, place, resume)
+    _fit(trainer, module, data, folder / CHECKPOINT if resume else None)
+    measured = _measure(module, data)
+    _finish(folder, module, {**measured, "steps": trainer.global_step, "seconds": round(timer.time_elapsed(), 1)})
+
+
+def _check_files(folder: Path, answers: list[str], resume: bool) -> None:
+    for path in answers:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"answers: there is no file '{path}'")
+    if resume and not (folder / CHECKPOINT).is_file():
+        raise FileNotFoundError(f"resume: there is no file '{folder / CHECKPOINT}'")
+    if not resume and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
+        advice = "go on with it by --resume true, or name another"
+        raise ValueError(f"output: '{folder}' exists and is not an empty folder; {advice}")
+    try:
+        (folder / CHECKPOINT).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output: cannot write '{folder}' ({error.strerror})") from error
+
+
+def _load(source: str, shape: AdapterShape, block_size: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model, tokenizer = load_model(source)
+    decoder = Decoder(model.requires_grad_(False))
+    if tokenizer is None:
+        raise ValueError(f"model: {source!r} has no tokenizer")
+    check_shape(shape, decoder.num_layers)
+    if block_size > decoder.context_length:
+        raise ValueError(f"block_size: {block_size} tokens, the model's context holds {decoder.context_length}")
+    return model, tokenizer
+
+
+def _check_enough(rows: list[AnswerRow], batch_size: int) -> None:
+    num = sum(not row.held_out for row in rows)
+    if num < batch_size:
+        raise ValueError(f"batch_size: {batch_size}, but there are only {num} answers to train on")
+
+
+class SavedAdapter(Callback):
+    """Saves the adapter after every validation: averaged, as it was validated, so it stands before AveragedWeights."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: AdapterModule) -> None:
+        save_atomically(pl_module.adapter, self.folder)
+
+
+def save_atomically(adapter: ExitAdapter, folder: Path) -> None:
+    """`adapter.save`, but `folder` never holds half a file."""
+    partial = folder / ".partial"
+    adapter.save(partial, SAVED_DTYPE)
+    for name in (WEIGHTS_FILE, SHAPE_FILE):
+        os.replace(partial / name, folder / name)
+    shutil.rmtree(partial)
+
+
+def _trainer(folder: Path, training: AdapterTraining, timer: TimeBudget, place: torch.device, resume: bool) -> Trainer:
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # not its tips and lists of accelerators
+    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # as it is meant to be
+    callbacks = [timer, SavedAdapter(folder), RunCheckpoint(folder / CHECKPOINT.parent, training.checkpoint_every)]
+    if training.ema is not None:
+        callbacks.append(AveragedWeights(training.ema, training.warmup_steps))
+    # What an interrupted run logged beyond its last checkpoint is hidden, since it is logged anew.
+    purge = _steps_done(folder / CHECKPOINT) + 1 if resume else None
+    return Trainer(
+        accelerator="gpu" if place.type == "cuda" else place.type,
+        devices=1 if place.index is None or place.type != "cuda" else [place.index],
+        precision=training.precision,
+        max_steps=training.steps,
+        max_epochs=-1,
+        val_check_interval=training.val_every,
+        check_val_every_n_epoch=None,  # steps count on from one epoch to the next
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+        logger=TensorBoardLogger(folder, name="", version="logs", purge_step=purge),
+        callbacks=callbacks,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+
+
+def _steps_done(path: Path) -> int:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    except Exception as error:  # zip, pickle, end of file: it depends on where the file is damaged
+        raise ValueError(f"resume: '{path}' is not a readable checkpoint") from error
+
+
+def _fit(trainer: Trainer, module: AdapterModule, data: AnswerData, checkpoint: Path | None) -> None:
+    """Trainer.fit, but Ctrl-C does not end the process with Lightning's exit code and says how to go on."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+        advice = "go on with the same command and --resume true"
+        raise KeyboardInterrupt(f" after step {trainer.global_step}; {advice}") from None
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+@torch.inference_mode()
+def _measure(module: AdapterModule, data: AnswerData) -> dict:
+    """The report on all held-out answers, of the weights as they are saved, in float32."""
+    for parameter in module.adapter.trained_parameters():
+        parameter.copy_(parameter.to(SAVED_DTYPE))
+    batches = tqdm(data.held_out_loader(), desc="held out", unit="batch")
+    hits = [
+        answer for batch in batches for answer in module.hits(module.transfer_batch_to_device(batch, module.device, 0))
+    ]
+    answered = data.held_out.answer_tokens()
+    covered = np.isin(answered, module.adapter.token_ids.cpu().numpy()).mean()
+    return {
+        **report(hits),
+        "words": len(module.adapter.token_ids),
+        "words_share_of_held_out_tokens": round(float(covered), 4),
+        "answers": {"train": len(data.train), "held_out": len(data.held_out)},
+        "answer_tokens": {"train": len(data.train.answer_tokens()), "held_out": len(answered)},
+        "tokens_seen": module.tokens_seen,
+    }
+
+
+def _finish(folder: Path, module: AdapterModule, metrics: dict) -> None:
+    save_atomically(module.adapter, folder)
+    partial = folder / f".{METRICS_FILE}"
+    partial.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, folder / METRICS_FILE)
+    steps = " / ".join(f"{value:.3f}" for value in metrics["agreement"])
+    rounds = ", ".join(f"{value:.2f} at d = {d}" for d, value in metrics["tokens_per_round"].items())
+    print(f"draft_agreement {metrics['draft_agreement']:.3f} (by draft step: {steps})")
+    print(f"tokens_per_round {rounds}, on {metrics['answers']['held_out']} held-out answers")

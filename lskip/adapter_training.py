@@ -1,0 +1,278 @@
+"""Training of an exit adapter: drafts unrolled as decoding will make them, and what they would be worth there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, Timer
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers import DynamicCache
+
+from lskip.decoder import BlockInputs, Decoder
+from lskip.exit_adapter import ExitAdapter
+from lskip.losses import rows_at_once
+from lskip.optimization import WarmupCosine
+
+MEASURED_STEPS = 6  # draft steps that validation looks at, at least
+DRAFT_LENGTHS = (2, 4, 6)  # for which it tells the tokens per round
+
+
+def unrolled_states(adapter: ExitAdapter, exit_states: Tensor, last_states: Tensor, num_steps: int) -> Iterator[Tensor]:
+    """Yields for draft step j = 1, 2, … the states [B, S, D] that the head reads, after the norm.
+
+    At position p step j stands for the j-th token drafted in a round that began at p - j + 1: the model itself has
+    run on what is before. So its queries see the keys of step 1 up to p - j + 1, and of each later step only the
+    one of their own chain. The second input is the last layer's state of the position before at step 1, and what
+    the adapter made of that position one step earlier after that, which is trained through.
+
+    Args:
+        exit_states, last_states: [B, S, D], of the frozen model (padding at the right).
+    """
+    joins, cache = adapter.shape.joins_last_state, DynamicCache()
+    decoder = Decoder(adapter.body)
+    windows = {decoder.window(block) for block in range(decoder.num_layers)}
+    positions = torch.arange(exit_states.shape[1], device=exit_states.device)
+    rotary = adapter.body.model.rotary_emb(exit_states, positions[None])
+    previous = one_later(last_states)
+    for step in range(1, num_steps + 1):
+        masks = {window: chain_mask(positions, step, window, exit_states.dtype) for window in windows}
+        inputs = BlockInputs(positions[None], rotary, masks, cache)
+        states = adapter.norm(adapter.run(adapter.joined(exit_states, previous if joins else None), inputs))
+        yield states
+        previous = one_later(states)
+
+
+def one_later(states: Tensor) -> Tensor:
+    """[B, S, D] moved by one position, zeros at the first."""
+    return F.pad(states[:, :-1], (0, 0, 1, 0))
+
+
+def chain_mask(positions: Tensor, step: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Additive mask [1, 1, S, step * S] of draft step `step` over the keys of steps 1 … step, one after the other."""
+    distance = positions[:, None] - positions[None]
+    visible = [distance >= step - 1] + [distance == step - earlier for earlier in range(2, step + 1)]
+    visible = torch.cat(visible, dim=1)  # of its own step always one: no query is left without a key
+    if window is not None:
+        visible &= distance.repeat(1, step) < window
+    mask = torch.zeros(visible.shape, dtype=dtype, device=positions.device)
+    return mask.masked_fill(~visible, torch.finfo(dtype).min)[None, None]
+
+
+def in_chain(scored: Tensor, step: int) -> Tensor:
+    """[B, S] of the same: scored positions at which a round that began at a scored one can be at `step`."""
+    return scored & F.pad(scored, (step - 1, 0))[:, : scored.shape[1]]
+
+
+def step_weights(num_steps: int, decay: float) -> list[float]:
+    """decay^(j-1) for j = 1, 2, …, over their sum."""
+    weights = [decay**step for step in range(num_steps)]
+    return [weight / sum(weights) for weight in weights]
+
+
+def draft_loss(states: Tensor, last_states: Tensor, head_weight: Tensor, row_weights: Tensor) -> Tensor:
+    """Σ row_weights · CE(softmax(last_states head^T), softmax(states head^T)), to differentiate by `states` alone.
+
+    Logits of a few rows at a time; each row's targets serve all of its draft steps. As in `head_loss` the gradient
+    is made in the forward pass, and products run in autocast's dtype.
+
+    Args:
+        states: [N, J, D], of J draft steps at N positions.
+        last_states: [N, D], the frozen model's at these positions.
+        head_weight: [W, D].
+        row_weights: [N, J].
+    """
+    return _DraftLoss.apply(states, last_states, head_weight, row_weights)
+
+
+class _DraftLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states, last_states, head_weight, row_weights):
+        device, steps = states.device.type, states.shape[1]
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head_weight.dtype
+        total_dtype = torch.promote_types(states.dtype, torch.float32)
+        weight, grad = head_weight.to(dtype), torch.empty_like(states)
+        total = torch.zeros((), dtype=total_dtype, device=states.device)
+        count = max(rows_at_once(len(head_weight)) // steps, 1)
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(states), count):
+                part = slice(start, start + count)
+                targets = (last_states[part].to(dtype) @ weight.T).to(total_dtype).softmax(-1)[:, None]
+                logits = (states[part].to(dtype) @ weight.T).to(total_dtype)
+                log_total = logits.logsumexp(-1)
+                losses = log_total - (logits @ targets.mT).squeeze(-1)
+                total += (losses * row_weights[part]).sum()
+                grad_logits = logits.sub_(log_total[..., None]).exp_().sub_(targets).mul_(row_weights[part, :, None])
+                grad[part] = grad_logits.to(dtype) @ weight
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total):
+        (grad,) = ctx.saved_tensors
+        return grad * grad_total.to(grad.dtype), None, None, None
+
+
+class AdapterModule(LightningModule):
+    """Trains an ExitAdapter to say what the frozen model's last layer says.
+
+    A batch is {"exit_states" [B, S, D], "last_states" [B, S, D] after the final norm, "scored" [B, S] bool}, padded
+    at the right, and to validate on "choices" [B, S], the model's own likeliest next tokens. The loss is the
+    cross-entropy over the adapter's words between its distribution and the last layer's, a mean over the scored
+    positions of each draft step, and over the steps with weights decay^(j-1).
+
+    Args:
+        adapter: in float32.
+        unroll: draft steps to train on. Without the last layer's state as an input all steps are alike: 1.
+        decay: weight of a draft step against the one before, above 0.
+        lr: the full learning rate of AdamW.
+        warmup_steps: optimizer steps until that.
+        clip: norm that gradients are cut to.
+    """
+
+    def __init__(
+        self,
+        adapter: ExitAdapter,
+        unroll: int = 3,
+        decay: float = 0.8,
+        lr: float = 1e-3,
+        warmup_steps: int = 50,
+        clip: float = 1.0,
+    ):
+        super().__init__()
+        self.adapter = adapter
+        self.unroll = unroll if adapter.shape.joins_last_state else 1
+        self.decay, self.lr, self.warmup_steps, self.clip = decay, lr, warmup_steps, clip
+        self.tokens_seen = 0  # scored positions, each as often as it was trained on
+        self._hits: list[Tensor] = []
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.tokens_seen += int(batch["scored"].sum())
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Of one batch, in nats a token; 0 where nothing is scored."""
+        scored = batch["scored"]
+        states, weights = [], []
+        share = step_weights(self.unroll, self.decay)
+        for step, unrolled in enumerate(self._unrolled(batch, self.unroll), start=1):
+            counted = in_chain(scored, step)
+            states.append(unrolled[scored])
+            kept = counted[scored].to(torch.promote_types(unrolled.dtype, torch.float32))
+            weights.append(kept * (share[step - 1] / kept.sum().clamp(min=1)))
+        last_states = batch["last_states"][scored]
+        return draft_loss(
+            torch.stack(states, 1), last_states, self.adapter.body.lm_head.weight, torch.stack(weights, 1)
+        )
+
+    def _unrolled(self, batch: dict[str, Tensor], num_steps: int) -> Iterator[Tensor]:
+        dtype = self.adapter.join.weight.dtype
+        return unrolled_states(self.adapter, batch["exit_states"].to(dtype), batch["last_states"].to(dtype), num_steps)
+
+    # Validation: is each draft step's word the model's own next token, and what follows for a round.
+
+    def hits(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        """For each row bool [A, J]: at its A scored positions, whether draft step j says what the model does."""
+        scored, choices, head = batch["scored"], batch["choices"], self.adapter.body.lm_head
+        right = []
+        for states in self._unrolled(batch, max(self.unroll, MEASURED_STEPS)):
+            words = self.adapter.token_ids[head(states[scored]).argmax(-1)]
+            right.append(words == choices[scored])
+        return list(torch.stack(right, 1).cpu().split(scored.sum(1).tolist()))
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._hits += self.hits(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        values, self._hits = report(self._hits), []
+        self.log("val/draft_agreement", values["draft_agreement"], prog_bar=True)
+        self.log_dict({f"val/agreement/step_{step}": value for step, value in enumerate(values["agreement"], start=1)})
+        self.log_dict({f"val/tokens_per_round/d_{d}": value for d, value in values["tokens_per_round"].items()})
+
+    # The optimizer. Clipping here, since Lightning's refuses fused optimizers in mixed precision.
+
+    def configure_optimizers(self) -> dict:
+        parameters = self.adapter.trained_parameters()
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+        steps = self.trainer.max_steps if self.trainer.max_steps > 0 else None
+        schedule = WarmupCosine(optimizer, self.warmup_steps, final=0.05, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        norm = torch.nn.utils.clip_grad_norm_(self.adapter.trained_parameters(), self.clip)
+        self.log("train/gradient_norm", norm)
+
+    # A checkpoint goes with one adapter; its words are no part of the weights.
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["adapter"] = {**self._identity(), "tokens_seen": self.tokens_seen}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        saved = dict(checkpoint["adapter"])
+        self.tokens_seen = saved.pop("tokens_seen")
+        if saved != self._identity():
+            raise ValueError("resume: the checkpoint is of another adapter (its model, shape or words differ)")
+
+    def _identity(self) -> dict:
+        shape = self.adapter.shape
+        return {**vars(shape), "model": self.adapter.made_for, "token_ids": self.adapter.token_ids.tolist()}
+
+
+class TimeBudget(Timer):
+    """Counts the time of training, over interruptions too; with a limit it ends it, the learning rate decayed."""
+
+    def __init__(self, max_minutes: float | None):
+        super().__init__(None if max_minutes is None else timedelta(minutes=max_minutes), verbose=False)
+        self.max_seconds = None if max_minutes is None else 60 * max_minutes
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: AdapterModule, batch, batch_idx: int) -> None:
+        if self.max_seconds is None:
+            return
+        # The schedule counts steps: it is told how many there will be at the pace so far.
+        steps = trainer.global_step * self.max_seconds / max(self.time_elapsed(), 1e-3)
+        limit = trainer.max_steps if trainer.max_steps > 0 else steps
+        pl_module.lr_schedulers().total_steps = max(min(steps, limit), 1)
+
+
+class AveragedWeights(EMAWeightAveraging):
+    """Lightning's, but the average replaces the weights only after the last checkpoint, which must hold both."""
+
+    def __init__(self, decay: float, first_step: int):
+        super().__init__(use_buffers=False, decay=decay, update_starting_at_step=first_step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: AdapterModule) -> None:
+        pass
+
+    def on_fit_end(self, trainer: Trainer, pl_module: AdapterModule) -> None:
+        super().on_train_end(trainer, pl_module)
+
+
+def report(hits: Sequence[Tensor]) -> dict:
+    """Of held-out answers, [A, J] each: draft_agreement, agreement of steps 1 … J, tokens_per_round {d: …}.
+
+    `draft_agreement` is step 1's. A step is only asked where the answer has had so many tokens.
+    """
+    steps = range(hits[0].shape[1])
+    agreement = [torch.cat([answer[step:, step] for answer in hits]).float().mean().item() for step in steps]
+    tokens = sum(len(answer) for answer in hits)
+    per_round = {d: tokens / sum(num_rounds(answer.tolist(), d) for answer in hits) for d in DRAFT_LENGTHS}
+    return {"draft_agreement": agreement[0], "agreement": agreement, "tokens_per_round": per_round}
+
+
+def num_rounds(hits: list[list[bool]], num_speculations: int) -> int:
+    """Rounds that decoding takes along one answer, hits [A][J]: each keeps its right drafts and adds a token."""
+    rounds = start = 0
+    while start < len(hits):
+        accepted = 0
+        while accepted < min(num_speculations, len(hits) - start) and hits[start + accepted][accepted]:
+            accepted += 1
+        start += accepted + 1
+        rounds += 1
+    return rounds

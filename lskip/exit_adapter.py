@@ -1,0 +1,184 @@
+"""An exit adapter: a small trained module between an exit of a frozen model and the model's own norm and head.
+
+Beyond the paper. As in Kangaroo (arXiv 2404.18911) a block or two turn the exit's state into something that the head
+can read; as in EAGLE (arXiv 2401.15077) the last layer's state of the token before may be a second input. Since the
+model itself stays as it was, its last layer cannot lose anything.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lskip.decoder import BlockInputs, Decoder
+
+SHAPE_FILE, WEIGHTS_FILE = "adapter.json", "adapter.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """What an adapter is made of.
+
+    Attributes:
+        exit_layer: blocks of the model that run before it.
+        num_blocks: blocks of its own, of the model's kind.
+        joins_last_state: whether its input is joined with the last layer's state of the token before.
+
+    Raises:
+        ValueError: a number that is not a whole one from 1 up.
+    """
+
+    exit_layer: int
+    num_blocks: int = 1
+    joins_last_state: bool = True
+
+    def __post_init__(self):
+        for name in ("exit_layer", "num_blocks"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: {value!r} is not a whole number from 1 up")
+
+
+class ExitAdapter(nn.Module):
+    """Turns states of an exit into states that the head reads, and reads them over the words that it knows.
+
+    Its blocks, norm and head form a small model of the same family (`body`), so that everything that runs a decoder
+    runs it too. It starts as a copy of the model's top; its head is a part of the model's, never trained or saved.
+
+    Attributes:
+        shape: an AdapterShape.
+        made_for: `fingerprint` of the model.
+        token_ids: [W], the tokens that it can predict, ascending; the rows of its head.
+    """
+
+    def __init__(self, model: PreTrainedModel, shape: AdapterShape, token_ids: Tensor | None = None):
+        """
+        Args:
+            model: the frozen model.
+            token_ids: None: all tokens.
+
+        Raises:
+            ValueError: an exit that is not below the model's last layer, or more blocks than the model has.
+        """
+        super().__init__()
+        decoder = Decoder(model)
+        check_shape(shape, decoder.num_layers)
+        self.shape, self.made_for = shape, fingerprint(decoder)
+        ids = torch.arange(decoder.vocab_size) if token_ids is None else token_ids
+        self.register_buffer("token_ids", ids.to(decoder.device), persistent=False)
+        width = decoder.hidden_size
+        self.join = nn.Linear(2 * width if shape.joins_last_state else width, width)
+        self.body = body_of(decoder, shape.num_blocks, self.token_ids)
+        with torch.no_grad():  # at first nothing but the exit's state goes through
+            self.join.weight.copy_(torch.eye(*self.join.weight.shape))
+            self.join.bias.zero_()
+        self.to(decoder.device, decoder.dtype)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Everything but the head."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def joined(self, exit_states: Tensor, last_states: Tensor | None) -> Tensor:
+        """The input of its first block, [..., D].
+
+        Args:
+            exit_states: [..., D], of the model's exit, before any norm.
+            last_states: [..., D], of the token before each: the last layer's after the final norm, or in its place what
+                `norm` makes of this adapter's own. None where the shape joins none.
+        """
+        parts = [exit_states] if last_states is None else [exit_states, last_states]
+        return self.join(torch.cat([F.rms_norm(part, part.shape[-1:]) for part in parts], -1))
+
+    def run(self, joined: Tensor, inputs: BlockInputs) -> Tensor:
+        """[B, S, D] through its blocks."""
+        decoder, x = Decoder(self.body), joined
+        for index in range(self.shape.num_blocks):
+            x = decoder.block(index, x, inputs)
+        return x
+
+    def norm(self, states: Tensor) -> Tensor:
+        """[..., D]: what its head reads, and what stands in for the last layer's state of a drafted token."""
+        return self.body.model.norm(states)
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Writes `folder`: shape and weights, without the head."""
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = {name: part for name, part in self.named_parameters() if part.requires_grad}
+        weights = {name: part.detach().to(dtype).contiguous() for name, part in trained.items()}
+        # int32: torch knows no smaller type that holds every vocabulary
+        save_file({**weights, "token_ids": self.token_ids.int()}, folder / WEIGHTS_FILE)
+        description = {**asdict(self.shape), "model": self.made_for}
+        (folder / SHAPE_FILE).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+
+
+def load_adapter(folder: Path, model: PreTrainedModel) -> ExitAdapter:
+    """The adapter that `save` wrote, on `model`'s device and in its dtype.
+
+    Raises:
+        FileNotFoundError: no adapter in `folder`.
+        ValueError: it is of another model, or the files are damaged.
+    """
+    if not (folder / SHAPE_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+        raise FileNotFoundError(f"exit_adapter: '{folder}' holds no {SHAPE_FILE} with {WEIGHTS_FILE}")
+    try:
+        description = json.loads((folder / SHAPE_FILE).read_text(encoding="utf-8"))
+        made_for = description.pop("model")
+        shape, weights = AdapterShape(**description), load_file(folder / WEIGHTS_FILE)
+        token_ids = weights.pop("token_ids").long()
+    except Exception as error:  # JSON, missing keys, safetensors: each reader has errors of its own
+        raise ValueError(f"exit_adapter: '{folder}' could not be read ({error})") from error
+    if made_for != fingerprint(Decoder(model)):
+        raise ValueError(f"exit_adapter: '{folder}' was made for another model ({made_for})")
+    adapter = ExitAdapter(model, shape, token_ids)
+    missing, unexpected = adapter.load_state_dict(weights, strict=False)
+    if unexpected or any(adapter.get_parameter(name).requires_grad for name in missing):
+        raise ValueError(f"exit_adapter: the weights in '{folder}' do not fit its shape")
+    return adapter.eval()
+
+
+def fingerprint(decoder: Decoder) -> dict:
+    """Tells models apart: sizes, and a hash of the head's first rows, the same whatever type they are loaded in."""
+    rows = decoder.head_weight[:256].detach().to("cpu", torch.bfloat16).contiguous()
+    return {
+        "num_layers": decoder.num_layers,
+        "hidden_size": decoder.hidden_size,
+        "vocab_size": decoder.vocab_size,
+        "head": hashlib.sha256(rows.view(torch.int16).numpy().tobytes()).hexdigest()[:16],
+    }
+
+
+def check_shape(shape: AdapterShape, num_layers: int) -> None:
+    """ValueError unless it fits a model of so many layers."""
+    if shape.exit_layer >= num_layers:
+        raise ValueError(f"exit_layer: {shape.exit_layer} is not from 1 to {num_layers - 1}, below the last layer")
+    if shape.num_blocks > num_layers:
+        raise ValueError(f"num_blocks: {shape.num_blocks} is more than the model's {num_layers}")
+
+
+def body_of(decoder: Decoder, num_blocks: int, token_ids: Tensor) -> PreTrainedModel:
+    """The model's last `num_blocks` blocks, its norm and those rows of its head: a model of its own."""
+    config = copy.deepcopy(decoder.config)
+    config.num_hidden_layers, config.vocab_size = num_blocks, len(token_ids)
+    config.tie_word_embeddings = True  # it has no use for an embedding of its own
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None  # they may lie beyond its words
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[-num_blocks:]
+    attention = decoder.config._attn_implementation
+    body = AutoModelForCausalLM.from_config(config, dtype=decoder.dtype, attn_implementation=attention)
+    top = decoder.model.model.layers[decoder.num_layers - num_blocks :]
+    for block, original in zip(body.model.layers, top, strict=True):
+        block.load_state_dict(original.state_dict())
+    body.model.norm.load_state_dict(decoder.model.model.norm.state_dict())
+    with torch.no_grad():
+        body.lm_head.weight.copy_(decoder.head_weight[token_ids])
+    body.lm_head.weight.requires_grad_(False)
+    return body

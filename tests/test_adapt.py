@@ -1,0 +1,150 @@
+"""`lskip adapt`: it learns, its model stays, a stopped training goes on, and what it refuses."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lskip.adapt as adapt_module
+from lskip import commands
+from lskip.adapt import CHECKPOINT, AdapterTraining, adapt
+from lskip.adapter_states import (
+    AnswerStates,
+    collate,
+)
+from lskip.adapter_training import AdapterModule, report
+from lskip.exit_adapter import AdapterShape, ExitAdapter, load_adapter
+
+
+@pytest.fixture
+def answers_file(tmp_path) -> Path:
+    """120 answers as `lskip predict` writes them, some of them held out."""
+    reasons = ("length", "eos")
+    lines = [
+        {
+            "prompt": f"def f{i}(a, b):",
+            "text": f"return a + b\n    print(add(i, 1)) # {i}",
+            "finish_reason": reasons[i % 2],
+        }
+        for i in range(120)
+    ]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path / "answers.jsonl"
+
+
+@pytest.fixture
+def frozen(monkeypatch, tiny_model, tiny_tokenizer):
+    """The model that `adapt` loads."""
+    model = tiny_model()
+    monkeypatch.setattr(adapt_module, "load_model", lambda source: (model, tiny_tokenizer))
+    return model
+
+
+@pytest.fixture
+def run(tmp_path, frozen, answers_file):
+    """Function (name of output, **more) -> its folder, after `adapt`."""
+
+    def call(name: str, resume: bool = False, vocabulary: int | None = 100, **training):
+        settings = {"max_steps": 24, "batch_size": 8, "warmup_steps": 4, "val_every": 7, "checkpoint_every": 5}
+        more = {"exit_layer": 2, "block_size": 40, "cache_dir": str(tmp_path / "cache"), "device": "cpu"}
+        options = AdapterTraining(**{**settings, **training})
+        adapt([str(answers_file)], str(tmp_path / name), options, vocabulary=vocabulary, resume=resume, **more)
+        return tmp_path / name
+
+    return call
+
+
+def test_an_adapter_learns_and_its_model_stays(run, frozen, capsys):
+    before = {name: part.clone() for name, part in frozen.state_dict().items()}
+    folder = run("out", vocabulary=None, max_steps=80, lr=1e-2, val_every=60)
+    assert all(torch.equal(part, before[name]) for name, part in frozen.state_dict().items())
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["steps"] == 80 and metrics["tokens_seen"] > 80 * 8 * 10
+    assert 1 < metrics["tokens_per_round"]["2"] <= 3
+    assert f"draft_agreement {metrics['draft_agreement']:.3f}" in capsys.readouterr().out
+    # What is saved is what was measured.
+    module = AdapterModule(load_adapter(folder, frozen))
+    assert len(module.adapter.token_ids) == 300
+    states = AnswerStates(next(folder.parent.glob("cache/adapter_states/*/held_out")))
+    batch = collate(list(states))
+    with torch.no_grad():
+        told = report(module.hits(batch))
+        at_first = report(AdapterModule(ExitAdapter(frozen, AdapterShape(2)).eval()).hits(batch))
+    assert told["draft_agreement"] == pytest.approx(metrics["draft_agreement"])
+    likeliest = batch["choices"][batch["scored"]].unique(return_counts=True)[1].max() / batch["scored"].sum()
+    assert told["draft_agreement"] > 0.15 + max(at_first["draft_agreement"], likeliest.item())
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize(("stop", "ema"), [("killed", 0.9), ("interrupted", None)])
+def test_a_stopped_training_goes_on(run, monkeypatch, ema, stop):
+    whole = run("whole", ema=ema)
+    step = AdapterModule.training_step
+
+    def stopping(module, batch, batch_idx):
+        if module.global_step == 18:
+            if stop == "killed":
+                raise ZeroDivisionError
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(AdapterModule, "training_step", stopping)
+    with pytest.raises(ZeroDivisionError if stop == "killed" else KeyboardInterrupt):
+        run("parts", ema=ema)
+    monkeypatch.setattr(AdapterModule, "training_step", step)
+    parts = whole.parent / "parts"
+    load_file(parts / "adapter.safetensors")  # of the validation after step 14
+    reached = torch.load(parts / CHECKPOINT, weights_only=True)["global_step"]
+    assert reached == (15 if stop == "killed" else 19)
+    run("parts", resume=True, ema=ema)
+    for name in ("adapter.json", "adapter.safetensors"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+    expected, told = (json.loads((folder / "metrics.json").read_text()) for folder in (whole, parts))
+    assert {**told, "seconds": 0} == {**expected, "seconds": 0}
+
+
+def test_the_recipe_is_understood(tmp_path, frozen, answers_file, monkeypatch):
+    """Through the command line's own parser, with a stand-in for the model and its answers."""
+    monkeypatch.setitem(commands._COMMANDS, "adapt", adapt)
+    monkeypatch.setitem(commands._GROUPS, "training", AdapterTraining)
+    recipe = Path(__file__).parent.parent / "configs" / "recipes" / "adapter_smollm2.yaml"
+    flags = {
+        "answers": f"[{answers_file}]",
+        "output": tmp_path / "out",
+        "cache_dir": tmp_path / "cache",
+        "block_size": 40,
+    }
+    flags |= {"max_steps": 2, "max_minutes": "null", "batch_size": 8, "device": "cpu"}
+    commands.run_command(["adapt", "--config", str(recipe), *(f"--{name}={value}" for name, value in flags.items())])
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["steps"] == 2 and metrics["words"] == 300
+
+
+def test_bad_input_in_one_sentence(run, tmp_path, monkeypatch):
+    folder = run("out", max_steps=2)
+    with pytest.raises(ValueError, match=r"output: .* go on with it by --resume true"):
+        run("out")
+    with pytest.raises(ValueError, match="resume: the checkpoint is of another adapter"):
+        run("out", resume=True, vocabulary=90)
+    with pytest.raises(FileNotFoundError, match="resume: there is no file"):
+        run("other", resume=True)
+    with pytest.raises(ValueError, match="batch_size: 500, but there are only"):
+        run("other", batch_size=500)
+    with pytest.raises(ValueError, match="unroll: 0 is not a whole number from 1 up"):
+        run("other", unroll=0)
+    with pytest.raises(ValueError, match=r"ema: 1\.0 is not a number between 0 and 1"):
+        run("other", ema=1.0)
+    with pytest.raises(FileNotFoundError, match="answers: there is no file"):
+        adapt([str(tmp_path / "none.jsonl")], str(tmp_path / "other"), AdapterTraining())
+    (folder / CHECKPOINT).write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"resume: .* is not a readable checkpoint"):
+        run("out", resume=True)
+
+
+def test_training_ends_when_its_time_is_up(run):
+    metrics = json.loads((run("out", max_steps=None, max_minutes=0.02) / "metrics.json").read_text())
+    assert 1.2 <= metrics["seconds"] < 10 and metrics["steps"] > 1

@@ -1,0 +1,152 @@
+"""What an exit adapter is trained on: rows from answers, their split, and the states on disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lskip import adapter_states
+from lskip.adapter_states import (
+    ROWS_FILE,
+    answer_states,
+    frequent_words,
+    is_held_out,
+    read_answers,
+)
+
+
+@pytest.fixture
+def answers_file(tmp_path) -> Path:
+    """120 answers as `lskip predict` writes them, some of them held out."""
+    reasons = ("length", "eos")
+    lines = [
+        {
+            "prompt": f"def f{i}(a, b):",
+            "text": f"return a + b\n    print(add(i, 1)) # {i}",
+            "finish_reason": reasons[i % 2],
+        }
+        for i in range(120)
+    ]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path / "answers.jsonl"
+
+
+@pytest.fixture
+def rows(answers_file, tiny_tokenizer):
+    """Function model -> rows of 120 answers, some held out."""
+    return lambda model: read_answers([answers_file], model, tiny_tokenizer, 40)
+
+
+def test_rows_are_prompt_and_answer(tmp_path, tiny_model, tiny_tokenizer):
+    text = "return a"
+    messages = [{"role": "user", "content": "x"}]
+    lines = [
+        {"prompt": f"def f{i}(x):", "text": text, "finish_reason": reason}
+        for i in range(60)
+        for reason in ("eos", "length")
+    ]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in [*lines, lines[0]]))
+    rows = read_answers([path, path], tiny_model(), tiny_tokenizer, 64)
+    assert len(rows) == 120  # each once
+    encode = lambda text: tiny_tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    told = {(row.token_ids, row.prompt_length): row.held_out for row in rows}
+    for i in range(60):
+        prompt = encode(f"def f{i}(x):")
+        for answer in (encode(text), [*encode(text), 0]):
+            assert told[(*prompt, *answer), len(prompt)] == is_held_out(f"def f{i}(x):")
+    cut = read_answers([path], tiny_model(), tiny_tokenizer, 12)
+    assert max(len(row.token_ids) for row in cut) == 12
+    with pytest.raises(ValueError, match="need a tokenizer with a chat template"):
+        path.write_text(json.dumps({"messages": messages, "text": text}))
+        read_answers([path], tiny_model(), tiny_tokenizer, 64)
+
+
+def test_three_in_a_hundred_prompts_are_held_out():
+    share = sum(is_held_out(f"prompt {i}") for i in range(20000)) / 20000
+    assert 0.025 < share < 0.035
+    assert is_held_out([{"role": "user", "content": "a"}]) == is_held_out([{"content": "a", "role": "user"}])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "line 1 of .* is not JSON"),
+        ('{"prompt": "x"}', "line 1 of .* is not what `lskip predict` writes"),
+        ('{"text": "x"}', "line 1 of .* is not what"),
+        ('{"prompt": "x", "text": ""}', "of 0 answers within 40 tokens none"),
+        ('{"prompt": "x", "text": "y"}', "of 1 answers within 40 tokens none is held out"),
+    ],
+)
+def test_files_that_are_no_answers(tmp_path, tiny_model, tiny_tokenizer, content, message):
+    (tmp_path / "answers.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_answers([tmp_path / "answers.jsonl"], tiny_model(), tiny_tokenizer, 40)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_states_on_disk_are_the_models_own(tmp_path, tiny_model, rows, family):
+    """Against transformers' hidden states of each row alone."""
+    model = tiny_model(family)
+    wanted = rows(model)
+    train, held_out = answer_states(model, wanted, 3, tmp_path / "cache")
+    for states, side in ((train, False), (held_out, True)):
+        picked = [row for row in wanted if row.held_out == side]
+        assert len(states) == len(picked) > 0
+        for row, kept in list(zip(picked, states, strict=True))[:: 1 if side else 20]:
+            with torch.no_grad():
+                output = model(torch.tensor([row.token_ids]), output_hidden_states=True)
+            assert kept["token_ids"].tolist() == list(row.token_ids)
+            torch.testing.assert_close(kept["exit_states"].float(), output.hidden_states[3][0], rtol=0.01, atol=0.01)
+            torch.testing.assert_close(kept["last_states"].float(), output.hidden_states[-1][0], rtol=0.01, atol=0.01)
+            scored = kept["scored"].nonzero().flatten().tolist()
+            assert scored == list(range(row.prompt_length - 1, len(row.token_ids) - 1))
+            assert ("choices" in kept) == side
+            if side:
+                logits = output.logits[0]
+                chosen = logits[scored].gather(1, kept["choices"][scored][:, None].long()).squeeze(1)
+                assert (logits[scored].max(-1).values - chosen < 0.1).all()  # but for the rounding of states
+                assert (kept["choices"] >= 0).sum() == len(scored)
+
+
+def test_a_killed_computation_goes_on(tmp_path, tiny_model, rows, monkeypatch):
+    model = tiny_model()
+    whole = answer_states(model, rows(model), 2, tmp_path / "whole")
+    computed = []
+    compute = adapter_states._states_of
+    monkeypatch.setattr(
+        adapter_states, "_states_of", lambda batch, *more: computed.append(batch) or compute(batch, *more)
+    )
+    answer_states(model, rows(model), 2, tmp_path / "whole")
+    assert not computed  # all is there
+    part = answer_states(model, rows(model), 2, tmp_path / "part")[0]
+    folder = next((tmp_path / "part").iterdir()) / "train"
+    all_at_first, computed[:] = len(computed), []
+    with (folder / ROWS_FILE).open("r+b") as file:
+        file.truncate(8 * 70 + 3)  # in the midst of its 9th batch; the other files are ahead
+    with (folder / "exit_states.bin").open("ab") as file:
+        file.write(b"half a row")
+    again = answer_states(model, rows(model), 2, tmp_path / "part")
+    assert 0 < len(computed) < all_at_first - 8
+    for states, expected in zip(again, whole, strict=True):
+        for name, content in expected.parts.items():
+            assert (states.parts[name] == content).all()
+    assert len(part) == len(again[0])
+    assert (
+        answer_states(tiny_model(seed=1), rows(model), 2, tmp_path / "part")
+        and len(list((tmp_path / "part").iterdir())) == 2
+    )
+
+
+def test_words_are_the_most_frequent_ones(tiny_model, tiny_tokenizer, rows):
+    model = tiny_model()
+    words = frequent_words(rows(model), 10, model, tiny_tokenizer).tolist()
+    counts = torch.zeros(300)
+    for row in rows(model):
+        if not row.held_out:
+            counts += torch.bincount(torch.tensor(row.token_ids[row.prompt_length :]), minlength=300)
+    assert words == sorted(words) and 0 in words and len(words) == 10
+    left_out = counts.clone()
+    left_out[words] = 0
+    assert left_out.max() <= counts[[word for word in words if word]].min()
