@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import peers_gguf
 import torch
 from decoding_runs import Run
 from decoding_settings import LLAMA_CPP_PRECISIONS, Setting
 from transformers import PreTrainedModel
+
+from lskip.gguf_file import write_gguf
 
 WORKER = Path(__file__).parent / "peers_llama_cpp_worker.py"
 FILE_TYPES = {"float32": "F32", "bfloat16": "BF16", "Q8_0": "Q8_0"}
@@ -123,7 +124,7 @@ def write_files(process: LlamaCppProcess, source: str, model: PreTrainedModel, f
     base = packaged_file(source)
     if base is None:
         base = folder / "written.gguf"
-        peers_gguf.write_gguf(model, base)
+        write_gguf(model, base)
     for precision in LLAMA_CPP_PRECISIONS:
         target = folder / f"{precision}.gguf"
         process.ask(do="quantize", source=str(base), target=str(target), precision=FILE_TYPES[precision])

@@ -14,7 +14,7 @@ HELP = """usage: lskip COMMAND [options]
   test       the same on the test split
   predict    answer a file of prompts, one JSON line each
   generate   answer one prompt, streamed
-  export     a run as a plain transformers folder
+  export     a run as a transformers folder, its draft, and GGUF files
 
 `lskip COMMAND --help` shows the options, `lskip fit … --print_config` the whole configuration.
 Set LSKIP_TRACEBACK=1 to see where an error comes from.

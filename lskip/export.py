@@ -1,19 +1,36 @@
-"""`lskip export`: what was trained, as a plain transformers folder."""
+"""`lskip export`: what was trained, as plain folders and files that other tools read."""
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from pathlib import Path
 from typing import Literal
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
-from lskip.pretrained import load_model
+from lskip import gguf_file
+from lskip.decoder import LLAMA_LIKE
+from lskip.inference.settings import check_whole
+from lskip.model_card import NUM_SPECULATIONS, model_card
+from lskip.pretrained import find_source, load_config, load_model, load_tokenizer
+
+DRAFT_FOLDER, GGUF_FILE, CARD_FILE = "draft", "model.gguf", "README.md"
 
 
-def export(model: str, output: str, dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> None:
-    """Write a model as a transformers folder: safetensors, config, generation_config and tokenizer.
+def export(
+    model: str,
+    output: str,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    exit_layer: int | None = None,
+    num_speculations: int | None = None,
+    draft: int | None = None,
+    gguf: bool = False,
+) -> None:
+    """Write a model as a transformers folder: safetensors, config, generation_config, tokenizer, model card.
 
     `AutoModelForCausalLM.from_pretrained` loads it without lskip, and its `generate(assistant_early_exit=E)`
     decodes self-speculatively.
@@ -22,21 +39,94 @@ def export(model: str, output: str, dtype: Literal["float32", "bfloat16", "float
         model: a run folder, a checkpoint, a folder, a hub name, a .gguf file, smollm2.
         output: folder to make; it must not exist yet, or be empty.
         dtype: of the weights in the files.
+        exit_layer: blocks that are to draft: the model card says how. (assistant_early_exit in generation_config.json
+            would make transformers' drafts draft for themselves: slower than none.)
+        num_speculations: tokens that transformers' `generate` drafts at a time, with exit_layer or draft; null: 4.
+        draft: blocks of a second, smaller model that is written as well, to output/draft: the first blocks, the final
+            norm and the head, for whatever decodes with a draft model (vLLM, llama.cpp, transformers); null: none.
+        gguf: write model.gguf into output, and into output/draft, for llama.cpp; Llama family.
 
     Raises:
-        ValueError: `output` holds something or cannot be written. FileNotFoundError: no such model.
+        ValueError: `output` holds something or cannot be written, the model has fewer layers, or GGUF cannot hold
+            it. FileNotFoundError: no such model.
     """
     folder = Path(output)
     partial = _prepare(folder)
     try:
+        config = load_config(model)
+        _check_drafts(config, exit_layer, num_speculations, draft)
+        source = _check_gguf(model, config) if gguf else None
         loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
-        loaded.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+        _set_drafts(loaded.generation_config, exit_layer, num_speculations, draft)
+        parts = {folder.name: (loaded, partial)}
+        if draft is not None:
+            parts[f"{folder.name}-draft"] = first_layers(loaded, draft), partial / DRAFT_FOLDER
+        for name, (part, place) in parts.items():
+            part.save_pretrained(place)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(place)
+            if gguf:
+                gguf_file.write_gguf(part, place / GGUF_FILE, source or tokenizer, name)
+        card = model_card(model, folder.name, config, exit_layer, num_speculations, draft, gguf)
+        (partial / CARD_FILE).write_text(card, encoding="utf-8")
         # Only a whole model ever stands under the name that was asked for.
         os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _set_drafts(
+    settings: GenerationConfig, exit_layer: int | None, num_speculations: int | None, draft: int | None
+) -> None:
+    if exit_layer is not None or draft is not None:
+        # transformers' own default of 20 is far too many for an exit.
+        settings.num_assistant_tokens = num_speculations or NUM_SPECULATIONS
+
+
+def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
+    """A model of the same family: `num_layers` blocks from the bottom, then the final norm and the head.
+
+    Its logits are those of `model`'s exit after so many blocks. It has weights of its own.
+    """
+    config = copy.deepcopy(model.config).to_dict()
+    config["num_hidden_layers"] = num_layers
+    if config.get("layer_types") is not None:
+        config["layer_types"] = config["layer_types"][:num_layers]
+    with no_init_weights():
+        draft = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=model.dtype)
+    weights = model.state_dict()
+    draft.load_state_dict({name: weights[name] for name in draft.state_dict()})
+    draft.generation_config = copy.deepcopy(model.generation_config)
+    draft.generation_config.assistant_early_exit = None  # the draft is the exit
+    return draft.eval()
+
+
+def _check_drafts(
+    config: PreTrainedConfig, exit_layer: int | None, num_speculations: int | None, draft: int | None
+) -> None:
+    family, num_layers = config.model_type, config.num_hidden_layers
+    for name, value in (("exit_layer", exit_layer), ("draft", draft)):
+        if value is None:
+            continue
+        if family not in LLAMA_LIKE:
+            raise ValueError(f"{name}: a model of family {family} cannot be cut; these can: {', '.join(LLAMA_LIKE)}")
+        if not 1 <= value < num_layers:
+            raise ValueError(f"{name}: {value} is not from 1 to {num_layers - 1}; the model has {num_layers} layers")
+    if num_speculations is not None:
+        check_whole("num_speculations", num_speculations, 1)
+        if exit_layer is None and draft is None:
+            raise ValueError(f"num_speculations: {num_speculations} is given, but neither exit_layer nor draft is")
+
+
+def _check_gguf(model: str, config: PreTrainedConfig) -> Path | None:
+    """The GGUF file that the model comes from, if any: its tokenizer is copied as it is."""
+    found = find_source(model)
+    source = Path(found.place) if found.kind == "gguf" else None
+    if (reason := gguf_file.obstacle(config, source)) is None and source is None:
+        reason = gguf_file.obstacle(config, load_tokenizer(model))
+    if reason is not None:
+        raise ValueError(f"gguf: this model cannot be written as GGUF ({reason})")
+    return source
 
 
 def _prepare(folder: Path) -> Path:

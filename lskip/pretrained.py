@@ -23,7 +23,15 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+)
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -34,7 +42,7 @@ _LEGACY_FIELDS = {"rope_theta", "rope_scaling", "torch_dtype"}
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """Where a model lies: its kind (gguf, checkpoint, folder or hub) and its path or hub name."""
 
     kind: str
@@ -59,31 +67,56 @@ def load_model(
     """
     if isinstance(source, dict):
         return _from_scratch(source, dtype), None
-    found = _find(source)
+    found = find_source(source)
     if found.kind == "checkpoint":
         return _from_checkpoint(Path(found.place), dtype)
     model = _from_transformers(AutoModelForCausalLM, found, dtype=dtype, attn_implementation="sdpa")
     _forget_quantization(model)
-    return model.eval(), _from_transformers(AutoTokenizer, found) if _has_tokenizer(found) else None
+    return model.eval(), _read_tokenizer(found) if _has_tokenizer(found) else None
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """Load only the tokenizer of `source`. Raises as `load_model` does, and ValueError if there is none."""
-    found = _find(source)
+    found = find_source(source)
     tokenizer = None
     if found.kind == "checkpoint":
         tokenizer = _saved_tokenizer(read_checkpoint(Path(found.place))["lskip"])
     elif _has_tokenizer(found):
-        tokenizer = _from_transformers(AutoTokenizer, found)
+        tokenizer = _read_tokenizer(found)
     if tokenizer is None:
         raise ValueError(f"model: {source!r} has no tokenizer")
     return tokenizer
 
 
-def _has_tokenizer(found: _Source) -> bool:
+def load_config(source: str) -> PreTrainedConfig:
+    """The config of what `load_model` would load, its weights unread. Raises as that does."""
+    found = find_source(source)
+    if found.kind == "checkpoint":
+        return AutoConfig.for_model(**read_checkpoint(Path(found.place))["lskip"]["config"])
+    return _from_transformers(AutoConfig, found)
+
+
+def _has_tokenizer(found: Source) -> bool:
     """False for a folder with weights alone; what is not a folder is asked when it is loaded."""
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
     return found.kind != "folder" or any((Path(found.place) / name).is_file() for name in names)
+
+
+def _read_tokenizer(found: Source) -> PreTrainedTokenizerBase:
+    tokenizer = _from_transformers(AutoTokenizer, found)
+    if found.kind == "gguf" and _words_of_gguf(found.place) == "smollm":
+        # transformers forgets that these cut a number into its digits: "x  3" would become other tokens.
+        words = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(words)
+    return tokenizer
+
+
+def _words_of_gguf(path: str) -> str | None:
+    """llama.cpp's name for how this file's tokenizer cuts a text into words."""
+    from gguf import GGUFReader  # an extra, which `_from_transformers` has asked for
+
+    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    return None if field is None else field.contents()
 
 
 def is_run(folder: Path) -> bool:
@@ -91,29 +124,30 @@ def is_run(folder: Path) -> bool:
     return (folder / LAST_CHECKPOINT).is_file()
 
 
-def _find(source: str) -> _Source:
+def find_source(source: str) -> Source:
+    """Where the model lies that `source` names. Raises as `load_model` does."""
     if not isinstance(source, str) or not source:
         raise ValueError(f"model: {source!r} is no model; allowed are {ALLOWED}")
     if source == "smollm2":
-        return _Source("gguf", str(_smollm2_file()))
+        return Source("gguf", str(_smollm2_file()))
     path = Path(source).expanduser()
     if path.is_dir():
         return _find_in_folder(path)
     if path.suffix in (".gguf", ".ckpt") and path.is_file():
-        return _Source("gguf" if path.suffix == ".gguf" else "checkpoint", str(path))
+        return Source("gguf" if path.suffix == ".gguf" else "checkpoint", str(path))
     if path.suffix in (".gguf", ".ckpt") or (path.parent != Path() and path.parent.is_dir() and not path.exists()):
         # A folder named like the owner is here: this is a misspelled path, not a name on the hub.
         raise FileNotFoundError(f"model: there is no file or folder {source!r}")
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
         raise ValueError(f"model: {source!r} is no model that lskip can read; allowed are {ALLOWED}")
-    return _Source("hub", source)
+    return Source("hub", source)
 
 
-def _find_in_folder(folder: Path) -> _Source:
+def _find_in_folder(folder: Path) -> Source:
     if is_run(folder):
-        return _Source("checkpoint", str(folder / LAST_CHECKPOINT))
+        return Source("checkpoint", str(folder / LAST_CHECKPOINT))
     if (folder / "config.json").is_file():
-        return _Source("folder", str(folder))
+        return Source("folder", str(folder))
     raise FileNotFoundError(
         f"model: in folder '{folder}' is neither {LAST_CHECKPOINT} (a run) nor config.json (a model)"
     )
@@ -127,7 +161,7 @@ def _smollm2_file() -> Path:
     return files[0]
 
 
-def _from_transformers(auto_class: type, found: _Source, **arguments):
+def _from_transformers(auto_class: type, found: Source, **arguments):
     if found.kind == "gguf":
         _require_gguf_packages()
     try:
@@ -143,7 +177,7 @@ def _require_gguf_packages() -> None:
         raise ValueError(f"model: to read GGUF, run: pip install {' '.join(missing)}")
 
 
-def _could_not_load(found: _Source, error: Exception) -> str:
+def _could_not_load(found: Source, error: Exception) -> str:
     if found.kind == "hub":
         reason = _one_line(error, 70)
         return f"model: {found.place!r} is not here and not on the hub ({reason}); allowed are {ALLOWED}"

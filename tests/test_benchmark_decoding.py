@@ -8,7 +8,6 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -269,48 +268,6 @@ def test_passes_and_drafts_of_transformers_are_counted():
 
 
 # llama.cpp.
-
-
-def test_rotary_pairs_by_hand():
-    from peers_gguf import rotary_pairs
-
-    weight = np.arange(16).reshape(8, 2)  # two heads of 4 rows: first half 0 1, second half 2 3
-    assert rotary_pairs(weight, 2)[:, 0].tolist() == [0, 4, 2, 6, 8, 12, 10, 14]
-    assert (rotary_pairs(weight, 2)[:, 1] - rotary_pairs(weight, 2)[:, 0]).tolist() == [1] * 8
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_transformers_reads_the_gguf_file_as_the_same_model(tmp_path, tied):
-    pytest.importorskip("gguf")
-    pytest.importorskip("accelerate")
-    from conftest import make_model
-    from peers_gguf import write_gguf
-    from transformers import AutoModelForCausalLM
-
-    # heads x head_dim is not the hidden size; a rotary base that is not the default
-    model = make_model(head_dim=16, tie_word_embeddings=tied, rope_theta=5e3)
-    write_gguf(model, tmp_path / "model.gguf")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf").eval()
-    ids = torch.tensor([[5, 9, 77, 123, 44, 2, 9, 5, 31]])
-    with torch.inference_mode():
-        assert torch.equal(again(ids).logits, model(ids).logits)
-
-
-@pytest.mark.parametrize(
-    ("family", "overrides", "reason"),
-    [
-        ("qwen3", {}, "its family is qwen3"),
-        ("llama", {"attention_bias": True}, "its linears have a bias"),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "of type linear"),
-    ],
-)
-def test_a_model_that_gguf_would_get_wrong_is_refused(tmp_path, family, overrides, reason):
-    from conftest import make_model
-    from peers_gguf import write_gguf
-
-    pytest.importorskip("gguf")
-    with pytest.raises(ValueError, match=f"^model: cannot be written as GGUF .*{reason}"):
-        write_gguf(make_model(family, **overrides), tmp_path / "model.gguf")
 
 
 FAKE_LLAMA_CPP = """

@@ -96,6 +96,9 @@ def test_smollm2_is_read_without_importing_its_package(tmp_path):
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert tokenizer.decode(model(ids).logits[0, -1].argmax()).strip() == "Paris"
+    # llama.cpp's tokens; transformers alone reads the two spaces apart
+    assert tokenizer("x  3")["input_ids"] == [104, 256, 35]
+    assert load_tokenizer("smollm2")("½ 3e8")["input_ids"] == [16738, 216, 35, 85, 40]
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert torch.equal(again(ids).logits, model(ids).logits)

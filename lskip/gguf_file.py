@@ -1,0 +1,198 @@
+"""A Llama as a GGUF file, which llama.cpp and its tools run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+# The ways to cut a text into words before byte-level BPE: llama.cpp's name -> the steps in a tokenizer.json.
+_GPT2_WORDS = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+PRE_TOKENIZERS = {
+    "gpt-2": [_GPT2_WORDS],  # tokenizers trained by lskip, too
+    "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2_WORDS],
+}
+
+
+def write_gguf(
+    model: LlamaForCausalLM, path: Path, tokenizer: PreTrainedTokenizerBase | Path | None = None, name: str = ""
+) -> None:
+    """Write `model` to `path`, its matrices in the model's own dtype, its norms in float32 (llama.cpp wants that).
+
+    Args:
+        tokenizer: goes into the file; a path is a GGUF file whose tokenizer is copied. None: the file has no
+            tokenizer, prompts and answers are token ids.
+        name: what tools call the model.
+
+    Raises:
+        ValueError: obstacle(model.config, tokenizer) is not None.
+    """
+    if (reason := obstacle(model.config, tokenizer)) is not None:
+        raise ValueError(f"model: cannot be written as GGUF ({reason})")
+    import gguf
+
+    writer = gguf.GGUFWriter(str(path), "llama")
+    if name:
+        writer.add_name(name)
+    _add_sizes(writer, model.config)
+    _add_tokenizer(writer, tokenizer, model.config)
+    file_types = gguf.LlamaFileType
+    writer.add_file_type(
+        {
+            torch.float32: file_types.ALL_F32,
+            torch.float16: file_types.MOSTLY_F16,
+            torch.bfloat16: file_types.MOSTLY_BF16,
+        }[model.dtype]
+    )
+    _add_weights(writer, model)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def obstacle(config, tokenizer: PreTrainedTokenizerBase | Path | None = None) -> str | None:
+    """Why this file cannot write a model of `config` with `tokenizer`; None when it can."""
+    if importlib.util.find_spec("gguf") is None:
+        return "it needs: pip install gguf"
+    if not isinstance(config, LlamaConfig):
+        return f"its family is {config.model_type}, only llama is covered"
+    if config.attention_bias or config.mlp_bias:
+        return "its linears have a bias"
+    if config.hidden_act != "silu":
+        return f"its activation is {config.hidden_act}"
+    kind = config.rope_parameters["rope_type"]
+    if kind != "default":
+        return f"its rotary embedding is of type {kind}"
+    return _tokenizer_obstacle(tokenizer, config) if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+
+
+def _tokenizer_obstacle(tokenizer: PreTrainedTokenizerBase, config: LlamaConfig) -> str | None:
+    rules = _rules(tokenizer)
+    if rules is None or rules["model"]["type"] != "BPE" or rules["model"].get("byte_fallback"):
+        return "its tokenizer is no byte-level BPE"
+    changed = rules["normalizer"] is not None or rules["model"].get("ignore_merges")
+    if changed or _pre_tokenizer(rules) is None:
+        return f"its tokenizer cuts text in another way than {' and '.join(PRE_TOKENIZERS)}"
+    if tokenizer.eos_token_id is None:
+        return "its tokenizer has no end-of-text token"
+    if len(tokenizer) > config.vocab_size:
+        return f"its tokenizer has {len(tokenizer)} entries, the model {config.vocab_size}"
+    return None
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase) -> dict | None:
+    """What is in its tokenizer.json; None: it has none."""
+    return json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else None
+
+
+def _pre_tokenizer(rules: dict) -> str | None:
+    """llama.cpp's name for how the tokenizer cuts a text into words; None: another way."""
+    cut = rules["pre_tokenizer"] or {}
+    steps = cut.get("pretokenizers", [cut])
+    # trim_offsets is about positions in the text: the tokens are the same.
+    steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
+    return next((name for name, known in PRE_TOKENIZERS.items() if known == steps), None)
+
+
+def _add_sizes(writer, config: LlamaConfig) -> None:
+    """What llama.cpp must know before it reads a weight."""
+    head_dim = config.head_dim
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def _add_tokenizer(writer, tokenizer: PreTrainedTokenizerBase | Path | None, config: LlamaConfig) -> None:
+    if tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")
+    elif isinstance(tokenizer, Path):
+        _copy_tokenizer(writer, tokenizer)
+    else:
+        _add_byte_level_bpe(writer, tokenizer, config)
+
+
+def _copy_tokenizer(writer, path: Path) -> None:
+    from gguf import GGUFReader, GGUFValueType
+
+    for key, field in GGUFReader(path).fields.items():
+        if key.startswith("tokenizer."):
+            sub_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+            writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub_type)
+
+
+def _add_byte_level_bpe(writer, tokenizer: PreTrainedTokenizerBase, config: LlamaConfig) -> None:
+    rules = _rules(tokenizer)
+    tokens, kinds = _entries(tokenizer, config.vocab_size)
+    writer.add_tokenizer_model("gpt2")  # llama.cpp's name for byte-level BPE, whoever trained it
+    writer.add_tokenizer_pre(_pre_tokenizer(rules))
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(pair) for pair in rules["model"]["merges"]])
+    # Left out, llama.cpp would take a token of GPT-2's for the beginning of a text.
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
+    ids = {"bos": bos, "eos": tokenizer.eos_token_id, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}
+    for kind, token in ids.items():
+        if token is not None:
+            getattr(writer, f"add_{kind}_token_id")(token)
+    text = tokenizer("a")["input_ids"]
+    writer.add_add_bos_token(text[0] == bos)
+    writer.add_add_eos_token(text[-1] == tokenizer.eos_token_id)
+    if tokenizer.chat_template is not None:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _entries(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[list[str], list[int]]:
+    """Text and kind of each of the model's tokens; those that the tokenizer does not know are unused."""
+    from gguf import TokenType
+
+    tokens = [f"[PAD{index}]" for index in range(vocab_size)]
+    kinds = [TokenType.UNUSED] * vocab_size
+    for token, index in tokenizer.get_vocab().items():
+        tokens[index], kinds[index] = token, TokenType.NORMAL
+    for index, added in tokenizer.added_tokens_decoder.items():
+        kinds[index] = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
+    return tokens, kinds
+
+
+def _add_weights(writer, model: LlamaForCausalLM) -> None:
+    import gguf
+
+    kinds = gguf.GGMLQuantizationType
+    matrices = {torch.float32: kinds.F32, torch.float16: kinds.F16, torch.bfloat16: kinds.BF16}[model.dtype]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    for name, weight in model.named_parameters():  # a tied head is no parameter of its own, and GGUF leaves it out too
+        kind = matrices if weight.ndim == 2 else kinds.F32
+        array = gguf.quants.quantize(_array(name, weight, model.config), kind)
+        writer.add_tensor(names.get_name(name, (".weight",)), array, raw_dtype=kind)
+
+
+def _array(name: str, weight: Tensor, config: LlamaConfig) -> np.ndarray:
+    """In float32, q and k in the order that llama.cpp's rotary embedding expects."""
+    array = weight.detach().float().cpu().numpy()
+    if "q_proj" in name:
+        return rotary_pairs(array, config.num_attention_heads)
+    return rotary_pairs(array, config.num_key_value_heads) if "k_proj" in name else array
+
+
+def rotary_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
+    """[heads head_dim, in] with each head's rows reordered from [first half, second half] to interleaved pairs.
+
+    transformers turns row i with row i + head_dim / 2 of a head, llama.cpp row 2 i with row 2 i + 1.
+    """
+    halves = weight.reshape(heads, 2, -1, weight.shape[1])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
