@@ -13,6 +13,7 @@ from peers_llama_cpp import LlamaCpp, LlamaCppProcess, write_files
 from peers_transformers import Assistants, Transformers
 from transformers import PreTrainedModel
 
+from lskip.exit_adapter import ExitAdapter
 from lskip.inference.generator import end_tokens
 from lskip.pretrained import load_model
 
@@ -20,18 +21,26 @@ from lskip.pretrained import load_model
 class Contestants:
     """What contestants share: the model, its generators, assistants, and llama.cpp's process."""
 
-    def __init__(self, source: str, model: PreTrainedModel, assistant: PreTrainedModel | None, release: bool = False):
+    def __init__(
+        self,
+        source: str,
+        model: PreTrainedModel,
+        assistant: PreTrainedModel | None,
+        release: bool = False,
+        exit_adapter: ExitAdapter | None = None,
+    ):
         """
         Args:
             source: what --model said.
             assistant: of two-model drafting; None: copies of the model's first blocks.
             release: lskip converts the model instead of copying it; then one contestant can be built, not more.
+            exit_adapter: of lskip's draft "adapter".
 
         Raises:
             ValueError: the assistant does not go with the model.
         """
         self.source, self.model = source, model
-        self.generators = Generators(model, release)
+        self.generators = Generators(model, release, exit_adapter)
         self.assistants = Assistants(model, assistant)
         self.llama_cpp: LlamaCppProcess | None = None
 

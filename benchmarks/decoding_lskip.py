@@ -8,9 +8,10 @@ from copy import copy
 from functools import partial
 
 from decoding_runs import PROMPT, Run
-from decoding_settings import DRAFTS, OWN_WEIGHTS, Setting
+from decoding_settings import ADAPTER, DRAFTS, OWN_WEIGHTS, Setting
 from transformers import PreTrainedModel
 
+from lskip.exit_adapter import ExitAdapter
 from lskip.inference import TextGenerator
 from lskip.inference.drafting import ConfidenceDraft, CostAwareDraft, Draft, DraftPlan, DraftPolicy, FixedDraft
 
@@ -20,9 +21,13 @@ POLICY_CLASSES = {"fixed": FixedDraft, "confidence": ConfidenceDraft, "cost_awar
 class Generators:
     """One model, ready for decoding with each kind of draft weights."""
 
-    def __init__(self, model: PreTrainedModel, release: bool = False):
-        """release: convert the model instead of copying it; then there can be one generator only."""
-        self.model, self.release = model, release
+    def __init__(self, model: PreTrainedModel, release: bool = False, exit_adapter: ExitAdapter | None = None):
+        """
+        Args:
+            release: convert the model instead of copying it; then there can be one generator only.
+            exit_adapter: of the draft "adapter".
+        """
+        self.model, self.release, self.exit_adapter = model, release, exit_adapter
         self.made: dict[str | None, TextGenerator] = {}
 
     def drafting_with(self, draft_weights: str | None) -> TextGenerator:
@@ -32,6 +37,8 @@ class Generators:
                 made = copy(self.drafting_with(None))
                 made.draft_step = copy(made.step)
                 vars(made).pop("costs", None)  # measured without a draft step
+            elif draft_weights == ADAPTER:
+                made = TextGenerator(self.model, exit_adapter=self.exit_adapter, release_model=self.release)
             else:
                 made = TextGenerator(self.model, draft_weights=draft_weights, release_model=self.release)
             self.made[draft_weights] = made

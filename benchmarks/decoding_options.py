@@ -10,12 +10,13 @@ from decoding_contestants import Contestants, load
 from decoding_settings import BASES, DRAFTS, METHODS, POLICIES, Grid, Setting, default_exit_layers
 from peers_llama_cpp import find_python
 
+from lskip.exit_adapter import load_adapter
 from lskip.inference.text import encode_prompt
 from lskip.prompt_file import read_prompts
 
 # --quick sets what was not named: it shows that everything runs; its times say nothing.
 DEFAULTS = {"max_new_tokens": 100, "num_speculations": (2, 4, 6), "batch_sizes": (1,), "limit_prompts": None}
-DEFAULT_DRAFTS = tuple(draft for draft in DRAFTS if draft != "layers_uncached")
+DEFAULT_DRAFTS = tuple(draft for draft in DRAFTS if draft not in ("layers_uncached", "adapter"))
 QUICK = {"max_new_tokens": 8, "num_speculations": (2,), "batch_sizes": (1, 2), "limit_prompts": 2}
 
 
@@ -81,6 +82,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--limit_prompts", type=number, help="take this many of the prompts")
     add("--repeats", type=number, default=1, help="how often all prompts are gone over")
     add("--assistant", help="model for hf_assistant (as --model); default: copies of the first E blocks")
+    add("--exit_adapter", type=Path, help="folder of an exit adapter for the model; adds adapter to the drafts")
     add("--llama_cpp_python", help="interpreter that has llama_cpp; default: this one, if it has")
     add("--memory", action="store_true", help="then measure peak memory too, each setting in a process of its own")
     add("--threads", type=number, default=2)
@@ -104,7 +106,8 @@ def prepare(options: argparse.Namespace) -> Job:
     python = find_python(options.llama_cpp_python) if wants_llama_cpp else None
     model, tokenizer = load(options.model, options.dtype, options.device)
     assistant = load(options.assistant, options.dtype, options.device)[0] if options.assistant else None
-    shared = Contestants(options.model, model, assistant)
+    adapter = load_adapter(options.exit_adapter, model) if options.exit_adapter else None
+    shared = Contestants(options.model, model, assistant, exit_adapter=adapter)
     choose_exit_layers(options, model.config.num_hidden_layers)
     prompts = [encode_prompt(prompt.content, tokenizer, None, model.config.vocab_size) for prompt in written]
     job = Job(options, shared, prompts, settings_of(options), python)
@@ -118,11 +121,15 @@ def prepare(options: argparse.Namespace) -> Job:
 
 
 def check_names(options: argparse.Namespace) -> None:
-    """ValueError for a method, draft or policy that there is not."""
+    """ValueError for a method, draft or policy that there is not; an adapter that is given is a draft."""
     for name, known in (("methods", METHODS), ("drafts", DRAFTS), ("policies", POLICIES)):
         for value in getattr(options, name):
             if value not in known:
                 raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}")
+    if options.exit_adapter is None and "adapter" in options.drafts:
+        raise ValueError("drafts: 'adapter' needs --exit_adapter, the folder of one for this model")
+    if options.exit_adapter is not None and "adapter" not in options.drafts:
+        options.drafts += ("adapter",)
 
 
 def choose_exit_layers(options: argparse.Namespace, num_layers: int) -> None:

@@ -20,13 +20,14 @@ POLICIES = ("fixed", "confidence", "cost_aware")
 LLAMA_CPP_PRECISIONS = ("float32", "bfloat16", "Q8_0")
 
 
-OWN_WEIGHTS = "own"
+OWN_WEIGHTS, ADAPTER = "own", "adapter"
 
 
 class Source(NamedTuple):
     """What drafts, in the words of TextGenerator: `draft_weights` it is made with, `draft` it is called with.
 
     OWN_WEIGHTS: the model's own, as if they were another's: verification runs every block again.
+    ADAPTER: the model's own, and an exit adapter behind its first blocks.
     """
 
     draft_weights: str | None
@@ -39,6 +40,7 @@ DRAFTS = {
     "layers_uncached": Source(OWN_WEIGHTS, "weights"),
     "int8": Source("int8", "weights"),
     "int4": Source("int4", "weights"),
+    "adapter": Source(ADAPTER, "adapter"),
     "ngram": Source(None, "ngram"),
     # Everything that the generator has: the cost-aware policy chooses.
     "any": Source(None, None),

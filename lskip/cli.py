@@ -14,13 +14,14 @@ HELP = """usage: lskip COMMAND [options]
   test       the same on the test split
   predict    answer a file of prompts, one JSON line each
   generate   answer one prompt, streamed
+  adapt      train an exit adapter for a model that stays as it is
   export     a run as a transformers folder, its draft, and GGUF files
 
 `lskip COMMAND --help` shows the options, `lskip fit … --print_config` the whole configuration.
 Set LSKIP_TRACEBACK=1 to see where an error comes from.
 """
 _TRAINING = ("fit", "validate", "test")
-_PLAIN = ("predict", "generate", "export")
+_PLAIN = ("predict", "generate", "export", "adapt")
 
 
 def main(arguments: list[str] | None = None) -> int:

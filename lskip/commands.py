@@ -1,16 +1,15 @@
-"""`lskip predict`, `generate` and `export`, as functions; their arguments are the command line's options."""
+"""`lskip predict` and `generate` as functions, and how a command's arguments become options of the command line."""
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 from tqdm import tqdm
@@ -39,6 +38,8 @@ class LoadingOptions:
         compiled: run the blocks through torch.compile; for GPUs.
         costs_file: JSON file that keeps what a pass costs on this machine, which CostAwareDraft goes by; made where
             there is none. null: measured each time, which takes seconds.
+        exit_adapter: folder of an exit adapter that was trained for this model; with num_speculations it drafts.
+            null: none.
     """
 
     model: str = "smollm2"
@@ -49,6 +50,7 @@ class LoadingOptions:
     bit_exact: bool | None = None
     compiled: bool = False
     costs_file: str | None = None
+    exit_adapter: str | None = None
 
     def load(self) -> TextGenerator:
         """ValueError, FileNotFoundError: as load_generator."""
@@ -65,8 +67,9 @@ class DecodingOptions:
         exit_criterion: stops each token at the first layer that is sure enough (Entropy, Margin, Saturation; another
             text, not verified); null: none.
         num_speculations: tokens drafted, at most, before the whole model verifies them; 0 does not draft.
-        draft: what drafts: layers (the first exit_layer blocks), weights (the draft_weights) or ngram (what followed
-            the same tokens earlier in the text); null: the draft_weights, or else the layers.
+        draft: what drafts: layers (the first exit_layer blocks), weights (the draft_weights), ngram (what followed
+            the same tokens earlier in the text) or adapter (the exit_adapter); null: the exit_adapter, else the
+            draft_weights, else the layers.
         draft_policy: decides round by round how many tokens are drafted, and by what; null: num_speculations always.
         acceptance: which drafted tokens are kept when sampling; shared_noise gives the same text as without drafts,
             rejection keeps more of them.
@@ -85,7 +88,7 @@ class DecodingOptions:
     exit_layer: int | None = None
     exit_criterion: ExitCriterion | None = None
     num_speculations: int = 0
-    draft: Literal["layers", "weights", "ngram"] | None = None
+    draft: Literal["layers", "weights", "ngram", "adapter"] | None = None
     draft_policy: DraftPolicy | None = None
     acceptance: Literal["shared_noise", "rejection"] = "shared_noise"
     temperature: float | None = None
@@ -228,24 +231,31 @@ def _in_words(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-_COMMANDS: dict[str, Callable] = {"predict": predict, "generate": generate, "export": export}
-# Arguments of a command that stand for a group of options.
-_GROUPS = {"decoding": DecodingOptions, "loading": LoadingOptions}
 _CLASSES = {"draft_policy": DraftPolicy, "exit_criterion": ExitCriterion}
 
 
 def run_command(arguments: list[str]) -> None:
-    """Run `predict`, `generate` or `export`: the first argument says which, the others are its options."""
+    """Run `predict`, `generate`, `export` or `adapt`: the first argument says which, the others are its options."""
     name, *options = arguments
-    command = _COMMANDS[name]
+    command = command_named(name)
     parser = ArgumentParser(prog=f"lskip {name}", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with the options below")
-    groups = {key: kind for key, kind in _GROUPS.items() if key in inspect.signature(command).parameters}
+    # Arguments that stand for a group of options.
+    groups = {key: kind for key, kind in get_type_hints(command).items() if is_dataclass(kind)}
     plain = parser.add_function_arguments(command, skip=set(groups))
     members = {key: parser.add_class_arguments(kind) for key, kind in groups.items()}
     values = _parse(parser, options)
     given = {key: kind(**{member: values[member] for member in members[key]}) for key, kind in groups.items()}
     command(**{key: values[key] for key in plain}, **given)
+
+
+def command_named(name: str) -> Callable[..., None]:
+    """The function that runs a command."""
+    if name == "adapt":
+        from lskip.adapt import adapt  # brings Lightning, which the others do without
+
+        return adapt
+    return {"predict": predict, "generate": generate, "export": export}[name]
 
 
 def _parse(parser: ArgumentParser, options: list[str]):

@@ -107,10 +107,8 @@ def test_a_stopped_training_goes_on(run, monkeypatch, ema, stop):
     assert {**told, "seconds": 0} == {**expected, "seconds": 0}
 
 
-def test_the_recipe_is_understood(tmp_path, frozen, answers_file, monkeypatch):
+def test_the_recipe_is_understood(tmp_path, frozen, answers_file):
     """Through the command line's own parser, with a stand-in for the model and its answers."""
-    monkeypatch.setitem(commands._COMMANDS, "adapt", adapt)
-    monkeypatch.setitem(commands._GROUPS, "training", AdapterTraining)
     recipe = Path(__file__).parent.parent / "configs" / "recipes" / "adapter_smollm2.yaml"
     flags = {
         "answers": f"[{answers_file}]",

@@ -144,6 +144,7 @@ def test_without_llama_cpp_one_line_says_so(folder, tmp_path, monkeypatch):
     [
         (("--methods", "hf_generat"), "methods: 'hf_generat' is not one of autoregressive, "),
         (("--drafts", "layer"), "drafts: 'layer' is not one of layers, "),
+        (("--drafts", "adapter"), "drafts: 'adapter' needs --exit_adapter"),
         (("--policies", "fixed,x"), "policies: 'x' is not one of fixed, "),
         (("--exit_layers", "2,4"), "exit_layers: 4 is not from 1 to 3, below the last layer"),
         (("--prompts", "none.jsonl"), "prompts: there is no file 'none.jsonl'"),

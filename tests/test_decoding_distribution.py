@@ -5,6 +5,7 @@ The long version, over more draws: `python benchmarks/correctness.py sampling`.
 
 from __future__ import annotations
 
+from copy import copy
 from itertools import product
 from math import exp
 from typing import NamedTuple
@@ -16,7 +17,9 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from lskip.decoder import Decoder
+from lskip.exit_adapter import AdapterShape, ExitAdapter
 from lskip.inference import TextGenerator, rejection
+from lskip.inference.adapter import AdapterStep
 from lskip.inference.generator import build_draft_step
 
 WORDS, TOKENS, LAYERS, EXIT = 5, 4, 3, 1
@@ -27,6 +30,7 @@ DRAFTS = {
     "layers": {"draft": "layers", "exit_layer": EXIT},
     "weights": {"draft": "weights"},
     "ngram": {"draft": "ngram"},
+    "adapter": {"draft": "adapter"},
 }
 LEAST_P = 1e-4
 
@@ -52,6 +56,7 @@ TESTED = [
     Setup("layers", 2, "shared_noise", 8),
     Setup("weights", 1, "shared_noise", 8),
     Setup("ngram", 2, "shared_noise", 1),
+    Setup("adapter", 2, "rejection", 8),
 ]
 
 
@@ -66,6 +71,14 @@ def make_generator() -> TextGenerator:
     generator = TextGenerator(five_words(5), weights="plain", draft_weights="int8")
     generator.draft_step = build_draft_step(Decoder(five_words(9)), "int8")
     return generator
+
+
+def with_adapter(generator: TextGenerator) -> TextGenerator:
+    """The same with an exit adapter that knows three of the words, nothing of the others, and is not trained."""
+    made = copy(generator)
+    adapter = ExitAdapter(five_words(5), AdapterShape(EXIT), torch.tensor([0, 2, 3]))
+    made.adapter_step = AdapterStep(adapter)
+    return made
 
 
 @torch.inference_mode()
@@ -93,6 +106,8 @@ def joint(tables: list[Tensor]) -> Tensor:
 def draw(generator: TextGenerator, setup: Setup, draws: int, seed: int) -> Tensor:
     """[words^4]: how often each text was drawn."""
     settings = {**SAMPLING, **DRAFTS[setup.draft], "num_speculations": setup.num_speculations}
+    if setup.draft == "adapter":
+        generator = with_adapter(generator)
     outcomes = generator.generate_batch(
         [PROMPT] * draws, setup.batch_size, seed=seed, acceptance=setup.acceptance, **settings
     )
@@ -206,6 +221,8 @@ def test_a_seeds_text_is_the_same_with_and_without_speculation(generator, draft,
     """Longer texts, of which drafts that are far from the model guess some tokens and miss others."""
     settings = {**SAMPLING, "max_new_tokens": 24, "seed": 3}
     prompts = [PROMPT[:length] for length in (27, 3, 1, 20, 8, 15)]
+    if draft == "adapter":
+        generator = with_adapter(generator)
     plain = dict(generator.generate_batch(prompts, 1, **settings))
     for num_speculations in (2, 7):
         drafted = dict(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import make_model
 
+from lskip.exit_adapter import AdapterShape, ExitAdapter
 from lskip.inference import TextGenerator
 from lskip.inference.costs import Costs, RowCosts
 from lskip.inference.drafting import ConfidenceDraft, CostAwareDraft, DraftPolicy, FixedDraft
@@ -89,11 +90,13 @@ def transformers_texts(model, prompts: list[list[int]], most: int, context: int 
 
 def make_generators(model, family: str) -> dict[str, TextGenerator]:
     """Every form of weights that the family can have, by name."""
+    adapter = ExitAdapter(model, AdapterShape(exit_layer=2))
     if family == "modules":
-        return {"plain": TextGenerator(model)}
+        return {"plain": TextGenerator(model), "adapter": TextGenerator(model, exit_adapter=adapter)}
     generators = {form: TextGenerator(model, weights=form) for form in ("plain", "transposed", "packed")}
     generators |= {form: TextGenerator(model, weights="plain", draft_weights=form) for form in ("int8", "int4")}
     generators["bit_exact"] = TextGenerator(model, bit_exact=True)
+    generators["adapter"] = TextGenerator(model, weights="plain", draft_weights="int8", exit_adapter=adapter)
     for generator in generators.values():
         generator.costs = cheap_drafts(generator)
     return generators
@@ -103,13 +106,16 @@ def cheap_drafts(generator: TextGenerator) -> Costs:
     """Made-up costs by which more rows are free and a draft's blocks cost little: every draft is worth a try."""
     times = RowCosts((1, 64), (1.0, 1.01), (0.1, 0.11))
     rounded = RowCosts((1, 64), (0.05, 0.06), (0.1, 0.11))
-    return Costs(generator.num_layers, times, None if generator.draft_step is None else rounded)
+    adapter = {} if generator.adapter_step is None else {"adapter": rounded, "adapter_blocks": 1}
+    return Costs(generator.num_layers, times, None if generator.draft_step is None else rounded, **adapter)
 
 
 def make_way(generators: dict[str, TextGenerator], exit_layer: int, num_speculations: int, random: Random) -> Way:
     """That exit and draft length; what drafts, the policy and the batch are drawn."""
     name = random.choice(list(generators))
     draft = random.choice(("layers", "layers", "ngram", None))
+    if generators[name].adapter_step is not None:
+        exit_layer, draft = None, {"layers": "adapter"}.get(draft, draft)
     if draft is None and generators[name].draft_step is not None and random.random() < 0.5:
         exit_layer = None  # all rounded blocks draft
     settings = {"exit_layer": exit_layer, "num_speculations": num_speculations, "draft": draft}

@@ -14,12 +14,15 @@ from lskip.inference.module_step import ModuleStep
 from lskip.inference.weights import Plain
 
 LAYERS, WEIGHTS, NGRAM = Draft("layers", 3), Draft("weights", 8), Draft("ngram", 0)
+ADAPTER = Draft("adapter", 3)
 # block(n) = 1, 2, 4, 8 and head(n) = 10, 10, 30, 30 at n = 1, 2, 4, 8; the draft's are 1 and 5 throughout.
 COSTS = Costs(
     10,
     RowCosts((1, 2, 4, 8), (1.0, 2.0, 4.0, 8.0), (10.0, 10.0, 30.0, 30.0)),
     RowCosts((1, 8), (1.0, 1.0), (5.0, 5.0)),
 )
+# With an adapter of 2 blocks, of which each takes .5 a row, and whose head takes 3.
+WITH_ADAPTER = Costs(10, COSTS.model, COSTS.draft, RowCosts((1, 8), (0.5, 4.0), (3.0, 3.0)), 2)
 
 
 def test_times_between_and_beyond_the_measured_ones():
@@ -47,6 +50,21 @@ def test_rounds_by_hand(draft, d, lanes, seconds):
     assert COSTS.round(DraftPlan(draft, d), lanes) == seconds
 
 
+@pytest.mark.parametrize(
+    ("draft", "d", "lanes", "seconds"),
+    [
+        # d (3 block(1) + 2 block_a(1) + head_a(1)) + b(3, 1) + V_3(2) + 2 block_a(2)
+        (ADAPTER, 1, 1, (3 + 2 * 0.5 + 3) + 3 + (7 * 2 + 10) + 2 * 1),
+        (ADAPTER, 3, 2, 3 * (3 * 2 + 2 * 1 + 3) + 3 * 2 + (7 * 8 + 30) + 2 * 4),
+        (WEIGHTS, 3, 1, 3 * (8 + 5) + (10 * 4 + 30) + 2 * 2),
+        (NGRAM, 3, 2, 10 * 8 + 30 + 2 * 4),
+        (None, 0, 4, 10 * 4 + 30 + 2 * 2),
+    ],
+)
+def test_rounds_by_hand_with_an_adapter(draft, d, lanes, seconds):
+    assert WITH_ADAPTER.round(DraftPlan(draft, d), lanes) == seconds
+
+
 def test_parts_of_a_round():
     assert COSTS.plain(1) == COSTS.verify(None, 1) == 20
     assert [COSTS.draft_step(each, 2) for each in (LAYERS, WEIGHTS, NGRAM)] == [16, 13, 0]
@@ -63,16 +81,18 @@ def test_ideal_speedup_by_hand():
 def test_draft_weights_that_were_not_measured():
     with pytest.raises(ValueError, match="costs: hold no times for draft weights"):
         Costs(10, COSTS.model).round(DraftPlan(WEIGHTS, 1), 1)
+    with pytest.raises(ValueError, match="costs: hold no times for an exit adapter"):
+        COSTS.round(DraftPlan(ADAPTER, 1), 1)
 
 
-@pytest.mark.parametrize("costs", [COSTS, Costs(10, COSTS.model)])
+@pytest.mark.parametrize("costs", [COSTS, Costs(10, COSTS.model), WITH_ADAPTER])
 def test_json_round_trip(costs):
     assert Costs.from_dict(json.loads(json.dumps(costs.to_dict()))) == costs
     assert Costs.from_dict(costs.to_dict()) == costs
 
 
 def damaged(*path, value):
-    saved = json.loads(json.dumps(COSTS.to_dict()))
+    saved = json.loads(json.dumps(WITH_ADAPTER.to_dict()))
     place = saved
     for name in path[:-1]:
         place = place[name]
@@ -83,11 +103,13 @@ def damaged(*path, value):
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
-        ([], "costs: .* num_layers, model, draft"),
-        ({"num_layers": 3}, "costs: .* num_layers, model, draft"),
+        ([], "costs: .* num_layers, model, draft, adapter, adapter_blocks"),
+        ({"num_layers": 3}, "costs: .* num_layers, model, draft, adapter, adapter_blocks"),
         (damaged("num_layers", value=0), "num_layers: 0 is not"),
-        (damaged("model", value=None), "model or draft: None is not"),
-        (damaged("draft", value={"rows": []}), "model or draft: .* rows, block, head"),
+        (damaged("model", value=None), "model, draft or adapter: None is not"),
+        (damaged("draft", value={"rows": []}), "model, draft or adapter: .* rows, block, head"),
+        (damaged("adapter", value={}), "model, draft or adapter: .* rows, block, head"),
+        (damaged("adapter_blocks", value=0), "adapter_blocks: 0 is not"),
         (damaged("model", "rows", value="1248"), "rows: '1248' is not a list"),
         (damaged("model", "rows", 0, value="1"), "rows: '1' is not a whole number"),
         (damaged("model", "rows", 1, value=1), "rows: .* ascending"),
@@ -152,9 +174,13 @@ def clock(monkeypatch):
     return made
 
 
-def test_measures_both_weights_as_they_are(clock):
-    costs = measure_costs(FakeStep(clock, 1e-4, 1e-5, 3e-4), FakeStep(clock, 5e-5, 2e-5, 1e-4))
-    assert costs.num_layers == 5
+def test_measures_all_weights_as_they_are(clock):
+    adapter = FakeStep(clock, 2e-5, 1e-5, 2e-4)
+    costs = measure_costs(FakeStep(clock, 1e-4, 1e-5, 3e-4), FakeStep(clock, 5e-5, 2e-5, 1e-4), adapter_step=adapter)
+    assert (costs.num_layers, costs.adapter_blocks) == (5, 5)
+    assert costs.adapter.block_seconds(7) == pytest.approx(9e-5) and costs.adapter.head_seconds(7) == pytest.approx(
+        2e-4
+    )
     assert costs.model.rows == costs.draft.rows == ROWS
     for rows in (1, 7, 64, 100):
         assert costs.model.block_seconds(rows) == pytest.approx(1e-4 + 1e-5 * rows)
@@ -162,7 +188,10 @@ def test_measures_both_weights_as_they_are(clock):
     assert costs.model.head_seconds(3) == pytest.approx(3e-4)
     assert costs.draft.head_seconds(3) == pytest.approx(1e-4)
     assert clock.now < 4
-    assert measure_costs(FakeStep(clock, 1e-4, 1e-5, 3e-4)).draft is None
+    alone = measure_costs(FakeStep(clock, 1e-4, 1e-5, 3e-4), adapter_step=adapter)
+    assert alone.draft is None and alone.adapter is not None
+    alone = measure_costs(FakeStep(clock, 1e-4, 1e-5, 3e-4))
+    assert (alone.draft, alone.adapter, alone.adapter_blocks) == (None, None, 0)
 
 
 def test_rounds_are_interleaved_and_a_hiccup_does_not_count(clock):
@@ -224,6 +253,11 @@ def test_costs_are_kept_in_a_file(clock, tmp_path):
     assert len(step.log) == runs  # read, not measured again
     with pytest.raises(ValueError, match=r"costs_file: .* other draft_weights"):
         keep_costs(path, step, step)
+    adapter, other = FakeStep(clock, 1e-5, 1e-6, 1e-5), tmp_path / "with_adapter.json"
+    with pytest.raises(ValueError, match=r"costs_file: .* another exit_adapter"):
+        keep_costs(path, step, None, adapter)
+    measured = keep_costs(other, step, None, adapter)
+    assert measured == keep_costs(other, step, None, adapter) and measured.adapter_blocks == 5
     path.write_text("{")
     with pytest.raises(ValueError, match=r"costs_file: .* is not JSON"):
         keep_costs(path, step)

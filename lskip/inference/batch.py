@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from lskip.inference.adapter import AdapterLanes, AdapterStep
 from lskip.inference.costs import Costs
 from lskip.inference.drafting import PLAIN, Draft, DraftPlan, DraftPolicy, FixedDraft
 from lskip.inference.engine import Drafted, Lanes, Round, Step, draft, nothing_drafted, prefill, verify
@@ -78,6 +79,7 @@ class Batch:
         lanes: int,
         slots: int,
         costs: Callable[[], Costs],
+        adapter: AdapterStep | None = None,
     ):
         """Args:
         step: the model's blocks.
@@ -86,6 +88,7 @@ class Batch:
         lanes: texts that are decoded at a time.
         slots: positions that the longest text needs, its last token left out.
         costs: measures what rounds cost, for a policy that asks.
+        adapter: the model's exit adapter, or None.
         """
         self.step, self.draft_step, self.settings = step, draft_step, settings
         self.full = full_depth(settings, step.num_layers)
@@ -95,7 +98,12 @@ class Batch:
         self.texts: list[Text] = []
         self.waiting: deque[Text] = deque()
         self.policy: DraftPolicy = settings.draft_policy or FixedDraft()
-        self.drafts = drafts_of(settings, step.num_layers, draft_step is not None)
+        exit_layer = None if adapter is None else adapter.shape.exit_layer
+        self.drafts = drafts_of(settings, step.num_layers, draft_step is not None, exit_layer)
+        if any(draft.kind == "adapter" for draft in self.drafts):
+            self.lanes.adapter = AdapterLanes.beside(self.cache, adapter)
+        elif adapter is not None:
+            measured, costs = costs, lambda: replace(measured(), adapter=None)  # it has nothing to observe
         if self.drafts:
             self.policy.begin(self.drafts, costs, settings.num_speculations)
 
@@ -135,7 +143,8 @@ class Batch:
             text = self.waiting.popleft()
             text.began = time.perf_counter()
             lane = len(self.texts)
-            logits = prefill(self.step, self.cache.lane(lane), text.prompt, self.full)
+            adapter = None if self.lanes.adapter is None else self.lanes.adapter.begin(lane)
+            logits = prefill(self.step, self.cache.lane(lane), text.prompt, self.full, adapter)
             self.cache.lengths[lane] = len(text.prompt)
             none = torch.empty(1, 0, dtype=torch.long, device=logits.device)
             _, token = BatchChooser([text.chooser]).settle(logits, none)
@@ -151,6 +160,8 @@ class Batch:
             self.cache.move(last, lane)
             self.texts[lane] = self.texts[last]
             self.lanes.pending[lane] = self.lanes.pending[last]
+            if self.lanes.adapter is not None:
+                self.lanes.adapter.move(last, lane)
         self.texts.pop()
         self.lanes.pending = self.lanes.pending[:last]
 
@@ -194,7 +205,8 @@ class Batch:
         if plan.draft is None or plan.num_speculations == 0:
             return nothing
         step = self.draft_step if plan.draft.kind == "weights" else self.step
-        drafted = draft(step, self.lanes, plan.draft.exit_layer, plan.num_speculations, chooser, self._goes_on)
+        decode = self.lanes.adapter.reader() if plan.draft.kind == "adapter" else None
+        drafted = draft(step, self.lanes, plan.draft.exit_layer, plan.num_speculations, chooser, self._goes_on, decode)
         # States of rounded weights are not the model's own: verification starts at the first block. Both share the
         # cache: drafts see the model's own keys and values, and verification writes over theirs.
         return plan, drafted if step is self.step else Drafted(drafted.ids)
@@ -222,15 +234,21 @@ def full_depth(settings: GenerationSettings, num_layers: int) -> int:
     return num_layers if settings.num_speculations else settings.exit_layer or num_layers
 
 
-def drafts_of(settings: GenerationSettings, num_layers: int, has_weights: bool) -> list[Draft]:
-    """The ways to draft that the settings allow, the one that they name first."""
+def drafts_of(
+    settings: GenerationSettings, num_layers: int, has_weights: bool, adapter_exit: int | None = None
+) -> list[Draft]:
+    """The ways to draft that the settings allow, the one that they name first.
+
+    An adapter behind layer `adapter_exit` (None: there is none) takes the place of bare layers.
+    """
     if not settings.num_speculations:
         return []
-    drafts = []
+    drafts = [] if adapter_exit is None else [Draft("adapter", adapter_exit)]
     if has_weights:
         drafts.append(Draft("weights", settings.exit_layer or num_layers))
-    exits = [settings.exit_layer] if settings.exit_layer else [num_layers // 4, num_layers // 3, num_layers // 2]
-    drafts += [Draft("layers", exit_layer) for exit_layer in dict.fromkeys(exits) if 1 <= exit_layer < num_layers]
+    if adapter_exit is None:
+        exits = [settings.exit_layer] if settings.exit_layer else [num_layers // 4, num_layers // 3, num_layers // 2]
+        drafts += [Draft("layers", exit_layer) for exit_layer in dict.fromkeys(exits) if 1 <= exit_layer < num_layers]
     drafts.append(Draft("ngram", 0))
     if settings.draft is not None:
         drafts = [each for each in drafts if each.kind == settings.draft]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lskip.inference.engine import Step
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
+LEAVES_STATES = ("layers", "adapter")  # drafts after which verification goes on from the exit
 CONTEXT = 128  # positions that the measured rows attend to, besides each other
 REPEATS = 9
 
@@ -86,15 +87,23 @@ class Costs:
     d c'(E, B) + V_0(B (d + 1)) for "weights" (c' with the draft weights), and V_0(B (d + 1)) for "ngram", where
     c(E, n) = E block(n) + head(n), b(E, n) = E block(n) and V_E(n) = (L - E) block(n) + head(n).
 
+    An exit adapter of A blocks drafts for d (E block(B) + A block_a(B) + head_a(B)) + b(E, B) + V_E(B (d + 1)). Where
+    there is one, a round of any kind that runs n rows, a plain one too, costs A block_a(n) more, for it observes all
+    of them. (Somewhat too much, since of its last block this takes keys and values only. Its join is not timed.)
+
     Attributes:
         num_layers: L.
         model: times of the model's weights.
         draft: times of the draft weights; None where there are none.
+        adapter: times of an exit adapter's blocks and head; None where there is none.
+        adapter_blocks: A.
     """
 
     num_layers: int
     model: RowCosts
     draft: RowCosts | None = None
+    adapter: RowCosts | None = None
+    adapter_blocks: int = 0
 
     def draft_step(self, draft: Draft, lanes: int) -> float:
         """Drafting one token in each lane.
@@ -104,6 +113,10 @@ class Costs:
         """
         if draft.kind == "ngram":
             return 0.0
+        if draft.kind == "adapter":
+            if self.adapter is None:
+                raise ValueError("costs: hold no times for an exit adapter; measure them with the adapter loaded")
+            return self.lower(draft, lanes) + self.observe(lanes) + self.adapter.head_seconds(lanes)
         times = self.draft if draft.kind == "weights" else self.model
         if times is None:
             raise ValueError("costs: hold no times for draft weights; measure them with the draft weights loaded")
@@ -111,12 +124,17 @@ class Costs:
 
     def lower(self, draft: Draft, lanes: int) -> float:
         """The drafting blocks over each lane's last drafted token, where verification needs their states."""
-        return draft.exit_layer * self.model.block_seconds(lanes) if draft.kind == "layers" else 0.0
+        return draft.exit_layer * self.model.block_seconds(lanes) if draft.kind in LEAVES_STATES else 0.0
+
+    def observe(self, rows: int) -> float:
+        """The adapter's blocks over rows that the model has run; they cost the same where it drafts."""
+        return 0.0 if self.adapter is None else self.adapter_blocks * self.adapter.block_seconds(rows)
 
     def verify(self, draft: Draft | None, rows: int) -> float:
-        """One pass of what the draft has left to do (for other drafts than "layers", and None: all blocks)."""
-        done = draft.exit_layer if draft is not None and draft.kind == "layers" else 0
-        return (self.num_layers - done) * self.model.block_seconds(rows) + self.model.head_seconds(rows)
+        """One pass of what the draft has left to do (None, and drafts that leave no states: all blocks)."""
+        done = draft.exit_layer if draft is not None and draft.kind in LEAVES_STATES else 0
+        left = (self.num_layers - done) * self.model.block_seconds(rows)
+        return left + self.model.head_seconds(rows) + self.observe(rows)
 
     def round(self, plan: DraftPlan, lanes: int) -> float:
         """A whole round of `lanes` lanes."""
@@ -145,17 +163,20 @@ class Costs:
         Raises:
             ValueError: what is missing or wrong, in one sentence.
         """
-        fields = _fields(saved, "costs", ("num_layers", "model", "draft"))
+        fields = _fields(saved, "costs", ("num_layers", "model", "draft", "adapter", "adapter_blocks"))
         try:
             check_whole("num_layers", fields["num_layers"], 1)
-            draft = None if fields["draft"] is None else _row_costs(fields["draft"])
-            return cls(fields["num_layers"], _row_costs(fields["model"]), draft)
+            check_whole("adapter_blocks", fields["adapter_blocks"], 0 if fields["adapter"] is None else 1)
+            for name in ("model", "draft", "adapter"):
+                if name == "model" or fields[name] is not None:
+                    fields[name] = _row_costs(fields[name])
+            return cls(**fields)
         except ValueError as error:
             raise ValueError(f"costs: cannot be used ({error}); measure them again") from None
 
 
 def _row_costs(saved: Any) -> RowCosts:
-    fields = _fields(saved, "model or draft", ("rows", "block", "head"))
+    fields = _fields(saved, "model, draft or adapter", ("rows", "block", "head"))
     for name, value in fields.items():
         if not isinstance(value, list | tuple):
             raise ValueError(f"{name}: {value!r} is not a list")
@@ -170,34 +191,43 @@ def _fields(saved: Any, name: str, expected: tuple[str, ...]) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def measure_costs(step: Step, draft_step: Step | None = None, seconds: float = 4.0) -> Costs:
-    """Times blocks and heads of both over growing numbers of rows, in about `seconds` or less.
+def measure_costs(
+    step: Step, draft_step: Step | None = None, seconds: float = 4.0, adapter_step: Step | None = None
+) -> Costs:
+    """Times blocks and heads of all steps over growing numbers of rows, in about `seconds` or less.
 
     Medians of up to 9 rounds, each of which goes over everything once, so that a busy spell of the machine
     meets all alike. On a slow model the larger numbers of rows are left out.
     """
     begin = perf_counter()
-    timers = [Timer(each) for each in (step, draft_step) if each is not None]
-    for timer in timers:
+    steps = {"model": step, "draft": draft_step, "adapter": adapter_step}
+    timers = {name: Timer(each) for name, each in steps.items() if each is not None}
+    for timer in timers.values():
         timer.choose_rows(seconds / 4 / len(timers))
     for _ in range(REPEATS):
         round_begin = perf_counter()
-        for timer in timers:
+        for timer in timers.values():
             timer.time_all()
         now = perf_counter()
         if now - begin + (now - round_begin) > seconds:
             break
-    return Costs(step.num_layers, *(timer.medians() for timer in timers))
+    times = {name: timer.medians() for name, timer in timers.items()}
+    return Costs(step.num_layers, **times, adapter_blocks=blocks_of(adapter_step))
 
 
-def keep_costs(path: Path, step: Step, draft_step: Step | None = None) -> Costs:
+def blocks_of(step: Step | None) -> int:
+    """0 where there is none."""
+    return 0 if step is None else step.num_layers
+
+
+def keep_costs(path: Path, step: Step, draft_step: Step | None = None, adapter_step: Step | None = None) -> Costs:
     """The costs in a JSON file, for the same model on the same machine; measured and written where there is none.
 
     Raises:
         ValueError: a file that holds something else, or costs of another model.
     """
     if not path.exists():
-        costs = measure_costs(step, draft_step)
+        costs = measure_costs(step, draft_step, adapter_step=adapter_step)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(costs.to_dict(), indent=1) + "\n", encoding="utf-8")
         return costs
@@ -205,8 +235,10 @@ def keep_costs(path: Path, step: Step, draft_step: Step | None = None) -> Costs:
         costs = Costs.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except json.JSONDecodeError as error:
         raise ValueError(f"costs_file: '{path}' is not JSON ({error.msg}); remove it to measure again") from error
-    if costs.num_layers != step.num_layers or (costs.draft is None) != (draft_step is None):
-        raise ValueError(f"costs_file: '{path}' is of another model or of other draft_weights; name another file")
+    held = costs.num_layers, costs.draft is None, costs.adapter_blocks
+    if held != (step.num_layers, draft_step is None, blocks_of(adapter_step)):
+        parts = "another model, of other draft_weights or of another exit_adapter"
+        raise ValueError(f"costs_file: '{path}' is of {parts}; name another file")
     return costs
 
 

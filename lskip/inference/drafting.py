@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 class Draft(NamedTuple):
     """A source of drafted tokens."""
 
-    kind: str  # "layers" (the model's first blocks), "weights" (blocks in rounded weights), or "ngram" (the text)
+    # "layers" (the model's first blocks), "adapter" (those and an exit adapter), "weights" (blocks in rounded weights),
+    # or "ngram" (the text)
+    kind: str
     exit_layer: int  # how many blocks draft; 0 for "ngram"
 
     def __str__(self) -> str:
@@ -175,8 +177,9 @@ class CostAwareDraft(DraftPolicy):
     What may be lost is bounded, in plain steps: by `_patience` against plain decoding, whatever the reason, and by
     `_curiosity` against the best plan known, in tries. Both begin at ALLOWANCE, grow by `budget` of the time, and
     never exceed SAVINGS. A round that would overdraw them if all its tokens were refused is not planned. So by
-    these costs, whatever is accepted, N tokens a lane take at most (1 + budget) N + ALLOWANCE plain steps: by
-    default never less than 0.97 x plain decoding's speed from 300 tokens on. (A later stretch may lose SAVINGS.)
+    these costs, and by what rounds took where they are timed, N tokens a lane take at most (1 + budget) N + ALLOWANCE
+    plain steps, whatever is accepted: by default never less than 0.97 x plain decoding's speed from 300 tokens on.
+    (A later stretch may lose SAVINGS.)
     """
 
     ALLOWANCE = 6.0
@@ -273,9 +276,20 @@ class CostAwareDraft(DraftPolicy):
             record.rounds[drafted] += 1
             steps = self._steps(plan.draft, lanes)[drafted - 1]
         self._plain_rounds += not drafted
-        self._spend(steps * self._ratio(kind), 1 + sum(accepted) / lanes)
+        self._spend(self._taken(kind, steps, lanes, seconds), 1 + sum(accepted) / lanes)
         if seconds is not None:
             self._correct(kind, seconds / (steps * self._costs.plain(lanes)))
+
+    def _taken(self, kind: str, steps: float, lanes: int, seconds: float | None) -> float:
+        """Plain steps that a round took: measured where it drafted and was timed, for what it lost is lost.
+
+        Within a factor of two of what was expected: a hiccup of the machine is not the draft's.
+        """
+        expected = steps * self._ratio(kind)
+        if kind == "plain" or seconds is None:
+            return expected
+        measured = seconds / (self._costs.plain(lanes) * self._ratios["plain"])
+        return min(max(measured, expected / 2), expected * 2)
 
     def _spend(self, steps: float, tokens: float) -> None:
         """Books a round that cost so many plain steps and brought so many tokens to each lane."""

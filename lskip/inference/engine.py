@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lskip.inference.cache import KVCache
+
+if TYPE_CHECKING:
+    from lskip.inference.adapter import AdapterLanes
 
 PREFILL_ROWS = 256  # a pass's mask and activations grow with its rows: a long prompt goes in pieces
 
@@ -29,12 +32,14 @@ class Step(Protocol):
     """
 
     num_layers: int
+    dtype: torch.dtype
     device: torch.device
 
     def new_cache(self, lanes: int, slots: int) -> KVCache: ...
     def embed(self, ids: Tensor) -> Tensor: ...
     def run(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> Tensor: ...
     def fill(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> None: ...
+    def norm(self, x: Tensor) -> Tensor: ...
     def decode(self, x: Tensor) -> Tensor: ...
 
 
@@ -47,10 +52,16 @@ class Chooser(Protocol):
 
 @dataclass
 class Lanes:
-    """The texts under way, in the cache's first A lanes; `pending` [A] is the last token of each."""
+    """The texts under way, in the cache's first A lanes.
+
+    Attributes:
+        pending: [A], the last token of each.
+        adapter: what an exit adapter knows of them; None: there is none, or it may not draft.
+    """
 
     cache: KVCache
     pending: Tensor
+    adapter: AdapterLanes | None = None
 
     @property
     def starts(self) -> list[int]:
@@ -83,15 +94,30 @@ class Round(NamedTuple):
     accepted: list[int]
 
 
-def prefill(step: Step, cache: KVCache, prompt: list[int], full: int) -> Tensor:
+def run_to(
+    step: Step, x: Tensor, cache: KVCache, starts: list[int], first: int, full: int, adapter: AdapterLanes | None
+) -> Tensor:
+    """Blocks `first` … `full`-1 as Step.run; an adapter sees the states of its exit and of the last layer."""
+    if adapter is None:
+        return step.run(x, cache, starts, first, full)
+    at_exit = step.run(x, cache, starts, first, adapter.exit_layer)
+    x = step.run(at_exit, cache, starts, adapter.exit_layer, full)
+    adapter.observe(at_exit, step.norm(x), starts)
+    return x
+
+
+def prefill(step: Step, cache: KVCache, prompt: list[int], full: int, adapter: AdapterLanes | None = None) -> Tensor:
     """Runs blocks 0 … `full`-1 on a prompt, in pieces, into a `cache` of one lane, from its first slot on.
+
+    Args:
+        adapter: of that lane.
 
     Returns:
         [1, 1, V]: the logits after its last token, the only ones that are needed.
     """
     start = 0
     for rows in torch.tensor([prompt], device=step.device).split(PREFILL_ROWS, dim=1):
-        x = step.run(step.embed(rows), cache, [start], 0, full)
+        x = run_to(step, step.embed(rows), cache, [start], 0, full, adapter)
         start += rows.shape[1]
     return step.decode(x[:, -1:])
 
@@ -108,18 +134,20 @@ def draft(
     num_speculations: int,
     chooser: Chooser,
     goes_on: Callable[[Tensor, Tensor], bool] | None = None,
+    decode: Callable[[Tensor, list[int]], Tensor] | None = None,
 ) -> Drafted:
     """Drafts up to `num_speculations` tokens a lane with blocks 0 … `exit_block`-1.
 
     Args:
         goes_on: is given the logits [A, 1, V] and the token ids [A] of what was drafted last; False ends the draft.
+        decode: makes logits [A, 1, V] of the exit's states [A, 1, D] and of where they stand; None: the step's head.
     """
     starts, ids = lanes.starts, lanes.pending
     states, drafted = [], nothing_drafted(lanes).ids
     while True:
         position = [start + len(states) for start in starts]
         states.append(step.run(step.embed(ids[:, None]), lanes.cache, position, 0, exit_block))
-        logits = step.decode(states[-1])
+        logits = step.decode(states[-1]) if decode is None else decode(states[-1], position)
         ids = chooser.propose(logits, drafted)
         drafted = torch.cat([drafted, ids[:, None]], 1)
         if len(states) == num_speculations or (goes_on is not None and not goes_on(logits, ids)):
@@ -138,8 +166,10 @@ def verify(step: Step, lanes: Lanes, drafted: Drafted, full: int, chooser: Choos
         x = torch.cat([*drafted.states, x], 1)
     else:
         x = step.embed(torch.cat([lanes.pending[:, None], drafted.ids], 1))
-    x = step.run(x, lanes.cache, starts, drafted.exit_block, full)
+    x = run_to(step, x, lanes.cache, starts, drafted.exit_block, full, lanes.adapter)
     accepted, own = chooser.settle(step.decode(x), drafted.ids)
+    if lanes.adapter is not None:
+        lanes.adapter.keep(accepted)
     # The round's one transfer from the device.
     table = torch.cat([accepted[:, None], own[:, None], drafted.ids], 1).tolist()
     lanes.pending = own

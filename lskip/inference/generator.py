@@ -10,6 +10,8 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lskip.decoder import Decoder
+from lskip.exit_adapter import ExitAdapter, fingerprint
+from lskip.inference.adapter import AdapterStep
 from lskip.inference.batch import Batch, Text
 from lskip.inference.costs import Costs, keep_costs, measure_costs
 from lskip.inference.engine import Step
@@ -41,6 +43,7 @@ class TextGenerator:
         defaults: settings of a call that names none, from the model's generation_config.
         step: how blocks are run (LeanStep or ModuleStep).
         draft_step: the blocks that draft when they have weights of their own; None: `step` drafts.
+        adapter_step: the exit adapter that drafts behind `step`'s first blocks, or None.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class TextGenerator:
         bit_exact: bool | None = None,
         compiled: bool = False,
         costs_file: str | None = None,
+        exit_adapter: ExitAdapter | None = None,
     ):
         """Converts the weights once.
 
@@ -60,7 +64,7 @@ class TextGenerator:
             model: a causal LM of a supported family, on its device and in its dtype. It is left as it is.
             tokenizer: None: prompts are token ids, and the text stays empty.
             weights: how they are held: "plain", "packed" or "transposed" (both for the CPU), or "auto": what is
-                fastest on this machine.
+                fastest on this machine (bfloat16 as float32, twice as large, on a CPU without bfloat16 products).
             draft_weights: "int8" or "int4": drafts come from a rounded copy of the blocks (of all of them where no
                 exit_layer is named) and are verified by the model's own weights, so that the text is the same.
                 Needs no training; CPU only. None: drafts come from the model's own first layers.
@@ -71,12 +75,16 @@ class TextGenerator:
             compiled: run the blocks through torch.compile (for GPUs; the first rounds take minutes).
             costs_file: JSON file to keep `costs` in, read where it exists; None: measured anew by each process that
                 has a policy that asks for them.
+            exit_adapter: trained for this model, on its device: what drafts then, behind the first blocks (rounded to
+                int8 where that works). It is converted too, and left as it is.
 
         Raises:
-            ValueError: an unsupported family, or `weights`, `draft_weights` or `bit_exact` that are unknown or do not
-                work here.
+            ValueError: an unsupported family, `weights`, `draft_weights` or `bit_exact` that are unknown or do not work
+                here, or an adapter of another model.
         """
         decoder = Decoder(model)
+        if exit_adapter is not None and exit_adapter.made_for != fingerprint(decoder):
+            raise ValueError(f"exit_adapter: was made for another model ({exit_adapter.made_for})")
         self.tokenizer, self.costs_file = tokenizer, costs_file
         self.defaults = defaults_from(model.generation_config)
         self.eos_ids = end_tokens(model, tokenizer)
@@ -84,6 +92,7 @@ class TextGenerator:
         self.context_length = decoder.context_length
         # First, since building `step` may take the model apart.
         self.draft_step = None if draft_weights is None else build_draft_step(decoder, draft_weights)
+        self.adapter_step = None if exit_adapter is None else AdapterStep(exit_adapter)
         mix = STEPS_AND_VERIFICATION if draft_weights is None else VERIFICATION
         self.step = build_step(decoder, weights, release_model, mix, bit_exact, compiled)
 
@@ -141,7 +150,8 @@ class TextGenerator:
             ValueError: an unknown name, or a value that is not allowed (here).
         """
         chosen = self.defaults.changed(**settings)
-        chosen.check_layers(self.num_layers, draft_weights=self.draft_step is not None)
+        adapter_exit = None if self.adapter_step is None else self.adapter_step.shape.exit_layer
+        chosen.check_layers(self.num_layers, self.draft_step is not None, adapter_exit)
         if chosen.stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings: need a tokenizer, and the model came without one")
         return chosen
@@ -164,16 +174,19 @@ class TextGenerator:
     @cached_property
     def costs(self) -> Costs:
         """What passes of this model cost on this machine: from `costs_file`, or measured, which takes seconds."""
+        adapter_step = None if self.adapter_step is None else self.adapter_step.step
         if self.costs_file is not None:
-            return keep_costs(Path(self.costs_file), self.step, self.draft_step)
-        return measure_costs(self.step, self.draft_step)
+            return keep_costs(Path(self.costs_file), self.step, self.draft_step, adapter_step)
+        return measure_costs(self.step, self.draft_step, adapter_step=adapter_step)
 
     def memory(self) -> dict[str, int]:
-        """Bytes by part: "blocks", "head", "embedding", and "draft" for rounded weights."""
+        """Bytes by part: "blocks", "head", "embedding", "draft" for rounded weights, "adapter" for an exit adapter."""
         parts = self.step.memory()
         if self.draft_step is not None:
             draft = self.draft_step.memory()
             parts["draft"] = draft["blocks"] + draft["head"]
+        if self.adapter_step is not None:
+            parts["adapter"] = self.adapter_step.nbytes
         return parts
 
     def _prepare_all(
@@ -195,7 +208,8 @@ class TextGenerator:
             return
         # A text's last token is never run, so it needs one slot less than it has tokens.
         slots = max(len(text.prompt) + text.stop.max_new_tokens - 1 for text in texts)
-        batch = Batch(self.step, self.draft_step, settings, min(lanes, len(texts)), slots, lambda: self.costs)
+        lanes = min(lanes, len(texts))
+        batch = Batch(self.step, self.draft_step, settings, lanes, slots, lambda: self.costs, self.adapter_step)
         for text in texts:
             batch.add(text)
         while batch.busy:

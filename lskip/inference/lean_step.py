@@ -96,6 +96,10 @@ class LeanStep:
         """[A, n] token ids -> [A, n, D]."""
         return F.embedding(ids, self.embedding).to(self.dtype)
 
+    def norm(self, x: Tensor) -> Tensor:
+        """The final norm of states [..., D]."""
+        return self._norm(x, self.final_norm).to(self.dtype)
+
     def decode(self, x: Tensor) -> Tensor:
         """Exit states [..., D] -> logits [..., V]: final norm and head."""
         flat = x.reshape(-1, self.hidden_size)

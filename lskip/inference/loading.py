@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from lskip.exit_adapter import load_adapter
 from lskip.inference.generator import TextGenerator
 
 
@@ -16,6 +19,7 @@ def load_generator(
     bit_exact: bool | None = None,
     compiled: bool = False,
     costs_file: str | None = None,
+    exit_adapter: str | None = None,
 ) -> TextGenerator:
     """A generator from whatever `--model` can name: "smollm2", a run, a checkpoint, a folder, a hub name, a GGUF file.
 
@@ -23,6 +27,7 @@ def load_generator(
         dtype: "float32", "bfloat16" or "float16".
         weights, draft_weights, bit_exact, compiled, costs_file: as in TextGenerator.
         device: "cpu", "cuda", …; "auto": a GPU where there is one.
+        exit_adapter: the folder of an exit adapter that was trained for this model; None: none.
 
     Raises:
         ValueError, FileNotFoundError: what is wrong with an argument, or that there is no such model.
@@ -31,11 +36,13 @@ def load_generator(
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: {dtype!r} is not one of float32, bfloat16, float16")
+    if exit_adapter is not None and not Path(exit_adapter).is_dir():
+        raise FileNotFoundError(f"exit_adapter: there is no folder '{exit_adapter}'")
     place = resolve_device(device)
     loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
-    return TextGenerator(
-        loaded.eval().to(place), tokenizer, weights, draft_weights, True, bit_exact, compiled, costs_file
-    )
+    loaded = loaded.eval().to(place)
+    adapter = None if exit_adapter is None else load_adapter(Path(exit_adapter), loaded)
+    return TextGenerator(loaded, tokenizer, weights, draft_weights, True, bit_exact, compiled, costs_file, adapter)
 
 
 def resolve_device(device: str) -> torch.device:

@@ -56,6 +56,10 @@ class ModuleStep:
         """[A, n] token ids -> [A, n, D]."""
         return self.decoder.embed(ids)
 
+    def norm(self, x: Tensor) -> Tensor:
+        """The final norm of states [..., D]."""
+        return self.decoder.norm(x)
+
     def decode(self, x: Tensor) -> Tensor:
         """Exit states [..., D] -> logits [..., V]: final norm and head."""
         return self.decoder.decode(x)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lskip.inference.exits import ExitCriterion
 
 ACCEPTANCES = ("shared_noise", "rejection")
-DRAFT_KINDS = ("layers", "weights", "ngram")
+DRAFT_KINDS = ("layers", "weights", "ngram", "adapter")
 POLICY_METHODS = ("begin", "plan", "goes_on", "learn")
 CRITERION_METHODS = ("looks_at", "exits")
 
@@ -33,8 +33,10 @@ class GenerationSettings:
         num_speculations: tokens drafted before the whole model verifies them (at most, where a draft_policy decides).
             0 with an `exit_layer` below L generates from that layer alone.
         draft: what drafts: "layers" (blocks 1 … exit_layer of the model), "weights" (those, or all blocks where no
-            exit_layer is named, in the generator's draft_weights) or "ngram" (what followed the same tokens earlier in
-            the text). None: "weights" where the generator has draft_weights, else "layers".
+            exit_layer is named, in the generator's draft_weights), "ngram" (what followed the same tokens earlier in
+            the text) or "adapter" (blocks 1 … E and the generator's exit_adapter, made for E; with one, "layers" are
+            no choice). None: "adapter" where the generator has one, else "weights" where it has draft_weights, else
+            "layers".
         draft_policy: decides round by round what drafts, and how many tokens. None: num_speculations every time.
         acceptance: which drafted tokens are kept when sampling. "shared_noise": draft and verification sample with
             the same noise, and a seed's text is the same with and without speculation. "rejection" (arXiv 2211.17192)
@@ -104,12 +106,16 @@ class GenerationSettings:
         if self.seed is not None and self.seed >= 2**64:
             raise ValueError(f"seed: {self.seed} is not below 2**64")
 
-    def check_layers(self, num_layers: int, draft_weights: bool = False) -> None:
+    def check_layers(self, num_layers: int, draft_weights: bool = False, adapter_exit: int | None = None) -> None:
         """Checks what drafts, and where, against a model of `num_layers`, with draft weights or without.
 
+        Args:
+            adapter_exit: the layer that the model's exit adapter was made for; None: it has none.
+
         Raises:
-            ValueError: exit_layer beyond the model, a criterion that would never be asked, draft weights that there
-                are not, or layers that are to draft without an exit below the last.
+            ValueError: exit_layer beyond the model, a criterion that would never be asked, draft weights or an adapter
+                that there are not, layers that are to draft without an exit below the last, or what does not go with
+                the adapter.
         """
         if self.exit_layer is not None and self.exit_layer > num_layers:
             raise ValueError(
@@ -120,8 +126,23 @@ class GenerationSettings:
             raise ValueError(f"exit_criterion: looks at no layer below {depth}, the last one that runs")
         if self.draft == "weights" and not draft_weights:
             raise ValueError("draft: 'weights' needs draft_weights, and the generator has none")
-        if not self.num_speculations or self.exit_layer not in (None, num_layers):
-            return
+        if self.draft == "adapter" and adapter_exit is None:
+            raise ValueError("draft: 'adapter' needs an exit_adapter, and the generator has none")
+        if self.num_speculations and adapter_exit is not None:
+            self._check_adapter(adapter_exit)
+        elif self.num_speculations and self.exit_layer in (None, num_layers):
+            self._check_exit(num_layers, draft_weights)
+
+    def _check_adapter(self, adapter_exit: int) -> None:
+        if self.exit_layer not in (None, adapter_exit):
+            raise ValueError(
+                f"exit_layer: {self.exit_layer} is not {adapter_exit}, for which the exit_adapter was made; leave out"
+                " one of the two"
+            )
+        if self.draft == "layers":
+            raise ValueError("draft: 'layers' does not go with an exit_adapter; use 'adapter', or load the model alone")
+
+    def _check_exit(self, num_layers: int, draft_weights: bool) -> None:
         if self.draft is None:
             needs_exit = not draft_weights and not getattr(self.draft_policy, "chooses_draft", False)
         else:
@@ -129,7 +150,7 @@ class GenerationSettings:
         if needs_exit:
             raise ValueError(
                 f"num_speculations: {self.num_speculations} needs an exit_layer from 1 to {num_layers - 1} to draft"
-                f" with (it is {self.exit_layer}), draft_weights, or draft 'ngram'"
+                f" with (it is {self.exit_layer}), draft_weights, an exit_adapter, or draft 'ngram'"
             )
 
     def changed(self, **settings) -> GenerationSettings:
