@@ -1,12 +1,16 @@
 """Tiny stand-ins that every test shares: random models of each family and a byte-level tokenizer."""
 
+import json
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("LSKIP_TEST_CUDA", ""))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 TINY = {
@@ -68,3 +72,32 @@ def tiny_tokenizer():
     text = "def add(a, b):\n    return a + b\n\nfor i in range(10):\n    print(add(i, 1))\n"
     bpe.train_from_iterator([text] * 4, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+
+
+@pytest.fixture
+def answers_file(tmp_path) -> Path:
+    """120 answers as `lskip predict` writes them, some of them held out."""
+    reasons = ("length", "eos")
+    lines = [
+        {
+            "prompt": f"def f{i}(a, b):",
+            "text": f"return a + b\n    print(add(i, 1)) # {i}",
+            "finish_reason": reasons[i % 2],
+        }
+        for i in range(120)
+    ]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path / "answers.jsonl"
+
+
+@pytest.fixture(scope="module")
+def benchmarks_importable():
+    """As `python benchmarks/NAME.py` does it; what such a program sets for the whole process is put back."""
+    folder = str(Path(__file__).parent.parent / "benchmarks")
+    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
+    sys.path.insert(0, folder)
+    yield
+    sys.path.remove(folder)
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity(verbosity)
+    transformers.logging.enable_progress_bar()

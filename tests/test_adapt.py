@@ -21,22 +21,6 @@ from lskip.exit_adapter import AdapterShape, ExitAdapter, load_adapter
 
 
 @pytest.fixture
-def answers_file(tmp_path) -> Path:
-    """120 answers as `lskip predict` writes them, some of them held out."""
-    reasons = ("length", "eos")
-    lines = [
-        {
-            "prompt": f"def f{i}(a, b):",
-            "text": f"return a + b\n    print(add(i, 1)) # {i}",
-            "finish_reason": reasons[i % 2],
-        }
-        for i in range(120)
-    ]
-    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return tmp_path / "answers.jsonl"
-
-
-@pytest.fixture
 def frozen(monkeypatch, tiny_model, tiny_tokenizer):
     """The model that `adapt` loads."""
     model = tiny_model()

@@ -1,7 +1,6 @@
 """What an exit adapter is trained on: rows from answers, their split, and the states on disk."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,22 +13,6 @@ from lskip.adapter_states import (
     is_held_out,
     read_answers,
 )
-
-
-@pytest.fixture
-def answers_file(tmp_path) -> Path:
-    """120 answers as `lskip predict` writes them, some of them held out."""
-    reasons = ("length", "eos")
-    lines = [
-        {
-            "prompt": f"def f{i}(a, b):",
-            "text": f"return a + b\n    print(add(i, 1)) # {i}",
-            "finish_reason": reasons[i % 2],
-        }
-        for i in range(120)
-    ]
-    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return tmp_path / "answers.jsonl"
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
+pytestmark = pytest.mark.usefixtures("benchmarks_importable")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 KEYS = {
     "model", "method", "precision", "exit_layer", "draft", "policy", "num_speculations", "batch", "tokens_per_second",
@@ -19,18 +19,6 @@ KEYS = {
     "mismatches", "accepted_counts",
 }  # fmt: skip
 OTHERS = "fixed_exit,self_speculative,hf_early_exit,hf_prompt_lookup,hf_assistant"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks_importable():
-    """As `python benchmarks/decoding.py` does it; what it sets for the whole process is put back."""
-    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
-    torch.set_num_threads(threads)
-    transformers.logging.set_verbosity(verbosity)
-    transformers.logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")

@@ -1,30 +1,16 @@
 """The task benchmark at tiny size: what it counts, against transformers and against counts by hand."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 import yaml
 from conftest import make_model
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+pytestmark = pytest.mark.usefixtures("benchmarks_importable")
 ENDS = list(range(0, 300, 4))  # a random model ends no text: a quarter of its tokens end one
 NEW_TOKENS = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks_importable():
-    """As `python benchmarks/task_finetune.py` does it; what it sets for the whole process is put back."""
-    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
-    torch.set_num_threads(threads)
-    transformers.logging.set_verbosity(verbosity)
-    transformers.logging.enable_progress_bar()
 
 
 def greedy(model, tokenizer, prompt: str) -> list[int]:
