@@ -154,7 +154,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--threads_tried", type=int, nargs="+", default=[1, 2], help="bit_exact: two are slow on a busy machine"
     )
     parser.add_argument("--draws", type=int, default=50_000, help="sampling: of each setting")
-    parser.add_argument("--all", action="store_true", help="sampling: all 24 settings, not only those of the tests")
+    parser.add_argument("--all", action="store_true", help="sampling: all 32 settings, not only those of the tests")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="write the records here as JSON")
     return parser.parse_args(arguments)
