@@ -12,7 +12,7 @@ from decoding_settings import ADAPTER, DRAFTS, OWN_WEIGHTS, Setting
 from transformers import PreTrainedModel
 
 from lskip.exit_adapter import ExitAdapter
-from lskip.inference import TextGenerator
+from lskip.inference import Generation, TextGenerator
 from lskip.inference.drafting import ConfidenceDraft, CostAwareDraft, Draft, DraftPlan, DraftPolicy, FixedDraft
 
 POLICY_CLASSES = {"fixed": FixedDraft, "confidence": ConfidenceDraft, "cost_aware": CostAwareDraft}
@@ -74,20 +74,13 @@ class Lskip:
             ended = self.generator.generate_batch(prompts, batch_size=self.setting.batch, **arguments)
             generations = [generation for _, generation in sorted(ended, key=lambda pair: pair[0])]
         seconds = time.perf_counter() - begin
-        return Run(
-            texts=[generation.token_ids for generation in generations],
-            seconds=seconds,
-            rounds=sum(generation.rounds for generation in generations),
-            drafted=sum(generation.drafted for generation in generations),
-            accepted=sum(generation.accepted for generation in generations),
-            accepted_counts=sum((generation.accepted_counts for generation in generations), Counter()),
-            planned=partial(
-                self._planned,
-                rounds=list(self.rounds),
-                tokens=sum(len(generation.token_ids) - 1 for generation in generations),
-                lanes=min(self.setting.batch, len(prompts)),
-            ),
+        planned = partial(
+            self._planned,
+            rounds=list(self.rounds),
+            tokens=sum(len(generation.token_ids) - 1 for generation in generations),
+            lanes=min(self.setting.batch, len(prompts)),
         )
+        return run_of(generations, seconds)._replace(planned=planned)
 
     def _planned(self, rounds: list[tuple[DraftPlan, int]], tokens: int, lanes: int) -> float:
         """Seconds that the cost model gives the rounds, which brought `tokens`: all but each text's first."""
@@ -98,6 +91,18 @@ class Lskip:
             return tokens / lanes * costs.plain(lanes)
         # A token of a fixed exit is what a drafted one is.
         return tokens / lanes * costs.draft_step(Draft("layers", self.setting.exit_layer), lanes)
+
+
+def run_of(generations: list[Generation], seconds: float) -> Run:
+    """What some texts took together; it knows no plan."""
+    return Run(
+        texts=[generation.token_ids for generation in generations],
+        seconds=seconds,
+        rounds=sum(generation.rounds for generation in generations),
+        drafted=sum(generation.drafted for generation in generations),
+        accepted=sum(generation.accepted for generation in generations),
+        accepted_counts=sum((generation.accepted_counts for generation in generations), Counter()),
+    )
 
 
 class PromptPass:

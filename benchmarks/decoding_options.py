@@ -98,9 +98,9 @@ def prepare(options: argparse.Namespace) -> Job:
         ValueError, FileNotFoundError: what is wrong, in one sentence.
     """
     check_names(options)
-    for name, value in (QUICK if options.quick else DEFAULTS).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    if options.exit_adapter is not None and "adapter" not in options.drafts:
+        options.drafts += ("adapter",)
+    fill_in(options, QUICK if options.quick else DEFAULTS)
     written = read_prompts(options.prompts)[: options.limit_prompts]
     wants_llama_cpp = "llama_cpp" in options.methods
     python = find_python(options.llama_cpp_python) if wants_llama_cpp else None
@@ -120,16 +120,21 @@ def prepare(options: argparse.Namespace) -> Job:
     return job
 
 
+def fill_in(options: argparse.Namespace, defaults: dict) -> None:
+    """Sets what the command line has not named."""
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+
+
 def check_names(options: argparse.Namespace) -> None:
-    """ValueError for a method, draft or policy that there is not; an adapter that is given is a draft."""
+    """ValueError for a method, draft or policy that there is not."""
     for name, known in (("methods", METHODS), ("drafts", DRAFTS), ("policies", POLICIES)):
         for value in getattr(options, name):
             if value not in known:
                 raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}")
     if options.exit_adapter is None and "adapter" in options.drafts:
         raise ValueError("drafts: 'adapter' needs --exit_adapter, the folder of one for this model")
-    if options.exit_adapter is not None and "adapter" not in options.drafts:
-        options.drafts += ("adapter",)
 
 
 def choose_exit_layers(options: argparse.Namespace, num_layers: int) -> None:

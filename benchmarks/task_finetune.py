@@ -16,15 +16,14 @@ import argparse
 import json
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import yaml
 from decoding_contestants import load
-from decoding_lskip import Generators, Lskip
-from decoding_options import number, numbers
+from decoding_lskip import Generators, Lskip, run_of
+from decoding_options import fill_in, number, numbers
 from decoding_report import print_records
 from decoding_runs import Contestant, Measured, Run, measure, records
 from decoding_settings import Setting
@@ -88,9 +87,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--cache_dir", help="of the data; default: ~/.cache/lskip")
     add("--quick", action="store_true", help="as little as shows that it runs; its times say nothing")
     options = parser.parse_args(arguments)
-    for name, value in (QUICK if options.quick else DEFAULTS).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    fill_in(options, QUICK if options.quick else DEFAULTS)
     return options
 
 
@@ -175,14 +172,7 @@ class Answering(Lskip):
         begin = time.perf_counter()
         arguments = {**self.arguments, "max_new_tokens": max_new_tokens}
         generations = [self.generator.generate(prompt, **arguments) for prompt in prompts]
-        return Run(
-            texts=[generation.token_ids for generation in generations],
-            seconds=time.perf_counter() - begin,
-            rounds=sum(generation.rounds for generation in generations),
-            drafted=sum(generation.drafted for generation in generations),
-            accepted=sum(generation.accepted for generation in generations),
-            accepted_counts=sum((generation.accepted_counts for generation in generations), Counter()),
-        )
+        return run_of(generations, time.perf_counter() - begin)
 
 
 def settings_of(options: argparse.Namespace, num_layers: int, exits: bool) -> list[Setting]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
-import signal
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lskip.adapter_states import AnswerData, AnswerRow, answer_states, frequent_words, read_answers
 from lskip.adapter_training import AdapterModule, AveragedWeights, TimeBudget, report
 from lskip.callbacks.run_checkpoint import RunCheckpoint
+from lskip.checks import check_real, check_whole
 from lskip.decoder import Decoder
 from lskip.exit_adapter import SHAPE_FILE, WEIGHTS_FILE, AdapterShape, ExitAdapter, check_shape
 from lskip.inference.loading import resolve_device
-from lskip.inference.settings import check_real, check_whole
 from lskip.pretrained import load_model
+from lskip.trainer_manners import interruptible, quiet_lightning
 
 METRICS_FILE = "metrics.json"
 CHECKPOINT = Path("training") / "last.ckpt"  # not where a run of `fit` has its own: an adapter is no model
@@ -137,8 +136,7 @@ def adapt(
     place, folder = resolve_device(device), Path(output)
     _check_files(folder, answers, resume)
     frozen, tokenizer = _load(model, shape, block_size)
-    rows = read_answers([Path(path) for path in answers], frozen, tokenizer, block_size)
-    _check_enough(rows, training.batch_size)
+    rows = _read(answers, frozen, tokenizer, block_size, training.batch_size)
     words = None if vocabulary is None else frequent_words(rows, vocabulary, frozen, tokenizer)
     # In eval mode: dropout would be the only thing that differs from run to run, or after resuming.
     adapter = ExitAdapter(frozen, shape, words).eval()
@@ -150,9 +148,10 @@ def adapt(
     module = AdapterModule(adapter, training.unroll, training.decay, training.lr, training.warmup_steps)
     timer = TimeBudget(training.max_minutes)
     trainer = _trainer(folder, training, timer, place, resume)
-    _fit(trainer, module, data, folder / CHECKPOINT if resume else None)
-    measured = _measure(module, data)
-    _finish(folder, module, {**measured, "steps": trainer.global_step, "seconds": round(timer.time_elapsed(), 1)})
+    with interruptible(trainer, folder / CHECKPOINT, "--resume true"):
+        trainer.fit(module, datamodule=data, ckpt_path=folder / CHECKPOINT if resume else None, weights_only=True)
+    spent = {"steps": trainer.global_step, "seconds": round(timer.time_elapsed(), 1)}
+    _finish(folder, module, {**_measure(module, data), **spent})
 
 
 def _check_files(folder: Path, answers: list[str], resume: bool) -> None:
@@ -181,10 +180,15 @@ def _load(source: str, shape: AdapterShape, block_size: int) -> tuple[PreTrained
     return model, tokenizer
 
 
-def _check_enough(rows: list[AnswerRow], batch_size: int) -> None:
+def _read(
+    answers: list[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block_size: int, batch_size: int
+) -> list[AnswerRow]:
+    """The answers; ValueError where they do not fill a batch."""
+    rows = read_answers([Path(path) for path in answers], model, tokenizer, block_size)
     num = sum(not row.held_out for row in rows)
     if num < batch_size:
         raise ValueError(f"batch_size: {batch_size}, but there are only {num} answers to train on")
+    return rows
 
 
 class SavedAdapter(Callback):
@@ -207,8 +211,7 @@ def save_atomically(adapter: ExitAdapter, folder: Path) -> None:
 
 
 def _trainer(folder: Path, training: AdapterTraining, timer: TimeBudget, place: torch.device, resume: bool) -> Trainer:
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # not its tips and lists of accelerators
+    quiet_lightning()
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # as it is meant to be
     callbacks = [timer, SavedAdapter(folder), RunCheckpoint(folder / CHECKPOINT.parent, training.checkpoint_every)]
     if training.ema is not None:
@@ -237,20 +240,6 @@ def _steps_done(path: Path) -> int:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
     except Exception as error:  # zip, pickle, end of file: it depends on where the file is damaged
         raise ValueError(f"resume: '{path}' is not a readable checkpoint") from error
-
-
-def _fit(trainer: Trainer, module: AdapterModule, data: AnswerData, checkpoint: Path | None) -> None:
-    """Trainer.fit, but Ctrl-C does not end the process with Lightning's exit code and says how to go on."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit:
-        if not trainer.interrupted:
-            raise
-        advice = "go on with the same command and --resume true"
-        raise KeyboardInterrupt(f" after step {trainer.global_step}; {advice}") from None
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 @torch.inference_mode()

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lskip.data.documents import fraction_of, text_digest
 from lskip.data.loading import ResumableLoader, ResumableSampler
 from lskip.decoder import Decoder
 from lskip.inference.generator import end_tokens
@@ -79,7 +80,7 @@ def read_answers(
 def is_held_out(prompt: str | list[dict]) -> bool:
     """Whether a prompt, a text or chat messages, is among the 3 % that are held out."""
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
-    return int(hashlib.sha256(text.encode("utf-8")).hexdigest()[:8], 16) < HELD_OUT * 2**32
+    return fraction_of(text_digest(text)) < HELD_OUT
 
 
 def _lines(path: Path) -> Iterator[dict]:

@@ -14,11 +14,11 @@ from typing import Any, Literal, get_type_hints
 from jsonargparse import ActionConfigFile, ArgumentParser
 from tqdm import tqdm
 
+from lskip.checks import check_whole
 from lskip.export import export
 from lskip.inference import Generation, GenerationSettings, TextGenerator, load_generator
 from lskip.inference.drafting import DraftPolicy
 from lskip.inference.exits import ExitCriterion
-from lskip.inference.settings import check_whole
 from lskip.prompt_file import Prompt, put_in_order, read_prompts, start_output
 from lskip.usage_errors import explain, innermost
 

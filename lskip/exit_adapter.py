@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lskip.checks import check_whole
 from lskip.decoder import BlockInputs, Decoder
 
 SHAPE_FILE, WEIGHTS_FILE = "adapter.json", "adapter.safetensors"
@@ -43,9 +44,7 @@ class AdapterShape:
 
     def __post_init__(self):
         for name in ("exit_layer", "num_blocks"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: {value!r} is not a whole number from 1 up")
+            check_whole(name, getattr(self, name), 1)
 
 
 class ExitAdapter(nn.Module):
@@ -95,8 +94,7 @@ class ExitAdapter(nn.Module):
             last_states: [..., D], of the token before each: the last layer's after the final norm, or in its place what
                 `norm` makes of this adapter's own. None where the shape joins none.
         """
-        parts = [exit_states] if last_states is None else [exit_states, last_states]
-        return self.join(torch.cat([F.rms_norm(part, part.shape[-1:]) for part in parts], -1))
+        return self.join(side_by_side(exit_states, last_states))
 
     def run(self, joined: Tensor, inputs: BlockInputs) -> Tensor:
         """[B, S, D] through its blocks."""
@@ -118,6 +116,13 @@ class ExitAdapter(nn.Module):
         save_file({**weights, "token_ids": self.token_ids.int()}, folder / WEIGHTS_FILE)
         description = {**asdict(self.shape), "model": self.made_for}
         (folder / SHAPE_FILE).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+
+
+def side_by_side(exit_states: Tensor, last_states: Tensor | None) -> Tensor:
+    """What the join is given: both parts, normed, in one row [..., 2 D]; or [..., D], the exit's alone."""
+    parts = [exit_states] if last_states is None else [exit_states, last_states]
+    both = torch.stack(parts, -2)
+    return F.rms_norm(both, both.shape[-1:]).flatten(-2)
 
 
 def load_adapter(folder: Path, model: PreTrainedModel) -> ExitAdapter:

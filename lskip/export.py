@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.initialization import no_init_weights
 
 from lskip import gguf_file
+from lskip.checks import check_whole
 from lskip.decoder import LLAMA_LIKE
-from lskip.inference.settings import check_whole
 from lskip.model_card import NUM_SPECULATIONS, model_card
 from lskip.pretrained import find_source, load_config, load_model, load_tokenizer
 

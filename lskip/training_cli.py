@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import logging
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from lskip.data import TextData
 from lskip.module import LayerSkipModule
 from lskip.pretrained import LAST_CHECKPOINT, make_config, read_checkpoint
 from lskip.schedules import Schedule
+from lskip.trainer_manners import interruptible, quiet_lightning
 from lskip.usage_errors import explain, innermost
 
 COMMANDS = ("fit", "validate", "test")
@@ -43,8 +42,7 @@ _CHOICES = {
 
 def run_training(arguments: list[str]) -> None:
     """Run `fit`, `validate` or `test`: the first argument says which."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # not its tips and lists of accelerators
+    quiet_lightning()
     LayerSkipCLI(arguments)
 
 
@@ -195,18 +193,9 @@ class LayerSkipCLI(LightningCLI):
         return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": self.ckpt_path}
 
     def fit(self, model: LayerSkipModule, **arguments) -> None:
-        """Trainer.fit, but Ctrl-C does not end the process with Lightning's exit code and says how to go on."""
-        handler = signal.getsignal(signal.SIGINT)
-        try:
+        """Trainer.fit, and how to go on after Ctrl-C."""
+        with interruptible(self.trainer, self.folder / LAST_CHECKPOINT, "--ckpt_path last"):
             self.trainer.fit(model, **arguments)
-        except SystemExit:
-            if not self.trainer.interrupted:
-                raise
-            saved = (self.folder / LAST_CHECKPOINT).is_file()
-            advice = "go on with the same command and --ckpt_path last" if saved else "nothing was saved yet"
-            raise KeyboardInterrupt(f" after step {self.trainer.global_step}; {advice}") from None
-        finally:
-            signal.signal(signal.SIGINT, handler)
 
 
 def _plain(value: Any) -> Any:

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lskip.decoder import Decoder
-from lskip.exit_adapter import ExitAdapter
+from lskip.exit_adapter import ExitAdapter, side_by_side
 from lskip.inference.cache import KVCache
 from lskip.inference.lean_blocks import obstacle, sample_weights
 from lskip.inference.lean_step import LeanStep
@@ -44,9 +43,8 @@ class AdapterStep:
 
     def joined(self, exit_states: Tensor, last_states: Tensor | None) -> Tensor:
         """The input of its first block [A, n, D], from [A, n, D] each, as ExitAdapter.joined."""
-        parts = [exit_states] if last_states is None else [exit_states, last_states]
-        parts = torch.stack([part.to(self.step.dtype) for part in parts], -2)
-        rows = F.rms_norm(parts, parts.shape[-1:]).flatten(-2).flatten(0, 1)
+        last_states = None if last_states is None else last_states.to(self.step.dtype)
+        rows = side_by_side(exit_states.to(self.step.dtype), last_states).flatten(0, 1)
         return self.join(rows.to(self.join_dtype)).to(self.step.dtype).view(exit_states.shape)
 
     def decode(self, x: Tensor) -> Tensor:

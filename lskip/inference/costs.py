@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lskip.checks import check_whole
 from lskip.inference.drafting import Draft, DraftPlan
-from lskip.inference.settings import check_whole
 
 if TYPE_CHECKING:
     from lskip.inference.engine import Step

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lskip.inference.settings import check_real, check_whole
+from lskip.checks import check_real, check_whole
+from lskip.inference.acceptance import Record
 
 if TYPE_CHECKING:
     from lskip.inference.costs import Costs
@@ -132,39 +131,6 @@ class ConfidenceDraft(FixedDraft):
 
     def summary(self) -> dict[str, Any]:
         return {"threshold": self.threshold, "acceptance_rate": self.acceptance_rate}
-
-
-@dataclass
-class Record:
-    """How tokens of one draft fared when they were tested: each up to the first refusal of its lane's round."""
-
-    accepted: float = 0.0  # older ones count less
-    refused: float = 0.0
-    rounds: Counter[int] = field(default_factory=Counter)  # by tokens drafted
-
-    @property
-    def tested(self) -> float:
-        return self.accepted + self.refused
-
-    @property
-    def cautious(self) -> float:
-        """The chance that a token is accepted, with one imaginary refusal: what is hardly known is not relied on."""
-        return self.accepted / (self.tested + 1)
-
-    @property
-    def likely(self) -> float:
-        """The same by Laplace's rule of succession."""
-        return (self.accepted + 1) / (self.tested + 2)
-
-    @property
-    def hopeful(self) -> float:
-        """One standard error above that; 1 for an untested draft."""
-        return self.likely + math.sqrt(self.likely * (1 - self.likely) / (self.tested + 1))
-
-    def add(self, accepted: int, refused: int, kept: float) -> None:
-        """Counts tested tokens; of earlier ones a share of `kept` remains."""
-        self.accepted = self.accepted * kept + accepted
-        self.refused = self.refused * kept + refused
 
 
 class CostAwareDraft(DraftPolicy):

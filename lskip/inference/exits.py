@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lskip.checks import check_real, check_whole
 from lskip.inference.engine import Chooser, Lanes, Round, Step, nothing_drafted
-from lskip.inference.settings import check_real, check_whole
 
 Logits = Callable[[], Tensor]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lskip.checks import check_whole
 from lskip.decoder import Decoder
 from lskip.exit_adapter import ExitAdapter, fingerprint
 from lskip.inference.adapter import AdapterStep
@@ -21,7 +22,7 @@ from lskip.inference.lean_step import LeanStep
 from lskip.inference.module_step import ModuleStep
 from lskip.inference.quantized import HEAD_FORM, choose_draft_form
 from lskip.inference.sampling import TokenChooser
-from lskip.inference.settings import GenerationSettings, check_whole, defaults_from
+from lskip.inference.settings import GenerationSettings, defaults_from
 from lskip.inference.stopping import stop_rule
 from lskip.inference.text import TextPieces, decode_text, encode_prompt
 from lskip.inference.weights import (

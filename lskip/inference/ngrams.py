@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lskip.inference.settings import check_whole
+from lskip.checks import check_whole
 
 
 class NgramIndex:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
-from numbers import Real
 from typing import TYPE_CHECKING
 
 from transformers import GenerationConfig
+
+from lskip.checks import check_choice, check_parts, check_real, check_texts, check_whole
 
 if TYPE_CHECKING:
     from lskip.inference.drafting import DraftPolicy
@@ -188,36 +188,3 @@ def defaults_from(config: GenerationConfig | None) -> GenerationSettings:
         repetition_penalty=float(given("repetition_penalty", 1.0)),
         stop_strings=(stop_strings,) if isinstance(stop_strings, str) else stop_strings,
     )
-
-
-def check_whole(name: str, value, lowest: int) -> None:
-    """ValueError unless `value` is a whole number from `lowest` up."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-        raise ValueError(f"{name}: {value!r} is not a whole number from {lowest} up")
-
-
-def check_real(name: str, value, allowed: str, holds) -> None:
-    """ValueError unless `value` is a finite number for which `holds`."""
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not holds(value):
-        raise ValueError(f"{name}: {value!r} is not a number {allowed}")
-
-
-def check_choice(name: str, value, choices: tuple[str, ...]) -> None:
-    """ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name}: {value!r} is not one of {', '.join(choices)}")
-
-
-def check_texts(name: str, value) -> None:
-    """ValueError unless `value` is a list or tuple of texts that are not empty."""
-    texts = value if isinstance(value, list | tuple) else [None]
-    if not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(f"{name}: {value!r} is not a list of texts, none of them empty")
-
-
-def check_parts(name: str, value, methods: tuple[str, ...], kind: str) -> None:
-    """ValueError unless `value` is None or an object with these methods. (To import its class would be a cycle.)"""
-    has_them = all(callable(getattr(value, method, None)) for method in methods)
-    if value is not None and (isinstance(value, type) or not has_them):
-        raise ValueError(f"{name}: {value!r} is not {kind}, or null")
