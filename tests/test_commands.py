@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import lskip
-from lskip import commands
+from lskip import command_options
 from lskip.cli import main
 from lskip.inference import Margin, TextGenerator
 from lskip.inference.drafting import ConfidenceDraft
@@ -52,7 +52,7 @@ def test_a_decoding_option_does_what_its_setting_does(model_folder, capsys, flag
 
 def test_loading_options_reach_the_generator(model_folder, monkeypatch):
     asked = {}
-    monkeypatch.setattr(commands, "load_generator", lambda **options: asked.update(options) or 1 / 0)
+    monkeypatch.setattr(command_options, "load_generator", lambda **options: asked.update(options) or 1 / 0)
     options = {"dtype": "bfloat16", "weights": "plain", "draft_weights": "int8", "device": "cpu", "bit_exact": True}
     options |= {"compiled": True, "costs_file": "costs.json", "exit_adapter": "adapter"}
     flags = [f"--{name}={str(value).lower()}" for name, value in options.items()]

@@ -13,7 +13,7 @@ import torch
 from conftest import make_model
 from transformers import AutoModelForCausalLM
 
-from lskip import commands
+from lskip import command_options, commands
 from lskip.cli import main
 from lskip.inference import TextGenerator
 from lskip.pretrained import load_model
@@ -183,7 +183,7 @@ def test_a_file_that_is_whole_is_put_in_order_without_a_model(tmp_path, thirty, 
     assert main([*command, f"--output={output}"]) == 0
     ordered = output.read_text()
     output.write_text("".join(reversed(ordered.splitlines(keepends=True))))
-    monkeypatch.setattr(commands, "load_generator", None)
+    monkeypatch.setattr(command_options, "load_generator", None)
     assert main([*command, f"--output={output}", "--resume=true"]) == 0
     assert output.read_text() == ordered
 

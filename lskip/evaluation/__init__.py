@@ -1,0 +1,1 @@
+"""What every layer of a model is worth: reports, sweeps of settings, tasks and their scores."""
