@@ -11,9 +11,10 @@ from decoding_runs import PROMPT, Run
 from decoding_settings import ADAPTER, DRAFTS, OWN_WEIGHTS, Setting
 from transformers import PreTrainedModel
 
+from lskip.evaluation.sweep_cells import remember_rounds
 from lskip.exit_adapter import ExitAdapter
 from lskip.inference import Generation, TextGenerator
-from lskip.inference.drafting import ConfidenceDraft, CostAwareDraft, Draft, DraftPlan, DraftPolicy, FixedDraft
+from lskip.inference.drafting import ConfidenceDraft, CostAwareDraft, Draft, DraftPlan, FixedDraft
 
 POLICY_CLASSES = {"fixed": FixedDraft, "confidence": ConfidenceDraft, "cost_aware": CostAwareDraft}
 
@@ -114,14 +115,3 @@ class PromptPass:
 
     def run(self, prompts: list[list[int]], max_new_tokens: int) -> Run:
         return self.autoregressive.run(prompts, 1)
-
-
-def remember_rounds(policy: DraftPolicy, rounds: list[tuple[DraftPlan, int]]) -> None:
-    """Makes `policy` append to `rounds` what each round drafted and in how many lanes, besides learning from it."""
-    learn = policy.learn
-
-    def learn_and_remember(plan: DraftPlan, drafted: int, accepted: list[int], *more) -> None:
-        rounds.append((DraftPlan(plan.draft, drafted), len(accepted)))
-        learn(plan, drafted, accepted, *more)
-
-    policy.learn = learn_and_remember

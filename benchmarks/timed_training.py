@@ -75,24 +75,27 @@ def kinds_of_step(sizes: Sizes) -> dict[str, Kind]:
     }
 
 
+def model_config(sizes: Sizes) -> dict:
+    return {
+        "model_type": "llama",
+        "vocab_size": sizes.vocabulary,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.intermediate,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.heads,
+        "max_position_embeddings": sizes.length,
+        "tie_word_embeddings": True,
+    }
+
+
 class Trained:
     """A model in training: weights, optimizer and one batch, and the work that is timed."""
 
     def __init__(self, sizes: Sizes, device: torch.device):
         torch.manual_seed(0)
-        config = {
-            "model_type": "llama",
-            "vocab_size": sizes.vocabulary,
-            "hidden_size": sizes.hidden,
-            "intermediate_size": sizes.intermediate,
-            "num_hidden_layers": sizes.layers,
-            "num_attention_heads": sizes.heads,
-            "num_key_value_heads": sizes.heads,
-            "max_position_embeddings": sizes.length,
-            "tie_word_embeddings": True,
-        }
         self.sizes, self.device = sizes, device
-        self.module = LayerSkipModule(config).to(device)
+        self.module = LayerSkipModule(model_config(sizes)).to(device)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4)
         self.ids = torch.randint(0, sizes.vocabulary, (sizes.batch, sizes.length), device=device)
         self.rates = LayerDropout(sizes.p_max, Constant()).drop_rates(STEP, None, sizes.layers)

@@ -22,7 +22,7 @@ from lskip.adapter_training import AdapterModule, AveragedWeights, TimeBudget, r
 from lskip.callbacks.run_checkpoint import RunCheckpoint
 from lskip.checks import check_real, check_whole
 from lskip.decoder import Decoder
-from lskip.exit_adapter import SHAPE_FILE, WEIGHTS_FILE, AdapterShape, ExitAdapter, check_shape
+from lskip.exit_adapter import SHAPE_FILE, WEIGHTS_FILE, AdapterShape, ExitAdapter, check_shape, load_adapter
 from lskip.inference.loading import resolve_device
 from lskip.pretrained import load_model
 from lskip.trainer_manners import interruptible, quiet_lightning
@@ -103,6 +103,7 @@ def adapt(
     block_size: int = 256,
     device: str = "auto",
     cache_dir: str | None = None,
+    start: str | None = None,
     resume: bool = False,
 ) -> None:
     """Train an exit adapter: with it the exit of a model that stays as it is drafts what its last layer says.
@@ -123,6 +124,8 @@ def adapt(
         block_size: tokens of a prompt with its answer; longer ones are cut.
         device: cpu, cuda …; auto takes a GPU where there is one.
         cache_dir: where the states are kept, for SmolLM2 2.3 KB a token; null: ~/.cache/lskip.
+        start: folder of an adapter of the same shape whose weights it begins with, to train it further on other
+            answers, or otherwise; its words are kept. null: it begins as a copy of the model's top.
         resume: go on with the training that `output` holds, with the same arguments.
 
     Raises:
@@ -134,12 +137,15 @@ def adapt(
     if vocabulary is not None:
         check_whole("vocabulary", vocabulary, 16)
     place, folder = resolve_device(device), Path(output)
-    _check_files(folder, answers, resume)
+    _check_files(folder, answers, start, resume)
     frozen, tokenizer = _load(model, shape, block_size)
     rows = _read(answers, frozen, tokenizer, block_size, training.batch_size)
-    words = None if vocabulary is None else frequent_words(rows, vocabulary, frozen, tokenizer)
-    # In eval mode: dropout would be the only thing that differs from run to run, or after resuming.
-    adapter = ExitAdapter(frozen, shape, words).eval()
+    if start is None:
+        words = None if vocabulary is None else frequent_words(rows, vocabulary, frozen, tokenizer)
+        adapter = ExitAdapter(frozen, shape, words)
+    else:
+        adapter = load_adapter(Path(start), frozen, shape)
+    adapter.eval()  # dropout would be the only thing that differs from run to run, or after resuming
     cache = Path(cache_dir or "~/.cache/lskip").expanduser() / "adapter_states"
     dtype = torch.float32 if training.precision == "32-true" else torch.bfloat16
     states = answer_states(frozen.to(place, dtype), rows, exit_layer, cache)
@@ -154,7 +160,9 @@ def adapt(
     _finish(folder, module, {**_measure(module, data), **spent})
 
 
-def _check_files(folder: Path, answers: list[str], resume: bool) -> None:
+def _check_files(folder: Path, answers: list[str], start: str | None, resume: bool) -> None:
+    if start is not None and not Path(start).is_dir():
+        raise FileNotFoundError(f"start: there is no folder '{start}'")
     for path in answers:
         if not Path(path).is_file():
             raise FileNotFoundError(f"answers: there is no file '{path}'")

@@ -232,7 +232,7 @@ def _states_of(rows: list[AnswerRow], decoder: Decoder, exit_layer: int) -> Iter
         if row.held_out:
             choices = torch.full((length,), -1)
             scored = last_states[index, first : length - 1].to(decoder.dtype)
-            choices[first : length - 1] = decoder.model.lm_head(scored).argmax(-1).cpu()
+            choices[first : length - 1] = decoder.head(scored).argmax(-1).cpu()
             parts["choices"] = choices
         yield parts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import DynamicCache
 
-from lskip.decoder import BlockInputs, Decoder
+from lskip.decoder import Decoder
 from lskip.exit_adapter import ExitAdapter
 from lskip.losses import rows_at_once
 from lskip.optimization import WarmupCosine
@@ -37,11 +38,11 @@ def unrolled_states(adapter: ExitAdapter, exit_states: Tensor, last_states: Tens
     decoder = Decoder(adapter.body)
     windows = {decoder.window(block) for block in range(decoder.num_layers)}
     positions = torch.arange(exit_states.shape[1], device=exit_states.device)
-    rotary = adapter.body.model.rotary_emb(exit_states, positions[None])
+    places = decoder.block_inputs(exit_states, positions[None])
     previous = one_later(last_states)
     for step in range(1, num_steps + 1):
         masks = {window: chain_mask(positions, step, window, exit_states.dtype) for window in windows}
-        inputs = BlockInputs(positions[None], rotary, masks, cache)
+        inputs = replace(places, masks=masks, cache=cache)
         states = adapter.norm(adapter.run(adapter.joined(exit_states, previous if joins else None), inputs))
         yield states
         previous = one_later(states)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from lskip.checks import check_whole
 from lskip.command_options import DecodingOptions, LoadingOptions
+from lskip.evaluation.tuned import tuned_options
 from lskip.inference import Generation
 from lskip.inference.drafting import DraftPolicy
 from lskip.prompt_file import Prompt, put_in_order, read_prompts, start_output
@@ -22,6 +23,7 @@ def predict(
     output: str,
     decoding: DecodingOptions,
     loading: LoadingOptions,
+    task: str | None = None,
     batch_size: int = 8,
     overwrite: bool = False,
     resume: bool = False,
@@ -35,10 +37,12 @@ def predict(
             line, text, tokens, seconds, acceptance_rate, tokens_per_round, finish_reason, seed.
         decoding: how a prompt is continued. The prompt of index i (from 0, blank lines left out) has seed + i.
         loading: which model.
+        task: a task that lskip tune has tuned for this model: it says what drafts where the options do not. null: none.
         batch_size: prompts that are answered together; one that is done makes room for the next.
         overwrite: start over an existing output.
         resume: go on with an existing output, with the prompts that it does not answer yet.
     """
+    decoding, loading = tuned_options(task, decoding, loading)
     settings = decoding.settings()
     check_whole("batch_size", batch_size, 1)
     asked, path = read_prompts(Path(prompts)), Path(output)
@@ -84,14 +88,16 @@ def _row(prompt: Prompt, generation: Generation) -> dict:
     }
 
 
-def generate(prompt: str, decoding: DecodingOptions, loading: LoadingOptions) -> None:
+def generate(prompt: str, decoding: DecodingOptions, loading: LoadingOptions, task: str | None = None) -> None:
     """Answer one prompt: the text on standard output as it comes, the counts on standard error.
 
     Args:
         prompt: the text to continue or to answer.
         decoding: how it is continued.
         loading: which model.
+        task: a task that lskip tune has tuned for this model: it says what drafts where the options do not. null: none.
     """
+    decoding, loading = tuned_options(task, decoding, loading)
     settings = decoding.settings()
     if not prompt:
         raise ValueError("prompt: is empty; give some text to continue")

@@ -14,14 +14,19 @@ HELP = """usage: lskip COMMAND [options]
   test       the same on the test split
   predict    answer a file of prompts, one JSON line each
   generate   answer one prompt, streamed
+  sweep      speed-up of every way to draft on the prompts of a task: table, figure, advice
+  tune       the best way to draft for a task, in minutes; --task goes by it
+  inspect    what every layer would say, by depth and token by token: table, figure, page
   adapt      train an exit adapter for a model that stays as it is
   export     a run as a transformers folder, its draft, and GGUF files
+  evaluate   every exit on the tasks of lm-eval-harness
+  compare    runs side by side, and their perplexity by depth
 
 `lskip COMMAND --help` shows the options, `lskip fit … --print_config` the whole configuration.
 Set LSKIP_TRACEBACK=1 to see where an error comes from.
 """
 _TRAINING = ("fit", "validate", "test")
-_PLAIN = ("predict", "generate", "export", "adapt")
+_PLAIN = ("predict", "generate", "export", "adapt", "sweep", "tune", "evaluate", "compare", "inspect")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -51,9 +51,10 @@ class DecodingOptions:
     Attributes:
         max_new_tokens: tokens to generate at most; null takes the model's default.
         exit_layer: blocks that run before a token is read off, 1 to the model's layers; null runs all.
-        exit_criterion: stops each token at the first layer that is sure enough (Entropy, Margin, Saturation; another
-            text, not verified); null: none.
-        num_speculations: tokens drafted, at most, before the whole model verifies them; 0 does not draft.
+        exit_criterion: stops each token at the first layer that is sure enough (Entropy, Margin, Saturation,
+            LearnedExit; another text, not verified); null: none.
+        num_speculations: tokens drafted, at most, before the whole model verifies them; 0 does not draft. null: what
+            the task is tuned to, else 0.
         draft: what drafts: layers (the first exit_layer blocks), weights (the draft_weights), ngram (what followed
             the same tokens earlier in the text) or adapter (the exit_adapter); null: the exit_adapter, else the
             draft_weights, else the layers.
@@ -74,7 +75,7 @@ class DecodingOptions:
     max_new_tokens: int | None = None
     exit_layer: int | None = None
     exit_criterion: ExitCriterion | None = None
-    num_speculations: int = 0
+    num_speculations: int | None = None
     draft: Literal["layers", "weights", "ngram", "adapter"] | None = None
     draft_policy: DraftPolicy | None = None
     acceptance: Literal["shared_noise", "rejection"] = "shared_noise"

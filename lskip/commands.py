@@ -6,10 +6,13 @@ import argparse
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from importlib import import_module
+from inspect import signature
 from typing import get_type_hints
 
+from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from lskip.evaluation.tasks import Task
 from lskip.inference.drafting import DraftPolicy
 from lskip.inference.exits import ExitCriterion
 from lskip.usage_errors import explain, innermost
@@ -20,23 +23,35 @@ MODULES = {
     "generate": "lskip.answering",
     "adapt": "lskip.adapt",
     "export": "lskip.export",
+    "sweep": "lskip.evaluation.sweep",
+    "tune": "lskip.evaluation.tune",
+    "evaluate": "lskip.evaluation.evaluate",
+    "compare": "lskip.evaluation.compare",
+    "inspect": "lskip.evaluation.inspect",
 }
-_CLASSES = {"draft_policy": DraftPolicy, "exit_criterion": ExitCriterion}
+_CLASSES = {"draft_policy": DraftPolicy, "exit_criterion": ExitCriterion, "criterion": ExitCriterion, "task": Task}
 
 
 def run_command(arguments: list[str]) -> None:
-    """Run one of MODULES: the first argument says which, the others are its options."""
+    """Run one of MODULES: the first argument says which, the others are its options.
+
+    Lists that the function takes by position alone are given so on the command line too.
+    """
     name, *options = arguments
     command = command_named(name)
     parser = ArgumentParser(prog=f"lskip {name}", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with the options below")
+    lists = [key for key, part in signature(command).parameters.items() if part.kind is part.POSITIONAL_ONLY]
+    described = {part.arg_name: part.description for part in parse_docstring(command.__doc__).params}
+    for key in lists:
+        parser.add_argument(key, nargs="+", help=described[key])
     # Arguments that stand for a group of options.
     groups = {key: kind for key, kind in get_type_hints(command).items() if is_dataclass(kind)}
-    plain = parser.add_function_arguments(command, skip=set(groups))
+    plain = parser.add_function_arguments(command, skip={*groups, *lists})
     members = {key: parser.add_class_arguments(kind) for key, kind in groups.items()}
     values = _parse(parser, options)
     given = {key: kind(**{member: values[member] for member in members[key]}) for key, kind in groups.items()}
-    command(**{key: values[key] for key in plain}, **given)
+    command(*(values[key] for key in lists), **{key: values[key] for key in plain}, **given)
 
 
 def command_named(name: str) -> Callable[..., None]:

@@ -1,5 +1,7 @@
 """Which exits are supervised at a step: C(t, l) of arXiv 2404.16710, section 4.2."""
 
+from lskip.checks import check_whole
+
 
 class ExitCurriculum:
     """Decides, a pure function of the step, which exits are on. Subclass it for a curriculum of your own.
@@ -61,3 +63,27 @@ class LastExit(ExitCurriculum):
 
     def is_on(self, step: int, total: int, block: int, num_layers: int) -> bool:
         return False
+
+
+class ChosenExits(ExitCurriculum):
+    """Only the exits that decoding will use, in turn: at step t the one at place t mod n of n.
+
+    Args:
+        exit_layers: 1-based, each from 2 to the last but one of the model (the exit after layer 1 weighs 0).
+
+    Raises:
+        ValueError: no exit, one below 2, or, in the first step, one that the model does not have.
+    """
+
+    def __init__(self, exit_layers: list[int]):
+        if not exit_layers:
+            raise ValueError("exit_layers: [] names no exit; for none there is LastExit")
+        for exit_layer in exit_layers:
+            check_whole("exit_layers", exit_layer, 2)
+        self.exit_layers = list(exit_layers)
+
+    def is_on(self, step: int, total: int, block: int, num_layers: int) -> bool:
+        deepest = max(self.exit_layers)
+        if deepest >= num_layers:
+            raise ValueError(f"exit_layers: {deepest} is not from 2 to {num_layers - 1}, below the last layer")
+        return block + 1 == self.exit_layers[step % len(self.exit_layers)]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# model_type of families whose blocks, norm and head sit where Llama's do. A family that differs gets a
-# subclass of Decoder; one that is not listed is refused by name rather than run wrongly.
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+from lskip.families import family_of
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,14 @@ class BlockInputs:
 
     Attributes:
         position_ids: [1 or B, Q], the position of each query token.
-        rotary: (cos, sin), each [1 or B, Q, head_dim].
+        rotary: kind of attention (None: the same for all blocks) -> (cos, sin), each [1 or B, Q, head_dim]; empty
+            where positions are not rotary.
         masks: window (None: full attention) -> additive mask [1 or B, 1, Q, K], or None for plain causal attention.
         cache: a transformers-compatible cache, or None.
     """
 
     position_ids: Tensor
-    rotary: tuple[Tensor, Tensor]
+    rotary: dict[str | None, tuple[Tensor, Tensor]]
     masks: dict[int | None, Tensor | None]
     cache: Any = None
 
@@ -40,7 +41,7 @@ class BlockInputs:
         return replace(
             self,
             position_ids=cut(self.position_ids),
-            rotary=tuple(cut(part) for part in self.rotary),
+            rotary={kind: tuple(cut(part) for part in parts) for kind, parts in self.rotary.items()},
             masks={window: cut(mask) for window, mask in self.masks.items()},
         )
 
@@ -56,9 +57,7 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel):
-        family = model.config.model_type
-        if family not in LLAMA_LIKE:
-            raise ValueError(f"model: the family {family!r} is not supported; allowed: {', '.join(LLAMA_LIKE)}")
+        self.family = family_of(model.config)
         attention = model.config._attn_implementation
         if attention not in ("sdpa", "eager"):
             raise ValueError(f"attn_implementation: {attention!r} is not supported; allowed: sdpa, eager")
@@ -79,7 +78,14 @@ class Decoder:
 
     @property
     def context_length(self) -> int:
-        """Tokens that the model's positions are made for."""
+        """Tokens that the model's positions are made for.
+
+        Phi-3's longrope turns all positions of a text that is longer than this by other angles: one that grows past
+        it would have to be run anew.
+        """
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            return rope["original_max_position_embeddings"]
         return self.config.max_position_embeddings
 
     @property
@@ -91,13 +97,45 @@ class Decoder:
         return self.head_weight.dtype
 
     @property
+    def embedding(self) -> nn.Module:
+        """Token ids -> [..., D] (OPT: what its project_in takes)."""
+        return self.model.get_input_embeddings()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self._part(self.family.blocks)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """Identity where the model has none."""
+        return self._part(self.family.norm) or nn.Identity()
+
+    @property
+    def rotary(self) -> nn.Module | None:
+        """Makes cosines and sines of positions; None where they are not rotary."""
+        return self._part(self.family.rotary)
+
+    @property
+    def head(self) -> nn.Module:
+        """The one head that decodes every exit."""
+        return self.model.get_output_embeddings()
+
+    @property
     def head_weight(self) -> Tensor:
-        """[V, D], the one head that decodes every exit."""
-        return self.model.lm_head.weight
+        """[V, D] (OPT: as wide as its project_out makes states)."""
+        return self.head.weight
 
     @property
     def head_bias(self) -> Tensor | None:
-        return self.model.lm_head.bias
+        return self.head.bias
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """c, where logits become c tanh(logits / c) (Gemma, arXiv 2408.00118 section 2); None: they stay."""
+        return getattr(self.config, "final_logit_softcapping", None)
+
+    def _part(self, path: str | None) -> nn.Module | None:
+        return None if path is None else attrgetter(path)(self.model.base_model)
 
     def block_index(self, exit_layer: int) -> int:
         """The 0-based index of the last block that runs when `exit_layer` blocks do.
@@ -114,39 +152,69 @@ class Decoder:
 
     def window(self, block: int) -> int | None:
         """Keys that a query of this block sees, itself included; None when it sees all before it."""
-        kinds = getattr(self.config, "layer_types", None)
-        if kinds is not None and kinds[block] != "sliding_attention":
+        if self._kind(block) not in (None, "sliding_attention"):
             return None
         return getattr(self.config, "sliding_window", None)
 
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """[B, S] token ids -> [B, S, D], the input of block 0."""
-        return self.model.model.embed_tokens(input_ids)
+    def _kind(self, block: int) -> str | None:
+        """Its kind of attention, where the config tells blocks apart."""
+        kinds = getattr(self.config, "layer_types", None)
+        return None if kinds is None else kinds[block]
+
+    def embed(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """[B, S] token ids -> [B, S, D], the input of block 0.
+
+        Args:
+            positions: [1 or B, S], for families that learn an embedding of them; 0 … S-1 when not given.
+        """
+        family, x = self.family, self.embedding(input_ids)
+        if (project := self._part(family.project_in)) is not None:
+            x = project(x)
+        if (learned := self._part(family.positions)) is not None:
+            if positions is None:
+                positions = torch.arange(x.shape[1], device=x.device)[None]
+            x = x + F.embedding(positions + family.first_position, learned.weight)
+        dropout = self._part(family.embedding_dropout)
+        return x if dropout is None else dropout(x)
 
     def block_inputs(
-        self, x: Tensor, positions: Tensor | None = None, cache: Any = None, num_keys: int | None = None
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        cache: Any = None,
+        held: dict[int | None, Tensor] | None = None,
     ) -> BlockInputs:
         """Positions and masks for one pass over x [B, Q, D].
 
         Args:
             x: states, for their shape, device and dtype.
             positions: [1 or B, Q]; 0 … Q-1 when not given.
-            cache: where the blocks read and write keys and values: slot k holds position k.
-            num_keys: slots that the blocks see, needed with a cache. A query then always gets an explicit mask:
-                without one, scaled_dot_product_attention would cut a longer cache to the first Q keys.
+            cache: where the blocks read and write keys and values.
+            held: window of a block -> [1 or B, K], the positions that its slots hold; needed with a cache. A query
+                then always gets an explicit mask: without one, scaled_dot_product_attention would cut a longer cache
+                to the first Q keys.
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
         windows = {self.window(block) for block in range(self.num_layers)}
-        masks = {window: self._mask(positions, window, cache, num_keys, x.dtype) for window in windows}
-        return BlockInputs(positions, self.model.model.rotary_emb(x, positions), masks, cache)
+        if cache is None:
+            held = dict.fromkeys(windows)
+        masks = {window: self._mask(positions, window, held[window], x.dtype) for window in windows}
+        return BlockInputs(positions, self._turns(x, positions), masks, cache)
 
-    def _mask(self, positions: Tensor, window: int | None, cache: Any, num_keys: int | None, dtype: torch.dtype):
+    def _turns(self, x: Tensor, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+        if self.rotary is None:
+            return {}
+        if not self.family.rotary_by_kind:
+            return {None: self.rotary(x, positions)}
+        return {kind: self.rotary(x, positions, kind) for kind in set(self.config.layer_types)}
+
+    def _mask(self, positions: Tensor, window: int | None, held: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         queries = positions.shape[1]
-        kernels_mask = cache is None and self.config._attn_implementation == "sdpa"
+        kernels_mask = held is None and self.config._attn_implementation == "sdpa"
         if kernels_mask and (window is None or window >= queries):
             return None  # plain causal attention: the kernels do it without a mask
-        keys = positions if cache is None else torch.arange(num_keys, device=positions.device)[None]
+        keys = positions if held is None else held
         distance = positions[:, None, :, None] - keys[:, None, None, :]  # [B, 1, Q, K]
         visible = distance >= 0
         if window is not None:
@@ -158,19 +226,23 @@ class Decoder:
 
     def block(self, index: int, x: Tensor, inputs: BlockInputs) -> Tensor:
         """Block `index` (0-based) on states [B, Q, D]: x + f(x), the residual included."""
-        return self.model.model.layers[index](
+        arguments = {self.family.cache_argument: inputs.cache}
+        if inputs.rotary:
+            arguments["position_embeddings"] = inputs.rotary[self._kind(index) if self.family.rotary_by_kind else None]
+        return self.blocks[index](
             x,
             attention_mask=inputs.masks[self.window(index)],
             position_ids=inputs.position_ids,
-            position_embeddings=inputs.rotary,
-            cache=inputs.cache,
             use_cache=inputs.cache is not None,
+            **arguments,
         )
 
     def norm(self, x: Tensor) -> Tensor:
-        """The final norm, which stands before the head at every exit."""
-        return self.model.model.norm(x)
+        """The final norm, which stands before the head at every exit (with what a family puts between the two)."""
+        x, project = self.final_norm(x), self._part(self.family.project_out)
+        return x if project is None else project(x)
 
     def decode(self, x: Tensor) -> Tensor:
         """g of the paper (section 4.2): an exit state [..., D] -> logits [..., V]."""
-        return self.model.lm_head(self.norm(x))
+        logits, cap = self.head(self.norm(x)), self.logit_softcap
+        return logits if cap is None else (logits / cap).tanh() * cap

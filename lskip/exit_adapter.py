@@ -71,6 +71,8 @@ class ExitAdapter(nn.Module):
         super().__init__()
         decoder = Decoder(model)
         check_shape(shape, decoder.num_layers)
+        if decoder.head_weight.shape[1] != decoder.hidden_size:
+            raise ValueError("model: an exit adapter reads states with the head itself, not through a projection (OPT)")
         self.shape, self.made_for = shape, fingerprint(decoder)
         ids = torch.arange(decoder.vocab_size) if token_ids is None else token_ids
         self.register_buffer("token_ids", ids.to(decoder.device), persistent=False)
@@ -105,7 +107,7 @@ class ExitAdapter(nn.Module):
 
     def norm(self, states: Tensor) -> Tensor:
         """[..., D]: what its head reads, and what stands in for the last layer's state of a drafted token."""
-        return self.body.model.norm(states)
+        return Decoder(self.body).norm(states)
 
     def save(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Writes `folder`: shape and weights, without the head."""
@@ -125,12 +127,12 @@ def side_by_side(exit_states: Tensor, last_states: Tensor | None) -> Tensor:
     return F.rms_norm(both, both.shape[-1:]).flatten(-2)
 
 
-def load_adapter(folder: Path, model: PreTrainedModel) -> ExitAdapter:
+def load_adapter(folder: Path, model: PreTrainedModel, expected: AdapterShape | None = None) -> ExitAdapter:
     """The adapter that `save` wrote, on `model`'s device and in its dtype.
 
     Raises:
         FileNotFoundError: no adapter in `folder`.
-        ValueError: it is of another model, or the files are damaged.
+        ValueError: it is of another model or not of the expected shape, or the files are damaged.
     """
     if not (folder / SHAPE_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
         raise FileNotFoundError(f"exit_adapter: '{folder}' holds no {SHAPE_FILE} with {WEIGHTS_FILE}")
@@ -143,6 +145,8 @@ def load_adapter(folder: Path, model: PreTrainedModel) -> ExitAdapter:
         raise ValueError(f"exit_adapter: '{folder}' could not be read ({error})") from error
     if made_for != fingerprint(Decoder(model)):
         raise ValueError(f"exit_adapter: '{folder}' was made for another model ({made_for})")
+    if expected not in (None, shape):
+        raise ValueError(f"exit_adapter: '{folder}' is of another shape ({shape}, not {expected})")
     adapter = ExitAdapter(model, shape, token_ids)
     missing, unexpected = adapter.load_state_dict(weights, strict=False)
     if unexpected or any(adapter.get_parameter(name).requires_grad for name in missing):
@@ -179,11 +183,11 @@ def body_of(decoder: Decoder, num_blocks: int, token_ids: Tensor) -> PreTrainedM
         config.layer_types = config.layer_types[-num_blocks:]
     attention = decoder.config._attn_implementation
     body = AutoModelForCausalLM.from_config(config, dtype=decoder.dtype, attn_implementation=attention)
-    top = decoder.model.model.layers[decoder.num_layers - num_blocks :]
-    for block, original in zip(body.model.layers, top, strict=True):
+    own, top = Decoder(body), decoder.blocks[decoder.num_layers - num_blocks :]
+    for block, original in zip(own.blocks, top, strict=True):
         block.load_state_dict(original.state_dict())
-    body.model.norm.load_state_dict(decoder.model.model.norm.state_dict())
+    own.final_norm.load_state_dict(decoder.final_norm.state_dict())
     with torch.no_grad():
-        body.lm_head.weight.copy_(decoder.head_weight[token_ids])
-    body.lm_head.weight.requires_grad_(False)
+        own.head_weight.copy_(decoder.head_weight[token_ids])
+    own.head_weight.requires_grad_(False)
     return body

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from lskip import gguf_file
 from lskip.checks import check_whole
-from lskip.decoder import LLAMA_LIKE
+from lskip.decoder import Decoder
+from lskip.families import family_of
 from lskip.model_card import NUM_SPECULATIONS, model_card
 from lskip.pretrained import find_source, load_config, load_model, load_tokenizer
+from lskip.trained_exits import load_trained_exits
 
 DRAFT_FOLDER, GGUF_FILE, CARD_FILE = "draft", "model.gguf", "README.md"
 
@@ -67,6 +69,8 @@ def export(
                 tokenizer.save_pretrained(place)
             if gguf:
                 gguf_file.write_gguf(part, place / GGUF_FILE, source or tokenizer, name)
+        if (exits := load_trained_exits(model, Decoder(loaded))) is not None:
+            exits.save(partial)
         card = model_card(model, folder.name, config, exit_layer, num_speculations, draft, gguf)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
         # Only a whole model ever stands under the name that was asked for.
@@ -88,12 +92,12 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
 
     Its logits are those of `model`'s exit after so many blocks. It has weights of its own.
     """
-    config = copy.deepcopy(model.config).to_dict()
-    config["num_hidden_layers"] = num_layers
-    if config.get("layer_types") is not None:
-        config["layer_types"] = config["layer_types"][:num_layers]
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[:num_layers]
     with no_init_weights():
-        draft = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=model.dtype)
+        draft = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     weights = model.state_dict()
     draft.load_state_dict({name: weights[name] for name in draft.state_dict()})
     draft.generation_config = copy.deepcopy(model.generation_config)
@@ -104,14 +108,15 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
 def _check_drafts(
     config: PreTrainedConfig, exit_layer: int | None, num_speculations: int | None, draft: int | None
 ) -> None:
-    family, num_layers = config.model_type, config.num_hidden_layers
+    family, num_layers = family_of(config), config.num_hidden_layers
     for name, value in (("exit_layer", exit_layer), ("draft", draft)):
         if value is None:
             continue
-        if family not in LLAMA_LIKE:
-            raise ValueError(f"{name}: a model of family {family} cannot be cut; these can: {', '.join(LLAMA_LIKE)}")
         if not 1 <= value < num_layers:
             raise ValueError(f"{name}: {value} is not from 1 to {num_layers - 1}; the model has {num_layers} layers")
+    if exit_layer is not None and not family.exits_in_transformers:
+        name = config.model_type
+        raise ValueError(f"exit_layer: transformers cannot leave a {name} at a layer; use draft in its place")
     if num_speculations is not None:
         check_whole("num_speculations", num_speculations, 1)
         if exit_layer is None and draft is None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lskip.targets import ExitTarget, Labels
 
 # Logits alive at once: about this many elements (32 MB in float32), but never fewer rows than keep the products
 # with the head efficient.
@@ -40,13 +43,48 @@ def rows_at_once(vocab_size: int) -> int:
     return max(MIN_ROWS, LOGITS_AT_ONCE // vocab_size)
 
 
+class Teacher(NamedTuple):
+    """Whose logits are the target of some rows. No gradient reaches it.
+
+    Attributes:
+        states: [n, D], a row each, after the teacher's final norm.
+        head_weight: [V, D]; None: the trained head itself, as it is at this step.
+        head_bias: [V] or None, with `head_weight` only.
+    """
+
+    states: Tensor
+    head_weight: Tensor | None = None
+    head_bias: Tensor | None = None
+
+
+class Lesson(NamedTuple):
+    """What consecutive rows learn.
+
+    Attributes:
+        count: number of rows.
+        target: their loss.
+        teacher: where the target needs one; else None.
+    """
+
+    count: int
+    target: ExitTarget
+    teacher: Teacher | None = None
+
+
 def head_loss(
-    states: Tensor, head_weight: Tensor, head_bias: Tensor | None, labels: Tensor, row_weights: Tensor
+    states: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    labels: Tensor,
+    row_weights: Tensor,
+    softcap: float | None = None,
+    lessons: Sequence[Lesson] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted cross-entropy of rows through the shared head, without ever holding all of their logits.
+    """Weighted losses of rows through the shared head, without ever holding all of their logits.
 
     Rows go through in chunks; loss and gradients are made together in the forward pass, so that backward needs
-    neither logits nor a second product with the head, and the head's gradient is summed in one buffer.
+    neither logits nor a second product with the head, and the head's gradient is summed in one buffer. A teacher's
+    logits too are made chunk by chunk.
     Under autocast the products run in its dtype; softmax and sums are at least float32.
 
     Args:
@@ -55,16 +93,19 @@ def head_loss(
         head_bias: [V] or None.
         labels: [N], target ids; every row counts, so leave out what is not scored.
         row_weights: [N], the weight of each row in the sum.
+        softcap: c, where logits are c tanh(logits / c) (Gemma, arXiv 2408.00118 section 2); a teacher's too.
+        lessons: what the rows learn, in their order, N rows together; None: the labels (cross-entropy).
 
     Returns:
-        Σ_i row_weights_i CE_i, a scalar to differentiate, and CE [N], detached.
+        Σ_i row_weights_i loss_i, a scalar to differentiate, and the losses [N], detached.
     """
-    return _HeadLoss.apply(states, head_weight, head_bias, labels, row_weights)
+    lessons = [Lesson(len(states), Labels())] if lessons is None else lessons
+    return _HeadLoss.apply(states, head_weight, head_bias, labels, row_weights, softcap, lessons)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, states, head_weight, head_bias, labels, row_weights):
+    def forward(ctx, states, head_weight, head_bias, labels, row_weights, softcap, lessons):
         device = states.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else states.dtype
@@ -75,15 +116,16 @@ class _HeadLoss(torch.autograd.Function):
         grad_states = torch.empty_like(states) if needs_states else None
         grad_weight = torch.zeros_like(head_weight, dtype=total_dtype) if needs_weight else None
         grad_bias = torch.zeros_like(head_bias, dtype=total_dtype) if needs_bias else None
-        rows = rows_at_once(len(head_weight))
         with torch.autocast(device, enabled=False):
-            for start in range(0, len(states), rows):
-                part = slice(start, start + rows)
+            for part, target, teacher in _chunks(lessons, rows_at_once(len(head_weight))):
                 x = states[part].to(dtype)
-                logits = (x @ weight.T).to(total_dtype)
-                if head_bias is not None:
-                    logits += head_bias
-                losses[part], grad_logits = _cross_entropy(logits, labels[part], row_weights[part])
+                logits = _logits(x, weight, head_bias, total_dtype)
+                slope = None if softcap is None else _cap(logits, softcap)
+                taught = _teacher_logits(teacher, weight, head_bias, softcap, total_dtype)
+                losses[part], grad_logits = target.loss(logits, labels[part], taught)
+                grad_logits.mul_(row_weights[part, None])
+                if slope is not None:
+                    grad_logits.mul_(slope)
                 if needs_bias:
                     grad_bias += grad_logits.sum(0)
                 grad_logits = grad_logits.to(dtype)
@@ -105,9 +147,38 @@ class _HeadLoss(torch.autograd.Function):
             None if grad_states is None else grad_states * grad.to(grad_states.dtype),
             None if grad_weight is None else (grad_weight * grad).to(weight_dtype),
             None if grad_bias is None else (grad_bias * grad).to(bias_dtype),
-            None,
-            None,
+            *[None] * 4,
         )
+
+
+def _chunks(lessons: Sequence[Lesson], rows: int):
+    """Yields (slice of at most `rows` rows, their target, the teacher of just these rows or None)."""
+    begin = 0
+    for count, target, teacher in lessons:
+        for start in range(0, count, rows):
+            stop = min(start + rows, count)
+            part = None if teacher is None else teacher._replace(states=teacher.states[start:stop])
+            yield slice(begin + start, begin + stop), target, part
+        begin += count
+
+
+def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """states @ weight.T + bias in the weight's dtype, then as `dtype`."""
+    logits = (states.to(weight.dtype) @ weight.T).to(dtype)
+    return logits if bias is None else logits.add_(bias)
+
+
+def _teacher_logits(
+    teacher: Teacher | None, weight: Tensor, bias: Tensor | None, softcap: float | None, dtype: torch.dtype
+) -> Tensor | None:
+    """The teacher's logits of its rows; `weight` and `bias` are the trained head's."""
+    if teacher is None:
+        return None
+    own_head = (weight, bias) if teacher.head_weight is None else teacher[1:]
+    logits = _logits(teacher.states, *own_head, dtype)
+    if softcap is not None:
+        _cap(logits, softcap)
+    return logits
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -118,10 +189,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, row_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """CE [n] of logits [n, V], and the gradient of its weighted sum; the logits are overwritten with it."""
-    log_total = torch.logsumexp(logits, dim=-1)
-    losses = log_total - logits.gather(1, labels[:, None]).squeeze(1)
-    probabilities = logits.sub_(log_total[:, None]).exp_()
-    probabilities[torch.arange(len(labels), device=labels.device), labels] -= 1
-    return losses, probabilities.mul_(row_weights[:, None])
+def _cap(logits: Tensor, softcap: float) -> Tensor:
+    """Logits become c tanh(logits / c), in place; returns the derivative, 1 - tanh²."""
+    slope = logits.div_(softcap).tanh_().square().neg_().add_(1)
+    logits.mul_(softcap)
+    return slope

@@ -15,14 +15,20 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lskip.accumulation import AccumulatedTokens
 from lskip.checkpoint import pack_model, random_state, restore_random_state
+from lskip.checks import check_real
 from lskip.decoder import Decoder
 from lskip.layer_dropout import draw_dropped, run_kept_rows
 from lskip.layer_vector import LayerVector
+from lskip.lessons import Lessons
 from lskip.losses import head_loss
-from lskip.optimization import WarmupCosine
+from lskip.low_rank import LowRank
+from lskip.optimization import WarmupCosine, parameter_groups
 from lskip.pretrained import load_model
 from lskip.readout import Readout, read_exits, scored_positions
+from lskip.targets import ExitTarget, Labels
+from lskip.trained_exits import trained_exits
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
@@ -43,7 +49,18 @@ class LayerSkipModule(LightningModule):
         lr_scheduler: optimizer -> schedule, stepped at each optimizer step; None for a constant rate.
         position_share: share of the positions at which each exit but the last is decoded, drawn anew at each
             step: an unbiased estimate of the loss at less cost. 1.0 decodes all.
+        exit_target: what each exit but the last learns: Labels (the text), SelfDistillation (what the last layer says
+            in the same pass) or your own. The last layer learns the text.
+        anchor_weight: beside the text the last layer learns, with this weight, what `model` said before training
+            (KL). Costs a copy of the weights and a forward pass; null: none.
+        low_rank: LowRank trains thin factors in the first blocks and freezes all else; null: the whole model trains.
+        exit_heads: give each exit but the last an affine map of its own before the shared norm and head (DeeBERT).
+        learned_exit: train a judge of the exits beside them, by which LearnedExit stops (BERxiT).
+        gradient_checkpointing: keep only the input of each block for backward and run the block again there: less
+            memory, about a third more time, the same gradients.
         seed: of layer dropout and of the sampled positions.
+
+    A run's exit heads and judge come with `model`, whether they are asked for or not.
 
     Raises:
         ValueError: a number out of its range, an unsupported model family, or a source that is not a model.
@@ -56,6 +73,12 @@ class LayerSkipModule(LightningModule):
         optimizer: OptimizerCallable = partial(torch.optim.AdamW, lr=3e-4),
         lr_scheduler: LRSchedulerCallable | None = WarmupCosine,
         position_share: float = 1.0,
+        exit_target: ExitTarget = Labels(),
+        anchor_weight: float | None = None,
+        low_rank: LowRank | None = None,
+        exit_heads: bool = False,
+        learned_exit: bool = False,
+        gradient_checkpointing: bool = False,
         seed: int = 0,
     ):
         super().__init__()
@@ -63,10 +86,20 @@ class LayerSkipModule(LightningModule):
             raise ValueError(f"position_share: {position_share} is not above 0 and at most 1")
         if seed < 0:
             raise ValueError(f"seed: {seed} is not a whole number from 0 up")
+        if anchor_weight is not None:
+            check_real("anchor_weight", anchor_weight, "from 0 up", lambda value: value >= 0)
+        source = model
         if not isinstance(model, PreTrainedModel):
             model, tokenizer = _load(model, tokenizer)
+        self.lessons = Lessons(model, exit_target, anchor_weight)
+        self.low_rank = low_rank
+        if low_rank is not None:
+            low_rank.apply(model)
         self.model = model.train()
+        if gradient_checkpointing:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.decoder = Decoder(model)
+        self.exits = trained_exits(source, self.decoder, exit_heads, learned_exit)
         self.tokenizer = tokenizer
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -87,40 +120,69 @@ class LayerSkipModule(LightningModule):
         micro_batch = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
         loss, last_loss = self.early_exit_loss(batch, micro_batch)
         self.log("train/loss", loss, prog_bar=True)
-        self.log("train/loss_last_layer", last_loss)
-        return loss
+        if self.exit_weights.values[-1] > 0:
+            self.log("train/loss_last_layer", last_loss)
+        if self.trainer.accumulate_grad_batches == 1:
+            return loss
+        scored, _ = scored_positions(batch["input_ids"], batch.get("labels"))
+        return loss * self._accumulated.weight(len(scored))
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self.trainer.accumulate_grad_batches > 1:
+            self._accumulated.correct(self.parameters(), self.trainer.accumulate_grad_batches)
 
     def early_exit_loss(self, batch: dict[str, Tensor], micro_batch: int) -> tuple[Tensor, Tensor]:
-        """J = Σ_l ẽ(t, l) CE(g(x_{l+1}), y) (section 4.2), each CE a mean over the scored positions.
+        """J = Σ_l ẽ(t, l) CE(g(x_{l+1}), y) (section 4.2), each a mean over the scored positions.
+
+        An exit target or an anchor puts its own loss in the place of CE.
 
         Args:
             batch: {"input_ids" [B, S], "labels" [B, S] or absent (all are scored), -100 where not scored}.
             micro_batch: number of the batch in the run, which keys the random draws.
 
         Returns:
-            J to differentiate, and the last layer's own cross-entropy.
+            J to differentiate, and the last layer's own loss.
         """
         input_ids = batch["input_ids"]
         positions, targets = scored_positions(input_ids, batch.get("labels"))
         exits = [block for block, weight in enumerate(self.exit_weights.values) if weight > 0]
         if not exits:
             raise ValueError("exit_weights: all are 0, so that nothing is trained; set at least one")
-        states, labels, weights = [], [], []
+        if self.lessons.need_last_layer:
+            exits = sorted({*exits, self.decoder.num_layers - 1})
+        states, labels, weights, judged, pickeds = [], [], [], [], []
         weight_dtype = torch.promote_types(self.decoder.dtype, torch.float32)
         for block, x in self._exit_states(input_ids, exits, micro_batch):
             picked = self._sample(block, len(positions), micro_batch)
             rows = positions if picked is None else positions[picked]
-            states.append(self.decoder.norm(x.flatten(0, 1).index_select(0, rows)))
+            pickeds.append(picked)
             labels.append(targets if picked is None else targets[picked])
+            state = x.flatten(0, 1).index_select(0, rows)
+            if self.exits is not None:
+                judged.append(self.exits.judge_loss(self.decoder, block + 1, state, labels[-1]))
+                state = self.exits.translate(block + 1, state)
+            states.append(self.decoder.norm(state))
             weight = self.exit_weights.values[block] * len(positions) / max(len(rows), 1)
             weights.append(torch.full(rows.shape, weight, device=x.device, dtype=weight_dtype))
         decoder = self.decoder
+        last_states = states[-1] if exits[-1] == decoder.num_layers - 1 else None
         total, losses = head_loss(
-            torch.cat(states), decoder.head_weight, decoder.head_bias, torch.cat(labels), torch.cat(weights)
+            torch.cat(states),
+            decoder.head_weight,
+            decoder.head_bias,
+            torch.cat(labels),
+            torch.cat(weights),
+            decoder.logit_softcap,
+            self.lessons.of_step(pickeds, last_states, input_ids, positions),
         )
         scored = max(len(positions), 1)
         last = losses[len(losses) - len(labels[-1]) :]
-        return total / scored, last.sum() / max(len(last), 1)
+        return total / scored + self._judge_loss(judged), last.sum() / max(len(last), 1)
+
+    def _judge_loss(self, losses: list[Tensor | None]) -> Tensor | float:
+        """The mean over the exits that are judged."""
+        losses = [loss for loss in losses if loss is not None]
+        return sum(losses) / len(losses) if losses else 0.0
 
     def _exit_states(self, input_ids: Tensor, exits: list[int], micro_batch: int):
         """Yields (block, its output [B, S, D]) for the blocks in `exits`, ascending."""
@@ -150,7 +212,8 @@ class LayerSkipModule(LightningModule):
 
     def _read(self, name: str, batch: dict[str, Tensor]) -> Readout:
         self._check_length(batch["input_ids"])
-        readout = read_exits(self.decoder, batch["input_ids"], batch.get("labels"), self.validated_exits)
+        exits = self.validated_exits
+        readout = read_exits(self.decoder, batch["input_ids"], batch.get("labels"), exits, self.exits)
         last = readout.losses[-1]
         # Weighted by its tokens, so that the mean over batches is the mean over tokens.
         self.log(name, last.sum() / max(len(last), 1), batch_size=len(last), prog_bar=True, sync_dist=True)
@@ -164,6 +227,11 @@ class LayerSkipModule(LightningModule):
     # The optimizer, and what it is told about the run.
 
     @property
+    def has_exit_heads(self) -> bool:
+        """Whether the early exits have parameters of their own."""
+        return self.exits is not None and self.exits.heads is not None
+
+    @property
     def total_steps(self) -> int | None:
         """T, the optimizer steps of the run; None where nothing bounds them."""
         steps = self.trainer.estimated_stepping_batches
@@ -171,7 +239,7 @@ class LayerSkipModule(LightningModule):
         return None if math.isinf(steps) or steps < 0 else int(steps)
 
     def configure_optimizers(self):
-        optimizer = self.optimizer(_parameter_groups(self.model))
+        optimizer = self.optimizer(parameter_groups(self))
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
@@ -184,6 +252,7 @@ class LayerSkipModule(LightningModule):
     def on_train_start(self) -> None:
         if self._resumed_random_state is not None:
             restore_random_state(self._resumed_random_state)
+        self._accumulated = AccumulatedTokens()
         self._tokens, self._since, self._logged_step = 0, time.perf_counter(), self.trainer.global_step
 
     def on_train_batch_end(self, outputs, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -225,6 +294,8 @@ class LayerSkipModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["lskip"] = pack_model(self.model, self.tokenizer)
+        if self.low_rank is not None:
+            checkpoint["lskip"]["low_rank_scale"] = self.low_rank.scale
         checkpoint["random_state"] = random_state()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
@@ -234,12 +305,3 @@ class LayerSkipModule(LightningModule):
 def _load(source: str | dict, tokenizer: PreTrainedTokenizerBase | None):
     model, own = load_model(source)
     return model, tokenizer if tokenizer is not None else own
-
-
-def _parameter_groups(model: PreTrainedModel) -> list[dict]:
-    """Matrices decay as the optimizer says; norms and biases, which only scale and shift, do not."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.ndim > 1]
-    vectors = [parameter for parameter in trained if parameter.ndim <= 1]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]

@@ -1,11 +1,23 @@
-"""The default learning-rate schedule, counted in optimizer steps."""
+"""What an optimizer gets: the parameters in groups, and the default learning-rate schedule, counted in its steps."""
 
 from __future__ import annotations
 
 import math
 
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from lskip.checks import check_whole
+
+
+def parameter_groups(module: nn.Module) -> list[dict]:
+    """Matrices decay as the optimizer says; norms and biases, which only scale and shift, do not."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim > 1]
+    vectors = [parameter for parameter in trained if parameter.ndim <= 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 class WarmupCosine(LRScheduler):
@@ -16,6 +28,7 @@ class WarmupCosine(LRScheduler):
         warmup_steps: optimizer steps until the full rate.
         final: the share of the full rate that is left at the end, 0 to 1.
         total_steps: length of the run in optimizer steps; LayerSkipModule fills it in when not given.
+        stages: equal parts of the run, each with a warm-up and a cosine of its own (DeeBERT trains in two).
 
     Raises:
         ValueError: a number out of its range.
@@ -27,11 +40,14 @@ class WarmupCosine(LRScheduler):
         warmup_steps: int = 100,
         final: float = 0.1,
         total_steps: int | None = None,
+        stages: int = 1,
     ):
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps: {warmup_steps} is not a whole number from 0 up")
         if not 0 <= final <= 1:
             raise ValueError(f"final: {final} is not between 0 and 1")
+        check_whole("stages", stages, 1)
+        self.stages = stages
         self.warmup_steps = warmup_steps
         self.final = final
         self.total_steps = total_steps
@@ -39,11 +55,15 @@ class WarmupCosine(LRScheduler):
 
     def factor(self, step: int) -> float:
         """The share of the full rate at optimizer step `step` (0-based)."""
+        length = self.total_steps
+        if length is not None and self.stages > 1:
+            length = math.ceil(length / self.stages)
+            step %= length
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
-        if self.total_steps is None:
+        if length is None:
             return 1.0
-        remaining = max(self.total_steps - self.warmup_steps, 1)
+        remaining = max(length - self.warmup_steps, 1)
         progress = min((step - self.warmup_steps) / remaining, 1.0)
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
 

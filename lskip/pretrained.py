@@ -37,6 +37,9 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from lskip.families import FAMILIES, family_of
+from lskip.low_rank import merged
+
 ALLOWED = "smollm2, a .gguf file, a run folder, a .ckpt file, a folder with config.json, or a hub name owner/name"
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 _LEGACY_FIELDS = {"rope_theta", "rope_scaling", "torch_dtype"}
@@ -71,7 +74,9 @@ def load_model(
     found = find_source(source)
     if found.kind == "checkpoint":
         return _from_checkpoint(Path(found.place), dtype)
-    model = _from_transformers(AutoModelForCausalLM, found, dtype=dtype, attn_implementation="sdpa")
+    if found.kind != "gguf":
+        family_of(_from_transformers(AutoConfig, found))  # before the weights are read, or fetched
+    model = _from_transformers(AutoModelForCausalLM, found, dtype=dtype)
     _forget_quantization(model)
     return model.eval(), _read_tokenizer(found) if _has_tokenizer(found) else None
 
@@ -207,7 +212,9 @@ def _forget_quantization(model: PreTrainedModel) -> None:
 
 
 def _from_scratch(config: dict, dtype: torch.dtype) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(make_config(config), dtype=dtype, attn_implementation="sdpa").eval()
+    made = make_config(config)
+    family_of(made)
+    return AutoModelForCausalLM.from_config(made, dtype=dtype).eval()
 
 
 def make_config(config: dict):
@@ -217,7 +224,7 @@ def make_config(config: dict):
         known = type(AutoConfig.for_model(family))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"model.model_type: {family!r} is no family of transformers (llama, mistral, qwen2, qwen3 …)"
+            f"model.model_type: {family!r} is no family of transformers; allowed: {', '.join(FAMILIES)}"
         ) from error
     _refuse_unknown_fields(config, known)
     try:
@@ -246,8 +253,11 @@ def _from_checkpoint(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, P
     saved = checkpoint["lskip"]
     with no_init_weights():
         config = AutoConfig.for_model(**saved["config"])
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    weights = {key.removeprefix("model."): value for key, value in checkpoint["state_dict"].items()}
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    own = "model."  # beside it may be what trained exits have of their own
+    weights = {key.removeprefix(own): part for key, part in checkpoint["state_dict"].items() if key.startswith(own)}
+    if "low_rank_scale" in saved:
+        weights = merged(weights, saved["low_rank_scale"])
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,11 @@ from torchmetrics import Metric
 
 from lskip.decoder import Decoder
 from lskip.losses import rows_at_once
+
+if TYPE_CHECKING:
+    from lskip.trained_exits import TrainedExits
+
+LogitsReader = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
 class Readout(NamedTuple):
@@ -42,15 +47,59 @@ def scored_positions(input_ids: Tensor, labels: Tensor | None) -> tuple[Tensor, 
     return positions, targets[positions]
 
 
-def read_exits(decoder: Decoder, input_ids: Tensor, labels: Tensor | None, exits: Sequence[int]) -> Readout:
-    """One pass through the blocks that decodes each exit as it goes by.
+def read_exits(
+    decoder: Decoder,
+    input_ids: Tensor,
+    labels: Tensor | None,
+    exits: Sequence[int],
+    trained: TrainedExits | None = None,
+) -> Readout:
+    """Losses and predictions of each exit, by read_logits."""
+    return Readout(*read_logits(decoder, input_ids, labels, exits, score_logits, trained))
+
+
+def score_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return cross_entropy(logits, targets, reduction="none"), logits.argmax(-1)
+
+
+def read_logits(
+    decoder: Decoder,
+    input_ids: Tensor,
+    labels: Tensor | None,
+    exits: Sequence[int],
+    read: LogitsReader,
+    trained: TrainedExits | None = None,
+) -> list[Tensor]:
+    """One pass through the blocks that decodes each exit as it goes by and keeps what `read` makes of its logits.
 
     Args:
         exits: exit layers, 1-based, ascending.
+        read: (logits [n, V], at least float32; targets [n]) -> tensors [n, …].
+        trained: what the exits have of their own.
+
+    Returns:
+        Each tensor of `read` for all exits and all N scored positions: [exits, N, …].
 
     Never more than a chunk of one exit's logits is alive.
     """
-    positions, targets = scored_positions(input_ids, labels)
+    return read_positions(decoder, input_ids, *scored_positions(input_ids, labels), exits, read, trained)
+
+
+def read_positions(
+    decoder: Decoder,
+    input_ids: Tensor,
+    positions: Tensor,
+    targets: Tensor,
+    exits: Sequence[int],
+    read: LogitsReader,
+    trained: TrainedExits | None = None,
+) -> list[Tensor]:
+    """read_logits for states that are named themselves.
+
+    Args:
+        positions: [N] into the B*S flattened states, in any order; a state may be named more than once.
+        targets: [N], the token to score there.
+    """
     wanted = {decoder.block_index(exit_layer) for exit_layer in exits}
     x = decoder.embed(input_ids)
     inputs = decoder.block_inputs(x)
@@ -58,22 +107,20 @@ def read_exits(decoder: Decoder, input_ids: Tensor, labels: Tensor | None, exits
     for block in range(max(wanted) + 1):
         x = decoder.block(block, x, inputs)
         if block in wanted:
-            rows.append(_decode(decoder, x.flatten(0, 1)[positions], targets))
-    losses, predictions = zip(*rows, strict=True)
-    return Readout(torch.stack(losses), torch.stack(predictions))
+            states = x.flatten(0, 1)[positions]
+            states = states if trained is None else trained.translate(block + 1, states)
+            rows.append(_read_in_chunks(decoder, states, targets, read))
+    return [torch.stack(parts) for parts in zip(*rows, strict=True)]
 
 
-def _decode(decoder: Decoder, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    losses, predictions = [], []
+def _read_in_chunks(decoder: Decoder, states: Tensor, targets: Tensor, read: LogitsReader) -> list[Tensor]:
+    chunks = []
     step = rows_at_once(decoder.vocab_size)
-    for start in range(0, len(states), step):
+    for start in range(0, max(len(states), 1), step):  # where nothing is scored: one chunk, empty
         logits = decoder.decode(states[start : start + step])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses.append(cross_entropy(logits, targets[start : start + step], reduction="none"))
-        predictions.append(logits.argmax(-1))
-    if not losses:
-        return states.new_empty(0, dtype=torch.float32), targets.new_empty(0)
-    return torch.cat(losses), torch.cat(predictions)
+        chunks.append(read(logits, targets[start : start + step]))
+    return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
 
 class LayerReport(NamedTuple):
@@ -128,6 +175,11 @@ def settled_depth(agree: Tensor) -> Tensor:
     """The depth (1-based) from which on every layer agrees with the last: bool [L, N] -> int [N]."""
     still_agreeing = agree.flip(0).cumprod(0)  # from the last layer down: 1 until the first disagreement
     return len(agree) + 1 - still_agreeing.sum(0)
+
+
+def first_depth(hits: Tensor) -> Tensor:
+    """The first depth (1-based) that hits, one more than there are where none does: bool [L, N] -> int [N]."""
+    return 1 + (hits.cumsum(0) == 0).sum(0)
 
 
 @torch.inference_mode()

@@ -17,11 +17,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lskip.callbacks import EarlyExitLoss, LayerDropout, LayerMetrics
 from lskip.callbacks.run_checkpoint import RunCheckpoint
+from lskip.callbacks.run_hparams import RunHparams
 from lskip.curricula import ExitCurriculum
 from lskip.data import TextData
+from lskip.evaluation.run_settings import run_settings
 from lskip.module import LayerSkipModule
 from lskip.pretrained import LAST_CHECKPOINT, make_config, read_checkpoint
 from lskip.schedules import Schedule
+from lskip.targets import ExitTarget
 from lskip.trainer_manners import interruptible, quiet_lightning
 from lskip.usage_errors import explain, innermost
 
@@ -33,6 +36,7 @@ _CHOICES = {
     "curriculum": ExitCurriculum,
     "depth": Schedule,
     "time": Schedule,
+    "exit_target": ExitTarget,
     "data": LightningDataModule,
     "optimizer": Optimizer,
     "lr_scheduler": LRScheduler,
@@ -179,7 +183,8 @@ class LayerSkipCLI(LightningCLI):
         checkpoint = RunCheckpoint(self.folder / LAST_CHECKPOINT.parent, **built.checkpoint)
         if self.subcommand != "fit":
             self.save_config_callback = None
-        return self._instantiate_trainer(settings, [*methods, LayerMetrics(), checkpoint])
+        hparams = [RunHparams(run_settings(self._settings.as_dict()))] if self.subcommand == "fit" else []
+        return self._instantiate_trainer(settings, [*methods, LayerMetrics(), *hparams, checkpoint])
 
     def _tensorboard(self) -> TensorBoardLogger:
         folder = self.folder if self.subcommand == "fit" else self.folder / self.subcommand

@@ -89,11 +89,13 @@ def _unknown_class(field: str, name: str, base: type) -> str:
 
 
 def _class_names(base: type) -> Iterable[str]:
-    if not base.__subclasses__():
+    kinds = base.__subclasses__()
+    if not kinds and not base.__name__.startswith("_"):
         yield base.__name__
-    for kind in base.__subclasses__():
-        if not kind.__name__.startswith("_"):
-            yield from (kind.__name__, *_class_names(kind))
+    for kind in kinds:
+        if not kind.__name__.startswith("_") and not inspect.isabstract(kind):
+            yield kind.__name__
+        yield from _class_names(kind)
 
 
 def _hint(name: str, known: list[str]) -> str:

@@ -32,11 +32,19 @@ def frozen(monkeypatch, tiny_model, tiny_tokenizer):
 def run(tmp_path, frozen, answers_file):
     """Function (name of output, **more) -> its folder, after `adapt`."""
 
-    def call(name: str, resume: bool = False, vocabulary: int | None = 100, **training):
+    def call(name: str, resume=False, vocabulary=100, start: Path | None = None, num_blocks=1, **training):
         settings = {"max_steps": 24, "batch_size": 8, "warmup_steps": 4, "val_every": 7, "checkpoint_every": 5}
-        more = {"exit_layer": 2, "block_size": 40, "cache_dir": str(tmp_path / "cache"), "device": "cpu"}
+        more = {
+            "exit_layer": 2,
+            "num_blocks": num_blocks,
+            "start": start and str(start),
+            "resume": resume,
+            "block_size": 40,
+            "cache_dir": str(tmp_path / "cache"),
+            "device": "cpu",
+        }
         options = AdapterTraining(**{**settings, **training})
-        adapt([str(answers_file)], str(tmp_path / name), options, vocabulary=vocabulary, resume=resume, **more)
+        adapt([str(answers_file)], str(tmp_path / name), options, vocabulary=vocabulary, **more)
         return tmp_path / name
 
     return call
@@ -62,6 +70,18 @@ def test_an_adapter_learns_and_its_model_stays(run, frozen, capsys):
     likeliest = batch["choices"][batch["scored"]].unique(return_counts=True)[1].max() / batch["scored"].sum()
     assert told["draft_agreement"] > 0.15 + max(at_first["draft_agreement"], likeliest.item())
     assert not list(folder.glob(".*"))
+
+
+def test_one_adapter_begins_where_another_ended(run):
+    first = run("first", vocabulary=60, max_steps=40, lr=1e-2, val_every=30)
+    then = run("then", start=first, max_steps=1, lr=1e-9, ema=None)  # a step that changes nothing
+    weights, kept = (load_file(folder / "adapter.safetensors") for folder in (first, then))
+    assert len(kept["token_ids"]) == 60  # not the 100 that were asked for
+    assert all(torch.allclose(kept[name], part, atol=1e-6) for name, part in weights.items())
+    with pytest.raises(ValueError, match=r"exit_adapter: .*first' is of another shape \(.*num_blocks=1"):
+        run("other", start=first, num_blocks=2)
+    with pytest.raises(FileNotFoundError, match="start: there is no folder"):
+        run("other", start=first / "none")
 
 
 @pytest.mark.parametrize(("stop", "ema"), [("killed", 0.9), ("interrupted", None)])

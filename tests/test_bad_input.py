@@ -67,7 +67,7 @@ BAD = [
     ("fit --model={place}/empty.txt", "model: empty.txt smollm2"),
     ("fit --model=no_owner/no_such", "model: no_owner/no_such smollm2"),
     ('fit --model={{"model_type":"lama"}}', "model.model_type 'lama' llama"),
-    ('fit --model={{"model_type":"gpt2"}} --data.vocab_size=300', "model: 'gpt2' llama"),
+    ('fit --model={{"model_type":"gptj"}} --data.vocab_size=300', "model: 'gptj' llama"),
     ('fit --model={{"model_type":"llama","hidden_sise":8}}', "model.hidden_sise did you mean 'hidden_size'"),
     (f"{FIT} --early_exit_loss.curriculum=Rotatonal", "early_exit_loss.curriculum 'Rotatonal' AllExits, Gradual"),
     (f"{FIT} --early_exit_loss.curriculum=Rotational --early_exit_loss.curriculum.period=0", "error: period: 0"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lskip.curricula import AllExits, ExitCurriculum, Gradual, LastExit, Rotational
+from lskip.curricula import AllExits, ChosenExits, ExitCurriculum, Gradual, LastExit, Rotational
 
 
 def blocks_on(curriculum, step, total, num_layers):
@@ -89,3 +89,22 @@ def test_a_curriculum_of_ones_own_decides_all_exits_but_the_last():
 
     assert blocks_on(EvenSteps(), 2, 10, 3) == {0, 1, 2}
     assert blocks_on(EvenSteps(), 3, 10, 3) == {2}
+
+
+def test_chosen_exits_take_turns():
+    steps = [blocks_on(ChosenExits([3, 2, 6]), step, 100, 8) for step in range(4)]
+    assert steps == [{2, 7}, {1, 7}, {5, 7}, {2, 7}]
+
+
+@pytest.mark.parametrize(
+    ("exit_layers", "said"),
+    [
+        ([], r"exit_layers: \[\]"),
+        ([1], "exit_layers: 1 "),
+        ([2.5], "exit_layers: 2.5 "),
+        ([2, 8], "exit_layers: 8 is not from 2 to 7"),
+    ],
+)
+def test_exits_that_cannot_be_trained_are_refused_in_the_first_step(exit_layers, said):
+    with pytest.raises(ValueError, match=said):
+        ChosenExits(exit_layers).on(0, 100, 8)

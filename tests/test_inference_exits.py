@@ -11,10 +11,11 @@ from transformers import DynamicCache
 
 from lskip.decoder import Decoder
 from lskip.inference import GenerationSettings, TextGenerator
-from lskip.inference.exits import Entropy, ExitCriterion, Margin, Saturation
+from lskip.inference.exits import Entropy, ExitCriterion, LearnedExit, Margin, Saturation
 from lskip.inference.lean_step import LeanStep
 from lskip.inference.module_step import ModuleStep
 from lskip.inference.weights import Packed, Plain
+from lskip.trained_exits import TrainedExits
 
 PROMPT = [7, 42, 99, 3, 250, 18, 77]
 PROMPTS = [PROMPT, [5], [11, 12, 13] * 9, [200, 4, 61], [90] * 15]
@@ -61,8 +62,13 @@ def build(tiny_model, family="llama", **overrides):
 
 
 @torch.inference_mode()
-def slow_reference(model, prompt, exits, first=2, every=1, full=4, new_tokens=NEW):
-    """Tokens and their depths: at each token all positions go through the blocks again, frozen above their exits."""
+def slow_reference(
+    model, prompt, exits, first=2, every=1, full=4, new_tokens=NEW, translate=lambda layer, state: state
+):
+    """Tokens and their depths: at each token all positions go through the blocks again, frozen above their exits.
+
+    translate: (exit_layer, states) -> what norm and head read.
+    """
 
     def hidden(tokens, depths):
         """States of all positions before block 0 and after each block."""
@@ -75,22 +81,22 @@ def slow_reference(model, prompt, exits, first=2, every=1, full=4, new_tokens=NE
             states.append(torch.where(frozen[None, :, None], states[-1], after))
         return states
 
-    def logits(state):
-        return model.lm_head(model.model.norm(state))[0, -1]
+    def logits(layer, state):
+        return model.lm_head(model.model.norm(translate(layer, state)))[0, -1]
 
     def depth_of(states):
         for exit_layer in range(first, full, every):
             before, after = (state[0, -1].double().numpy() for state in states[exit_layer - 1 : exit_layer + 1])
-            if exits(logits(states[exit_layer]).double().numpy(), before, after):
+            if exits(logits(exit_layer, states[exit_layer]).double().numpy(), before, after):
                 return exit_layer
         return full
 
     text, depths = list(prompt), [full] * len(prompt)
-    text.append(int(logits(hidden(text, depths)[full]).argmax()))  # a prompt goes through all blocks
+    text.append(int(logits(full, hidden(text, depths)[full]).argmax()))  # a prompt goes through all blocks
     while len(text) < len(prompt) + new_tokens:
         states = hidden(text, [*depths, full])
         depths.append(depth_of(states))
-        text.append(int(logits(states[depths[-1]]).argmax()))
+        text.append(int(logits(depths[-1], states[depths[-1]]).argmax()))
     return text[len(prompt) :], depths[len(prompt) :]
 
 
@@ -200,6 +206,28 @@ def test_a_criterion_of_ones_own(tiny_model):
     assert criterion.looks == [(layer, (1, 32)) for depth in depths for layer in range(2, min(depth, 3) + 1)]
 
 
+def test_learned_exit_equals_the_slow_reference(tiny_model):
+    model, exits = build(tiny_model), TrainedExits(4, 32, heads=False, certainty=True)
+    exits.certainty.linear.weight.data = torch.randn(1, 32, generator=torch.Generator().manual_seed(3)) / 4
+    weight = exits.certainty.linear.weight.detach()[0].double().numpy()
+
+    def certain(logits, before, after):
+        return 1 / (1 + math.exp(-(after @ weight) / math.sqrt(after @ after / len(after)))) >= 0.55
+
+    tokens, depths = slow_reference(model, PROMPT, certain)
+    generator = TextGenerator(model, trained_exits=exits)
+    for build_step in STEPS.values():
+        generator.step = build_step(Decoder(model))
+        ours = generator.generate(PROMPT, exit_criterion=LearnedExit(0.55), max_new_tokens=NEW)
+        assert (ours.token_ids, ours.layers_run) == (tokens, sum(depths))
+    assert max(Counter(depths).values()) < 0.93 * len(depths)
+
+
+def test_learned_exit_needs_a_judge(tiny_model):
+    with pytest.raises(ValueError, match="LearnedExit needs a model that was trained with learned_exit: true"):
+        TextGenerator(build(tiny_model)).generate(PROMPT, exit_criterion=LearnedExit(0.5))
+
+
 class Counting(ModuleStep):
     """Counts blocks that run or are filled, and decoded exits."""
 
@@ -277,6 +305,7 @@ BAD_CRITERIA = [
     (lambda: Entropy(-0.1), "threshold: -0.1 is not a number from 0 to 1"),
     (lambda: Margin(1.5), "threshold: 1.5 is not a number from 0 to 1"),
     (lambda: Margin(float("nan")), "threshold: nan"),
+    (lambda: LearnedExit(1.01), "threshold: 1.01 is not a number from 0 to 1"),
     (lambda: Saturation(-2), "threshold: -2 is not a number from -1 to 1"),
     (lambda: Saturation(0.9, first=0), "first: 0 is not a whole number from 1 up"),
     (lambda: Margin(0.5, every=0), "every: 0"),

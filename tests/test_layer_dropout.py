@@ -53,7 +53,7 @@ def test_the_block_gets_the_kept_rows_and_what_belongs_to_them(decoder):
     assert torch.equal(states, x[[0, 3]])
     assert torch.equal(kwargs["position_ids"], POSITIONS[[0, 3]])
     assert torch.equal(kwargs["attention_mask"], inputs.masks[4][[0, 3]])
-    for part, whole in zip(kwargs["position_embeddings"], inputs.rotary, strict=True):
+    for part, whole in zip(kwargs["position_embeddings"], inputs.rotary[None], strict=True):
         assert torch.equal(part, whole[[0, 3]])
 
 

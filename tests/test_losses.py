@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 
 from lskip import losses
-from lskip.losses import head_loss
+from lskip.losses import Lesson, Teacher, head_loss
+from lskip.targets import Anchored, Labels, SelfDistillation
 
 
 def make_rows(count=50, hidden=8, vocab=23, dtype=torch.float64, bias=False):
@@ -144,16 +145,84 @@ def test_backward_twice_gives_the_same_gradient():
         assert torch.equal(grad, again)
 
 
-def test_never_more_rows_of_logits_than_a_chunk(chunked, monkeypatch):
-    shapes = []
-    original = losses._cross_entropy
-    monkeypatch.setattr(
-        losses, "_cross_entropy", lambda logits, *rest: shapes.append(logits.shape) or original(logits, *rest)
-    )
+class Counting(SelfDistillation):
+    """Remembers how many rows it was given, and of the teacher."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def loss(self, logits, labels, teacher_logits):
+        self.rows.append((len(logits), len(labels), len(teacher_logits)))
+        return super().loss(logits, labels, teacher_logits)
+
+
+def test_never_more_rows_of_logits_than_a_chunk_neither_the_exits_nor_the_teachers(chunked):
     *inputs, differentiated = make_rows()
-    torch.autograd.grad(head_loss(*inputs)[0], differentiated)
-    assert sum(rows for rows, _ in shapes) == 50
-    assert max(rows for rows, _ in shapes) == min(chunked, 50)
+    target = Counting()
+    lessons = [Lesson(30, target, Teacher(torch.ones(30, 8, dtype=torch.float64))), Lesson(20, Labels())]
+    torch.autograd.grad(head_loss(*inputs, lessons=lessons)[0], differentiated)
+    assert sum(rows for rows, *_ in target.rows) == 30
+    assert max(rows for rows, *_ in target.rows) == min(chunked, 30)
+    assert all(len(set(rows)) == 1 for rows in target.rows)
+
+
+def teach(states, weight, bias, labels, row_weights, teacher_states, foreign_head, softcap):
+    """20 rows taught by the trained head's own, 10 anchored to a foreign head, 20 by labels: naively, by autograd."""
+
+    def logits(rows, head=weight, head_bias=bias):
+        found = linear(rows, head, head_bias)
+        return found if softcap is None else softcap * (found / softcap).tanh()
+
+    def divergence(student, teacher):
+        return (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1)
+
+    own = logits(teacher_states).detach()
+    rows = torch.cat(
+        [
+            4 * divergence(logits(states[:20]) / 2, own[:20] / 2),
+            cross_entropy(logits(states[20:30]), labels[20:30], reduction="none")
+            + 0.3 * divergence(logits(states[20:30]), logits(teacher_states[20:], foreign_head, None)),
+            cross_entropy(logits(states[30:]), labels[30:], reduction="none"),
+        ]
+    )
+    return (rows * row_weights).sum(), rows
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_lessons_side_by_side_and_no_gradient_to_a_teacher(chunked, bias, softcap):
+    *inputs, differentiated = make_rows(bias=bias)
+    draw = torch.Generator().manual_seed(1)
+    teacher_states = torch.randn(30, 8, generator=draw, dtype=torch.float64, requires_grad=True)
+    foreign_head = torch.randn(23, 8, generator=draw, dtype=torch.float64, requires_grad=True)
+    lessons = [
+        Lesson(20, SelfDistillation(temperature=2.0), Teacher(teacher_states[:20])),
+        Lesson(10, Anchored(0.3), Teacher(teacher_states[20:], foreign_head)),
+        Lesson(20, Labels()),
+    ]
+    loss, rows = head_loss(*inputs, softcap, lessons)
+    expected, expected_rows = teach(*inputs, teacher_states, foreign_head.detach(), softcap)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(rows, expected_rows, rtol=1e-12, atol=1e-12)
+    wanted = torch.autograd.grad(expected, differentiated)
+    loss.backward()
+    for part, grad in zip(differentiated, wanted, strict=True):
+        torch.testing.assert_close(part.grad, grad, rtol=1e-11, atol=1e-12)
+    assert teacher_states.grad is None and foreign_head.grad is None
+
+
+def test_distillation_under_autocast_is_near_the_exact_one(chunked):
+    inputs = make_rows(hidden=64, vocab=200, dtype=torch.float32)
+    *rows, differentiated = inputs
+    states = torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
+    lessons = [Lesson(50, SelfDistillation(), Teacher(states))]
+    exact = torch.autograd.grad(head_loss(*rows[:4], rows[4].float(), lessons=lessons)[0], differentiated)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, losses_of_rows = head_loss(*rows[:4], rows[4].float(), lessons=lessons)
+    assert losses_of_rows.dtype == torch.float32
+    for grad, expected in zip(torch.autograd.grad(loss, differentiated), exact, strict=True):
+        assert 0 < (grad - expected).norm() / expected.norm() < 0.03
 
 
 def test_chunks_by_vocabulary():

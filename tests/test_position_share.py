@@ -22,9 +22,9 @@ def decoded(monkeypatch):
     """Fills with (labels, row weights) of each call of head_loss."""
     calls = []
 
-    def spy(states, head_weight, head_bias, labels, row_weights):
+    def spy(states, head_weight, head_bias, labels, row_weights, *rest):
         calls.append((labels, row_weights))
-        return original(states, head_weight, head_bias, labels, row_weights)
+        return original(states, head_weight, head_bias, labels, row_weights, *rest)
 
     original = lskip.module.head_loss
     monkeypatch.setattr(lskip.module, "head_loss", spy)

@@ -35,7 +35,7 @@ def test_plain_command_parses(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     called = []
     function = commands.command_named(command.split()[0])
-    stand_in = functools.wraps(function)(lambda **arguments: called.append(arguments))
+    stand_in = functools.wraps(function)(lambda *lists, **arguments: called.append(arguments))
     monkeypatch.setattr(commands, "command_named", lambda name: stand_in)
     assert main(shlex.split(command)) == 0
     assert len(called) == 1

@@ -97,6 +97,11 @@ def test_settled_depth_by_hand():
     assert settled_depth(agree).tolist() == [1, 2, 3, 4]
 
 
+def test_first_depth_by_hand():
+    hits = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 0]]).bool()
+    assert readout.first_depth(hits).tolist() == [1, 2, 3, 4]  # the last one never
+
+
 @torch.no_grad()
 def test_the_metric_weighs_tokens_alike_over_batches_of_different_sizes(tiny_model):
     model, ids = tiny_model(), random_ids(5)

@@ -6,6 +6,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,13 +15,17 @@ from torch import Tensor
 from lskip.inference.adapter import AdapterLanes, AdapterStep
 from lskip.inference.costs import Costs
 from lskip.inference.drafting import PLAIN, Draft, DraftPlan, DraftPolicy, FixedDraft
-from lskip.inference.engine import Drafted, Lanes, Round, Step, draft, nothing_drafted, prefill, verify
+from lskip.inference.engine import PREFILL_ROWS, Drafted, Lanes, Round, Step, draft, nothing_drafted, prefill, verify
 from lskip.inference.exits import ExitCriterion, exit_round
 from lskip.inference.generation import Generation
+from lskip.inference.headed_step import read_at
 from lskip.inference.ngrams import NgramIndex
 from lskip.inference.sampling import BatchChooser, TokenChooser
 from lskip.inference.settings import GenerationSettings
 from lskip.inference.stopping import StopRule
+
+if TYPE_CHECKING:
+    from lskip.trained_exits import TrainedExits
 
 
 @dataclass(eq=False)
@@ -80,6 +86,7 @@ class Batch:
         slots: int,
         costs: Callable[[], Costs],
         adapter: AdapterStep | None = None,
+        exits: TrainedExits | None = None,
     ):
         """Args:
         step: the model's blocks.
@@ -89,8 +96,9 @@ class Batch:
         slots: positions that the longest text needs, its last token left out.
         costs: measures what rounds cost, for a policy that asks.
         adapter: the model's exit adapter, or None.
+        exits: what the model's exits have of their own, or None.
         """
-        self.step, self.draft_step, self.settings = step, draft_step, settings
+        self.step, self.draft_step, self.settings, self.exits = step, draft_step, settings, exits
         self.full = full_depth(settings, step.num_layers)
         # A lane near its end drafts as many as the others: room for what it will not keep.
         self.cache = step.new_cache(lanes, slots + (settings.num_speculations if lanes > 1 else 0))
@@ -98,6 +106,9 @@ class Batch:
         self.texts: list[Text] = []
         self.waiting: deque[Text] = deque()
         self.policy: DraftPolicy = settings.draft_policy or FixedDraft()
+        self.criterion = bound(settings.exit_criterion, exits)
+        self.stops_draft = bound(getattr(self.policy, "criterion", None), exits)
+        self.reading = read_at(step, exits, self.full)
         exit_layer = None if adapter is None else adapter.shape.exit_layer
         self.drafts = drafts_of(settings, step.num_layers, draft_step is not None, exit_layer)
         if any(draft.kind == "adapter" for draft in self.drafts):
@@ -144,7 +155,7 @@ class Batch:
             text.began = time.perf_counter()
             lane = len(self.texts)
             adapter = None if self.lanes.adapter is None else self.lanes.adapter.begin(lane)
-            logits = prefill(self.step, self.cache.lane(lane), text.prompt, self.full, adapter)
+            logits = prefill(self.reading, self.cache.lane(lane), text.prompt, self.full, adapter)
             self.cache.lengths[lane] = len(text.prompt)
             none = torch.empty(1, 0, dtype=torch.long, device=logits.device)
             _, token = BatchChooser([text.chooser]).settle(logits, none)
@@ -167,20 +178,19 @@ class Batch:
 
     def _advance(self) -> list[tuple[Text, list[int]]]:
         chooser = BatchChooser([text.chooser for text in self.texts])
-        criterion = self.settings.exit_criterion
-        outcome = self._speculate(chooser) if criterion is None else self._exit(chooser, criterion)
+        outcome = self._speculate(chooser) if self.criterion is None else self._exit(chooser)
         return [self._take(lane, outcome) for lane in range(len(self.texts))]
 
     def _speculate(self, chooser: BatchChooser) -> Round:
         began = time.perf_counter()
         plan, drafted = self._draft(chooser)
-        outcome = verify(self.step, self.lanes, drafted, self.full, chooser)
+        outcome = verify(self.reading, self.lanes, drafted, self.full, chooser)
         if self.drafts:
             self.policy.learn(plan, max(outcome.drafted), outcome.accepted, time.perf_counter() - began)
         return outcome
 
-    def _exit(self, chooser: BatchChooser, criterion: ExitCriterion) -> Round:
-        outcome, depths = exit_round(self.step, self.lanes, criterion, self.full, chooser)
+    def _exit(self, chooser: BatchChooser) -> Round:
+        outcome, depths = exit_round(self.step, self.lanes, self.criterion, self.full, chooser, self.exits)
         for text, depth in zip(self.texts, depths, strict=True):
             text.generation.layers_run += depth
         return outcome
@@ -205,18 +215,26 @@ class Batch:
         if plan.draft is None or plan.num_speculations == 0:
             return nothing
         step = self.draft_step if plan.draft.kind == "weights" else self.step
+        exit_layer, goes_on = plan.draft.exit_layer, partial(self._goes_on, plan.draft.exit_layer)
         decode = self.lanes.adapter.reader() if plan.draft.kind == "adapter" else None
-        drafted = draft(step, self.lanes, plan.draft.exit_layer, plan.num_speculations, chooser, self._goes_on, decode)
+        reading = read_at(step, self.exits, exit_layer)
+        drafted = draft(reading, self.lanes, exit_layer, plan.num_speculations, chooser, goes_on, decode)
         # States of rounded weights are not the model's own: verification starts at the first block. Both share the
         # cache: drafts see the model's own keys and values, and verification writes over theirs.
         return plan, drafted if step is self.step else Drafted(drafted.ids)
 
     def _most(self) -> int:
-        """Tokens that a lane can be drafted: more than any text may still get is of no use, nor has it a slot."""
-        room = self.cache.slots - 1 - max(self.lanes.starts)
-        return min(room, max(text.left for text in self.texts) - 1)
+        """Tokens that a lane can be drafted: more than any text may still get is of no use, nor has it a slot.
 
-    def _goes_on(self, logits: Tensor, ids: Tensor) -> bool:
+        And no more than one pass may verify.
+        """
+        room = self.cache.slots - 1 - max(self.lanes.starts)
+        return min(room, max(text.left for text in self.texts) - 1, PREFILL_ROWS - 1)
+
+    def _goes_on(self, exit_layer: int, logits: Tensor, ids: Tensor, states: Tensor) -> bool:
+        if self.stops_draft is not None:
+            sure = self.stops_draft.exits(exit_layer, states[:, 0], states[:, 0], lambda: logits[:, 0])
+            return 2 * int((~sure).sum()) < len(sure)
         return self.policy.goes_on(lambda: logits[:, 0].float().softmax(-1).gather(1, ids[:, None])[:, 0].tolist())
 
     def _guess(self, num_speculations: int) -> Drafted | None:
@@ -227,6 +245,11 @@ class Batch:
         filled = [guess + [0] * (longest - len(guess)) for guess in guesses]
         ids = torch.tensor(filled, device=self.step.device)
         return Drafted(ids, counts=[len(guess) for guess in guesses])
+
+
+def bound(criterion: ExitCriterion | None, exits: TrainedExits | None) -> ExitCriterion | None:
+    """A criterion for this model; ValueError if it needs a judge that the model has not learned."""
+    return None if criterion is None else criterion.bound(None if exits is None else exits.certainty)
 
 
 def full_depth(settings: GenerationSettings, num_layers: int) -> int:

@@ -270,7 +270,7 @@ class Timer:
     def time(self, rows: int) -> tuple[float, float]:
         """Seconds of all blocks, and of the head, over `rows` rows of one lane."""
         step = self.step
-        x = step.embed(torch.zeros(1, rows, dtype=torch.long, device=step.device))
+        x = step.embed(torch.zeros(1, rows, dtype=torch.long, device=step.device), [0])
         begin = self._now()
         states = step.run(x, self.cache, [CONTEXT], 0, step.num_layers)
         middle = self._now()

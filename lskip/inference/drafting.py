@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lskip.checks import check_real, check_whole
 from lskip.inference.acceptance import Record
+from lskip.inference.exits import ExitCriterion
 
 if TYPE_CHECKING:
     from lskip.inference.costs import Costs
@@ -45,6 +46,7 @@ class DraftPolicy(ABC):
     drafts: tuple[Draft, ...] = ()
     num_speculations = 0
     chooses_draft = False  # whether it picks among all drafts, and so needs none named
+    criterion: ExitCriterion | None = None  # asked in place of goes_on, of each token's exit
 
     def begin(self, drafts: Sequence[Draft], costs: Callable[[], Costs], num_speculations: int) -> None:
         """At the start of a generation, or of a batch.
@@ -131,6 +133,20 @@ class ConfidenceDraft(FixedDraft):
 
     def summary(self) -> dict[str, Any]:
         return {"threshold": self.threshold, "acceptance_rate": self.acceptance_rate}
+
+
+class CriterionDraft(FixedDraft):
+    """The draft that the user named, stopped where an exit criterion, in at least half of the lanes, is unsure.
+
+    The same question as in early exit, but here the model verifies, and the text stays its own.
+    """
+
+    def __init__(self, criterion: ExitCriterion):
+        """Entropy, Margin or LearnedExit; ValueError for one that compares blocks: a draft has one state."""
+        if criterion.compares_blocks:
+            name = type(criterion).__name__
+            raise ValueError(f"criterion: {name} compares two blocks' states, a draft has its exit's alone")
+        self.criterion = criterion
 
 
 class CostAwareDraft(DraftPolicy):

@@ -36,7 +36,7 @@ class Step(Protocol):
     device: torch.device
 
     def new_cache(self, lanes: int, slots: int) -> KVCache: ...
-    def embed(self, ids: Tensor) -> Tensor: ...
+    def embed(self, ids: Tensor, starts: list[int]) -> Tensor: ...
     def run(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> Tensor: ...
     def fill(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> None: ...
     def norm(self, x: Tensor) -> Tensor: ...
@@ -117,7 +117,7 @@ def prefill(step: Step, cache: KVCache, prompt: list[int], full: int, adapter: A
     """
     start = 0
     for rows in torch.tensor([prompt], device=step.device).split(PREFILL_ROWS, dim=1):
-        x = run_to(step, step.embed(rows), cache, [start], 0, full, adapter)
+        x = run_to(step, step.embed(rows, [start]), cache, [start], 0, full, adapter)
         start += rows.shape[1]
     return step.decode(x[:, -1:])
 
@@ -133,24 +133,25 @@ def draft(
     exit_block: int,
     num_speculations: int,
     chooser: Chooser,
-    goes_on: Callable[[Tensor, Tensor], bool] | None = None,
+    goes_on: Callable[[Tensor, Tensor, Tensor], bool] | None = None,
     decode: Callable[[Tensor, list[int]], Tensor] | None = None,
 ) -> Drafted:
     """Drafts up to `num_speculations` tokens a lane with blocks 0 … `exit_block`-1.
 
     Args:
-        goes_on: is given the logits [A, 1, V] and the token ids [A] of what was drafted last; False ends the draft.
+        goes_on: is given the logits [A, 1, V], the token ids [A] and the exit's states [A, 1, D] of what was drafted
+            last; False ends the draft.
         decode: makes logits [A, 1, V] of the exit's states [A, 1, D] and of where they stand; None: the step's head.
     """
     starts, ids = lanes.starts, lanes.pending
     states, drafted = [], nothing_drafted(lanes).ids
     while True:
         position = [start + len(states) for start in starts]
-        states.append(step.run(step.embed(ids[:, None]), lanes.cache, position, 0, exit_block))
+        states.append(step.run(step.embed(ids[:, None], position), lanes.cache, position, 0, exit_block))
         logits = step.decode(states[-1]) if decode is None else decode(states[-1], position)
         ids = chooser.propose(logits, drafted)
         drafted = torch.cat([drafted, ids[:, None]], 1)
-        if len(states) == num_speculations or (goes_on is not None and not goes_on(logits, ids)):
+        if len(states) == num_speculations or (goes_on is not None and not goes_on(logits, ids, states[-1])):
             return Drafted(drafted, states, exit_block)
 
 
@@ -162,10 +163,10 @@ def verify(step: Step, lanes: Lanes, drafted: Drafted, full: int, chooser: Choos
     starts, num_drafted = lanes.starts, drafted.ids.shape[1]
     if drafted.states:
         last = [start + num_drafted for start in starts]
-        x = step.run(step.embed(drafted.ids[:, -1:]), lanes.cache, last, 0, drafted.exit_block)
+        x = step.run(step.embed(drafted.ids[:, -1:], last), lanes.cache, last, 0, drafted.exit_block)
         x = torch.cat([*drafted.states, x], 1)
     else:
-        x = step.embed(torch.cat([lanes.pending[:, None], drafted.ids], 1))
+        x = step.embed(torch.cat([lanes.pending[:, None], drafted.ids], 1), starts)
     x = run_to(step, x, lanes.cache, starts, drafted.exit_block, full, lanes.adapter)
     accepted, own = chooser.settle(step.decode(x), drafted.ids)
     if lanes.adapter is not None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import copy
 from functools import cache
 from math import log
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,11 @@ from torch import Tensor
 
 from lskip.checks import check_real, check_whole
 from lskip.inference.engine import Chooser, Lanes, Round, Step, nothing_drafted
+from lskip.inference.headed_step import read_at
+
+if TYPE_CHECKING:
+    from lskip.learned_exit import ExitCertainty
+    from lskip.trained_exits import TrainedExits
 
 Logits = Callable[[], Tensor]
 
@@ -28,10 +35,14 @@ class ExitCriterion(ABC):
     Attributes:
         first: the first exit_layer at which it looks. The exit after block 1 is never trained (e(0) = 0).
         every: it looks again after so many blocks.
+        reads_probabilities: whether it needs a choice among tokens or classes; a regression has none.
+        compares_blocks: whether it looks at `before`, which a draft does not have.
     """
 
     first = 2
     every = 1
+    reads_probabilities = False
+    compares_blocks = False
 
     def __init__(self, first: int = 2, every: int = 1):
         """Raises:
@@ -44,6 +55,10 @@ class ExitCriterion(ABC):
     def looks_at(self, exit_layer: int) -> bool:
         """Whether `exits` is asked there. At the last layer that may run it is not: every lane exits."""
         return exit_layer >= self.first and (exit_layer - self.first) % self.every == 0
+
+    def bound(self, certainty: ExitCertainty | None) -> ExitCriterion:
+        """Itself for a model that learned this judge (None: the model has none)."""
+        return self
 
     @abstractmethod
     def exits(self, exit_layer: int, before: Tensor, after: Tensor, logits: Logits) -> Tensor:
@@ -67,6 +82,8 @@ class Entropy(ExitCriterion):
     DeeBERT (Xin et al., arXiv 2004.12993), divided by ln V, so that a threshold carries between vocabularies.
     """
 
+    reads_probabilities = True
+
     def __init__(self, threshold: float, first: int = 2, every: int = 1):
         """threshold: in [0, 1]; at 0 no token exits. The rest as in ExitCriterion."""
         super().__init__(first, every)
@@ -83,6 +100,8 @@ class Margin(ExitCriterion):
 
     CALM's softmax response (arXiv 2207.07061).
     """
+
+    reads_probabilities = True
 
     def __init__(self, threshold: float, first: int = 2, every: int = 1):
         """threshold: in [0, 1]; at 0 every token exits at `first`. The rest as in ExitCriterion."""
@@ -101,6 +120,8 @@ class Saturation(ExitCriterion):
     CALM's hidden-state saturation (arXiv 2207.07061). Only the exit that is taken is decoded.
     """
 
+    compares_blocks = True
+
     def __init__(self, threshold: float, first: int = 2, every: int = 1):
         """threshold: in [-1, 1]. The rest as in ExitCriterion."""
         super().__init__(first, every)
@@ -111,15 +132,53 @@ class Saturation(ExitCriterion):
         return F.cosine_similarity(before.float(), after.float(), dim=-1) >= self.threshold
 
 
+class LearnedExit(ExitCriterion):
+    """Exit where the model's own judge says that the exit is right: u = sigmoid(w · h + b) >= threshold.
+
+    BERxiT's learning to exit (Xin et al., EACL 2021). It needs a model that was trained with learned_exit: true. Only
+    the exit that is taken is decoded.
+    """
+
+    def __init__(self, threshold: float, first: int = 2, every: int = 1):
+        """threshold: in [0, 1]; at 0 every token exits at `first`. The rest as in ExitCriterion."""
+        super().__init__(first, every)
+        check_real("threshold", threshold, "from 0 to 1", lambda value: 0 <= value <= 1)
+        self.threshold = float(threshold)
+        self.certainty: ExitCertainty | None = None
+
+    def bound(self, certainty: ExitCertainty | None) -> LearnedExit:
+        """A copy that asks this judge.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if certainty is None:
+            raise ValueError("exit_criterion: LearnedExit needs a model that was trained with learned_exit: true")
+        known = copy(self)
+        known.certainty = certainty
+        return known
+
+    def exits(self, exit_layer: int, before: Tensor, after: Tensor, logits: Logits) -> Tensor:
+        return self.certainty(after) >= self.threshold
+
+
 def exit_round(
-    step: Step, lanes: Lanes, criterion: ExitCriterion, full: int, chooser: Chooser
+    step: Step,
+    lanes: Lanes,
+    criterion: ExitCriterion,
+    full: int,
+    chooser: Chooser,
+    trained: TrainedExits | None = None,
 ) -> tuple[Round, list[int]]:
     """Adds one token to each lane, chosen at its own exit: the last of `full` blocks where the criterion names none.
+
+    Args:
+        trained: what the exits have of their own.
 
     Returns:
         The round, and the blocks that each lane's token ran.
     """
-    logits, depths = descend(step, lanes, criterion, full)
+    logits, depths = descend(step, lanes, criterion, full, trained)
     _, lanes.pending = chooser.settle(logits()[:, None], nothing_drafted(lanes).ids)
     tokens = lanes.pending.tolist()
     for lane in range(len(tokens)):
@@ -128,7 +187,9 @@ def exit_round(
     return Round([[token] for token in tokens], nothing, nothing), depths
 
 
-def descend(step: Step, lanes: Lanes, criterion: ExitCriterion, full: int) -> tuple[Logits, list[int]]:
+def descend(
+    step: Step, lanes: Lanes, criterion: ExitCriterion, full: int, trained: TrainedExits | None = None
+) -> tuple[Logits, list[int]]:
     """Runs the pending tokens block by block until all have exited, and fills the cache above.
 
     All lanes go through the blocks while one does: a few rows cost about what one does. One that has exited meets
@@ -137,13 +198,14 @@ def descend(step: Step, lanes: Lanes, criterion: ExitCriterion, full: int) -> tu
     Returns:
         Logits of the exits [A, V], and how many blocks each lane ran.
     """
-    starts, x = lanes.starts, step.embed(lanes.pending[:, None])
+    starts = lanes.starts
+    x = step.embed(lanes.pending[:, None], starts)
     logits, depths = exit_logits(step, x), [full] * len(starts)
     gone = torch.zeros(len(starts), dtype=torch.bool, device=x.device)
     for exit_layer in range(1, full + 1):
         before, x = x, step.run(x, lanes.cache, starts, exit_layer - 1, exit_layer)
         x = torch.where(gone[:, None, None], before, x)
-        logits = exit_logits(step, x)
+        logits = exit_logits(read_at(step, trained, exit_layer), x)
         if exit_layer == full or not criterion.looks_at(exit_layer):
             continue
         gone = gone | criterion.exits(exit_layer, before[:, 0], x[:, 0], logits)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,7 +15,7 @@ from lskip.checks import check_whole
 from lskip.decoder import Decoder
 from lskip.exit_adapter import ExitAdapter, fingerprint
 from lskip.inference.adapter import AdapterStep
-from lskip.inference.batch import Batch, Text
+from lskip.inference.batch import Batch, Text, bound
 from lskip.inference.costs import Costs, keep_costs, measure_costs
 from lskip.inference.engine import Step
 from lskip.inference.generation import Generation, TextStream
@@ -35,6 +37,9 @@ from lskip.inference.weights import (
     choose_form,
     exact_by_default,
 )
+
+if TYPE_CHECKING:
+    from lskip.trained_exits import TrainedExits
 
 
 class TextGenerator:
@@ -58,6 +63,7 @@ class TextGenerator:
         compiled: bool = False,
         costs_file: str | None = None,
         exit_adapter: ExitAdapter | None = None,
+        trained_exits: TrainedExits | None = None,
     ):
         """Converts the weights once.
 
@@ -78,6 +84,7 @@ class TextGenerator:
                 has a policy that asks for them.
             exit_adapter: trained for this model, on its device: what drafts then, behind the first blocks (rounded to
                 int8 where that works). It is converted too, and left as it is.
+            trained_exits: what the model's exits have of their own; None: the shared norm and head read them.
 
         Raises:
             ValueError: an unsupported family, `weights`, `draft_weights` or `bit_exact` that are unknown or do not work
@@ -96,6 +103,9 @@ class TextGenerator:
         self.adapter_step = None if exit_adapter is None else AdapterStep(exit_adapter)
         mix = STEPS_AND_VERIFICATION if draft_weights is None else VERIFICATION
         self.step = build_step(decoder, weights, release_model, mix, bit_exact, compiled)
+        self.trained_exits = deepcopy(trained_exits)
+        if trained_exits is not None:
+            self.trained_exits.to(self.step.device, self.step.dtype)
 
     def generate(self, prompt, **settings) -> Generation:
         """Continues a prompt.
@@ -153,6 +163,8 @@ class TextGenerator:
         chosen = self.defaults.changed(**settings)
         adapter_exit = None if self.adapter_step is None else self.adapter_step.shape.exit_layer
         chosen.check_layers(self.num_layers, self.draft_step is not None, adapter_exit)
+        for criterion in (chosen.exit_criterion, getattr(chosen.draft_policy, "criterion", None)):
+            bound(criterion, self.trained_exits)
         if chosen.stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings: need a tokenizer, and the model came without one")
         return chosen
@@ -210,7 +222,8 @@ class TextGenerator:
         # A text's last token is never run, so it needs one slot less than it has tokens.
         slots = max(len(text.prompt) + text.stop.max_new_tokens - 1 for text in texts)
         lanes = min(lanes, len(texts))
-        batch = Batch(self.step, self.draft_step, settings, lanes, slots, lambda: self.costs, self.adapter_step)
+        costs, exits = (lambda: self.costs), self.trained_exits
+        batch = Batch(self.step, self.draft_step, settings, lanes, slots, costs, self.adapter_step, exits)
         for text in texts:
             batch.add(text)
         while batch.busy:

@@ -11,6 +11,8 @@ from lskip.decoder import Decoder
 from lskip.inference.attention import Heads
 from lskip.inference.weights import Form, Plain
 
+# Families whose blocks are made of the parts that `Block` lists.
+LEAN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Rotary embeddings whose frequencies do not depend on how long the text is.
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
@@ -74,21 +76,23 @@ def fuse(form: Form, parts: tuple[nn.Linear, ...], orders: tuple[Tensor | None, 
 
 def obstacle(decoder: Decoder) -> str | None:
     """Why the lean step cannot stand in for this model's own blocks; None when it can."""
-    config, model = decoder.config, decoder.model.model
+    config, block = decoder.config, decoder.blocks[0]
+    if config.model_type not in LEAN_FAMILIES:
+        return f"its family is {config.model_type}"
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act}"
-    rope = getattr(model.rotary_emb, "rope_type", None)
+    rope = getattr(decoder.rotary, "rope_type", None)
     if rope not in FIXED_ROPE:
         return f"its rotary embedding is of type {rope}"
-    if 2 * len(model.rotary_emb.inv_freq) != model.layers[0].self_attn.head_dim:
+    if 2 * len(decoder.rotary.inv_freq) != block.self_attn.head_dim:
         return "its rotary embedding turns a part of each head"
-    return unexpected_part(model.layers[0])
+    return unexpected_part(block)
 
 
 def sample_weights(decoder: Decoder, nbytes: int = 2**25) -> list[Tensor]:
     """Matrices of the first blocks, about `nbytes` in all: more than the cores' own caches hold, as in decoding."""
     samples, size = [], 0
-    for layer in decoder.model.model.layers:
+    for layer in decoder.blocks:
         attention, mlp = layer.self_attn, layer.mlp
         for part in (attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.down_proj):
             samples.append(part.weight.detach())

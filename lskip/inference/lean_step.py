@@ -10,6 +10,7 @@ from lskip.decoder import Decoder
 from lskip.inference.attention import AlignedAttention, Attention, Heads, Part, Rotary, Span, StaticAttention
 from lskip.inference.cache import KVCache
 from lskip.inference.lean_blocks import Block, convert, obstacle
+from lskip.inference.rolling import RollingAttention, RollingCache, RollingPart, rolls
 from lskip.inference.weights import Form
 
 
@@ -50,7 +51,7 @@ class LeanStep:
         """
         if (reason := obstacle(decoder)) is not None:
             raise ValueError(f"model: the lean step does not cover it ({reason})")
-        layers, model = decoder.model.model.layers, decoder.model.model
+        layers = decoder.blocks
         self.form, self.width, self.compiled = form, width, compiled
         self.num_layers, self.hidden_size = decoder.num_layers, decoder.hidden_size
         self.device = decoder.device
@@ -62,13 +63,14 @@ class LeanStep:
         # On the CPU torch makes rms_norm of seven small operations, a tenth of a token's time; four will do.
         self.composed_norm = self.device.type == "cpu" and self.dtype == torch.float32
         self.norm_floor = torch.tensor((self.hidden_size * self.eps) ** 0.5)
-        self.rotary = Rotary(model.rotary_emb.inv_freq, model.rotary_emb.attention_scaling)
+        self.rotary = Rotary(decoder.rotary.inv_freq, decoder.rotary.attention_scaling)
         windows = {decoder.window(index) for index in range(self.num_layers)}
         kind = StaticAttention if compiled else AlignedAttention if width > 1 else Attention
         self.attention = kind(self.heads, windows, self.dtype, self.device, width)
+        self.rolling = RollingAttention(self.heads, windows, self.dtype, self.device)
         self._through = torch.compile(self._blocks_on, dynamic=False) if compiled else self._blocks_on
-        self.embedding = model.embed_tokens.weight.detach()
-        self.final_norm = self._norm_weight(model.norm)
+        self.embedding = decoder.embedding.weight.detach()
+        self.final_norm = self._norm_weight(decoder.final_norm)
         self.head = (head_form or form)(decoder.head_weight.detach(), decoder.head_bias)
         self.blocks: list[Block] = []
         for index in range(self.num_layers):
@@ -77,10 +79,16 @@ class LeanStep:
                 layers[index] = nn.Identity()
 
     def new_cache(self, lanes: int, slots: int) -> KVCache:
-        """A cache for texts of up to `slots` positions."""
+        """A cache for texts of up to `slots` positions.
+
+        Aligned attention and torch.compile want a slot to stand for one position: there it is never a RollingCache.
+        """
         slots = -(-slots // self.width) * self.width  # groups of aligned attention are whole
-        shape = self.num_layers, lanes, slots, self.heads.keys, self.heads.size
-        return KVCache.of_zeros(*shape, self.dtype, self.device)
+        shape = lanes, slots, self.heads.keys, self.heads.size, self.dtype, self.device
+        windows = [block.window for block in self.blocks]
+        if self.width == 1 and not self.compiled and rolls(windows, slots):
+            return RollingCache.of_zeros(windows, *shape)
+        return KVCache.of_zeros(self.num_layers, *shape)
 
     def memory(self) -> dict[str, int]:
         """Bytes by part. A head that is tied to the embedding counts only where it is held in another form."""
@@ -92,8 +100,8 @@ class LeanStep:
             "embedding": self.embedding.nbytes,
         }
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """[A, n] token ids -> [A, n, D]."""
+    def embed(self, ids: Tensor, starts: list[int] | None = None) -> Tensor:
+        """[A, n] token ids -> [A, n, D]; where they stand makes no difference here."""
         return F.embedding(ids, self.embedding).to(self.dtype)
 
     def norm(self, x: Tensor) -> Tensor:
@@ -119,13 +127,17 @@ class LeanStep:
         rows = self._through(rows, cache.states[first:last], span, turns, first)
         return rows[: shape[0] * shape[1]].view(shape)
 
-    def _blocks_on(self, rows: Tensor, states: Tensor, span: Span, turns: Tensor, first: int) -> Tensor:
+    def _blocks_on(self, rows: Tensor, states: Tensor | list[Tensor], span: Span, turns: Tensor, first: int) -> Tensor:
         """As many blocks from `first` on as `states` has parts."""
-        blocks = self.blocks[first : first + len(states)]
-        parts = self.attention.parts(states, span, [block.window for block in blocks])
+        blocks, attention = self.blocks[first : first + len(states)], self._attention_over(states)
+        parts = attention.parts(states, span, [block.window for block in blocks])
         for block, part in zip(blocks, parts, strict=True):
-            rows = self._block(block, rows, part, span, turns)
+            rows = self._block(block, rows, attention, part, span, turns)
         return rows
+
+    def _attention_over(self, states: Tensor | list[Tensor]) -> Attention:
+        """The kind of attention for a KVCache's states, or for a RollingCache's."""
+        return self.rolling if isinstance(states, list) else self.attention
 
     def fill(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> None:
         """Writes the keys and values that blocks `first` … `last`-1 would make of x [A, n, D] and does nothing else.
@@ -135,13 +147,14 @@ class LeanStep:
         span, turns = self._places(x, cache, starts)
         rows = self._widen(x.reshape(-1, self.hidden_size))
         blocks = self.blocks[first:last]
-        parts = self.attention.parts(cache.states[first:last], span, [block.window for block in blocks])
+        attention = self._attention_over(cache.states)
+        parts = attention.parts(cache.states[first:last], span, [block.window for block in blocks])
         for block, part in zip(blocks, parts, strict=True):
-            self.attention.write(self._qkv(block, rows, span, turns), part, span)
+            attention.write(self._qkv(block, rows, span, turns), part, span)
 
     def _places(self, x: Tensor, cache: KVCache, starts: list[int]) -> tuple[Span, Tensor]:
         turns = self.rotary.turns(starts, x.shape[1])
-        span = self.attention.span(starts, x.shape[1], cache.slots)
+        span = self._attention_over(cache.states).span(starts, x.shape[1], cache.slots)
         return span, torch.view_as_real(turns) if self.compiled else turns
 
     def _widen(self, rows: Tensor) -> Tensor:
@@ -164,9 +177,11 @@ class LeanStep:
         weight = norm.weight.detach().to(self.dtype)
         return weight * self.hidden_size**0.5 if self.composed_norm else weight
 
-    def _block(self, block: Block, x: Tensor, part: Part, span: Span, turns: Tensor) -> Tensor:
+    def _block(
+        self, block: Block, x: Tensor, attention: Attention, part: Part | RollingPart, span: Span, turns: Tensor
+    ) -> Tensor:
         """x [N, D] + attention + MLP; `part` is this block's of the cache."""
-        attended = self.attention(self._qkv(block, x, span, turns), part, span, block.window)
+        attended = attention(self._qkv(block, x, span, turns), part, span, block.window)
         if attended.shape[0] != x.shape[0]:
             attended = self._widen(attended)
         x = block.output.add_to(x, attended if self.inner_dtype is self.dtype else attended.to(self.inner_dtype))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from lskip.decoder import Decoder
 from lskip.exit_adapter import load_adapter
 from lskip.inference.generator import TextGenerator
 
@@ -32,7 +33,9 @@ def load_generator(
     Raises:
         ValueError, FileNotFoundError: what is wrong with an argument, or that there is no such model.
     """
-    from lskip.pretrained import load_model  # brings the GGUF reader and the hub client: only when loading
+    # These bring the GGUF reader and the hub client: only when loading.
+    from lskip.pretrained import load_model
+    from lskip.trained_exits import load_trained_exits
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: {dtype!r} is not one of float32, bfloat16, float16")
@@ -42,7 +45,9 @@ def load_generator(
     loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
     loaded = loaded.eval().to(place)
     adapter = None if exit_adapter is None else load_adapter(Path(exit_adapter), loaded)
-    return TextGenerator(loaded, tokenizer, weights, draft_weights, True, bit_exact, compiled, costs_file, adapter)
+    exits = load_trained_exits(model, Decoder(loaded))
+    converted = (weights, draft_weights, True, bit_exact, compiled, costs_file, adapter, exits)
+    return TextGenerator(loaded, tokenizer, *converted)
 
 
 def resolve_device(device: str) -> torch.device:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 ACCEPTANCES = ("shared_noise", "rejection")
 DRAFT_KINDS = ("layers", "weights", "ngram", "adapter")
 POLICY_METHODS = ("begin", "plan", "goes_on", "learn")
-CRITERION_METHODS = ("looks_at", "exits")
+CRITERION_METHODS = ("looks_at", "exits", "bound")
 
 
 @dataclass(frozen=True)

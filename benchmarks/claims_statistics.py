@@ -1,0 +1,58 @@
+"""How a claim is judged: paired differences over seeds, and a rule that turns them into words."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+
+# Student's t, two-sided 95 %, for 1, 2, … degrees of freedom.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+RULE = (
+    "A claim is *reproduced* where the 95 % interval of the mean difference over seeds (paired by seed, Student's t)"
+    " lies wholly on the claimed side of zero, *not reproduced* where it lies wholly on the other side, and"
+    " *within noise* where it holds zero."
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence and what was measured for it.
+
+    Attributes:
+        differences: one a seed, positive where it is as the sentence says.
+    """
+
+    says: str
+    differences: tuple[float, ...]
+    unit: str = "nats"
+
+    def verdict(self) -> str:
+        if len(self.differences) < 2:
+            return "one seed: no verdict"
+        margin = T_95[len(self.differences) - 2] * standard_error(self.differences)
+        mean = statistics.mean(self.differences)
+        if abs(mean) <= margin:
+            return "within noise"
+        return "reproduced" if mean > 0 else "not reproduced"
+
+    def line(self) -> str:
+        return f"- {self.says}: **{self.verdict()}** ({with_error(self.differences, sign='+')} {self.unit})."
+
+
+def standard_error(values) -> float:
+    """Of the mean of independent values; nan for a single one."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def with_error(values, digits: int = 3, sign: str = "") -> str:
+    """Mean ± standard error; a dash where a seed has no value."""
+    if any(math.isnan(value) for value in values):
+        return "-"
+    mean = f"{statistics.mean(values):{sign}.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {standard_error(values):.{digits}f}"
+
+
+def paired(first: list[float], second: list[float]) -> tuple[float, ...]:
+    """first - second, seed by seed."""
+    return tuple(a - b for a, b in zip(first, second, strict=True))

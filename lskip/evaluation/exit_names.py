@@ -1,0 +1,33 @@
+"""Exit layers as a user writes them: 8,16,last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def exit_names(exits: str) -> list[str]:
+    """["8", "16", "last"] of "8,16,last".
+
+    Raises:
+        ValueError: one that is neither a number nor last.
+    """
+    names = [name.strip() for name in exits.split(",")]
+    for name in names:
+        if name != "last" and not name.isdecimal():
+            raise ValueError(f"exits: {name!r} is not a layer's number or last; write them like 8,16,last")
+    return names
+
+
+def exit_layers_of(names: Iterable[str], num_layers: int) -> list[int]:
+    """Exit layers, ascending and each once: ["8", "last"] -> [8, 30] in a model of 30 layers.
+
+    Raises:
+        ValueError: one that the model does not have.
+    """
+    layers = sorted({num_layers if name == "last" else int(name) for name in names})
+    for layer in layers:
+        if not 1 <= layer <= num_layers:
+            raise ValueError(
+                f"exits: {layer} is not a whole number from 1 to {num_layers}, the model's layers, or last"
+            )
+    return layers

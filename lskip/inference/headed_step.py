@@ -1,0 +1,33 @@
+"""Steps that decode an exit through the affine map that it has of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lskip.inference.engine import Step
+
+if TYPE_CHECKING:
+    from lskip.trained_exits import ExitHeads, TrainedExits
+
+
+class HeadedStep:
+    """Another step, but states are decoded as those of one exit: its affine map, then the shared norm and head."""
+
+    def __init__(self, step: Step, heads: ExitHeads, exit_layer: int):
+        self.step, self.heads, self.exit_layer = step, heads, exit_layer
+
+    def __getattr__(self, name: str):
+        return getattr(self.step, name)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Exit states [..., D] -> logits [..., V]."""
+        return self.step.decode(self.heads(self.exit_layer, x))
+
+
+def read_at(step: Step, exits: TrainedExits | None, exit_layer: int) -> Step:
+    """`step` as states of `exit_layer` are to be decoded; itself where the exit has nothing of its own."""
+    if exits is None or exits.heads is None or exit_layer == step.num_layers:
+        return step
+    return HeadedStep(step, exits.heads, exit_layer)

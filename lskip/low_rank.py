@@ -1,0 +1,69 @@
+"""LoRA (arXiv 2106.09685) on the blocks under an exit: all that trains are two thin factors a linear layer."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lskip.checks import check_real, check_whole
+from lskip.decoder import Decoder
+
+
+class LowRank:
+    """W + scale B A in place of each linear weight W of the first blocks; everything else is frozen.
+
+    A checkpoint of such a run holds W, A and B; whoever loads it as a model gets their sum, an ordinary model.
+
+    Args:
+        exit_layer: blocks 1 … exit_layer get factors.
+        rank: columns of B and rows of A.
+        scale: what B A is multiplied by (alpha / r of the paper).
+
+    Raises:
+        ValueError: a number out of its range, or package peft is missing.
+    """
+
+    def __init__(self, exit_layer: int, rank: int = 16, scale: float = 2.0):
+        check_whole("exit_layer", exit_layer, 1)
+        check_whole("rank", rank, 1)
+        check_real("scale", scale, "above 0", lambda value: value > 0)
+        if importlib.util.find_spec("peft") is None:
+            raise ValueError("low_rank: needs a package more: pip install peft")
+        self.exit_layer = exit_layer
+        self.rank = rank
+        self.scale = scale
+
+    def apply(self, model: PreTrainedModel) -> None:
+        """Freeze `model` and put the factors into it, B zero: it computes what it did.
+
+        Raises:
+            ValueError: it has fewer layers than exit_layer, or no linear layers in its blocks.
+        """
+        from peft import LoraConfig, inject_adapter_in_model
+
+        decoder = Decoder(model)
+        below = decoder.blocks[: decoder.block_index(self.exit_layer) + 1]
+        linears = {layer for layer in below.modules() if isinstance(layer, nn.Linear)}
+        names = [name for name, layer in model.named_modules() if layer in linears]
+        if not names:
+            raise ValueError(f"low_rank: the blocks of {model.config.model_type!r} have no linear layers")
+        config = LoraConfig(r=self.rank, lora_alpha=self.scale * self.rank, target_modules=names)
+        model.requires_grad_(False)
+        inject_adapter_in_model(config, model)
+
+
+def merged(weights: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """A state dict with factors -> that of the ordinary model which computes the same."""
+    plain = {name.replace(".base_layer.", "."): value for name, value in weights.items() if ".lora_" not in name}
+    for name, factor in weights.items():
+        if name.endswith(".lora_A.default.weight"):
+            place = name.removesuffix(".lora_A.default.weight")
+            other = weights[f"{place}.lora_B.default.weight"]
+            weight = plain[f"{place}.weight"]
+            # In float32 at least: the product is small beside the weight.
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            plain[f"{place}.weight"] = (weight.to(wide) + scale * (other.to(wide) @ factor.to(wide))).to(weight.dtype)
+    return plain

