@@ -37,7 +37,7 @@ class Claim:
         return "reproduced" if mean > 0 else "not reproduced"
 
     def line(self) -> str:
-        return f"- {self.says}: **{self.verdict()}** ({with_error(self.differences, sign='+')} {self.unit})."
+        return f"- {self.says}: **{self.verdict()}** ({with_error(self.differences, 4, '+')} {self.unit})."
 
 
 def standard_error(values) -> float:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
@@ -19,6 +18,7 @@ from lskip.accumulation import AccumulatedTokens
 from lskip.checkpoint import pack_model, random_state, restore_random_state
 from lskip.checks import check_real
 from lskip.decoder import Decoder
+from lskip.exit_rows import ExitRows, sampled_positions
 from lskip.layer_dropout import draw_dropped, run_kept_rows
 from lskip.layer_vector import LayerVector
 from lskip.lessons import Lessons
@@ -143,41 +143,42 @@ class LayerSkipModule(LightningModule):
         Returns:
             J to differentiate, and the last layer's own loss.
         """
-        input_ids = batch["input_ids"]
+        input_ids, decoder = batch["input_ids"], self.decoder
         positions, targets = scored_positions(input_ids, batch.get("labels"))
         exits = [block for block, weight in enumerate(self.exit_weights.values) if weight > 0]
         if not exits:
             raise ValueError("exit_weights: all are 0, so that nothing is trained; set at least one")
         if self.lessons.need_last_layer:
-            exits = sorted({*exits, self.decoder.num_layers - 1})
-        states, labels, weights, judged, pickeds = [], [], [], [], []
-        weight_dtype = torch.promote_types(self.decoder.dtype, torch.float32)
-        for block, x in self._exit_states(input_ids, exits, micro_batch):
-            picked = self._sample(block, len(positions), micro_batch)
-            rows = positions if picked is None else positions[picked]
-            pickeds.append(picked)
-            labels.append(targets if picked is None else targets[picked])
-            state = x.flatten(0, 1).index_select(0, rows)
-            if self.exits is not None:
-                judged.append(self.exits.judge_loss(self.decoder, block + 1, state, labels[-1]))
-                state = self.exits.translate(block + 1, state)
-            states.append(self.decoder.norm(state))
-            weight = self.exit_weights.values[block] * len(positions) / max(len(rows), 1)
-            weights.append(torch.full(rows.shape, weight, device=x.device, dtype=weight_dtype))
-        decoder = self.decoder
-        last_states = states[-1] if exits[-1] == decoder.num_layers - 1 else None
+            exits = sorted({*exits, decoder.num_layers - 1})
+        through = self._exit_states(input_ids, exits, micro_batch)
+        read = [self._exit_rows(block, x, positions, targets, micro_batch) for block, x in through]
+        last_states = read[-1].states if exits[-1] == decoder.num_layers - 1 else None
         total, losses = head_loss(
-            torch.cat(states),
+            torch.cat([rows.states for rows in read]),
             decoder.head_weight,
             decoder.head_bias,
-            torch.cat(labels),
-            torch.cat(weights),
+            torch.cat([rows.labels for rows in read]),
+            torch.cat([rows.weights for rows in read]),
             decoder.logit_softcap,
-            self.lessons.of_step(pickeds, last_states, input_ids, positions),
+            self.lessons.of_step([rows.picked for rows in read], last_states, input_ids, positions),
         )
-        scored = max(len(positions), 1)
-        last = losses[len(losses) - len(labels[-1]) :]
-        return total / scored + self._judge_loss(judged), last.sum() / max(len(last), 1)
+        last = losses[len(losses) - len(read[-1].labels) :]
+        judged = self._judge_loss([rows.judged for rows in read])
+        return total / max(len(positions), 1) + judged, last.sum() / max(len(last), 1)
+
+    def _exit_rows(self, block: int, x: Tensor, positions: Tensor, targets: Tensor, micro_batch: int) -> ExitRows:
+        """What is decoded of the exit after `block`, whose output is x [B, S, D]."""
+        share = 1.0 if block == self.decoder.num_layers - 1 else self.position_share
+        picked = sampled_positions(self.seed, micro_batch, block, len(positions), share, x.device)
+        rows, labels = (part if picked is None else part[picked] for part in (positions, targets))
+        states, judged = x.flatten(0, 1).index_select(0, rows), None
+        if self.exits is not None:
+            judged = self.exits.judge_loss(self.decoder, block + 1, states, labels)
+            states = self.exits.translate(block + 1, states)
+        weight = self.exit_weights.values[block] * len(positions) / max(len(rows), 1)
+        dtype = torch.promote_types(self.decoder.dtype, torch.float32)
+        weights = torch.full(rows.shape, weight, device=x.device, dtype=dtype)
+        return ExitRows(self.decoder.norm(states), labels, weights, picked, judged)
 
     def _judge_loss(self, losses: list[Tensor | None]) -> Tensor | float:
         """The mean over the exits that are judged."""
@@ -193,14 +194,6 @@ class LayerSkipModule(LightningModule):
             x = run_kept_rows(partial(self.decoder.block, block), x, inputs, dropped)
             if block in exits:
                 yield block, x
-
-    def _sample(self, block: int, count: int, micro_batch: int) -> Tensor | None:
-        """Which of `count` scored positions this exit decodes; None for all."""
-        if self.position_share == 1 or block == self.decoder.num_layers - 1 or count == 0:
-            return None
-        random = np.random.default_rng([self.seed, micro_batch, block, 1])
-        picked = random.permutation(count)[: max(1, round(self.position_share * count))]
-        return torch.from_numpy(picked).to(self.device, non_blocking=True)
 
     # Validation: read the exits that somebody asked for, all in one pass.
 

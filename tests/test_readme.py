@@ -17,7 +17,9 @@ PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_there_are_commands_of_each_kind():
-    assert {command.split()[0] for command in COMMANDS} == {"fit", "validate", "generate", "predict", "export", "adapt"}
+    kinds = {"fit", "validate", "generate", "predict", "export", "adapt"}
+    kinds |= {"inspect", "sweep", "tune", "evaluate", "compare"}
+    assert {command.split()[0] for command in COMMANDS} == kinds
     assert len(PROGRAMS) >= 2
 
 

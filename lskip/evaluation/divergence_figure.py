@@ -18,7 +18,7 @@ def print_divergence(report: DivergenceReport, console: Console, title: str) -> 
     """Print one line a layer, then what the depths come to."""
     table = Table(title=title, title_justify="left")
     for name in ("layer", "perplexity", "agreement", "accuracy", "entropy, nats", "settled at", "first right at"):
-        table.add_column(name, justify="right", min_width=min(10, len(name)))
+        table.add_column(name, justify="right", no_wrap=name == "perplexity")
     for row in report.layers():
         shares = (f"{row[name]:.1%}" for name in ("settled_at", "first_right_at"))
         measured = (f"{row['perplexity']:.4g}", f"{row['agreement']:.2f}", f"{row['accuracy']:.2f}")
@@ -41,7 +41,7 @@ def summary(report: DivergenceReport) -> list[str]:
     return [
         *lines,
         f"some layer is right about the next token at {report.ever_right:.0%} of the positions, there first at depth "
-        f"{report.first_right_depth:.1f}; an exit there would save {report.ideal_saving_first_right:.0%} of the layers",
+        f"{report.first_right_depth:.1f}; an exit there would save {report.ideal_saving_first_right:.0%} of theirs",
     ]
 
 
