@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
             left_out.append(f"{name}: needs {option.package} (pip install 'lskip[memory]')")
             continue
         rows.append(measure(name, options))
+        print(rows[-1], flush=True)  # a long run that is cut short has said what it knows
     compare(rows, options.out)
     torch.set_num_threads(options.threads)
     result = {
