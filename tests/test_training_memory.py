@@ -219,7 +219,8 @@ def test_each_option_says_what_it_saves_and_changes(benchmark):
         assert row["seconds"] > 0 and row["process_bytes"] > row["peak_bytes"] > 0
     for name in rows.keys() - {"plain", "bf16-mixed"}:
         assert rows[name]["memory_ratio"] < 0.9, name
-    assert rows["all of them"]["memory_ratio"] == min(row["memory_ratio"] for row in rows.values())
+    if "all of them" in rows:  # without bitsandbytes it is left out
+        assert rows["all of them"]["memory_ratio"] == min(row["memory_ratio"] for row in rows.values())
     # Less than the plain model's weights, gradients and two states of AdamW is the record of none.
     weights = 512 * 64 + 3 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
     assert plain["peak_bytes"] > 4 * 4 * weights
