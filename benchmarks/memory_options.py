@@ -25,9 +25,9 @@ from lskip.curricula import Rotational
 from lskip.module import LayerSkipModule
 from lskip.trainer_manners import quiet_lightning
 
-# By --quick. Rounds are steps that are timed.
+# By --quick. Rounds are pairs of steps that are timed.
 SIZES = {
-    False: Sizes(layers=12, vocabulary=8192, hidden=256, intermediate=768, heads=4, batch=8, length=256, rounds=3),
+    False: Sizes(layers=12, vocabulary=8192, hidden=256, intermediate=768, heads=4, batch=8, length=256, rounds=5),
     True: Sizes(layers=3, vocabulary=512, hidden=64, intermediate=128, heads=4, batch=4, length=32, rounds=2),
 }
 
@@ -113,20 +113,44 @@ def make_training(option: Option, sizes: Sizes, device: torch.device, steps: int
 
 
 def measure(name: str, sizes: Sizes, device: torch.device, folder: Path) -> dict:
-    """Time first, without the profiler; then the peak of two steps, the second with the optimizer's state in place."""
-    option, times = OPTIONS[name], StepTimes()
-    _, train = make_training(option, sizes, device, sizes.rounds + 1, times)
+    """The gradients of a step; the peak of two steps, the second with the optimizer's state in place; then the time."""
+    option, first = OPTIONS[name], StepTimes()
+    _, train = make_training(option, sizes, device, 1, first)
     train()
-    save_file(times.gradients, folder / f"{name}.safetensors")
+    save_file(first.gradients, folder / f"{name}.safetensors")
     process_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     module, train = make_training(option, sizes, device, 2)
     weights = resident_bytes(module, torch.optim.SGD(module.parameters()))
+    peak = weights + peak_bytes(train, device)
+    seconds, ratio = paired_seconds(option, sizes, device)
     return {
         "option": name,
-        "seconds": statistics.median(times.seconds[1:]),
-        "peak_bytes": weights + peak_bytes(train, device),
+        "seconds": seconds,
+        "time_ratio": ratio,
+        "peak_bytes": peak,
         "process_bytes": process_bytes,
     }
+
+
+def paired_seconds(option: Option, sizes: Sizes, device: torch.device) -> tuple[float, float]:
+    """Median seconds of a step, and the median of its ratios to a plain step of the same round.
+
+    Rounds end after two minutes: bfloat16 takes that long on a CPU without its products.
+    """
+    began, seconds, ratios = time.perf_counter(), [], []
+    while not seconds or (len(seconds) < sizes.rounds and time.perf_counter() - began < 120):
+        plain = step_seconds(OPTIONS["plain"], sizes, device)
+        seconds.append(step_seconds(option, sizes, device))
+        ratios.append(seconds[-1] / plain)
+    return statistics.median(seconds), statistics.median(ratios)
+
+
+def step_seconds(option: Option, sizes: Sizes, device: torch.device) -> float:
+    """Of the second step: the first makes the optimizer's state."""
+    times = StepTimes()
+    _, train = make_training(option, sizes, device, 2, times)
+    train()
+    return times.seconds[1]
 
 
 def main() -> None:

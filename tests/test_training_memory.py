@@ -212,7 +212,7 @@ def test_each_option_says_what_it_saves_and_changes(benchmark):
     result = json.loads((benchmark / "training_memory.json").read_text())
     rows = {row["option"]: row for row in result["options"]}
     plain = rows["plain"]
-    assert (plain["time_ratio"], plain["memory_ratio"], plain["gradient_error"]) == (1, 1, 0)
+    assert (plain["memory_ratio"], plain["gradient_error"]) == (1, 0)
     for name, row in rows.items():
         exact = name in ("gradient checkpointing", "accumulation of 4", "8-bit AdamW")
         assert row["gradient_error"] < (1e-5 if exact else 0.03), name

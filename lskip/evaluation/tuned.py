@@ -74,7 +74,8 @@ def tuned_options(
     tasks = read_tuned(path)
     if task not in tasks:
         known = f"tuned are {', '.join(tasks)}" if tasks else "none is tuned yet"
-        raise ValueError(f"task: {task!r} is not tuned for {loading.model} ({known}); run: lskip tune --task {task}")
+        advice = f"lskip tune --model {loading.model} --task {task}"
+        raise ValueError(f"task: {task!r} is not tuned for {loading.model} ({known}); run: {advice}")
     found = tasks[task]
     if decoding.num_speculations == 0 or decoding.exit_criterion is not None:
         return decoding, loading
