@@ -57,7 +57,7 @@ class LayerSkipModule(LightningModule):
         exit_heads: give each exit but the last an affine map of its own before the shared norm and head (DeeBERT).
         learned_exit: train a judge of the exits beside them, by which LearnedExit stops (BERxiT).
         gradient_checkpointing: keep only the input of each block for backward and run the block again there: less
-            memory, about a third more time, the same gradients.
+            memory for one more forward pass of the blocks, the same gradients.
         seed: of layer dropout and of the sampled positions.
 
     A run's exit heads and judge come with `model`, whether they are asked for or not.
