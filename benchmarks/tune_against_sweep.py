@@ -65,7 +65,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--drafts", nargs="+", choices=[draft for draft in DRAFTS if draft != "adapter"], default=["layers"])
     add("--exit_layers", type=numbers, help="default: a sixth, a quarter, a third and half of the model")
     add("--num_speculations", type=numbers, help="default: 1,2,4,6,8")
-    add("--num_prompts", type=number, help="of the sweep; tune takes half of them. Default: 8")
+    add("--num_prompts", type=number, help="of the sweep and of tune. Default: 8")
     add("--rounds", type=number, help="of the sweep; tune takes 1. Default: 2")
     add("--max_new_tokens", type=number, help="default: 96")
     add("--prompt_characters", type=number, default=640, help="of tasks that continue a text")
@@ -106,7 +106,7 @@ def compare(task: Task, options: argparse.Namespace) -> dict[str, Any]:
         )
     )
     cells = grid(drafts, exits, counts, ["FixedDraft"], load_config(options.model).num_hidden_layers)
-    tuned, records = timed(lambda: search(task, loading, cells, max(1, prompts // 2)))
+    tuned, records = timed(lambda: search(task, loading, cells, prompts))
     measured = json.loads((folder / "sweep.json").read_text())["cells"]
     speedups = {cell_of(record): record["times"]["speedup"] for record in measured}
     best, chosen = max(speedups, key=speedups.get), best_cell(records)

@@ -50,7 +50,7 @@ def tune(
     drafts: list[DraftName] | None = None,
     exit_layers: list[int] | None = None,
     num_speculations: list[int] | None = None,
-    num_prompts: int = 4,
+    num_prompts: int = 8,
     rounds: int = 1,
     decoded_cells: int = 3,
     batch_size: int = 4,
