@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import warnings
@@ -24,6 +23,7 @@ from lskip.checks import check_real, check_whole
 from lskip.decoder import Decoder
 from lskip.exit_adapter import SHAPE_FILE, WEIGHTS_FILE, AdapterShape, ExitAdapter, check_shape, load_adapter
 from lskip.inference.loading import resolve_device
+from lskip.output_files import write_json
 from lskip.pretrained import load_model
 from lskip.trainer_manners import interruptible, quiet_lightning
 
@@ -273,9 +273,7 @@ def _measure(module: AdapterModule, data: AnswerData) -> dict:
 
 def _finish(folder: Path, module: AdapterModule, metrics: dict) -> None:
     save_atomically(module.adapter, folder)
-    partial = folder / f".{METRICS_FILE}"
-    partial.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, folder / METRICS_FILE)
+    write_json(folder / METRICS_FILE, metrics)
     steps = " / ".join(f"{value:.3f}" for value in metrics["agreement"])
     rounds = ", ".join(f"{value:.2f} at d = {d}" for d, value in metrics["tokens_per_round"].items())
     print(f"draft_agreement {metrics['draft_agreement']:.3f} (by draft step: {steps})")

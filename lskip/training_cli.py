@@ -22,6 +22,7 @@ from lskip.curricula import ExitCurriculum
 from lskip.data import TextData
 from lskip.evaluation.run_settings import run_settings
 from lskip.module import LayerSkipModule
+from lskip.output_files import make_writable
 from lskip.pretrained import LAST_CHECKPOINT, make_config, read_checkpoint
 from lskip.schedules import Schedule
 from lskip.targets import ExitTarget
@@ -144,13 +145,7 @@ class LayerSkipCLI(LightningCLI):
 
     def _make_writable(self) -> None:
         folder = self.folder if self.subcommand == "fit" else self.folder / self.subcommand
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise ValueError(f"run_folder: cannot write into '{folder}' ({error.strerror})") from error
+        make_writable(folder, "run_folder")
 
     # Building.
 

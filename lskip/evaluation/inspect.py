@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Literal
 
 import torch
@@ -26,6 +25,7 @@ from lskip.evaluation.settling import Settling, read_settling, spellings
 from lskip.evaluation.settling_page import settling_page, token_ids
 from lskip.families import family_of
 from lskip.inference.loading import resolve_device
+from lskip.output_files import make_writable
 from lskip.pretrained import load_config, load_model
 
 REPORT_FILE, FIGURE_FILE, PAGE_FILE = "report.json", "figure.png", "settling.html"
@@ -83,11 +83,7 @@ def _prepare(folder: Path, overwrite: bool) -> Path:
     """The folder, made if need be; ValueError where it holds a report or cannot be written."""
     if (folder / REPORT_FILE).exists() and not overwrite:
         raise ValueError(f"output: '{folder}' holds a report; replace it by --overwrite true, or name another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"output: cannot write '{folder}' ({error.strerror})") from error
+    make_writable(folder)
     return folder
 
 

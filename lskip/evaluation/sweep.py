@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,12 +20,13 @@ from lskip.evaluation.advice import advice
 from lskip.evaluation.exit_names import exit_layers_of, exit_names
 from lskip.evaluation.sweep_cells import Generators, measure_cell
 from lskip.evaluation.sweep_figure import sweep_figure
-from lskip.evaluation.sweep_file import SweepFile, make_folder
+from lskip.evaluation.sweep_file import SweepFile
 from lskip.evaluation.sweep_grid import Cell, DraftName, PolicyName, check_grid, grid
 from lskip.evaluation.task_prompts import prompts_of, texts_in_order
 from lskip.evaluation.task_scores import score
 from lskip.evaluation.tasks import Task
 from lskip.inference.text import decode_text
+from lskip.output_files import make_writable, write_json
 from lskip.pretrained import load_config
 
 NUM_SPECULATIONS = (2, 4, 6, 8)
@@ -100,7 +99,7 @@ def sweep(
     cells = grid(drafts, exit_layers, num_speculations, policies, num_layers)
     scored = [] if exits is None else exit_layers_of(exit_names(exits), num_layers)
     parts: list[Part] = [*cells, *map(FixedExit, scored)]
-    make_folder(Path(output))
+    make_writable(Path(output))
     shared = {**describe(task, loading), **counts}
     file = SweepFile(Path(output) / "cells.jsonl", shared, resume, overwrite)
     measure_missing(parts, file, task, loading, counts)
@@ -162,13 +161,6 @@ def write_results(folder: Path, task: Task, shared: dict[str, Any], found: dict[
     if exits:
         print_exits(exits, console)
     console.print(advised)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """All at once: a kill leaves what was there before."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def write_csv(path: Path, cells: Sequence[dict[str, Any]]) -> None:

@@ -67,14 +67,3 @@ class SweepFile:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"part": name, "record": record}) + "\n")
         self.parts[name] = record
-
-
-def make_folder(path: Path) -> None:
-    """ValueError unless there is, or can be made, a folder that can be written."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"output: cannot write '{path}' ({error.strerror})") from error

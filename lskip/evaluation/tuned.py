@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lskip.command_options import DecodingOptions, LoadingOptions
+from lskip.output_files import write_json
 
 FILE = "tuned.json"
 CACHE = Path("~/.cache/lskip/tuned")
@@ -52,9 +52,7 @@ def save_tuned(path: Path, task: str, found: dict[str, Any]) -> None:
     """Puts a task among those that the file holds, all at once."""
     tasks = read_tuned(path) | {task: found}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(tasks, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, tasks)
 
 
 def tuned_options(
