@@ -17,7 +17,8 @@ class LoadingOptions:
     Attributes:
         model: a run folder, a checkpoint, an exported or downloaded folder, a hub name, a .gguf file, smollm2.
         dtype: of the weights in memory.
-        weights: how they are held while decoding; auto takes what is fastest on this machine.
+        weights: how they are held while decoding; auto takes what is fastest on this machine. halved: in 16 bits,
+            computed in float32, where that changes no number, as for bfloat16 checkpoints.
         draft_weights: a copy of the model in int8 or int4 that may draft; null: none.
         device: cpu, cuda …; auto takes a GPU where there is one.
         bit_exact: a text is the same to the bit alone, in any batch, with and without drafts, in bfloat16 too;
@@ -31,7 +32,7 @@ class LoadingOptions:
 
     model: str = "smollm2"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    weights: Literal["auto", "plain", "packed", "transposed"] = "auto"
+    weights: Literal["auto", "plain", "packed", "transposed", "halved"] = "auto"
     draft_weights: Literal["int8", "int4"] | None = None
     device: str = "auto"
     bit_exact: bool | None = None

@@ -7,6 +7,7 @@ import torch
 
 from lskip.inference import TextGenerator
 from lskip.inference.weights import (
+    Halved,
     Packed,
     PackedWide,
     Plain,
@@ -15,23 +16,84 @@ from lskip.inference.weights import (
     Widened,
     choose_form,
     fastest,
+    hold,
     obstacle_to,
+    power_to_halve,
 )
 
+HALVING = torch.ones(8, 8)
+needs_halved = pytest.mark.skipif(obstacle_to(Halved, HALVING) is not None, reason="this build has no FBGEMM")
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", [Plain, Transposed, Packed])
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", [Plain, Transposed, Packed, Halved, Widened])
 @pytest.mark.parametrize("rows", [1, 2, 5, 40])
 def test_products(form, dtype, rows):
-    if obstacle_to(form, torch.randn(8, 8, dtype=dtype)) is not None:
+    if obstacle_to(form, HALVING.to(dtype)) is not None:
         pytest.skip("this CPU does not have the form in this dtype")
     weight, bias, x, residual = (torch.randn(*shape).to(dtype) for shape in ((48, 20), (48,), (rows, 20), (rows, 48)))
+    if form is Halved:
+        weight = weight.bfloat16().to(dtype)
+    x = x.to(form.inner_dtype or dtype)
     exact = x.double() @ weight.double().T + bias.double()
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 5e-2}
     held, before = form(weight, bias), residual.clone()
     assert torch.allclose(held(x).double(), exact, **tolerance)
-    assert torch.allclose(held.add_to(residual, x).double(), exact + residual.double(), **tolerance)
+    added = held.add_to(residual, x)
+    assert torch.allclose(added.double(), exact + residual.double(), **tolerance)
     assert torch.equal(residual, before)
+
+
+@needs_halved
+@pytest.mark.parametrize("scale", [1.0, 2.0**-60, 2.0**60])
+def test_halving_changes_no_number(scale):
+    """Rows of the identity bring back the matrix itself: to the bit, down to 2^-32 of its largest number."""
+    weight = (torch.randn(40, 24) * torch.logspace(0, -6, 24)).bfloat16().float() * scale
+    weight[3, 5], weight[4] = weight.abs().max() * 2.0**-31, 0.0
+    held = Halved(weight)
+    assert torch.equal(held(torch.eye(24)), weight.T)
+    assert held.nbytes == 2 * weight.numel()
+
+
+def test_numbers_that_float16_cannot_hold():
+    numbers = torch.randn(16, 16).bfloat16().float()
+    assert power_to_halve(torch.zeros(16, 16)) is not None and power_to_halve(numbers) is not None
+    for bad in (1 + 2.0**-11, numbers.abs().max() * 2.0**-45, float("inf"), float("nan")):  # too long, too small, none
+        spoiled = numbers.clone()
+        spoiled[2, 3] = bad
+        assert power_to_halve(spoiled) is None
+        assert type(hold(Halved, spoiled)) is Widened
+    with pytest.raises(ValueError, match="fit into 16 bits"):
+        Halved(spoiled)
+
+
+@needs_halved
+def test_a_checkpoint_of_bfloat16_numbers_decodes_halved_to_the_same_text(tiny_model):
+    model = tiny_model("llama").bfloat16().float()
+    plain, halved = TextGenerator(model, weights="plain"), TextGenerator(model, weights="halved")
+    blocks = sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
+    assert halved.step.form is Halved and halved.memory()["blocks"] == 2 * blocks
+    truth = plain.generate([5, 6, 7], max_new_tokens=30).token_ids
+    assert halved.generate([5, 6, 7], max_new_tokens=30).token_ids == truth
+    drafted = halved.generate([5, 6, 7], max_new_tokens=30, exit_layer=2, num_speculations=3)
+    assert drafted.token_ids == truth
+    # One matrix more that does not fit is packed by itself.
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = 1 + 2.0**-20
+    mixed = TextGenerator(model, weights="halved")
+    assert type(mixed.step.blocks[1].down) is Widened and type(mixed.step.blocks[0].down) is Halved
+    changed = TextGenerator(model, weights="plain").generate([5, 6, 7], max_new_tokens=30).token_ids
+    assert mixed.generate([5, 6, 7], max_new_tokens=30).token_ids == changed
+
+
+@needs_halved
+def test_weights_that_need_all_their_bits_are_not_halved(tiny_model):
+    model = tiny_model("llama")
+    assert TextGenerator(model).step.form is not Halved
+    with pytest.raises(ValueError, match="'halved' does not work here"):
+        TextGenerator(model, weights="halved")
+    with pytest.raises(ValueError, match="'halved' does not go with bit_exact"):
+        TextGenerator(model.bfloat16(), weights="halved", bit_exact=True)
 
 
 def refuse(*_):
@@ -53,9 +115,11 @@ def test_auto_falls_back_to_plain_and_packed_says_why(tiny_model, monkeypatch, b
         TextGenerator(model, weights="packed")
 
 
-@pytest.mark.parametrize("bit_exact", [None, True])
-def test_without_bfloat16_products_weights_are_widened(tiny_model, monkeypatch, bit_exact):
+@pytest.mark.parametrize(("bit_exact", "form"), [(None, Halved), (None, Widened), (True, Widened)])
+def test_without_bfloat16_products_they_are_float32(tiny_model, monkeypatch, bit_exact, form):
     """Older CPUs: the text is that of the same weights in a float32 model."""
+    if form is Halved and obstacle_to(Halved, HALVING) is not None:
+        pytest.skip("this build has no FBGEMM")
     model = tiny_model("llama").to(torch.bfloat16)
     product = torch.ops.mkldnn._reorder_linear_weight
     monkeypatch.setattr(
@@ -63,22 +127,26 @@ def test_without_bfloat16_products_weights_are_widened(tiny_model, monkeypatch, 
         "_reorder_linear_weight",
         lambda weight, rows: refuse() if weight.dtype == torch.bfloat16 else product(weight, rows),
     )
+    if form is Widened:
+        monkeypatch.setattr(torch.ops.quantized, "linear_prepack_fp16", refuse)
     generator = TextGenerator(model, bit_exact=bit_exact)
-    assert generator.step.form in ((Widened,) if bit_exact is None else (Widened, Sliced))
-    if generator.step.form is Widened:
+    assert generator.step.form in ((form,) if bit_exact is None else (form, Sliced))
+    if generator.step.form is form:
         alone = TextGenerator(model.float(), weights="plain").generate([5, 6, 7], max_new_tokens=30)
         assert generator.generate([5, 6, 7], max_new_tokens=30).token_ids == alone.token_ids
         drafted = generator.generate([5, 6, 7], max_new_tokens=30, exit_layer=2, num_speculations=3)
         assert drafted.token_ids == alone.token_ids
-    assert generator.memory()["blocks"] == 4 * sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
+    assert generator.memory()["blocks"] == (2 if form is Halved else 4) * sum(
+        p.numel() for p in model.model.layers.parameters() if p.ndim > 1
+    )
 
 
 def test_the_choice():
     sample = torch.randn(16, 8)
     assert choose_form("plain", [sample]) is Plain
-    assert choose_form("auto", [sample.half()]) is Plain
+    assert choose_form("auto", [sample.half()]) in (Halved, Widened, Plain)
     assert choose_form("auto", [torch.empty(16, 8, device="meta")]) is Plain
-    assert choose_form("auto", [sample.bfloat16()]) in (Packed, Widened, Plain)  # never by a timing
+    assert choose_form("auto", [sample.bfloat16()]) in (Packed, Halved, Widened, Plain)  # never by a timing
     with pytest.raises(ValueError, match="weights: 'int3' is not one of"):
         choose_form("int3", [sample])
 

@@ -70,8 +70,8 @@ class TextGenerator:
         Args:
             model: a causal LM of a supported family, on its device and in its dtype. It is left as it is.
             tokenizer: None: prompts are token ids, and the text stays empty.
-            weights: how they are held: "plain", "packed" or "transposed" (both for the CPU), or "auto": what is
-                fastest on this machine (bfloat16 as float32, twice as large, on a CPU without bfloat16 products).
+            weights: how they are held: "plain"; "packed", "transposed" or "halved" (for the CPU); or "auto": what is
+                fastest on this machine (on a CPU without bfloat16 products bfloat16 is computed in float32).
             draft_weights: "int8" or "int4": drafts come from a rounded copy of the blocks (of all of them where no
                 exit_layer is named) and are verified by the model's own weights, so that the text is the same.
                 Needs no training; CPU only. None: drafts come from the model's own first layers.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lskip.decoder import Decoder
 from lskip.inference.attention import Heads
-from lskip.inference.weights import Form, Plain
+from lskip.inference.weights import Form, Plain, hold
 
 # Families whose blocks are made of the parts that `Block` lists.
 LEAN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -71,7 +71,7 @@ def fuse(form: Form, parts: tuple[nn.Linear, ...], orders: tuple[Tensor | None, 
         ordered = [t if order is None else t[order] for t, order in zip(tensors, orders, strict=True)]
         return torch.cat(ordered) if len(ordered) > 1 else ordered[0]
 
-    return form(joined("weight"), None if parts[0].bias is None else joined("bias"))
+    return hold(form, joined("weight"), None if parts[0].bias is None else joined("bias"))
 
 
 def obstacle(decoder: Decoder) -> str | None:

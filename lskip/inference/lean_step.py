@@ -11,7 +11,7 @@ from lskip.inference.attention import AlignedAttention, Attention, Heads, Part, 
 from lskip.inference.cache import KVCache
 from lskip.inference.lean_blocks import Block, convert, obstacle
 from lskip.inference.rolling import RollingAttention, RollingCache, RollingPart, rolls
-from lskip.inference.weights import Form
+from lskip.inference.weights import Form, hold
 
 
 class LeanStep:
@@ -71,7 +71,7 @@ class LeanStep:
         self._through = torch.compile(self._blocks_on, dynamic=False) if compiled else self._blocks_on
         self.embedding = decoder.embedding.weight.detach()
         self.final_norm = self._norm_weight(decoder.final_norm)
-        self.head = (head_form or form)(decoder.head_weight.detach(), decoder.head_bias)
+        self.head = hold(head_form or form, decoder.head_weight.detach(), decoder.head_bias)
         self.blocks: list[Block] = []
         for index in range(self.num_layers):
             self.blocks.append(convert(layers[index], decoder.window(index), self.heads, form, self._norm_weight))

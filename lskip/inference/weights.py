@@ -95,6 +95,54 @@ class Widened(Packed):
         super().__init__(weight.float(), None if bias is None else bias.float())
 
 
+class Halved(Plain):
+    """float16 numbers times a power of two, multiplied in float32: half the bytes, and no number of the matrix changes.
+
+    For matrices whose numbers allow it, as those of a bfloat16 checkpoint do, whatever type they are loaded in.
+    Products and sums are float32 (FBGEMM's kernels: x86 alone, no AVX-512 needed).
+    """
+
+    inner_dtype = torch.float32
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        """weight [out, in] is copied; bias [out] too where it is not float32.
+
+        Raises:
+            ValueError: numbers that need more than 16 bits.
+        """
+        power = power_to_halve(weight)
+        if power is None:
+            raise ValueError("its numbers do not fit into 16 bits without loss")
+        self.shape, self.bias = weight.shape, None if bias is None else bias.float()
+        self.unit = torch.tensor(2.0**-power)  # a tensor: torch would make one of a number at every call
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float() * 2.0**power, None)
+        self._product = torch.ops.quantized.linear_dynamic_fp16.default
+
+    def __call__(self, x: Tensor) -> Tensor:
+        product = self._product(x, self.packed).mul_(self.unit)
+        return product if self.bias is None else product.add_(self.bias)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        return self(x).add_(residual)
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.shape.numel() + (0 if self.bias is None else self.bias.nbytes)
+
+
+def power_to_halve(weight: Tensor) -> int | None:
+    """k such that float16 holds each of weight's numbers times 2^k exactly; None where there is none.
+
+    With the largest one at the top of float16's range, 8 bits of precision (bfloat16's) reach down to 2^-32 of it.
+    """
+    largest = weight.abs().max().float()
+    if not torch.isfinite(largest):
+        return None
+    power = min(15 - int(torch.frexp(largest).exponent), 100)  # the largest becomes one of 2^14 … 2^15
+    scaled = weight.float() * 2.0**power
+    return power if torch.equal(scaled.half().float(), scaled) else None
+
+
 class Sliced(Plain):
     """Plain, four rows at a time: whatever kernel takes them, every row meets the same product."""
 
@@ -107,7 +155,15 @@ EXACT_WIDTH = 4  # rows that products and attention groups see at once where bit
 Mix = tuple[tuple[int, int], ...]  # (how often, rows): the products that a form is chosen for
 STEPS_AND_VERIFICATION: Mix = ((3, 1), (1, 5))  # own drafts: a row at a time, then all at once
 VERIFICATION: Mix = ((1, 1), (4, 6))  # where other weights draft, and now and then none
-FORMS = {"plain": Plain, "transposed": Transposed, "packed": Packed}
+FORMS = {"plain": Plain, "transposed": Transposed, "packed": Packed, "halved": Halved}
+
+
+def hold(form: Form, weight: Tensor, bias: Tensor | None = None) -> Plain:
+    """weight [out, in] in `form`. A single matrix that cannot be Halved, in a model that is, is packed as float32."""
+    try:
+        return form(weight, bias)
+    except ValueError:
+        return Widened(weight, bias)
 
 
 def choose_form(form: str, samples: list[Tensor], mix: Mix = STEPS_AND_VERIFICATION) -> Form:
@@ -127,10 +183,10 @@ def choose_form(form: str, samples: list[Tensor], mix: Mix = STEPS_AND_VERIFICAT
         if (reason := obstacle_to(FORMS[form], samples[0])) is not None:
             raise ValueError(f"weights: {form!r} does not work here ({reason}); use 'auto' or 'plain'")
         return FORMS[form]
-    if samples[0].dtype == torch.bfloat16:
+    if samples[0].dtype in (torch.bfloat16, torch.float16):
         # Forms round to different texts here, so that no timing may choose; in float32 texts are equal.
-        return next(form for form in (Packed, Widened, Plain) if obstacle_to(form, samples[0]) is None)
-    usable = [form for form in (Transposed, Packed, PackedWide) if obstacle_to(form, samples[0]) is None]
+        return next(form for form in (Packed, Halved, Widened, Plain) if obstacle_to(form, samples[0]) is None)
+    usable = [form for form in (Transposed, Packed, PackedWide, Halved) if obstacle_to(form, samples[0]) is None]
     return fastest([Plain, *usable], samples, mix)
 
 
@@ -182,16 +238,18 @@ def obstacle_to(form: Form, sample: Tensor) -> str | None:
         return None
     if sample.device.type != "cpu":
         return f"the model is on {sample.device.type}, this form is for the CPU"
-    if sample.dtype not in (torch.float32, torch.bfloat16):
+    takes = [torch.float32, torch.bfloat16] + [torch.float16] * (form.inner_dtype is torch.float32)
+    if sample.dtype not in takes:
         return f"not for {sample.dtype}"
     row = torch.linspace(-1, 1, sample.shape[1], dtype=sample.dtype)[None]
     residual = torch.linspace(-1, 1, sample.shape[0], dtype=sample.dtype)[None]
-    # Builds without oneDNN lack its operations (AttributeError); CPUs without AVX-512 refuse bfloat16 (RuntimeError).
+    # Builds without oneDNN or FBGEMM lack operations (AttributeError, RuntimeError); CPUs without AVX-512 refuse
+    # bfloat16 (RuntimeError).
     try:
         held = form(sample)
         x = row.to(form.inner_dtype or row.dtype)
         products = torch.cat([held(x), held.add_to(residual, x)]).float()
-    except (AttributeError, RuntimeError) as error:
+    except (AttributeError, RuntimeError, ValueError) as error:
         return str(error).splitlines()[0]
     plain = Plain(sample)
     expected = torch.cat([plain(row), plain.add_to(residual, row)]).float()
@@ -221,7 +279,7 @@ def cost_of(
     products = [
         (form, matrix, sample.new_ones(form.lone_row_width if rows == 1 else rows, sample.shape[1]), weight)
         for form in forms
-        for matrix, sample in [(form(sample), sample) for sample in samples]
+        for matrix, sample in [(hold(form, sample), sample) for sample in samples]
         for weight, rows in mix
     ]
     best, threads, begin = [math.inf] * len(products), torch.get_num_threads(), time.perf_counter()
