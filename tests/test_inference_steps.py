@@ -10,7 +10,7 @@ from lskip.inference import TextGenerator
 from lskip.inference.lean_blocks import obstacle
 from lskip.inference.lean_step import LeanStep
 from lskip.inference.module_step import ModuleStep
-from lskip.inference.weights import Packed, PackedWide, Plain, Sliced, Transposed
+from lskip.inference.weights import Halved, Packed, PackedWide, Plain, Sliced, Transposed, obstacle_to
 
 FAMILIES = {
     "llama": {},
@@ -57,6 +57,8 @@ STEPS = {
     "packed_exact": lambda decoder: LeanStep(decoder, Packed, width=4),
     "module": ModuleStep,
 }
+if obstacle_to(Halved, torch.ones(8, 8)) is None:
+    STEPS["halved"] = lambda decoder: LeanStep(decoder, Halved)
 
 
 def build(tiny_model, name):
@@ -65,7 +67,7 @@ def build(tiny_model, name):
     for parameter_name, parameter in model.named_parameters():
         if "bias" in parameter_name or "norm" in parameter_name:  # zeros and ones would hide a part left out
             torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.3)
-    return model
+    return model.bfloat16().float()  # numbers that every form can hold
 
 
 def prompt_ids(length, seed=1):

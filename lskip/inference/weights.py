@@ -114,16 +114,19 @@ class Halved(Plain):
         if power is None:
             raise ValueError("its numbers do not fit into 16 bits without loss")
         self.shape, self.bias = weight.shape, None if bias is None else bias.float()
-        self.unit = torch.tensor(2.0**-power)  # a tensor: torch would make one of a number at every call
+        self.unit = 2.0**-power
+        self._unit = torch.tensor(self.unit)  # of a number torch would make a tensor at every product
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float() * 2.0**power, None)
         self._product = torch.ops.quantized.linear_dynamic_fp16.default
 
     def __call__(self, x: Tensor) -> Tensor:
-        product = self._product(x, self.packed).mul_(self.unit)
+        product = self._product(x, self.packed).mul_(self._unit)
         return product if self.bias is None else product.add_(self.bias)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        return self(x).add_(residual)
+        if self.bias is not None:
+            return super().add_to(residual, x)
+        return torch.add(residual, self._product(x, self.packed), alpha=self.unit)
 
     @property
     def nbytes(self) -> int:
