@@ -50,11 +50,11 @@ class Sizes:
     learning_rate: float = 3e-3
     retrofit_learning_rate: float = 1e-3
     warmup_steps: int = 50
-    steps: int = 1000
+    steps: int = 700
     long_steps: int = 10_000
-    retrofit_steps: int = 500
+    retrofit_steps: int = 350
     readings: int = 20
-    seeds: int = 4
+    seeds: int = 3
     max_val_blocks: int = 256
     items: int = 200
     prompt_tokens: int = 48

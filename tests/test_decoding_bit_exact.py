@@ -23,8 +23,9 @@ from lskip.decoder import Decoder
 from lskip.inference import TextGenerator
 from lskip.inference.cache import KVCache
 from lskip.inference.engine import Step
+from lskip.inference.form_choice import obstacle_to
 from lskip.inference.lean_step import LeanStep
-from lskip.inference.weights import Packed, Plain, Sliced, Widened, obstacle_to
+from lskip.inference.weights import Packed, Plain, Sliced, Widened
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Wide enough that kernels do choose by the number of rows, with sizes that no kernel likes.

@@ -7,10 +7,11 @@ import torch
 
 from lskip.decoder import Decoder
 from lskip.inference import TextGenerator
+from lskip.inference.form_choice import obstacle_to
 from lskip.inference.lean_blocks import obstacle
 from lskip.inference.lean_step import LeanStep
 from lskip.inference.module_step import ModuleStep
-from lskip.inference.weights import Halved, Packed, PackedWide, Plain, Sliced, Transposed, obstacle_to
+from lskip.inference.weights import Halved, Packed, PackedWide, Plain, Sliced, Transposed
 
 FAMILIES = {
     "llama": {},

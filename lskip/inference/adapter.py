@@ -11,11 +11,12 @@ from torch import Tensor
 from lskip.decoder import Decoder
 from lskip.exit_adapter import ExitAdapter, side_by_side
 from lskip.inference.cache import KVCache
+from lskip.inference.form_choice import choose_form
 from lskip.inference.lean_blocks import obstacle, sample_weights
 from lskip.inference.lean_step import LeanStep
 from lskip.inference.module_step import ModuleStep
 from lskip.inference.quantized import HEAD_FORM, Int8, obstacle_to_rounding
-from lskip.inference.weights import Plain, choose_form
+from lskip.inference.weights import Plain
 
 if TYPE_CHECKING:
     from lskip.inference.engine import Step

@@ -18,6 +18,14 @@ from lskip.inference.adapter import AdapterStep
 from lskip.inference.batch import Batch, Text, bound
 from lskip.inference.costs import Costs, keep_costs, measure_costs
 from lskip.inference.engine import Step
+from lskip.inference.form_choice import (
+    STEPS_AND_VERIFICATION,
+    VERIFICATION,
+    Mix,
+    choose_exact_form,
+    choose_form,
+    exact_by_default,
+)
 from lskip.inference.generation import Generation, TextStream
 from lskip.inference.lean_blocks import obstacle, sample_weights
 from lskip.inference.lean_step import LeanStep
@@ -27,16 +35,7 @@ from lskip.inference.sampling import TokenChooser
 from lskip.inference.settings import GenerationSettings, defaults_from
 from lskip.inference.stopping import stop_rule
 from lskip.inference.text import TextPieces, decode_text, encode_prompt
-from lskip.inference.weights import (
-    EXACT_WIDTH,
-    STEPS_AND_VERIFICATION,
-    VERIFICATION,
-    Mix,
-    Plain,
-    choose_exact_form,
-    choose_form,
-    exact_by_default,
-)
+from lskip.inference.weights import EXACT_WIDTH, Plain
 
 if TYPE_CHECKING:
     from lskip.trained_exits import TrainedExits
@@ -78,7 +77,7 @@ class TextGenerator:
             release_model: free the model's blocks while converting. The model is of no use afterwards.
             bit_exact: a text's logits are the same bits alone, in any batch, with and without speculation, in
                 bfloat16 too. Costs 10 to 20 % of the speed. False: texts are equal in float32 up to ties within
-                rounding. None: true for packed bfloat16 weights on a CPU (weights.EXACT_BY_DEFAULT), else false.
+                rounding. None: true for packed bfloat16 weights on a CPU (form_choice.EXACT_BY_DEFAULT), else false.
             compiled: run the blocks through torch.compile (for GPUs; the first rounds take minutes).
             costs_file: JSON file to keep `costs` in, read where it exists; None: measured anew by each process that
                 has a policy that asks for them.

@@ -1,9 +1,6 @@
-"""How a weight is held while decoding: a class with one product, chosen at load by trying it on this machine."""
+"""How a weight is held while decoding: a class with one product."""
 
 from __future__ import annotations
-
-import math
-import time
 
 import torch
 import torch.nn.functional as F
@@ -155,10 +152,6 @@ class Sliced(Plain):
 
 Form = type[Plain]
 EXACT_WIDTH = 4  # rows that products and attention groups see at once where bits must not depend on neighbours
-Mix = tuple[tuple[int, int], ...]  # (how often, rows): the products that a form is chosen for
-STEPS_AND_VERIFICATION: Mix = ((3, 1), (1, 5))  # own drafts: a row at a time, then all at once
-VERIFICATION: Mix = ((1, 1), (4, 6))  # where other weights draft, and now and then none
-FORMS = {"plain": Plain, "transposed": Transposed, "packed": Packed, "halved": Halved}
 
 
 def hold(form: Form, weight: Tensor, bias: Tensor | None = None) -> Plain:
@@ -167,142 +160,3 @@ def hold(form: Form, weight: Tensor, bias: Tensor | None = None) -> Plain:
         return form(weight, bias)
     except ValueError:
         return Widened(weight, bias)
-
-
-def choose_form(form: str, samples: list[Tensor], mix: Mix = STEPS_AND_VERIFICATION) -> Form:
-    """The class that holds the weights of a model on this machine.
-
-    Args:
-        form: a name in FORMS; or "auto": whatever is fastest here and computes the right thing.
-        samples: [out, in] each, some of the model's matrices, to try the forms on.
-        mix: the products that "auto" should be fastest at.
-
-    Raises:
-        ValueError: unknown form, or one that does not work here.
-    """
-    if form not in ("auto", *FORMS):
-        raise ValueError(f"weights: {form!r} is not one of auto, {', '.join(FORMS)}")
-    if form != "auto":
-        if (reason := obstacle_to(FORMS[form], samples[0])) is not None:
-            raise ValueError(f"weights: {form!r} does not work here ({reason}); use 'auto' or 'plain'")
-        return FORMS[form]
-    if samples[0].dtype in (torch.bfloat16, torch.float16):
-        # Forms round to different texts here, so that no timing may choose; in float32 texts are equal.
-        return next(form for form in (Packed, Halved, Widened, Plain) if obstacle_to(form, samples[0]) is None)
-    usable = [form for form in (Transposed, Packed, PackedWide, Halved) if obstacle_to(form, samples[0]) is None]
-    return fastest([Plain, *usable], samples, mix)
-
-
-# Where bits are kept unless the caller says otherwise: texts of bfloat16 models part within some tens of tokens.
-EXACT_BY_DEFAULT = {("cpu", torch.bfloat16, Packed)}
-
-
-def exact_by_default(form: Form, sample: Tensor) -> bool:
-    """Whether bits are to be kept where nobody has said: a table, never a timing, so that texts do not depend on it."""
-    return (sample.device.type, sample.dtype, form) in EXACT_BY_DEFAULT
-
-
-def choose_exact_form(form: str, samples: list[Tensor]) -> Form:
-    """The class that holds the weights so that a row's bits do not depend on the rows beside it.
-
-    Raises:
-        ValueError: unknown form, or one that does not work here.
-    """
-    if form == "plain":
-        return Sliced
-    if form not in ("auto", "packed"):
-        raise ValueError(f"weights: {form!r} does not go with bit_exact; use 'auto', 'packed' or 'plain'")
-    if form == "packed" and (reason := obstacle_to_bits(Packed, samples[0])) is not None:
-        raise ValueError(f"weights: {form!r} does not work here ({reason}); use 'auto' or 'plain'")
-    candidates = [Packed, Widened] if form == "auto" and samples[0].dtype == torch.bfloat16 else [Packed]
-    return next((each for each in candidates if obstacle_to_bits(each, samples[0]) is None), Sliced)
-
-
-def obstacle_to_bits(form: Form, sample: Tensor) -> str | None:
-    """Why `sample` [out, in] held so would not keep bits; None when it does."""
-    reason = obstacle_to(form, sample)
-    if reason is None and not keeps_bits(form, sample):
-        reason = "its products depend on the number of rows"
-    return reason
-
-
-def keeps_bits(form: Form, sample: Tensor) -> bool:
-    """Whether products of 4, 12 and 64 rows agree bit for bit on the rows that they share."""
-    held = form(sample)
-    dtype = form.inner_dtype or sample.dtype
-    rows = torch.linspace(-1, 1, 64 * sample.shape[1], dtype=dtype, device=sample.device).view(64, -1)
-    whole = held(rows)
-    return all(torch.equal(held(rows[:count]), whole[:count]) for count in (EXACT_WIDTH, 3 * EXACT_WIDTH))
-
-
-def obstacle_to(form: Form, sample: Tensor) -> str | None:
-    """Why `sample` [out, in] cannot be held so on this machine; None when its products come out right."""
-    if form is Plain:
-        return None
-    if sample.device.type != "cpu":
-        return f"the model is on {sample.device.type}, this form is for the CPU"
-    takes = [torch.float32, torch.bfloat16] + [torch.float16] * (form.inner_dtype is torch.float32)
-    if sample.dtype not in takes:
-        return f"not for {sample.dtype}"
-    row = torch.linspace(-1, 1, sample.shape[1], dtype=sample.dtype)[None]
-    residual = torch.linspace(-1, 1, sample.shape[0], dtype=sample.dtype)[None]
-    # Builds without oneDNN or FBGEMM lack operations (AttributeError, RuntimeError); CPUs without AVX-512 refuse
-    # bfloat16 (RuntimeError).
-    try:
-        held = form(sample)
-        x = row.to(form.inner_dtype or row.dtype)
-        products = torch.cat([held(x), held.add_to(residual, x)]).float()
-    except (AttributeError, RuntimeError, ValueError) as error:
-        return str(error).splitlines()[0]
-    plain = Plain(sample)
-    expected = torch.cat([plain(row), plain.add_to(residual, row)]).float()
-    tolerance = (1e-3 if sample.dtype == torch.float32 else 5e-2) * max(1.0, float(expected.abs().max()))
-    right = float((products - expected).abs().max()) <= tolerance
-    return None if right else "its products differ from torch's"
-
-
-def fastest(forms: list[Form], samples: list[Tensor], mix: Mix) -> Form:
-    """The form that takes least for `mix`."""
-    if len(forms) == 1:
-        return forms[0]
-    costs = cost_of(forms, samples, mix)
-    return min(costs, key=costs.get)
-
-
-@torch.inference_mode()
-def cost_of(
-    forms: list[Form], samples: list[Tensor], mix: Mix, rounds: int = 8, limit: float = 1.0
-) -> dict[Form, float]:
-    """Seconds that each form takes for `mix` over all samples.
-
-    Other processes only ever add time: the best of each single product is nearest to the truth. On a busy machine
-    threads wait for each other, for milliseconds in a product of microseconds, so that one thread is tried as well
-    as all of them. No round begins after `limit` seconds.
-    """
-    products = [
-        (form, matrix, sample.new_ones(form.lone_row_width if rows == 1 else rows, sample.shape[1]), weight)
-        for form in forms
-        for matrix, sample in [(hold(form, sample), sample) for sample in samples]
-        for weight, rows in mix
-    ]
-    best, threads, begin = [math.inf] * len(products), torch.get_num_threads(), time.perf_counter()
-    try:
-        for _ in range(rounds):  # interleaved, so that a busy spell of the machine meets every form
-            for count in {1, threads}:
-                torch.set_num_threads(count)
-                best = [min(old, seconds_of(matrix, x)) for old, (_, matrix, x, _) in zip(best, products, strict=True)]
-            if time.perf_counter() - begin > limit:
-                break
-    finally:
-        torch.set_num_threads(threads)
-    costs = dict.fromkeys(forms, 0.0)
-    for (form, _, _, weight), seconds in zip(products, best, strict=True):
-        costs[form] += weight * seconds
-    return costs
-
-
-def seconds_of(matrix: Plain, x: Tensor) -> float:
-    """The time that one product takes."""
-    begin = time.perf_counter()
-    matrix(x)
-    return time.perf_counter() - begin

@@ -1,0 +1,128 @@
+"""Which form a model's weights get on a machine, and what becomes of its text."""
+
+import time
+
+import pytest
+import torch
+
+from lskip.inference import TextGenerator
+from lskip.inference.form_choice import choose_form, fastest, obstacle_to
+from lskip.inference.weights import Halved, Packed, PackedWide, Plain, Sliced, Transposed, Widened
+
+HALVING = torch.ones(8, 8)
+needs_halved = pytest.mark.skipif(obstacle_to(Halved, HALVING) is not None, reason="this build has no FBGEMM")
+
+
+@needs_halved
+def test_a_checkpoint_of_bfloat16_numbers_decodes_halved_to_the_same_text(tiny_model):
+    model = tiny_model("llama").bfloat16().float()
+    plain, halved = TextGenerator(model, weights="plain"), TextGenerator(model, weights="halved")
+    blocks = sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
+    assert halved.step.form is Halved and halved.memory()["blocks"] == 2 * blocks
+    truth = plain.generate([5, 6, 7], max_new_tokens=30).token_ids
+    assert halved.generate([5, 6, 7], max_new_tokens=30).token_ids == truth
+    drafted = halved.generate([5, 6, 7], max_new_tokens=30, exit_layer=2, num_speculations=3)
+    assert drafted.token_ids == truth
+    # One matrix more that does not fit is packed by itself.
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = 1 + 2.0**-20
+    mixed = TextGenerator(model, weights="halved")
+    assert type(mixed.step.blocks[1].down) is Widened and type(mixed.step.blocks[0].down) is Halved
+    changed = TextGenerator(model, weights="plain").generate([5, 6, 7], max_new_tokens=30).token_ids
+    assert mixed.generate([5, 6, 7], max_new_tokens=30).token_ids == changed
+
+
+@needs_halved
+def test_weights_that_need_all_their_bits_are_not_halved(tiny_model):
+    model = tiny_model("llama")
+    assert TextGenerator(model).step.form is not Halved
+    with pytest.raises(ValueError, match="'halved' does not work here"):
+        TextGenerator(model, weights="halved")
+    with pytest.raises(ValueError, match="'halved' does not go with bit_exact"):
+        TextGenerator(model.bfloat16(), weights="halved", bit_exact=True)
+
+
+def refuse(*_):
+    raise RuntimeError("unsupported CPU")
+
+
+PACK = torch.ops.mkldnn._reorder_linear_weight
+
+
+@pytest.mark.parametrize("broken", [refuse, lambda weight, rows: PACK(torch.zeros_like(weight), rows)])
+def test_auto_falls_back_to_plain_and_packed_says_why(tiny_model, monkeypatch, broken):
+    model = tiny_model("llama")
+    truth = TextGenerator(model, weights="plain").generate([5, 6, 7], max_new_tokens=10).token_ids
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", broken)
+    generator = TextGenerator(model)
+    assert generator.step.form in (Plain, Transposed)
+    assert generator.generate([5, 6, 7], max_new_tokens=10).token_ids == truth
+    with pytest.raises(ValueError, match="weights: 'packed' does not work here"):
+        TextGenerator(model, weights="packed")
+
+
+@pytest.mark.parametrize(("bit_exact", "form"), [(None, Halved), (None, Widened), (True, Widened)])
+def test_without_bfloat16_products_they_are_float32(tiny_model, monkeypatch, bit_exact, form):
+    """Older CPUs: the text is that of the same weights in a float32 model."""
+    if form is Halved and obstacle_to(Halved, HALVING) is not None:
+        pytest.skip("this build has no FBGEMM")
+    model = tiny_model("llama").to(torch.bfloat16)
+    product = torch.ops.mkldnn._reorder_linear_weight
+    monkeypatch.setattr(
+        torch.ops.mkldnn,
+        "_reorder_linear_weight",
+        lambda weight, rows: refuse() if weight.dtype == torch.bfloat16 else product(weight, rows),
+    )
+    if form is Widened:
+        monkeypatch.setattr(torch.ops.quantized, "linear_prepack_fp16", refuse)
+    generator = TextGenerator(model, bit_exact=bit_exact)
+    assert generator.step.form in ((form,) if bit_exact is None else (form, Sliced))
+    if generator.step.form is form:
+        alone = TextGenerator(model.float(), weights="plain").generate([5, 6, 7], max_new_tokens=30)
+        assert generator.generate([5, 6, 7], max_new_tokens=30).token_ids == alone.token_ids
+        drafted = generator.generate([5, 6, 7], max_new_tokens=30, exit_layer=2, num_speculations=3)
+        assert drafted.token_ids == alone.token_ids
+    assert generator.memory()["blocks"] == (2 if form is Halved else 4) * sum(
+        p.numel() for p in model.model.layers.parameters() if p.ndim > 1
+    )
+
+
+def test_the_choice():
+    sample = torch.randn(16, 8)
+    assert choose_form("plain", [sample]) is Plain
+    assert choose_form("auto", [sample.half()]) in (Halved, Widened, Plain)
+    assert choose_form("auto", [torch.empty(16, 8, device="meta")]) is Plain
+    assert choose_form("auto", [sample.bfloat16()]) in (Packed, Halved, Widened, Plain)  # never by a timing
+    with pytest.raises(ValueError, match="weights: 'int3' is not one of"):
+        choose_form("int3", [sample])
+
+
+def test_the_fastest_form_wins():
+    class Slow(Plain):
+        def __call__(self, x):
+            time.sleep(0.002)
+            return super().__call__(x)
+
+    class SlowAlone(Plain):
+        lone_row_width = 2
+
+        def __call__(self, x):
+            time.sleep(0.002 * (len(x) == 2))
+            return super().__call__(x)
+
+    samples = [torch.randn(16, 8), torch.randn(8, 16)]
+    for forms in ([Slow, Plain, SlowAlone], [SlowAlone, Slow, Plain]):
+        assert fastest(forms, samples, ((3, 1), (1, 5))) is Plain
+    assert PackedWide.lone_row_width == 4
+
+
+def test_where_bits_are_kept_by_default(tiny_model):
+    """A table by device, type and form of weights."""
+    single = tiny_model("llama")
+    assert TextGenerator(single, weights="packed").step.width == 1
+    assert TextGenerator(single, weights="packed", bit_exact=True).step.width == 4
+    half = tiny_model("llama").to(torch.bfloat16)
+    assert TextGenerator(half, weights="plain").step.width == 1
+    if obstacle_to(Packed, half.lm_head.weight.detach()) is None:
+        assert TextGenerator(half, weights="packed").step.width == 4
+        assert TextGenerator(half, weights="packed", bit_exact=False).step.width == 1
