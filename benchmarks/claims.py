@@ -67,6 +67,7 @@ def run(out: Path, sizes: Sizes, workers: int, cache_dir: str | None) -> None:
     """
     if workers < 1:
         raise ValueError(f"workers: {workers} is not a whole number from 1 up")
+    torch.set_num_threads(1)  # as the workers have
     out.mkdir(parents=True, exist_ok=True)
     check_sizes(out, sizes)
     make_data(sizes, 0, cache_dir).setup("fit")  # once, before several processes want it
@@ -135,7 +136,6 @@ def work(jobs: list[Job], workers: int) -> None:
 
 def time_curricula(sizes: Sizes) -> dict[str, float]:
     """Curriculum -> median time of a step against LastExit's, interleaved, at steps spread over a run."""
-    torch.set_num_threads(1)
     timed = TimedSizes(
         layers=sizes.layers, vocabulary=sizes.vocabulary, hidden=sizes.hidden, intermediate=sizes.intermediate,
         heads=sizes.heads, batch=sizes.batch_size, length=sizes.block_size,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 # Okabe and Ito; a mark and a line style each, so that grey print works too.
 STYLES = [("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":")]
@@ -21,6 +21,7 @@ def _axes(title: str, x: str, y: str, **more) -> tuple[Figure, Axes]:
     axes.grid(alpha=0.3, which="both")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axes.get_yscale() == "log":
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5, 7)))  # more would print over each other
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
     return figure, axes
