@@ -23,7 +23,7 @@ from claims_arms import BOTH, CURRICULA, E_SCALE, NEITHER, QUICK, Sizes, make_ar
 from claims_report import make_sections, report
 from claims_results import LONG, STEP_TIMES, Results, run_folder
 from claims_tasks import measure_tasks
-from claims_training import make_data, train, write
+from claims_training import make_data, train
 from environment import environment
 from timed_training import Kind, Trained
 from timed_training import Sizes as TimedSizes
@@ -31,6 +31,7 @@ from tqdm import tqdm
 from train_step import paired_ratio, time_rounds
 
 from lskip.callbacks import EarlyExitLoss
+from lskip.output_files import write_json
 
 MARK = "<!-- results -->"
 CPU = torch.device("cpu")
@@ -74,7 +75,7 @@ def run(out: Path, sizes: Sizes, workers: int, cache_dir: str | None) -> None:
     for jobs in (trainings(out, sizes, cache_dir), followers(out, sizes, cache_dir)):
         work(jobs, workers)
     if not (out / STEP_TIMES).is_file():
-        write(out / STEP_TIMES, time_curricula(sizes))
+        write_json(out / STEP_TIMES, time_curricula(sizes))
     sections = make_sections(Results(out, sizes))
     for section in sections:
         for name, figure in section.figures.items():
@@ -86,7 +87,7 @@ def check_sizes(out: Path, sizes: Sizes) -> None:
     path = out / "sizes.json"
     if path.is_file() and json.loads(path.read_text()) != asdict(sizes):
         raise ValueError(f"out: '{out}' holds runs of other sizes; choose another folder")
-    write(path, asdict(sizes))
+    write_json(path, asdict(sizes))
 
 
 Job = Callable[[], None]

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from claims_arms import Sizes
-from claims_training import make_data, write
+from claims_training import make_data
 
 from lskip.decoder import Decoder
 from lskip.inference import TextGenerator
+from lskip.output_files import write_json
 from lskip.pretrained import load_model
 from lskip.readout import read_exits
 
@@ -33,7 +34,7 @@ def measure_tasks(folder: Path, model_folder: Path, sizes: Sizes, seed: int, cac
     prompts = torch.from_numpy(rows[:, : sizes.prompt_tokens])
     answers = torch.from_numpy(rows[:, sizes.prompt_tokens : sizes.prompt_tokens + sizes.answer_tokens])
     open_ended = [open_generation(model, prompts, answers, layer) for layer in range(1, sizes.layers + 1)]
-    write(
+    write_json(
         folder / "tasks.json",
         {
             "multiple_choice": multiple_choice(Decoder(model.eval()), prompts, answers, seed),

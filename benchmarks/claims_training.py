@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from dataclasses import asdict
 from functools import partial
@@ -18,6 +16,7 @@ from lskip.callbacks import LayerMetrics, RunCheckpoint
 from lskip.data import TextData
 from lskip.module import LayerSkipModule
 from lskip.optimization import WarmupCosine
+from lskip.output_files import write_json
 from lskip.trainer_manners import quiet_lightning
 
 
@@ -114,7 +113,7 @@ def train(
     if trainer.global_step < steps:
         raise KeyboardInterrupt
     result = {"arm": asdict(arm), "seed": seed, "steps": steps, "seconds": kept.seconds, "readings": kept.rows}
-    write(folder / "result.json", result)
+    write_json(folder / "result.json", result)
     checkpoint.path.unlink()
 
 
@@ -127,10 +126,3 @@ def make_module(arm: Arm, sizes: Sizes, seed: int, source: Path | None) -> Layer
         exit_target=TARGETS[arm.target](),
         seed=seed,
     )
-
-
-def write(path: Path, content: dict) -> None:
-    """At once or not at all: a file that is there is whole."""
-    partial_path = path.with_suffix(".partial")
-    partial_path.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial_path, path)

@@ -18,7 +18,6 @@ import argparse
 import csv
 import email
 import json
-import os
 import sys
 import time
 import warnings
@@ -35,6 +34,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lskip.data import TextData
+from lskip.output_files import write_json
 from lskip.task_module import Classification, Regression
 from lskip.trainer_manners import quiet_lightning
 
@@ -99,9 +99,7 @@ def run_arm(task: str, name: str, sizes: Sizes, options: argparse.Namespace) -> 
     began = time.perf_counter()
     points = language_arm(ARMS[name], sizes, options) if task == "generation" else task_arm(task, name, sizes, options)
     content = {"settings": settings, "points": points, "seconds": round(time.perf_counter() - began, 1)}
-    partial_file = path.with_suffix(".partial")
-    partial_file.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial_file, path)
+    write_json(path, content)
     print(f"{task}, {name}: {content['seconds']:.0f} s", flush=True)
 
 

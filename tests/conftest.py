@@ -13,6 +13,12 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from lskip.inference.form_choice import obstacle_to
+from lskip.inference.weights import Halved
+
+HALVED_WORKS = obstacle_to(Halved, torch.ones(8, 8)) is None
+needs_halved = pytest.mark.skipif(not HALVED_WORKS, reason="this build has no FBGEMM")
+
 TINY = {
     "vocab_size": 300,
     "hidden_size": 32,

@@ -4,13 +4,11 @@ import time
 
 import pytest
 import torch
+from conftest import HALVED_WORKS, needs_halved
 
 from lskip.inference import TextGenerator
 from lskip.inference.form_choice import choose_form, fastest, obstacle_to
 from lskip.inference.weights import Halved, Packed, PackedWide, Plain, Sliced, Transposed, Widened
-
-HALVING = torch.ones(8, 8)
-needs_halved = pytest.mark.skipif(obstacle_to(Halved, HALVING) is not None, reason="this build has no FBGEMM")
 
 
 @needs_halved
@@ -64,7 +62,7 @@ def test_auto_falls_back_to_plain_and_packed_says_why(tiny_model, monkeypatch, b
 @pytest.mark.parametrize(("bit_exact", "form"), [(None, Halved), (None, Widened), (True, Widened)])
 def test_without_bfloat16_products_they_are_float32(tiny_model, monkeypatch, bit_exact, form):
     """Older CPUs: the text is that of the same weights in a float32 model."""
-    if form is Halved and obstacle_to(Halved, HALVING) is not None:
+    if form is Halved and not HALVED_WORKS:
         pytest.skip("this build has no FBGEMM")
     model = tiny_model("llama").to(torch.bfloat16)
     product = torch.ops.mkldnn._reorder_linear_weight

@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import HALVED_WORKS
 
 from lskip.decoder import Decoder
 from lskip.inference import TextGenerator
-from lskip.inference.form_choice import obstacle_to
 from lskip.inference.lean_blocks import obstacle
 from lskip.inference.lean_step import LeanStep
 from lskip.inference.module_step import ModuleStep
@@ -58,7 +58,7 @@ STEPS = {
     "packed_exact": lambda decoder: LeanStep(decoder, Packed, width=4),
     "module": ModuleStep,
 }
-if obstacle_to(Halved, torch.ones(8, 8)) is None:
+if HALVED_WORKS:
     STEPS["halved"] = lambda decoder: LeanStep(decoder, Halved)
 
 

@@ -2,19 +2,17 @@
 
 import pytest
 import torch
+from conftest import needs_halved
 
 from lskip.inference.form_choice import obstacle_to
 from lskip.inference.weights import Halved, Packed, Plain, Transposed, Widened, hold, power_to_halve
-
-HALVING = torch.ones(8, 8)
-needs_halved = pytest.mark.skipif(obstacle_to(Halved, HALVING) is not None, reason="this build has no FBGEMM")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", [Plain, Transposed, Packed, Halved, Widened])
 @pytest.mark.parametrize("rows", [1, 2, 5, 40])
 def test_products(form, dtype, rows):
-    if obstacle_to(form, HALVING.to(dtype)) is not None:
+    if obstacle_to(form, torch.ones(8, 8, dtype=dtype)) is not None:
         pytest.skip("this CPU does not have the form in this dtype")
     weight, bias, x, residual = (torch.randn(*shape).to(dtype) for shape in ((48, 20), (48,), (rows, 20), (rows, 48)))
     if form is Halved:

@@ -99,8 +99,8 @@ def obstacle_to(form: Form, sample: Tensor) -> str | None:
         return None
     if sample.device.type != "cpu":
         return f"the model is on {sample.device.type}, this form is for the CPU"
-    takes = [torch.float32, torch.bfloat16] + [torch.float16] * (form.inner_dtype is torch.float32)
-    if sample.dtype not in takes:
+    widens = form.inner_dtype is torch.float32
+    if sample.dtype not in (torch.float32, torch.bfloat16) and not (widens and sample.dtype is torch.float16):
         return f"not for {sample.dtype}"
     row = torch.linspace(-1, 1, sample.shape[1], dtype=sample.dtype)[None]
     residual = torch.linspace(-1, 1, sample.shape[0], dtype=sample.dtype)[None]
