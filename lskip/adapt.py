@@ -23,7 +23,7 @@ from lskip.checks import check_real, check_whole
 from lskip.decoder import Decoder
 from lskip.exit_adapter import SHAPE_FILE, WEIGHTS_FILE, AdapterShape, ExitAdapter, check_shape, load_adapter
 from lskip.inference.loading import resolve_device
-from lskip.output_files import write_json
+from lskip.output_files import make_writable, write_json
 from lskip.pretrained import load_model
 from lskip.trainer_manners import interruptible, quiet_lightning
 
@@ -171,10 +171,7 @@ def _check_files(folder: Path, answers: list[str], start: str | None, resume: bo
     if not resume and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
         advice = "go on with it by --resume true, or name another"
         raise ValueError(f"output: '{folder}' exists and is not an empty folder; {advice}")
-    try:
-        (folder / CHECKPOINT).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output: cannot write '{folder}' ({error.strerror})") from error
+    make_writable(folder)
 
 
 def _load(source: str, shape: AdapterShape, block_size: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
