@@ -7,7 +7,7 @@ import pytest
 from test_data import data_maker
 from transformers import PreTrainedTokenizerFast
 
-from lskip.data.packing import ChatEncoder, PairEncoder
+from lskip.data.packing import ChatEncoder, PairEncoder, collate
 from lskip.data.tokenizer import tokenizer_key
 
 CHAT = (
@@ -76,6 +76,25 @@ def test_pairs_with_nothing_scored_are_left_out_with_a_warning(text_data, bytes_
     assert {spelled(bytes_tokenizer, labels) for labels in blocks["labels"]} == {".....yes$..."}
     batch = next(iter(data.train_dataloader()))
     assert (batch["labels"][:, :5] == -100).all() and (batch["input_ids"] >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("completions", "length"),
+    [(["four", "4"], 7), (["four", "as many as fit"], 10), (["4", "5"], 4)],
+    ids=["longest", "cut", "short"],
+)
+def test_a_batch_ends_behind_its_last_scored_token(bytes_tokenizer, completions, length):
+    rows = PairEncoder(bytes_tokenizer, 10)({"prompt": ["2:", "1:"], "completion": completions})
+    batch = collate([dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)])
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, length)
+    for name, tensor in batch.items():
+        assert tensor.tolist() == [row[:length].tolist() for row in rows[name]]
+    assert all((row[length:] == -100).all() for row in rows["labels"])
+
+
+def test_a_batch_without_a_scored_token_is_as_long_as_its_rows():
+    row = {"input_ids": np.arange(6, dtype=np.int32), "labels": np.full(6, -100, np.int32)}
+    assert collate([row, row])["input_ids"].shape == (2, 6)
 
 
 def test_pad_token_fills_where_there_is_one(chat_tokenizer):

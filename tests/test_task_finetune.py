@@ -73,7 +73,8 @@ def output(runs, tmp_path_factory):
     out, printed = tmp_path_factory.mktemp("task") / "result", StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("task_finetune.console", Console(file=printed, width=190))
-        main(arguments(runs, out, "--items", "40", "--timed_items", "2", "--exit_layers", "2"))
+        limits = ("--items", "40", "--agreement_items", "10", "--timed_items", "2")
+        main(arguments(runs, out, *limits, "--exit_layers", "2"))
     return out, printed.getvalue()
 
 
@@ -123,12 +124,15 @@ def test_an_answer_that_did_not_end_is_wrong(runs, models, tiny_tokenizer):
 
 
 @torch.inference_mode()
-def test_draft_agreement_is_each_exits_share_of_the_models_own_tokens(output, result, models, tiny_tokenizer):
+def test_draft_agreement_is_each_exits_share_of_the_models_own_tokens(runs, output, result, models, tiny_tokenizer):
+    from task_finetune import held_out, parse
+
+    first = held_out(parse(arguments(runs, output[0], "--items", "10"))).prompts
+    assert len(first) == 10 < result["items"]
     for name, model in models.items():
         hits, count = torch.zeros(4), 0
-        for row in answers(output[0], name):
-            prompt = tiny_tokenizer(row["prompt"]).input_ids
-            tokens = greedy(model, tiny_tokenizer, row["prompt"])
+        for text in first:
+            prompt, tokens = tiny_tokenizer(text).input_ids, greedy(model, tiny_tokenizer, text)
             states = model(torch.tensor([prompt + tokens]), output_hidden_states=True).hidden_states[1:]
             for layer, state in enumerate(states):  # transformers has put the last one through the norm already
                 normed = state if layer == 3 else model.model.norm(state)

@@ -27,8 +27,9 @@ STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "pre
 class TextData(LightningDataModule):
     """Blocks of tokens from plain text, prompt and completion pairs, or chat messages.
 
-    Batches are {"input_ids", "labels"}, each int64 [batch_size, block_size]; labels are aligned with the
-    inputs (the model shifts them) and -100 where a token is not scored. The columns of the source decide:
+    Batches are {"input_ids", "labels"}, each int64 [batch_size, block_size] (pairs and conversations: as many
+    columns as their longest row needs); labels are aligned with the inputs (the model shifts them) and -100
+    where a token is not scored. The columns of the source decide:
     `messages` (a row a conversation, every assistant turn is scored), `prompt` and `completion` (a row a
     pair, the completion is scored), or `text` (joined with the end-of-text token after each, cut into
     blocks). A conversation or pair longer than a block is cut at the right, and left out, with a warning,

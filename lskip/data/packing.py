@@ -106,6 +106,14 @@ def encode_documents(documents: Dataset, encoder: TextPacker | PairEncoder, path
 
 
 def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """{"input_ids", "labels"}, each int64 [B, block_size]; packed text is its own labels."""
+    """{"input_ids", "labels"}, each int64 [B, S]; packed text is its own labels.
+
+    S is block_size; where a pair or conversation is a row, it is cut behind the last token that any row is scored
+    on: what follows is padding, which would cost as much as text.
+    """
     batch = {name: torch.from_numpy(np.stack([row[name] for row in rows]).astype(np.int64)) for name in rows[0]}
-    return {"input_ids": batch["input_ids"], "labels": batch.get("labels", batch["input_ids"]).clone()}
+    if "labels" not in batch:
+        return {"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone()}
+    scored = (batch["labels"] != NOT_SCORED).any(0)
+    size = len(scored) - int(scored.flip(0).int().argmax())  # no row scored: block_size
+    return {name: batch[name][:, :size] for name in ("input_ids", "labels")}
