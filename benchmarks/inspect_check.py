@@ -1,5 +1,6 @@
 """That `lskip inspect` finds what an independent program finds: every number of a given table, to within 1 %.
 
+    python benchmarks/layer_table.py > layer_table.txt
     python benchmarks/inspect_check.py --table layer_table.txt
 
 The table is what `layer_table.py` printed: stock SmolLM2-135M-Instruct through transformers' own hidden states, on the

@@ -22,7 +22,7 @@ class LoadingOptions:
         draft_weights: a copy of the model in int8 or int4 that may draft; null: none.
         device: cpu, cuda …; auto takes a GPU where there is one.
         bit_exact: a text is the same to the bit alone, in any batch, with and without drafts, in bfloat16 too;
-            costs some speed. null: in bfloat16 on a CPU.
+            costs some speed. null: in bfloat16 on a CPU that has bfloat16 products.
         compiled: run the blocks through torch.compile; for GPUs.
         costs_file: JSON file that keeps what a pass costs on this machine, which CostAwareDraft goes by; made where
             there is none. null: measured each time, which takes seconds.

@@ -3,50 +3,25 @@
 import math
 
 import pytest
-import torch
-from torch.nn.functional import cross_entropy
 
 pytestmark = pytest.mark.usefixtures("benchmarks_importable")
 
 
-@torch.no_grad()
-def layer_table(model, tokenizer, topics) -> str:
-    """As ../shared/prototypes/layer_table.py prints it: 2 blocks of 32 tokens, transformers' hidden states."""
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:64]).view(2, 32)
-    hidden = model.model(ids, output_hidden_states=True).hidden_states
-    states = [model.model.norm(x) for x in hidden[1:-1]] + [hidden[-1]]
-    logits = [model.lm_head(x[:, :-1]).flatten(0, 1) for x in states]
-    guesses = [layer.argmax(-1) for layer in logits]
-    lines = []
-    for number, (layer, guess) in enumerate(zip(logits, guesses, strict=True), start=1):
-        perplexity = math.exp(cross_entropy(layer, ids[:, 1:].flatten()))
-        agreement = (guess == guesses[-1]).float().mean()
-        lines.append(f"layer {number:2d} perplexity {perplexity:10.4g} agreement {agreement:.2f}")
-    settled, first = [], []
-    for column in torch.stack(guesses).T.tolist():
-        wrong = [depth for depth, guess in enumerate(column, start=1) if guess != column[-1]]
-        settled.append(wrong[-1] + 1 if wrong else 1)
-        first.append(column.index(column[-1]) + 1)
-    means = sum(settled) / len(settled), sum(first) / len(first)
-    ending = "no longer changes {:.1f}, at which it is first the last layer's {:.1f}".format(*means)
-    return "\n".join([*lines, f"mean depth after which the prediction {ending}"])
-
-
 def test_the_numbers_of_another_program_are_found_again(tmp_path, tiny_model, tiny_tokenizer, capsys, monkeypatch):
     import inspect_check
+    from layer_table import layer_table
 
     topics = {name: inspect_check.topics[name] for name in ("for", "while", "with")}  # all take seconds to tokenize
     monkeypatch.setattr(inspect_check, "topics", topics)
     model = tiny_model()
     for part in (model, tiny_tokenizer):
         part.save_pretrained(tmp_path / "model")
-    table = layer_table(model, tiny_tokenizer, topics)
+    table = layer_table(model, tiny_tokenizer, topics, num_blocks=2, block_size=32)
     (tmp_path / "table.txt").write_text(table)
     arguments = [f"--table={tmp_path / 'table.txt'}", f"--model={tmp_path / 'model'}", "--num_blocks=2"]
     assert inspect_check.main([*arguments, "--block_size=32"]) == 0
     assert "10 numbers compared, 0 differ" in capsys.readouterr().out
-    (tmp_path / "table.txt").write_text(layer_table(tiny_model(seed=1), tiny_tokenizer, topics))
+    (tmp_path / "table.txt").write_text(layer_table(tiny_model(seed=1), tiny_tokenizer, topics, 2, 32))
     assert inspect_check.main([*arguments, "--block_size=32"]) == 1
 
 

@@ -114,7 +114,7 @@ def times_of(pairs: Sequence[Pair], generator: TextGenerator, planned: list[tupl
     Returns:
         "speedup": the median over all turns of autoregressive seconds over drafted seconds, the prompt's pass in
         both; "speedups": each of them; "tokens_per_second", "autoregressive_tokens_per_second"; "share_of_ideal":
-        measured over what the cost model gives the rounds that were planned (design, section 1), the prompt's pass
+        measured over what the cost model gives the rounds that were planned, the prompt's pass
         left out. None where a text has one token.
     """
     speedups = [pair.plain.seconds / pair.drafted.seconds for pair in pairs]

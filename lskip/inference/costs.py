@@ -80,7 +80,7 @@ class RowCosts:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a round (design, section 1, "Cost model"), from bare calls of blocks and head.
+    """Seconds of a round by the cost model, from bare calls of blocks and head.
 
     A round that drafts d tokens for B lanes costs, with E blocks drafting,
     d c(E, B) + b(E, B) + V_E(B (d + 1)) for a draft of kind "layers",

@@ -152,7 +152,7 @@ class CriterionDraft(FixedDraft):
 class CostAwareDraft(DraftPolicy):
     """Each round the draft and the number of tokens that promise most tokens per second; none where none pays.
 
-    A round of d tokens, each accepted with chance q, brings 1 + q + ... + q^d tokens (design, section 1); q is
+    A round of d tokens, each accepted with chance q, brings 1 + q + ... + q^d tokens; q is
     counted for each draft. A round costs what `Costs` say, corrected by what rounds took where they are timed.
     A draft that is not in use is tried where a hopeful q would make it the fastest, the least tested one first.
 

@@ -33,7 +33,7 @@ class ExitCriterion(ABC):
     """Decides after a block which lanes go no deeper. Subclass it for a criterion of your own.
 
     Attributes:
-        first: the first exit_layer at which it looks. The exit after block 1 is never trained (e(0) = 0).
+        first: the first exit_layer at which it looks. EarlyExitLoss does not train the exit after block 1 (e(0) = 0).
         every: it looks again after so many blocks.
         reads_probabilities: whether it needs a choice among tokens or classes; a regression has none.
         compares_blocks: whether it looks at `before`, which a draft does not have.

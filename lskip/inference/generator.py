@@ -76,7 +76,7 @@ class TextGenerator:
                 Needs no training; CPU only. None: drafts come from the model's own first layers.
             release_model: free the model's blocks while converting. The model is of no use afterwards.
             bit_exact: a text's logits are the same bits alone, in any batch, with and without speculation, in
-                bfloat16 too. Costs 10 to 20 % of the speed. False: texts are equal in float32 up to ties within
+                bfloat16 too. Costs 15 to 22 % of the speed. False: texts are equal in float32 up to ties within
                 rounding. None: true for packed bfloat16 weights on a CPU (form_choice.EXACT_BY_DEFAULT), else false.
             compiled: run the blocks through torch.compile (for GPUs; the first rounds take minutes).
             costs_file: JSON file to keep `costs` in, read where it exists; None: measured anew by each process that
