@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lskip.adapter_start import fit_join
 from lskip.adapter_states import AnswerData, AnswerRow, answer_states, frequent_words, read_answers
 from lskip.adapter_training import AdapterModule, AveragedWeights, TimeBudget, report
 from lskip.callbacks.run_checkpoint import RunCheckpoint
@@ -109,7 +110,8 @@ def adapt(
     """Train an exit adapter: with it the exit of a model that stays as it is drafts what its last layer says.
 
     The model's states on the answers are computed once and kept on disk, so that a training step runs the adapter
-    alone. 3 % of the prompts are held out. `output` gets adapter.json and adapter.safetensors (after every
+    alone. 3 % of the prompts are held out; of their answers those are measured on that the model writes greedily.
+    `output` gets adapter.json and adapter.safetensors (after every
     validation, too) and in the end metrics.json; logs and the checkpoint to go on from lie in folders of it.
 
     Args:
@@ -125,7 +127,8 @@ def adapt(
         device: cpu, cuda …; auto takes a GPU where there is one.
         cache_dir: where the states are kept, for SmolLM2 2.3 KB a token; null: ~/.cache/lskip.
         start: folder of an adapter of the same shape whose weights it begins with, to train it further on other
-            answers, or otherwise; its words are kept. null: it begins as a copy of the model's top.
+            answers, or otherwise; its words are kept. null: it begins as a copy of the model's top, with a join that
+            is fitted to it.
         resume: go on with the training that `output` holds, with the same arguments.
 
     Raises:
@@ -148,7 +151,11 @@ def adapt(
     adapter.eval()  # dropout would be the only thing that differs from run to run, or after resuming
     cache = Path(cache_dir or "~/.cache/lskip").expanduser() / "adapter_states"
     dtype = torch.float32 if training.precision == "32-true" else torch.bfloat16
-    states = answer_states(frozen.to(place, dtype), rows, exit_layer, cache)
+    for parameter in frozen.parameters():  # not `to`, which would round rotary frequencies too
+        parameter.data = parameter.data.to(dtype)
+    states = answer_states(frozen.to(place), rows, exit_layer, cache)
+    if start is None and not resume:
+        fit_join(adapter, frozen, [row for row in rows if not row.held_out])
     data = AnswerData(*states, training.batch_size, training.val_answers, training.seed)
     del frozen  # from here on only the adapter runs
     module = AdapterModule(adapter, training.unroll, training.decay, training.lr, training.warmup_steps)
@@ -156,6 +163,7 @@ def adapt(
     trainer = _trainer(folder, training, timer, place, resume)
     with interruptible(trainer, folder / CHECKPOINT, "--resume true"):
         trainer.fit(module, datamodule=data, ckpt_path=folder / CHECKPOINT if resume else None, weights_only=True)
+    module.to(place)  # from where Lightning has taken it
     spent = {"steps": trainer.global_step, "seconds": round(timer.time_elapsed(), 1)}
     _finish(folder, module, {**_measure(module, data), **spent})
 
@@ -220,7 +228,7 @@ def _trainer(folder: Path, training: AdapterTraining, timer: TimeBudget, place: 
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # as it is meant to be
     callbacks = [timer, SavedAdapter(folder), RunCheckpoint(folder / CHECKPOINT.parent, training.checkpoint_every)]
     if training.ema is not None:
-        callbacks.append(AveragedWeights(training.ema, training.warmup_steps))
+        callbacks.append(AveragedWeights(training.ema, training.warmup_steps, place))
     # What an interrupted run logged beyond its last checkpoint is hidden, since it is logged anew.
     purge = _steps_done(folder / CHECKPOINT) + 1 if resume else None
     return Trainer(
@@ -262,7 +270,7 @@ def _measure(module: AdapterModule, data: AnswerData) -> dict:
         **report(hits),
         "words": len(module.adapter.token_ids),
         "words_share_of_held_out_tokens": round(float(covered), 4),
-        "answers": {"train": len(data.train), "held_out": len(data.held_out)},
+        "answers": {"train": len(data.train), "held_out": len(hits)},
         "answer_tokens": {"train": len(data.train.answer_tokens()), "held_out": len(answered)},
         "tokens_seen": module.tokens_seen,
     }

@@ -26,6 +26,7 @@ from lskip.inference.text import encode_prompt
 
 SPLITS = ("train", "held_out")
 HELD_OUT = 0.03  # of the prompts
+GREEDY_SHARE = 0.98  # of an answer's tokens: so many are the model's likeliest if nothing was sampled
 ROWS_AT_ONCE = 8  # of the frozen model's pass; also what a kill loses at most
 # Each file holds the tokens of all rows one after another, without padding; bfloat16 as the integers of its bits.
 FILES = {"token_ids": np.int32, "exit_states": np.int16, "last_states": np.int16, "choices": np.int32}
@@ -126,6 +127,15 @@ class AnswerStates(Dataset):
         positions = torch.arange(int(self.lengths[index]))
         row["scored"] = (positions >= int(self.prompt_lengths[index]) - 1) & (positions < len(positions) - 1)
         return row
+
+    def greedy(self) -> np.ndarray:
+        """bool [rows]: which held-out answers are what the model says without sampling (but for a near tie or two)."""
+        choices, following = self.parts["choices"][:, 0], np.roll(self.parts["token_ids"][:, 0], -1)
+        scored, right = (
+            np.add.reduceat(flags.astype(np.int64), self.offsets[:-1])
+            for flags in (choices >= 0, (choices >= 0) & (choices == following))
+        )
+        return right >= GREEDY_SHARE * scored
 
     def answer_tokens(self) -> np.ndarray:
         """The tokens of all answers, int32 [N]."""
@@ -248,7 +258,8 @@ class AnswerData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        sampler = ResumableSampler(self.train, self.batch_size, self.seed, lambda: progress.total.processed)
+        done = lambda: progress.total.processed  # noqa: E731
+        sampler = ResumableSampler(self.train, self.batch_size, self.seed, done, lengths=self.train.lengths)
         own = torch.Generator().manual_seed(self.seed)  # else a loader draws from the global one
         return ResumableLoader(self.train, self.batch_size, sampler=sampler, collate_fn=collate, generator=own)
 
@@ -256,7 +267,9 @@ class AnswerData(LightningDataModule):
         return self.held_out_loader(self.val_answers)
 
     def held_out_loader(self, num_answers: int | None = None) -> DataLoader:
-        """The held-out answers, or always the same few of them."""
-        picked = np.random.default_rng(0).permutation(len(self.held_out))[:num_answers]
+        """The held-out answers, or always the same few of them: greedy ones, which decoding is measured on."""
+        greedy = self.held_out.greedy()
+        rows = np.flatnonzero(greedy) if greedy.any() else np.arange(len(greedy))
+        picked = np.random.default_rng(0).permutation(rows)[:num_answers]
         rows = Subset(self.held_out, np.sort(picked).tolist())  # by length, for little padding
         return DataLoader(rows, self.batch_size, collate_fn=collate, generator=torch.Generator())

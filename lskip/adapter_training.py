@@ -161,14 +161,15 @@ class AdapterModule(LightningModule):
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Of one batch, in nats a token; 0 where nothing is scored."""
         scored = batch["scored"]
+        where = scored.flatten().nonzero().squeeze(1)
         states, weights = [], []
         share = step_weights(self.unroll, self.decay)
         for step, unrolled in enumerate(self._unrolled(batch, self.unroll), start=1):
-            counted = in_chain(scored, step)
-            states.append(unrolled[scored])
-            kept = counted[scored].to(torch.promote_types(unrolled.dtype, torch.float32))
+            states.append(unrolled.flatten(0, 1).index_select(0, where))
+            counted = in_chain(scored, step).flatten().index_select(0, where)
+            kept = counted.to(torch.promote_types(unrolled.dtype, torch.float32))
             weights.append(kept * (share[step - 1] / kept.sum().clamp(min=1)))
-        last_states = batch["last_states"][scored]
+        last_states = batch["last_states"].flatten(0, 1).index_select(0, where)
         return draft_loss(
             torch.stack(states, 1), last_states, self.adapter.body.lm_head.weight, torch.stack(weights, 1)
         )
@@ -243,16 +244,21 @@ class TimeBudget(Timer):
 
 
 class AveragedWeights(EMAWeightAveraging):
-    """Lightning's, but the average replaces the weights only after the last checkpoint, which must hold both."""
+    """Lightning's, but the average replaces the weights only after the last checkpoint, which must hold both.
 
-    def __init__(self, decay: float, first_step: int):
-        super().__init__(use_buffers=False, decay=decay, update_starting_at_step=first_step)
+    Where training ends before the average begins, the weights stay.
+    """
+
+    def __init__(self, decay: float, first_step: int, device: torch.device | None = None):
+        """device: where the average is kept; None: where the module is when training is set up, the CPU as a rule."""
+        super().__init__(device, use_buffers=False, decay=decay, update_starting_at_step=first_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: AdapterModule) -> None:
         pass
 
     def on_fit_end(self, trainer: Trainer, pl_module: AdapterModule) -> None:
-        super().on_train_end(trainer, pl_module)
+        if self._average_model.n_averaged > 0:
+            super().on_train_end(trainer, pl_module)
 
 
 def report(hits: Sequence[Tensor]) -> dict:

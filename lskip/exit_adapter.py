@@ -79,10 +79,11 @@ class ExitAdapter(nn.Module):
         width = decoder.hidden_size
         self.join = nn.Linear(2 * width if shape.joins_last_state else width, width)
         self.body = body_of(decoder, shape.num_blocks, self.token_ids)
-        with torch.no_grad():  # at first nothing but the exit's state goes through
+        with torch.no_grad():  # at first nothing but the exit's state goes through; training begins with `fit_join`
             self.join.weight.copy_(torch.eye(*self.join.weight.shape))
             self.join.bias.zero_()
-        self.to(decoder.device, decoder.dtype)
+        self.join.to(decoder.device, decoder.dtype)
+        self.body.to(decoder.device)  # in that dtype already, but for its rotary frequencies, which must not be rounded
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """Everything but the head."""

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lskip.transfer import to_device
+
 
 class ExitRows(NamedTuple):
     """One exit's n rows.
@@ -35,4 +37,4 @@ def sampled_positions(
         return None
     random = np.random.default_rng([seed, micro_batch, block, 1])
     picked = random.permutation(count)[: max(1, round(share * count))]
-    return torch.from_numpy(picked).to(device, non_blocking=True)
+    return to_device(torch.from_numpy(picked), device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lskip.decoder import BlockInputs
+from lskip.transfer import to_device
 
 
 def draw_dropped(seed: int, micro_batch: int, block: int, batch_size: int, drop_rate: float) -> Tensor:
@@ -43,6 +44,6 @@ def run_kept_rows(
     if len(kept) == 0:
         first = torch.zeros(1, dtype=torch.long, device=x.device)
         return x + 0 * block(x[:1], inputs.rows(first, len(x)))
-    kept = kept.to(x.device, non_blocking=True)
+    kept = to_device(kept, x.device)
     computed = block(x.index_select(0, kept), inputs.rows(kept, len(x)))
     return x.index_copy(0, kept, computed.to(x.dtype))

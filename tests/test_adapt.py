@@ -84,6 +84,12 @@ def test_one_adapter_begins_where_another_ended(run):
         run("other", start=first / "none")
 
 
+def test_a_training_that_ends_before_its_average_begins_is_kept(run):
+    short, shorter = (run(f"{steps}", max_steps=steps, warmup_steps=50, val_every=99, ema=0.9) for steps in (6, 2))
+    first, second = (load_file(folder / "adapter.safetensors")["join.weight"] for folder in (short, shorter))
+    assert not torch.equal(first, second)
+
+
 @pytest.mark.parametrize(("stop", "ema"), [("killed", 0.9), ("interrupted", None)])
 def test_a_stopped_training_goes_on(run, monkeypatch, ema, stop):
     whole = run("whole", ema=ema)
@@ -145,6 +151,19 @@ def test_bad_input_in_one_sentence(run, tmp_path, monkeypatch):
     (folder / CHECKPOINT).write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"resume: .* is not a readable checkpoint"):
         run("out", resume=True)
+
+
+def test_the_states_are_those_of_a_model_loaded_in_that_type(run, frozen, monkeypatch):
+    frequencies = frozen.model.rotary_emb.inv_freq.clone()
+
+    def seen(model, *_):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+        raise InterruptedError
+
+    monkeypatch.setattr(adapt_module, "answer_states", seen)
+    with pytest.raises(InterruptedError):
+        run("out", precision="bf16-mixed")
 
 
 def test_training_ends_when_its_time_is_up(run):

@@ -1,6 +1,7 @@
 """What an exit adapter is trained on: rows from answers, their split, and the states on disk."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from lskip import adapter_states
 from lskip.adapter_states import (
     ROWS_FILE,
+    AnswerData,
     answer_states,
     frequent_words,
     is_held_out,
@@ -120,6 +122,23 @@ def test_a_killed_computation_goes_on(tmp_path, tiny_model, rows, monkeypatch):
         answer_states(tiny_model(seed=1), rows(model), 2, tmp_path / "part")
         and len(list((tmp_path / "part").iterdir())) == 2
     )
+
+
+def test_greedy_answers_are_told_from_others(tmp_path, tiny_model, rows):
+    model = tiny_model()
+    read = [row for row in rows(model) if row.held_out]
+    chains = []
+    for row in read:
+        ids = torch.tensor([row.token_ids[: row.prompt_length]])
+        said = model.generate(ids, max_new_tokens=9, min_new_tokens=9, do_sample=False, pad_token_id=0)[0].tolist()
+        chains.append(replace(row, token_ids=tuple(said)))
+    other = replace(chains[0], token_ids=(*chains[0].token_ids[:-1], (chains[0].token_ids[-1] + 1) % 300))
+    train = [row for row in rows(model) if not row.held_out][:8]
+    _, held_out = answer_states(model, [*train, *chains, other], 2, tmp_path)
+    assert held_out.greedy().tolist() == [True] * len(chains) + [False]
+    data = AnswerData(held_out, held_out, batch_size=50, val_answers=50, seed=0)
+    (batch,) = data.held_out_loader()
+    assert len(batch["token_ids"]) == len(chains)
 
 
 def test_words_are_the_most_frequent_ones(tiny_model, tiny_tokenizer, rows):

@@ -54,6 +54,15 @@ def test_predictions_are_those_of_hidden_states_through_norm_and_head(model, gen
     assert found[-1].tolist() == text.answer
 
 
+def test_a_piece_stands_where_it_stands(monkeypatch):
+    """GPT-2 learns an embedding of positions: a later piece must not be embedded as if it began the text."""
+    generator = TextGenerator(make_model("gpt2", num_key_value_heads=4))
+    text = OwnText(PROMPTS[1], list(range(60, 60 + NEW_TOKENS)), NEW_TOKENS)
+    whole = exit_predictions(generator.step, text, generator.vocab_size)
+    monkeypatch.setattr("lskip.evaluation.draft_rounds.PREFILL_ROWS", 7)
+    assert torch.equal(exit_predictions(generator.step, text, generator.vocab_size), whole)
+
+
 @pytest.mark.parametrize("exit_layer", [2, 3])
 @pytest.mark.parametrize("num_speculations", [1, 3, 6])
 def test_rounds_of_an_exit_are_those_that_decoding_makes(generator, exit_layer, num_speculations):

@@ -13,6 +13,7 @@ from lskip.evaluation import tuned
 from lskip.evaluation.tuned import read_tuned, save_tuned, tuned_options, tuned_path
 from lskip.inference import Margin
 
+ON_CPU = {"speedup": 1.2, "device": "cpu"}
 LAYERS = {"exit_layer": 2, "num_speculations": 4, "draft": "layers", "draft_weights": None, "exit_adapter": None}
 WEIGHTS = {"exit_layer": None, "num_speculations": 5, "draft": "weights", "draft_weights": "int4", "exit_adapter": None}
 NOTHING = {"exit_layer": None, "num_speculations": 0, "draft": None, "draft_weights": None, "exit_adapter": None}
@@ -24,13 +25,14 @@ def folder(tmp_path_factory, tiny_tokenizer) -> Path:
     make_model().save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     for task, found in {"code": LAYERS, "chat": WEIGHTS, "prose": NOTHING}.items():
-        save_tuned(folder / "tuned.json", task, found | {"speedup": 1.2})
+        save_tuned(folder / "tuned.json", task, found | ON_CPU)
     return folder
 
 
 def options_of(folder: Path, task: str | None, loading: dict | None = None, **decoding) -> dict:
     """All that a task may set, after it has."""
-    both = tuned_options(task, DecodingOptions(**decoding), LoadingOptions(model=str(folder), **(loading or {})))
+    loading = {"device": "cpu", **(loading or {})}
+    both = tuned_options(task, DecodingOptions(**decoding), LoadingOptions(model=str(folder), **loading))
     return {name: getattr(options, name) for options in both for name in LAYERS if hasattr(options, name)}
 
 
@@ -54,6 +56,11 @@ def test_a_user_who_drafts_otherwise_or_not_at_all_gets_no_draft_of_the_task(fol
     assert options_of(folder, "code", draft="ngram") == nothing | {"draft": "ngram", "num_speculations": 4}
     rounded = {"draft_weights": "int8"}
     assert options_of(folder, "chat", rounded) == nothing | rounded | {"num_speculations": 5}
+
+
+def test_what_was_found_on_another_kind_of_device_is_not_used(folder):
+    with pytest.raises(ValueError, match="task: 'chat' was tuned on 'cpu', not on 'meta'; tune it there"):
+        options_of(folder, "chat", {"device": "meta"})
 
 
 def test_generate_goes_by_it(folder, capsys, monkeypatch):
@@ -102,10 +109,10 @@ def test_where_tuned_tasks_are_kept(folder, tmp_path, monkeypatch):
 def test_saving_keeps_the_other_tasks(tmp_path):
     path = tmp_path / "new" / "tuned.json"
     assert read_tuned(path) == {}
-    save_tuned(path, "a", LAYERS)
-    save_tuned(path, "b", WEIGHTS)
-    save_tuned(path, "a", NOTHING)
-    assert read_tuned(path) == {"a": NOTHING, "b": WEIGHTS}
+    save_tuned(path, "a", LAYERS | ON_CPU)
+    save_tuned(path, "b", WEIGHTS | ON_CPU)
+    save_tuned(path, "a", NOTHING | ON_CPU)
+    assert read_tuned(path) == {"a": NOTHING | ON_CPU, "b": WEIGHTS | ON_CPU}
     assert [each.name for each in path.parent.iterdir()] == ["tuned.json"]
 
 

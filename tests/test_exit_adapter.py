@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from lskip.decoder import Decoder
 from lskip.exit_adapter import SHAPE_FILE, WEIGHTS_FILE, AdapterShape, ExitAdapter, fingerprint, load_adapter
@@ -43,6 +44,15 @@ def test_it_loads_as_it_was_saved(tmp_path, tiny_model, family, num_blocks, join
             rtol=0.1,
             atol=0.1,
         )
+
+
+def test_its_positions_are_the_models_in_any_type(tmp_path, tiny_model):
+    tiny_model().save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    body = ExitAdapter(model, AdapterShape(2), WORDS).body
+    assert model.model.rotary_emb.inv_freq.dtype is torch.float32  # bfloat16 would turn far positions by other angles
+    assert torch.equal(body.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    assert {parameter.dtype for parameter in body.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -258,6 +258,9 @@ def test_costs_are_kept_in_a_file(clock, tmp_path):
         keep_costs(path, step, None, adapter)
     measured = keep_costs(other, step, None, adapter)
     assert measured == keep_costs(other, step, None, adapter) and measured.adapter_blocks == 5
+    step.device = torch.device("meta")
+    with pytest.raises(ValueError, match=r"costs_file: .* measured on 'cpu', not on 'meta'"):
+        keep_costs(path, step)
     path.write_text("{")
     with pytest.raises(ValueError, match=r"costs_file: .* is not JSON"):
         keep_costs(path, step)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lskip.inference.noise import Purpose, gumbel_noise, random_source, to_device
+from lskip.inference.noise import Purpose, gumbel_noise, random_source
+from lskip.transfer import to_device
 
 KEY = (3, 11, 200_000)  # seed, position, size
 

@@ -200,11 +200,11 @@ def test_compiled_blocks_write_the_same_text(tiny_model, monkeypatch):
     truth = TextGenerator(model, weights="plain")
     generator = TextGenerator(model, compiled=True)
     torch._dynamo.utils.counters.clear()
-    for length in (3, 9):
+    for length, new in ((3, 12), (9, 20), (9, 7), (20, 9)):
         ids = prompt_ids(length)
-        settings = {"max_new_tokens": 20 - length, "min_new_tokens": 20 - length}
+        settings = {"max_new_tokens": new, "min_new_tokens": new}
         assert generator.generate(ids, **settings).token_ids == truth.generate(ids, **settings).token_ids
-    # Two prompts of different length, and one pass of a single row.
+    # Prompts of 3 and of 9 tokens and the pass of a single row; neither the text's length nor a long prompt adds one.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
     with pytest.raises(ValueError, match="compiled: goes with weights 'plain' only"):
         TextGenerator(model, compiled=True, weights="packed")

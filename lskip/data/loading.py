@@ -6,6 +6,8 @@ import numpy as np
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+WINDOW = 16  # batches whose rows are sorted by length together
+
 
 class ResumableLoader(DataLoader):
     """A loader that has no state to save: what it reads decides by itself where to begin.
@@ -27,6 +29,9 @@ class ResumableSampler(DistributedSampler):
     of any number of interrupted ones is the same, whatever `limit_train_batches` calls an epoch. Each rank
     takes its own `batch_size` rows of the slice. Rows that do not fill a batch on every rank sit out that
     epoch. As a DistributedSampler it is left alone by Lightning.
+
+    With the rows' `lengths` a batch has rows of like length, so that little of it is padding: of each WINDOW batches in
+    the permutation the rows are sorted, and the batches that this gives are shuffled.
     """
 
     def __init__(
@@ -37,10 +42,12 @@ class ResumableSampler(DistributedSampler):
         position: Callable[[], int],
         num_replicas: int = 1,
         rank: int = 0,
+        lengths: np.ndarray | None = None,
     ):
         super().__init__(rows, num_replicas=num_replicas, rank=rank, seed=seed, drop_last=True)
         self.batch_size = batch_size
         self.position = position
+        self.lengths = lengths
         self.batches_per_epoch = len(rows) // (batch_size * num_replicas)
 
     def __len__(self) -> int:
@@ -51,6 +58,16 @@ class ResumableSampler(DistributedSampler):
         for batch in range(first, first + self.batches_per_epoch):
             if batch // self.batches_per_epoch != epoch:
                 epoch = batch // self.batches_per_epoch
-                order = np.random.default_rng((self.seed, epoch)).permutation(len(self.dataset))
+                order = self._order(epoch)
             start = (batch % self.batches_per_epoch * self.num_replicas + self.rank) * self.batch_size
             yield from order[start : start + self.batch_size].tolist()
+
+    def _order(self, epoch: int) -> np.ndarray:
+        random = np.random.default_rng((self.seed, epoch))
+        order = random.permutation(len(self.dataset))
+        if self.lengths is None:
+            return order
+        rows = self.batch_size * self.num_replicas
+        parts = np.split(order[: rows * self.batches_per_epoch], range(WINDOW * rows, len(order), WINDOW * rows))
+        batches = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
+        return random.permutation(batches.reshape(-1, rows)).ravel()

@@ -44,7 +44,7 @@ def exit_predictions(step: Step, text: OwnText, vocab_size: int) -> torch.Tensor
     cache, first = step.new_cache(1, ids.shape[1]), len(text.prompt) - 1
     columns = []
     for start in range(0, ids.shape[1], PREFILL_ROWS):
-        x, layers = step.embed(ids[:, start : start + PREFILL_ROWS]), []
+        x, layers = step.embed(ids[:, start : start + PREFILL_ROWS], [start]), []
         for block in range(step.num_layers):
             x = step.run(x, cache, [start], block, block + 1)
             if start + x.shape[1] > first:  # else the piece is of the prompt alone

@@ -94,7 +94,8 @@ class ExitScorer:
         losses, predictions = read_positions(
             self.decoder, input_ids.to(device), places, wanted, self.exits, score_logits, self._trained
         )
-        parts = zip(losses.split(counts, 1), (predictions == wanted).split(counts, 1), strict=True)
+        losses, hits = losses.cpu(), (predictions == wanted).cpu()
+        parts = zip(losses.split(counts, 1), hits.split(counts, 1), strict=True)
         for key, (loss, hit) in zip(keys, parts, strict=True):
             self._scores[key] = list(zip((-loss.sum(1)).tolist(), hit.all(1).tolist(), strict=True))
 

@@ -31,6 +31,7 @@ from lskip.evaluation.tasks import Task
 from lskip.evaluation.tuned import save_tuned, tuned_path
 from lskip.inference import TextGenerator
 from lskip.inference.drafting import Draft, DraftPlan
+from lskip.inference.loading import resolve_device
 from lskip.pretrained import load_config
 
 MOST_SPECULATIONS = 8
@@ -204,6 +205,7 @@ def found_of(records: Sequence[dict[str, Any]], loading: LoadingOptions, prompts
         "tokens_per_round": best and best["tokens_per_round"],
         "prompts": len(prompts),
         "max_new_tokens": prompts[0].settings["max_new_tokens"],
+        "device": resolve_device(loading.device).type,
         "dtype": loading.dtype,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -41,7 +41,7 @@ def read_tuned(path: Path) -> dict[str, dict[str, Any]]:
     except ValueError as error:
         raise ValueError(f"task: '{path}' is not JSON ({error}); remove it, and tune again") from error
     whole = isinstance(tasks, dict) and all(
-        isinstance(found, dict) and {*DECODING, *LOADING} <= set(found) for found in tasks.values()
+        isinstance(found, dict) and {*DECODING, *LOADING, "device"} <= set(found) for found in tasks.values()
     )
     if not whole:
         raise ValueError(f"task: '{path}' does not hold what lskip tune writes; remove it, and tune again")
@@ -64,7 +64,7 @@ def tuned_options(
     no draft of the task's.
 
     Raises:
-        ValueError: no such task was tuned for this model; it lists those that were.
+        ValueError: no such task was tuned for this model (it lists those that were), or on another kind of device.
     """
     if task is None:
         return decoding, loading
@@ -74,7 +74,11 @@ def tuned_options(
         known = f"tuned are {', '.join(tasks)}" if tasks else "none is tuned yet"
         advice = f"lskip tune --model {loading.model} --task {task}"
         raise ValueError(f"task: {task!r} is not tuned for {loading.model} ({known}); run: {advice}")
+    from lskip.inference.loading import resolve_device  # brings torch: only when asked
+
     found = tasks[task]
+    if (here := resolve_device(loading.device).type) != found["device"]:
+        raise ValueError(f"task: {task!r} was tuned on {found['device']!r}, not on {here!r}; tune it there")
     if decoding.num_speculations == 0 or decoding.exit_criterion is not None:
         return decoding, loading
     if _drafts_otherwise(found, decoding, loading):

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lskip.transfer import to_device
+
 
 class Heads(NamedTuple):
     """How a block's attention is cut: H query heads share KV key heads, H / KV each."""
@@ -202,7 +204,9 @@ class AlignedAttention(Attention):
 
 def positions(starts: list[int], rows: int, device: torch.device) -> Tensor:
     """[A, n]: `rows` positions in each lane, those of lane a from starts[a] on."""
-    return torch.tensor(starts, device=device)[:, None] + torch.arange(rows, device=device)
+    if len(starts) == 1:
+        return torch.arange(starts[0], starts[0] + rows, device=device)[None]
+    return to_device(torch.tensor(starts), device)[:, None] + torch.arange(rows, device=device)
 
 
 def hiding(distance: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:

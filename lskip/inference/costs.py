@@ -224,17 +224,22 @@ def keep_costs(path: Path, step: Step, draft_step: Step | None = None, adapter_s
     """The costs in a JSON file, for the same model on the same machine; measured and written where there is none.
 
     Raises:
-        ValueError: a file that holds something else, or costs of another model.
+        ValueError: a file that holds something else, or costs of another model or device.
     """
+    here = step.device.type
     if not path.exists():
         costs = measure_costs(step, draft_step, adapter_step=adapter_step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(costs.to_dict(), indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps({"device": here, "costs": costs.to_dict()}, indent=1) + "\n", encoding="utf-8")
         return costs
     try:
-        costs = Costs.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        saved = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"costs_file: '{path}' is not JSON ({error.msg}); remove it to measure again") from error
+    fields = _fields(saved, f"costs_file '{path}'", ("device", "costs"))
+    costs = Costs.from_dict(fields["costs"])
+    if fields["device"] != here:
+        raise ValueError(f"costs_file: '{path}' was measured on {fields['device']!r}, not on {here!r}; name another")
     held = costs.num_layers, costs.draft is None, costs.adapter_blocks
     if held != (step.num_layers, draft_step is None, blocks_of(adapter_step)):
         parts = "another model, of other draft_weights or of another exit_adapter"

@@ -13,6 +13,10 @@ from lskip.inference.lean_blocks import Block, convert, obstacle
 from lskip.inference.rolling import RollingAttention, RollingCache, RollingPart, rolls
 from lskip.inference.weights import Form, hold
 
+COMPILED_ROWS = 16  # a lane's, in a pass that is compiled: drafts and what verifies them
+COMPILED_SHAPES = 128
+SMALLEST_COMPILED = 256  # slots of a cache
+
 
 class LeanStep:
     """Llama, Mistral, Qwen2 and Qwen3 on states [A, n, D]: n rows in each of A lanes.
@@ -47,7 +51,8 @@ class LeanStep:
             head_form: how the head is held, if not as the blocks are.
             width: above 1, a row's bits depend on its own lane and position alone: linears see multiples of this
                 many rows, attention groups of so many (AlignedAttention).
-            compiled: run the blocks through torch.compile, once for every number of rows and of blocks.
+            compiled: run the blocks through torch.compile, once for every number of rows and of blocks; passes of
+                more than COMPILED_ROWS rows a lane, as prompts have, run as they are.
         """
         if (reason := obstacle(decoder)) is not None:
             raise ValueError(f"model: the lean step does not cover it ({reason})")
@@ -68,7 +73,11 @@ class LeanStep:
         kind = StaticAttention if compiled else AlignedAttention if width > 1 else Attention
         self.attention = kind(self.heads, windows, self.dtype, self.device, width)
         self.rolling = RollingAttention(self.heads, windows, self.dtype, self.device)
-        self._through = torch.compile(self._blocks_on, dynamic=False) if compiled else self._blocks_on
+        if compiled:
+            self._compiled_blocks = torch.compile(self._blocks_on, dynamic=False)
+            # After 8 shapes torch would give up, and run all others as if nothing had been compiled.
+            shapes = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(shapes, COMPILED_SHAPES)
         self.embedding = decoder.embedding.weight.detach()
         self.final_norm = self._norm_weight(decoder.final_norm)
         self.head = hold(head_form or form, decoder.head_weight.detach(), decoder.head_bias)
@@ -84,6 +93,8 @@ class LeanStep:
         Aligned attention and torch.compile want a slot to stand for one position: there it is never a RollingCache.
         """
         slots = -(-slots // self.width) * self.width  # groups of aligned attention are whole
+        if self.compiled:  # few sizes, since each is compiled anew
+            slots = max(SMALLEST_COMPILED, 1 << (slots - 1).bit_length())
         shape = lanes, slots, self.heads.keys, self.heads.size, self.dtype, self.device
         windows = [block.window for block in self.blocks]
         if self.width == 1 and not self.compiled and rolls(windows, slots):
@@ -124,7 +135,8 @@ class LeanStep:
             return x
         span, turns = self._places(x, cache, starts)
         rows, shape = self._widen(x.reshape(-1, self.hidden_size)), x.shape
-        rows = self._through(rows, cache.states[first:last], span, turns, first)
+        blocks = self._compiled_blocks if self.compiled and shape[1] <= COMPILED_ROWS else self._blocks_on
+        rows = blocks(rows, cache.states[first:last], span, turns, first)
         return rows[: shape[0] * shape[1]].view(shape)
 
     def _blocks_on(self, rows: Tensor, states: Tensor | list[Tensor], span: Span, turns: Tensor, first: int) -> Tensor:

@@ -28,10 +28,3 @@ def gumbel_noise(seed: int, position: int, size: int, purpose: Purpose = Purpose
     """float32 [size] on the CPU: argmax(log weights + it) is an exact draw from the normalized weights."""
     exponential = random_source(seed, position, purpose, index).standard_exponential(size)
     return torch.from_numpy(-np.log(np.maximum(exponential, np.finfo(np.float64).tiny))).float()
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """`values` of the CPU on the device, without waiting for what the device is doing."""
-    if device.type == "cuda":  # a copy from pageable memory would wait
-        return values.pin_memory().to(device, non_blocking=True)
-    return values.to(device)

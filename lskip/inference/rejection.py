@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lskip.inference.noise import Purpose, gumbel_noise, random_source, to_device
+from lskip.inference.noise import Purpose, gumbel_noise, random_source
+from lskip.transfer import to_device
 
 if TYPE_CHECKING:
     from lskip.inference.sampling import TokenChooser

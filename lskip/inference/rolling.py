@@ -69,7 +69,7 @@ def held_positions(starts: list[int], rows: int, size: int, device: torch.device
 
     A slot that holds nothing yet is told to lie after all rows, where none of them looks.
     """
-    last = torch.tensor(starts, device=device)[:, None] + rows - 1
+    last = positions(starts, 1, device) + rows - 1
     slots = torch.arange(min(max(starts) + rows, size), device=device)
     held = last - (last - slots) % size
     return torch.where(held < 0, last + 1, held)

@@ -13,9 +13,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lskip.inference.noise import gumbel_noise, to_device
+from lskip.inference.noise import gumbel_noise
 from lskip.inference.rejection import RejectionChooser
 from lskip.inference.settings import GenerationSettings
+from lskip.transfer import to_device
 
 
 class TokenChooser:
