@@ -98,7 +98,7 @@ class _DraftLoss(torch.autograd.Function):
         total_dtype = torch.promote_types(states.dtype, torch.float32)
         weight, grad = head_weight.to(dtype), torch.empty_like(states)
         total = torch.zeros((), dtype=total_dtype, device=states.device)
-        count = max(rows_at_once(len(head_weight)) // steps, 1)
+        count = max(rows_at_once(len(head_weight), states.device) // steps, 1)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(states), count):
                 part = slice(start, start + count)

@@ -11,9 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from lskip.targets import ExitTarget, Labels
 
-# Logits alive at once: about this many elements (32 MB in float32), but never fewer rows than keep the products
-# with the head efficient.
-LOGITS_AT_ONCE = 2**23
+# Logits alive at once: about this many elements (32 MB in float32; on a GPU, whose products want more rows, 256 MB),
+# but never fewer rows than keep the products with the head efficient.
+LOGITS_AT_ONCE, LOGITS_ON_GPU = 2**23, 2**26
 MIN_ROWS = 128
 
 
@@ -38,9 +38,10 @@ def exit_weights(num_layers: int, e_scale: float, on: Sequence[bool]) -> list[fl
     return [weight / sum(weights) for weight in weights]
 
 
-def rows_at_once(vocab_size: int) -> int:
+def rows_at_once(vocab_size: int, device: torch.device) -> int:
     """How many rows of logits to hold at a time."""
-    return max(MIN_ROWS, LOGITS_AT_ONCE // vocab_size)
+    logits = LOGITS_AT_ONCE if device.type == "cpu" else LOGITS_ON_GPU
+    return max(MIN_ROWS, logits // vocab_size)
 
 
 class Teacher(NamedTuple):
@@ -117,7 +118,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(head_weight, dtype=total_dtype) if needs_weight else None
         grad_bias = torch.zeros_like(head_bias, dtype=total_dtype) if needs_bias else None
         with torch.autocast(device, enabled=False):
-            for part, target, teacher in _chunks(lessons, rows_at_once(len(head_weight))):
+            for part, target, teacher in _chunks(lessons, rows_at_once(len(head_weight), states.device)):
                 x = states[part].to(dtype)
                 logits = _logits(x, weight, head_bias, total_dtype)
                 slope = None if softcap is None else _cap(logits, softcap)

@@ -115,7 +115,7 @@ def read_positions(
 
 def _read_in_chunks(decoder: Decoder, states: Tensor, targets: Tensor, read: LogitsReader) -> list[Tensor]:
     chunks = []
-    step = rows_at_once(decoder.vocab_size)
+    step = rows_at_once(decoder.vocab_size, states.device)
     for start in range(0, max(len(states), 1), step):  # where nothing is scored: one chunk, empty
         logits = decoder.decode(states[start : start + step])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -78,7 +78,7 @@ class TrainedExits(nn.Module):
 @torch.no_grad()
 def predictions(decoder: Decoder, states: Tensor) -> Tensor:
     """The likeliest token at each of N states [N, D]; a chunk of the logits at a time."""
-    parts = states.split(rows_at_once(decoder.vocab_size))
+    parts = states.split(rows_at_once(decoder.vocab_size, states.device))
     return torch.cat([decoder.decode(part).argmax(-1) for part in parts])
 
 

@@ -199,7 +199,7 @@ def test_neither_padding_nor_chunks_change_a_score_and_no_chunk_is_larger(model,
     alone = exit_models(batch_size=1)[2].loglikelihood(requests)
     rows = []
     model.lm_head.register_forward_pre_hook(lambda module, states: rows.append(states[0].shape[:-1].numel()))
-    monkeypatch.setattr(readout, "rows_at_once", lambda vocab_size: 7)
+    monkeypatch.setattr(readout, "rows_at_once", lambda vocab_size, device: 7)
     together = exit_models(batch_size=9)[2].loglikelihood(requests)
     assert [score for score, _ in together] == pytest.approx([score for score, _ in alone], abs=1e-4)
     assert max(rows) == 7 and sum(rows) > 3 * 2 * 7  # several an exit

@@ -91,7 +91,7 @@ def test_under_autocast_the_products_are_bfloat16_and_the_sums_float32(chunked):
 
 
 def test_gradcheck(monkeypatch):
-    monkeypatch.setattr(losses, "rows_at_once", lambda vocab_size: 2)
+    monkeypatch.setattr(losses, "rows_at_once", lambda vocab_size, device: 2)
     states, weight, bias, labels, row_weights, _ = make_rows(count=5, hidden=3, vocab=4, bias=True)
     assert torch.autograd.gradcheck(lambda *parts: head_loss(*parts, labels, row_weights)[0], (states, weight, bias))
 
@@ -226,5 +226,7 @@ def test_distillation_under_autocast_is_near_the_exact_one(chunked):
 
 
 def test_chunks_by_vocabulary():
-    assert losses.rows_at_once(8192) == 1024
-    assert losses.rows_at_once(128_000) == 128  # few rows make slow products: never fewer than that
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert losses.rows_at_once(8192, cpu) == 1024
+    assert losses.rows_at_once(128_000, cpu) == 128  # few rows make slow products: never fewer than that
+    assert losses.rows_at_once(128_000, gpu) == 524

@@ -55,7 +55,7 @@ def test_chunks_change_nothing_and_no_chunk_is_larger(tiny_model, monkeypatch):
     whole = read_exits(decoder, ids, None, [1, 4])
     rows = []
     decoder.model.lm_head.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    monkeypatch.setattr(readout, "rows_at_once", lambda vocab_size: 7)
+    monkeypatch.setattr(readout, "rows_at_once", lambda vocab_size, device: 7)
     chunked = read_exits(decoder, ids, None, [1, 4])
     torch.testing.assert_close(chunked.losses, whole.losses)
     assert torch.equal(chunked.predictions, whole.predictions)

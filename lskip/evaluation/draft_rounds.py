@@ -48,7 +48,7 @@ def exit_predictions(step: Step, text: OwnText, vocab_size: int) -> torch.Tensor
         for block in range(step.num_layers):
             x = step.run(x, cache, [start], block, block + 1)
             if start + x.shape[1] > first:  # else the piece is of the prompt alone
-                layers.append(_decode(step, x[0, max(first - start, 0) :], rows_at_once(vocab_size)))
+                layers.append(_decode(step, x[0, max(first - start, 0) :], rows_at_once(vocab_size, step.device)))
         columns += [torch.stack(layers)] if layers else []
     return torch.cat(columns, 1)
 
