@@ -13,7 +13,7 @@ from lskip.adapter_training import one_later
 from lskip.decoder import Decoder
 from lskip.exit_adapter import ExitAdapter, side_by_side
 
-ANSWERS = 128  # that it is fitted on, at most
+ANSWERS = 128  # that it is fitted on: so many if there are, and less than twice as many
 RIDGE = 0.05  # against an input's mean square, which is about 1
 
 
