@@ -117,8 +117,7 @@ def by_llama_cpp(python: str, file: Path, prompts: list[list[int]], options: arg
     """(its version, its texts)."""
     process = LlamaCppProcess(python, options.out / "llama_cpp.log")
     try:
-        context = max(map(len, prompts)) + options.max_new_tokens
-        process.ask(do="load", name="", path=str(file), context=context, threads=options.threads, lookup=0)
+        process.load("", file, max(map(len, prompts)) + options.max_new_tokens)
         ask = {"do": "generate", "name": "", "max_new_tokens": options.max_new_tokens}
         return process.version, [process.ask(ids=prompt, **ask)["tokens"] for prompt in tqdm(prompts, "llama.cpp")]
     finally:

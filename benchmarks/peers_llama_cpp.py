@@ -44,6 +44,12 @@ class LlamaCppProcess:
             raise RuntimeError(f"llama_cpp: {request['do']}: {answer['error']}")
         return answer
 
+    def load(self, name: str, path: Path, context: int, lookup: int = 0) -> None:
+        """Loads a file, for texts of up to `context` positions; lookup: tokens that prompt lookup drafts."""
+        slots = -(-(context + lookup) // CONTEXT_STEP) * CONTEXT_STEP
+        threads = torch.get_num_threads()
+        self.ask(do="load", name=name, path=str(path), context=slots, threads=threads, lookup=lookup)
+
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait()
@@ -60,15 +66,7 @@ class LlamaCpp:
         """folder: holds the files of `write_files`; context: the most positions that a text needs."""
         self.process, self.setting, self.eos_ids = process, setting, eos_ids
         self.name = str(setting)
-        lookup = setting.num_speculations
-        process.ask(
-            do="load",
-            name=self.name,
-            path=str(folder / f"{setting.precision}.gguf"),
-            context=-(-(context + lookup) // CONTEXT_STEP) * CONTEXT_STEP,
-            threads=torch.get_num_threads(),
-            lookup=lookup,
-        )
+        process.load(self.name, folder / f"{setting.precision}.gguf", context, setting.num_speculations)
 
     def run(self, prompts: list[list[int]], max_new_tokens: int) -> Run:
         answers = [

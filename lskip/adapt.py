@@ -143,17 +143,10 @@ def adapt(
     _check_files(folder, answers, start, resume)
     frozen, tokenizer = _load(model, shape, block_size)
     rows = _read(answers, frozen, tokenizer, block_size, training.batch_size)
-    if start is None:
-        words = None if vocabulary is None else frequent_words(rows, vocabulary, frozen, tokenizer)
-        adapter = ExitAdapter(frozen, shape, words)
-    else:
-        adapter = load_adapter(Path(start), frozen, shape)
-    adapter.eval()  # dropout would be the only thing that differs from run to run, or after resuming
+    adapter = _adapter(frozen, tokenizer, rows, shape, vocabulary, start)
     cache = Path(cache_dir or "~/.cache/lskip").expanduser() / "adapter_states"
-    dtype = torch.float32 if training.precision == "32-true" else torch.bfloat16
-    for parameter in frozen.parameters():  # not `to`, which would round rotary frequencies too
-        parameter.data = parameter.data.to(dtype)
-    states = answer_states(frozen.to(place), rows, exit_layer, cache)
+    _move(frozen, place, torch.float32 if training.precision == "32-true" else torch.bfloat16)
+    states = answer_states(frozen, rows, exit_layer, cache)
     if start is None and not resume:
         fit_join(adapter, frozen, [row for row in rows if not row.held_out])
     data = AnswerData(*states, training.batch_size, training.val_answers, training.seed)
@@ -202,6 +195,30 @@ def _read(
     if num < batch_size:
         raise ValueError(f"batch_size: {batch_size}, but there are only {num} answers to train on")
     return rows
+
+
+def _adapter(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[AnswerRow],
+    shape: AdapterShape,
+    vocabulary: int | None,
+    start: str | None,
+) -> ExitAdapter:
+    """A new one, or the one in the folder `start`."""
+    if start is None:
+        words = None if vocabulary is None else frequent_words(rows, vocabulary, model, tokenizer)
+        adapter = ExitAdapter(model, shape, words)
+    else:
+        adapter = load_adapter(Path(start), model, shape)
+    return adapter.eval()  # dropout would be the only thing that differs from run to run, or after resuming
+
+
+def _move(model: PreTrainedModel, place: torch.device, dtype: torch.dtype) -> None:
+    """In place. Its parameters alone change type: `to` would round rotary frequencies too."""
+    model.to(place)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 class SavedAdapter(Callback):

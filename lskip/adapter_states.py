@@ -258,8 +258,9 @@ class AnswerData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        done = lambda: progress.total.processed  # noqa: E731
-        sampler = ResumableSampler(self.train, self.batch_size, self.seed, done, lengths=self.train.lengths)
+        sampler = ResumableSampler(
+            self.train, self.batch_size, self.seed, lambda: progress.total.processed, lengths=self.train.lengths
+        )
         own = torch.Generator().manual_seed(self.seed)  # else a loader draws from the global one
         return ResumableLoader(self.train, self.batch_size, sampler=sampler, collate_fn=collate, generator=own)
 
