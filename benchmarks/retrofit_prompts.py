@@ -232,6 +232,7 @@ def main() -> None:
     options = parser.parse_args()
     prompts = make_prompts(options.number, options.seed)
     text = "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text, encoding="utf-8")
 
 

@@ -47,6 +47,7 @@ class AdapterTraining:
         warmup_steps: optimizer steps until the full rate.
         unroll: draft steps that it is trained on, each on what it made of the one before.
         decay: weight of a draft step in the loss, against the one before.
+        unroll_every: draft steps after the first are trained on the drafts that begin at one position of so many.
         ema: what is kept is an average of the weights with this decay a step; null: the last weights.
         precision: of training; bf16-mixed computes the model's states in bfloat16 too, faster where the CPU can.
         val_every: optimizer steps between two validations.
@@ -65,6 +66,7 @@ class AdapterTraining:
     warmup_steps: int = 50
     unroll: int = 3
     decay: float = 0.8
+    unroll_every: int = 3
     ema: float | None = 0.995
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     val_every: int = 250
@@ -73,7 +75,7 @@ class AdapterTraining:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("batch_size", "unroll", "val_every", "val_answers", "checkpoint_every"):
+        for name in ("batch_size", "unroll", "unroll_every", "val_every", "val_answers", "checkpoint_every"):
             check_whole(name, getattr(self, name), 1)
         for name in ("warmup_steps", "seed"):
             check_whole(name, getattr(self, name), 0)
@@ -151,7 +153,8 @@ def adapt(
         fit_join(adapter, frozen, [row for row in rows if not row.held_out])
     data = AnswerData(*states, training.batch_size, training.val_answers, training.seed)
     del frozen  # from here on only the adapter runs
-    module = AdapterModule(adapter, training.unroll, training.decay, training.lr, training.warmup_steps)
+    chosen = (getattr(training, name) for name in ("unroll", "decay", "unroll_every", "lr", "warmup_steps"))
+    module = AdapterModule(adapter, *chosen)
     timer = TimeBudget(training.max_minutes)
     trainer = _trainer(folder, training, timer, place, resume)
     with interruptible(trainer, folder / CHECKPOINT, "--resume true"):

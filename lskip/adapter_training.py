@@ -23,29 +23,36 @@ MEASURED_STEPS = 6  # draft steps that validation looks at, at least
 DRAFT_LENGTHS = (2, 4, 6)  # for which it tells the tokens per round
 
 
-def unrolled_states(adapter: ExitAdapter, exit_states: Tensor, last_states: Tensor, num_steps: int) -> Iterator[Tensor]:
-    """Yields for draft step j = 1, 2, … the states [B, S, D] that the head reads, after the norm.
+def unrolled_states(
+    adapter: ExitAdapter, exit_states: Tensor, last_states: Tensor, num_steps: int, starts: Tensor | None = None
+) -> Iterator[Tensor]:
+    """Yields for draft step j = 1, 2, … the states that the head reads, after the norm.
 
-    At position p step j stands for the j-th token drafted in a round that began at p - j + 1: the model itself has
-    run on what is before. So its queries see the keys of step 1 up to p - j + 1, and of each later step only the
-    one of their own chain. The second input is the last layer's state of the position before at step 1, and what
-    the adapter made of that position one step earlier after that, which is trained through.
+    Step 1 is computed at every position, [B, S, D]; each further one for the C rounds that begin at `starts` only, at
+    the positions starts + j - 1, [B, C, D]: there it stands for the j-th token drafted. The model itself has run on
+    what is before a round, so its queries see the keys of step 1 up to where the round began, and of each later step
+    only the one of their own round. The second input is the last layer's state of the position before at step 1, and
+    what the adapter made of that position one step earlier after that, which is trained through.
 
     Args:
         exit_states, last_states: [B, S, D], of the frozen model (padding at the right).
+        starts: [C], ascending; None: every position. What a round would draft past the end means nothing.
     """
     joins, cache = adapter.shape.joins_last_state, DynamicCache()
-    decoder = Decoder(adapter.body)
+    decoder, length = Decoder(adapter.body), exit_states.shape[1]
     windows = {decoder.window(block) for block in range(decoder.num_layers)}
-    positions = torch.arange(exit_states.shape[1], device=exit_states.device)
-    places = decoder.block_inputs(exit_states, positions[None])
-    previous = one_later(last_states)
+    everywhere = torch.arange(length, device=exit_states.device)
+    starts = everywhere if starts is None else starts
+    began, previous = everywhere, one_later(last_states)
     for step in range(1, num_steps + 1):
-        masks = {window: chain_mask(positions, step, window, exit_states.dtype) for window in windows}
-        inputs = replace(places, masks=masks, cache=cache)
-        states = adapter.norm(adapter.run(adapter.joined(exit_states, previous if joins else None), inputs))
+        places = (began + step - 1).clamp(max=length - 1)
+        here = exit_states if step == 1 else exit_states.index_select(1, places)
+        masks = {window: chain_mask(began, length, step, window, exit_states.dtype) for window in windows}
+        inputs = replace(decoder.block_inputs(here, places[None]), masks=masks, cache=cache)
+        states = adapter.norm(adapter.run(adapter.joined(here, previous if joins else None), inputs))
         yield states
-        previous = one_later(states)
+        previous = states.index_select(1, starts) if step == 1 else states
+        began = starts
 
 
 def one_later(states: Tensor) -> Tensor:
@@ -53,20 +60,30 @@ def one_later(states: Tensor) -> Tensor:
     return F.pad(states[:, :-1], (0, 0, 1, 0))
 
 
-def chain_mask(positions: Tensor, step: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Additive mask [1, 1, S, step * S] of draft step `step` over the keys of steps 1 … step, one after the other."""
-    distance = positions[:, None] - positions[None]
-    visible = [distance >= step - 1] + [distance == step - earlier for earlier in range(2, step + 1)]
-    visible = torch.cat(visible, dim=1)  # of its own step always one: no query is left without a key
-    if window is not None:
-        visible &= distance.repeat(1, step) < window
-    mask = torch.zeros(visible.shape, dtype=dtype, device=positions.device)
+def chain_mask(starts: Tensor, length: int, step: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Additive mask [1, 1, C, length + (step - 1) C] of draft step `step` of C rounds.
+
+    Its columns are the keys of step 1, at every position, and then those of steps 2 … `step`, a round each.
+    """
+    distance = starts[:, None] + step - 1 - torch.arange(length, device=starts.device)
+    visible = [distance >= step - 1 if window is None else (distance >= step - 1) & (distance < window)]
+    own = torch.eye(len(starts), dtype=torch.bool, device=starts.device)  # the last: no query is left without a key
+    visible += [own & (window is None or step - earlier < window) for earlier in range(2, step + 1)]
+    visible = torch.cat(visible, dim=1)
+    mask = torch.zeros(visible.shape, dtype=dtype, device=starts.device)
     return mask.masked_fill(~visible, torch.finfo(dtype).min)[None, None]
 
 
-def in_chain(scored: Tensor, step: int) -> Tensor:
-    """[B, S] of the same: scored positions at which a round that began at a scored one can be at `step`."""
-    return scored & F.pad(scored, (step - 1, 0))[:, : scored.shape[1]]
+def drafted_at(scored: Tensor, starts: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Where rounds that begin at `starts` [C] are at `step`.
+
+    Returns:
+        positions [C], the last one for what is past the end; and bool [B, C], which of them count: a round begins at
+        a scored position, and ends with the last one.
+    """
+    places = starts + step - 1
+    inside = places.clamp(max=scored.shape[1] - 1)
+    return inside, scored[:, starts] & scored[:, inside] & (places == inside)
 
 
 def step_weights(num_steps: int, decay: float) -> list[float]:
@@ -78,14 +95,14 @@ def step_weights(num_steps: int, decay: float) -> list[float]:
 def draft_loss(states: Tensor, last_states: Tensor, head_weight: Tensor, row_weights: Tensor) -> Tensor:
     """Σ row_weights · CE(softmax(last_states head^T), softmax(states head^T)), to differentiate by `states` alone.
 
-    Logits of a few rows at a time; each row's targets serve all of its draft steps. As in `head_loss` the gradient
-    is made in the forward pass, and products run in autocast's dtype.
+    Logits of a few rows at a time. As in `head_loss` the gradient is made in the forward pass, and products run in
+    autocast's dtype.
 
     Args:
-        states: [N, J, D], of J draft steps at N positions.
-        last_states: [N, D], the frozen model's at these positions.
+        states: [N, D], the adapter's.
+        last_states: [N, D], the frozen model's at the same positions.
         head_weight: [W, D].
-        row_weights: [N, J].
+        row_weights: [N].
     """
     return _DraftLoss.apply(states, last_states, head_weight, row_weights)
 
@@ -93,21 +110,21 @@ def draft_loss(states: Tensor, last_states: Tensor, head_weight: Tensor, row_wei
 class _DraftLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, last_states, head_weight, row_weights):
-        device, steps = states.device.type, states.shape[1]
+        device = states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head_weight.dtype
         total_dtype = torch.promote_types(states.dtype, torch.float32)
         weight, grad = head_weight.to(dtype), torch.empty_like(states)
         total = torch.zeros((), dtype=total_dtype, device=states.device)
-        count = max(rows_at_once(len(head_weight), states.device) // steps, 1)
+        count = rows_at_once(len(head_weight), states.device)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(states), count):
                 part = slice(start, start + count)
-                targets = (last_states[part].to(dtype) @ weight.T).to(total_dtype).softmax(-1)[:, None]
+                targets = (last_states[part].to(dtype) @ weight.T).to(total_dtype).softmax(-1)
                 logits = (states[part].to(dtype) @ weight.T).to(total_dtype)
                 log_total = logits.logsumexp(-1)
-                losses = log_total - (logits @ targets.mT).squeeze(-1)
+                losses = log_total - (logits * targets).sum(-1)
                 total += (losses * row_weights[part]).sum()
-                grad_logits = logits.sub_(log_total[..., None]).exp_().sub_(targets).mul_(row_weights[part, :, None])
+                grad_logits = logits.sub_(log_total[:, None]).exp_().sub_(targets).mul_(row_weights[part, None])
                 grad[part] = grad_logits.to(dtype) @ weight
         ctx.save_for_backward(grad)
         return total
@@ -131,6 +148,8 @@ class AdapterModule(LightningModule):
         adapter: in float32.
         unroll: draft steps to train on. Without the last layer's state as an input all steps are alike: 1.
         decay: weight of a draft step against the one before, above 0.
+        unroll_every: steps after the first are trained on the rounds that begin at one position of so many, others in
+            each optimizer step: on all, each would cost as much as the first, to tell much the same.
         lr: the full learning rate of AdamW.
         warmup_steps: optimizer steps until that.
         clip: norm that gradients are cut to.
@@ -141,6 +160,7 @@ class AdapterModule(LightningModule):
         adapter: ExitAdapter,
         unroll: int = 3,
         decay: float = 0.8,
+        unroll_every: int = 3,
         lr: float = 1e-3,
         warmup_steps: int = 50,
         clip: float = 1.0,
@@ -148,7 +168,8 @@ class AdapterModule(LightningModule):
         super().__init__()
         self.adapter = adapter
         self.unroll = unroll if adapter.shape.joins_last_state else 1
-        self.decay, self.lr, self.warmup_steps, self.clip = decay, lr, warmup_steps, clip
+        self.decay, self.unroll_every = decay, unroll_every
+        self.lr, self.warmup_steps, self.clip = lr, warmup_steps, clip
         self.tokens_seen = 0  # scored positions, each as often as it was trained on
         self._hits: list[Tensor] = []
 
@@ -160,23 +181,22 @@ class AdapterModule(LightningModule):
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Of one batch, in nats a token; 0 where nothing is scored."""
-        scored = batch["scored"]
-        where = scored.flatten().nonzero().squeeze(1)
-        states, weights = [], []
+        scored, last_states = batch["scored"], batch["last_states"]
+        everywhere = torch.arange(scored.shape[1], device=scored.device)
+        starts = everywhere[self.global_step % self.unroll_every :: self.unroll_every]
+        states, wanted, weights = [], [], []
         share = step_weights(self.unroll, self.decay)
-        for step, unrolled in enumerate(self._unrolled(batch, self.unroll), start=1):
+        for step, unrolled in enumerate(self._unrolled(batch, self.unroll, starts), start=1):
+            places, counted = drafted_at(scored, everywhere if step == 1 else starts, step)
+            where = counted.flatten().nonzero().squeeze(1)
             states.append(unrolled.flatten(0, 1).index_select(0, where))
-            counted = in_chain(scored, step).flatten().index_select(0, where)
-            kept = counted.to(torch.promote_types(unrolled.dtype, torch.float32))
-            weights.append(kept * (share[step - 1] / kept.sum().clamp(min=1)))
-        last_states = batch["last_states"].flatten(0, 1).index_select(0, where)
-        return draft_loss(
-            torch.stack(states, 1), last_states, self.adapter.body.lm_head.weight, torch.stack(weights, 1)
-        )
+            wanted.append(last_states[:, places].flatten(0, 1).index_select(0, where))
+            weights.append(share[step - 1] / max(len(where), 1) * torch.ones_like(where, dtype=unrolled.dtype))
+        return draft_loss(torch.cat(states), torch.cat(wanted), self.adapter.body.lm_head.weight, torch.cat(weights))
 
-    def _unrolled(self, batch: dict[str, Tensor], num_steps: int) -> Iterator[Tensor]:
-        dtype = self.adapter.join.weight.dtype
-        return unrolled_states(self.adapter, batch["exit_states"].to(dtype), batch["last_states"].to(dtype), num_steps)
+    def _unrolled(self, batch: dict[str, Tensor], num_steps: int, starts: Tensor | None = None) -> Iterator[Tensor]:
+        parts = [batch[name].to(self.adapter.join.weight.dtype) for name in ("exit_states", "last_states")]
+        return unrolled_states(self.adapter, *parts, num_steps, starts)
 
     # Validation: is each draft step's word the model's own next token, and what follows for a round.
 
@@ -184,7 +204,8 @@ class AdapterModule(LightningModule):
         """For each row bool [A, J]: at its A scored positions, whether draft step j says what the model does."""
         scored, choices, head = batch["scored"], batch["choices"], self.adapter.body.lm_head
         right = []
-        for states in self._unrolled(batch, max(self.unroll, MEASURED_STEPS)):
+        for later, states in enumerate(self._unrolled(batch, max(self.unroll, MEASURED_STEPS))):
+            states = F.pad(states, (0, 0, later, -later))  # from where its round began to where it stands itself
             words = self.adapter.token_ids[head(states[scored]).argmax(-1)]
             right.append(words == choices[scored])
         return list(torch.stack(right, 1).cpu().split(scored.sum(1).tolist()))

@@ -6,10 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lskip.adapter_states import (
-    collate,
-)
-from lskip.adapter_training import AdapterModule, TimeBudget, draft_loss, in_chain, num_rounds, report, unrolled_states
+from lskip.adapter_states import collate
+from lskip.adapter_training import AdapterModule, TimeBudget, draft_loss, num_rounds, report, unrolled_states
 from lskip.exit_adapter import AdapterShape, ExitAdapter
 
 WORDS = torch.arange(0, 300, 7)
@@ -63,14 +61,18 @@ def drafted_one_by_one(adapter, exit_states, last_states, start: int, num_steps:
 def test_unrolled_drafts_are_those_made_one_by_one(tiny_model, family, overrides, num_blocks, joins):
     adapter = double_adapter(tiny_model(family, **overrides), num_blocks, joins)
     exit_states, last_states = torch.randn(2, 2, 9, 32, dtype=torch.float64)
-    steps = 5
+    steps, some = 5, torch.tensor([1, 4, 7])
     with torch.no_grad():
         unrolled = list(unrolled_states(adapter, exit_states, last_states, steps))
+        of_some = list(unrolled_states(adapter, exit_states, last_states, steps, some))
         for row in range(2):
             for start in range(9):
                 chain = drafted_one_by_one(adapter, exit_states[row], last_states[row], start, min(steps, 9 - start))
                 for step, expected in enumerate(chain):
-                    torch.testing.assert_close(unrolled[step][row, start + step], expected, rtol=1e-10, atol=1e-10)
+                    torch.testing.assert_close(unrolled[step][row, start], expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(of_some[0], unrolled[0])
+    for all_rounds, some_rounds in zip(unrolled[1:], of_some[1:], strict=True):
+        torch.testing.assert_close(some_rounds, all_rounds[:, some], rtol=1e-10, atol=1e-10)
 
 
 def random_batch(lengths=((3, 9), (1, 5)), width: int = 32, dtype=torch.float64) -> dict[str, torch.Tensor]:
@@ -85,21 +87,22 @@ def random_batch(lengths=((3, 9), (1, 5)), width: int = 32, dtype=torch.float64)
     return collate(rows)
 
 
-def test_the_loss_and_its_gradient_are_those_of_the_equation(tiny_model):
+@pytest.mark.parametrize(("unroll_every", "counts"), [(1, [10, 8, 6]), (2, [10, 5, 3]), (4, [10, 2, 2])])
+def test_the_loss_and_its_gradient_are_those_of_the_equation(tiny_model, unroll_every, counts):
     """Chains drafted one by one, cross-entropies by their definition, and autograd through all of it."""
     adapter = double_adapter(tiny_model())
     head = adapter.body.lm_head.weight
     batch = random_batch()
-    module = AdapterModule(adapter, unroll=3, decay=0.5)
+    module = AdapterModule(adapter, unroll=3, decay=0.5, unroll_every=unroll_every)
     entropies = {step: [] for step in range(3)}
     for row, (prompt, length) in enumerate([(3, 9), (1, 5)]):
         exit_states, last_states = batch["exit_states"][row], batch["last_states"][row]
         for start in range(prompt - 1, length - 1):
-            steps = min(3, length - 1 - start)
+            steps = min(3, length - 1 - start) if start % unroll_every == 0 else 1
             for step, state in enumerate(drafted_one_by_one(adapter, exit_states, last_states, start, steps)):
                 target = (head @ last_states[start + step]).softmax(-1)
                 entropies[step].append(-(target * (head @ state).log_softmax(-1)).sum())
-    assert [len(parts) for parts in entropies.values()] == [10, 8, 6]
+    assert [len(parts) for parts in entropies.values()] == counts
     means = [torch.stack(parts).mean() for parts in entropies.values()]
     expected = (means[0] + 0.5 * means[1] + 0.25 * means[2]) / 1.75
     wanted = torch.autograd.grad(expected, adapter.trained_parameters())
@@ -109,14 +112,25 @@ def test_the_loss_and_its_gradient_are_those_of_the_equation(tiny_model):
         torch.testing.assert_close(got, gradient, rtol=1e-9, atol=1e-10)
 
 
+def test_each_step_unrolls_other_rounds(tiny_model, monkeypatch):
+    """Over as many steps as unroll_every says all rounds have had their turn, once each."""
+    module, batch = AdapterModule(double_adapter(tiny_model()), unroll_every=3), random_batch()
+    seen = []
+    unrolled = module._unrolled
+    monkeypatch.setattr(module, "_unrolled", lambda *given: seen.append(given[2].tolist()) or unrolled(*given))
+    for step in range(3):
+        monkeypatch.setattr(AdapterModule, "global_step", step)
+        module.loss(batch)
+    assert sorted(start for starts in seen for start in starts) == list(range(9))
+
+
 def test_the_loss_in_chunks(monkeypatch):
     torch.manual_seed(0)
-    states, last_states = torch.randn(7, 3, 8, requires_grad=True), torch.randn(7, 8)
-    head, weights = torch.randn(11, 8), torch.rand(7, 3)
-    targets = (last_states @ head.T).softmax(-1)[:, None].expand(7, 3, 11)
-    naive = F.cross_entropy((states @ head.T).flatten(0, 1), targets.flatten(0, 1), reduction="none")
-    expected = (naive * weights.flatten()).sum()
-    monkeypatch.setattr("lskip.adapter_training.rows_at_once", lambda words, device: 6)
+    states, last_states = torch.randn(7, 8, requires_grad=True), torch.randn(7, 8)
+    head, weights = torch.randn(11, 8), torch.rand(7)
+    naive = F.cross_entropy(states @ head.T, (last_states @ head.T).softmax(-1), reduction="none")
+    expected = (naive * weights).sum()
+    monkeypatch.setattr("lskip.adapter_training.rows_at_once", lambda words, device: 3)
     loss = draft_loss(states, last_states, head, weights)
     torch.testing.assert_close(loss, expected)
     gradients = [torch.autograd.grad(2 * value, states)[0] for value in (loss, expected)]
@@ -145,14 +159,6 @@ def test_a_batch_without_an_answer_costs_nothing(tiny_model):
     loss = module.loss(batch)
     loss.backward()
     assert loss == 0 and all((p.grad == 0).all() for p in module.adapter.trained_parameters())
-
-
-def test_chains_lie_within_the_answer():
-    scored = torch.tensor([[False, True, True, True, False]])
-    assert in_chain(scored, 1).tolist() == scored.tolist()
-    assert in_chain(scored, 2).tolist() == [[False, False, True, True, False]]
-    assert in_chain(scored, 3).tolist() == [[False, False, False, True, False]]
-    assert not in_chain(scored, 4).any()
 
 
 def test_tokens_per_round_by_hand():
