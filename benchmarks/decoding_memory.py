@@ -32,7 +32,7 @@ def peak_of(setting, group: list[list[int]], options) -> float:
     """MiB that `setting` takes for a group of prompts (on a GPU: of its memory), `options` being the command line's."""
     wanted = ("model", "device", "threads", "assistant", "max_new_tokens")
     job = {"setting": asdict(setting), "group": group, **{name: getattr(options, name) for name in wanted}}
-    job["exit_adapter"] = str(options.exit_adapter) if setting.draft == "adapter" else None
+    job["exit_adapter"] = options.exit_adapter if setting.draft == "adapter" else None
     command = [sys.executable, __file__, json.dumps(job)]
     quiet = os.environ | {"TQDM_DISABLE": "1"}
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=quiet).stdout.split()[-1])
@@ -45,14 +45,14 @@ def peak_here(job: dict) -> float:
     from decoding_contestants import Contestants, load
     from decoding_settings import Setting
 
-    from lskip.exit_adapter import load_adapter
+    from lskip.exit_adapter import find_adapter, load_adapter
 
     torch.set_num_threads(job["threads"])
     setting = Setting(**job["setting"])
     model, _ = load(job["model"], setting.precision, job["device"])
     needs_assistant = job["assistant"] is not None and setting.method == "hf_assistant"
     assistant = load(job["assistant"], setting.precision, job["device"])[0] if needs_assistant else None
-    adapter = load_adapter(Path(job["exit_adapter"]), model) if job["exit_adapter"] else None
+    adapter = load_adapter(find_adapter(job["exit_adapter"]), model) if job["exit_adapter"] else None
     contestants = Contestants(job["model"], model, assistant, release=True, exit_adapter=adapter)
     contestant = contestants.build(setting)
     if not setting.method.startswith("hf_"):

@@ -10,7 +10,7 @@ from decoding_contestants import Contestants, load
 from decoding_settings import BASES, DRAFTS, METHODS, POLICIES, Grid, Setting, default_exit_layers
 from peers_llama_cpp import find_python
 
-from lskip.exit_adapter import load_adapter
+from lskip.exit_adapter import find_adapter, load_adapter
 from lskip.inference.text import encode_prompt
 from lskip.prompt_file import read_prompts
 
@@ -82,7 +82,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--limit_prompts", type=number, help="take this many of the prompts")
     add("--repeats", type=number, default=1, help="how often all prompts are gone over")
     add("--assistant", help="model for hf_assistant (as --model); default: copies of the first E blocks")
-    add("--exit_adapter", type=Path, help="folder of an exit adapter for the model; adds adapter to the drafts")
+    add("--exit_adapter", help="folder of an exit adapter for the model, or smollm2; adds adapter to the drafts")
     add("--llama_cpp_python", help="interpreter that has llama_cpp; default: this one, if it has")
     add("--memory", action="store_true", help="then measure peak memory too, each setting in a process of its own")
     add("--threads", type=number, default=2)
@@ -106,7 +106,7 @@ def prepare(options: argparse.Namespace) -> Job:
     python = find_python(options.llama_cpp_python) if wants_llama_cpp else None
     model, tokenizer = load(options.model, options.dtype, options.device)
     assistant = load(options.assistant, options.dtype, options.device)[0] if options.assistant else None
-    adapter = load_adapter(options.exit_adapter, model) if options.exit_adapter else None
+    adapter = load_adapter(find_adapter(options.exit_adapter), model) if options.exit_adapter else None
     shared = Contestants(options.model, model, assistant, exit_adapter=adapter)
     choose_exit_layers(options, model.config.num_hidden_layers)
     prompts = [encode_prompt(prompt.content, tokenizer, None, model.config.vocab_size) for prompt in written]

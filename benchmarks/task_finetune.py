@@ -5,7 +5,7 @@
 Of each model: exact match of its greedy answers (last layer, autoregressive) on the test split that its config names;
 draft_agreement of every exit along those answers; speed-up of self-speculation over its own autoregressive decoding,
 interleaved item by item, answers as long as the model makes them. The plain model's exits are not trained, so of it
-only drafts that need no training are timed: the whole stack in int8 and int4, n-grams.
+only drafts that leave it as it is are timed: the whole stack in int8 and int4, n-grams, an exit adapter if it has one.
 
 Writes into --out: task.json, environment.json, and answers_layerskip.jsonl and answers_plain.jsonl line by line.
 """
@@ -37,6 +37,7 @@ from transformers import PreTrainedTokenizerBase
 from lskip.data import TextData
 from lskip.data.packing import open_ended
 from lskip.decoder import Decoder
+from lskip.exit_adapter import find_adapter, load_adapter
 from lskip.inference import TextGenerator
 from lskip.inference.text import decode_text
 
@@ -81,6 +82,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--layerskip", required=True, type=Path, help="run folder of the fine-tune with LayerSkip")
     add("--plain", required=True, type=Path, help="run folder of the fine-tune without")
+    add("--plain_adapter", help="folder of an exit adapter for the plain run, made by lskip adapt")
     add("--out", required=True, type=Path, help="folder for the results")
     add("--items", type=number, help="take this many of the test split; default: all")
     add("--agreement_items", type=number, help="read this many at every layer; default: 200")
@@ -131,13 +133,17 @@ def split_settings(folder: Path) -> dict:
 def run(options: argparse.Namespace, items: Items) -> dict:
     """Everything; task.json is rewritten whenever there is more of it."""
     loaded = {name: load(str(getattr(options, name)), options.dtype, "cpu") for name in ("layerskip", "plain")}
+    adapters = {}
+    if options.plain_adapter is not None:
+        adapters["plain"] = load_adapter(find_adapter(options.plain_adapter, "plain_adapter"), loaded["plain"][0])
     result = {"items": len(items.prompts), "groups": len(set(items.groups)), "exact_match": {}}
     result |= {"draft_agreement": {}, "decoding": []}
     write(options.out / "environment.json", environment(torch.device("cpu")) | {"options": vars(options)})
     right = {}
     for name, (model, tokenizer) in loaded.items():
-        generators, prompts = Generators(model), open_ended(tokenizer, items.prompts)
-        settings = settings_of(options, model.config.num_hidden_layers, exits=name == "layerskip")
+        adapter, prompts = adapters.get(name), open_ended(tokenizer, items.prompts)
+        generators = Generators(model, exit_adapter=adapter)
+        settings = settings_of(options, model.config.num_hidden_layers, name == "layerskip", adapter is not None)
         autoregressive = generators.drafting_with(None)
         with (options.out / f"answers_{name}.jsonl").open("w") as file:
             texts, right[name] = answer(autoregressive, tokenizer, prompts, items, options, file)
@@ -185,8 +191,12 @@ class Answering(Lskip):
         return run_of(generations, time.perf_counter() - begin)
 
 
-def settings_of(options: argparse.Namespace, num_layers: int, exits: bool) -> list[Setting]:
-    """Autoregressive decoding first; ValueError for an exit layer that is not below the last."""
+def settings_of(options: argparse.Namespace, num_layers: int, exits: bool, adapter: bool) -> list[Setting]:
+    """Autoregressive decoding first; ValueError for an exit layer that is not below the last.
+
+    Args:
+        exits: whether the model's own exits draft too. adapter: whether it has one.
+    """
     exit_layers = options.exit_layers or sorted({max(1, round(share * num_layers)) for share in SHARES})
     if max(exit_layers) >= num_layers:
         raise ValueError(f"exit_layers: {max(exit_layers)} is not from 1 to {num_layers - 1}, below the last layer")
@@ -195,6 +205,8 @@ def settings_of(options: argparse.Namespace, num_layers: int, exits: bool) -> li
     if exits:
         drafts += [(exit_layer, draft) for exit_layer in exit_layers for draft in ("layers", "int8", "int4")]
         adaptive += [(exit_layer, draft) for exit_layer in exit_layers for draft in ("any", "int4+any")]
+    if adapter:
+        drafts.append((None, "adapter"))
     drafting = ("self_speculative", options.dtype)
     return [
         Setting("autoregressive", options.dtype),

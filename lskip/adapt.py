@@ -22,7 +22,15 @@ from lskip.adapter_training import AdapterModule, AveragedWeights, TimeBudget, r
 from lskip.callbacks.run_checkpoint import RunCheckpoint
 from lskip.checks import check_real, check_whole
 from lskip.decoder import Decoder
-from lskip.exit_adapter import SHAPE_FILE, WEIGHTS_FILE, AdapterShape, ExitAdapter, check_shape, load_adapter
+from lskip.exit_adapter import (
+    SHAPE_FILE,
+    WEIGHTS_FILE,
+    AdapterShape,
+    ExitAdapter,
+    check_shape,
+    find_adapter,
+    load_adapter,
+)
 from lskip.inference.loading import resolve_device
 from lskip.output_files import make_writable, write_json
 from lskip.pretrained import load_model
@@ -104,6 +112,7 @@ def adapt(
     joins_last_state: bool = True,
     vocabulary: int | None = 8192,
     block_size: int = 256,
+    chat: bool | None = None,
     device: str = "auto",
     cache_dir: str | None = None,
     start: str | None = None,
@@ -126,11 +135,13 @@ def adapt(
         joins_last_state: it also gets the last layer's state of the token before, on drafted tokens its own.
         vocabulary: it predicts so many tokens, the most frequent ones of the answers; null: all.
         block_size: tokens of a prompt with its answer; longer ones are cut.
+        chat: whether `lskip predict` put plain prompts into the chat template, as it was told there; null: where the
+            model has one.
         device: cpu, cuda …; auto takes a GPU where there is one.
         cache_dir: where the states are kept, for SmolLM2 2.3 KB a token; null: ~/.cache/lskip.
-        start: folder of an adapter of the same shape whose weights it begins with, to train it further on other
-            answers, or otherwise; its words are kept. null: it begins as a copy of the model's top, with a join that
-            is fitted to it.
+        start: folder of an adapter of the same shape whose weights it begins with (smollm2: the one that comes with
+            lskip), to train it further on other answers, or otherwise; its words are kept. null: it begins as a copy
+            of the model's top, with a join that is fitted to it.
         resume: go on with the training that `output` holds, with the same arguments.
 
     Raises:
@@ -144,7 +155,7 @@ def adapt(
     place, folder = resolve_device(device), Path(output)
     _check_files(folder, answers, start, resume)
     frozen, tokenizer = _load(model, shape, block_size)
-    rows = _read(answers, frozen, tokenizer, block_size, training.batch_size)
+    rows = _read(answers, frozen, tokenizer, block_size, chat, training.batch_size)
     adapter = _adapter(frozen, tokenizer, rows, shape, vocabulary, start)
     cache = Path(cache_dir or "~/.cache/lskip").expanduser() / "adapter_states"
     _move(frozen, place, torch.float32 if training.precision == "32-true" else torch.bfloat16)
@@ -165,8 +176,8 @@ def adapt(
 
 
 def _check_files(folder: Path, answers: list[str], start: str | None, resume: bool) -> None:
-    if start is not None and not Path(start).is_dir():
-        raise FileNotFoundError(f"start: there is no folder '{start}'")
+    if start is not None:
+        find_adapter(start, "start")
     for path in answers:
         if not Path(path).is_file():
             raise FileNotFoundError(f"answers: there is no file '{path}'")
@@ -190,10 +201,15 @@ def _load(source: str, shape: AdapterShape, block_size: int) -> tuple[PreTrained
 
 
 def _read(
-    answers: list[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block_size: int, batch_size: int
+    answers: list[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    chat: bool | None,
+    batch_size: int,
 ) -> list[AnswerRow]:
     """The answers; ValueError where they do not fill a batch."""
-    rows = read_answers([Path(path) for path in answers], model, tokenizer, block_size)
+    rows = read_answers([Path(path) for path in answers], model, tokenizer, block_size, chat)
     num = sum(not row.held_out for row in rows)
     if num < batch_size:
         raise ValueError(f"batch_size: {batch_size}, but there are only {num} answers to train on")
@@ -213,7 +229,7 @@ def _adapter(
         words = None if vocabulary is None else frequent_words(rows, vocabulary, model, tokenizer)
         adapter = ExitAdapter(model, shape, words)
     else:
-        adapter = load_adapter(Path(start), model, shape)
+        adapter = load_adapter(find_adapter(start), model, shape)
     return adapter.eval()  # dropout would be the only thing that differs from run to run, or after resuming
 
 

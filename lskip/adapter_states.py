@@ -49,11 +49,18 @@ class AnswerRow:
 
 
 def read_answers(
-    paths: list[Path], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block_size: int
+    paths: list[Path],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    chat: bool | None = None,
 ) -> list[AnswerRow]:
     """The answers in files that `lskip predict` wrote, each once, cut to `block_size` tokens, shortest first.
 
     What is held out is decided by the hash of the prompt, so that all answers to a prompt are on the same side.
+
+    Args:
+        chat: as the prompts were given to the model: through the chat template or not; None: where it has one.
 
     Raises:
         FileNotFoundError: no such file.
@@ -65,7 +72,7 @@ def read_answers(
     for path in paths:
         for fields in _lines(path):
             prompt = fields["prompt"] if "prompt" in fields else fields["messages"]
-            ids = encode_prompt(prompt, tokenizer, None, model.config.vocab_size)
+            ids = encode_prompt(prompt, tokenizer, chat, model.config.vocab_size)
             answer = tokenizer(fields["text"], add_special_tokens=False)["input_ids"]
             if fields.get("finish_reason") == "eos" and end is not None:
                 answer.append(end)

@@ -23,6 +23,7 @@ from lskip.checks import check_whole
 from lskip.decoder import BlockInputs, Decoder
 
 SHAPE_FILE, WEIGHTS_FILE = "adapter.json", "adapter.safetensors"
+SHIPPED = {"smollm2": Path(__file__).parent / "adapters" / "smollm2"}  # those that come with lskip, by the model's name
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,21 @@ def side_by_side(exit_states: Tensor, last_states: Tensor | None) -> Tensor:
     parts = [exit_states] if last_states is None else [exit_states, last_states]
     both = torch.stack(parts, -2)
     return F.rms_norm(both, both.shape[-1:]).flatten(-2)
+
+
+def find_adapter(name: str, field: str = "exit_adapter") -> Path:
+    """The folder of an adapter: one on the disk, or by the name `smollm2` the one that comes with lskip.
+
+    Args:
+        field: what names it, for the message.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    folder = SHIPPED.get(name, Path(name))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{field}: there is no folder '{name}'")
+    return folder
 
 
 def load_adapter(folder: Path, model: PreTrainedModel, expected: AdapterShape | None = None) -> ExitAdapter:

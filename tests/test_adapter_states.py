@@ -1,5 +1,6 @@
 """What an exit adapter is trained on: rows from answers, their split, and the states on disk."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -46,6 +47,18 @@ def test_rows_are_prompt_and_answer(tmp_path, tiny_model, tiny_tokenizer):
     with pytest.raises(ValueError, match="need a tokenizer with a chat template"):
         path.write_text(json.dumps({"messages": messages, "text": text}))
         read_answers([path], tiny_model(), tiny_tokenizer, 64)
+
+
+def test_prompts_are_encoded_as_the_model_was_given_them(tmp_path, tiny_model, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "User: {{ messages[0].content }}"
+    lines = [{"prompt": f"def f{i}(x):", "text": "return x"} for i in range(60)]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    for chat, before in ((None, "User: "), (True, "User: "), (False, "")):
+        rows = read_answers([path], tiny_model(), tokenizer, 64, chat)
+        prompts = {tokenizer.decode(row.token_ids[: row.prompt_length]) for row in rows}
+        assert prompts == {f"{before}{line['prompt']}" for line in lines}
 
 
 def test_three_in_a_hundred_prompts_are_held_out():

@@ -36,7 +36,8 @@ def test_retrofit_prompts(retrofit_prompts, tmp_path, monkeypatch):
         assert set(kind()) & set(prompts)
     with pytest.raises(ValueError, match=r"number: 1000000, but there are only \d+ prompts"):
         retrofit_prompts.make_prompts(10**6)
-    monkeypatch.setattr(sys, "argv", ["retrofit_prompts", "--out", str(tmp_path / "new" / "out.jsonl"), "--number", "40"])
+    argv = ["--out", str(tmp_path / "new" / "out.jsonl"), "--number", "40"]
+    monkeypatch.setattr(sys, "argv", ["retrofit_prompts", *argv])
     retrofit_prompts.main()
     assert [prompt.content for prompt in read_prompts(tmp_path / "new" / "out.jsonl")] == prompts[:40]
 

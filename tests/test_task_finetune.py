@@ -8,6 +8,8 @@ import torch
 import yaml
 from conftest import make_model
 
+from lskip.exit_adapter import AdapterShape, ExitAdapter
+
 pytestmark = pytest.mark.usefixtures("benchmarks_importable")
 ENDS = list(range(0, 300, 4))  # a random model ends no text: a quarter of its tokens end one
 NEW_TOKENS = 8
@@ -47,6 +49,7 @@ def runs(models, pairs, tiny_tokenizer, tmp_path_factory):
     (root / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     for name, model in models.items():
         model.save_pretrained(root / name)
+        ExitAdapter(model, AdapterShape(1)).save(root / f"{name}_adapter")
         tiny_tokenizer.save_pretrained(root / name)
         write_config(root / name, root / "pairs.jsonl", 0.5)
     return root
@@ -74,7 +77,7 @@ def output(runs, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("task_finetune.console", Console(file=printed, width=190))
         limits = ("--items", "40", "--agreement_items", "10", "--timed_items", "2")
-        main(arguments(runs, out, *limits, "--exit_layers", "2"))
+        main(arguments(runs, out, *limits, "--exit_layers", "2", "--plain_adapter", str(runs / "plain_adapter")))
     return out, printed.getvalue()
 
 
@@ -169,9 +172,10 @@ def test_every_draft_is_timed_and_changes_no_text(result):
     kinds = {name: {(r["draft"], r["exit_layer"], r["policy"]) for r in rows} for name, rows in settings.items()}
     untrained = {("int8", None, "fixed"), ("int4", None, "fixed"), ("ngram", None, "fixed")}
     adaptive = {("int4+any", None, "cost_aware"), (None, None, None)}
-    assert kinds["plain"] == untrained | adaptive
+    assert kinds["plain"] == untrained | adaptive | {("adapter", None, "fixed")}
     at_exit = {(draft, 2, "fixed") for draft in ("layers", "int8", "int4")}
-    assert kinds["layerskip"] == kinds["plain"] | at_exit | {(draft, 2, "cost_aware") for draft in ("any", "int4+any")}
+    chosen_at_exit = {(draft, 2, "cost_aware") for draft in ("any", "int4+any")}
+    assert kinds["layerskip"] == untrained | adaptive | at_exit | chosen_at_exit
     for record in result["decoding"]:
         assert record["mismatches"] == 0 and record["over_autoregressive"] > 0 and record["tokens_per_round"] >= 1
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from lskip.decoder import Decoder
-from lskip.exit_adapter import load_adapter
+from lskip.exit_adapter import find_adapter, load_adapter
 from lskip.inference.generator import TextGenerator
 
 
@@ -28,7 +26,8 @@ def load_generator(
         dtype: "float32", "bfloat16" or "float16".
         weights, draft_weights, bit_exact, compiled, costs_file: as in TextGenerator.
         device: "cpu", "cuda", …; "auto": a GPU where there is one.
-        exit_adapter: the folder of an exit adapter that was trained for this model; None: none.
+        exit_adapter: the folder of an exit adapter that was trained for this model, or "smollm2", the one that comes
+            with lskip; None: none.
 
     Raises:
         ValueError, FileNotFoundError: what is wrong with an argument, or that there is no such model.
@@ -39,12 +38,11 @@ def load_generator(
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: {dtype!r} is not one of float32, bfloat16, float16")
-    if exit_adapter is not None and not Path(exit_adapter).is_dir():
-        raise FileNotFoundError(f"exit_adapter: there is no folder '{exit_adapter}'")
+    folder = None if exit_adapter is None else find_adapter(exit_adapter)
     place = resolve_device(device)
     loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
     loaded = loaded.eval().to(place)
-    adapter = None if exit_adapter is None else load_adapter(Path(exit_adapter), loaded)
+    adapter = None if folder is None else load_adapter(folder, loaded)
     exits = load_trained_exits(model, Decoder(loaded))
     converted = (weights, draft_weights, True, bit_exact, compiled, costs_file, adapter, exits)
     return TextGenerator(loaded, tokenizer, *converted)
