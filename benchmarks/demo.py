@@ -29,6 +29,8 @@ from transformers import AutoModelForCausalLM
 from lskip.cli import main as lskip
 from lskip.data import TextData
 from lskip.decoder import Decoder
+from lskip.evaluation.tuned import SHIPPED_SPECULATIONS
+from lskip.exit_adapter import find_adapter, load_adapter
 from lskip.inference import Generation, TextGenerator
 from lskip.layer_figure import perplexity_figure, print_layers
 from lskip.pretrained import load_model
@@ -48,7 +50,7 @@ class Sizes:
         new_tokens: tokens a prompt.
         blocks: blocks of held-out text in each layer table.
         exit_layer, num_speculations: how the trained model drafts.
-        draft_weights, smollm2_speculations: how SmolLM2, which has not learned to exit, drafts.
+        smollm2_drafts: (what drafts for SmolLM2, which has not learned to exit; how many tokens at a time).
     """
 
     fit: tuple[str, ...] = ()
@@ -57,8 +59,7 @@ class Sizes:
     blocks: int = 16
     exit_layer: int = 2
     num_speculations: int = 2
-    draft_weights: str = "int4"
-    smollm2_speculations: int = 5
+    smollm2_drafts: tuple[tuple[str, int], ...] = (("int4", 5), ("adapter", SHIPPED_SPECULATIONS))
 
 
 def run(output: Path, sizes: Sizes) -> dict:
@@ -173,36 +174,49 @@ def smollm2(output: Path, sizes: Sizes) -> dict:
 
 
 def answers(model, tokenizer, sizes: Sizes) -> dict:
-    """Chat prompts answered by lskip, without and with drafts, and by transformers `generate`, turn by turn."""
-    generator = TextGenerator(model, tokenizer)
-    drafting = TextGenerator(model, tokenizer, draft_weights=sizes.draft_weights)
+    """Chat prompts answered by lskip, without and with each draft, and by transformers `generate`, turn by turn."""
+    adapter = load_adapter(find_adapter("smollm2"), model)
+    generators = {
+        None: TextGenerator(model, tokenizer),
+        "int4": TextGenerator(model, tokenizer, draft_weights="int4"),
+        "adapter": TextGenerator(model, tokenizer, exit_adapter=adapter),
+    }
     length = {"max_new_tokens": sizes.new_tokens, "min_new_tokens": sizes.new_tokens}
-    plain, drafted, reference, seconds = [], [], [], []
+    settings = {None: 0, **dict(sizes.smollm2_drafts)}
+    runs, reference, seconds = {draft: [] for draft in settings}, [], []
     prompts = chat_prompts()[: sizes.prompts]
     for prompt in [prompts[0], *prompts]:  # the first is a warm-up
-        plain.append(generator.generate(prompt, temperature=0.0, **length))
-        drafted.append(
-            drafting.generate(prompt, temperature=0.0, num_speculations=sizes.smollm2_speculations, **length)
-        )
+        for draft, number in settings.items():
+            generation = generators[draft].generate(prompt, temperature=0.0, num_speculations=number, **length)
+            runs[draft].append(generation)
         tokens, taken = generate_with_transformers(model, tokenizer, prompt, length)
         reference.append(tokens)
         seconds.append(taken)
-    plain, drafted, reference, seconds = plain[1:], drafted[1:], reference[1:], seconds[1:]
+    reference, seconds = reference[1:], seconds[1:]
+    runs = {draft: every[1:] for draft, every in runs.items()}
+    plain = runs.pop(None)
     return {
-        "draft_weights": sizes.draft_weights,
-        "num_speculations": sizes.smollm2_speculations,
-        "weights": [step.form.__name__ for step in (generator.step, drafting.step)],
+        "weights": {draft or "autoregressive": generators[draft].step.form.__name__ for draft in settings},
         "tokens": sum(map(len, reference)),
-        "mismatches": sum(
-            not a == b.token_ids == c.token_ids for a, b, c in zip(reference, plain, drafted, strict=True)
-        ),
         "distinct_3grams": distinct_3grams(reference),
         "generate_tokens_per_second": statistics.median(len(a) / s for a, s in zip(reference, seconds, strict=True)),
-        **acceptance(drafted),
         "autoregressive_over_generate": speedup(seconds, plain),
-        "speedup_over_autoregressive": speedup([run.seconds for run in plain], drafted),
-        "speedup_over_generate": speedup(seconds, drafted),
+        "mismatches": mismatches(reference, plain),
+        "drafts": {
+            draft: {
+                "num_speculations": settings[draft],
+                "mismatches": mismatches(reference, drafted),
+                **acceptance(drafted),
+                "speedup_over_autoregressive": speedup([run.seconds for run in plain], drafted),
+                "speedup_over_generate": speedup(seconds, drafted),
+            }
+            for draft, drafted in runs.items()
+        },
     }
+
+
+def mismatches(reference: list[list[int]], runs: list[Generation]) -> int:
+    return sum(tokens != run.token_ids for tokens, run in zip(reference, runs, strict=True))
 
 
 def topic_blocks(tokenizer, count: int) -> list[torch.Tensor]:
@@ -265,15 +279,20 @@ def print_summary(summary: dict, output: Path) -> None:
         f"from scratch: perplexity {last:.0f} at the last layer (unigram {small['unigram_perplexity']:.0f}), "
         f"trained in {small['fit_seconds']:.0f} s\n"
         f"  the first {small['exit_layer']} layers draft {small['num_speculations']}: "
-        f"{decoding(small)}, {small['speedup']:.2f}x autoregressive\n"
+        f"{decoding(small)}, {small['speedup']:.2f}x autoregressive,\n"
+        f"  distinct 3-grams {small['distinct_3grams']:.2f}\n"
         f"SmolLM2: perplexity {real['layers'][14]['perplexity']:.2g} at layer 15, "
         f"{real['layers'][-1]['perplexity']:.1f} at layer {len(real['layers'])}\n"
-        f"  {real['draft_weights']} drafts {real['num_speculations']}: {decoding(real)}, "
-        f"{real['speedup_over_autoregressive']:.2f}x autoregressive,\n"
-        f"  {real['speedup_over_generate']:.2f}x transformers generate in float32 "
-        f"(without drafts {real['autoregressive_over_generate']:.2f}x)\n"
-        f"figures: {output}/scratch_layers.png, {output}/smollm2_layers.png; numbers: {output}/summary.json"
+        f"  without drafts {equality(real['mismatches'])}, {real['autoregressive_over_generate']:.2f}x transformers "
+        f"generate in float32, distinct 3-grams {real['distinct_3grams']:.2f}"
     )
+    for name, draft in real["drafts"].items():
+        console.print(
+            f"  {name} drafts {draft['num_speculations']}: {decoding(draft)},\n"
+            f"    {draft['speedup_over_autoregressive']:.2f}x autoregressive, {draft['speedup_over_generate']:.2f}x "
+            "generate"
+        )
+    console.print(f"figures: {output}/scratch_layers.png, {output}/smollm2_layers.png; numbers: {output}/summary.json")
 
 
 def report_of(part: dict) -> LayerReport:
@@ -285,7 +304,7 @@ def decoding(part: dict) -> str:
     agreement = f"draft_agreement {part['draft_agreement']:.2f}, " if "draft_agreement" in part else ""
     return (
         f"{equality(part['mismatches'])}, {agreement}acceptance_rate {part['acceptance_rate']:.2f}, "
-        f"tokens_per_round {part['tokens_per_round']:.2f}, distinct 3-grams {part['distinct_3grams']:.2f}"
+        f"tokens_per_round {part['tokens_per_round']:.2f}"
     )
 
 

@@ -45,7 +45,9 @@ def test_the_whole_demo(tmp_path, monkeypatch):
     assert scratch["unigram_perplexity"] < scratch["layers"][-1]["perplexity"] < 1e5
     assert real["layers"][14]["perplexity"] > 1e6 > 100 > real["layers"][-1]["perplexity"]
     assert real["layers"][-1]["agreement"] == 1
-    for part in (scratch, real):
+    assert set(real["drafts"]) == {"int4", "adapter"}
+    for part in (scratch, *real["drafts"].values()):
+        assert part["mismatches"] == 0
         assert 0 <= part["acceptance_rate"] <= 1 <= part["tokens_per_round"]
     assert all(math.isfinite(scratch[name]) for name in ("speedup", "draft_agreement", "fit_seconds"))
     assert (tmp_path / "scratch_layers.png").stat().st_size > 1000

