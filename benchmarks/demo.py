@@ -29,7 +29,6 @@ from transformers import AutoModelForCausalLM
 from lskip.cli import main as lskip
 from lskip.data import TextData
 from lskip.decoder import Decoder
-from lskip.evaluation.tuned import SHIPPED_SPECULATIONS
 from lskip.exit_adapter import find_adapter, load_adapter
 from lskip.inference import Generation, TextGenerator
 from lskip.layer_figure import perplexity_figure, print_layers
@@ -59,7 +58,7 @@ class Sizes:
     blocks: int = 16
     exit_layer: int = 2
     num_speculations: int = 2
-    smollm2_drafts: tuple[tuple[str, int], ...] = (("int4", 5), ("adapter", SHIPPED_SPECULATIONS))
+    smollm2_drafts: tuple[tuple[str, int], ...] = (("int4", 5), ("adapter", 2))
 
 
 def run(output: Path, sizes: Sizes) -> dict:

@@ -191,7 +191,8 @@ class AdapterModule(LightningModule):
             where = counted.flatten().nonzero().squeeze(1)
             states.append(unrolled.flatten(0, 1).index_select(0, where))
             wanted.append(last_states[:, places].flatten(0, 1).index_select(0, where))
-            weights.append(share[step - 1] / max(len(where), 1) * torch.ones_like(where, dtype=unrolled.dtype))
+            dtype = torch.promote_types(unrolled.dtype, torch.float32)
+            weights.append(torch.full_like(where, share[step - 1] / max(len(where), 1), dtype=dtype))
         return draft_loss(torch.cat(states), torch.cat(wanted), self.adapter.body.lm_head.weight, torch.cat(weights))
 
     def _unrolled(self, batch: dict[str, Tensor], num_steps: int, starts: Tensor | None = None) -> Iterator[Tensor]:
@@ -205,7 +206,7 @@ class AdapterModule(LightningModule):
         scored, choices, head = batch["scored"], batch["choices"], self.adapter.body.lm_head
         right = []
         for later, states in enumerate(self._unrolled(batch, max(self.unroll, MEASURED_STEPS))):
-            states = F.pad(states, (0, 0, later, -later))  # from where its round began to where it stands itself
+            states = F.pad(states, (0, 0, later, 0))[:, : scored.shape[1]]  # from the start of a round to its own place
             words = self.adapter.token_ids[head(states[scored]).argmax(-1)]
             right.append(words == choices[scored])
         return list(torch.stack(right, 1).cpu().split(scored.sum(1).tolist()))

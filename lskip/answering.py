@@ -42,9 +42,9 @@ def predict(
         overwrite: start over an existing output.
         resume: go on with an existing output, with the prompts that it does not answer yet.
     """
-    check_whole("batch_size", batch_size, 1)
-    decoding, loading = tuned_options(task, decoding, loading, batch_size)
+    decoding, loading = tuned_options(task, decoding, loading)
     settings = decoding.settings()
+    check_whole("batch_size", batch_size, 1)
     asked, path = read_prompts(Path(prompts)), Path(output)
     answered, mode = start_output(path, asked, overwrite, resume)
     missing = [index for index in range(len(asked)) if index not in answered]

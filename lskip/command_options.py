@@ -27,8 +27,7 @@ class LoadingOptions:
         costs_file: JSON file that keeps what a pass costs on this machine, which CostAwareDraft goes by; made where
             there is none. null: measured each time, which takes seconds.
         exit_adapter: folder of an exit adapter that was trained for this model, or smollm2, the one that comes with
-            lskip; with num_speculations it drafts. null: that one if the model is smollm2, one text at a time, on a
-            CPU, in float32, and nothing else is to draft; else none.
+            lskip; with num_speculations it drafts. null: none.
     """
 
     model: str = "smollm2"
@@ -56,7 +55,7 @@ class DecodingOptions:
         exit_criterion: stops each token at the first layer that is sure enough (Entropy, Margin, Saturation,
             LearnedExit; another text, not verified); null: none.
         num_speculations: tokens drafted, at most, before the whole model verifies them; 0 does not draft. null: what
-            the task is tuned to, else what suits the adapter that comes with lskip where that drafts, else 0.
+            the task is tuned to, else 0.
         draft: what drafts: layers (the first exit_layer blocks), weights (the draft_weights), ngram (what followed
             the same tokens earlier in the text) or adapter (the exit_adapter); null: the exit_adapter, else the
             draft_weights, else the layers.

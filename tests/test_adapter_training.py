@@ -185,6 +185,7 @@ def test_hits_are_taken_where_the_answer_is(tiny_model):
         hits = module.hits(batch)
     assert [len(answer) for answer in hits] == [6, 4]  # the first begins at position 2
     assert [hits[0][1 + step, step].item() for step in range(4)] == [True] * 4
+    assert [tuple(answer.shape) for answer in module.hits(random_batch(lengths=((1, 3), (2, 4))))] == [(2, 6), (2, 6)]
     batch["choices"][0, 3:7] = -1
     assert not any(module.hits(batch)[0][1 + step, step] for step in range(4))
 

@@ -63,40 +63,6 @@ def test_what_was_found_on_another_kind_of_device_is_not_used(folder):
         options_of(folder, "chat", {"device": "meta"})
 
 
-def drafts_of(model: str = "smollm2", batch_size: int = 1, loading: dict | None = None, **decoding) -> tuple:
-    """(num_speculations, exit_adapter) without a task."""
-    loading = {"device": "cpu", **(loading or {})}
-    options = DecodingOptions(**decoding), LoadingOptions(model=model, **loading)
-    decoding, loading = tuned_options(None, *options, batch_size)
-    return decoding.num_speculations, loading.exit_adapter
-
-
-def test_the_adapter_that_comes_with_lskip_drafts_where_nothing_else_is_asked_for(folder):
-    number = tuned.SHIPPED_SPECULATIONS
-    assert drafts_of() == drafts_of(draft="adapter") == (number, "smollm2")
-    assert drafts_of(num_speculations=5, temperature=0.7) == (5, "smollm2")
-    assert drafts_of(str(folder)) == (None, None)  # another model
-
-
-@pytest.mark.parametrize(
-    "asked",
-    [
-        {"num_speculations": 0},
-        {"exit_layer": 8},
-        {"exit_criterion": Margin(0.5)},
-        {"draft": "ngram"},
-        {"loading": {"draft_weights": "int4"}},
-        {"loading": {"dtype": "bfloat16"}},
-        {"loading": {"device": "meta"}},
-        {"loading": {"compiled": True}},
-        {"batch_size": 2},
-    ],
-)
-def test_who_asks_for_something_else_gets_that(asked):
-    assert drafts_of(**asked) == (asked.get("num_speculations"), None)
-    assert drafts_of(loading={"exit_adapter": "mine"}) == (None, "mine")
-
-
 def test_generate_goes_by_it(folder, capsys, monkeypatch):
     base = ["generate", "--prompt=def f", f"--model={folder}", "--max_new_tokens=20"]
     monkeypatch.setenv("LSKIP_TRACEBACK", "1")

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lskip.command_options import DecodingOptions, LoadingOptions
-from lskip.exit_adapter import SHIPPED
 from lskip.output_files import write_json
 
 FILE = "tuned.json"
 CACHE = Path("~/.cache/lskip/tuned")
 DECODING = ("exit_layer", "num_speculations", "draft")  # what a task sets, of DecodingOptions and LoadingOptions
 LOADING = ("draft_weights", "exit_adapter")
-SHIPPED_SPECULATIONS = 3  # what the exit adapter that comes with lskip is fastest with
 
 
 def tuned_path(model: str) -> Path:
@@ -58,9 +56,9 @@ def save_tuned(path: Path, task: str, found: dict[str, Any]) -> None:
 
 
 def tuned_options(
-    task: str | None, decoding: DecodingOptions, loading: LoadingOptions, batch_size: int = 1
+    task: str | None, decoding: DecodingOptions, loading: LoadingOptions
 ) -> tuple[DecodingOptions, LoadingOptions]:
-    """The options with what a task sets in place of what the user has left open; without a task, `shipped_options`.
+    """The options with what a task sets in place of what the user has left open.
 
     A user who says that nothing drafts (num_speculations 0, an exit_criterion), or that something else does, gets
     no draft of the task's.
@@ -69,7 +67,7 @@ def tuned_options(
         ValueError: no such task was tuned for this model (it lists those that were), or on another kind of device.
     """
     if task is None:
-        return shipped_options(decoding, loading, batch_size)
+        return decoding, loading
     path = tuned_path(loading.model)
     tasks = read_tuned(path)
     if task not in tasks:
@@ -86,26 +84,6 @@ def tuned_options(
     if _drafts_otherwise(found, decoding, loading):
         found = dict.fromkeys(found) | {"num_speculations": found["num_speculations"]}
     return _filled(decoding, found, DECODING), _filled(loading, found, LOADING)
-
-
-def shipped_options(
-    decoding: DecodingOptions, loading: LoadingOptions, batch_size: int
-) -> tuple[DecodingOptions, LoadingOptions]:
-    """The options, with the exit adapter that comes with lskip as what drafts, for whoever asks for nothing else.
-
-    Only where it was found to pay: one text at a time, on a CPU, in float32.
-    """
-    alone = batch_size == 1 and loading.dtype == "float32" and not loading.compiled
-    named = (decoding.exit_layer, decoding.exit_criterion, loading.draft_weights, loading.exit_adapter)
-    silent = all(value is None for value in named) and decoding.draft in (None, "adapter")
-    if loading.model not in SHIPPED or decoding.num_speculations == 0 or not (alone and silent):
-        return decoding, loading
-    from lskip.inference.loading import resolve_device  # brings torch: only when asked
-
-    if resolve_device(loading.device).type != "cpu":
-        return decoding, loading
-    number = decoding.num_speculations or SHIPPED_SPECULATIONS
-    return replace(decoding, num_speculations=number), replace(loading, exit_adapter=loading.model)
 
 
 def _drafts_otherwise(found: dict[str, Any], decoding: DecodingOptions, loading: LoadingOptions) -> bool:
