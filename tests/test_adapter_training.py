@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from lskip.adapter_states import collate
-from lskip.adapter_training import AdapterModule, TimeBudget, draft_loss, num_rounds, report, unrolled_states
+from lskip.adapter_training import (
+    AdapterModule,
+    TimeBudget,
+    draft_loss,
+    drafted_at,
+    num_rounds,
+    report,
+    unrolled_states,
+)
 from lskip.exit_adapter import AdapterShape, ExitAdapter
 
 WORDS = torch.arange(0, 300, 7)
@@ -122,6 +130,7 @@ def test_each_step_unrolls_other_rounds(tiny_model, monkeypatch):
         monkeypatch.setattr(AdapterModule, "global_step", step)
         module.loss(batch)
     assert sorted(start for starts in seen for start in starts) == list(range(9))
+    assert all(len(starts) == 3 for starts in seen)
 
 
 def test_the_loss_in_chunks(monkeypatch):
@@ -159,6 +168,18 @@ def test_a_batch_without_an_answer_costs_nothing(tiny_model):
     loss = module.loss(batch)
     loss.backward()
     assert loss == 0 and all((p.grad == 0).all() for p in module.adapter.trained_parameters())
+
+
+def test_rounds_lie_within_the_answer():
+    """Positions 1 to 3 are scored; the two rounds begin at 1 and 3, or everywhere."""
+    scored = torch.tensor([[False, True, True, True, False]])
+    places = [drafted_at(scored, torch.tensor([1, 3]), step)[0].tolist() for step in (1, 2, 3)]
+    assert places == [[1, 3], [2, 4], [3, 4]]
+    counted = [drafted_at(scored, torch.arange(5), step)[1].tolist() for step in (1, 2, 3)]
+    assert counted[0] == scored.tolist()
+    assert counted[1] == [[False, True, True, False, False]]
+    assert counted[2] == [[False, True, False, False, False]]
+    assert not drafted_at(scored, torch.arange(5), 4)[1].any()
 
 
 def test_tokens_per_round_by_hand():
