@@ -104,9 +104,10 @@ def prepare(options: argparse.Namespace) -> Job:
     written = read_prompts(options.prompts)[: options.limit_prompts]
     wants_llama_cpp = "llama_cpp" in options.methods
     python = find_python(options.llama_cpp_python) if wants_llama_cpp else None
+    folder = find_adapter(options.exit_adapter) if options.exit_adapter else None
     model, tokenizer = load(options.model, options.dtype, options.device)
     assistant = load(options.assistant, options.dtype, options.device)[0] if options.assistant else None
-    adapter = load_adapter(find_adapter(options.exit_adapter), model) if options.exit_adapter else None
+    adapter = load_adapter(folder, model) if folder else None
     shared = Contestants(options.model, model, assistant, exit_adapter=adapter)
     choose_exit_layers(options, model.config.num_hidden_layers)
     prompts = [encode_prompt(prompt.content, tokenizer, None, model.config.vocab_size) for prompt in written]

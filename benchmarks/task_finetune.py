@@ -132,10 +132,9 @@ def split_settings(folder: Path) -> dict:
 
 def run(options: argparse.Namespace, items: Items) -> dict:
     """Everything; task.json is rewritten whenever there is more of it."""
+    folder = find_adapter(options.plain_adapter, "plain_adapter") if options.plain_adapter else None
     loaded = {name: load(str(getattr(options, name)), options.dtype, "cpu") for name in ("layerskip", "plain")}
-    adapters = {}
-    if options.plain_adapter is not None:
-        adapters["plain"] = load_adapter(find_adapter(options.plain_adapter, "plain_adapter"), loaded["plain"][0])
+    adapters = {"plain": load_adapter(folder, loaded["plain"][0])} if folder else {}
     result = {"items": len(items.prompts), "groups": len(set(items.groups)), "exact_match": {}}
     result |= {"draft_agreement": {}, "decoding": []}
     write(options.out / "environment.json", environment(torch.device("cpu")) | {"options": vars(options)})
