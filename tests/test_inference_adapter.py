@@ -19,7 +19,7 @@ from lskip.inference.costs import Costs, RowCosts
 from lskip.inference.drafting import Draft, DraftPlan, DraftPolicy
 from lskip.inference.lean_step import LeanStep
 from lskip.inference.module_step import ModuleStep
-from lskip.inference.quantized import Int8
+from lskip.inference.quantized import DynamicInt8, Int8
 from lskip.inference.weights import Plain
 
 EXIT = 2
@@ -184,7 +184,7 @@ def test_sampling_with_few_words(acceptance):
 
 
 def test_no_more_is_done_than_needs_be(monkeypatch):
-    """The adapter's blocks see the prompt once, then each row of a draft and of a verification; else nothing."""
+    """The adapter's blocks see the prompt once, then each row of a draft and what is kept of a verification; else nothing."""
     model = make_damped("modules")
     generator = TextGenerator(model, exit_adapter=make_adapter(model, num_blocks=2))
     calls, rows = Counter(), Counter()
@@ -201,7 +201,7 @@ def test_no_more_is_done_than_needs_be(monkeypatch):
         ours = generator.generate(PROMPTS[0], max_new_tokens=20, **settings)
         assert len(ours.token_ids) == 20 and not calls
     ours = generator.generate(PROMPTS[0], num_speculations=3, max_new_tokens=20)
-    expected = len(PROMPTS[0]) + ours.drafted + ours.drafted + ours.rounds - 1
+    expected = len(PROMPTS[0]) + ours.drafted + ours.accepted + ours.rounds - 1  # refused rows are not looked at
     assert rows == {0: expected, 1: expected}
 
 
@@ -215,12 +215,16 @@ def test_the_models_own_states_are_not_computed_twice():
     assert seen == dict.fromkeys(range(4), len(PROMPTS[0]) + ours.drafted + ours.rounds - 1)
 
 
+@pytest.mark.parametrize("form", [Int8, DynamicInt8])
 @pytest.mark.parametrize("words", [None, WORDS])
-def test_rounded_weights_say_nearly_the_same(words):
+def test_rounded_weights_say_nearly_the_same(words, form, monkeypatch):
     model = make_damped()
     adapter = make_adapter(model, words=words)
+    others = "not in this test"
+    works = adapter_module.obstacle_to_rounding
+    monkeypatch.setattr(adapter_module, "obstacle_to_rounding", lambda f, w: works(f, w) if f is form else others)
     step = AdapterStep(adapter)
-    assert step.step.form is Int8
+    assert step.step.form is form
     exits, last = torch.randn(2, 1, 5, 32)
     with torch.inference_mode():
         exact = adapter.joined(exits, last)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lskip.inference import TextGenerator
-from lskip.inference.quantized import DRAFT_FORMS, Int4, Int8
+from lskip.inference.quantized import DRAFT_FORMS, DynamicInt8, Int4, Int8
 from lskip.inference.weights import Plain
 
 
@@ -37,6 +37,29 @@ def test_products_are_those_of_the_rounded_matrix(form, bias):
     assert distance(held.add_to(residual, x), expected + residual) < 0.01
     assert held.add_to(residual, x).dtype == torch.float32  # the sum is not rounded
     assert form is Int8 or distance(Plain(weight, offset)(x), expected) > 0.03
+
+
+def rounded_to_7_bits(x):
+    """Levels 0 … 127 from the least to the largest number, 0 among them, in float64."""
+    x = x.double()
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+    scale = (high - low) / 127
+    zero = torch.round(-low / scale)
+    return ((torch.round(x / scale) + zero).clamp(0, 127) - zero) * scale
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_dynamic_int8_rounds_both_sides_and_nothing_else(bias):
+    """Whole numbers are multiplied exactly; numbers as large as these would overflow 16 bits if inputs had 8."""
+    torch.manual_seed(0)
+    weight, offset = torch.randn(96, 64).sign() + 0.01 * torch.randn(96, 64), torch.randn(96) if bias else None
+    x, residual = torch.rand(3, 64), torch.randn(3, 96)
+    held = DynamicInt8(weight, offset)
+    expected = rounded_to_7_bits(x) @ by_hand(Int8, weight).T + (0 if offset is None else offset)
+    assert torch.allclose(held(x).double(), expected, atol=1e-4)
+    assert torch.allclose(held(x.bfloat16()).double(), expected, atol=0.1) and held(x).dtype == torch.float32
+    assert torch.allclose(held.add_to(residual, x).double(), expected + residual, atol=1e-4)
+    assert held.nbytes == 96 * 64 + 4 * 96 * (1 + bias)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])

@@ -10,8 +10,12 @@ PROSE_DOCUMENT = 4000  # characters after which a long .txt is cut at the next b
 
 
 def standard_library_files() -> list[Path]:
-    """The running interpreter's own .py files, without its tests (about 12 MB)."""
-    return files_below(Path(sysconfig.get_path("stdlib")), suffix=".py")
+    """The running interpreter's own .py files, without its tests and `pydoc`'s manual (about 12 MB).
+
+    The manual is prose inside a .py file; kept out of training, it is what held-out prose is read on.
+    """
+    skipped = SKIPPED_FOLDERS | {"pydoc_data"}
+    return files_below(Path(sysconfig.get_path("stdlib")), suffix=".py", skipped=skipped)
 
 
 def installed_package_files() -> list[Path]:

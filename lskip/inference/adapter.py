@@ -11,12 +11,12 @@ from torch import Tensor
 from lskip.decoder import Decoder
 from lskip.exit_adapter import ExitAdapter, side_by_side
 from lskip.inference.cache import KVCache
-from lskip.inference.form_choice import choose_form
+from lskip.inference.form_choice import STEPS_AND_VERIFICATION, choose_form, fastest
 from lskip.inference.lean_blocks import obstacle, sample_weights
 from lskip.inference.lean_step import LeanStep
 from lskip.inference.module_step import ModuleStep
-from lskip.inference.quantized import HEAD_FORM, Int8, obstacle_to_rounding
-from lskip.inference.weights import Plain
+from lskip.inference.quantized import DynamicInt8, Int8, obstacle_to_rounding
+from lskip.inference.weights import Form, Plain
 
 if TYPE_CHECKING:
     from lskip.inference.engine import Step
@@ -65,7 +65,7 @@ class AdapterStep:
 class AdapterLanes:
     """What an adapter knows of the texts in a batch's lanes.
 
-    Whatever drafts, it is shown every row that the model runs (`observe`), so that it may draft at any time: row p of
+    Whatever drafts, it is shown every row that a text keeps (`observe`), so that it may draft at any time: row p of
     its own cache comes of the exit's state of token p and of the last layer's of token p-1.
 
     Attributes:
@@ -75,7 +75,7 @@ class AdapterLanes:
     """
 
     def __init__(self, adapter: AdapterStep, cache: KVCache, last: Tensor | None):
-        self.adapter, self.cache, self.last, self.seen = adapter, cache, last, last
+        self.adapter, self.cache, self.last = adapter, cache, last
         self.exit_layer = adapter.shape.exit_layer
 
     @classmethod
@@ -92,26 +92,26 @@ class AdapterLanes:
         last = None if self.last is None else self.last[lane : lane + 1].zero_()
         return AdapterLanes(self.adapter, self.cache.lane(lane), last)
 
-    def observe(self, exit_states: Tensor, last_states: Tensor, starts: list[int]) -> None:
-        """Takes in rows that the model has run, as if the texts kept all of them; if not, `keep` has to follow.
+    def observe(
+        self, exit_states: Tensor, last_states: Tensor, starts: list[int], accepted: list[int] | None = None
+    ) -> None:
+        """Takes in what the model has run and the texts keep.
 
         Args:
             exit_states: [A, n, D] after `exit_layer` blocks; those of lane a stand from starts[a] on.
             last_states: [A, n, D] after the last block and the final norm.
+            accepted: lane a keeps its first row and so many more; None: all.
         """
+        accepted = [exit_states.shape[1] - 1] * len(starts) if accepted is None else accepted
+        rows = 1 + max(accepted)  # where another lane keeps more, a lane's row lies beyond its text, to be written over
         before = None
         if self.last is not None:
-            last, self.seen = self.last[: len(starts)], last_states
-            before = torch.cat([last, last_states[:, :-1].to(last.dtype)], 1)
-            last.copy_(last_states[:, -1:])
-        x, top = self.adapter.joined(exit_states, before), self.adapter.shape.num_blocks - 1
+            last, lanes = self.last[: len(starts)], torch.arange(len(starts))
+            before = torch.cat([last, last_states[:, : rows - 1].to(last.dtype)], 1)
+            last[:, 0] = last_states[lanes, accepted].to(last.dtype)
+        x, top = self.adapter.joined(exit_states[:, :rows], before), self.adapter.shape.num_blocks - 1
         x = self.adapter.step.run(x, self.cache, starts, 0, top)
         self.adapter.step.fill(x, self.cache, starts, top, top + 1)  # nothing reads what the last block would give
-
-    def keep(self, rows: Tensor) -> None:
-        """Of the rows that lane a was shown, its text keeps those up to rows[a] [A]."""
-        if self.last is not None:
-            self.last[: len(rows)] = self.seen.take_along_dim(rows[:, None, None], 1)
 
     def reader(self) -> Callable[[Tensor, list[int]], Tensor]:
         """Decodes a draft's exit states one after another: ([A, 1, D], starts) -> logits [A, 1, V].
@@ -141,8 +141,15 @@ def build_adapter_step(decoder: Decoder) -> Step:
     """Its blocks and head: LeanStep, in int8 where that works here; else the modules themselves."""
     if obstacle(decoder) is not None:
         return ModuleStep(decoder)
-    works = all(obstacle_to_rounding(Int8, sample) is None for sample in sample_weights(decoder))
-    step = LeanStep(decoder, Int8, head_form=HEAD_FORM) if works else LeanStep(decoder, Plain)
+    step = LeanStep(decoder, choose_adapter_form(sample_weights(decoder)))
     # It never embeds a token, and would keep the head's original for that; one row is for those who time it.
     step.embedding = step.embedding[:1].clone()
     return step
+
+
+def choose_adapter_form(samples: list[Tensor]) -> Form:
+    """The faster kind of int8 that works on all `samples` [out, in]; Plain where none does."""
+    kinds = (DynamicInt8, Int8)
+    usable = [kind for kind in kinds if all(obstacle_to_rounding(kind, sample) is None for sample in samples)]
+    # It drafts a row at a time, and is shown all rows of a verification at once.
+    return fastest(usable, samples, STEPS_AND_VERIFICATION) if usable else Plain

@@ -88,8 +88,9 @@ class Costs:
     c(E, n) = E block(n) + head(n), b(E, n) = E block(n) and V_E(n) = (L - E) block(n) + head(n).
 
     An exit adapter of A blocks drafts for d (E block(B) + A block_a(B) + head_a(B)) + b(E, B) + V_E(B (d + 1)). Where
-    there is one, a round of any kind that runs n rows, a plain one too, costs A block_a(n) more, for it observes all
-    of them. (Somewhat too much, since of its last block this takes keys and values only. Its join is not timed.)
+    there is one, a round of any kind that runs n rows, a plain one too, costs A block_a(n) more, for it observes them.
+    (Somewhat too much: of its last block this takes keys and values only, and refused rows are not observed. Its join
+    is not timed.)
 
     Attributes:
         num_layers: L.

@@ -94,16 +94,14 @@ class Round(NamedTuple):
     accepted: list[int]
 
 
-def run_to(
+def run_past(
     step: Step, x: Tensor, cache: KVCache, starts: list[int], first: int, full: int, adapter: AdapterLanes | None
-) -> Tensor:
-    """Blocks `first` … `full`-1 as Step.run; an adapter sees the states of its exit and of the last layer."""
+) -> tuple[Tensor | None, Tensor]:
+    """Blocks `first` … `full`-1 as Step.run: the states at an adapter's exit (None without one), and at the end."""
     if adapter is None:
-        return step.run(x, cache, starts, first, full)
+        return None, step.run(x, cache, starts, first, full)
     at_exit = step.run(x, cache, starts, first, adapter.exit_layer)
-    x = step.run(at_exit, cache, starts, adapter.exit_layer, full)
-    adapter.observe(at_exit, step.norm(x), starts)
-    return x
+    return at_exit, step.run(at_exit, cache, starts, adapter.exit_layer, full)
 
 
 def prefill(step: Step, cache: KVCache, prompt: list[int], full: int, adapter: AdapterLanes | None = None) -> Tensor:
@@ -117,7 +115,9 @@ def prefill(step: Step, cache: KVCache, prompt: list[int], full: int, adapter: A
     """
     start = 0
     for rows in torch.tensor([prompt], device=step.device).split(PREFILL_ROWS, dim=1):
-        x = run_to(step, step.embed(rows, [start]), cache, [start], 0, full, adapter)
+        at_exit, x = run_past(step, step.embed(rows, [start]), cache, [start], 0, full, adapter)
+        if adapter is not None:
+            adapter.observe(at_exit, step.norm(x), [start])
         start += rows.shape[1]
     return step.decode(x[:, -1:])
 
@@ -167,12 +167,12 @@ def verify(step: Step, lanes: Lanes, drafted: Drafted, full: int, chooser: Choos
         x = torch.cat([*drafted.states, x], 1)
     else:
         x = step.embed(torch.cat([lanes.pending[:, None], drafted.ids], 1), starts)
-    x = run_to(step, x, lanes.cache, starts, drafted.exit_block, full, lanes.adapter)
+    at_exit, x = run_past(step, x, lanes.cache, starts, drafted.exit_block, full, lanes.adapter)
     accepted, own = chooser.settle(step.decode(x), drafted.ids)
-    if lanes.adapter is not None:
-        lanes.adapter.keep(accepted)
     # The round's one transfer from the device.
     table = torch.cat([accepted[:, None], own[:, None], drafted.ids], 1).tolist()
+    if lanes.adapter is not None:
+        lanes.adapter.observe(at_exit, step.norm(x), starts, [count for count, *_ in table])
     lanes.pending = own
     for lane, (count, *_) in enumerate(table):
         # Rolling back is not moving on: slots of refused tokens are beyond the new length, to be written over.
