@@ -184,7 +184,7 @@ def test_sampling_with_few_words(acceptance):
 
 
 def test_no_more_is_done_than_needs_be(monkeypatch):
-    """The adapter's blocks see the prompt once, then each row of a draft and what is kept of a verification; else nothing."""
+    """The adapter's blocks see prompts, rows of drafts and what is kept of a verification once, and nothing else."""
     model = make_damped("modules")
     generator = TextGenerator(model, exit_adapter=make_adapter(model, num_blocks=2))
     calls, rows = Counter(), Counter()
