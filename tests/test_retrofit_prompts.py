@@ -32,8 +32,8 @@ def test_retrofit_prompts(retrofit_prompts, tmp_path, monkeypatch):
         == 1
     )
     assert retrofit_prompts.make_prompts(300) == prompts[:300] != retrofit_prompts.make_prompts(300, seed=1)
-    for kind in retrofit_prompts.KINDS:
-        assert set(kind()) & set(prompts)
+    for made, _ in retrofit_prompts.kinds().values():
+        assert set(made()) & set(prompts)
     with pytest.raises(ValueError, match=r"number: 1000000, but there are only \d+ prompts"):
         retrofit_prompts.make_prompts(10**6)
     argv = ["--out", str(tmp_path / "new" / "out.jsonl"), "--number", "40"]
@@ -51,6 +51,6 @@ def test_nothing_is_trained_on_what_is_published(retrofit_prompts):
     ]
     assert len(published) >= 10
     contents = [set(re.findall(r"\w{4,}", prompt.lower())) for prompt in published]
-    for prompt in (prompt for kind in retrofit_prompts.KINDS for prompt in kind()):
+    for prompt in (prompt for made, _ in retrofit_prompts.kinds().values() for prompt in made()):
         told = set(re.findall(r"\w{4,}", prompt.lower()))
         assert all(len(told & content) < 0.7 * len(content) for content in contents), prompt
