@@ -16,8 +16,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lskip.adapter_answers import AnswerRow, frequent_words, read_answers
 from lskip.adapter_start import fit_join
-from lskip.adapter_states import AnswerData, AnswerRow, answer_states, frequent_words, read_answers
+from lskip.adapter_states import AnswerData, answer_states
 from lskip.adapter_training import AdapterModule, AveragedWeights, TimeBudget, report
 from lskip.callbacks.run_checkpoint import RunCheckpoint
 from lskip.checks import check_real, check_whole
@@ -120,10 +121,10 @@ def adapt(
 ) -> None:
     """Train an exit adapter: with it the exit of a model that stays as it is drafts what its last layer says.
 
-    The model's states on the answers are computed once and kept on disk, so that a training step runs the adapter
+    The model's states on each answer are computed once and kept on disk, so that a training step runs the adapter
     alone. 3 % of the prompts are held out; of their answers those are measured on that the model writes greedily.
-    `output` gets adapter.json and adapter.safetensors (after every
-    validation, too) and in the end metrics.json; logs and the checkpoint to go on from lie in folders of it.
+    `output` gets adapter.json and adapter.safetensors (after every validation, too) and in the end metrics.json; logs
+    and the checkpoint to go on from lie in folders of it.
 
     Args:
         answers: list of .jsonl files that `lskip predict` wrote with this model.
@@ -138,7 +139,8 @@ def adapt(
         chat: whether `lskip predict` put plain prompts into the chat template, as it was told there; null: where the
             model has one.
         device: cpu, cuda …; auto takes a GPU where there is one.
-        cache_dir: where the states are kept, for SmolLM2 2.3 KB a token; null: ~/.cache/lskip.
+        cache_dir: where the states are kept, for SmolLM2 2.3 KB a token, of each further exit_layer 1.2; null:
+            ~/.cache/lskip.
         start: folder of an adapter of the same shape whose weights it begins with (smollm2: the one that comes with
             lskip), to train it further on other answers, or otherwise; its words are kept. null: it begins as a copy
             of the model's top, with a join that is fitted to it.

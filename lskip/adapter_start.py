@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lskip.adapter_states import AnswerRow
+from lskip.adapter_answers import AnswerRow
 from lskip.adapter_training import one_later
 from lskip.decoder import Decoder
 from lskip.exit_adapter import ExitAdapter, side_by_side

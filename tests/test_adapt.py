@@ -12,10 +12,8 @@ from safetensors.torch import load_file
 import lskip.adapt as adapt_module
 from lskip import commands
 from lskip.adapt import CHECKPOINT, AdapterTraining, adapt
-from lskip.adapter_states import (
-    AnswerStates,
-    collate,
-)
+from lskip.adapter_answers import read_answers
+from lskip.adapter_states import answer_states, collate
 from lskip.adapter_training import AdapterModule, report
 from lskip.exit_adapter import AdapterShape, ExitAdapter, load_adapter
 
@@ -50,7 +48,7 @@ def run(tmp_path, frozen, answers_file):
     return call
 
 
-def test_an_adapter_learns_and_its_model_stays(run, frozen, capsys):
+def test_an_adapter_learns_and_its_model_stays(run, frozen, capsys, answers_file, tiny_tokenizer):
     before = {name: part.clone() for name, part in frozen.state_dict().items()}
     folder = run("out", vocabulary=None, max_steps=80, lr=1e-2, val_every=60)
     assert all(torch.equal(part, before[name]) for name, part in frozen.state_dict().items())
@@ -61,8 +59,8 @@ def test_an_adapter_learns_and_its_model_stays(run, frozen, capsys):
     # What is saved is what was measured.
     module = AdapterModule(load_adapter(folder, frozen))
     assert len(module.adapter.token_ids) == 300
-    states = AnswerStates(next(folder.parent.glob("cache/adapter_states/*/held_out")))
-    batch = collate(list(states))
+    rows = read_answers([answers_file], frozen, tiny_tokenizer, 40)
+    batch = collate(list(answer_states(frozen, rows, 2, folder.parent / "cache" / "adapter_states")[1]))
     with torch.no_grad():
         told = report(module.hits(batch))
         at_first = report(AdapterModule(ExitAdapter(frozen, AdapterShape(2)).eval()).hits(batch))

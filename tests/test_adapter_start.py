@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from lskip.adapter_answers import AnswerRow
 from lskip.adapter_start import ANSWERS, RIDGE, fit_join
-from lskip.adapter_states import AnswerRow
 from lskip.adapter_training import AdapterModule
 from lskip.exit_adapter import AdapterShape, ExitAdapter
 

@@ -8,14 +8,9 @@ import pytest
 import torch
 
 from lskip import adapter_states
-from lskip.adapter_states import (
-    ROWS_FILE,
-    AnswerData,
-    answer_states,
-    frequent_words,
-    is_held_out,
-    read_answers,
-)
+from lskip.adapter_answers import frequent_words, is_held_out, read_answers
+from lskip.adapter_states import AnswerData, answer_states
+from lskip.row_store import INDEX, INDEX_FILE
 
 
 @pytest.fixture
@@ -108,33 +103,71 @@ def test_states_on_disk_are_the_models_own(tmp_path, tiny_model, rows, family):
                 assert (kept["choices"] >= 0).sum() == len(scored)
 
 
-def test_a_killed_computation_goes_on(tmp_path, tiny_model, rows, monkeypatch):
+@pytest.fixture
+def computed(monkeypatch):
+    """(row, blocks) of all that the model runs on from here on."""
+    seen, compute = [], adapter_states._states_of
+
+    def counted(batch, decoder, exit_layer, depth):
+        seen.extend((row, depth) for row in batch)
+        return compute(batch, decoder, exit_layer, depth)
+
+    monkeypatch.setattr(adapter_states, "_states_of", counted)
+    return seen
+
+
+def assert_equal(found, expected):
+    """Of two pairs of AnswerStates."""
+    for states, others in zip(found, expected, strict=True):
+        for row, other in zip(states, others, strict=True):
+            assert row.keys() == other.keys()
+            assert all(torch.equal(row[name], part) for name, part in other.items())
+
+
+def test_a_killed_computation_goes_on(tmp_path, tiny_model, rows, computed):
     model = tiny_model()
-    whole = answer_states(model, rows(model), 2, tmp_path / "whole")
-    computed = []
-    compute = adapter_states._states_of
-    monkeypatch.setattr(
-        adapter_states, "_states_of", lambda batch, *more: computed.append(batch) or compute(batch, *more)
-    )
-    answer_states(model, rows(model), 2, tmp_path / "whole")
-    assert not computed  # all is there
-    part = answer_states(model, rows(model), 2, tmp_path / "part")[0]
-    folder = next((tmp_path / "part").iterdir()) / "train"
-    all_at_first, computed[:] = len(computed), []
-    with (folder / ROWS_FILE).open("r+b") as file:
-        file.truncate(8 * 70 + 3)  # in the midst of its 9th batch; the other files are ahead
-    with (folder / "exit_states.bin").open("ab") as file:
-        file.write(b"half a row")
-    again = answer_states(model, rows(model), 2, tmp_path / "part")
-    assert 0 < len(computed) < all_at_first - 8
-    for states, expected in zip(again, whole, strict=True):
-        for name, content in expected.parts.items():
-            assert (states.parts[name] == content).all()
-    assert len(part) == len(again[0])
-    assert (
-        answer_states(tiny_model(seed=1), rows(model), 2, tmp_path / "part")
-        and len(list((tmp_path / "part").iterdir())) == 2
-    )
+    wanted = rows(model)
+    whole = answer_states(model, wanted, 2, tmp_path / "whole")
+    assert [row for row, _ in computed] == sorted(wanted, key=lambda row: row.held_out)
+    answer_states(model, wanted, 2, tmp_path / "part")
+    early, last = (next((tmp_path / "part").iterdir()) / "train" / part for part in ("exit_2", "last"))
+    with (last / INDEX_FILE).open("r+b") as file:  # killed in the midst of writing the 9th batch of 8 rows
+        file.truncate(64 * INDEX.itemsize + 3)
+    with (early / INDEX_FILE).open("r+b") as file:
+        file.truncate(72 * INDEX.itemsize)
+    for folder in (early, last):
+        for path in folder.glob("*states.bin"):
+            path.write_bytes(path.read_bytes()[:-1000] + b"half a row")
+    # Only the index tells what is whole: the files are ahead of it.
+    del computed[:]
+    again = answer_states(model, wanted, 2, tmp_path / "part")
+    train = [row for row in wanted if not row.held_out]
+    assert computed == [(row, 4) for row in train[64:]]
+    assert_equal(again, whole)
+
+
+def test_only_what_is_new_is_computed(tmp_path, tiny_model, rows, computed):
+    """More answers in another order, another exit, another model."""
+    model = tiny_model()
+    wanted = rows(model)
+    some = [row for row in wanted if row.held_out] + wanted[10:60:2]
+    answer_states(model, some, 2, tmp_path)
+    del computed[:]
+    more = answer_states(model, wanted, 2, tmp_path)
+    assert {row for row, _ in computed} == set(wanted) - set(some) and {depth for _, depth in computed} == {4}
+    del computed[:]
+    deeper = answer_states(model, wanted[::-1], 3, tmp_path)
+    assert {row for row, _ in computed} == set(wanted) and {depth for _, depth in computed} == {3}
+    del computed[:]
+    assert_equal(answer_states(model, wanted, 2, tmp_path), more)
+    assert not computed
+    whole = answer_states(model, wanted[::-1], 3, tmp_path / "other")
+    for states, others in zip(deeper, whole, strict=True):  # batches were others: equal but for rounding
+        for row, other in zip(states, others, strict=True):
+            torch.testing.assert_close(row["exit_states"], other["exit_states"], rtol=0.02, atol=0.02)
+    del computed[:]
+    answer_states(tiny_model(seed=1), wanted, 2, tmp_path)
+    assert len(computed) == len(wanted)
 
 
 def test_greedy_answers_are_told_from_others(tmp_path, tiny_model, rows):

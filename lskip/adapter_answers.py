@@ -1,0 +1,111 @@
+"""Answers of a frozen model, read as what an exit adapter is trained on: prompts with answers, as tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lskip.data.documents import fraction_of, text_digest
+from lskip.inference.generator import end_tokens
+from lskip.inference.text import encode_prompt
+
+HELD_OUT = 0.03  # of the prompts
+
+
+@dataclass(frozen=True)
+class AnswerRow:
+    """A prompt and its answer, as tokens.
+
+    Attributes:
+        token_ids: both, one after the other.
+        prompt_length: how many are the prompt's. Positions from its last to the last but one predict the answer.
+        held_out: whether nothing is trained on it.
+    """
+
+    token_ids: tuple[int, ...]
+    prompt_length: int
+    held_out: bool
+
+    @cached_property
+    def digest(self) -> int:
+        """64 bits that stand for its tokens and where the answer begins."""
+        numbers = np.array([self.prompt_length, *self.token_ids], np.int32)
+        return int.from_bytes(hashlib.sha256(numbers.tobytes()).digest()[:8], "little")
+
+
+def read_answers(
+    paths: list[Path],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    chat: bool | None = None,
+) -> list[AnswerRow]:
+    """The answers in files that `lskip predict` wrote, each once, cut to `block_size` tokens, shortest first.
+
+    What is held out is decided by the hash of the prompt, so that all answers to a prompt are on the same side.
+
+    Args:
+        chat: as the prompts were given to the model: through the chat template or not; None: where it has one.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is no answer (with file and number), or a side of the split without any.
+    """
+    ends = end_tokens(model, tokenizer)
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else min(ends, default=None)
+    rows = {}
+    for path in paths:
+        for fields in _lines(path):
+            prompt = fields["prompt"] if "prompt" in fields else fields["messages"]
+            ids = encode_prompt(prompt, tokenizer, chat, model.config.vocab_size)
+            answer = tokenizer(fields["text"], add_special_tokens=False)["input_ids"]
+            if fields.get("finish_reason") == "eos" and end is not None:
+                answer.append(end)
+            if answer and len(ids) < block_size:
+                rows[AnswerRow(tuple([*ids, *answer][:block_size]), len(ids), is_held_out(prompt))] = None
+    for held_out in (False, True):
+        if not any(row.held_out == held_out for row in rows):
+            side = "is held out" if held_out else "is left to train on"
+            raise ValueError(f"answers: of {len(rows)} answers within {block_size} tokens none {side}; give more")
+    return sorted(rows, key=lambda row: len(row.token_ids))
+
+
+def is_held_out(prompt: str | list[dict]) -> bool:
+    """Whether a prompt, a text or chat messages, is among the 3 % that are held out."""
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    return fraction_of(text_digest(text)) < HELD_OUT
+
+
+def _lines(path: Path) -> Iterator[dict]:
+    if not path.is_file():
+        raise FileNotFoundError(f"answers: there is no file '{path}'")
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"answers: line {number} of '{path}' is not JSON ({error.msg})") from error
+        asked = isinstance(fields, dict) and ("prompt" in fields) != ("messages" in fields)
+        if not asked or not isinstance(fields.get("text"), str):
+            raise ValueError(f"answers: line {number} of '{path}' is not what `lskip predict` writes")
+        yield fields
+
+
+def frequent_words(
+    rows: list[AnswerRow], size: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Tensor:
+    """At most [size] token ids, ascending: what ends a text, and the most frequent tokens of the training answers."""
+    answers = [np.array(row.token_ids[row.prompt_length :]) for row in rows if not row.held_out]
+    counts = np.bincount(np.concatenate(answers), minlength=model.config.vocab_size)
+    counts[list(end_tokens(model, tokenizer))] = counts.max() + 1
+    return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:size]))
