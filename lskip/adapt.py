@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,11 +15,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lskip.adapter_answers import AnswerRow, frequent_words, read_answers
+from lskip.adapter_options import AdapterData, AdapterTraining
+from lskip.adapter_recording import record_answers
 from lskip.adapter_start import fit_join
-from lskip.adapter_states import AnswerData, answer_states
+from lskip.adapter_states import AnswerData, StateCache
 from lskip.adapter_training import AdapterModule, AveragedWeights, TimeBudget, report
 from lskip.callbacks.run_checkpoint import RunCheckpoint
-from lskip.checks import check_real, check_whole
+from lskip.checks import check_whole
 from lskip.decoder import Decoder
 from lskip.exit_adapter import (
     SHAPE_FILE,
@@ -39,108 +39,39 @@ from lskip.trainer_manners import interruptible, quiet_lightning
 
 METRICS_FILE = "metrics.json"
 CHECKPOINT = Path("training") / "last.ckpt"  # not where a run of `fit` has its own: an adapter is no model
-DEFAULT_STEPS = 2000
 SAVED_DTYPE = torch.bfloat16
 
 
-@dataclass(frozen=True)
-class AdapterTraining:
-    """How an adapter is trained.
-
-    Attributes:
-        max_steps: optimizer steps, at most; null: 2000, or with max_minutes as many as go into them.
-        max_minutes: ends training after so many minutes, validations included, and the learning rate's decay with
-            it; two such runs are not the same to the bit. null: max_steps alone decides.
-        batch_size: answers a step.
-        lr: full learning rate of AdamW.
-        warmup_steps: optimizer steps until the full rate.
-        unroll: draft steps that it is trained on, each on what it made of the one before.
-        decay: weight of a draft step in the loss, against the one before.
-        unroll_every: draft steps after the first are trained on the drafts that begin at one position of so many.
-        ema: what is kept is an average of the weights with this decay a step; null: the last weights.
-        precision: of training; bf16-mixed computes the model's states in bfloat16 too, faster where the CPU can.
-        val_every: optimizer steps between two validations.
-        val_answers: held-out answers that a validation looks at; in the end it is all of them.
-        checkpoint_every: optimizer steps between two checkpoints.
-        seed: of the order of the answers.
-
-    Raises:
-        ValueError: a number out of its range.
-    """
-
-    max_steps: int | None = None
-    max_minutes: float | None = None
-    batch_size: int = 16
-    lr: float = 1e-3
-    warmup_steps: int = 50
-    unroll: int = 3
-    decay: float = 0.8
-    unroll_every: int = 3
-    ema: float | None = 0.995
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    val_every: int = 250
-    val_answers: int = 64
-    checkpoint_every: int = 100
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in ("batch_size", "unroll", "unroll_every", "val_every", "val_answers", "checkpoint_every"):
-            check_whole(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "seed"):
-            check_whole(name, getattr(self, name), 0)
-        for name in ("lr", "decay"):
-            check_real(name, getattr(self, name), "above 0", lambda value: value > 0)
-        if self.max_steps is not None:
-            check_whole("max_steps", self.max_steps, 1)
-        if self.max_minutes is not None:
-            check_real("max_minutes", self.max_minutes, "above 0", lambda value: value > 0)
-        if self.ema is not None:
-            check_real("ema", self.ema, "between 0 and 1", lambda value: 0 < value < 1)
-
-    @property
-    def steps(self) -> int:
-        """-1: as many as there is time for."""
-        return self.max_steps or (DEFAULT_STEPS if self.max_minutes is None else -1)
-
-
 def adapt(
-    answers: list[str],
     output: str,
+    data: AdapterData,
     training: AdapterTraining,
     model: str = "smollm2",
     exit_layer: int = 3,
     num_blocks: int = 1,
     joins_last_state: bool = True,
     vocabulary: int | None = 8192,
-    block_size: int = 256,
-    chat: bool | None = None,
     device: str = "auto",
-    cache_dir: str | None = None,
     start: str | None = None,
     resume: bool = False,
 ) -> None:
     """Train an exit adapter: with it the exit of a model that stays as it is drafts what its last layer says.
 
-    The model's states on each answer are computed once and kept on disk, so that a training step runs the adapter
-    alone. 3 % of the prompts are held out; of their answers those are measured on that the model writes greedily.
-    `output` gets adapter.json and adapter.safetensors (after every validation, too) and in the end metrics.json; logs
-    and the checkpoint to go on from lie in folders of it.
+    The model answers the prompts, and its states on each answer are kept on disk, so that a training step runs the
+    adapter alone. 3 % of the prompts are held out; of their answers those are measured on that the model writes
+    greedily. `output` gets adapter.json and adapter.safetensors (after every validation, too) and in the end
+    metrics.json; logs and the checkpoint to go on from lie in folders of it.
 
     Args:
-        answers: list of .jsonl files that `lskip predict` wrote with this model.
         output: folder for the adapter; it must not exist yet, or be empty.
+        data: what it is trained on.
         training: how it is trained.
         model: a run folder, a checkpoint, a folder, a hub name, a .gguf file, smollm2.
         exit_layer: blocks of the model that run before the adapter.
         num_blocks: blocks of the adapter, at first copies of the model's last ones.
         joins_last_state: it also gets the last layer's state of the token before, on drafted tokens its own.
         vocabulary: it predicts so many tokens, the most frequent ones of the answers; null: all.
-        block_size: tokens of a prompt with its answer; longer ones are cut.
-        chat: whether `lskip predict` put plain prompts into the chat template, as it was told there; null: where the
-            model has one.
         device: cpu, cuda …; auto takes a GPU where there is one.
-        cache_dir: where the states are kept, for SmolLM2 2.3 KB a token, of each further exit_layer 1.2; null:
-            ~/.cache/lskip.
         start: folder of an adapter of the same shape whose weights it begins with (smollm2: the one that comes with
             lskip), to train it further on other answers, or otherwise; its words are kept. null: it begins as a copy
             of the model's top, with a join that is fitted to it.
@@ -148,41 +79,43 @@ def adapt(
 
     Raises:
         ValueError: an argument out of its range, `output` holds something, answers that do not suffice.
-        FileNotFoundError: no such model or answers, or nothing to resume.
+        FileNotFoundError: no such model, prompts or answers, or nothing to resume.
     """
     shape = AdapterShape(exit_layer, num_blocks, joins_last_state)
-    check_whole("block_size", block_size, 2)
     if vocabulary is not None:
         check_whole("vocabulary", vocabulary, 16)
     place, folder = resolve_device(device), Path(output)
-    _check_files(folder, answers, start, resume)
-    frozen, tokenizer = _load(model, shape, block_size)
-    rows = _read(answers, frozen, tokenizer, block_size, chat, training.batch_size)
-    adapter = _adapter(frozen, tokenizer, rows, shape, vocabulary, start)
-    cache = Path(cache_dir or "~/.cache/lskip").expanduser() / "adapter_states"
+    _check_files(folder, start, resume)
+    prompts = data.read_prompts()
+    frozen, tokenizer = _load(model, shape, data.block_size)
     _move(frozen, place, torch.float32 if training.precision == "32-true" else torch.bfloat16)
-    states = answer_states(frozen, rows, exit_layer, cache)
+    with StateCache(frozen, exit_layer, data.cache) as cache:
+        if prompts is None:
+            rows = read_answers(data.answer_files, frozen, tokenizer, data.block_size, data.chat)
+        else:
+            limits = data.block_size, data.max_new_tokens, data.answers_at_once, data.chat
+            rows = record_answers(cache, frozen, tokenizer, prompts, *limits)
+        _check_enough(rows, training.batch_size)
+        adapter = _adapter(frozen, tokenizer, rows, shape, vocabulary, start)
+        states = cache.states(rows)
     if start is None and not resume:
         fit_join(adapter, frozen, [row for row in rows if not row.held_out])
-    data = AnswerData(*states, training.batch_size, training.val_answers, training.seed)
+    batches = AnswerData(*states, training.batch_size, training.val_answers, training.seed)
     del frozen  # from here on only the adapter runs
     chosen = (getattr(training, name) for name in ("unroll", "decay", "unroll_every", "lr", "warmup_steps"))
     module = AdapterModule(adapter, *chosen)
     timer = TimeBudget(training.max_minutes)
     trainer = _trainer(folder, training, timer, place, resume)
     with interruptible(trainer, folder / CHECKPOINT, "--resume true"):
-        trainer.fit(module, datamodule=data, ckpt_path=folder / CHECKPOINT if resume else None, weights_only=True)
+        trainer.fit(module, datamodule=batches, ckpt_path=folder / CHECKPOINT if resume else None, weights_only=True)
     module.to(place)  # from where Lightning has taken it
     spent = {"steps": trainer.global_step, "seconds": round(timer.time_elapsed(), 1)}
-    _finish(folder, module, {**_measure(module, data), **spent})
+    _finish(folder, module, {**_measure(module, batches), **spent})
 
 
-def _check_files(folder: Path, answers: list[str], start: str | None, resume: bool) -> None:
+def _check_files(folder: Path, start: str | None, resume: bool) -> None:
     if start is not None:
         find_adapter(start, "start")
-    for path in answers:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"answers: there is no file '{path}'")
     if resume and not (folder / CHECKPOINT).is_file():
         raise FileNotFoundError(f"resume: there is no file '{folder / CHECKPOINT}'")
     if not resume and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
@@ -202,20 +135,11 @@ def _load(source: str, shape: AdapterShape, block_size: int) -> tuple[PreTrained
     return model, tokenizer
 
 
-def _read(
-    answers: list[str],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    block_size: int,
-    chat: bool | None,
-    batch_size: int,
-) -> list[AnswerRow]:
-    """The answers; ValueError where they do not fill a batch."""
-    rows = read_answers([Path(path) for path in answers], model, tokenizer, block_size, chat)
+def _check_enough(rows: list[AnswerRow], batch_size: int) -> None:
+    """ValueError where the answers do not fill a batch."""
     num = sum(not row.held_out for row in rows)
     if num < batch_size:
         raise ValueError(f"batch_size: {batch_size}, but there are only {num} answers to train on")
-    return rows
 
 
 def _adapter(
@@ -226,13 +150,13 @@ def _adapter(
     vocabulary: int | None,
     start: str | None,
 ) -> ExitAdapter:
-    """A new one, or the one in the folder `start`."""
+    """A new one, or the one in the folder `start`; in float32 whatever the model is in."""
     if start is None:
         words = None if vocabulary is None else frequent_words(rows, vocabulary, model, tokenizer)
         adapter = ExitAdapter(model, shape, words)
     else:
         adapter = load_adapter(find_adapter(start), model, shape)
-    return adapter.eval()  # dropout would be the only thing that differs from run to run, or after resuming
+    return adapter.float().eval()  # dropout would be the only thing that differs from run to run, or after resuming
 
 
 def _move(model: PreTrainedModel, place: torch.device, dtype: torch.dtype) -> None:

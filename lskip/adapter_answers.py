@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,9 +37,13 @@ class AnswerRow:
 
     @cached_property
     def digest(self) -> int:
-        """64 bits that stand for its tokens and where the answer begins."""
-        numbers = np.array([self.prompt_length, *self.token_ids], np.int32)
-        return int.from_bytes(hashlib.sha256(numbers.tobytes()).digest()[:8], "little")
+        """Stands for its tokens and where the answer begins."""
+        return digest_of([self.prompt_length, *self.token_ids])
+
+
+def digest_of(numbers: Sequence[int]) -> int:
+    """64 bits that stand for so many whole numbers."""
+    return int.from_bytes(hashlib.sha256(np.array(numbers, np.int32).tobytes()).digest()[:8], "little")
 
 
 def read_answers(
@@ -72,6 +76,11 @@ def read_answers(
                 answer.append(end)
             if answer and len(ids) < block_size:
                 rows[AnswerRow(tuple([*ids, *answer][:block_size]), len(ids), is_held_out(prompt))] = None
+    return in_order(rows, block_size)
+
+
+def in_order(rows: Collection[AnswerRow], block_size: int) -> list[AnswerRow]:
+    """Shortest first; ValueError for a side of the split without any."""
     for held_out in (False, True):
         if not any(row.held_out == held_out for row in rows):
             side = "is held out" if held_out else "is left to train on"

@@ -38,7 +38,7 @@ class AnswerStates(Dataset):
         """stores: hold all parts of all rows."""
         self.rows, self.lengths = rows, np.array([len(row.token_ids) for row in rows])
         self._parts = {
-            name: (store.mapped(name), [store.start(row.digest) for row in rows])
+            name: (store.mapped(name), [store.place(row.digest) for row in rows])
             for store in stores
             for name in store.widths
         }
@@ -48,8 +48,8 @@ class AnswerStates(Dataset):
 
     def part(self, name: str, index: int) -> np.ndarray:
         """[S, width], of one row."""
-        numbers, starts = self._parts[name]
-        return numbers[starts[index] : starts[index] + self.lengths[index]]
+        numbers, places = self._parts[name]
+        return numbers[places[index]]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = {"token_ids": torch.tensor(self.rows[index].token_ids, dtype=torch.int32)}
@@ -78,25 +78,76 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in rows[0]}
 
 
-def answer_states(
-    model: PreTrainedModel, rows: list[AnswerRow], exit_layer: int, cache: Path
-) -> tuple[AnswerStates, AnswerStates]:
-    """(to train on, held out): what `model`, as it is, computes on `rows`; from `cache` as far as it is there.
+class StateCache:
+    """What a frozen model, as it is, computes on rows, kept on disk; of one exit at a time.
 
-    Further answers, or another exit_layer, cost only what is new about them. A process that is killed goes on from the
-    last few rows; a second one waits for the first.
+    Further rows, or another exit_layer, cost only what is new about them, and a kill loses the last few rows. It is a
+    context, which other processes wait for; what it gave is readable after it.
 
-    Args:
-        rows: of `read_answers`.
-        exit_layer: blocks that run before the states of the exit.
-        cache: a folder of many such.
+    Attributes:
+        answers: token_ids of texts that the model wrote, by a digest of what they answer.
     """
-    decoder = Decoder(model)
-    folder = cache / _key(decoder)
-    sides = {split: [row for row in rows if row.held_out == (split == "held_out")] for split in SPLITS}
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        return tuple(_filled(folder / split, side, decoder, exit_layer) for split, side in sides.items())
+
+    def __init__(self, model: PreTrainedModel, exit_layer: int, cache: Path):
+        """exit_layer: blocks that run before the states of the exit. cache: a folder of many such."""
+        self.decoder, self.exit_layer = Decoder(model), exit_layer
+        folder, width = cache / _key(self.decoder), self.decoder.hidden_size
+        self.answers = RowStore(folder / "answers", {"token_ids": (np.int32, 1)})
+        self._stores = {}
+        for split in SPLITS:
+            choices = {"choices": (np.int32, 1)} if split == "held_out" else {}
+            # bfloat16 as the integers of its bits
+            early = RowStore(folder / split / f"exit_{exit_layer}", {"exit_states": (np.int16, width)})
+            last = RowStore(folder / split / "last", {"last_states": (np.int16, width), **choices})
+            self._stores[split] = early, last
+        self._lock = FileLock(folder / ".lock")
+
+    def __enter__(self) -> StateCache:
+        self._lock.acquire()
+        for store in (self.answers, *self._stores["train"], *self._stores["held_out"]):
+            store.open()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._lock.release()
+
+    def add(self, row: AnswerRow, exit_states: Tensor, last_states: Tensor) -> None:
+        """States [S, D] of a row that were computed elsewhere; the last layer's are after the final norm."""
+        for store in self._stores[_side(row)]:
+            store.append([row.digest], [_parts_of(row, exit_states, last_states, self.decoder)])
+
+    def states(self, rows: list[AnswerRow]) -> tuple[AnswerStates, AnswerStates]:
+        """(to train on, held out) of `rows`; what is missing is computed."""
+        sides = {split: [row for row in rows if _side(row) == split] for split in SPLITS}
+        missing = {split: self._missing(side) for split, side in sides.items()}
+        tokens = sum(len(row.token_ids) for groups in missing.values() for group in groups for row in group)
+        with tqdm(total=tokens, unit="token", unit_scale=True, desc="states", disable=not tokens) as bar:
+            for split, (known, new) in missing.items():
+                self._fill(split, known, self.exit_layer, bar)
+                self._fill(split, new, self.decoder.num_layers, bar)
+        return tuple(AnswerStates(sides[split], self._stores[split]) for split in SPLITS)
+
+    def _missing(self, rows: list[AnswerRow]) -> tuple[list[AnswerRow], list[AnswerRow]]:
+        """Those that lack this exit alone, and those that lack all, of one side."""
+        if not rows:
+            return [], []
+        early, last = self._stores[_side(rows[0])]
+        known = [row for row in rows if row.digest in last and row.digest not in early]
+        return known, [row for row in rows if row.digest not in last]
+
+    def _fill(self, split: str, rows: list[AnswerRow], depth: int, bar: tqdm) -> None:
+        """Runs `depth` blocks on rows and keeps what that gives."""
+        early, last = self._stores[split]
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            batch = rows[start : start + ROWS_AT_ONCE]
+            parts = _states_of(batch, self.decoder, self.exit_layer, depth)
+            for store in (early,) if depth == self.exit_layer else (early, last):
+                store.append([row.digest for row in batch], parts)
+            bar.update(sum(len(row.token_ids) for row in batch))
+
+
+def _side(row: AnswerRow) -> str:
+    return "held_out" if row.held_out else "train"
 
 
 def _key(decoder: Decoder) -> str:
@@ -108,29 +159,6 @@ def _key(decoder: Decoder) -> str:
     return digest.hexdigest()[:32]
 
 
-def _filled(folder: Path, rows: list[AnswerRow], decoder: Decoder, exit_layer: int) -> AnswerStates:
-    """One side's states, what is missing computed and added."""
-    width = decoder.hidden_size
-    choices = {"choices": (np.int32, 1)} if folder.name == "held_out" else {}
-    # bfloat16 as the integers of its bits
-    last = RowStore(folder / "last", {"last_states": (np.int16, width), **choices})
-    early = RowStore(folder / f"exit_{exit_layer}", {"exit_states": (np.int16, width)})
-    for store in (last, early):
-        store.cut()
-    new = [row for row in rows if row.digest not in last]
-    known = [row for row in rows if row.digest in last and row.digest not in early]
-    missing = sum(len(row.token_ids) for row in (*new, *known))
-    with tqdm(total=missing, unit="token", unit_scale=True, desc="states", disable=not missing) as bar:
-        for group, depth, stores in ((known, exit_layer, [early]), (new, decoder.num_layers, [early, last])):
-            for start in range(0, len(group), ROWS_AT_ONCE):
-                batch = group[start : start + ROWS_AT_ONCE]
-                parts = _states_of(batch, decoder, exit_layer, depth)
-                for store in stores:
-                    store.append([row.digest for row in batch], parts)
-                bar.update(sum(len(row.token_ids) for row in batch))
-    return AnswerStates(rows, (early, last))
-
-
 @torch.inference_mode()
 def _states_of(rows: Sequence[AnswerRow], decoder: Decoder, exit_layer: int, depth: int) -> list[dict[str, np.ndarray]]:
     """For each row what the stores hold of it; the exit's states alone where no more than `exit_layer` blocks run."""
@@ -139,22 +167,31 @@ def _states_of(rows: Sequence[AnswerRow], decoder: Decoder, exit_layer: int, dep
     for block in range(depth):
         x = decoder.block(block, x, inputs)
         if block + 1 == exit_layer:
-            exit_states = x.bfloat16()
-    found = [{"exit_states": _integers(states, row)} for states, row in zip(exit_states, rows, strict=True)]
-    if depth == exit_layer:
-        return found
-    for row, parts, states in zip(rows, found, decoder.norm(x).bfloat16(), strict=True):
-        parts["last_states"] = _integers(states, row)
-        if row.held_out:
-            scored = slice(row.prompt_length - 1, len(row.token_ids) - 1)
-            parts["choices"] = np.full((len(row.token_ids), 1), -1, np.int32)
-            parts["choices"][scored, 0] = decoder.head(states[scored].to(decoder.dtype)).argmax(-1).cpu()
-    return found
+            exit_states = x
+    last_states = [None] * len(rows) if depth == exit_layer else decoder.norm(x)
+    return [_parts_of(row, *states, decoder) for row, *states in zip(rows, exit_states, last_states, strict=True)]
 
 
-def _integers(states: Tensor, row: AnswerRow) -> np.ndarray:
-    """bfloat16 [S or more, D], padded -> the integers of its bits [S, D]."""
-    return states[: len(row.token_ids)].view(torch.int16).cpu().numpy()
+def _parts_of(
+    row: AnswerRow, exit_states: Tensor, last_states: Tensor | None, decoder: Decoder
+) -> dict[str, np.ndarray]:
+    """What the stores hold of a row, of its states [S or more, D]."""
+    parts, length = {"exit_states": _bits(exit_states[: len(row.token_ids)])}, len(row.token_ids)
+    if last_states is None:
+        return parts
+    last_states = last_states[:length].bfloat16()
+    parts["last_states"] = _bits(last_states)
+    if row.held_out:
+        scored = slice(row.prompt_length - 1, length - 1)
+        parts["choices"] = np.full((length, 1), -1, np.int32)
+        likeliest = decoder.head(last_states[scored].to(decoder.device, decoder.dtype)).argmax(-1)
+        parts["choices"][scored, 0] = likeliest.cpu()
+    return parts
+
+
+def _bits(states: Tensor) -> np.ndarray:
+    """The integers of their bits in bfloat16."""
+    return states.bfloat16().view(torch.int16).cpu().numpy()
 
 
 class AnswerData(LightningDataModule):

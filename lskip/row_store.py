@@ -14,40 +14,46 @@ INDEX = np.dtype([("digest", "<u8"), ("tokens", "<i8")])
 class RowStore:
     """Parts of rows in files, a file for each part with all rows one after another, without padding.
 
-    Only one process may have it open to append; others may read what it held when they opened it.
+    One process at a time may open it and append; what it has mapped stays readable.
 
     Attributes:
         widths: part -> its type and how many numbers of it a token has.
     """
 
     def __init__(self, folder: Path, widths: dict[str, tuple[type, int]]):
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.widths = folder, widths
+        self._places: dict[int, slice] = {}
+        self._tokens = 0
+
+    def open(self) -> None:
+        """Finds what there is, and takes away what a kill left of rows that are not whole."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         index = self._index()
-        starts = np.cumsum(index["tokens"]) - index["tokens"]
-        self._starts = dict(zip(index["digest"].tolist(), starts.tolist(), strict=True))
-        self._tokens = int(index["tokens"].sum())
+        self._places, self._tokens = {}, 0
+        for digest, tokens in index.tolist():
+            self._take(digest, tokens)
+        sizes = {
+            f"{name}.bin": self._tokens * width * np.dtype(kind).itemsize for name, (kind, width) in self.widths.items()
+        }
+        for name, size in {**sizes, INDEX_FILE: len(index) * INDEX.itemsize}.items():
+            with (self.folder / name).open("ab") as file:
+                file.truncate(size)
 
     def _index(self) -> np.ndarray:
         path = self.folder / INDEX_FILE
         data = path.read_bytes() if path.exists() else b""
         return np.frombuffer(data[: len(data) - len(data) % INDEX.itemsize], INDEX)
 
+    def _take(self, digest: int, tokens: int) -> None:
+        self._places[digest] = slice(self._tokens, self._tokens + tokens)
+        self._tokens += tokens
+
     def __contains__(self, digest: int) -> bool:
-        return digest in self._starts
+        return digest in self._places
 
-    def start(self, digest: int) -> int:
-        """Where the row begins, in tokens; KeyError where it is not there."""
-        return self._starts[digest]
-
-    def cut(self) -> None:
-        """Takes away what a kill left of rows that are not whole."""
-        sizes = {
-            f"{name}.bin": self._tokens * width * np.dtype(kind).itemsize for name, (kind, width) in self.widths.items()
-        }
-        for name, size in {**sizes, INDEX_FILE: len(self._starts) * INDEX.itemsize}.items():
-            with (self.folder / name).open("ab") as file:
-                file.truncate(size)
+    def place(self, digest: int) -> slice:
+        """Which tokens of its parts are the row's; KeyError where it is not there."""
+        return self._places[digest]
 
     def append(self, digests: Sequence[int], rows: Sequence[dict[str, np.ndarray]]) -> None:
         """Adds rows, each {part: [tokens, width]} in that part's type; those that it has are left out."""
@@ -56,13 +62,11 @@ class RowStore:
             with (self.folder / f"{name}.bin").open("ab") as file:
                 for row in new.values():
                     file.write(np.ascontiguousarray(row[name]).tobytes())
-        entries = []
-        for digest, row in new.items():
-            entries.append((digest, len(row[next(iter(self.widths))])))
-            self._starts[digest] = self._tokens
-            self._tokens += entries[-1][1]
+        entries = [(digest, len(row[next(iter(self.widths))])) for digest, row in new.items()]
         with (self.folder / INDEX_FILE).open("ab") as file:
             file.write(np.array(entries, INDEX).tobytes())
+        for digest, tokens in entries:
+            self._take(digest, tokens)
 
     def mapped(self, name: str) -> np.ndarray:
         """[tokens of all rows, width] of a part, mapped from the disk."""

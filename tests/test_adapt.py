@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 import lskip.adapt as adapt_module
 from lskip import commands
-from lskip.adapt import CHECKPOINT, AdapterTraining, adapt
+from lskip.adapt import CHECKPOINT, adapt
 from lskip.adapter_answers import read_answers
-from lskip.adapter_states import answer_states, collate
+from lskip.adapter_options import AdapterData, AdapterTraining
+from lskip.adapter_states import StateCache, collate
 from lskip.adapter_training import AdapterModule, report
 from lskip.exit_adapter import AdapterShape, ExitAdapter, load_adapter
 
@@ -37,12 +38,11 @@ def run(tmp_path, frozen, answers_file):
             "num_blocks": num_blocks,
             "start": start and str(start),
             "resume": resume,
-            "block_size": 40,
-            "cache_dir": str(tmp_path / "cache"),
             "device": "cpu",
         }
+        data = AdapterData(answers=[str(answers_file)], block_size=40, cache_dir=str(tmp_path / "cache"))
         options = AdapterTraining(**{**settings, **training})
-        adapt([str(answers_file)], str(tmp_path / name), options, vocabulary=vocabulary, **more)
+        adapt(str(tmp_path / name), data, options, vocabulary=vocabulary, **more)
         return tmp_path / name
 
     return call
@@ -60,7 +60,8 @@ def test_an_adapter_learns_and_its_model_stays(run, frozen, capsys, answers_file
     module = AdapterModule(load_adapter(folder, frozen))
     assert len(module.adapter.token_ids) == 300
     rows = read_answers([answers_file], frozen, tiny_tokenizer, 40)
-    batch = collate(list(answer_states(frozen, rows, 2, folder.parent / "cache" / "adapter_states")[1]))
+    with StateCache(frozen, 2, folder.parent / "cache" / "adapter_states") as cache:
+        batch = collate(list(cache.states(rows)[1]))
     with torch.no_grad():
         told = report(module.hits(batch))
         at_first = report(AdapterModule(ExitAdapter(frozen, AdapterShape(2)).eval()).hits(batch))
@@ -116,18 +117,22 @@ def test_a_stopped_training_goes_on(run, monkeypatch, ema, stop):
 
 
 def test_the_recipe_is_understood(tmp_path, frozen, answers_file):
-    """Through the command line's own parser, with a stand-in for the model and its answers."""
+    """Through the command line's own parser, with a stand-in for the model and its prompts."""
     recipe = Path(__file__).parent.parent / "configs" / "recipes" / "adapter_smollm2.yaml"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(json.loads(line)["prompt"] for line in answers_file.read_text().splitlines()))
     flags = {
-        "answers": f"[{answers_file}]",
+        "prompts": prompts,
         "output": tmp_path / "out",
         "cache_dir": tmp_path / "cache",
         "block_size": 40,
+        "max_new_tokens": 12,
     }
     flags |= {"max_steps": 2, "max_minutes": "null", "batch_size": 8, "device": "cpu"}
     commands.run_command(["adapt", "--config", str(recipe), *(f"--{name}={value}" for name, value in flags.items())])
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["steps"] == 2 and metrics["words"] == 300
+    assert sum(metrics["answers"].values()) == 120 and sum(metrics["answer_tokens"].values()) > 120 * 6
 
 
 def test_bad_input_in_one_sentence(run, tmp_path, monkeypatch):
@@ -144,8 +149,13 @@ def test_bad_input_in_one_sentence(run, tmp_path, monkeypatch):
         run("other", unroll=0)
     with pytest.raises(ValueError, match=r"ema: 1\.0 is not a number between 0 and 1"):
         run("other", ema=1.0)
-    with pytest.raises(FileNotFoundError, match="answers: there is no file"):
-        adapt([str(tmp_path / "none.jsonl")], str(tmp_path / "other"), AdapterTraining())
+    none = str(tmp_path / "none.jsonl")
+    for data in ({"answers": [none]}, {"prompts": none}):
+        with pytest.raises(FileNotFoundError, match=f"{next(iter(data))}: there is no file"):
+            adapt(str(tmp_path / "other"), AdapterData(**data), AdapterTraining())
+    for data in ({}, {"prompts": "a.txt", "answers": ["b.jsonl"]}):
+        with pytest.raises(ValueError, match="prompts: give either prompts or answers"):
+            AdapterData(**data)
     (folder / CHECKPOINT).write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"resume: .* is not a readable checkpoint"):
         run("out", resume=True)
@@ -154,12 +164,13 @@ def test_bad_input_in_one_sentence(run, tmp_path, monkeypatch):
 def test_the_states_are_those_of_a_model_loaded_in_that_type(run, frozen, monkeypatch):
     frequencies = frozen.model.rotary_emb.inv_freq.clone()
 
-    def seen(model, *_):
+    def seen(cache, *_):
+        model = cache.decoder.model
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
         assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
         raise InterruptedError
 
-    monkeypatch.setattr(adapt_module, "answer_states", seen)
+    monkeypatch.setattr(StateCache, "states", seen)
     with pytest.raises(InterruptedError):
         run("out", precision="bf16-mixed")
 

@@ -9,8 +9,13 @@ import torch
 
 from lskip import adapter_states
 from lskip.adapter_answers import frequent_words, is_held_out, read_answers
-from lskip.adapter_states import AnswerData, answer_states
+from lskip.adapter_states import AnswerData, StateCache
 from lskip.row_store import INDEX, INDEX_FILE
+
+
+def answer_states(model, rows, exit_layer, folder):
+    with StateCache(model, exit_layer, folder) as cache:
+        return cache.states(rows)
 
 
 @pytest.fixture
@@ -128,7 +133,7 @@ def test_a_killed_computation_goes_on(tmp_path, tiny_model, rows, computed):
     model = tiny_model()
     wanted = rows(model)
     whole = answer_states(model, wanted, 2, tmp_path / "whole")
-    assert [row for row, _ in computed] == sorted(wanted, key=lambda row: row.held_out)
+    assert computed == [(row, 4) for row in sorted(wanted, key=lambda row: row.held_out)]
     answer_states(model, wanted, 2, tmp_path / "part")
     early, last = (next((tmp_path / "part").iterdir()) / "train" / part for part in ("exit_2", "last"))
     with (last / INDEX_FILE).open("r+b") as file:  # killed in the midst of writing the 9th batch of 8 rows

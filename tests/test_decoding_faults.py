@@ -144,8 +144,8 @@ class Interleaving:
         self.batch = Batch(generator.step, generator.draft_step, settings, lanes, SLOTS, lambda: COSTS, adapter)
         # Keys and values that others have left must not matter.
         self.batch.cache.states.normal_()
-        if self.batch.lanes.adapter is not None:
-            self.batch.lanes.adapter.cache.states.normal_()
+        if self.batch.adapter is not None:
+            self.batch.adapter.cache.states.normal_()
         self.left = self.random.randint(2, 9)
         self.joined: list[Joined] = []
         self.cancelled: list[Joined] = []

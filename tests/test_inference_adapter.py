@@ -92,7 +92,7 @@ def decode_and_record(generator, policy, lanes, monkeypatch):
     settings = GenerationSettings(num_speculations=5, draft_policy=policy)
     texts = [generator.prepare(p, settings.changed(max_new_tokens=22 - 2 * i)) for i, p in enumerate(PROMPTS)]
     batch = Batch(generator.step, generator.draft_step, settings, lanes, 60, lambda: None, generator.adapter_step)
-    batch.lanes.adapter.cache.states.normal_()  # what others have left must not matter
+    batch.adapter.cache.states.normal_()  # what others have left must not matter
     rounds = []
 
     def verify(step, running, drafted, *more):

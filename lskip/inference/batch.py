@@ -20,6 +20,7 @@ from lskip.inference.exits import ExitCriterion, exit_round
 from lskip.inference.generation import Generation
 from lskip.inference.headed_step import read_at
 from lskip.inference.ngrams import NgramIndex
+from lskip.inference.recording import StateRecorder
 from lskip.inference.sampling import BatchChooser, TokenChooser
 from lskip.inference.settings import GenerationSettings
 from lskip.inference.stopping import StopRule
@@ -87,6 +88,7 @@ class Batch:
         costs: Callable[[], Costs],
         adapter: AdapterStep | None = None,
         exits: TrainedExits | None = None,
+        recorder: StateRecorder | None = None,
     ):
         """Args:
         step: the model's blocks.
@@ -97,6 +99,7 @@ class Batch:
         costs: measures what rounds cost, for a policy that asks.
         adapter: the model's exit adapter, or None.
         exits: what the model's exits have of their own, or None.
+        recorder: keeps the states of each text for its Generation, where no adapter is; None: nobody does.
         """
         self.step, self.draft_step, self.settings, self.exits = step, draft_step, settings, exits
         self.full = full_depth(settings, step.num_layers)
@@ -111,8 +114,10 @@ class Batch:
         self.reading = read_at(step, exits, self.full)
         exit_layer = None if adapter is None else adapter.shape.exit_layer
         self.drafts = drafts_of(settings, step.num_layers, draft_step is not None, exit_layer)
+        self.recorder = self.lanes.observer = recorder
+        self.adapter: AdapterLanes | None = None
         if any(draft.kind == "adapter" for draft in self.drafts):
-            self.lanes.adapter = AdapterLanes.beside(self.cache, adapter)
+            self.adapter = self.lanes.observer = AdapterLanes.beside(self.cache, adapter)
         elif adapter is not None:
             measured, costs = costs, lambda: replace(measured(), adapter=None)  # it has nothing to observe
         if self.drafts:
@@ -144,6 +149,7 @@ class Batch:
                 news[text] = news.get(text, []) + tokens
         for lane in reversed(range(len(self.texts))):
             if self.texts[lane].ended:
+                self._record(self.texts[lane], lane)
                 self._leave(lane)
         return list(news.items())
 
@@ -154,16 +160,23 @@ class Batch:
             text = self.waiting.popleft()
             text.began = time.perf_counter()
             lane = len(self.texts)
-            adapter = None if self.lanes.adapter is None else self.lanes.adapter.begin(lane)
-            logits = prefill(self.reading, self.cache.lane(lane), text.prompt, self.full, adapter)
+            observer = None if self.lanes.observer is None else self.lanes.observer.begin(lane)
+            logits = prefill(self.reading, self.cache.lane(lane), text.prompt, self.full, observer)
             self.cache.lengths[lane] = len(text.prompt)
             none = torch.empty(1, 0, dtype=torch.long, device=logits.device)
             _, token = BatchChooser([text.chooser]).settle(logits, none)
             news[text] = text.add(token.tolist())
-            if not text.ended:
+            if text.ended:
+                self._record(text, lane)
+            else:
                 self.texts.append(text)
                 self.lanes.pending = torch.cat([self.lanes.pending, token])
         return news
+
+    def _record(self, text: Text, lane: int) -> None:
+        """Gives a text that has ended its states, before another has its lane."""
+        if self.recorder is not None:
+            text.generation.states = self.recorder.of(lane, len(text.prompt) + len(text.generation.token_ids) - 1)
 
     def _leave(self, lane: int) -> None:
         last = len(self.texts) - 1
@@ -171,8 +184,8 @@ class Batch:
             self.cache.move(last, lane)
             self.texts[lane] = self.texts[last]
             self.lanes.pending[lane] = self.lanes.pending[last]
-            if self.lanes.adapter is not None:
-                self.lanes.adapter.move(last, lane)
+            if self.lanes.observer is not None:
+                self.lanes.observer.move(last, lane)
         self.texts.pop()
         self.lanes.pending = self.lanes.pending[:last]
 
@@ -216,7 +229,7 @@ class Batch:
             return nothing
         step = self.draft_step if plan.draft.kind == "weights" else self.step
         exit_layer, goes_on = plan.draft.exit_layer, partial(self._goes_on, plan.draft.exit_layer)
-        decode = self.lanes.adapter.reader() if plan.draft.kind == "adapter" else None
+        decode = self.adapter.reader() if plan.draft.kind == "adapter" else None
         reading = read_at(step, self.exits, exit_layer)
         drafted = draft(reading, self.lanes, exit_layer, plan.num_speculations, chooser, goes_on, decode)
         # States of rounded weights are not the model's own: verification starts at the first block. Both share the

@@ -11,15 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lskip.inference.cache import KVCache
-
-if TYPE_CHECKING:
-    from lskip.inference.adapter import AdapterLanes
 
 PREFILL_ROWS = 256  # a pass's mask and activations grow with its rows: a long prompt goes in pieces
 
@@ -50,18 +47,30 @@ class Chooser(Protocol):
     def settle(self, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
+class Observer(Protocol):
+    """Who sees the states of the texts under way: AdapterLanes, StateRecorder."""
+
+    exit_layer: int
+
+    def begin(self, lane: int) -> Observer: ...
+    def observe(
+        self, exit_states: Tensor, last_states: Tensor, starts: list[int], accepted: list[int] | None = None
+    ) -> None: ...
+    def move(self, source: int, target: int) -> None: ...
+
+
 @dataclass
 class Lanes:
     """The texts under way, in the cache's first A lanes.
 
     Attributes:
         pending: [A], the last token of each.
-        adapter: what an exit adapter knows of them; None: there is none, or it may not draft.
+        observer: sees the states of all that they keep, at its exit and after the last block; None: nobody does.
     """
 
     cache: KVCache
     pending: Tensor
-    adapter: AdapterLanes | None = None
+    observer: Observer | None = None
 
     @property
     def starts(self) -> list[int]:
@@ -95,29 +104,29 @@ class Round(NamedTuple):
 
 
 def run_past(
-    step: Step, x: Tensor, cache: KVCache, starts: list[int], first: int, full: int, adapter: AdapterLanes | None
+    step: Step, x: Tensor, cache: KVCache, starts: list[int], first: int, full: int, observer: Observer | None
 ) -> tuple[Tensor | None, Tensor]:
-    """Blocks `first` … `full`-1 as Step.run: the states at an adapter's exit (None without one), and at the end."""
-    if adapter is None:
+    """Blocks `first` … `full`-1 as Step.run: the states at an observer's exit (None without one), and at the end."""
+    if observer is None:
         return None, step.run(x, cache, starts, first, full)
-    at_exit = step.run(x, cache, starts, first, adapter.exit_layer)
-    return at_exit, step.run(at_exit, cache, starts, adapter.exit_layer, full)
+    at_exit = step.run(x, cache, starts, first, observer.exit_layer)
+    return at_exit, step.run(at_exit, cache, starts, observer.exit_layer, full)
 
 
-def prefill(step: Step, cache: KVCache, prompt: list[int], full: int, adapter: AdapterLanes | None = None) -> Tensor:
+def prefill(step: Step, cache: KVCache, prompt: list[int], full: int, observer: Observer | None = None) -> Tensor:
     """Runs blocks 0 … `full`-1 on a prompt, in pieces, into a `cache` of one lane, from its first slot on.
 
     Args:
-        adapter: of that lane.
+        observer: of that lane.
 
     Returns:
         [1, 1, V]: the logits after its last token, the only ones that are needed.
     """
     start = 0
     for rows in torch.tensor([prompt], device=step.device).split(PREFILL_ROWS, dim=1):
-        at_exit, x = run_past(step, step.embed(rows, [start]), cache, [start], 0, full, adapter)
-        if adapter is not None:
-            adapter.observe(at_exit, step.norm(x), [start])
+        at_exit, x = run_past(step, step.embed(rows, [start]), cache, [start], 0, full, observer)
+        if observer is not None:
+            observer.observe(at_exit, step.norm(x), [start])
         start += rows.shape[1]
     return step.decode(x[:, -1:])
 
@@ -167,12 +176,12 @@ def verify(step: Step, lanes: Lanes, drafted: Drafted, full: int, chooser: Choos
         x = torch.cat([*drafted.states, x], 1)
     else:
         x = step.embed(torch.cat([lanes.pending[:, None], drafted.ids], 1), starts)
-    at_exit, x = run_past(step, x, lanes.cache, starts, drafted.exit_block, full, lanes.adapter)
+    at_exit, x = run_past(step, x, lanes.cache, starts, drafted.exit_block, full, lanes.observer)
     accepted, own = chooser.settle(step.decode(x), drafted.ids)
     # The round's one transfer from the device.
     table = torch.cat([accepted[:, None], own[:, None], drafted.ids], 1).tolist()
-    if lanes.adapter is not None:
-        lanes.adapter.observe(at_exit, step.norm(x), starts, [count for count, *_ in table])
+    if lanes.observer is not None:
+        lanes.observer.observe(at_exit, step.norm(x), starts, [count for count, *_ in table])
     lanes.pending = own
     for lane, (count, *_) in enumerate(table):
         # Rolling back is not moving on: slots of refused tokens are beyond the new length, to be written over.

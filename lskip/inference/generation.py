@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lskip.inference.text import TextPieces, decode_text
@@ -27,6 +28,8 @@ class Generation:
         accepted_counts: accepted tokens of a drafting round -> how many rounds had that many.
         layers_run: with an exit criterion, blocks that the tokens after the first ran, in all.
         seed: fixes the sampled text; the one drawn when none was asked for.
+        states: where they were asked for, [2, tokens of prompt and text, D] in bfloat16 on the CPU: after the exit's
+            blocks, and after the final norm; zeros for the last token, which no block has seen.
     """
 
     text: str = ""
@@ -40,6 +43,7 @@ class Generation:
     accepted_counts: Counter[int] = field(default_factory=Counter)
     layers_run: int = 0
     seed: int = 0
+    states: Tensor | None = None
 
     @property
     def acceptance_rate(self) -> float | None:

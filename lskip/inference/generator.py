@@ -15,7 +15,7 @@ from lskip.checks import check_whole
 from lskip.decoder import Decoder
 from lskip.exit_adapter import ExitAdapter, fingerprint
 from lskip.inference.adapter import AdapterStep
-from lskip.inference.batch import Batch, Text, bound
+from lskip.inference.batch import Batch, Text, bound, full_depth
 from lskip.inference.costs import Costs, keep_costs, measure_costs
 from lskip.inference.engine import Step
 from lskip.inference.form_choice import (
@@ -31,6 +31,7 @@ from lskip.inference.lean_blocks import obstacle, sample_weights
 from lskip.inference.lean_step import LeanStep
 from lskip.inference.module_step import ModuleStep
 from lskip.inference.quantized import HEAD_FORM, choose_draft_form
+from lskip.inference.recording import StateRecorder
 from lskip.inference.sampling import TokenChooser
 from lskip.inference.settings import GenerationSettings, defaults_from
 from lskip.inference.stopping import stop_rule
@@ -125,7 +126,12 @@ class TextGenerator:
         return TextStream(self.tokenizer, (news for _, news in self._rounds([text], 1, chosen)), text.generation)
 
     def generate_batch(
-        self, prompts: list, batch_size: int = 8, indices: list[int] | None = None, **settings
+        self,
+        prompts: list,
+        batch_size: int = 8,
+        indices: list[int] | None = None,
+        states_at: int | None = None,
+        **settings,
     ) -> Iterator[tuple[int, Generation]]:
         """Continues many prompts, up to `batch_size` of them at a time: one that ends makes room for the next.
 
@@ -133,16 +139,27 @@ class TextGenerator:
             prompts: as in `generate`.
             batch_size: texts that are decoded together.
             indices: a number for each prompt, 0, 1, 2 … when not given.
+            states_at: blocks (1 … L) after which to keep the text's states, for Generation.states; None: keep none.
             settings: as in `generate`. With a seed, the prompt of index i gets seed + i.
 
         Returns:
             (index of the prompt, its outcome), as they end. Everything is checked before the first.
 
         Raises:
-            ValueError: as in `generate`, with the prompt's index.
+            ValueError: as in `generate`, with the prompt's index; or states are asked for where an adapter drafts or
+                not all blocks run.
         """
         indexed, chosen = self._prepare_all(prompts, batch_size, indices, settings)
-        return self._endings(indexed, batch_size, chosen)
+        if states_at is not None:
+            self._check_states_at(states_at, chosen)
+        return self._endings(indexed, batch_size, chosen, states_at)
+
+    def _check_states_at(self, states_at: int, settings: GenerationSettings) -> None:
+        if not 1 <= states_at <= self.num_layers:
+            raise ValueError(f"states_at: {states_at} is not from 1 to {self.num_layers}")
+        exits = settings.exit_criterion is not None or full_depth(settings, self.num_layers) < self.num_layers
+        if exits or self.adapter_step is not None:
+            raise ValueError("states_at: goes neither with an early exit nor with an exit_adapter")
 
     def stream_batch(
         self, prompts: list, batch_size: int = 8, indices: list[int] | None = None, **settings
@@ -214,7 +231,9 @@ class TextGenerator:
                 raise ValueError(f"prompts[{index}]: {error}") from error
         return indexed, chosen
 
-    def _rounds(self, texts: list[Text], lanes: int, settings: GenerationSettings) -> Iterator[tuple[Text, list[int]]]:
+    def _rounds(
+        self, texts: list[Text], lanes: int, settings: GenerationSettings, states_at: int | None = None
+    ) -> Iterator[tuple[Text, list[int]]]:
         """Runs round after round until all texts have ended; yields what each round adds to each."""
         if not texts:
             return
@@ -222,15 +241,21 @@ class TextGenerator:
         slots = max(len(text.prompt) + text.stop.max_new_tokens - 1 for text in texts)
         lanes = min(lanes, len(texts))
         costs, exits = (lambda: self.costs), self.trained_exits
-        batch = Batch(self.step, self.draft_step, settings, lanes, slots, costs, self.adapter_step, exits)
+        recorder = None
+        if states_at is not None:  # room for the last token too, and for what is accepted beyond a text's end
+            room = slots + 1 + settings.num_speculations
+            recorder = StateRecorder.for_lanes(states_at, self.step, lanes, room)
+        batch = Batch(self.step, self.draft_step, settings, lanes, slots, costs, self.adapter_step, exits, recorder)
         for text in texts:
             batch.add(text)
         while batch.busy:
             yield from batch.round()
 
-    def _endings(self, indexed, batch_size: int, settings: GenerationSettings) -> Iterator[tuple[int, Generation]]:
+    def _endings(
+        self, indexed, batch_size: int, settings: GenerationSettings, states_at: int | None
+    ) -> Iterator[tuple[int, Generation]]:
         index_of = {id(text): index for index, text in indexed}
-        for text, _ in self._rounds([text for _, text in indexed], batch_size, settings):
+        for text, _ in self._rounds([text for _, text in indexed], batch_size, settings, states_at):
             if text.ended:
                 if self.tokenizer is not None:
                     text.generation.text = decode_text(self.tokenizer, text.generation.token_ids)
