@@ -84,9 +84,8 @@ def adapt(
     shape = AdapterShape(exit_layer, num_blocks, joins_last_state)
     if vocabulary is not None:
         check_whole("vocabulary", vocabulary, 16)
-    place, folder = resolve_device(device), Path(output)
+    place, folder, prompts = resolve_device(device), Path(output), data.read_prompts()
     _check_files(folder, start, resume)
-    prompts = data.read_prompts()
     frozen, tokenizer = _load(model, shape, data.block_size)
     _move(frozen, place, torch.float32 if training.precision == "32-true" else torch.bfloat16)
     with StateCache(frozen, exit_layer, data.cache) as cache:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -103,7 +104,11 @@ class StateCache:
         self._lock = FileLock(folder / ".lock")
 
     def __enter__(self) -> StateCache:
-        self._lock.acquire()
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            rank_zero_info(f"waiting for another process that writes states of this model ({self._lock.lock_file})")
+            self._lock.acquire()
         for store in (self.answers, *self._stores["train"], *self._stores["held_out"]):
             store.open()
         return self
