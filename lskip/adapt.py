@@ -15,11 +15,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lskip.adapter_answers import AnswerRow, frequent_words, read_answers
+from lskip.adapter_drafts import report
 from lskip.adapter_options import AdapterData, AdapterTraining
 from lskip.adapter_recording import record_answers
 from lskip.adapter_start import fit_join
 from lskip.adapter_states import AnswerData, StateCache
-from lskip.adapter_training import AdapterModule, AveragedWeights, TimeBudget, report
+from lskip.adapter_training import AdapterModule, AveragedWeights, TimeBudget
 from lskip.callbacks.run_checkpoint import RunCheckpoint
 from lskip.checks import check_whole
 from lskip.decoder import Decoder

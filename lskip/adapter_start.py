@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lskip.adapter_answers import AnswerRow
-from lskip.adapter_training import one_later
+from lskip.adapter_drafts import one_later
 from lskip.decoder import Decoder
 from lskip.exit_adapter import ExitAdapter, side_by_side
 

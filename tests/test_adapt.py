@@ -13,9 +13,10 @@ import lskip.adapt as adapt_module
 from lskip import commands
 from lskip.adapt import CHECKPOINT, adapt
 from lskip.adapter_answers import read_answers
+from lskip.adapter_drafts import report
 from lskip.adapter_options import AdapterData, AdapterTraining
 from lskip.adapter_states import StateCache, collate
-from lskip.adapter_training import AdapterModule, report
+from lskip.adapter_training import AdapterModule
 from lskip.exit_adapter import AdapterShape, ExitAdapter, load_adapter
 
 

@@ -6,16 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lskip.adapter_drafts import drafted_at, num_rounds, report, unrolled_states
 from lskip.adapter_states import collate
-from lskip.adapter_training import (
-    AdapterModule,
-    TimeBudget,
-    draft_loss,
-    drafted_at,
-    num_rounds,
-    report,
-    unrolled_states,
-)
+from lskip.adapter_training import AdapterModule, TimeBudget, draft_loss
 from lskip.exit_adapter import AdapterShape, ExitAdapter
 
 WORDS = torch.arange(0, 300, 7)
