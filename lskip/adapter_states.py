@@ -124,7 +124,7 @@ class StateCache:
     def states(self, rows: list[AnswerRow]) -> tuple[AnswerStates, AnswerStates]:
         """(to train on, held out) of `rows`; what is missing is computed."""
         sides = {split: [row for row in rows if _side(row) == split] for split in SPLITS}
-        missing = {split: self._missing(side) for split, side in sides.items()}
+        missing = {split: self._missing(split, side) for split, side in sides.items()}
         tokens = sum(len(row.token_ids) for groups in missing.values() for group in groups for row in group)
         with tqdm(total=tokens, unit="token", unit_scale=True, desc="states", disable=not tokens) as bar:
             for split, (known, new) in missing.items():
@@ -132,11 +132,9 @@ class StateCache:
                 self._fill(split, new, self.decoder.num_layers, bar)
         return tuple(AnswerStates(sides[split], self._stores[split]) for split in SPLITS)
 
-    def _missing(self, rows: list[AnswerRow]) -> tuple[list[AnswerRow], list[AnswerRow]]:
-        """Those that lack this exit alone, and those that lack all, of one side."""
-        if not rows:
-            return [], []
-        early, last = self._stores[_side(rows[0])]
+    def _missing(self, split: str, rows: list[AnswerRow]) -> tuple[list[AnswerRow], list[AnswerRow]]:
+        """Those of one side that lack this exit alone, and those that lack all."""
+        early, last = self._stores[split]
         known = [row for row in rows if row.digest in last and row.digest not in early]
         return known, [row for row in rows if row.digest not in last]
 
