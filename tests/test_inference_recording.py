@@ -40,3 +40,5 @@ def test_what_keeps_no_states(tiny_model):
         generator.generate_batch(PROMPTS, states_at=5)
     with pytest.raises(ValueError, match="states_at: goes neither with an early exit nor with an exit_adapter"):
         generator.generate_batch(PROMPTS, states_at=2, exit_layer=2)
+    with pytest.raises(ValueError, match="states_at: 1 lies below layer 2, which drafts"):
+        generator.generate_batch(PROMPTS, states_at=1, exit_layer=2, num_speculations=3)

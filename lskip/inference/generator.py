@@ -15,7 +15,7 @@ from lskip.checks import check_whole
 from lskip.decoder import Decoder
 from lskip.exit_adapter import ExitAdapter, fingerprint
 from lskip.inference.adapter import AdapterStep
-from lskip.inference.batch import Batch, Text, bound, full_depth
+from lskip.inference.batch import Batch, Text, bound, drafts_of, full_depth
 from lskip.inference.costs import Costs, keep_costs, measure_costs
 from lskip.inference.engine import Step
 from lskip.inference.form_choice import (
@@ -160,6 +160,10 @@ class TextGenerator:
         exits = settings.exit_criterion is not None or full_depth(settings, self.num_layers) < self.num_layers
         if exits or self.adapter_step is not None:
             raise ValueError("states_at: goes neither with an early exit nor with an exit_adapter")
+        drafts = drafts_of(settings, self.num_layers, self.draft_step is not None)
+        deepest = max((draft.exit_layer for draft in drafts if draft.kind == "layers"), default=0)
+        if deepest > states_at:  # verification goes on from there, and never passes states_at
+            raise ValueError(f"states_at: {states_at} lies below layer {deepest}, which drafts")
 
     def stream_batch(
         self, prompts: list, batch_size: int = 8, indices: list[int] | None = None, **settings
