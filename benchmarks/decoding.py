@@ -34,7 +34,7 @@ from environment import environment
 from peers_llama_cpp import LlamaCpp, LlamaCppProcess
 from rich.console import Console
 
-from lskip.inference.generator import end_tokens
+from lskip.inference.stopping import end_tokens
 
 console = Console(width=190)
 

@@ -14,7 +14,7 @@ from peers_transformers import Assistants, Transformers
 from transformers import PreTrainedModel
 
 from lskip.exit_adapter import ExitAdapter
-from lskip.inference.generator import end_tokens
+from lskip.inference.stopping import end_tokens
 from lskip.pretrained import load_model
 
 

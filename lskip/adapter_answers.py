@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lskip.data.documents import fraction_of, text_digest
-from lskip.inference.generator import end_tokens
+from lskip.inference.stopping import end_tokens
 from lskip.inference.text import encode_prompt
 
 HELD_OUT = 0.03  # of the prompts

@@ -20,7 +20,7 @@ from lskip.decoder import Decoder
 from lskip.exit_adapter import AdapterShape, ExitAdapter
 from lskip.inference import TextGenerator, rejection
 from lskip.inference.adapter import AdapterStep
-from lskip.inference.generator import build_draft_step
+from lskip.inference.steps import build_draft_step
 
 WORDS, TOKENS, LAYERS, EXIT = 5, 4, 3, 1
 # Every pair of words but one stands here, so that n-grams nearly always have something to say.

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Decoding that starts inside a text may drop a space or show up to three pieces of a character that was cut.
 MARGIN = 8
@@ -90,3 +90,13 @@ def stop_rule(
         )
     limit = "context" if room < max_new_tokens else "length"
     return StopRule(frozenset(eos_ids), min(max_new_tokens, room), limit, stop_strings, tokenizer)
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    """Tokens that end a text: generation_config's, else the tokenizer's, else none."""
+    ids = model.generation_config.eos_token_id if model.generation_config is not None else None
+    if ids is None and tokenizer is not None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list | tuple) else (ids,)

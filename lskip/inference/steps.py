@@ -1,0 +1,46 @@
+"""What runs a model's blocks: LeanStep where it covers the model, in the form of weights that is best here."""
+
+from __future__ import annotations
+
+from lskip.decoder import Decoder
+from lskip.inference.engine import Step
+from lskip.inference.form_choice import Mix, choose_exact_form, choose_form, exact_by_default
+from lskip.inference.lean_blocks import obstacle, sample_weights
+from lskip.inference.lean_step import LeanStep
+from lskip.inference.module_step import ModuleStep
+from lskip.inference.quantized import HEAD_FORM, choose_draft_form
+from lskip.inference.weights import EXACT_WIDTH, Plain
+
+
+def build_step(decoder: Decoder, weights: str, release: bool, mix: Mix, bit_exact: bool | None, compiled: bool) -> Step:
+    """LeanStep where it covers the model, else the model's own modules.
+
+    Raises:
+        ValueError: `weights` is unknown, does not work here, or asks for a form that the modules do not have.
+    """
+    if compiled and (bit_exact or weights not in ("auto", "plain")):
+        raise ValueError("compiled: goes with weights 'plain' only, and without bit_exact")
+    reason = obstacle(decoder)
+    if reason is None and compiled:
+        return LeanStep(decoder, Plain, release, compiled=True)
+    if reason is None:
+        samples = sample_weights(decoder)
+        form = choose_exact_form(weights, samples) if bit_exact else choose_form(weights, samples, mix)
+        exact = exact_by_default(form, samples[0]) if bit_exact is None else bit_exact
+        return LeanStep(decoder, form, release, width=EXACT_WIDTH if exact else 1)
+    if choose_form(weights, [decoder.head_weight.detach()]) is not Plain and weights != "auto":
+        raise ValueError(f"weights: {weights!r} is not for this model ({reason}); use 'auto' or 'plain'")
+    if bit_exact or compiled:
+        raise ValueError(f"{'bit_exact' if bit_exact else 'compiled'}: is not for this model ({reason}); leave it out")
+    return ModuleStep(decoder)
+
+
+def build_draft_step(decoder: Decoder, draft_weights: str) -> LeanStep:
+    """The blocks again, in rounded weights.
+
+    Raises:
+        ValueError: `draft_weights` is unknown or does not work here, or the lean step does not cover the model.
+    """
+    if (reason := obstacle(decoder)) is not None:
+        raise ValueError(f"draft_weights: {draft_weights!r} is not for this model ({reason}); leave it out")
+    return LeanStep(decoder, choose_draft_form(draft_weights, sample_weights(decoder)), head_form=HEAD_FORM)
