@@ -74,8 +74,8 @@ def adapt(
         vocabulary: it predicts so many tokens, the most frequent ones of the answers; null: all.
         device: cpu, cuda …; auto takes a GPU where there is one.
         start: folder of an adapter of the same shape whose weights it begins with (smollm2: the one that comes with
-            lskip), to train it further on other answers, or otherwise; its words are kept. null: it begins as a copy
-            of the model's top, with a join that is fitted to it.
+            lskip), to train it further on other answers, or otherwise. null: it begins as a copy of the model's
+            top, with a join that is fitted to it.
         resume: go on with the training that `output` holds, with the same arguments.
 
     Raises:
@@ -150,12 +150,11 @@ def _adapter(
     vocabulary: int | None,
     start: str | None,
 ) -> ExitAdapter:
-    """A new one, or the one in the folder `start`; in float32 whatever the model is in."""
-    if start is None:
-        words = None if vocabulary is None else frequent_words(rows, vocabulary, model, tokenizer)
-        adapter = ExitAdapter(model, shape, words)
-    else:
-        adapter = load_adapter(find_adapter(start), model, shape)
+    """A new one, with the weights of the one in the folder `start` if any; in float32 whatever the model is in."""
+    words = None if vocabulary is None else frequent_words(rows, vocabulary, model, tokenizer)
+    adapter = ExitAdapter(model, shape, words)
+    if start is not None:
+        adapter.take_weights(load_adapter(find_adapter(start), model, shape))
     return adapter.float().eval()  # dropout would be the only thing that differs from run to run, or after resuming
 
 

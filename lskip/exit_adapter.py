@@ -90,6 +90,12 @@ class ExitAdapter(nn.Module):
         """Everything but the head."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    @torch.no_grad()
+    def take_weights(self, other: ExitAdapter) -> None:
+        """The weights of an adapter of the same model and shape, whatever its words: the head is none of them."""
+        for mine, theirs in zip(self.trained_parameters(), other.trained_parameters(), strict=True):
+            mine.copy_(theirs)
+
     def joined(self, exit_states: Tensor, last_states: Tensor | None) -> Tensor:
         """The input of its first block, [..., D].
 
