@@ -85,7 +85,7 @@ def test_text_is_the_models_own(tiny_model, family, draft_weights):
 def test_exact_weights_as_their_own_draft_are_always_accepted(tiny_model, monkeypatch, num_speculations):
     """A lagging or misplaced draft position would make even the same weights disagree."""
     monkeypatch.setitem(DRAFT_FORMS, "int8", Plain)
-    monkeypatch.setattr("lskip.inference.generator.HEAD_FORM", Plain)
+    monkeypatch.setattr("lskip.inference.steps.HEAD_FORM", Plain)
     generator = TextGenerator(tiny_model("llama"), draft_weights="int8")
     answer = generator.generate([3, 1, 4], max_new_tokens=50, min_new_tokens=50, num_speculations=num_speculations)
     assert answer.accepted == answer.drafted > 0
