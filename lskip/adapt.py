@@ -89,6 +89,7 @@ def adapt(
     _check_files(folder, start, resume)
     frozen, tokenizer = _load(model, shape, data.block_size)
     _move(frozen, place, torch.float32 if training.precision == "32-true" else torch.bfloat16)
+    started = None if start is None else load_adapter(find_adapter(start), frozen, shape)
     with StateCache(frozen, exit_layer, data.cache) as cache:
         if prompts is None:
             rows = read_answers(data.answer_files, frozen, tokenizer, data.block_size, data.chat)
@@ -96,12 +97,12 @@ def adapt(
             limits = data.block_size, data.max_new_tokens, data.answers_at_once, data.chat
             rows = record_answers(cache, frozen, tokenizer, prompts, *limits)
         _check_enough(rows, training.batch_size)
-        adapter = _adapter(frozen, tokenizer, rows, shape, vocabulary, start)
+        adapter = _adapter(frozen, tokenizer, rows, shape, vocabulary, started)
         states = cache.states(rows)
     if start is None and not resume:
         fit_join(adapter, frozen, [row for row in rows if not row.held_out])
     batches = AnswerData(*states, training.batch_size, training.val_answers, training.seed)
-    del frozen  # from here on only the adapter runs
+    del frozen, started  # from here on only the adapter runs
     chosen = (getattr(training, name) for name in ("unroll", "decay", "unroll_every", "lr", "warmup_steps"))
     module = AdapterModule(adapter, *chosen)
     timer = TimeBudget(training.max_minutes)
@@ -148,13 +149,13 @@ def _adapter(
     rows: list[AnswerRow],
     shape: AdapterShape,
     vocabulary: int | None,
-    start: str | None,
+    started: ExitAdapter | None,
 ) -> ExitAdapter:
-    """A new one, with the weights of the one in the folder `start` if any; in float32 whatever the model is in."""
+    """A new one, with the weights of `started` if it is given; in float32 whatever the model is in."""
     words = None if vocabulary is None else frequent_words(rows, vocabulary, model, tokenizer)
     adapter = ExitAdapter(model, shape, words)
-    if start is not None:
-        adapter.take_weights(load_adapter(find_adapter(start), model, shape))
+    if started is not None:
+        adapter.take_weights(started)
     return adapter.float().eval()  # dropout would be the only thing that differs from run to run, or after resuming
 
 
