@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lskip.inference.weights import Form, Plain
+from lskip.inference.weights import Form, Plain, scripted
 
 GROUP = 32  # weights of a row that share a scale in int4
 KERNEL_DTYPE = torch.bfloat16  # of activations and scales: the kernels for other types are ten times slower
@@ -38,7 +38,7 @@ class Int8(Rounded):
         self.scale = scale.to(KERNEL_DTYPE)
 
     def _product(self, x: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale)
+        return torch._weight_int8pack_mm(x, self.weight, self.scale)
 
 
 class DynamicInt8(Plain):
@@ -60,14 +60,19 @@ class DynamicInt8(Plain):
             warnings.filterwarnings("ignore", message=".*quantize", category=UserWarning)
             matrix = torch._make_per_channel_quantized_tensor(rounded, scale.double(), zeros, 0)
         self.packed = torch.ops.quantized.linear_prepack(matrix, self.bias)
-        self._product = torch.ops.quantized.linear_dynamic.default
+        self._product = scripted(dynamic_product)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._product(x.float(), self.packed, True)  # True: 7 bits, since with 8 AVX2's 16-bit sums overflow
+        return self._product(x.float(), self.packed)
 
     @property
     def nbytes(self) -> int:
         return self.shape.numel() + 4 * self.shape[0] + (0 if self.bias is None else self.bias.nbytes)
+
+
+def dynamic_product(x: Tensor, packed: torch.classes.quantized.LinearPackedParamsBase) -> Tensor:
+    # True: inputs in 7 bits, since with 8 AVX2's 16-bit sums overflow.
+    return torch.ops.quantized.linear_dynamic(x, packed, True)
 
 
 def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +97,7 @@ class Int4(Rounded):
         self.scale_and_zero = torch.stack([scale, low + 8 * scale], -1).transpose(0, 1).to(KERNEL_DTYPE).contiguous()
 
     def _product(self, x: Tensor) -> Tensor:
-        product = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, GROUP, self.scale_and_zero)
+        product = torch._weight_int4pack_mm_for_cpu(x, self.weight, GROUP, self.scale_and_zero)
         return product if product.shape[1] == self.out else product[:, : self.out]
 
 
