@@ -54,12 +54,36 @@ class Part(NamedTuple):
 
     Attributes:
         target: where keys and values go: a lone lane's [n, 2 KV, head_dim], or all slots of all lanes.
+        written: [A n], which of all slots; None: all that `target` has.
         keys, values: [A, KV, K, head_dim].
     """
 
     target: Tensor
+    written: Tensor | None
     keys: Tensor
     values: Tensor
+
+
+def write(qkv: Tensor, target: Tensor, written: Tensor | None) -> None:
+    """Keys and values of the rows qkv [A n, H + 2 KV, head_dim] into their slots."""
+    new = qkv[:, -target.size(-2) :]
+    if written is None:
+        target.copy_(new)
+    else:
+        target.index_copy_(0, written, new)
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, lanes: int, rows: int, scale: float
+) -> Tensor:
+    """queries [A n, H, head_dim] of n rows in each of A lanes -> [A n, H head_dim]."""
+    kv_heads, size = keys.size(1), queries.size(2)
+    group = queries.size(1) // kv_heads
+    queries = queries.reshape(lanes, rows, kv_heads, group, size).permute(0, 2, 3, 1, 4)
+    queries = queries.reshape(lanes, kv_heads, group * rows, size)
+    z = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    z = z.view(lanes, kv_heads, group, rows, size).permute(0, 3, 1, 2, 4)
+    return z.reshape(lanes * rows, -1)
 
 
 class Attention:
@@ -108,9 +132,9 @@ class Attention:
         """
         blocks, _, _, _, heads, size = states.shape
         if isinstance(span.written, slice):
-            targets = states[:, 0, span.written].view(blocks, span.rows, 2 * heads, size).unbind()
+            targets, written = states[:, 0, span.written].view(blocks, span.rows, 2 * heads, size).unbind(), None
         else:
-            targets = states.view(blocks, -1, 2 * heads, size).unbind()
+            targets, written = states.view(blocks, -1, 2 * heads, size).unbind(), span.written
         seen = {}
         for window in set(windows):
             low, lanes = span.views[window].low, len(span.starts)
@@ -118,43 +142,9 @@ class Attention:
             both = states[:, :lanes, low : span.stop].permute(3, 0, 1, 4, 2, 5)
             seen[window] = both[0].unbind(), both[1].unbind()
         return [
-            Part(target, seen[window][0][block], seen[window][1][block])
+            Part(target, written, seen[window][0][block], seen[window][1][block])
             for block, (target, window) in enumerate(zip(targets, windows, strict=True))
         ]
-
-    def __call__(self, qkv: Tensor, part: Part, span: Span, window: int | None) -> Tensor:
-        """Writes keys and values, and attends.
-
-        Args:
-            qkv: [A n, H + 2 KV, head_dim], rotated.
-            part: this block's part of the cache.
-
-        Returns:
-            [A n, H head_dim].
-        """
-        self.write(qkv, part, span)
-        return self.attend(qkv[:, : self.heads.queries], part, span, window)
-
-    def write(self, qkv: Tensor, part: Part, span: Span) -> None:
-        """Keys and values of the rows into their slots."""
-        new = qkv[:, self.heads.queries :]  # [A n, 2 KV, head_dim]
-        if isinstance(span.written, slice):
-            part.target.copy_(new)
-        else:
-            part.target.index_copy_(0, span.written, new)
-
-    def attend(self, queries: Tensor, part: Part, span: Span, window: int | None) -> Tensor:
-        """queries [A n, H, head_dim] -> [A n, H head_dim]."""
-        mask = span.views[window].mask
-        return self._product(queries, part.keys, part.values, mask, len(span.starts), span.rows)
-
-    def _product(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, lanes: int, rows: int):
-        _, kv_heads, size, scale = self.heads
-        queries = queries.reshape(lanes, rows, kv_heads, self.heads.group, size).permute(0, 2, 3, 1, 4)
-        queries = queries.reshape(lanes, kv_heads, self.heads.group * rows, size)
-        z = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-        z = z.view(lanes, kv_heads, self.heads.group, rows, size).permute(0, 3, 1, 2, 4)
-        return z.reshape(lanes * rows, -1)
 
 
 class StaticAttention(Attention):
@@ -187,6 +177,7 @@ class AlignedAttention(Attention):
         return View(0, mask.expand(self.heads.group, -1, -1).flatten(0, 1)[None, None])
 
     def attend(self, queries: Tensor, part: Part, span: Span, window: int | None) -> Tensor:
+        """queries [A n, H, head_dim] -> [A n, H head_dim], over what `part` already holds of the rows."""
         output = queries.new_empty(len(queries), queries[0].numel())
         mask = span.views[window].mask
         for lane, start in enumerate(span.starts):
@@ -198,7 +189,7 @@ class AlignedAttention(Attention):
                 padded[within] = queries[here]
                 stop = (group + 1) * self.width
                 keys, values = part.keys[lane : lane + 1, :, :stop], part.values[lane : lane + 1, :, :stop]
-                output[here] = self._product(padded, keys, values, mask[..., -stop:], 1, self.width)[within]
+                output[here] = attend(padded, keys, values, mask[..., -stop:], 1, self.width, self.heads.scale)[within]
         return output
 
 
@@ -236,17 +227,18 @@ class Rotary:
             return self.table[starts[0] : stop]
         return self.table[positions(starts, rows, self.table.device).flatten()]
 
-    @staticmethod
-    def apply(heads: Tensor, turns: Tensor) -> None:
-        """Turns heads [A n, heads, head_dim], in place.
 
-        turns: complex, or [..., 2] real, which torch.compile can fuse.
-        """
-        exact = heads if heads.dtype == torch.float32 else heads.float()
-        if turns.is_complex():
-            torch.view_as_complex(exact.unflatten(-1, (-1, 2))).mul_(turns)
-        else:
-            (x, y), (cos, sin) = exact.unflatten(-1, (-1, 2)).unbind(-1), turns.unbind(-1)
-            exact = torch.stack([x * cos - y * sin, x * sin + y * cos], -1).flatten(-2)
-        if exact is not heads:
-            heads.copy_(exact)
+def turn(heads: Tensor, turns: Tensor) -> None:
+    """Rotary embedding of heads [A n, heads, head_dim], in place.
+
+    turns: complex, or [..., 2] real, which torch.compile can fuse.
+    """
+    exact = heads.float()
+    if turns.is_complex():
+        torch.view_as_complex(exact.unflatten(-1, [-1, 2])).mul_(turns)
+    else:
+        x, y = exact.unflatten(-1, [-1, 2]).unbind(-1)
+        cos, sin = turns.unbind(-1)
+        exact = torch.stack([x * cos - y * sin, x * sin + y * cos], -1).flatten(-2)
+    if exact is not heads:
+        heads.copy_(exact)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from lskip.decoder import Decoder
-from lskip.inference.attention import Heads
+from lskip.inference.attention import Heads, Part
+from lskip.inference.block_functions import block_functions, norm
 from lskip.inference.weights import Form, Plain, hold
 
 # Families whose blocks are made of the parts that `Block` lists.
@@ -17,34 +16,80 @@ LEAN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
 
-class Block(NamedTuple):
-    """The weights of one block as the step uses them: a product each, norms, and how far its attention sees."""
+class Block:
+    """A block of the model, made ready for a few rows at a time.
 
-    qkv: Plain  # D -> (H + 2 KV) head_dim; q and k rows in rotary pairs
-    output: Plain  # H head_dim -> D
-    gate_up: Plain  # D -> 2 I
-    down: Plain  # I -> D
-    attention_norm: Tensor  # [D]
-    mlp_norm: Tensor  # [D]
-    qk_norm: Tensor | None  # [H + KV, head_dim], Qwen3's
-    window: int | None
+    Attributes:
+        qkv: D -> (H + 2 KV) head_dim; q and k rows in rotary pairs.
+        output: H head_dim -> D.
+        gate_up: D -> 2 I.
+        down: I -> D.
+        window: how far its attention sees.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        window: int | None,
+        heads: Heads,
+        form: Form,
+        dtype: torch.dtype,
+        width: int,
+        without_python: bool,
+    ):
+        """Converts the weights of the model's `layer`.
+
+        Args:
+            form: how its matrices are held.
+            dtype: of states between the products.
+            width: rows that bits are to be kept for; 1: any.
+            without_python: run it in TorchScript.
+        """
+        attention, mlp, self.window = layer.self_attn, layer.mlp, window
+        device = attention.q_proj.weight.device
+        orders = pair_order(heads.queries, heads.size, device), pair_order(heads.keys, heads.size, device), None
+        self.qkv = fuse(form, (attention.q_proj, attention.k_proj, attention.v_proj), orders)
+        self.output = fuse(form, (attention.o_proj,))
+        self.gate_up = fuse(form, (mlp.gate_proj, mlp.up_proj))
+        self.down = fuse(form, (mlp.down_proj,))
+        attention_norm, mlp_norm = Norm(layer.input_layernorm, dtype), Norm(layer.post_attention_layernorm, dtype)
+        inner_dtype = form.inner_dtype or attention.q_proj.weight.dtype
+        self._functions = block_functions(tuple(type(matrix) for matrix in self.matrices), without_python)
+        self._held = (
+            (tuple(heads), attention_norm.eps, width, dtype, inner_dtype),
+            (attention_norm.weight, mlp_norm.weight, qk_norm(attention, heads), attention_norm.floor),
+            *(matrix.held for matrix in self.matrices),
+        )
+
+    @property
+    def matrices(self) -> tuple[Plain, Plain, Plain, Plain]:
+        return self.qkv, self.output, self.gate_up, self.down
+
+    def __call__(self, x: Tensor, turns: Tensor, part: Part, mask: Tensor | None, lanes: int) -> Tensor:
+        """x [N, D] + attention + MLP; `part` is its own of the cache, `mask` hides slots from rows."""
+        return self._functions.run(x, turns, *part, mask, lanes, self._held)
+
+    def project(self, x: Tensor, turns: Tensor) -> Tensor:
+        """x [N, D] -> [A n, H + 2 KV, head_dim], as the cache and attention take them."""
+        return self._functions.project(x, turns, self._held)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x [N, D] + what its rows attended to [A n, H head_dim], + MLP."""
+        return self._functions.finish(x, attended, self._held)
 
 
-def convert(layer: nn.Module, window: int | None, heads: Heads, form: Form, norm_weight) -> Block:
-    """A block of the model. `norm_weight`: how a norm's module becomes the weight that the step multiplies by."""
-    attention, mlp = layer.self_attn, layer.mlp
-    device = attention.q_proj.weight.device
-    orders = pair_order(heads.queries, heads.size, device), pair_order(heads.keys, heads.size, device), None
-    return Block(
-        qkv=fuse(form, (attention.q_proj, attention.k_proj, attention.v_proj), orders),
-        output=fuse(form, (attention.o_proj,)),
-        gate_up=fuse(form, (mlp.gate_proj, mlp.up_proj)),
-        down=fuse(form, (mlp.down_proj,)),
-        attention_norm=norm_weight(layer.input_layernorm),
-        mlp_norm=norm_weight(layer.post_attention_layernorm),
-        qk_norm=qk_norm(attention, heads),
-        window=window,
-    )
+class Norm:
+    """An RMS norm, its weight as `norm` likes to be given it."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype):
+        """dtype: of the states."""
+        self.eps, self.weight, self.floor = module.variance_epsilon, module.weight.detach().to(dtype), None
+        if self.weight.device.type == "cpu" and dtype == torch.float32:
+            self.floor = torch.tensor((len(self.weight) * self.eps) ** 0.5)
+            self.weight = self.weight * len(self.weight) ** 0.5
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return norm(x, self.weight, self.floor, self.eps)
 
 
 def pair_order(heads: int, size: int, device: torch.device) -> Tensor:

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lskip.decoder import Decoder
-from lskip.inference.attention import AlignedAttention, Attention, Heads, Part, Rotary, Span, StaticAttention
+from lskip.inference.attention import AlignedAttention, Attention, Heads, Rotary, Span, StaticAttention, write
+from lskip.inference.block_functions import as_written, widen
 from lskip.inference.cache import KVCache
-from lskip.inference.lean_blocks import Block, convert, obstacle
-from lskip.inference.rolling import RollingAttention, RollingCache, RollingPart, rolls
+from lskip.inference.lean_blocks import Block, Norm, obstacle
+from lskip.inference.rolling import RollingAttention, RollingCache, rolls
 from lskip.inference.weights import Form, hold
 
 COMPILED_ROWS = 16  # a lane's, in a pass that is compiled: drafts and what verifies them
@@ -64,10 +65,6 @@ class LeanStep:
         self.dtype = torch.float32 if self.device.type == "cpu" and not compiled else decoder.dtype
         self.inner_dtype = form.inner_dtype or decoder.dtype
         self.heads = heads_of(layers[0].self_attn)
-        self.eps = layers[0].input_layernorm.variance_epsilon
-        # On the CPU torch makes rms_norm of seven small operations, a tenth of a token's time; four will do.
-        self.composed_norm = self.device.type == "cpu" and self.dtype == torch.float32
-        self.norm_floor = torch.tensor((self.hidden_size * self.eps) ** 0.5)
         self.rotary = Rotary(decoder.rotary.inv_freq, decoder.rotary.attention_scaling)
         windows = {decoder.window(index) for index in range(self.num_layers)}
         kind = StaticAttention if compiled else AlignedAttention if width > 1 else Attention
@@ -79,11 +76,13 @@ class LeanStep:
             shapes = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(shapes, COMPILED_SHAPES)
         self.embedding = decoder.embedding.weight.detach()
-        self.final_norm = self._norm_weight(decoder.final_norm)
+        self.final_norm = Norm(decoder.final_norm, self.dtype)
         self.head = hold(head_form or form, decoder.head_weight.detach(), decoder.head_bias)
         self.blocks: list[Block] = []
+        without_python = self.device.type == "cpu" and not compiled
         for index in range(self.num_layers):
-            self.blocks.append(convert(layers[index], decoder.window(index), self.heads, form, self._norm_weight))
+            block = Block(layers[index], decoder.window(index), self.heads, form, self.dtype, width, without_python)
+            self.blocks.append(block)
             if release:
                 layers[index] = nn.Identity()
 
@@ -103,7 +102,7 @@ class LeanStep:
 
     def memory(self) -> dict[str, int]:
         """Bytes by part. A head that is tied to the embedding counts only where it is held in another form."""
-        linears = [w for b in self.blocks for w in (b.qkv, b.output, b.gate_up, b.down)]
+        linears = [matrix for block in self.blocks for matrix in block.matrices]
         tied = getattr(self.head, "weight", None) is not None and shares_memory(self.head.weight, self.embedding)
         return {
             "blocks": sum(linear.nbytes for linear in linears),
@@ -117,12 +116,12 @@ class LeanStep:
 
     def norm(self, x: Tensor) -> Tensor:
         """The final norm of states [..., D]."""
-        return self._norm(x, self.final_norm).to(self.dtype)
+        return self.final_norm(x)
 
     def decode(self, x: Tensor) -> Tensor:
         """Exit states [..., D] -> logits [..., V]: final norm and head."""
         flat = x.reshape(-1, self.hidden_size)
-        logits = self.head(self._norm(self._widen(flat), self.final_norm))
+        logits = self.head(self.final_norm(self._widen(flat)).to(self.inner_dtype))
         return logits[: len(flat)].view(*x.shape[:-1], -1).to(self.dtype)
 
     def run(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> Tensor:
@@ -136,7 +135,8 @@ class LeanStep:
         span, turns = self._places(x, cache, starts)
         rows, shape = self._widen(x.reshape(-1, self.hidden_size)), x.shape
         blocks = self._compiled_blocks if self.compiled and shape[1] <= COMPILED_ROWS else self._blocks_on
-        rows = blocks(rows, cache.states[first:last], span, turns, first)
+        with as_written():
+            rows = blocks(rows, cache.states[first:last], span, turns, first)
         return rows[: shape[0] * shape[1]].view(shape)
 
     def _blocks_on(self, rows: Tensor, states: Tensor | list[Tensor], span: Span, turns: Tensor, first: int) -> Tensor:
@@ -144,7 +144,13 @@ class LeanStep:
         blocks, attention = self.blocks[first : first + len(states)], self._attention_over(states)
         parts = attention.parts(states, span, [block.window for block in blocks])
         for block, part in zip(blocks, parts, strict=True):
-            rows = self._block(block, rows, attention, part, span, turns)
+            if self.width == 1:
+                rows = block(rows, turns, part, span.views[block.window].mask, len(span.starts))
+            else:
+                qkv = block.project(rows, turns)
+                write(qkv, part.target, part.written)
+                attended = attention.attend(qkv[:, : self.heads.queries], part, span, block.window)
+                rows = block.finish(rows, attended)
         return rows
 
     def _attention_over(self, states: Tensor | list[Tensor]) -> Attention:
@@ -161,8 +167,9 @@ class LeanStep:
         blocks = self.blocks[first:last]
         attention = self._attention_over(cache.states)
         parts = attention.parts(cache.states[first:last], span, [block.window for block in blocks])
-        for block, part in zip(blocks, parts, strict=True):
-            attention.write(self._qkv(block, rows, span, turns), part, span)
+        with as_written():
+            for block, part in zip(blocks, parts, strict=True):
+                write(block.project(rows, turns), part.target, part.written)
 
     def _places(self, x: Tensor, cache: KVCache, starts: list[int]) -> tuple[Span, Tensor]:
         turns = self.rotary.turns(starts, x.shape[1])
@@ -172,52 +179,7 @@ class LeanStep:
     def _widen(self, rows: Tensor) -> Tensor:
         """Rows [N, D] as many as the linears want: a multiple of `width`, and a lone one as its form likes it."""
         count = len(rows)
-        if self.width > 1:
-            return F.pad(rows, (0, 0, 0, -count % self.width)) if count % self.width else rows
-        width = self.form.lone_row_width
-        return rows.expand(width, -1).contiguous() if count == 1 and width > 1 else rows
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMS norm of x [N, D]: x sqrt(D) weight / sqrt(|x|^2 + D eps), as the products like to be given it."""
-        if not self.composed_norm:
-            normed = torch.rms_norm(x, [self.hidden_size], weight, self.eps)
-        else:
-            normed = x.div(torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.norm_floor)).mul_(weight)
-        return normed if self.inner_dtype is self.dtype else normed.to(self.inner_dtype)
-
-    def _norm_weight(self, norm: nn.Module) -> Tensor:
-        weight = norm.weight.detach().to(self.dtype)
-        return weight * self.hidden_size**0.5 if self.composed_norm else weight
-
-    def _block(
-        self, block: Block, x: Tensor, attention: Attention, part: Part | RollingPart, span: Span, turns: Tensor
-    ) -> Tensor:
-        """x [N, D] + attention + MLP; `part` is this block's of the cache."""
-        attended = attention(self._qkv(block, x, span, turns), part, span, block.window)
-        if attended.shape[0] != x.shape[0]:
-            attended = self._widen(attended)
-        x = block.output.add_to(x, attended if self.inner_dtype is self.dtype else attended.to(self.inner_dtype))
-        gate, up = block.gate_up(self._norm(x, block.mlp_norm)).chunk(2, -1)
-        return block.down.add_to(x, self._silu(gate) * up)
-
-    def _silu(self, gate: Tensor) -> Tensor:
-        if self.width == 1:
-            return F.silu(gate)
-        # Threads share a large tensor out at places that depend on its size, and round otherwise at the seams.
-        return torch.cat([F.silu(rows) for rows in gate.split(self.width)])
-
-    def _qkv(self, block: Block, x: Tensor, span: Span, turns: Tensor) -> Tensor:
-        """[A n, H + 2 KV, head_dim], queries and keys normed (Qwen3) and turned."""
-        rows, (queries, keys, size, _) = len(span.starts) * span.rows, self.heads
-        qkv = block.qkv(self._norm(x, block.attention_norm))
-        if qkv.dtype is not self.dtype:
-            qkv = qkv.to(self.dtype)
-        qkv = qkv[:rows].view(rows, queries + 2 * keys, size)
-        turned = qkv[:, : queries + keys]
-        if block.qk_norm is not None:
-            turned.copy_(torch.rms_norm(turned, [size], None, self.eps) * block.qk_norm)
-        self.rotary.apply(turned, turns)
-        return qkv
+        return widen(rows, self.form.lone_row_width if self.width == count == 1 else count + -count % self.width)
 
 
 def heads_of(attention: nn.Module) -> Heads:

@@ -14,31 +14,49 @@ GROUP = 32  # weights of a row that share a scale in int4
 KERNEL_DTYPE = torch.bfloat16  # of activations and scales: the kernels for other types are ten times slower
 
 
-class Rounded(Plain):
-    """What Int8 and Int4 share: inputs of any type, products in bfloat16, and the sum in the residual's type."""
+def int8_product(x: Tensor, held: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
+    weight, scale, bias = held
+    product = torch._weight_int8pack_mm(x.to(scale.dtype), weight, scale)
+    return product if bias is None else product + bias
+
+
+def int8_plus(residual: Tensor, x: Tensor, held: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
+    return residual + int8_product(x, held)
+
+
+def int4_product(x: Tensor, held: tuple[Tensor, Tensor, int, int, Tensor | None]) -> Tensor:
+    weight, scale_and_zero, group, out, bias = held
+    product = torch._weight_int4pack_mm_for_cpu(x.to(scale_and_zero.dtype), weight, group, scale_and_zero)
+    if product.size(1) != out:
+        product = product[:, :out]
+    return product if bias is None else product + bias
+
+
+def int4_plus(residual: Tensor, x: Tensor, held: tuple[Tensor, Tensor, int, int, Tensor | None]) -> Tensor:
+    return residual + int4_product(x, held)
+
+
+def dynamic_product(x: Tensor, held: tuple[torch.classes.quantized.LinearPackedParamsBase]) -> Tensor:
+    # True: inputs in 7 bits, since with 8 AVX2's 16-bit sums overflow.
+    return torch.ops.quantized.linear_dynamic(x.float(), held[0], True)
+
+
+def dynamic_plus(residual: Tensor, x: Tensor, held: tuple[torch.classes.quantized.LinearPackedParamsBase]) -> Tensor:
+    return residual + dynamic_product(x, held)
+
+
+class Int8(Plain):
+    """One scale a row, symmetric; inputs of any type, the product in bfloat16, the sum in the residual's type. CPU."""
 
     inner_dtype = KERNEL_DTYPE
-
-    def __call__(self, x: Tensor) -> Tensor:
-        product = self._product(x.to(KERNEL_DTYPE))
-        return product if self.bias is None else product + self.bias.to(KERNEL_DTYPE)
-
-    def _product(self, x: Tensor) -> Tensor:
-        """bfloat16 [N, in] -> [N, out]."""
-        raise NotImplementedError
-
-
-class Int8(Rounded):
-    """One scale a row, symmetric; the product in bfloat16. CPU."""
+    product, plus = staticmethod(int8_product), staticmethod(int8_plus)
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        """weight [out, in] is rounded into 8 bits; bias [out] is kept."""
-        rounded, scale = round_to_int8(weight)
-        super().__init__(rounded, bias)
+        """weight [out, in] is rounded into 8 bits; bias [out] into bfloat16."""
+        self.weight, scale = round_to_int8(weight)
         self.scale = scale.to(KERNEL_DTYPE)
-
-    def _product(self, x: Tensor) -> Tensor:
-        return torch._weight_int8pack_mm(x, self.weight, self.scale)
+        self.bias = None if bias is None else bias.to(KERNEL_DTYPE)
+        self.held = self.weight, self.scale, self.bias
 
 
 class DynamicInt8(Plain):
@@ -50,6 +68,7 @@ class DynamicInt8(Plain):
     """
 
     inner_dtype = torch.float32
+    product, plus = staticmethod(dynamic_product), staticmethod(dynamic_plus)
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         """weight [out, in] is rounded into 8 bits; bias [out] is kept, as float32."""
@@ -59,20 +78,14 @@ class DynamicInt8(Plain):
         with warnings.catch_warnings():  # torch means to drop this kind of tensor; `obstacle_to_rounding` will tell
             warnings.filterwarnings("ignore", message=".*quantize", category=UserWarning)
             matrix = torch._make_per_channel_quantized_tensor(rounded, scale.double(), zeros, 0)
-        self.packed = torch.ops.quantized.linear_prepack(matrix, self.bias)
-        self._product = scripted(dynamic_product)
+        self.held = (torch.ops.quantized.linear_prepack(matrix, self.bias),)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._product(x.float(), self.packed)
+        return scripted(self.product)(x, self.held)
 
     @property
     def nbytes(self) -> int:
         return self.shape.numel() + 4 * self.shape[0] + (0 if self.bias is None else self.bias.nbytes)
-
-
-def dynamic_product(x: Tensor, packed: torch.classes.quantized.LinearPackedParamsBase) -> Tensor:
-    # True: inputs in 7 bits, since with 8 AVX2's 16-bit sums overflow.
-    return torch.ops.quantized.linear_dynamic(x, packed, True)
 
 
 def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,24 +94,24 @@ def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(weight / scale[:, None]).to(torch.int8), scale
 
 
-class Int4(Rounded):
-    """A scale and a zero point for each 32 weights of a row; the product in bfloat16. CPU."""
+class Int4(Plain):
+    """A scale and a zero point for each 32 weights of a row; else as Int8. CPU."""
+
+    inner_dtype = KERNEL_DTYPE
+    product, plus = staticmethod(int4_product), staticmethod(int4_plus)
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        """weight [out, in] is rounded into 4 bits, `in` a multiple of 32; bias [out] is kept."""
-        self.out = len(weight)
-        padded = F.pad(weight.float(), (0, 0, 0, -self.out % 16))  # the kernel wants a multiple of 16 rows
+        """weight [out, in] is rounded into 4 bits, `in` a multiple of 32; bias [out] into bfloat16."""
+        padded = F.pad(weight.float(), (0, 0, 0, -len(weight) % 16))  # the kernel wants a multiple of 16 rows
         groups = padded.unflatten(1, (-1, GROUP))  # [out, in / 32, 32]
         low, high = groups.amin(-1), groups.amax(-1)
         scale = ((high - low) / 15).clamp(min=1e-12)
         levels = torch.round((groups - low[..., None]) / scale[..., None]).clamp(0, 15).int().flatten(1)
-        super().__init__(torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1), bias)
+        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
         # The kernel counts levels from the middle: weight = (level - 8) scale + zero.
         self.scale_and_zero = torch.stack([scale, low + 8 * scale], -1).transpose(0, 1).to(KERNEL_DTYPE).contiguous()
-
-    def _product(self, x: Tensor) -> Tensor:
-        product = torch._weight_int4pack_mm_for_cpu(x, self.weight, GROUP, self.scale_and_zero)
-        return product if product.shape[1] == self.out else product[:, : self.out]
+        self.bias = None if bias is None else bias.to(KERNEL_DTYPE)
+        self.held = self.weight, self.scale_and_zero, GROUP, len(weight), self.bias
 
 
 DRAFT_FORMS = {"int8": Int8, "int4": Int4}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lskip.inference.attention import Attention, Span, View, hiding, positions
+from lskip.inference.attention import Attention, Part, Span, View, hiding, positions
 from lskip.inference.cache import KVCache
 from lskip.inference.engine import PREFILL_ROWS
 
@@ -75,21 +74,6 @@ def held_positions(starts: list[int], rows: int, size: int, device: torch.device
     return torch.where(held < 0, last + 1, held)
 
 
-class RollingPart(NamedTuple):
-    """One block's part of a RollingCache, as the rows of a pass meet it; views, nothing is copied.
-
-    Attributes:
-        target: the slots of all lanes, one lane after another.
-        written: [A n], which of them the rows take.
-        keys, values: [A, KV, K, head_dim].
-    """
-
-    target: Tensor
-    written: Tensor
-    keys: Tensor
-    values: Tensor
-
-
 class RollingAttention(Attention):
     """Over a RollingCache: as Attention, but slots are looked up, and a mask tells which of them a row sees."""
 
@@ -104,7 +88,7 @@ class RollingAttention(Attention):
         mask = hiding(distance, window, self.dtype)  # [A, n, K]
         return View(0, mask[:, None].expand(-1, self.heads.group, -1, -1).flatten(1, 2)[:, None])
 
-    def parts(self, states: list[Tensor], span: Span, windows: list[int | None]) -> list[RollingPart]:
+    def parts(self, states: list[Tensor], span: Span, windows: list[int | None]) -> list[Part]:
         """What each of some blocks sees and writes; `states`, `windows`: theirs."""
         lanes, stop = len(span.starts), max(span.starts) + span.rows
         places = positions(span.starts, span.rows, self.device)
@@ -114,8 +98,5 @@ class RollingAttention(Attention):
             if size not in written:
                 written[size] = (places % size + size * torch.arange(lanes, device=self.device)[:, None]).flatten()
             keys, values = part[:lanes, : min(stop, size)].permute(2, 0, 3, 1, 4)
-            parts.append(RollingPart(part.view(-1, *part.shape[2:]).flatten(1, 2), written[size], keys, values))
+            parts.append(Part(part.view(-1, *part.shape[2:]).flatten(1, 2), written[size], keys, values))
         return parts
-
-    def write(self, qkv: Tensor, part: RollingPart, span: Span) -> None:
-        part.target.index_copy_(0, part.written, qkv[:, self.heads.queries :])

@@ -10,24 +10,112 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+EXACT_WIDTH = 4  # rows that products and attention groups see at once where bits must not depend on neighbours
+
+# The products, in the part of Python that TorchScript knows.
+
+
+def plain_product(x: Tensor, held: tuple[Tensor, Tensor | None]) -> Tensor:
+    weight, bias = held
+    return F.linear(x, weight, bias)
+
+
+def plain_plus(residual: Tensor, x: Tensor, held: tuple[Tensor, Tensor | None]) -> Tensor:
+    return residual + plain_product(x, held)
+
+
+def transposed_product(x: Tensor, held: tuple[Tensor, Tensor | None]) -> Tensor:
+    weight, bias = held
+    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+
+
+def transposed_plus(residual: Tensor, x: Tensor, held: tuple[Tensor, Tensor | None]) -> Tensor:
+    if residual.dtype != x.dtype:
+        return residual + transposed_product(x, held)
+    weight, bias = held
+    return torch.addmm(residual if bias is None else residual + bias, x, weight)
+
+
+def packed_product(x: Tensor, held: tuple[Tensor, Tensor | None]) -> Tensor:
+    weight, bias = held
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def packed_plus(residual: Tensor, x: Tensor, held: tuple[Tensor, Tensor | None]) -> Tensor:
+    if residual.dtype != x.dtype:
+        return residual + packed_product(x, held)
+    weight, bias = held
+    return torch.ops.mkldnn._linear_pointwise(x, residual, weight, bias, "add")
+
+
+def sliced_product(x: Tensor, held: tuple[Tensor, Tensor | None, int]) -> Tensor:
+    weight, bias, width = held
+    return torch.cat([F.linear(rows, weight, bias) for rows in x.split(width)])
+
+
+def sliced_plus(residual: Tensor, x: Tensor, held: tuple[Tensor, Tensor | None, int]) -> Tensor:
+    return residual + sliced_product(x, held)
+
+
+def halved_product(
+    x: Tensor, held: tuple[torch.classes.quantized.LinearPackedParamsBase, float, Tensor, Tensor | None]
+) -> Tensor:
+    packed, _, unit, bias = held
+    product = torch.ops.quantized.linear_dynamic_fp16(x, packed).mul_(unit)  # a number would become a tensor each time
+    return product if bias is None else product.add_(bias)
+
+
+def halved_plus(
+    residual: Tensor,
+    x: Tensor,
+    held: tuple[torch.classes.quantized.LinearPackedParamsBase, float, Tensor, Tensor | None],
+) -> Tensor:
+    packed, unit, _, bias = held
+    if bias is not None:
+        return residual + halved_product(x, held)
+    return torch.add(residual, torch.ops.quantized.linear_dynamic_fp16(x, packed), alpha=unit)
+
+
+@functools.cache
+def scripted(function: Callable) -> Callable:
+    """`function` in TorchScript; itself where this torch or Python no longer has that (torch calls it deprecated).
+
+    From Python an operation costs microseconds before it begins, one on a matrix that FBGEMM has packed 30.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            return torch.jit.script(function)
+        except (AttributeError, OSError, RuntimeError):
+            return function
+
 
 class Plain:
-    """The matrix as the checkpoint has it: GPUs, and wherever nothing better exists."""
+    """The matrix as the checkpoint has it: GPUs, and wherever nothing better exists.
+
+    Attributes:
+        product: (x [N, in], held) -> [N, out].
+        plus: (residual [N, out], x [N, in], held) -> residual + the product, in the residual's type.
+
+    Both are functions that TorchScript understands, `held` what it can be given (block_functions.py).
+    """
 
     lone_row_width = 1  # rows that a single row is repeated to before the linears see it
     inner_dtype: torch.dtype | None = None  # what inputs are best given in, and products come in; None: the model's
+    product, plus = staticmethod(plain_product), staticmethod(plain_plus)
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         """weight [out, in], bias [out]; kept, not copied."""
         self.weight, self.bias = weight, bias
+        self.held: tuple = weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, in] -> [N, out]."""
-        return F.linear(x, self.weight, self.bias)
+        return self.product(x, self.held)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual [N, out] + self([N, in]), in the residual's type."""
-        return residual + self(x)
+        return self.plus(residual, x, self.held)
 
     @property
     def nbytes(self) -> int:
@@ -39,19 +127,11 @@ class Plain:
 class Transposed(Plain):
     """The matrix stored [in, out]: on some CPUs the kernel for few rows that reads memory fastest (float32)."""
 
+    product, plus = staticmethod(transposed_product), staticmethod(transposed_plus)
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         """weight [out, in] is copied into the new layout; bias [out] is kept."""
         super().__init__(weight.t().contiguous(), bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.mm(x, self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
-
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        if residual.dtype is not x.dtype:
-            return super().add_to(residual, x)
-        if self.bias is not None:
-            residual = residual + self.bias
-        return torch.addmm(residual, x, self.weight)
 
 
 class Packed(Plain):
@@ -61,20 +141,11 @@ class Packed(Plain):
     """
 
     expected_rows = 8  # oneDNN picks the layout for this many; it suits 1 to 16
+    product, plus = staticmethod(packed_product), staticmethod(packed_plus)
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         """weight [out, in] is copied into the new layout; bias [out] is kept."""
         super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), self.expected_rows), bias)
-        self._product = torch.ops.mkldnn._linear_pointwise.default
-        self._product_plus = torch.ops.mkldnn._linear_pointwise.binary
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._product(x, self.weight, self.bias, "none", [], "")
-
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        if residual.dtype is not x.dtype:
-            return super().add_to(residual, x)
-        return self._product_plus(x, residual, self.weight, self.bias, "add")
 
 
 class PackedWide(Packed):
@@ -104,6 +175,7 @@ class Halved(Plain):
     """
 
     inner_dtype = torch.float32
+    product, plus = staticmethod(halved_product), staticmethod(halved_plus)
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         """weight [out, in] is copied; bias [out] too where it is not float32.
@@ -115,48 +187,16 @@ class Halved(Plain):
         if power is None:
             raise ValueError("its numbers do not fit into 16 bits without loss")
         self.shape, self.bias = weight.shape, None if bias is None else bias.float()
-        self.unit = 2.0**-power
-        self._unit = torch.tensor(self.unit)  # of a number torch would make a tensor at every product
-        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float() * 2.0**power, None)
-        self._product, self._sum = scripted(halved_product), scripted(halved_sum)
+        packed = torch.ops.quantized.linear_prepack_fp16(weight.float() * 2.0**power, None)
+        unit = 2.0**-power
+        self.held = packed, unit, torch.tensor(unit), self.bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        product = self._product(x, self.packed, self._unit)
-        return product if self.bias is None else product.add_(self.bias)
-
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        if self.bias is not None:
-            return super().add_to(residual, x)
-        return self._sum(residual, x, self.packed, self.unit)
+        return scripted(self.product)(x, self.held)
 
     @property
     def nbytes(self) -> int:
         return 2 * self.shape.numel() + (0 if self.bias is None else self.bias.nbytes)
-
-
-@functools.cache
-def scripted(function: Callable) -> Callable:
-    """`function` in TorchScript; itself where a torch or a Python no longer has that (torch calls it deprecated).
-
-    To hand over a matrix that FBGEMM has packed takes torch 30 µs from Python, a seventh of a product of 500,000
-    weights, and none in there.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        try:
-            return torch.jit.script(function)
-        except (AttributeError, OSError, RuntimeError):
-            return function
-
-
-def halved_product(x: Tensor, packed: torch.classes.quantized.LinearPackedParamsBase, unit: Tensor) -> Tensor:
-    return torch.ops.quantized.linear_dynamic_fp16(x, packed).mul_(unit)
-
-
-def halved_sum(
-    residual: Tensor, x: Tensor, packed: torch.classes.quantized.LinearPackedParamsBase, unit: float
-) -> Tensor:
-    return torch.add(residual, torch.ops.quantized.linear_dynamic_fp16(x, packed), alpha=unit)
 
 
 def power_to_halve(weight: Tensor) -> int | None:
@@ -175,12 +215,14 @@ def power_to_halve(weight: Tensor) -> int | None:
 class Sliced(Plain):
     """Plain, four rows at a time: whatever kernel takes them, every row meets the same product."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([F.linear(rows, self.weight, self.bias) for rows in x.split(EXACT_WIDTH)])
+    product, plus = staticmethod(sliced_product), staticmethod(sliced_plus)
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__(weight, bias)
+        self.held = weight, bias, EXACT_WIDTH
 
 
 Form = type[Plain]
-EXACT_WIDTH = 4  # rows that products and attention groups see at once where bits must not depend on neighbours
 
 
 def hold(form: Form, weight: Tensor, bias: Tensor | None = None) -> Plain:

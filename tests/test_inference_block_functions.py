@@ -1,0 +1,77 @@
+"""Blocks in TorchScript against the same functions run by Python, and what happens where there is no TorchScript."""
+
+import pytest
+import torch
+from conftest import needs_halved
+
+from lskip.decoder import Decoder
+from lskip.inference import TextGenerator
+from lskip.inference.block_functions import block_functions
+from lskip.inference.lean_step import LeanStep
+from lskip.inference.quantized import DynamicInt8, Int4, Int8
+from lskip.inference.weights import EXACT_WIDTH, Halved, Packed, PackedWide, Plain, Sliced, Transposed, scripted
+
+FORMS = [
+    Plain,
+    Transposed,
+    Packed,
+    PackedWide,
+    Sliced,
+    Int8,
+    Int4,
+    DynamicInt8,
+    pytest.param(Halved, marks=needs_halved),
+]
+
+
+def states_after(step, starts, rows):
+    """The rows' states and the whole cache, after a pass on random rows over a random cache."""
+    generator = torch.Generator().manual_seed(1)
+    cache = step.new_cache(len(starts), 16)
+    for part in cache.states:
+        part.normal_(generator=generator)
+    x = torch.randn(len(starts), rows, step.hidden_size, generator=generator)
+    return step.run(x, cache, starts, 0, step.num_layers), list(cache.states)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])  # qwen2 has biases, qwen3 more norms
+def test_torchscript_changes_no_bit(tiny_model, family, form):
+    """Not in the first call, nor in later ones, which TorchScript would like to make faster."""
+    width = EXACT_WIDTH if form in (Sliced, Packed) else 1
+    model = tiny_model(family, hidden_size=64, head_dim=16)
+    for parameter in model.parameters():
+        parameter.data = parameter.bfloat16().float()  # what Halved can hold
+    step = LeanStep(Decoder(model), form, width=width)
+    inside = [block._functions for block in step.blocks]
+    assert all(isinstance(function, torch.jit.ScriptFunction) for functions in inside for function in functions)
+    with torch.inference_mode():
+        for starts, rows in (([0], 6), ([6], 1), ([5], 3), ([7], 1), ([3, 0, 5], 1), ([4, 1, 0], 4)):
+            fast = [states_after(step, starts, rows) for _ in range(4)]
+            for block in step.blocks:
+                block._functions = block_functions(tuple(map(type, block.matrices)), without_python=False)
+            slow = states_after(step, starts, rows)
+            for block, functions in zip(step.blocks, inside, strict=True):
+                block._functions = functions
+            for x, cache in fast:
+                assert torch.equal(x, slow[0])
+                assert all(map(torch.equal, cache, slow[1]))
+
+
+def test_without_torchscript_the_text_is_the_same(tiny_model, monkeypatch):
+    def write():
+        generator = TextGenerator(tiny_model(hidden_size=64), draft_weights="int8")
+        return generator, generator.generate([5, 6, 7], max_new_tokens=12, num_speculations=3).token_ids
+
+    def no_longer(function):
+        raise RuntimeError("torch.jit.script is gone")
+
+    _, expected = write()
+    monkeypatch.setattr(torch.jit, "script", no_longer)
+    scripted.cache_clear(), block_functions.cache_clear()
+    try:
+        generator, token_ids = write()
+        assert not isinstance(generator.step.blocks[0]._functions.run, torch.jit.ScriptFunction)
+        assert token_ids == expected
+    finally:
+        scripted.cache_clear(), block_functions.cache_clear()
