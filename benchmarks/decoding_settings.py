@@ -40,6 +40,7 @@ DRAFTS = {
     "layers_uncached": Source(OWN_WEIGHTS, "weights"),
     "int8": Source("int8", "weights"),
     "int4": Source("int4", "weights"),
+    "int8_dynamic": Source("int8_dynamic", "weights"),
     "adapter": Source(ADAPTER, "adapter"),
     "ngram": Source(None, "ngram"),
     # Everything that the generator has: the cost-aware policy chooses.

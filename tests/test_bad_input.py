@@ -125,7 +125,7 @@ BAD = [
     (f"generate --prompt=x {ASK} --seed=-1", "seed: -1"),
     (f"generate --prompt=x {ASK} --num_speculations=-1", "num_speculations: -1"),
     (f"generate --prompt=x {ASK} --bit_exact=mostly", "bit_exact: 'mostly' true or false"),
-    (f"generate --prompt=x {ASK} --draft_weights=int2", "draft_weights: 'int2' int8, int4"),
+    (f"generate --prompt=x {ASK} --draft_weights=int2", "draft_weights: 'int2' int8, int4, int8_dynamic"),
     (f"generate --prompt=x {ASK} --dtype=int3", "dtype: 'int3' float32, bfloat16"),
     (f"generate --prompt=x {ASK} --weights=heavy", "weights: 'heavy' packed"),
     (f"generate --prompt=x {ASK} --device=abacus", "device: 'abacus'"),

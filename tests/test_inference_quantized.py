@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lskip.inference import TextGenerator
-from lskip.inference.quantized import DRAFT_FORMS, DynamicInt8, Int4, Int8
+from lskip.inference.quantized import DRAFT_FORMS, HEAD_FORMS, DynamicInt8, Int4, Int8
 from lskip.inference.weights import Plain
 
 
@@ -85,7 +85,7 @@ def test_text_is_the_models_own(tiny_model, family, draft_weights):
 def test_exact_weights_as_their_own_draft_are_always_accepted(tiny_model, monkeypatch, num_speculations):
     """A lagging or misplaced draft position would make even the same weights disagree."""
     monkeypatch.setitem(DRAFT_FORMS, "int8", Plain)
-    monkeypatch.setattr("lskip.inference.steps.HEAD_FORM", Plain)
+    monkeypatch.setitem(HEAD_FORMS, Plain, Plain)
     generator = TextGenerator(tiny_model("llama"), draft_weights="int8")
     answer = generator.generate([3, 1, 4], max_new_tokens=50, min_new_tokens=50, num_speculations=num_speculations)
     assert answer.accepted == answer.drafted > 0
@@ -101,7 +101,7 @@ def test_sampled_text_does_not_depend_on_the_draft(tiny_model):
 
 
 def test_bad_draft_weights(tiny_model, monkeypatch):
-    with pytest.raises(ValueError, match=r"draft_weights: 'int3' is not one of int8, int4"):
+    with pytest.raises(ValueError, match=r"draft_weights: 'int3' is not one of int8, int4, int8_dynamic"):
         TextGenerator(tiny_model("llama"), draft_weights="int3")
     with pytest.raises(ValueError, match=r"draft_weights: 'int4' does not work here"):
         TextGenerator(tiny_model("llama", hidden_size=48, head_dim=12), draft_weights="int4")

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from lskip.checks import check_choice, check_whole
 from lskip.command_options import LoadingOptions
 
-DraftName = Literal["layers", "int8", "int4", "ngram", "adapter"]
+DraftName = Literal["layers", "int8", "int4", "int8_dynamic", "ngram", "adapter"]
 PolicyName = Literal["FixedDraft", "ConfidenceDraft", "CostAwareDraft"]
-DRAFT_WEIGHTS = ("int8", "int4")
+DRAFT_WEIGHTS = ("int8", "int4", "int8_dynamic")
 DRAFTS = ("layers", *DRAFT_WEIGHTS, "ngram", "adapter")
 SHARES = (1 / 6, 1 / 4, 1 / 3, 1 / 2)  # of the layers: where drafts exit when nothing is said
 
@@ -21,8 +21,8 @@ class Cell:
     """What a cell sets.
 
     Attributes:
-        draft: layers, ngram or adapter as `--draft`; int8 and int4: draft "weights" of these `draft_weights`.
-        exit_layer: blocks that draft; None: not for this draft to say (ngram, adapter), or all blocks (int8, int4).
+        draft: layers, ngram or adapter as `--draft`; a name in DRAFT_WEIGHTS: draft "weights" of these `draft_weights`.
+        exit_layer: blocks that draft; None: not for this draft to say (ngram, adapter), or all blocks (DRAFT_WEIGHTS).
         num_speculations: tokens drafted, at most where another policy than FixedDraft decides.
         policy: the name of a DraftPolicy.
     """

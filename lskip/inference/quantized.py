@@ -62,9 +62,9 @@ class Int8(Plain):
 class DynamicInt8(Plain):
     """Int8 whose inputs are rounded too, to 7 bits with one scale for all rows, and multiplied as whole numbers.
 
-    On a CPU without AVX-512 it takes about half of Int8's time for one row and a third for six. A whole stack cannot
-    bear it: a few large numbers set the scale, and SmolLM2 draws another token in 13 of 100 places (3 with Int8). A
-    block or two can. FBGEMM's kernel, x86 alone.
+    On a CPU without AVX-512 it takes about half of Int8's time for one row and a third for six. In a whole stack a few
+    large numbers set the scale, and SmolLM2 draws another token in 13 of 100 places (3 with Int8); where it takes half
+    the time, that is still the better draft. FBGEMM's kernel, x86 alone.
     """
 
     inner_dtype = torch.float32
@@ -114,13 +114,13 @@ class Int4(Plain):
         self.held = self.weight, self.scale_and_zero, GROUP, len(weight), self.bias
 
 
-DRAFT_FORMS = {"int8": Int8, "int4": Int4}
+DRAFT_FORMS = {"int8": Int8, "int4": Int4, "int8_dynamic": DynamicInt8}
 # The head decides between close logits: in 4 bits it costs a fifth of the accepted tokens, in 8 next to nothing.
-HEAD_FORM = Int8
+HEAD_FORMS = {Int8: Int8, Int4: Int8, DynamicInt8: DynamicInt8}
 
 
 def choose_draft_form(form: str, samples: list[Tensor]) -> Form:
-    """The class for `form`, "int8" or "int4", after trying it on `samples` [out, in] each.
+    """The class for `form`, a name in DRAFT_FORMS, after trying it on `samples` [out, in] each.
 
     Raises:
         ValueError: unknown form, or one that does not work here.

@@ -8,7 +8,7 @@ from lskip.inference.form_choice import Mix, choose_exact_form, choose_form, exa
 from lskip.inference.lean_blocks import obstacle, sample_weights
 from lskip.inference.lean_step import LeanStep
 from lskip.inference.module_step import ModuleStep
-from lskip.inference.quantized import HEAD_FORM, choose_draft_form
+from lskip.inference.quantized import HEAD_FORMS, choose_draft_form
 from lskip.inference.weights import EXACT_WIDTH, Plain
 
 
@@ -43,4 +43,5 @@ def build_draft_step(decoder: Decoder, draft_weights: str) -> LeanStep:
     """
     if (reason := obstacle(decoder)) is not None:
         raise ValueError(f"draft_weights: {draft_weights!r} is not for this model ({reason}); leave it out")
-    return LeanStep(decoder, choose_draft_form(draft_weights, sample_weights(decoder)), head_form=HEAD_FORM)
+    form = choose_draft_form(draft_weights, sample_weights(decoder))
+    return LeanStep(decoder, form, head_form=HEAD_FORMS[form])
