@@ -53,10 +53,8 @@ class Int8(Plain):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         """weight [out, in] is rounded into 8 bits; bias [out] into bfloat16."""
-        self.weight, scale = round_to_int8(weight)
-        self.scale = scale.to(KERNEL_DTYPE)
-        self.bias = None if bias is None else bias.to(KERNEL_DTYPE)
-        self.held = self.weight, self.scale, self.bias
+        rounded, scale = round_to_int8(weight)
+        self.held = rounded, scale.to(KERNEL_DTYPE), None if bias is None else bias.to(KERNEL_DTYPE)
 
 
 class DynamicInt8(Plain):
@@ -107,11 +105,10 @@ class Int4(Plain):
         low, high = groups.amin(-1), groups.amax(-1)
         scale = ((high - low) / 15).clamp(min=1e-12)
         levels = torch.round((groups - low[..., None]) / scale[..., None]).clamp(0, 15).int().flatten(1)
-        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
         # The kernel counts levels from the middle: weight = (level - 8) scale + zero.
-        self.scale_and_zero = torch.stack([scale, low + 8 * scale], -1).transpose(0, 1).to(KERNEL_DTYPE).contiguous()
-        self.bias = None if bias is None else bias.to(KERNEL_DTYPE)
-        self.held = self.weight, self.scale_and_zero, GROUP, len(weight), self.bias
+        scale_and_zero = torch.stack([scale, low + 8 * scale], -1).transpose(0, 1).to(KERNEL_DTYPE).contiguous()
+        self.held = packed, scale_and_zero, GROUP, len(weight), None if bias is None else bias.to(KERNEL_DTYPE)
 
 
 DRAFT_FORMS = {"int8": Int8, "int4": Int4, "int8_dynamic": DynamicInt8}

@@ -120,7 +120,7 @@ class Plain:
     @property
     def nbytes(self) -> int:
         """Bytes that it holds. An opaque layout does not tell its padding: its numbers are counted."""
-        parts = [part for part in vars(self).values() if isinstance(part, Tensor)]
+        parts = [part for part in self.held if isinstance(part, Tensor)]
         return sum(part.numel() * part.element_size() for part in parts)
 
 
