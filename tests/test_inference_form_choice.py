@@ -7,7 +7,7 @@ import torch
 from conftest import HALVED_WORKS, needs_halved
 
 from lskip.inference import TextGenerator
-from lskip.inference.form_choice import choose_form, fastest, obstacle_to
+from lskip.inference.form_choice import choose_form, cost_of, fastest, obstacle_to
 from lskip.inference.weights import Halved, Packed, PackedWide, Plain, Sliced, Transposed, Widened, plain_product
 
 
@@ -115,6 +115,15 @@ def test_the_fastest_form_wins():
     for forms in ([Slow, Plain, SlowAlone], [SlowAlone, Slow, Plain]):
         assert fastest(forms, samples, ((3, 1), (1, 5))) is Plain
     assert PackedWide.lone_row_width == 4
+
+
+def test_chance_does_not_decide_between_forms_that_share_a_product():
+    class PlainWide(Plain):
+        lone_row_width = 4
+
+    samples = [torch.randn(16, 8), torch.randn(8, 16)]
+    costs = cost_of([Plain, PlainWide], samples, ((1, 4), (4, 6)))
+    assert costs[Plain] == costs[PlainWide] > 0
 
 
 def test_where_bits_are_kept_by_default(tiny_model):

@@ -136,28 +136,34 @@ def cost_of(
 
     Other processes only ever add time: the best of each single product is nearest to the truth. On a busy machine
     threads wait for each other, for milliseconds in a product of microseconds, so that one thread is tried as well
-    as all of them. No round begins after `limit` seconds.
+    as all of them. A product that two forms share is timed once: chance must not decide between them. No round
+    begins after `limit` seconds.
     """
-    products = [
-        (form, matrix, sample.new_ones(form.lone_row_width if rows == 1 else rows, sample.shape[1]), weight)
+    held = {(form.product, index): hold(form, sample) for form in forms for index, sample in enumerate(samples)}
+    parts = {  # weight, and what is timed: a product, of which sample, of how many rows
+        form: [(weight, (form.product, i, seen_as(form, rows))) for i in range(len(samples)) for weight, rows in mix]
         for form in forms
-        for matrix, sample in [(hold(form, sample), sample) for sample in samples]
-        for weight, rows in mix
-    ]
-    best, threads, begin = [math.inf] * len(products), torch.get_num_threads(), time.perf_counter()
+    }
+    best = {timed: math.inf for form in forms for _, timed in parts[form]}
+    threads, begin = torch.get_num_threads(), time.perf_counter()
     try:
         for _ in range(rounds):  # interleaved, so that a busy spell of the machine meets every form
             for count in {1, threads}:
                 torch.set_num_threads(count)
-                best = [min(old, seconds_of(matrix, x)) for old, (_, matrix, x, _) in zip(best, products, strict=True)]
+                for product, index, rows in best:
+                    x = samples[index].new_ones(rows, samples[index].shape[1])
+                    seconds = seconds_of(held[product, index], x)
+                    best[product, index, rows] = min(best[product, index, rows], seconds)
             if time.perf_counter() - begin > limit:
                 break
     finally:
         torch.set_num_threads(threads)
-    costs = dict.fromkeys(forms, 0.0)
-    for (form, _, _, weight), seconds in zip(products, best, strict=True):
-        costs[form] += weight * seconds
-    return costs
+    return {form: sum(weight * best[timed] for weight, timed in parts[form]) for form in forms}
+
+
+def seen_as(form: Form, rows: int) -> int:
+    """Rows that a form's product is given for so many."""
+    return form.lone_row_width if rows == 1 else rows
 
 
 def seconds_of(matrix: Plain, x: Tensor) -> float:
