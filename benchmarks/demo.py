@@ -16,6 +16,7 @@ import json
 import shutil
 import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -58,7 +59,7 @@ class Sizes:
     blocks: int = 16
     exit_layer: int = 2
     num_speculations: int = 2
-    smollm2_drafts: tuple[tuple[str, int], ...] = (("int4", 5), ("adapter", 2))
+    smollm2_drafts: tuple[tuple[str, int], ...] = (("int8_dynamic", 4), ("int4", 5), ("adapter", 2))
 
 
 def run(output: Path, sizes: Sizes) -> dict:
@@ -174,14 +175,9 @@ def smollm2(output: Path, sizes: Sizes) -> dict:
 
 def answers(model, tokenizer, sizes: Sizes) -> dict:
     """Chat prompts answered by lskip, without and with each draft, and by transformers `generate`, turn by turn."""
-    adapter = load_adapter(find_adapter("smollm2"), model)
-    generators = {
-        None: TextGenerator(model, tokenizer),
-        "int4": TextGenerator(model, tokenizer, draft_weights="int4"),
-        "adapter": TextGenerator(model, tokenizer, exit_adapter=adapter),
-    }
+    generators = {None: TextGenerator(model, tokenizer)} | drafting(model, tokenizer, dict(sizes.smollm2_drafts))
     length = {"max_new_tokens": sizes.new_tokens, "min_new_tokens": sizes.new_tokens}
-    settings = {None: 0, **dict(sizes.smollm2_drafts)}
+    settings = {None: 0} | {draft: count for draft, count in sizes.smollm2_drafts if draft in generators}
     runs, reference, seconds = {draft: [] for draft in settings}, [], []
     prompts = chat_prompts()[: sizes.prompts]
     for prompt in [prompts[0], *prompts]:  # the first is a warm-up
@@ -212,6 +208,19 @@ def answers(model, tokenizer, sizes: Sizes) -> dict:
             for draft, drafted in runs.items()
         },
     }
+
+
+def drafting(model, tokenizer, drafts: Iterable[str]) -> dict[str, TextGenerator]:
+    """A generator for each of `drafts` whose kernels this machine has."""
+    generators = {}
+    for draft in drafts:
+        adapter = load_adapter(find_adapter("smollm2"), model) if draft == "adapter" else None
+        weights = draft if adapter is None else None
+        try:
+            generators[draft] = TextGenerator(model, tokenizer, draft_weights=weights, exit_adapter=adapter)
+        except ValueError as error:
+            console.print(f"without {draft}: {error}")
+    return generators
 
 
 def mismatches(reference: list[list[int]], runs: list[Generation]) -> int:

@@ -11,8 +11,8 @@ from lskip.inference.weights import Plain
 def by_hand(form, weight):
     """What the rounded matrix stands for, worked out in float64 without the kernels."""
     exact = weight.double()
-    if form is Int8:
-        scale = exact.abs().amax(1, keepdim=True) / 127
+    if form in (Int8, DynamicInt8):
+        scale = exact.abs().amax(1, keepdim=True) / (127 if form is Int8 else 64)
         return torch.round(exact / scale) * scale
     groups = exact.view(len(exact), -1, 32)
     low = groups.amin(-1, keepdim=True)
@@ -39,23 +39,23 @@ def test_products_are_those_of_the_rounded_matrix(form, bias):
     assert form is Int8 or distance(Plain(weight, offset)(x), expected) > 0.03
 
 
-def rounded_to_7_bits(x):
-    """Levels 0 … 127 from the least to the largest number, 0 among them, in float64."""
+def rounded_to_8_bits(x):
+    """Levels 0 … 255 from the least to the largest number, 0 among them, in float64."""
     x = x.double()
     low, high = x.min().clamp(max=0), x.max().clamp(min=0)
-    scale = (high - low) / 127
+    scale = (high - low) / 255
     zero = torch.round(-low / scale)
-    return ((torch.round(x / scale) + zero).clamp(0, 127) - zero) * scale
+    return ((torch.round(x / scale) + zero).clamp(0, 255) - zero) * scale
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_dynamic_int8_rounds_both_sides_and_nothing_else(bias):
-    """Whole numbers are multiplied exactly; numbers as large as these would overflow 16 bits if inputs had 8."""
+    """Whole numbers are multiplied exactly; numbers as large as these would overflow 16 bits if weights had 8."""
     torch.manual_seed(0)
     weight, offset = torch.randn(96, 64).sign() + 0.01 * torch.randn(96, 64), torch.randn(96) if bias else None
     x, residual = torch.rand(3, 64), torch.randn(3, 96)
     held = DynamicInt8(weight, offset)
-    expected = rounded_to_7_bits(x) @ by_hand(Int8, weight).T + (0 if offset is None else offset)
+    expected = rounded_to_8_bits(x) @ by_hand(DynamicInt8, weight).T + (0 if offset is None else offset)
     assert torch.allclose(held(x).double(), expected, atol=1e-4)
     assert torch.allclose(held(x.bfloat16()).double(), expected, atol=0.1) and held(x).dtype == torch.float32
     assert torch.allclose(held.add_to(residual, x).double(), expected + residual, atol=1e-4)
