@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from copy import copy
+from dataclasses import replace
 from functools import partial
 
 from decoding_runs import PROMPT, Run
@@ -75,23 +76,24 @@ class Lskip:
             ended = self.generator.generate_batch(prompts, batch_size=self.setting.batch, **arguments)
             generations = [generation for _, generation in sorted(ended, key=lambda pair: pair[0])]
         seconds = time.perf_counter() - begin
-        planned = partial(
-            self._planned,
-            rounds=list(self.rounds),
-            tokens=sum(len(generation.token_ids) - 1 for generation in generations),
-            lanes=min(self.setting.batch, len(prompts)),
-        )
-        return run_of(generations, seconds)._replace(planned=planned)
+        lanes = min(self.setting.batch, len(prompts))
+        steps = sum(len(generation.token_ids) - 1 for generation in generations) / lanes
+        planned = partial(self._planned, rounds=list(self.rounds), steps=steps, lanes=lanes)
+        plain = partial(self._plain, steps=steps, lanes=lanes)
+        return run_of(generations, seconds)._replace(planned=planned, plain=plain)
 
-    def _planned(self, rounds: list[tuple[DraftPlan, int]], tokens: int, lanes: int) -> float:
-        """Seconds that the cost model gives the rounds, which brought `tokens`: all but each text's first."""
-        costs = self.generator.costs
+    def _planned(self, rounds: list[tuple[DraftPlan, int]], steps: float, lanes: int) -> float:
+        """Seconds that the cost model gives the rounds, which brought what `steps` bring undrafted."""
         if self.setting.draft is not None:
-            return sum(costs.round(plan, lanes) for plan, lanes in rounds)
+            return sum(self.generator.costs.round(plan, lanes) for plan, lanes in rounds)
         if self.setting.exit_layer is None:
-            return tokens / lanes * costs.plain(lanes)
+            return self._plain(steps, lanes)
         # A token of a fixed exit is what a drafted one is.
-        return tokens / lanes * costs.draft_step(Draft("layers", self.setting.exit_layer), lanes)
+        return steps * self.generator.costs.draft_step(Draft("layers", self.setting.exit_layer), lanes)
+
+    def _plain(self, steps: float, lanes: int) -> float:
+        """Seconds of undrafted steps, by a model alone: an adapter beside it has nothing to observe."""
+        return steps * replace(self.generator.costs, adapter=None, adapter_blocks=0).plain(lanes)
 
 
 def run_of(generations: list[Generation], seconds: float) -> Run:

@@ -5,7 +5,7 @@
 Of each model: exact match of its greedy answers (last layer, autoregressive) on the test split that its config names;
 draft_agreement of every exit along those answers; speed-up of self-speculation over its own autoregressive decoding,
 interleaved item by item, answers as long as the model makes them. The plain model's exits are not trained, so of it
-only drafts that leave it as it is are timed: the whole stack in int8 and int4, n-grams, an exit adapter if it has one.
+only drafts that leave it as it is are timed: the whole stack rounded, n-grams, an exit adapter if it has one.
 
 Writes into --out: task.json, environment.json, and answers_layerskip.jsonl and answers_plain.jsonl line by line.
 """
@@ -39,6 +39,7 @@ from lskip.data.packing import open_ended
 from lskip.decoder import Decoder
 from lskip.exit_adapter import find_adapter, load_adapter
 from lskip.inference import TextGenerator
+from lskip.inference.quantized import DRAFT_FORMS
 from lskip.inference.text import decode_text
 
 console = Console(width=190)
@@ -199,10 +200,10 @@ def settings_of(options: argparse.Namespace, num_layers: int, exits: bool, adapt
     exit_layers = options.exit_layers or sorted({max(1, round(share * num_layers)) for share in SHARES})
     if max(exit_layers) >= num_layers:
         raise ValueError(f"exit_layers: {max(exit_layers)} is not from 1 to {num_layers - 1}, below the last layer")
-    drafts = [(None, "int8"), (None, "int4"), (None, "ngram")]
+    drafts = [(None, draft) for draft in (*DRAFT_FORMS, "ngram")]
     adaptive = [(None, "int4+any")]
     if exits:
-        drafts += [(exit_layer, draft) for exit_layer in exit_layers for draft in ("layers", "int8", "int4")]
+        drafts += [(exit_layer, draft) for exit_layer in exit_layers for draft in ("layers", *DRAFT_FORMS)]
         adaptive += [(exit_layer, draft) for exit_layer in exit_layers for draft in ("any", "int4+any")]
     if adapter:
         drafts.append((None, "adapter"))

@@ -170,10 +170,12 @@ def test_items_of_a_group_are_drawn_together():
 def test_every_draft_is_timed_and_changes_no_text(result):
     settings = {name: [r for r in result["decoding"] if r["model"] == name] for name in ("layerskip", "plain")}
     kinds = {name: {(r["draft"], r["exit_layer"], r["policy"]) for r in rows} for name, rows in settings.items()}
-    untrained = {("int8", None, "fixed"), ("int4", None, "fixed"), ("ngram", None, "fixed")}
+    fbgemm = ["int8_dynamic"] if "fbgemm" in torch.backends.quantized.supported_engines else []
+    rounded = ("int8", "int4", *fbgemm)
+    untrained = {(draft, None, "fixed") for draft in (*rounded, "ngram")}
     adaptive = {("int4+any", None, "cost_aware"), (None, None, None)}
     assert kinds["plain"] == untrained | adaptive | {("adapter", None, "fixed")}
-    at_exit = {(draft, 2, "fixed") for draft in ("layers", "int8", "int4")}
+    at_exit = {(draft, 2, "fixed") for draft in ("layers", *rounded)}
     chosen_at_exit = {(draft, 2, "cost_aware") for draft in ("any", "int4+any")}
     assert kinds["layerskip"] == untrained | adaptive | at_exit | chosen_at_exit
     for record in result["decoding"]:
