@@ -35,7 +35,8 @@ def test_the_whole_demo(tmp_path, monkeypatch):
         "--data.batch_size=2",
         "--trainer.limit_val_batches=1",
     )
-    sizes = demo.Sizes(fit=fit, prompts=2, new_tokens=6, blocks=2)
+    drafts = (("int8_dynamic", 2), ("adapter", 2))
+    sizes = demo.Sizes(fit=fit, prompts=2, new_tokens=6, blocks=2, smollm2_drafts=drafts)
     summary = demo.run(tmp_path, sizes)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     scratch, real = summary["scratch"], summary["smollm2"]
@@ -46,7 +47,7 @@ def test_the_whole_demo(tmp_path, monkeypatch):
     assert real["layers"][14]["perplexity"] > 1e6 > 100 > real["layers"][-1]["perplexity"]
     assert real["layers"][-1]["agreement"] == 1
     fbgemm = {"int8_dynamic"} if "fbgemm" in torch.backends.quantized.supported_engines else set()
-    assert set(real["drafts"]) == {"int4", "adapter", *fbgemm}
+    assert set(real["drafts"]) == {"adapter", *fbgemm}
     for part in (scratch, *real["drafts"].values()):
         assert part["mismatches"] == 0
         assert 0 <= part["acceptance_rate"] <= 1 <= part["tokens_per_round"]
