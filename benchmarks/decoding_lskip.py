@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from copy import copy
-from dataclasses import replace
 from functools import partial
 
 from decoding_runs import PROMPT, Run
@@ -93,7 +92,7 @@ class Lskip:
 
     def _plain(self, steps: float, lanes: int) -> float:
         """Seconds of undrafted steps, by a model alone: an adapter beside it has nothing to observe."""
-        return steps * replace(self.generator.costs, adapter=None, adapter_blocks=0).plain(lanes)
+        return steps * self.generator.costs.without_adapter().plain(lanes)
 
 
 def run_of(generations: list[Generation], seconds: float) -> Run:

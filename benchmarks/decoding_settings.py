@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lskip.inference.quantized import DRAFT_FORMS
+
 METHODS = (
     "autoregressive",
     "fixed_exit",
@@ -38,9 +40,7 @@ DRAFTS = {
     "layers": Source(None, "layers"),
     # The same drafts, without the cached exit states: what that cache is worth (the paper: 6 to 12 %).
     "layers_uncached": Source(OWN_WEIGHTS, "weights"),
-    "int8": Source("int8", "weights"),
-    "int4": Source("int4", "weights"),
-    "int8_dynamic": Source("int8_dynamic", "weights"),
+    **{name: Source(name, "weights") for name in DRAFT_FORMS},
     "adapter": Source(ADAPTER, "adapter"),
     "ngram": Source(None, "ngram"),
     # Everything that the generator has: the cost-aware policy chooses.

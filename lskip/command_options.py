@@ -9,6 +9,8 @@ from lskip.inference import GenerationSettings, TextGenerator, load_generator
 from lskip.inference.drafting import DraftPolicy
 from lskip.inference.exits import ExitCriterion
 
+DraftWeights = Literal["int8", "int4", "int8_dynamic"]  # quantized.DRAFT_FORMS, in words that the parser reads
+
 
 @dataclass(frozen=True)
 class LoadingOptions:
@@ -34,7 +36,7 @@ class LoadingOptions:
     model: str = "smollm2"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     weights: Literal["auto", "plain", "packed", "transposed", "halved"] = "auto"
-    draft_weights: Literal["int8", "int4", "int8_dynamic"] | None = None
+    draft_weights: DraftWeights | None = None
     device: str = "auto"
     bit_exact: bool | None = None
     compiled: bool = False

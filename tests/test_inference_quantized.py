@@ -1,10 +1,13 @@
 """Drafts from rounded weights: the products, and the text that must not depend on them."""
 
+from typing import get_args
+
 import pytest
 import torch
 
+from lskip.command_options import DraftWeights
 from lskip.inference import TextGenerator
-from lskip.inference.quantized import DRAFT_FORMS, HEAD_FORMS, DynamicInt8, Int4, Int8
+from lskip.inference.quantized import DRAFT_FORMS, DynamicInt8, Int4, Int8
 from lskip.inference.weights import Plain
 
 
@@ -85,7 +88,6 @@ def test_text_is_the_models_own(tiny_model, family, draft_weights):
 def test_exact_weights_as_their_own_draft_are_always_accepted(tiny_model, monkeypatch, num_speculations):
     """A lagging or misplaced draft position would make even the same weights disagree."""
     monkeypatch.setitem(DRAFT_FORMS, "int8", Plain)
-    monkeypatch.setitem(HEAD_FORMS, Plain, Plain)
     generator = TextGenerator(tiny_model("llama"), draft_weights="int8")
     answer = generator.generate([3, 1, 4], max_new_tokens=50, min_new_tokens=50, num_speculations=num_speculations)
     assert answer.accepted == answer.drafted > 0
@@ -98,6 +100,10 @@ def test_sampled_text_does_not_depend_on_the_draft(tiny_model):
     plain = TextGenerator(model).generate([5, 6, 7], **settings)
     drafted = TextGenerator(model, draft_weights="int4").generate([5, 6, 7], num_speculations=3, **settings)
     assert drafted.token_ids == plain.token_ids
+
+
+def test_the_command_line_offers_what_there_is():
+    assert get_args(DraftWeights) == tuple(DRAFT_FORMS)
 
 
 def test_bad_draft_weights(tiny_model, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import make_model
+from conftest import FBGEMM_DRAFTS, make_model
 
 from lskip.exit_adapter import AdapterShape, ExitAdapter
 
@@ -170,8 +170,7 @@ def test_items_of_a_group_are_drawn_together():
 def test_every_draft_is_timed_and_changes_no_text(result):
     settings = {name: [r for r in result["decoding"] if r["model"] == name] for name in ("layerskip", "plain")}
     kinds = {name: {(r["draft"], r["exit_layer"], r["policy"]) for r in rows} for name, rows in settings.items()}
-    fbgemm = ["int8_dynamic"] if "fbgemm" in torch.backends.quantized.supported_engines else []
-    rounded = ("int8", "int4", *fbgemm)
+    rounded = ("int8", "int4", *FBGEMM_DRAFTS)
     untrained = {(draft, None, "fixed") for draft in (*rounded, "ngram")}
     adaptive = {("int4+any", None, "cost_aware"), (None, None, None)}
     assert kinds["plain"] == untrained | adaptive | {("adapter", None, "fixed")}

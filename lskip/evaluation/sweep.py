@@ -71,8 +71,8 @@ def sweep(
         loading: which model. Its draft weights are set by the drafts.
         drafts: what drafts: layers, int8, int4, int8_dynamic, ngram, adapter; null: the exit_adapter where one is
             named, else layers.
-        exit_layers: layers that drafts exit at; the last one stands for int8 and int4 drafts of all layers. null: a
-            sixth, a quarter, a third and half of the layers, and all for int8 and int4.
+        exit_layers: layers that drafts exit at; the last one stands for rounded drafts of all layers. null: a
+            sixth, a quarter, a third and half of the layers, and all for rounded weights.
         num_speculations: tokens drafted; null: 2, 4, 6 and 8.
         policies: FixedDraft, ConfidenceDraft, CostAwareDraft, which draft so many tokens at most; null: FixedDraft.
         num_prompts: prompts of the task that each cell answers, those whose answers have room in the context.

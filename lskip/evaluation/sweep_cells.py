@@ -126,7 +126,7 @@ def times_of(pairs: Sequence[Pair], generator: TextGenerator, planned: list[tupl
     tokens = sum(len(pair.plain.token_ids) - 1 for pair in pairs)
     costs = generator.costs
     predicted = sum(costs.round(plan, lanes) for plan, lanes in planned)
-    ideal = tokens * replace(costs, adapter=None, adapter_blocks=0).plain(1) / predicted if predicted else None
+    ideal = tokens * costs.without_adapter().plain(1) / predicted if predicted else None
     return {
         "speedup": median(speedups),
         "tokens_per_second": median(pair.drafted.tokens_per_second for pair in pairs),

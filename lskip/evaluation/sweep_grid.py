@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lskip.checks import check_choice, check_whole
-from lskip.command_options import LoadingOptions
+from lskip.command_options import DraftWeights, LoadingOptions
 
-DraftName = Literal["layers", "int8", "int4", "int8_dynamic", "ngram", "adapter"]
+DraftName = Literal["layers", DraftWeights, "ngram", "adapter"]
 PolicyName = Literal["FixedDraft", "ConfidenceDraft", "CostAwareDraft"]
-DRAFT_WEIGHTS = ("int8", "int4", "int8_dynamic")
-DRAFTS = ("layers", *DRAFT_WEIGHTS, "ngram", "adapter")
+DRAFT_WEIGHTS = get_args(DraftWeights)
+DRAFTS = get_args(DraftName)
 SHARES = (1 / 6, 1 / 4, 1 / 3, 1 / 2)  # of the layers: where drafts exit when nothing is said
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -119,7 +119,7 @@ class Batch:
         if any(draft.kind == "adapter" for draft in self.drafts):
             self.adapter = self.lanes.observer = AdapterLanes.beside(self.cache, adapter)
         elif adapter is not None:
-            measured, costs = costs, lambda: replace(measured(), adapter=None)  # it has nothing to observe
+            measured, costs = costs, lambda: measured().without_adapter()  # it has nothing to observe
         if self.drafts:
             self.policy.begin(self.drafts, costs, settings.num_speculations)
 

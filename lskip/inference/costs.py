@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -148,6 +148,10 @@ class Costs:
     def plain(self, lanes: int) -> float:
         """A round that drafts nothing: one full step."""
         return self.verify(None, lanes)
+
+    def without_adapter(self) -> Costs:
+        """Of the same model where no adapter is loaded, or has nothing to observe."""
+        return replace(self, adapter=None, adapter_blocks=0)
 
     def ideal_speedup(self, plan: DraftPlan, lanes: int, tokens_per_round: float) -> float:
         """Over plain decoding, for rounds that bring `tokens_per_round` tokens to each lane and cost what they must."""

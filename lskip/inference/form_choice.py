@@ -139,7 +139,8 @@ def cost_of(
     as all of them. A product that two forms share is timed once: chance must not decide between them. No round
     begins after `limit` seconds.
     """
-    held = {(form.product, index): hold(form, sample) for form in forms for index, sample in enumerate(samples)}
+    kinds = {form.product: form for form in forms}
+    held = {(kind, index): hold(form, sample) for kind, form in kinds.items() for index, sample in enumerate(samples)}
     parts = {  # weight, and what is timed: a product, of which sample, of how many rows
         form: [(weight, (form.product, i, seen_as(form, rows))) for i in range(len(samples)) for weight, rows in mix]
         for form in forms

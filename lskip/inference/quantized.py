@@ -114,7 +114,7 @@ class Int4(Plain):
 
 DRAFT_FORMS = {"int8": Int8, "int4": Int4, "int8_dynamic": DynamicInt8}
 # The head decides between close logits: in 4 bits it costs a fifth of the accepted tokens, in 8 next to nothing.
-HEAD_FORMS = {Int8: Int8, Int4: Int8, DynamicInt8: DynamicInt8}
+HEAD_FORMS = {Int4: Int8}  # where it is not the form of the blocks
 
 
 def choose_draft_form(form: str, samples: list[Tensor]) -> Form:

@@ -44,4 +44,4 @@ def build_draft_step(decoder: Decoder, draft_weights: str) -> LeanStep:
     if (reason := obstacle(decoder)) is not None:
         raise ValueError(f"draft_weights: {draft_weights!r} is not for this model ({reason}); leave it out")
     form = choose_draft_form(draft_weights, sample_weights(decoder))
-    return LeanStep(decoder, form, head_form=HEAD_FORMS[form])
+    return LeanStep(decoder, form, head_form=HEAD_FORMS.get(form))
