@@ -12,6 +12,7 @@ from lskip.inference.block_functions import as_written, widen
 from lskip.inference.cache import KVCache
 from lskip.inference.lean_blocks import Block, Norm, obstacle
 from lskip.inference.rolling import RollingAttention, RollingCache, rolls
+from lskip.inference.rotation import Rotation, turned
 from lskip.inference.weights import Form, hold
 
 COMPILED_ROWS = 16  # a lane's, in a pass that is compiled: drafts and what verifies them
@@ -77,11 +78,17 @@ class LeanStep:
             torch._dynamo.config.recompile_limit = max(shapes, COMPILED_SHAPES)
         self.embedding = decoder.embedding.weight.detach()
         self.final_norm = Norm(decoder.final_norm, self.dtype)
-        self.head = hold(head_form or form, decoder.head_weight.detach(), decoder.head_bias)
+        # Between blocks, and before the head: the states that others see are the model's own.
+        self.rotation = Rotation(self.hidden_size) if form.rounds_inputs else None
+        head = decoder.head_weight.detach()
+        if self.rotation is not None:
+            head = self.rotation.turn(head)
+        self.head = hold(head_form or form, head, decoder.head_bias)
         self.blocks: list[Block] = []
         without_python = self.device.type == "cpu" and not compiled
         for index in range(self.num_layers):
-            block = Block(layers[index], decoder.window(index), self.heads, form, self.dtype, width, without_python)
+            layer = layers[index] if self.rotation is None else turned(layers[index], self.rotation)
+            block = Block(layer, decoder.window(index), self.heads, form, self.dtype, width, without_python)
             self.blocks.append(block)
             if release:
                 layers[index] = nn.Identity()
@@ -121,7 +128,10 @@ class LeanStep:
     def decode(self, x: Tensor) -> Tensor:
         """Exit states [..., D] -> logits [..., V]: final norm and head."""
         flat = x.reshape(-1, self.hidden_size)
-        logits = self.head(self.final_norm(self._widen(flat)).to(self.inner_dtype))
+        normed = self.final_norm(self._widen(flat))
+        if self.rotation is not None:
+            normed = self.rotation.turn(normed)
+        logits = self.head(normed.to(self.inner_dtype))
         return logits[: len(flat)].view(*x.shape[:-1], -1).to(self.dtype)
 
     def run(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> Tensor:
@@ -133,11 +143,12 @@ class LeanStep:
         if first == last:
             return x
         span, turns = self._places(x, cache, starts)
-        rows, shape = self._widen(x.reshape(-1, self.hidden_size)), x.shape
+        rows, shape = self._rows(x), x.shape
         blocks = self._compiled_blocks if self.compiled and shape[1] <= COMPILED_ROWS else self._blocks_on
         with as_written():
             rows = blocks(rows, cache.states[first:last], span, turns, first)
-        return rows[: shape[0] * shape[1]].view(shape)
+        rows = rows[: shape[0] * shape[1]]
+        return (rows if self.rotation is None else self.rotation.turn_back(rows)).view(shape)
 
     def _blocks_on(self, rows: Tensor, states: Tensor | list[Tensor], span: Span, turns: Tensor, first: int) -> Tensor:
         """As many blocks from `first` on as `states` has parts."""
@@ -163,7 +174,7 @@ class LeanStep:
         For tokens that exited before these blocks (CALM, arXiv 2207.07061).
         """
         span, turns = self._places(x, cache, starts)
-        rows = self._widen(x.reshape(-1, self.hidden_size))
+        rows = self._rows(x)
         blocks = self.blocks[first:last]
         attention = self._attention_over(cache.states)
         parts = attention.parts(cache.states[first:last], span, [block.window for block in blocks])
@@ -175,6 +186,11 @@ class LeanStep:
         turns = self.rotary.turns(starts, x.shape[1])
         span = self._attention_over(cache.states).span(starts, x.shape[1], cache.slots)
         return span, torch.view_as_real(turns) if self.compiled else turns
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """States [A, n, D] as the blocks take them."""
+        rows = self._widen(x.reshape(-1, self.hidden_size))
+        return rows if self.rotation is None else self.rotation.turn(rows)
 
     def _widen(self, rows: Tensor) -> Tensor:
         """Rows [N, D] as many as the linears want: a multiple of `width`, and a lone one as its form likes it."""

@@ -101,6 +101,7 @@ class Plain:
     """
 
     lone_row_width = 1  # rows that a single row is repeated to before the linears see it
+    rounds_inputs = False  # then states are turned first (rotation.py), so that few large ones do not set the scale
     inner_dtype: torch.dtype | None = None  # what inputs are best given in, and products come in; None: the model's
     product, plus = staticmethod(plain_product), staticmethod(plain_plus)
 
