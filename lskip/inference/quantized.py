@@ -70,7 +70,7 @@ class DynamicInt8(Plain):
     product, plus = staticmethod(dynamic_product), staticmethod(dynamic_plus)
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        """weight [out, in] is rounded into 7 bits; bias [out] is kept, as float32."""
+        """weight [out, in] is rounded; bias [out] is kept, as float32."""
         rounded, scale = round_to_int8(weight, DYNAMIC_LEVELS)
         zeros = torch.zeros(len(scale), dtype=torch.long)
         self.shape, self.bias = weight.shape, None if bias is None else bias.float()
