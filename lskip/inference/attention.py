@@ -79,15 +79,12 @@ def attend(
     """queries [A n, H, head_dim] of n rows in each of A lanes -> [A n, H head_dim]."""
     kv_heads, size = keys.size(1), queries.size(2)
     group = queries.size(1) // kv_heads
-    if rows == 1:  # what follows would come to the same, in six operations more
-        z = F.scaled_dot_product_attention(
-            queries.view(lanes, kv_heads, group, size), keys, values, attn_mask=mask, scale=scale
-        )
-        return z.reshape(lanes, -1)
-    queries = queries.reshape(lanes, rows, kv_heads, group, size).permute(0, 2, 3, 1, 4)
+    if rows > 1:  # for a lone row of each lane it changes nothing but takes time, here and below
+        queries = queries.reshape(lanes, rows, kv_heads, group, size).permute(0, 2, 3, 1, 4)
     queries = queries.reshape(lanes, kv_heads, group * rows, size)
     z = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-    z = z.view(lanes, kv_heads, group, rows, size).permute(0, 3, 1, 2, 4)
+    if rows > 1:
+        z = z.view(lanes, kv_heads, group, rows, size).permute(0, 3, 1, 2, 4)
     return z.reshape(lanes * rows, -1)
 
 

@@ -12,7 +12,7 @@ from lskip.inference.block_functions import as_written, widen
 from lskip.inference.cache import KVCache
 from lskip.inference.lean_blocks import Block, Norm, obstacle
 from lskip.inference.rolling import RollingAttention, RollingCache, rolls
-from lskip.inference.rotation import Rotation, turned
+from lskip.inference.rotation import AsTheyAre, Rotation
 from lskip.inference.weights import Form, hold
 
 COMPILED_ROWS = 16  # a lane's, in a pass that is compiled: drafts and what verifies them
@@ -79,15 +79,12 @@ class LeanStep:
         self.embedding = decoder.embedding.weight.detach()
         self.final_norm = Norm(decoder.final_norm, self.dtype)
         # Between blocks, and before the head: the states that others see are the model's own.
-        self.rotation = Rotation(self.hidden_size) if form.rounds_inputs else None
-        head = decoder.head_weight.detach()
-        if self.rotation is not None:
-            head = self.rotation.turn(head)
-        self.head = hold(head_form or form, head, decoder.head_bias)
+        self.rotation = Rotation(self.hidden_size) if form.rounds_inputs else AsTheyAre()
+        self.head = hold(head_form or form, self.rotation.turn(decoder.head_weight.detach()), decoder.head_bias)
         self.blocks: list[Block] = []
         without_python = self.device.type == "cpu" and not compiled
         for index in range(self.num_layers):
-            layer = layers[index] if self.rotation is None else turned(layers[index], self.rotation)
+            layer = self.rotation.turned(layers[index])
             block = Block(layer, decoder.window(index), self.heads, form, self.dtype, width, without_python)
             self.blocks.append(block)
             if release:
@@ -128,9 +125,7 @@ class LeanStep:
     def decode(self, x: Tensor) -> Tensor:
         """Exit states [..., D] -> logits [..., V]: final norm and head."""
         flat = x.reshape(-1, self.hidden_size)
-        normed = self.final_norm(self._widen(flat))
-        if self.rotation is not None:
-            normed = self.rotation.turn(normed)
+        normed = self.rotation.turn(self.final_norm(self._widen(flat)))
         logits = self.head(normed.to(self.inner_dtype))
         return logits[: len(flat)].view(*x.shape[:-1], -1).to(self.dtype)
 
@@ -147,8 +142,7 @@ class LeanStep:
         blocks = self._compiled_blocks if self.compiled and shape[1] <= COMPILED_ROWS else self._blocks_on
         with as_written():
             rows = blocks(rows, cache.states[first:last], span, turns, first)
-        rows = rows[: shape[0] * shape[1]]
-        return (rows if self.rotation is None else self.rotation.turn_back(rows)).view(shape)
+        return self.rotation.turn_back(rows[: shape[0] * shape[1]]).view(shape)
 
     def _blocks_on(self, rows: Tensor, states: Tensor | list[Tensor], span: Span, turns: Tensor, first: int) -> Tensor:
         """As many blocks from `first` on as `states` has parts."""
@@ -189,8 +183,7 @@ class LeanStep:
 
     def _rows(self, x: Tensor) -> Tensor:
         """States [A, n, D] as the blocks take them."""
-        rows = self._widen(x.reshape(-1, self.hidden_size))
-        return rows if self.rotation is None else self.rotation.turn(rows)
+        return self.rotation.turn(self._widen(x.reshape(-1, self.hidden_size)))
 
     def _widen(self, rows: Tensor) -> Tensor:
         """Rows [N, D] as many as the linears want: a multiple of `width`, and a lone one as its form likes it."""
