@@ -162,7 +162,7 @@ class FakeStep:
         self.clock.now += slow * self.num_layers * (self.block + self.row * x.shape[1])
         return x
 
-    def decode(self, x):
+    def likeliest(self, x):
         self.clock.now += self.head
         return x
 

@@ -1,10 +1,12 @@
-"""How often a draft has been right: what a policy goes by."""
+"""How far a draft was right: in a round, and so far, which a policy goes by."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 
 @dataclass
@@ -38,3 +40,9 @@ class Record:
         """Counts tested tokens; of earlier ones a share of `kept` remains."""
         self.accepted = self.accepted * kept + accepted
         self.refused = self.refused * kept + refused
+
+
+def keep_agreeing(own: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
+    """own [B, d+1], drafted [B, d] -> length of the prefix in which they agree [B], and `own` there [B]."""
+    accepted = (own[:, :-1] == drafted).long().cumprod(1).sum(1)
+    return accepted, own.gather(1, accepted[:, None])[:, 0]

@@ -16,7 +16,7 @@ from lskip.inference.adapter import AdapterLanes, AdapterStep
 from lskip.inference.costs import Costs
 from lskip.inference.drafting import PLAIN, Draft, DraftPlan, DraftPolicy, FixedDraft
 from lskip.inference.engine import PREFILL_ROWS, Drafted, Lanes, Round, Step, draft, nothing_drafted, prefill, verify
-from lskip.inference.exits import ExitCriterion, exit_round
+from lskip.inference.exits import ExitCriterion, Logits, exit_round
 from lskip.inference.generation import Generation
 from lskip.inference.headed_step import read_at
 from lskip.inference.ngrams import NgramIndex
@@ -244,11 +244,11 @@ class Batch:
         room = self.cache.slots - 1 - max(self.lanes.starts)
         return min(room, max(text.left for text in self.texts) - 1, PREFILL_ROWS - 1)
 
-    def _goes_on(self, exit_layer: int, logits: Tensor, ids: Tensor, states: Tensor) -> bool:
+    def _goes_on(self, exit_layer: int, logits: Logits, ids: Tensor, states: Tensor) -> bool:
         if self.stops_draft is not None:
-            sure = self.stops_draft.exits(exit_layer, states[:, 0], states[:, 0], lambda: logits[:, 0])
+            sure = self.stops_draft.exits(exit_layer, states[:, 0], states[:, 0], lambda: logits()[:, 0])
             return 2 * int((~sure).sum()) < len(sure)
-        return self.policy.goes_on(lambda: logits[:, 0].float().softmax(-1).gather(1, ids[:, None])[:, 0].tolist())
+        return self.policy.goes_on(lambda: logits()[:, 0].float().softmax(-1).gather(1, ids[:, None])[:, 0].tolist())
 
     def _guess(self, num_speculations: int) -> Drafted | None:
         """Tokens that followed the same n-grams before; None when no text has any."""

@@ -11,14 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from lskip.inference.acceptance import keep_agreeing
 from lskip.inference.cache import KVCache
 
 PREFILL_ROWS = 256  # a pass's mask and activations grow with its rows: a long prompt goes in pieces
+
+
+Bar = Callable[[Tensor], None]  # is given logits [A, n, V] and makes -inf of what may not be chosen
+
+
+def argmax(logits: Tensor, bar: Bar | None) -> Tensor:
+    """[A, n, V] -> [A, n]; `logits` may be written to."""
+    if bar is not None:
+        bar(logits)
+    return logits.argmax(-1)
 
 
 class Step(Protocol):
@@ -38,11 +50,15 @@ class Step(Protocol):
     def fill(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> None: ...
     def norm(self, x: Tensor) -> Tensor: ...
     def decode(self, x: Tensor) -> Tensor: ...
+    def likeliest(self, x: Tensor, bar: Bar | None = None) -> Tensor: ...
 
 
 class Chooser(Protocol):
     """How tokens are chosen: BatchChooser."""
 
+    takes_likeliest: bool
+
+    def bar(self, logits: Tensor, drafted: Tensor) -> None: ...
     def propose(self, logits: Tensor, drafted: Tensor) -> Tensor: ...
     def settle(self, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -142,14 +158,14 @@ def draft(
     exit_block: int,
     num_speculations: int,
     chooser: Chooser,
-    goes_on: Callable[[Tensor, Tensor, Tensor], bool] | None = None,
+    goes_on: Callable[[Callable[[], Tensor], Tensor, Tensor], bool] | None = None,
     decode: Callable[[Tensor, list[int]], Tensor] | None = None,
 ) -> Drafted:
     """Drafts up to `num_speculations` tokens a lane with blocks 0 … `exit_block`-1.
 
     Args:
-        goes_on: is given the logits [A, 1, V], the token ids [A] and the exit's states [A, 1, D] of what was drafted
-            last; False ends the draft.
+        goes_on: is given what makes the logits [A, 1, V], the token ids [A] and the exit's states [A, 1, D] of what
+            was drafted last; False ends the draft.
         decode: makes logits [A, 1, V] of the exit's states [A, 1, D] and of where they stand; None: the step's head.
     """
     starts, ids = lanes.starts, lanes.pending
@@ -157,10 +173,14 @@ def draft(
     while True:
         position = [start + len(states) for start in starts]
         states.append(step.run(step.embed(ids[:, None], position), lanes.cache, position, 0, exit_block))
-        logits = step.decode(states[-1]) if decode is None else decode(states[-1], position)
-        ids = chooser.propose(logits, drafted)
+        x = states[-1]
+        logits = cache(partial(step.decode, x) if decode is None else partial(decode, x, position))
+        if decode is None and chooser.takes_likeliest:
+            ids = step.likeliest(x, partial(chooser.bar, drafted=drafted))[:, 0]
+        else:
+            ids = chooser.propose(logits(), drafted)
         drafted = torch.cat([drafted, ids[:, None]], 1)
-        if len(states) == num_speculations or (goes_on is not None and not goes_on(logits, ids, states[-1])):
+        if len(states) == num_speculations or (goes_on is not None and not goes_on(logits, ids, x)):
             return Drafted(drafted, states, exit_block)
 
 
@@ -177,7 +197,10 @@ def verify(step: Step, lanes: Lanes, drafted: Drafted, full: int, chooser: Choos
     else:
         x = step.embed(torch.cat([lanes.pending[:, None], drafted.ids], 1), starts)
     at_exit, x = run_past(step, x, lanes.cache, starts, drafted.exit_block, full, lanes.observer)
-    accepted, own = chooser.settle(step.decode(x), drafted.ids)
+    if chooser.takes_likeliest:
+        accepted, own = keep_agreeing(step.likeliest(x, partial(chooser.bar, drafted=drafted.ids)), drafted.ids)
+    else:
+        accepted, own = chooser.settle(step.decode(x), drafted.ids)
     # The round's one transfer from the device.
     table = torch.cat([accepted[:, None], own[:, None], drafted.ids], 1).tolist()
     if lanes.observer is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from copy import deepcopy
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from lskip.inference.form_choice import STEPS_AND_VERIFICATION, VERIFICATION
 from lskip.inference.generation import Generation, TextStream
 from lskip.inference.recording import StateRecorder
 from lskip.inference.sampling import TokenChooser
+from lskip.inference.screened_head import screened_head
 from lskip.inference.settings import GenerationSettings, defaults_from
 from lskip.inference.steps import build_draft_step, build_step
 from lskip.inference.stopping import end_tokens, stop_rule
@@ -87,10 +88,11 @@ class TextGenerator:
         self.num_layers, self.vocab_size = decoder.num_layers, decoder.vocab_size
         self.context_length = decoder.context_length
         # First, since building `step` may take the model apart.
-        self.draft_step = None if draft_weights is None else build_draft_step(decoder, draft_weights)
+        screen = cache(partial(screened_head, decoder))
+        self.draft_step = None if draft_weights is None else build_draft_step(decoder, draft_weights, screen())
         self.adapter_step = None if exit_adapter is None else AdapterStep(exit_adapter)
         mix = STEPS_AND_VERIFICATION if draft_weights is None else VERIFICATION
-        self.step = build_step(decoder, weights, release_model, mix, bit_exact, compiled)
+        self.step = build_step(decoder, weights, release_model, mix, bit_exact, compiled, screen)
         self.trained_exits = deepcopy(trained_exits)
         if trained_exits is not None:
             self.trained_exits.to(self.step.device, self.step.dtype)
@@ -205,7 +207,8 @@ class TextGenerator:
         parts = self.step.memory()
         if self.draft_step is not None:
             draft = self.draft_step.memory()
-            parts["draft"] = draft["blocks"] + draft["head"]
+            shared = self.draft_step.head is getattr(self.step, "screen", None)
+            parts["draft"] = draft["blocks"] + (0 if shared else draft["head"])
         if self.adapter_step is not None:
             parts["adapter"] = self.adapter_step.nbytes
         return parts

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lskip.inference.engine import Step
+from lskip.inference.engine import Bar, Step
 
 if TYPE_CHECKING:
     from lskip.trained_exits import ExitHeads, TrainedExits
@@ -24,6 +24,10 @@ class HeadedStep:
     def decode(self, x: Tensor) -> Tensor:
         """Exit states [..., D] -> logits [..., V]."""
         return self.step.decode(self.heads(self.exit_layer, x))
+
+    def likeliest(self, x: Tensor, bar: Bar | None = None) -> Tensor:
+        """Exit states [..., D] -> token ids [...], those that `bar` leaves."""
+        return self.step.likeliest(self.heads(self.exit_layer, x), bar)
 
 
 def read_at(step: Step, exits: TrainedExits | None, exit_layer: int) -> Step:

@@ -10,10 +10,12 @@ from lskip.decoder import Decoder
 from lskip.inference.attention import AlignedAttention, Attention, Heads, Rotary, Span, StaticAttention, write
 from lskip.inference.block_functions import as_written, widen
 from lskip.inference.cache import KVCache
+from lskip.inference.engine import Bar, argmax
 from lskip.inference.lean_blocks import Block, Norm, obstacle
 from lskip.inference.rolling import RollingAttention, RollingCache, rolls
-from lskip.inference.rotation import AsTheyAre, Rotation
-from lskip.inference.weights import Form, hold
+from lskip.inference.rotation import AsTheyAre, Rotation, Turned
+from lskip.inference.screened_head import ScreenedHead
+from lskip.inference.weights import Form, Plain, hold
 
 COMPILED_ROWS = 16  # a lane's, in a pass that is compiled: drafts and what verifies them
 COMPILED_SHAPES = 128
@@ -39,9 +41,10 @@ class LeanStep:
         decoder: Decoder,
         form: Form,
         release: bool = False,
-        head_form: Form | None = None,
+        head: Plain | Turned | ScreenedHead | None = None,
         width: int = 1,
         compiled: bool = False,
+        screen: ScreenedHead | None = None,
     ):
         """Builds its weights from the model's, block by block.
 
@@ -50,11 +53,12 @@ class LeanStep:
             form: how the weights are held.
             release: take each block out of the model as soon as it is converted, so that both never exist in
                 full. The model is of no use afterwards.
-            head_form: how the head is held, if not as the blocks are.
+            head: what stands in for the model's; None: it is held as the blocks are.
             width: above 1, a row's bits depend on its own lane and position alone: linears see multiples of this
                 many rows, attention groups of so many (AlignedAttention).
             compiled: run the blocks through torch.compile, once for every number of rows and of blocks; passes of
                 more than COMPILED_ROWS rows a lane, as prompts have, run as they are.
+            screen: finds likeliest tokens without logits; None: nothing does.
         """
         if (reason := obstacle(decoder)) is not None:
             raise ValueError(f"model: the lean step does not cover it ({reason})")
@@ -78,9 +82,10 @@ class LeanStep:
             torch._dynamo.config.recompile_limit = max(shapes, COMPILED_SHAPES)
         self.embedding = decoder.embedding.weight.detach()
         self.final_norm = Norm(decoder.final_norm, self.dtype)
-        # Between blocks, and before the head: the states that others see are the model's own.
+        # Between blocks alone: the states that others see are the model's own.
         self.rotation = Rotation(self.hidden_size) if form.rounds_inputs else AsTheyAre()
-        self.head = hold(head_form or form, self.rotation.turn(decoder.head_weight.detach()), decoder.head_bias)
+        self.screen = screen
+        self.head = head or hold_head(form, decoder)
         self.blocks: list[Block] = []
         without_python = self.device.type == "cpu" and not compiled
         for index in range(self.num_layers):
@@ -108,9 +113,10 @@ class LeanStep:
         """Bytes by part. A head that is tied to the embedding counts only where it is held in another form."""
         linears = [matrix for block in self.blocks for matrix in block.matrices]
         tied = getattr(self.head, "weight", None) is not None and shares_memory(self.head.weight, self.embedding)
+        heads = {id(head): head.nbytes for head in (self.head, self.screen) if head is not None}
         return {
             "blocks": sum(linear.nbytes for linear in linears),
-            "head": 0 if tied else self.head.nbytes,
+            "head": sum(heads.values()) - (self.head.nbytes if tied else 0),
             "embedding": self.embedding.nbytes,
         }
 
@@ -125,9 +131,13 @@ class LeanStep:
     def decode(self, x: Tensor) -> Tensor:
         """Exit states [..., D] -> logits [..., V]: final norm and head."""
         flat = x.reshape(-1, self.hidden_size)
-        normed = self.rotation.turn(self.final_norm(self._widen(flat)))
-        logits = self.head(normed.to(self.inner_dtype))
+        logits = self.head(self.final_norm(self._widen(flat)).to(self.inner_dtype))
         return logits[: len(flat)].view(*x.shape[:-1], -1).to(self.dtype)
+
+    def likeliest(self, x: Tensor, bar: Bar | None = None) -> Tensor:
+        """Exit states [A, n, D] -> token ids [A, n], those that `bar` leaves."""
+        ids = None if self.screen is None else self.screen.likeliest(self.final_norm(x), bar)
+        return argmax(self.decode(x), bar) if ids is None else ids
 
     def run(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> Tensor:
         """Blocks `first` … `last`-1 on states x [A, n, D] of the cache's first A lanes.
@@ -189,6 +199,14 @@ class LeanStep:
         """Rows [N, D] as many as the linears want: a multiple of `width`, and a lone one as its form likes it."""
         count = len(rows)
         return widen(rows, self.form.lone_row_width if self.width == count == 1 else count + -count % self.width)
+
+
+def hold_head(form: Form, decoder: Decoder) -> Plain | Turned:
+    """The model's head in a form, for normed states [N, D]."""
+    weight = decoder.head_weight.detach()
+    if form.rounds_inputs:
+        return Turned(form, weight, decoder.head_bias)
+    return hold(form, weight, decoder.head_bias)
 
 
 def heads_of(attention: nn.Module) -> Heads:

@@ -11,8 +11,8 @@ from torch import Tensor
 from lskip.inference.weights import Form, Plain, scripted
 
 GROUP = 32  # weights of a row that share a scale in int4
+ROWS_AT_ONCE = 1024  # of a matrix that is converted: more leave the CPU's caches, and take five times as long
 LEVELS = 127  # to either side of 0 in int8
-DYNAMIC_LEVELS = 80  # AVX2 sums two products in 16 bits: with inputs in 8 hardly any overflow yet, at 96 some do
 KERNEL_DTYPE = torch.bfloat16  # of activations and scales: the kernels for other types are ten times slower
 
 
@@ -66,12 +66,13 @@ class DynamicInt8(Plain):
     """
 
     rounds_inputs = True
+    levels = 80  # AVX2 sums two products in 16 bits: with inputs in 8 hardly any overflow yet, at 96 some do
     inner_dtype = torch.float32
     product, plus = staticmethod(dynamic_product), staticmethod(dynamic_plus)
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         """weight [out, in] is rounded; bias [out] is kept, as float32."""
-        rounded, scale = round_to_int8(weight, DYNAMIC_LEVELS)
+        rounded, scale = round_to_int8(weight, self.levels)
         zeros = torch.zeros(len(scale), dtype=torch.long)
         self.shape, self.bias = weight.shape, None if bias is None else bias.float()
         with warnings.catch_warnings():  # torch means to drop this kind of tensor; `obstacle_to_rounding` will tell
@@ -89,8 +90,10 @@ class DynamicInt8(Plain):
 
 def round_to_int8(weight: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """[out, in] -> whole numbers from -levels to levels, and the scale [out] of each row."""
-    scale = (weight.float().abs().amax(1) / levels).clamp(min=1e-12)
-    return torch.round(weight / scale[:, None]).to(torch.int8), scale
+    parts = weight.split(ROWS_AT_ONCE)
+    scales = [(part.float().abs().amax(1) / levels).clamp(min=1e-12) for part in parts]
+    rounded = [torch.round(part / scale[:, None]).to(torch.int8) for part, scale in zip(parts, scales, strict=True)]
+    return torch.cat(rounded), torch.cat(scales)
 
 
 class Int4(Plain):

@@ -8,6 +8,8 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from lskip.inference.weights import Form
+
 
 class Rotation:
     """x [..., D] -> x R for an orthogonal R, the same for every model of a size.
@@ -53,6 +55,24 @@ class Rotation:
             if linear.bias is not None:
                 linear.bias.copy_(self.turn(linear.bias))
         return layer
+
+
+class Turned:
+    """A matrix in a form that wants its inputs turned, and turns them itself."""
+
+    def __init__(self, form: Form, weight: Tensor, bias: Tensor | None = None):
+        """weight [out, in], for inputs as they are; bias [out]."""
+        self.rotation = Rotation(weight.shape[1])
+        self.matrix = form(self.rotation.turn(weight), bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, in] -> [N, out]."""
+        return self.matrix(self.rotation.turn(x))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        return self.matrix.nbytes
 
 
 class AsTheyAre:

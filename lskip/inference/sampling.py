@@ -13,6 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from lskip.inference.acceptance import keep_agreeing
 from lskip.inference.noise import gumbel_noise
 from lskip.inference.rejection import RejectionChooser
 from lskip.inference.settings import GenerationSettings
@@ -116,20 +117,29 @@ class TokenChooser:
 
 
 class BatchChooser:
-    """Chooses the tokens of a round in all lanes."""
+    """Chooses the tokens of a round in all lanes.
+
+    Attributes:
+        takes_likeliest: whether what is chosen is the argmax of logits, after `bar`.
+    """
 
     def __init__(self, choosers: list[TokenChooser]):
         """choosers: one a lane, in the order of the lanes."""
         self.choosers = choosers
-        self._take_likeliest = all(chooser.takes_likeliest for chooser in choosers)
+        self.takes_likeliest = all(chooser.takes_likeliest for chooser in choosers)
         self._lanes = [RejectionChooser(chooser) if chooser.rejection else chooser for chooser in choosers]
+
+    def bar(self, logits: Tensor, drafted: Tensor) -> None:
+        """Bars the end tokens of texts that are too short for one, in place. Arguments as in `settle` or `propose`."""
+        for chooser, rows, ids in zip(self.choosers, logits, drafted, strict=True):
+            chooser.bar(rows, ids)
 
     def propose(self, logits: Tensor, drafted: Tensor) -> Tensor:
         """The draft's next tokens [B], from its logits [B, 1, V] and the `drafted` [B, i] of this round so far.
 
         The logits may be written to.
         """
-        if self._take_likeliest:
+        if self.takes_likeliest:
             return self._likeliest(logits, drafted)[:, 0]
         return torch.cat([lane.propose(*rows) for lane, *rows in zip(self._lanes, logits, drafted, strict=True)])
 
@@ -143,7 +153,7 @@ class BatchChooser:
         Returns:
             [B]: how many drafted tokens are kept; [B]: the model's own token after them.
         """
-        if self._take_likeliest:
+        if self.takes_likeliest:
             return keep_agreeing(self._likeliest(logits, drafted), drafted)
         outcomes = [lane.settle(*rows) for lane, *rows in zip(self._lanes, logits, drafted, strict=True)]
         accepted, own = zip(*outcomes, strict=True)
@@ -151,15 +161,8 @@ class BatchChooser:
 
     def _likeliest(self, logits: Tensor, drafted: Tensor) -> Tensor:
         """One argmax for all lanes."""
-        for chooser, rows, ids in zip(self.choosers, logits, drafted, strict=True):
-            chooser.bar(rows, ids)
+        self.bar(logits, drafted)
         return logits.argmax(-1)
-
-
-def keep_agreeing(own: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
-    """own [B, d+1], drafted [B, d] -> length of the prefix in which they agree [B], and `own` there [B]."""
-    accepted = (own[:, :-1] == drafted).long().cumprod(1).sum(1)
-    return accepted, own.gather(1, accepted[:, None])[:, 0]
 
 
 def warpers(settings: GenerationSettings) -> list:

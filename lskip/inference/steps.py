@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+
 from lskip.decoder import Decoder
 from lskip.inference.engine import Step
 from lskip.inference.form_choice import Mix, choose_exact_form, choose_form, exact_by_default
 from lskip.inference.lean_blocks import obstacle, sample_weights
-from lskip.inference.lean_step import LeanStep
+from lskip.inference.lean_step import LeanStep, hold_head
 from lskip.inference.module_step import ModuleStep
 from lskip.inference.quantized import HEAD_FORMS, choose_draft_form
+from lskip.inference.screened_head import ScreenedHead
 from lskip.inference.weights import EXACT_WIDTH, Plain
 
 
-def build_step(decoder: Decoder, weights: str, release: bool, mix: Mix, bit_exact: bool | None, compiled: bool) -> Step:
+def build_step(
+    decoder: Decoder,
+    weights: str,
+    release: bool,
+    mix: Mix,
+    bit_exact: bool | None,
+    compiled: bool,
+    screen: Callable[[], ScreenedHead | None],
+) -> Step:
     """LeanStep where it covers the model, else the model's own modules.
+
+    Args:
+        screen: makes what finds likeliest tokens in float32, where that is what products come in.
 
     Raises:
         ValueError: `weights` is unknown, does not work here, or asks for a form that the modules do not have.
@@ -27,7 +43,10 @@ def build_step(decoder: Decoder, weights: str, release: bool, mix: Mix, bit_exac
         samples = sample_weights(decoder)
         form = choose_exact_form(weights, samples) if bit_exact else choose_form(weights, samples, mix)
         exact = exact_by_default(form, samples[0]) if bit_exact is None else bit_exact
-        return LeanStep(decoder, form, release, width=EXACT_WIDTH if exact else 1)
+        if exact:
+            return LeanStep(decoder, form, release, width=EXACT_WIDTH)
+        of_float32 = (form.inner_dtype or decoder.dtype) is torch.float32
+        return LeanStep(decoder, form, release, screen=screen() if of_float32 else None)
     if choose_form(weights, [decoder.head_weight.detach()]) is not Plain and weights != "auto":
         raise ValueError(f"weights: {weights!r} is not for this model ({reason}); use 'auto' or 'plain'")
     if bit_exact or compiled:
@@ -35,8 +54,8 @@ def build_step(decoder: Decoder, weights: str, release: bool, mix: Mix, bit_exac
     return ModuleStep(decoder)
 
 
-def build_draft_step(decoder: Decoder, draft_weights: str) -> LeanStep:
-    """The blocks again, in rounded weights.
+def build_draft_step(decoder: Decoder, draft_weights: str, screen: ScreenedHead | None) -> LeanStep:
+    """The blocks again, in rounded weights. `screen` is the head too, where there is one.
 
     Raises:
         ValueError: `draft_weights` is unknown or does not work here, or the lean step does not cover the model.
@@ -44,4 +63,4 @@ def build_draft_step(decoder: Decoder, draft_weights: str) -> LeanStep:
     if (reason := obstacle(decoder)) is not None:
         raise ValueError(f"draft_weights: {draft_weights!r} is not for this model ({reason}); leave it out")
     form = choose_draft_form(draft_weights, sample_weights(decoder))
-    return LeanStep(decoder, form, head_form=HEAD_FORMS.get(form))
+    return LeanStep(decoder, form, head=screen or hold_head(HEAD_FORMS.get(form, form), decoder), screen=screen)
