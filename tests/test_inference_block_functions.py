@@ -9,11 +9,24 @@ from lskip.inference import TextGenerator
 from lskip.inference.block_functions import block_functions
 from lskip.inference.lean_step import LeanStep
 from lskip.inference.quantized import DynamicInt8, Int4, Int8
-from lskip.inference.weights import EXACT_WIDTH, Halved, Packed, PackedWide, Plain, Sliced, Transposed, scripted
+from lskip.inference.weights import (
+    EXACT_WIDTH,
+    Halved,
+    Packed,
+    PackedWide,
+    Plain,
+    Sliced,
+    Split,
+    SplitTransposed,
+    Transposed,
+    scripted,
+)
 
 FORMS = [
     Plain,
     Transposed,
+    Split,
+    SplitTransposed,
     Packed,
     PackedWide,
     Sliced,

@@ -7,8 +7,19 @@ import torch
 from conftest import HALVED_WORKS, needs_halved
 
 from lskip.inference import TextGenerator
-from lskip.inference.form_choice import choose_form, cost_of, fastest, obstacle_to
-from lskip.inference.weights import Halved, Packed, PackedWide, Plain, Sliced, Transposed, Widened, plain_product
+from lskip.inference.form_choice import choose_form, cost_of, fastest, fastest_by_shape, obstacle_to
+from lskip.inference.weights import (
+    Halved,
+    Packed,
+    PackedWide,
+    Plain,
+    Sliced,
+    Split,
+    SplitTransposed,
+    Transposed,
+    Widened,
+    plain_product,
+)
 
 
 @needs_halved
@@ -53,7 +64,8 @@ def test_auto_falls_back_to_plain_and_packed_says_why(tiny_model, monkeypatch, b
     truth = TextGenerator(model, weights="plain").generate([5, 6, 7], max_new_tokens=10).token_ids
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", broken)
     generator = TextGenerator(model)
-    assert generator.step.form in (Plain, Transposed)
+    forms = {type(matrix) for block in generator.step.blocks for matrix in block.matrices}
+    assert forms <= {Plain, Transposed, Split, SplitTransposed}
     assert generator.generate([5, 6, 7], max_new_tokens=10).token_ids == truth
     with pytest.raises(ValueError, match="weights: 'packed' does not work here"):
         TextGenerator(model, weights="packed")
@@ -117,13 +129,30 @@ def test_the_fastest_form_wins():
     assert PackedWide.lone_row_width == 4
 
 
+def test_each_shape_gets_its_fastest_form():
+    def slow_at(size):
+        def product(x, held):
+            time.sleep(0.002 * (x.shape[1] == size))
+            return plain_product(x, held)
+
+        return type("Slow", (Plain,), {"product": staticmethod(product)})
+
+    slow_at_8, slow_at_16 = slow_at(8), slow_at(16)
+    samples, mix = [torch.randn(16, 8), torch.randn(8, 16), torch.randn(16, 8)], ((1, 1), (4, 6))
+    form = fastest_by_shape([slow_at_8, slow_at_16], samples, mix)
+    assert [type(form(sample)) for sample in samples] == [slow_at_16, slow_at_8, slow_at_16]
+    assert type(form(torch.randn(4, 4))) is slow_at_16  # the faster one over all
+    assert (form.lone_row_width, form.rounds_inputs, form.inner_dtype) == (1, False, None)
+    assert fastest_by_shape([Plain, slow_at_8], samples, mix) is Plain
+
+
 def test_chance_does_not_decide_between_forms_that_share_a_product():
     class PlainWide(Plain):
         lone_row_width = 4
 
     samples = [torch.randn(16, 8), torch.randn(8, 16)]
     costs = cost_of([Plain, PlainWide], samples, ((1, 4), (4, 6)))
-    assert costs[Plain] == costs[PlainWide] > 0
+    assert costs[Plain] == costs[PlainWide] and min(costs[Plain]) > 0
 
 
 def test_where_bits_are_kept_by_default(tiny_model):

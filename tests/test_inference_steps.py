@@ -11,7 +11,7 @@ from lskip.inference import TextGenerator
 from lskip.inference.lean_blocks import obstacle
 from lskip.inference.lean_step import LeanStep
 from lskip.inference.module_step import ModuleStep
-from lskip.inference.weights import Halved, Packed, PackedWide, Plain, Sliced, Transposed
+from lskip.inference.weights import Halved, Mixed, Packed, PackedWide, Plain, Sliced, Split, Transposed
 
 FAMILIES = {
     "llama": {},
@@ -52,6 +52,8 @@ FAMILIES = {
 STEPS = {
     "plain": lambda decoder: LeanStep(decoder, Plain),
     "transposed": lambda decoder: LeanStep(decoder, Transposed),
+    "split": lambda decoder: LeanStep(decoder, Split),
+    "mixed": lambda decoder: LeanStep(decoder, Mixed({(32, 64): Split, (128, 32): Transposed}, Packed)),
     "packed": lambda decoder: LeanStep(decoder, Packed),
     "packed_wide": lambda decoder: LeanStep(decoder, PackedWide),
     "sliced_exact": lambda decoder: LeanStep(decoder, Sliced, width=4),

@@ -5,11 +5,21 @@ import torch
 from conftest import needs_halved
 
 from lskip.inference.form_choice import obstacle_to
-from lskip.inference.weights import Halved, Packed, Plain, Transposed, Widened, hold, power_to_halve
+from lskip.inference.weights import (
+    Halved,
+    Packed,
+    Plain,
+    Split,
+    SplitTransposed,
+    Transposed,
+    Widened,
+    hold,
+    power_to_halve,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("form", [Plain, Transposed, Packed, Halved, Widened])
+@pytest.mark.parametrize("form", [Plain, Transposed, Split, SplitTransposed, Packed, Halved, Widened])
 @pytest.mark.parametrize("rows", [1, 2, 5, 40])
 def test_products(form, dtype, rows):
     if obstacle_to(form, torch.ones(8, 8, dtype=dtype)) is not None:
@@ -37,6 +47,14 @@ def test_halving_changes_no_number(scale):
     held = Halved(weight)
     assert torch.equal(held(torch.eye(24)), weight.T)
     assert held.nbytes == 2 * weight.numel()
+
+
+def test_split_copies_nothing_and_wants_four_equal_parts():
+    weight = torch.randn(8, 6)
+    assert Split(weight).weight.data_ptr() == weight.data_ptr() and Split(weight).nbytes == weight.nbytes
+    assert SplitTransposed(weight).weight.data_ptr() != weight.data_ptr()
+    with pytest.raises(ValueError, match="10 rows, not a multiple of 4"):
+        Split(torch.randn(10, 6))
 
 
 def test_numbers_that_float16_cannot_hold():

@@ -12,10 +12,13 @@ from lskip.inference.weights import (
     EXACT_WIDTH,
     Form,
     Halved,
+    Mixed,
     Packed,
     PackedWide,
     Plain,
     Sliced,
+    Split,
+    SplitTransposed,
     Transposed,
     Widened,
     hold,
@@ -48,8 +51,9 @@ def choose_form(form: str, samples: list[Tensor], mix: Mix = STEPS_AND_VERIFICAT
     if samples[0].dtype in (torch.bfloat16, torch.float16):
         # Forms round to different texts here, so that no timing may choose; in float32 texts are equal.
         return next(form for form in (Packed, Halved, Widened, Plain) if obstacle_to(form, samples[0]) is None)
-    usable = [form for form in (Transposed, Packed, PackedWide, Halved) if obstacle_to(form, samples[0]) is None]
-    return fastest([Plain, *usable], samples, mix)
+    forms = (Transposed, Split, SplitTransposed, Packed, PackedWide, Halved)
+    usable = [form for form in forms if obstacle_to(form, samples[0]) is None]
+    return fastest_by_shape([Plain, *usable], samples, mix)
 
 
 # Where bits are kept unless the caller says otherwise: texts of bfloat16 models part within some tens of tokens.
@@ -120,46 +124,77 @@ def obstacle_to(form: Form, sample: Tensor) -> str | None:
     return None if right else "its products differ from torch's"
 
 
-def fastest(forms: list[Form], samples: list[Tensor], mix: Mix) -> Form:
+def fastest(forms: list[type[Plain]], samples: list[Tensor], mix: Mix) -> type[Plain]:
     """The form that takes least for `mix`."""
     if len(forms) == 1:
         return forms[0]
     costs = cost_of(forms, samples, mix)
-    return min(costs, key=costs.get)
+    return min(costs, key=lambda form: sum(costs[form]))
+
+
+def fastest_by_shape(forms: list[type[Plain]], samples: list[Tensor], mix: Mix) -> Form:
+    """What takes least for `mix`: a form for each shape of matrix, or one for all."""
+    if len(forms) == 1:
+        return forms[0]
+    costs = cost_of(forms, samples, mix)
+
+    def seconds(form: type[Plain], shape: torch.Size | None = None) -> float:
+        each = zip(samples, costs[form], strict=True)
+        return sum(cost for sample, cost in each if shape in (None, sample.shape))
+
+    one = min(forms, key=seconds)
+    mixable = [form for form in forms if form.lone_row_width == 1]  # how a lone row is seen is the same for all
+    chosen = {shape: min(mixable, key=lambda form: seconds(form, shape)) for shape in {s.shape for s in samples}}
+    if sum(seconds(form, shape) for shape, form in chosen.items()) >= seconds(one):
+        return one
+    return Mixed({tuple(shape): form for shape, form in chosen.items()}, min(mixable, key=seconds))
 
 
 @torch.inference_mode()
 def cost_of(
-    forms: list[Form], samples: list[Tensor], mix: Mix, rounds: int = 8, limit: float = 1.0
-) -> dict[Form, float]:
-    """Seconds that each form takes for `mix` over all samples.
+    forms: list[type[Plain]], samples: list[Tensor], mix: Mix, rounds: int = 8, limit: float = 1.5
+) -> dict[type[Plain], list[float]]:
+    """Seconds that each form takes for `mix`, sample by sample.
 
     Other processes only ever add time: the best of each single product is nearest to the truth. On a busy machine
     threads wait for each other, for milliseconds in a product of microseconds, so that one thread is tried as well
     as all of them. A product that two forms share is timed once: chance must not decide between them. No round
     begins after `limit` seconds.
     """
-    kinds = {form.product: form for form in forms}
+    kinds = {kind_of(form): form for form in forms}
     held = {(kind, index): hold(form, sample) for kind, form in kinds.items() for index, sample in enumerate(samples)}
-    parts = {  # weight, and what is timed: a product, of which sample, of how many rows
-        form: [(weight, (form.product, i, seen_as(form, rows))) for i in range(len(samples)) for weight, rows in mix]
+    # What is timed, all samples before the first comes again: in decoding no cache has seen a matrix lately.
+    best = {
+        (kind_of(form), index, seen_as(form, rows)): math.inf
         for form in forms
+        for _, rows in mix
+        for index in range(len(samples))
     }
-    best = {timed: math.inf for form in forms for _, timed in parts[form]}
     threads, begin = torch.get_num_threads(), time.perf_counter()
     try:
         for _ in range(rounds):  # interleaved, so that a busy spell of the machine meets every form
             for count in {1, threads}:
                 torch.set_num_threads(count)
-                for product, index, rows in best:
+                for kind, index, rows in best:
                     x = samples[index].new_ones(rows, samples[index].shape[1])
-                    seconds = seconds_of(held[product, index], x)
-                    best[product, index, rows] = min(best[product, index, rows], seconds)
+                    seconds = seconds_of(held[kind, index], x)
+                    best[kind, index, rows] = min(best[kind, index, rows], seconds)
             if time.perf_counter() - begin > limit:
                 break
     finally:
         torch.set_num_threads(threads)
-    return {form: sum(weight * best[timed] for weight, timed in parts[form]) for form in forms}
+    return {
+        form: [
+            sum(weight * best[kind_of(form), index, seen_as(form, rows)] for weight, rows in mix)
+            for index in range(len(samples))
+        ]
+        for form in forms
+    }
+
+
+def kind_of(form: type[Plain]) -> tuple:
+    """What is held, and what multiplies it: forms in which both are the same differ in the rows that they are sent."""
+    return form.__init__, form.product
 
 
 def seen_as(form: Form, rows: int) -> int:

@@ -135,12 +135,13 @@ def obstacle(decoder: Decoder) -> str | None:
 
 
 def sample_weights(decoder: Decoder, nbytes: int = 2**25) -> list[Tensor]:
-    """Matrices of the first blocks, about `nbytes` in all: more than the cores' own caches hold, as in decoding."""
+    """Matrices of the first blocks, fused as `Block` has them, about `nbytes` in all: more than caches hold."""
     samples, size = [], 0
     for layer in decoder.blocks:
         attention, mlp = layer.self_attn, layer.mlp
-        for part in (attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.down_proj):
-            samples.append(part.weight.detach())
+        fused = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
+        for parts in (fused[0], (attention.o_proj,), fused[1], (mlp.down_proj,)):
+            samples.append(torch.cat([part.weight.detach() for part in parts]))
             size += samples[-1].nbytes
         if size >= nbytes:
             break
