@@ -26,7 +26,7 @@ from lskip.inference.weights import (
 )
 
 Mix = tuple[tuple[int, int], ...]  # (how often, rows): the products that a form is chosen for
-STEPS_AND_VERIFICATION: Mix = ((3, 1), (1, 5))  # own drafts: a row at a time, then all at once
+STEPS_AND_VERIFICATION: Mix = ((6, 1), (1, 5))  # nothing drafts, or the first layers do: mostly a row at a time
 VERIFICATION: Mix = ((1, 1), (4, 6))  # where other weights draft, and now and then none
 FORMS = {"plain": Plain, "transposed": Transposed, "packed": Packed, "halved": Halved}
 
