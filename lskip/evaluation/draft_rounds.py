@@ -55,7 +55,7 @@ def exit_predictions(step: Step, text: OwnText, vocab_size: int) -> torch.Tensor
 
 def _decode(step: Step, states: torch.Tensor, rows: int) -> torch.Tensor:
     """[N, D] -> [N]."""
-    return torch.cat([step.likeliest(part[None])[0] for part in states.split(rows)])
+    return torch.cat([step.decode(part[None])[0].argmax(-1) for part in states.split(rows)])
 
 
 def rounds_of_exit(text: OwnText, hits: Sequence[bool], num_speculations: int) -> list[DraftRound]:

@@ -26,13 +26,6 @@ PREFILL_ROWS = 256  # a pass's mask and activations grow with its rows: a long p
 Bar = Callable[[Tensor], None]  # is given logits [A, n, V] and makes -inf of what may not be chosen
 
 
-def argmax(logits: Tensor, bar: Bar | None) -> Tensor:
-    """[A, n, V] -> [A, n]; `logits` may be written to."""
-    if bar is not None:
-        bar(logits)
-    return logits.argmax(-1)
-
-
 class Step(Protocol):
     """How blocks are run: LeanStep or ModuleStep.
 
@@ -50,7 +43,7 @@ class Step(Protocol):
     def fill(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> None: ...
     def norm(self, x: Tensor) -> Tensor: ...
     def decode(self, x: Tensor) -> Tensor: ...
-    def likeliest(self, x: Tensor, bar: Bar | None = None) -> Tensor: ...
+    def likeliest(self, x: Tensor, bar: Bar | None = None) -> Tensor | None: ...  # None: no faster than by logits
 
 
 class Chooser(Protocol):
@@ -175,13 +168,16 @@ def draft(
         states.append(step.run(step.embed(ids[:, None], position), lanes.cache, position, 0, exit_block))
         x = states[-1]
         logits = cache(partial(step.decode, x) if decode is None else partial(decode, x, position))
-        if decode is None and chooser.takes_likeliest:
-            ids = step.likeliest(x, partial(chooser.bar, drafted=drafted))[:, 0]
-        else:
-            ids = chooser.propose(logits(), drafted)
+        likeliest = likeliest_ids(step, x, chooser, drafted) if decode is None else None
+        ids = chooser.propose(logits(), drafted) if likeliest is None else likeliest[:, 0]
         drafted = torch.cat([drafted, ids[:, None]], 1)
         if len(states) == num_speculations or (goes_on is not None and not goes_on(logits, ids, x)):
             return Drafted(drafted, states, exit_block)
+
+
+def likeliest_ids(step: Step, x: Tensor, chooser: Chooser, drafted: Tensor) -> Tensor | None:
+    """Tokens [A, n] of x [A, n, D], where the chooser takes the likeliest and the step finds it without logits."""
+    return step.likeliest(x, partial(chooser.bar, drafted=drafted)) if chooser.takes_likeliest else None
 
 
 def verify(step: Step, lanes: Lanes, drafted: Drafted, full: int, chooser: Chooser) -> Round:
@@ -197,8 +193,8 @@ def verify(step: Step, lanes: Lanes, drafted: Drafted, full: int, chooser: Choos
     else:
         x = step.embed(torch.cat([lanes.pending[:, None], drafted.ids], 1), starts)
     at_exit, x = run_past(step, x, lanes.cache, starts, drafted.exit_block, full, lanes.observer)
-    if chooser.takes_likeliest:
-        accepted, own = keep_agreeing(step.likeliest(x, partial(chooser.bar, drafted=drafted.ids)), drafted.ids)
+    if (likeliest := likeliest_ids(step, x, chooser, drafted.ids)) is not None:
+        accepted, own = keep_agreeing(likeliest, drafted.ids)
     else:
         accepted, own = chooser.settle(step.decode(x), drafted.ids)
     # The round's one transfer from the device.

@@ -25,8 +25,8 @@ class HeadedStep:
         """Exit states [..., D] -> logits [..., V]."""
         return self.step.decode(self.heads(self.exit_layer, x))
 
-    def likeliest(self, x: Tensor, bar: Bar | None = None) -> Tensor:
-        """Exit states [..., D] -> token ids [...], those that `bar` leaves."""
+    def likeliest(self, x: Tensor, bar: Bar | None = None) -> Tensor | None:
+        """Exit states [A, n, D] -> token ids [A, n], those that `bar` leaves; None: by `decode` it is as fast."""
         return self.step.likeliest(self.heads(self.exit_layer, x), bar)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from lskip.decoder import Decoder
 from lskip.inference.attention import positions
 from lskip.inference.cache import KVCache
-from lskip.inference.engine import Bar, argmax
+from lskip.inference.engine import Bar
 from lskip.inference.rolling import RollingCache, held_positions, rolls
 
 
@@ -73,9 +73,8 @@ class ModuleStep:
         """Exit states [..., D] -> logits [..., V]: final norm and head."""
         return self.decoder.decode(x)
 
-    def likeliest(self, x: Tensor, bar: Bar | None = None) -> Tensor:
-        """Exit states [..., D] -> token ids [...], those that `bar` leaves."""
-        return argmax(self.decode(x), bar)
+    def likeliest(self, x: Tensor, bar: Bar | None = None) -> None:
+        """It has nothing faster than `decode`."""
 
     def run(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> Tensor:
         """Blocks `first` … `last`-1 on states x [A, n, D] of the cache's first A lanes, as LeanStep.run."""

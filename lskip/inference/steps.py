@@ -54,7 +54,7 @@ def build_step(
     return ModuleStep(decoder)
 
 
-def build_draft_step(decoder: Decoder, draft_weights: str, screen: ScreenedHead | None) -> LeanStep:
+def build_draft_step(decoder: Decoder, draft_weights: str, screen: ScreenedHead | None = None) -> LeanStep:
     """The blocks again, in rounded weights. `screen` is the head too, where there is one.
 
     Raises:
