@@ -32,7 +32,7 @@ class RowCosts:
     Attributes:
         rows: measured numbers of rows, ascending.
         block: seconds of one block over so many rows (the mean over all blocks).
-        head: seconds of final norm and head over so many rows, up to their likeliest tokens.
+        head: seconds of final norm and head over so many rows, as far as a greedy text needs them.
     """
 
     rows: tuple[int, ...]

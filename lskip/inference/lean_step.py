@@ -113,10 +113,10 @@ class LeanStep:
         """Bytes by part. A head that is tied to the embedding counts only where it is held in another form."""
         linears = [matrix for block in self.blocks for matrix in block.matrices]
         tied = getattr(self.head, "weight", None) is not None and shares_memory(self.head.weight, self.embedding)
-        heads = {id(head): head.nbytes for head in (self.head, self.screen) if head is not None}
+        heads = {self.head, self.screen} - ({None, self.head} if tied else {None})
         return {
             "blocks": sum(linear.nbytes for linear in linears),
-            "head": sum(heads.values()) - (self.head.nbytes if tied else 0),
+            "head": sum(head.nbytes for head in heads),
             "embedding": self.embedding.nbytes,
         }
 

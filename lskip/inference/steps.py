@@ -54,8 +54,10 @@ def build_step(
     return ModuleStep(decoder)
 
 
-def build_draft_step(decoder: Decoder, draft_weights: str, screen: ScreenedHead | None = None) -> LeanStep:
-    """The blocks again, in rounded weights. `screen` is the head too, where there is one.
+def build_draft_step(
+    decoder: Decoder, draft_weights: str, screen: Callable[[], ScreenedHead | None] = lambda: None
+) -> LeanStep:
+    """The blocks again, in rounded weights. What `screen` makes is the head too.
 
     Raises:
         ValueError: `draft_weights` is unknown or does not work here, or the lean step does not cover the model.
@@ -63,4 +65,5 @@ def build_draft_step(decoder: Decoder, draft_weights: str, screen: ScreenedHead 
     if (reason := obstacle(decoder)) is not None:
         raise ValueError(f"draft_weights: {draft_weights!r} is not for this model ({reason}); leave it out")
     form = choose_draft_form(draft_weights, sample_weights(decoder))
-    return LeanStep(decoder, form, head=screen or hold_head(HEAD_FORMS.get(form, form), decoder), screen=screen)
+    screened = screen()  # after all that may be refused
+    return LeanStep(decoder, form, head=screened or hold_head(HEAD_FORMS.get(form, form), decoder), screen=screened)

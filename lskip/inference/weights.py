@@ -148,7 +148,6 @@ class Transposed(Plain):
 class Split(Plain):
     """The matrix as it is, taken as four: torch.bmm of a few rows reads it faster than F.linear does on some CPUs."""
 
-    parts = 4
     product, plus = staticmethod(split_product), staticmethod(split_plus)
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
@@ -157,20 +156,24 @@ class Split(Plain):
         Raises:
             ValueError: `out` is not a multiple of four.
         """
-        if len(weight) % self.parts:
-            raise ValueError(f"it has {len(weight)} rows, not a multiple of {self.parts}")
-        self.weight, self.bias = weight.view(self.parts, -1, weight.shape[1]).transpose(1, 2), bias
-        self.held = self.weight, bias
+        super().__init__(in_four(weight), bias)
 
 
-class SplitTransposed(Split):
+class SplitTransposed(Plain):
     """Split, each part stored [in, out / 4]."""
 
+    product, plus = staticmethod(split_product), staticmethod(split_plus)
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        """weight [out, in] is copied into the new layout; bias [out] is kept."""
-        super().__init__(weight, bias)
-        self.weight = self.weight.contiguous()
-        self.held = self.weight, bias
+        """weight [out, in] is copied into the new layout; bias [out] is kept. Raises as Split does."""
+        super().__init__(in_four(weight).contiguous(), bias)
+
+
+def in_four(weight: Tensor) -> Tensor:
+    """[out, in] -> a view [4, in, out / 4]; ValueError where `out` is not a multiple of four."""
+    if len(weight) % 4:
+        raise ValueError(f"it has {len(weight)} rows, not a multiple of 4")
+    return weight.view(4, -1, weight.shape[1]).transpose(1, 2)
 
 
 class Packed(Plain):
