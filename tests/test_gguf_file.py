@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from lskip.data.tokenizer import train_bpe
 from lskip.gguf_file import obstacle, rotary_pairs, write_gguf
+from lskip.pretrained import load_model
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
@@ -100,6 +101,22 @@ def test_transformers_reads_the_same_model(tmp_path, dtype, tied):
     again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf").eval()
     with torch.inference_mode():
         assert torch.equal(again(IDS).logits.float(), model.float()(IDS).logits)
+
+
+def test_a_file_is_parsed_once_whatever_is_read_of_it(tmp_path, monkeypatch):
+    model = saved_model(tmp_path / "plain", torch.float32)
+    write_gguf(model, path := tmp_path / "model.gguf", byte_level())
+    parsed, build = [], gguf.GGUFReader._build_fields
+    monkeypatch.setattr(gguf.GGUFReader, "_build_fields", lambda *args: parsed.append(1) or build(*args))
+    reader = gguf.GGUFReader
+    again, _ = load_model(str(path))
+    assert len(parsed) == 1
+    with torch.inference_mode():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="could not be read"):
+        load_model(str(path))
+    assert gguf.GGUFReader is reader  # others' calls are not remembered
 
 
 def contents(path) -> dict:
