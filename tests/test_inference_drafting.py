@@ -23,7 +23,7 @@ def flat(seconds):
 
 
 # F.linear on a CPU: 2 and 3 rows cost more than 4 to 8 do (figures.md).
-UNEVEN = (50.8, 83.9, 104.7, 71.9, 67.9, 71.1, 68.7, 74.9, 85.8, 100.0, 120.0, 160.0, 200.0)
+UNEVEN = (50.8, 83.9, 104.7, 71.9, 71.1, 68.7, 74.9, 85.8, 100.0, 120.0, 160.0, 200.0)
 STEEP = tuple(1.0 + rows for rows in ROWS)
 TABLES = {
     "flat": Costs(30, RowCosts(ROWS, flat(1.0), flat(8.0)), RowCosts(ROWS, flat(0.4), flat(3.0))),

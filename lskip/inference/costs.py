@@ -19,7 +19,7 @@ from lskip.inference.drafting import Draft, DraftPlan
 if TYPE_CHECKING:
     from lskip.inference.engine import Step
 
-ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 LEAVES_STATES = ("layers", "adapter")  # drafts after which verification goes on from the exit
 CONTEXT = 128  # positions that the measured rows attend to, besides each other
 REPEATS = 9
@@ -208,7 +208,7 @@ def measure_costs(
     steps = {"model": step, "draft": draft_step, "adapter": adapter_step}
     timers = {name: Timer(each) for name, each in steps.items() if each is not None}
     for timer in timers.values():
-        timer.choose_rows(seconds / 4 / len(timers))
+        timer.choose_rows(seconds / 3 / len(timers))
     for _ in range(REPEATS):
         round_begin = perf_counter()
         for timer in timers.values():
@@ -263,14 +263,14 @@ class Timer:
     def choose_rows(self, seconds: float) -> None:
         """Warms up with one pass of each number of rows, from few to many, until `seconds` are about to be over."""
         self.time(ROWS[0])  # the first of all passes pays for what is made on demand
-        spent = last = 0.0
+        spent = a_row = 0.0
         for rows in ROWS:
-            # Twice the rows cost twice as much at most; a line needs two points.
-            if len(self.samples) >= 2 and spent + 2 * last > seconds:
+            # A row of many costs no more than one of few; a line needs two points.
+            if len(self.samples) >= 2 and spent + rows * a_row > seconds:
                 break
             self.samples[rows] = []
             last = sum(self.time(rows))
-            spent += last
+            spent, a_row = spent + last, last / rows
 
     def time_all(self) -> None:
         """One more sample of each chosen number of rows."""

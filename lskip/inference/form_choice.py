@@ -27,7 +27,7 @@ from lskip.inference.weights import (
 
 Mix = tuple[tuple[int, int], ...]  # (how often, rows): the products that a form is chosen for
 STEPS_AND_VERIFICATION: Mix = ((6, 1), (1, 5))  # nothing drafts, or the first layers do: mostly a row at a time
-VERIFICATION: Mix = ((1, 1), (4, 6))  # where other weights draft, and now and then none
+VERIFICATION: Mix = ((1, 1), (4, 8))  # where other weights draft, and now and then none
 FORMS = {"plain": Plain, "transposed": Transposed, "packed": Packed, "halved": Halved}
 
 
@@ -152,7 +152,7 @@ def fastest_by_shape(forms: list[type[Plain]], samples: list[Tensor], mix: Mix) 
 
 @torch.inference_mode()
 def cost_of(
-    forms: list[type[Plain]], samples: list[Tensor], mix: Mix, rounds: int = 8, limit: float = 1.5
+    forms: list[type[Plain]], samples: list[Tensor], mix: Mix, rounds: int = 20, limit: float = 4.0
 ) -> dict[type[Plain], list[float]]:
     """Seconds that each form takes for `mix`, sample by sample.
 
