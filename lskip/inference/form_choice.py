@@ -27,7 +27,8 @@ from lskip.inference.weights import (
 
 Mix = tuple[tuple[int, int], ...]  # (how often, rows): the products that a form is chosen for
 STEPS_AND_VERIFICATION: Mix = ((6, 1), (1, 5))  # nothing drafts, or the first layers do: mostly a row at a time
-VERIFICATION: Mix = ((1, 1), (4, 8))  # where other weights draft, and now and then none
+VERIFICATION_OF_FEW: Mix = ((1, 1), (4, 3))  # where an exit adapter drafts, and now and then nothing
+VERIFICATION: Mix = ((1, 1), (4, 8))  # where other weights draft
 FORMS = {"plain": Plain, "transposed": Transposed, "packed": Packed, "halved": Halved}
 
 

@@ -17,7 +17,7 @@ from lskip.exit_adapter import ExitAdapter, fingerprint
 from lskip.inference.adapter import AdapterStep
 from lskip.inference.batch import Batch, Text, bound, drafts_of, full_depth
 from lskip.inference.costs import Costs, keep_costs, measure_costs
-from lskip.inference.form_choice import STEPS_AND_VERIFICATION, VERIFICATION
+from lskip.inference.form_choice import STEPS_AND_VERIFICATION, VERIFICATION, VERIFICATION_OF_FEW
 from lskip.inference.generation import Generation, TextStream
 from lskip.inference.recording import StateRecorder
 from lskip.inference.sampling import TokenChooser
@@ -92,6 +92,8 @@ class TextGenerator:
         self.draft_step = None if draft_weights is None else build_draft_step(decoder, draft_weights, screen)
         self.adapter_step = None if exit_adapter is None else AdapterStep(exit_adapter)
         mix = STEPS_AND_VERIFICATION if draft_weights is None else VERIFICATION
+        if exit_adapter is not None:
+            mix = VERIFICATION_OF_FEW
         self.step = build_step(decoder, weights, release_model, mix, bit_exact, compiled, screen)
         self.trained_exits = deepcopy(trained_exits)
         if trained_exits is not None:
