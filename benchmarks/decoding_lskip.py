@@ -78,21 +78,16 @@ class Lskip:
         lanes = min(self.setting.batch, len(prompts))
         steps = sum(len(generation.token_ids) - 1 for generation in generations) / lanes
         planned = partial(self._planned, rounds=list(self.rounds), steps=steps, lanes=lanes)
-        plain = partial(self._plain, steps=steps, lanes=lanes)
-        return run_of(generations, seconds)._replace(planned=planned, plain=plain)
+        return run_of(generations, seconds)._replace(planned=planned)
 
     def _planned(self, rounds: list[tuple[DraftPlan, int]], steps: float, lanes: int) -> float:
         """Seconds that the cost model gives the rounds, which brought what `steps` bring undrafted."""
         if self.setting.draft is not None:
             return sum(self.generator.costs.round(plan, lanes) for plan, lanes in rounds)
         if self.setting.exit_layer is None:
-            return self._plain(steps, lanes)
+            return steps * self.generator.costs.plain(lanes)
         # A token of a fixed exit is what a drafted one is.
         return steps * self.generator.costs.draft_step(Draft("layers", self.setting.exit_layer), lanes)
-
-    def _plain(self, steps: float, lanes: int) -> float:
-        """Seconds of undrafted steps, by a model alone: an adapter beside it has nothing to observe."""
-        return steps * self.generator.costs.without_adapter().plain(lanes)
 
 
 def run_of(generations: list[Generation], seconds: float) -> Run:

@@ -22,7 +22,6 @@ class Run(NamedTuple):
         accepted_counts: accepted tokens of a drafting round -> rounds; None: not known.
         planned: gives the seconds that the rounds take by the cost model, prompts left out; None: it knows nothing of
             such rounds.
-        plain: gives the seconds that as many tokens take undrafted, by the same table of costs.
         compared: tokens of a text that can be compared with other methods'; None: all.
     """
 
@@ -33,7 +32,6 @@ class Run(NamedTuple):
     accepted: int = 0
     accepted_counts: Counter[int] | None = None
     planned: Callable[[], float] | None = None
-    plain: Callable[[], float] | None = None
     compared: int | None = None
 
     @property
@@ -172,5 +170,6 @@ def share_of_ideal(measured: Measured, setting: Setting) -> float | None:
     gained = [before / after for before, after in pairs if before > 0 and after > 0]
     if not gained:
         return None
-    ideal = sum(run.plain() for run in runs) / sum(run.planned() for run in runs)
+    # Each by the costs of its own weights: their forms may differ, and with them what a plain step takes.
+    ideal = sum(run.planned() for run in base[: len(runs)]) / sum(run.planned() for run in runs)
     return statistics.median(gained) / ideal

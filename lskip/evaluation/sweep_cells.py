@@ -12,6 +12,7 @@ from lskip.command_options import LoadingOptions
 from lskip.evaluation.sweep_grid import Cell
 from lskip.evaluation.task_prompts import Prompt
 from lskip.inference import ConfidenceDraft, CostAwareDraft, FixedDraft, Generation, TextGenerator
+from lskip.inference.costs import Costs
 from lskip.inference.drafting import DraftPlan, DraftPolicy
 
 POLICIES = {kind.__name__: kind for kind in (FixedDraft, ConfidenceDraft, CostAwareDraft)}
@@ -83,7 +84,7 @@ def measure_cell(generators: Generators, cell: Cell, prompts: Sequence[Prompt], 
         "tokens_per_round": sum(len(text.token_ids) for text in texts) / sum(text.rounds for text in texts),
         "accepted_counts": {str(count): number for count, number in sorted(counts.items())},
         "mismatches": len(differ),
-        "times": times_of(pairs, generator, planned),
+        "times": times_of(pairs, generators.plain.costs, generator.costs, planned),
     }
 
 
@@ -108,8 +109,10 @@ def _pair(
     return Pair(first_token, runs[0](), runs[1]())
 
 
-def times_of(pairs: Sequence[Pair], generator: TextGenerator, planned: list[tuple[DraftPlan, int]]) -> dict[str, Any]:
-    """What depends on the clock.
+def times_of(
+    pairs: Sequence[Pair], plain: Costs, drafting: Costs, planned: list[tuple[DraftPlan, int]]
+) -> dict[str, Any]:
+    """What depends on the clock, and what the costs of either side say; their weights' forms may differ.
 
     Returns:
         "speedup": the median over all turns of autoregressive seconds over drafted seconds, the prompt's pass in
@@ -124,9 +127,8 @@ def times_of(pairs: Sequence[Pair], generator: TextGenerator, planned: list[tupl
         if min(pair.plain.seconds, pair.drafted.seconds) > pair.first_token.seconds
     ]
     tokens = sum(len(pair.plain.token_ids) - 1 for pair in pairs)
-    costs = generator.costs
-    predicted = sum(costs.round(plan, lanes) for plan, lanes in planned)
-    ideal = tokens * costs.without_adapter().plain(1) / predicted if predicted else None
+    predicted = sum(drafting.round(plan, lanes) for plan, lanes in planned)
+    ideal = tokens * plain.plain(1) / predicted if predicted else None
     return {
         "speedup": median(speedups),
         "tokens_per_second": median(pair.drafted.tokens_per_second for pair in pairs),
