@@ -171,5 +171,5 @@ def share_of_ideal(measured: Measured, setting: Setting) -> float | None:
     if not gained:
         return None
     # Each by the costs of its own weights: their forms may differ, and with them what a plain step takes.
-    ideal = sum(run.planned() for run in base[: len(runs)]) / sum(run.planned() for run in runs)
+    ideal = sum(run.planned() for run in base) / sum(run.planned() for run in runs)
     return statistics.median(gained) / ideal
