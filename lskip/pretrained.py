@@ -15,14 +15,11 @@ Nothing here runs code that comes with a model: checkpoints are read with `weigh
 """
 
 import difflib
-import functools
 import importlib.util
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 import torch
@@ -41,6 +38,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lskip.families import FAMILIES, family_of
+from lskip.gguf_reading import parsed_once, require_gguf_packages, words_of_gguf
 from lskip.low_rank import merged
 
 ALLOWED = "smollm2, a .gguf file, a run folder, a .ckpt file, a folder with config.json, or a hub name owner/name"
@@ -79,7 +77,7 @@ def load_model(
         return _from_checkpoint(Path(found.place), dtype)
     if found.kind != "gguf":
         family_of(_from_transformers(AutoConfig, found))  # before the weights are read, or fetched
-    with _gguf_parsed_once() if found.kind == "gguf" else nullcontext():
+    with parsed_once() if found.kind == "gguf" else nullcontext():
         model = _from_transformers(AutoModelForCausalLM, found, dtype=dtype)
         _forget_quantization(model)
         return model.eval(), _read_tokenizer(found) if _has_tokenizer(found) else None
@@ -114,22 +112,11 @@ def _has_tokenizer(found: Source) -> bool:
 
 def _read_tokenizer(found: Source) -> PreTrainedTokenizerBase:
     tokenizer = _from_transformers(AutoTokenizer, found)
-    if found.kind == "gguf" and _words_of_gguf(found.place) == "smollm":
+    if found.kind == "gguf" and words_of_gguf(found.place) == "smollm":
         # transformers forgets that these cut a number into its digits: "x  3" would become other tokens.
         words = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(words)
     return tokenizer
-
-
-def _words_of_gguf(path: str) -> str | None:
-    """llama.cpp's name for how this file's tokenizer cuts a text into words."""
-    # Found by its key, the type of a text (8) and a length: GGUFReader takes seconds, for all 49,152 tokens come too.
-    key = b"tokenizer.ggml.pre" + (8).to_bytes(4, "little")
-    with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-        if (place := content.find(key)) < 0:
-            return None
-        content.seek(place + len(key))
-        return content.read(int.from_bytes(content.read(8), "little")).decode("utf-8")
 
 
 def is_run(folder: Path) -> bool:
@@ -174,39 +161,14 @@ def _smollm2_file() -> Path:
     return files[0]
 
 
-@contextmanager
-def _gguf_parsed_once() -> Iterator[None]:
-    """Within it, a GGUF file is parsed once: transformers does it for the config, the weights and the tokenizer anew.
-
-    Each time takes seconds, and so do the names of all tensors, which it makes for every module of the model.
-    """
-    _require_gguf_packages()
-    import gguf
-
-    slow = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    try:
-        for name, original in slow.items():
-            setattr(gguf, name, functools.cache(original))
-        yield
-    finally:
-        for name, original in slow.items():
-            setattr(gguf, name, original)
-
-
 def _from_transformers(auto_class: type, found: Source, **arguments):
     if found.kind == "gguf":
-        _require_gguf_packages()
+        require_gguf_packages()
     try:
         return auto_class.from_pretrained(**found.transformers_arguments(), **arguments)
     except Exception as error:
         # A file may be broken in as many ways as there are readers below this call; all of them mean this.
         raise ValueError(_could_not_load(found, error)) from error
-
-
-def _require_gguf_packages() -> None:
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"model: to read GGUF, run: pip install {' '.join(missing)}")
 
 
 def _could_not_load(found: Source, error: Exception) -> str:
