@@ -3,6 +3,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # For a CPU-only or other build of torch, name it here: make demo TORCH="torch==2.13.0 --index-url …"
 TORCH ?= torch==2.13.0
+# Tests run side by side, file by file, each process with one thread: more than cores make them slower.
+WORKERS ?= 2
 BIN := .venv/bin
 
 .PHONY: demo retrofit test install
@@ -26,4 +28,4 @@ retrofit: install
 test: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

@@ -73,8 +73,8 @@ def run(job: Job, files: Path) -> None:
     print_records(found, console)
     print_differences(alone, reference, job.options.dtype, console)
     speedup_figure(found).savefig(job.options.out / "speedups.png", dpi=120)
-    generators = job.shared.generators.made
-    write(job, "costs.json", {weights or "none": made.costs.to_dict() for weights, made in generators.items()})
+    generators = job.shared.generators.by_name()
+    write(job, "costs.json", {name: made.costs.to_dict() for name, made in generators.items()})
 
 
 def start_llama_cpp(job: Job, files: Path) -> None:
@@ -94,7 +94,8 @@ def start_llama_cpp(job: Job, files: Path) -> None:
 
 def build(job: Job, settings: list[Setting]) -> list[Contestant]:
     """Those that work here; of the others, each reason is printed once."""
-    contestants, reasons = [PromptPass(job.shared.generators)], set()
+    batches = sorted({setting.batch for setting in settings})
+    contestants, reasons = [PromptPass(job.shared.generators, batch) for batch in batches], set()
     for setting in settings:
         try:
             contestants.append(job.shared.build(setting))
@@ -168,7 +169,7 @@ def write_environment(job: Job, reference: dict) -> None:
         "prompts": len(job.prompts),
         "prompt_tokens": sum(map(len, job.prompts)),
         "distinct_3grams": distinct,
-        "weights": {str(weights): held_as(made.step) for weights, made in job.shared.generators.made.items()},
+        "weights": {name: held_as(made.step) for name, made in job.shared.generators.by_name().items()},
         "llama_cpp": job.shared.llama_cpp.version if job.shared.llama_cpp else None,
     }
     write(job, "environment.json", content)

@@ -50,5 +50,8 @@ def batch_gains(measured: Measured, rates: Rates) -> Iterable[str]:
         if setting.method == "autoregressive" and alone is not None:
             for size in sorted(points.keys() - {1}):
                 gain = ratio(alone, measured.base("autoregressive", size))
-                says = points[size][1] / points[1][1]
-                yield f"batch {size}: autoregressive {gain:.2f}x batch 1, prompts included (cost model {says:.2f}x)"
+                after, says = (points[size][column] / points[1][column] for column in (0, 1))
+                yield (
+                    f"batch {size}: autoregressive {gain:.2f}x batch 1, prompts included;"
+                    f" {after:.2f}x without (cost model {says:.2f}x)"
+                )

@@ -20,7 +20,7 @@ POLICY_CLASSES = {"fixed": FixedDraft, "confidence": ConfidenceDraft, "cost_awar
 
 
 class Generators:
-    """One model, ready for decoding with each kind of draft weights."""
+    """One model, ready for decoding with each kind of draft weights in batches of each size."""
 
     def __init__(self, model: PreTrainedModel, release: bool = False, exit_adapter: ExitAdapter | None = None):
         """
@@ -29,21 +29,31 @@ class Generators:
             exit_adapter: of the draft "adapter".
         """
         self.model, self.release, self.exit_adapter = model, release, exit_adapter
-        self.made: dict[str | None, TextGenerator] = {}
+        self.made: dict[tuple[str | None, int], TextGenerator] = {}
 
-    def drafting_with(self, draft_weights: str | None) -> TextGenerator:
+    def drafting_with(self, draft_weights: str | None, batch: int = 1) -> TextGenerator:
         """Raises ValueError where such weights do not work."""
-        if draft_weights not in self.made:
+        if (draft_weights, batch) not in self.made:
             if draft_weights == OWN_WEIGHTS:
-                made = copy(self.drafting_with(None))
+                made = copy(self.drafting_with(None, batch))
                 made.draft_step = copy(made.step)
                 vars(made).pop("costs", None)  # measured without a draft step
             elif draft_weights == ADAPTER:
-                made = TextGenerator(self.model, exit_adapter=self.exit_adapter, release_model=self.release)
+                made = self._convert(batch, exit_adapter=self.exit_adapter)
             else:
-                made = TextGenerator(self.model, draft_weights=draft_weights, release_model=self.release)
-            self.made[draft_weights] = made
-        return self.made[draft_weights]
+                made = self._convert(batch, draft_weights=draft_weights)
+            self.made[draft_weights, batch] = made
+        return self.made[draft_weights, batch]
+
+    def _convert(self, batch: int, **drafting) -> TextGenerator:
+        return TextGenerator(self.model, release_model=self.release, batch_size=batch, **drafting)
+
+    def by_name(self) -> dict[str, TextGenerator]:
+        """As files name them."""
+        return {
+            f"{weights or 'none'}{f', batch {batch}' if batch > 1 else ''}": made
+            for (weights, batch), made in self.made.items()
+        }
 
 
 class Lskip:
@@ -52,7 +62,7 @@ class Lskip:
     def __init__(self, generators: Generators, setting: Setting):
         source = DRAFTS.get(setting.draft)
         self.setting = setting
-        self.generator = generators.drafting_with(source.draft_weights if source else None)
+        self.generator = generators.drafting_with(source.draft_weights if source else None, setting.batch)
         self.arguments = {"temperature": 0.0, "exit_layer": setting.exit_layer}
         self.rounds: list[tuple[DraftPlan, int]] = []
         if source is not None:
@@ -105,8 +115,8 @@ def run_of(generations: list[Generation], seconds: float) -> Run:
 class PromptPass:
     """The prompts' own passes: generating the first token and no more."""
 
-    def __init__(self, generators: Generators):
-        self.setting = Setting(PROMPT, "")
+    def __init__(self, generators: Generators, batch: int = 1):
+        self.setting = Setting(PROMPT, "", batch=batch)
         self.autoregressive = Lskip(generators, self.setting)
 
     def run(self, prompts: list[list[int]], max_new_tokens: int) -> Run:

@@ -75,7 +75,7 @@ class Measured:
 
         These cost the same whatever drafts, and the cost model is about what follows them.
         """
-        runs, prompts = self.runs[setting], self.base(PROMPT, 1) or []
+        runs, prompts = self.runs[setting], self.base(PROMPT, setting.batch) or []
         return [run.seconds - prompt.seconds for run, prompt in zip(runs, prompts, strict=False)]
 
 

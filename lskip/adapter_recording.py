@@ -46,7 +46,7 @@ def record_answers(
     }
     missing = [digest for digest in asked if digest not in cache.answers]
     if missing:
-        generator = TextGenerator(model, tokenizer)
+        generator = TextGenerator(model, tokenizer, batch_size=batch_size)
         outcomes = generator.generate_batch(
             [asked[digest][0] for digest in missing],
             batch_size,

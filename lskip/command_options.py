@@ -43,9 +43,9 @@ class LoadingOptions:
     costs_file: str | None = None
     exit_adapter: str | None = None
 
-    def load(self) -> TextGenerator:
-        """ValueError, FileNotFoundError: as load_generator."""
-        return load_generator(**vars(self))
+    def load(self, batch_size: int = 1) -> TextGenerator:
+        """For so many texts at a time. ValueError, FileNotFoundError: as load_generator."""
+        return load_generator(**vars(self), batch_size=batch_size)
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,8 @@ def test_what_is_written_and_printed_besides(output):
     printed, out = output
     environment = read(out, "environment.json")
     assert {"date", "hardware", "threads", "torch", "transformers", "options", "distinct_3grams"} <= set(environment)
-    assert set(read(out, "costs.json")) == {"none", "own", "int8"}
+    names = {"none", "own", "int8", "none, batch 2"}
+    assert names <= set(read(out, "costs.json")) <= names | {"own, batch 2", "int8, batch 2"}
     assert all((out / name).stat().st_size > 1000 for name in ("speedups.png", "batches.png"))
     assert "distinct_3grams" in printed and "hf_early_exit" in printed
     assert "differs from generate" not in printed
@@ -194,6 +195,26 @@ def test_a_record_by_hand():
     # without the prompts 4 / 2 and 8 / 2, where the cost model says 6 / 4
     assert found["share_of_ideal"] == pytest.approx(3 / 1.5)
     assert found["mismatches"] == 1 and found["accepted_counts"] == {"0": 1, "1": 1, "2": 1}
+
+
+def test_what_a_batch_gains_by_hand():
+    """Six tokens of two texts: the prompts bring one each, in a pass of their own."""
+    from decoding_batches import batch_gains, batch_rates
+    from decoding_runs import PROMPT, Measured, Run
+    from decoding_settings import Setting
+
+    one, two = (Setting("autoregressive", "float32", batch=size) for size in (1, 2))
+    prompt, prompts = (Setting(PROMPT, "", batch=size) for size in (1, 2))
+    measured, texts = Measured([[[1], [2]]], [prompt, prompts, one, two]), [[5, 6, 7], [8, 9, 4]]
+    measured.runs[prompt] += [Run([[5], [8]], 2.0, 2)]
+    measured.runs[prompts] += [Run([[5], [8]], 3.0, 2)]
+    measured.runs[one] += [Run(texts, 10.0, 6, planned=lambda: 6.0)]
+    measured.runs[two] += [Run(texts, 5.0, 3, planned=lambda: 2.5)]
+    rates = batch_rates(measured)
+    assert rates == {one: {1: (4 / 8, 4 / 6), 2: (4 / 2, 4 / 2.5)}}
+    assert list(batch_gains(measured, rates)) == [
+        "batch 2: autoregressive 2.00x batch 1, prompts included; 4.00x without (cost model 2.40x)"
+    ]
 
 
 def test_texts_are_compared_as_far_as_they_can_be():

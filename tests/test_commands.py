@@ -58,7 +58,7 @@ def test_loading_options_reach_the_generator(model_folder, monkeypatch):
     flags = [f"--{name}={str(value).lower()}" for name, value in options.items()]
     with pytest.raises(ZeroDivisionError):
         main(["generate", "--prompt=x", f"--model={model_folder}", *flags])
-    assert asked == {"model": str(model_folder), **options}
+    assert asked == {"model": str(model_folder), **options, "batch_size": 1}
 
 
 def test_an_exit_criterion_is_chosen_by_name(model_folder, capsys):

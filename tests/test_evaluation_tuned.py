@@ -86,8 +86,8 @@ def test_predict_goes_by_it_too(folder, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("def f\n")
     paths = [f"--prompts={tmp_path}/prompts.txt", f"--output={tmp_path}/out.jsonl"]
     with pytest.raises(ZeroDivisionError):
-        main(["predict", *paths, f"--model={folder}", "--task=chat"])
-    assert asked["draft_weights"] == "int4"
+        main(["predict", *paths, f"--model={folder}", "--task=chat", "--batch_size=3"])
+    assert (asked["draft_weights"], asked["batch_size"]) == ("int4", 3)
 
 
 def test_an_unknown_task_is_told_those_there_are(folder, capsys):

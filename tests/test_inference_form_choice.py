@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import HALVED_WORKS, needs_halved
 
-from lskip.inference import TextGenerator
-from lskip.inference.form_choice import choose_form, cost_of, fastest, fastest_by_shape, obstacle_to
+from lskip.exit_adapter import AdapterShape, ExitAdapter
+from lskip.inference import TextGenerator, steps
+from lskip.inference.form_choice import choose_form, cost_of, fastest, fastest_by_shape, mix_for, obstacle_to
 from lskip.inference.weights import (
     Halved,
     Packed,
@@ -105,6 +106,20 @@ def test_the_choice():
     assert choose_form("auto", [sample.bfloat16()]) in (Packed, Halved, Widened, Plain)  # never by a timing
     with pytest.raises(ValueError, match="weights: 'int3' is not one of"):
         choose_form("int3", [sample])
+
+
+def test_a_form_is_chosen_for_the_rows_that_will_be(tiny_model, monkeypatch):
+    tried = []
+    monkeypatch.setattr(steps, "choose_form", lambda weights, samples, mix: tried.append(mix) or Plain)
+    model = tiny_model("llama")
+    adapter = ExitAdapter(model, AdapterShape(2))
+    TextGenerator(model)
+    TextGenerator(model, batch_size=8)
+    TextGenerator(model, draft_weights="int8", batch_size=2)
+    TextGenerator(model, exit_adapter=adapter, batch_size=3)
+    # A token in each text, or several to verify, as long as that many pay.
+    assert tried == [((6, 1), (1, 5)), ((6, 8), (1, 16)), ((1, 2), (4, 16)), ((1, 3), (4, 9))]
+    assert mix_for(20) == ((6, 20), (1, 20)) and mix_for(1000) == ((6, 64), (1, 64))
 
 
 def test_the_fastest_form_wins():

@@ -111,7 +111,11 @@ def test_a_stream_of_text_needs_a_tokenizer(tiny_model):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"dtype": "int3"}, "dtype: 'int3'"), ({"device": "abacus"}, "device: 'abacus'")],
+    [
+        ({"dtype": "int3"}, "dtype: 'int3'"),
+        ({"device": "abacus"}, "device: 'abacus'"),
+        ({"batch_size": 0}, "batch_size: 0"),
+    ],
 )
 def test_bad_arguments_of_load_generator(arguments, message):
     with pytest.raises(ValueError, match=message):

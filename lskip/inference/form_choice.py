@@ -26,10 +26,25 @@ from lskip.inference.weights import (
 )
 
 Mix = tuple[tuple[int, int], ...]  # (how often, rows): the products that a form is chosen for
+# For one text at a time:
 STEPS_AND_VERIFICATION: Mix = ((6, 1), (1, 5))  # nothing drafts, or the first layers do: mostly a row at a time
 VERIFICATION_OF_FEW: Mix = ((1, 1), (4, 3))  # where an exit adapter drafts, and now and then nothing
 VERIFICATION: Mix = ((1, 1), (4, 8))  # where other weights draft
+PAYING_ROWS = 16  # beyond about so many a pass costs by the row, and no draft pays
+MOST_ROWS = 64  # so that a large model is tried within seconds
 FORMS = {"plain": Plain, "transposed": Transposed, "packed": Packed, "halved": Halved}
+
+
+def mix_for(batch_size: int, rounded: bool = False, adapter: bool = False) -> Mix:
+    """The products of texts that are decoded together.
+
+    Args:
+        rounded: another copy of the weights drafts.
+        adapter: an exit adapter drafts.
+    """
+    alone = VERIFICATION_OF_FEW if adapter else VERIFICATION if rounded else STEPS_AND_VERIFICATION
+    paying = max(batch_size, PAYING_ROWS)
+    return tuple((times, min(rows * batch_size, paying, MOST_ROWS)) for times, rows in alone)
 
 
 def choose_form(form: str, samples: list[Tensor], mix: Mix = STEPS_AND_VERIFICATION) -> Form:

@@ -17,7 +17,7 @@ from lskip.exit_adapter import ExitAdapter, fingerprint
 from lskip.inference.adapter import AdapterStep
 from lskip.inference.batch import Batch, Text, bound, drafts_of, full_depth
 from lskip.inference.costs import Costs, keep_costs, measure_costs
-from lskip.inference.form_choice import STEPS_AND_VERIFICATION, VERIFICATION, VERIFICATION_OF_FEW
+from lskip.inference.form_choice import mix_for
 from lskip.inference.generation import Generation, TextStream
 from lskip.inference.recording import StateRecorder
 from lskip.inference.sampling import TokenChooser
@@ -53,6 +53,7 @@ class TextGenerator:
         costs_file: str | None = None,
         exit_adapter: ExitAdapter | None = None,
         trained_exits: TrainedExits | None = None,
+        batch_size: int = 1,
     ):
         """Converts the weights once.
 
@@ -74,11 +75,14 @@ class TextGenerator:
             exit_adapter: trained for this model, on its device: what drafts then, behind the first blocks (rounded to
                 int8 where that works). It is converted too, and left as it is.
             trained_exits: what the model's exits have of their own; None: the shared norm and head read them.
+            batch_size: texts that are going to be decoded together, as far as known: weights "auto" are what is fastest
+                for so many. Any number of them can be.
 
         Raises:
             ValueError: an unsupported family, `weights`, `draft_weights` or `bit_exact` that are unknown or do not work
-                here, or an adapter of another model.
+                here, an adapter of another model, or a batch_size below 1.
         """
+        check_whole("batch_size", batch_size, 1)
         decoder = Decoder(model)
         if exit_adapter is not None and exit_adapter.made_for != fingerprint(decoder):
             raise ValueError(f"exit_adapter: was made for another model ({exit_adapter.made_for})")
@@ -91,9 +95,7 @@ class TextGenerator:
         screen = cache(partial(screened_head, decoder))
         self.draft_step = None if draft_weights is None else build_draft_step(decoder, draft_weights, screen)
         self.adapter_step = None if exit_adapter is None else AdapterStep(exit_adapter)
-        mix = STEPS_AND_VERIFICATION if draft_weights is None else VERIFICATION
-        if exit_adapter is not None:
-            mix = VERIFICATION_OF_FEW
+        mix = mix_for(batch_size, rounded=draft_weights is not None, adapter=exit_adapter is not None)
         self.step = build_step(decoder, weights, release_model, mix, bit_exact, compiled, screen)
         self.trained_exits = deepcopy(trained_exits)
         if trained_exits is not None:

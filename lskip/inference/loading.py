@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lskip.checks import check_whole
 from lskip.decoder import Decoder
 from lskip.exit_adapter import find_adapter, load_adapter
 from lskip.inference.generator import TextGenerator
@@ -19,12 +20,13 @@ def load_generator(
     compiled: bool = False,
     costs_file: str | None = None,
     exit_adapter: str | None = None,
+    batch_size: int = 1,
 ) -> TextGenerator:
     """A generator from whatever `--model` can name: "smollm2", a run, a checkpoint, a folder, a hub name, a GGUF file.
 
     Args:
         dtype: "float32", "bfloat16" or "float16".
-        weights, draft_weights, bit_exact, compiled, costs_file: as in TextGenerator.
+        weights, draft_weights, bit_exact, compiled, costs_file, batch_size: as in TextGenerator.
         device: "cpu", "cuda", …; "auto": a GPU where there is one.
         exit_adapter: the folder of an exit adapter that was trained for this model, or "smollm2", the one that comes
             with lskip; None: none.
@@ -38,13 +40,14 @@ def load_generator(
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: {dtype!r} is not one of float32, bfloat16, float16")
+    check_whole("batch_size", batch_size, 1)
     folder = None if exit_adapter is None else find_adapter(exit_adapter)
     place = resolve_device(device)
     loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
     loaded = loaded.eval().to(place)
     adapter = None if folder is None else load_adapter(folder, loaded)
     exits = load_trained_exits(model, Decoder(loaded))
-    converted = (weights, draft_weights, True, bit_exact, compiled, costs_file, adapter, exits)
+    converted = (weights, draft_weights, True, bit_exact, compiled, costs_file, adapter, exits, batch_size)
     return TextGenerator(loaded, tokenizer, *converted)
 
 
