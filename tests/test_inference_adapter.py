@@ -242,12 +242,13 @@ def test_lanes_begin_with_nothing_and_move(unrounded):
     assert step.step.form is Plain
     cache.lengths[:] = [0, 8, 5]
     lanes = AdapterLanes.beside(cache, step)
-    assert lanes.cache.lengths is cache.lengths and lanes.cache.states.shape[1:3] == (3, 8)
+    assert lanes.cache.lengths is cache.lengths and lanes.cache.states.shape[1::3] == (3, 8)
     lanes.cache.states.normal_()
     lanes.last.normal_()
     before, last = lanes.cache.states.clone(), lanes.last.clone()
     lanes.move(2, 0)
-    assert torch.equal(lanes.cache.states[:, 0, :5], before[:, 2, :5]) and torch.equal(lanes.last[0], last[2])
+    assert torch.equal(lanes.cache.states[:, 0, ..., :5, :], before[:, 2, ..., :5, :])
+    assert torch.equal(lanes.last[0], last[2])
     assert torch.equal(lanes.last[1:], last[1:])
     one = lanes.begin(1)
     assert not lanes.last[1].any() and lanes.last[0].any()

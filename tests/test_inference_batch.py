@@ -116,8 +116,9 @@ def test_lanes_move_when_a_text_leaves(tiny_model):
     before = cache.states.clone()
     cache.move(2, 0)
     assert cache.lengths == [5, 8, 5]
-    assert torch.equal(cache.states[:, 0, :5], before[:, 2, :5])
-    assert torch.equal(cache.states[:, 0, 5:], before[:, 0, 5:]) and torch.equal(cache.states[:, 1:], before[:, 1:])
+    assert torch.equal(cache.states[:, 0, ..., :5, :], before[:, 2, ..., :5, :])
+    assert torch.equal(cache.states[:, 0, ..., 5:, :], before[:, 0, ..., 5:, :])
+    assert torch.equal(cache.states[:, 1:], before[:, 1:])
 
 
 def test_filler_beside_a_neighbours_guess_is_not_counted_as_drafted(generator):

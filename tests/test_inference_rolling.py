@@ -100,10 +100,10 @@ def test_logits_of_lanes_that_were_rolled_back(family, lean):
 
 def test_blocks_keep_their_window_and_the_rows_of_a_pass():
     cache = ModuleStep(Decoder(make("gemma3_text"))).new_cache(2, 100)
-    assert [part.shape[1] for part in cache.states] == [14, 100, 14, 100] and cache.slots == 100
+    assert [part.shape[3] for part in cache.states] == [14, 100, 14, 100] and cache.slots == 100
     assert all(part.shape[0] == 2 for part in cache.states)
     lean = LeanStep(Decoder(make("mistral")), Plain)
-    assert [part.shape[1] for part in lean.new_cache(1, 100).states] == [14] * 4
+    assert [part.shape[3] for part in lean.new_cache(1, 100).states] == [14] * 4
     # No longer than the text; and where a slot has to stand for its position, whole.
     assert type(lean.new_cache(1, 14)) is KVCache
     assert type(LeanStep(Decoder(make("mistral")), Plain, width=4).new_cache(1, 100)) is KVCache

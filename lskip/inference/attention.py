@@ -38,7 +38,7 @@ class Span(NamedTuple):
         starts: of each lane (zeros where shapes are static: there only their number counts).
         rows: n.
         stop: the slots that the farthest lane sees.
-        written: where keys and values go: of a lone lane's slots, or [A n] of all lanes' slots, one lane after another.
+        written: where keys and values go: of a lone lane's slots, or [A n, 2 KV] of all lanes' (`places_of`).
         views: by window.
     """
 
@@ -53,8 +53,8 @@ class Part(NamedTuple):
     """One block's part of the cache, as the rows of a pass meet it; views, nothing is copied.
 
     Attributes:
-        target: where keys and values go: a lone lane's [n, 2 KV, head_dim], or all slots of all lanes.
-        written: [A n], which of all slots; None: all that `target` has.
+        target: where keys and values go: a lone lane's [n, 2 KV, head_dim], or all places of all lanes [.., head_dim].
+        written: [A n, 2 KV], which of all places; None: all that `target` has.
         keys, values: [A, KV, K, head_dim].
     """
 
@@ -66,11 +66,10 @@ class Part(NamedTuple):
 
 def write(qkv: Tensor, target: Tensor, written: Tensor | None) -> None:
     """Keys and values of the rows qkv [A n, H + 2 KV, head_dim] into their slots."""
-    new = qkv[:, -target.size(-2) :]
     if written is None:
-        target.copy_(new)
+        target.copy_(qkv[:, -target.size(1) :])
     else:
-        target.index_copy_(0, written, new)
+        target.index_copy_(0, written.flatten(), qkv[:, -written.size(1) :].reshape(-1, target.size(1)))
 
 
 def attend(
@@ -104,7 +103,7 @@ class Attention:
     def span(self, starts: list[int], rows: int, slots: int) -> Span:
         """For `rows` positions in each lane, those of lane a from starts[a] on, in a cache of `slots` a lane."""
         stop = max(starts) + rows
-        written = slice(starts[0], stop) if len(starts) == 1 else self._slots(starts, rows, slots)
+        written = slice(starts[0], stop) if len(starts) == 1 else self._places(starts, rows, slots)
         views = {window: self._view(starts, rows, stop, window) for window in self.windows}
         return Span(starts, rows, stop, written, views)
 
@@ -120,29 +119,27 @@ class Attention:
         mask = hiding(distance, window, self.dtype)  # [A, n, K]
         return View(low, mask[:, None].expand(-1, self.heads.group, -1, -1).flatten(1, 2)[:, None])
 
-    def _slots(self, starts: list[int], rows: int, slots: int) -> Tensor:
-        """[A n]: where the rows stand among the slots of all lanes, one lane after another."""
-        lanes = torch.arange(len(starts), device=self.device)[:, None]
-        return (positions(starts, rows, self.device) + lanes * slots).flatten()
+    def _places(self, starts: list[int], rows: int, slots: int) -> Tensor:
+        return places_of(positions(starts, rows, self.device), 2 * self.heads.keys, slots)
 
     def parts(self, states: Tensor, span: Span, windows: list[int | None]) -> list[Part]:
         """What each of some blocks sees and writes: taken for all of them at once, since each view costs time.
 
         Args:
-            states: their part of the cache, [blocks, lanes, slots, 2, KV, head_dim].
+            states: their part of the cache, [blocks, lanes, 2, KV, slots, head_dim].
             windows: of each block.
         """
-        blocks, _, _, _, heads, size = states.shape
+        blocks, _, _, heads, slots, size = states.shape
         if isinstance(span.written, slice):
-            targets, written = states[:, 0, span.written].view(blocks, span.rows, 2 * heads, size).unbind(), None
+            lane = states[:, 0].view(blocks, 2 * heads, slots, size)
+            targets, written = lane[:, :, span.written].transpose(1, 2).unbind(), None
         else:
-            targets, written = states.view(blocks, -1, 2 * heads, size).unbind(), span.written
+            targets, written = states.view(blocks, -1, size).unbind(), span.written
         seen = {}
         for window in set(windows):
             low, lanes = span.views[window].low, len(span.starts)
-            # [2, blocks, A, KV, K, head_dim]
-            both = states[:, :lanes, low : span.stop].permute(3, 0, 1, 4, 2, 5)
-            seen[window] = both[0].unbind(), both[1].unbind()
+            both = states[:, :lanes, :, :, low : span.stop]
+            seen[window] = both[:, :, 0].unbind(), both[:, :, 1].unbind()
         return [
             Part(target, written, seen[window][0][block], seen[window][1][block])
             for block, (target, window) in enumerate(zip(targets, windows, strict=True))
@@ -154,7 +151,7 @@ class StaticAttention(Attention):
 
     def span(self, starts: list[int], rows: int, slots: int) -> Span:
         views = {window: self._masked(starts, rows, 0, slots, window) for window in self.windows}
-        return Span([0] * len(starts), rows, slots, self._slots(starts, rows, slots), views)
+        return Span([0] * len(starts), rows, slots, self._places(starts, rows, slots), views)
 
 
 class AlignedAttention(Attention):
@@ -200,6 +197,13 @@ def positions(starts: list[int], rows: int, device: torch.device) -> Tensor:
     if len(starts) == 1:
         return torch.arange(starts[0], starts[0] + rows, device=device)[None]
     return to_device(torch.tensor(starts), device)[:, None] + torch.arange(rows, device=device)
+
+
+def places_of(slots: Tensor, heads: int, per_head: int) -> Tensor:
+    """[A, n] slots of each lane -> [A n, heads]: where these are among all lanes' heads of `per_head` slots each."""
+    lanes = torch.arange(len(slots), device=slots.device)[:, None]
+    first = (lanes * heads + torch.arange(heads, device=slots.device)) * per_head  # [A, heads]
+    return (slots[:, :, None] + first[:, None]).flatten(0, 1)
 
 
 def hiding(distance: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:

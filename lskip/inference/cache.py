@@ -12,7 +12,8 @@ class KVCache:
     is leaving the length where it is, and nothing is copied or cleared.
 
     Attributes:
-        states: [L, lanes, slots, 2, KV, head_dim]; index 0 of the fourth dimension holds keys, 1 values.
+        states: [L, lanes, 2, KV, slots, head_dim]; index 0 of the third dimension holds keys, 1 values. What a head
+            attends to lies in one piece.
         lengths: per lane, the positions that every block has seen and that the text keeps.
     """
 
@@ -22,7 +23,7 @@ class KVCache:
     @classmethod
     def of_zeros(cls, num_layers: int, lanes: int, slots: int, heads: int, head_dim: int, dtype, device) -> KVCache:
         """An empty cache. Zeros, not garbage: a slot behind a mask must still be finite."""
-        shape = num_layers, lanes, slots, 2, heads, head_dim
+        shape = num_layers, lanes, 2, heads, slots, head_dim
         return cls(torch.zeros(shape, dtype=dtype, device=device), [0] * lanes)
 
     def lane(self, index: int) -> KVCache:
@@ -32,8 +33,8 @@ class KVCache:
     def move(self, source: int, target: int) -> None:
         """Gives lane `target`, whose text has ended, what lane `source` holds."""
         length = self.lengths[target] = self.lengths[source]
-        self.states[:, target, :length] = self.states[:, source, :length]
+        self.states[:, target, :, :, :length] = self.states[:, source, :, :, :length]
 
     @property
     def slots(self) -> int:
-        return self.states.shape[2]
+        return self.states.shape[4]

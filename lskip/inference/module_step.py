@@ -23,12 +23,11 @@ class CacheView:
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Keys and values [A, KV, n, head_dim] of the rows -> those of all slots, [A, KV, K, head_dim]."""
         states = self.cache.states[layer_idx]
-        slots = states.shape[1]
+        slots = states.shape[3]
         # Only in a RollingCache may a block have fewer slots than a text has positions.
-        states[self.lanes, self.places % slots] = torch.stack([keys, values], 2).permute(0, 3, 2, 1, 4)
+        states[self.lanes, :, :, self.places % slots] = torch.stack([keys, values], 1).permute(0, 3, 1, 2, 4)
         self.updates += 1
-        seen = states[: len(self.lanes), : min(self.stop, slots)].permute(2, 0, 3, 1, 4)
-        return seen[0], seen[1]
+        return states[: len(self.lanes), :, :, : min(self.stop, slots)].unbind(1)
 
 
 class ModuleStep:
@@ -90,7 +89,7 @@ class ModuleStep:
 
     def _held(self, cache: KVCache, starts: list[int], rows: int) -> dict[int | None, Tensor]:
         """By window: the position that each slot holds."""
-        slots = {self.decoder.window(index): cache.states[index].shape[1] for index in range(self.num_layers)}
+        slots = {self.decoder.window(index): cache.states[index].shape[3] for index in range(self.num_layers)}
         return {window: held_positions(starts, rows, size, self.device) for window, size in slots.items()}
 
     def fill(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> None:

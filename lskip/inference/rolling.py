@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lskip.inference.attention import Attention, Part, Span, View, hiding, positions
+from lskip.inference.attention import Attention, Part, Span, View, hiding, places_of, positions
 from lskip.inference.cache import KVCache
 from lskip.inference.engine import PREFILL_ROWS
 
@@ -30,7 +30,7 @@ class RollingCache(KVCache):
     """As KVCache, but a block with a window has only `ring_size` slots a lane.
 
     Attributes:
-        states: of each block [lanes, its slots, 2, KV, head_dim].
+        states: of each block [lanes, 2, KV, its slots, head_dim].
         lengths: per lane, the positions that every block has seen and that the text keeps.
     """
 
@@ -44,7 +44,7 @@ class RollingCache(KVCache):
         cls, windows: list[int | None], lanes: int, slots: int, heads: int, head_dim: int, dtype, device
     ) -> RollingCache:
         """An empty cache for blocks with these windows."""
-        shapes = [(lanes, ring_size(window, slots), 2, heads, head_dim) for window in windows]
+        shapes = [(lanes, 2, heads, ring_size(window, slots), head_dim) for window in windows]
         return cls([torch.zeros(shape, dtype=dtype, device=device) for shape in shapes], [0] * lanes, slots)
 
     def lane(self, index: int) -> RollingCache:
@@ -91,12 +91,12 @@ class RollingAttention(Attention):
     def parts(self, states: list[Tensor], span: Span, windows: list[int | None]) -> list[Part]:
         """What each of some blocks sees and writes; `states`, `windows`: theirs."""
         lanes, stop = len(span.starts), max(span.starts) + span.rows
-        places = positions(span.starts, span.rows, self.device)
+        rows = positions(span.starts, span.rows, self.device)
         written, parts = {}, []
         for part in states:
-            size = part.shape[1]
+            size = part.shape[3]
             if size not in written:
-                written[size] = (places % size + size * torch.arange(lanes, device=self.device)[:, None]).flatten()
-            keys, values = part[:lanes, : min(stop, size)].permute(2, 0, 3, 1, 4)
-            parts.append(Part(part.view(-1, *part.shape[2:]).flatten(1, 2), written[size], keys, values))
+                written[size] = places_of(rows % size, 2 * self.heads.keys, size)
+            keys, values = part[:lanes, :, :, : min(stop, size)].unbind(1)
+            parts.append(Part(part.view(-1, part.shape[-1]), written[size], keys, values))
         return parts
