@@ -22,7 +22,6 @@ from decoding_memory import peak_of
 from decoding_options import Job, make_parser, prepare
 from decoding_report import (
     batch_figure,
-    distinct_3grams,
     print_differences,
     print_records,
     setting_of,
@@ -30,6 +29,7 @@ from decoding_report import (
 )
 from decoding_runs import Contestant, Measured, measure, records, references
 from decoding_settings import Setting
+from demo_report import distinct_3grams
 from environment import environment
 from peers_llama_cpp import LlamaCpp, LlamaCppProcess
 from rich.console import Console
@@ -163,7 +163,7 @@ def llama_cpp_peak(job: Job, files: Path, setting: Setting, group: list[list[int
 
 def write_environment(job: Job, reference: dict) -> None:
     """environment.json; prints how far the reference text repeats itself."""
-    distinct = distinct_3grams(reference.values())
+    distinct = distinct_3grams(list(reference.values()))
     content = environment(torch.device(job.options.device)) | {
         "options": vars(job.options),
         "prompts": len(job.prompts),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from decoding_runs import Measured, first_differences
 from decoding_settings import Setting
 from matplotlib.figure import Figure
@@ -56,13 +54,6 @@ def print_differences(measured: Measured, reference: dict, precision: str, conso
             if found:
                 places = ", ".join(f"prompt {order[prompt]} from token {token + 1}" for prompt, token in found.items())
                 console.print(f"{setting} differs from generate: {places}")
-
-
-def distinct_3grams(texts: Iterable[list[int]]) -> float:
-    """Distinct 3-grams of tokens over all 3-grams, each text by itself (as in demo.py): low where a text repeats."""
-    from demo import distinct_3grams  # brings Lightning: not while anything is timed
-
-    return distinct_3grams(list(texts))
 
 
 def best_of_each(records: list[dict], kind_of: tuple[str, ...], key: str) -> list[dict]:
