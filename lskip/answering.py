@@ -49,7 +49,7 @@ def predict(
     answered, mode = start_output(path, asked, overwrite, resume)
     missing = [index for index in range(len(asked)) if index not in answered]
     if missing:
-        generator = loading.load(batch_size)
+        generator = loading.load(min(batch_size, len(missing)))
         chosen = generator.settings(**settings)
         for index in missing:
             asked[index].check(generator, chosen)

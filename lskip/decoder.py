@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lskip.families import family_of
+
+if TYPE_CHECKING:  # its import takes seconds: what refuses bad input does not wait for it
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

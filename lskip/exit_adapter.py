@@ -12,15 +12,19 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from lskip.checks import check_whole
 from lskip.decoder import BlockInputs, Decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SHAPE_FILE, WEIGHTS_FILE = "adapter.json", "adapter.safetensors"
 SHIPPED = {"smollm2": Path(__file__).parent / "adapters" / "smollm2"}  # those that come with lskip, by the model's name

@@ -83,11 +83,11 @@ def counts_in(summary: str) -> str:
 def test_predict_goes_by_it_too(folder, tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr(command_options, "load_generator", lambda **options: asked.update(options) or 1 / 0)
-    (tmp_path / "prompts.txt").write_text("def f\n")
+    (tmp_path / "prompts.txt").write_text("def f\nclass A\nimport\n")
     paths = [f"--prompts={tmp_path}/prompts.txt", f"--output={tmp_path}/out.jsonl"]
     with pytest.raises(ZeroDivisionError):
-        main(["predict", *paths, f"--model={folder}", "--task=chat", "--batch_size=3"])
-    assert (asked["draft_weights"], asked["batch_size"]) == ("int4", 3)
+        main(["predict", *paths, f"--model={folder}", "--task=chat"])
+    assert (asked["draft_weights"], asked["batch_size"]) == ("int4", 3)  # there are no more prompts
 
 
 def test_an_unknown_task_is_told_those_there_are(folder, capsys):

@@ -9,8 +9,6 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from lskip.checks import check_whole
 from lskip.decoder import Decoder
 from lskip.exit_adapter import ExitAdapter, fingerprint
@@ -28,6 +26,8 @@ from lskip.inference.stopping import end_tokens, stop_rule
 from lskip.inference.text import TextPieces, decode_text, encode_prompt
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from lskip.trained_exits import TrainedExits
 
 
