@@ -4,8 +4,9 @@ r"""The paper's route on a real checkpoint: layers before and after, and the las
         --plain runs/retrofit_smollm2_plain --out result
 
 Perplexity, and agreement with the model's own last layer, of some layers on held-out text: the test split of the data
-that the runs were trained on, and the language topics of Python's `pydoc` (English prose). The stock model is the one
-that the runs started from. Both runs must have seen the same tokens: the same data and steps, or it refuses.
+that the runs were trained on (or of --code_source, where that was a part of it: a document is on the same side of the
+split wherever it lies), and the language topics of Python's `pydoc` (English prose). The stock model is the one that
+the runs started from. Both runs must have seen the same tokens: the same data and steps, or it refuses.
 
 The topics are a file of the standard library, which a run on `stdlib` may have been trained on: the result says so
 (`prose_in_training`).
@@ -75,6 +76,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--code_blocks", type=int, default=64, help="blocks of the test split, of the run's block_size")
     parser.add_argument("--prose_blocks", type=int, default=8, help="of 512 tokens")
+    parser.add_argument(
+        "--code_source", default=None, help="a part of the runs' data, as data.source; default: all of it"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda ...")
     parser.add_argument("--cache_dir", default=None, help="of TextData; default ~/.cache/lskip")
     return parser.parse_args(arguments)
 
@@ -103,7 +108,8 @@ def held_out(seen: Trained, options: argparse.Namespace) -> dict[str, Tensor]:
     """Text -> its tokens [blocks, tokens of a block]."""
     tokenizer = load_tokenizer(seen.model)
     limits = {"tokenizer": tokenizer, "max_val_blocks": options.code_blocks, "cache_dir": options.cache_dir}
-    code = torch.tensor(np.stack(TextData(**seen.data, **limits).blocks("test")["input_ids"]))
+    data = seen.data | {"source": options.code_source or seen.data["source"]}
+    code = torch.tensor(np.stack(TextData(**data, **limits).blocks("test")["input_ids"]))
     topics = pydoc_data.topics.topics
     length = options.prose_blocks * 512
     text = "\n\n".join(topics[name] for name in sorted(topics))[: 16 * length]  # a token is no longer than that
@@ -120,17 +126,17 @@ def prose_in_training(seen: Trained, cache_dir: str | None) -> bool:
 def run(options: argparse.Namespace, seen: Trained, texts: dict[str, Tensor]) -> dict:
     result = {"steps": seen.steps, "tokens": seen.tokens, "layers": sorted(options.layers), "models": {}}
     result["prose_in_training"] = prose_in_training(seen, options.cache_dir)
-    write(options.out / "environment.json", environment(torch.device("cpu")) | {"options": vars(options)})
+    write(options.out / "environment.json", environment(torch.device(options.device)) | {"options": vars(options)})
     losses = {}
     for name, source in (("stock", seen.model), ("plain", str(options.plain)), ("retrofit", str(options.retrofit))):
-        decoder = Decoder(load_model(source)[0])
+        decoder = Decoder(load_model(source)[0].to(options.device))
         if decoder.num_layers != max(options.layers):
             raise ValueError(
                 f"layers: {max(options.layers)} is the deepest, but the model's last is {decoder.num_layers}"
             )
         result["models"][name] = {}
         for text, blocks in texts.items():
-            found, agreement = read(decoder, blocks, result["layers"], f"{name}, {text}")
+            found, agreement = read(decoder, blocks.to(options.device), result["layers"], f"{name}, {text}")
             losses[name, text] = found[-1]
             perplexity = [math.exp(loss) for loss in found.mean(1).tolist()]
             result["models"][name][text] = {"perplexity": perplexity, "agreement": agreement}
@@ -145,8 +151,8 @@ def run(options: argparse.Namespace, seen: Trained, texts: dict[str, Tensor]) ->
 def read(decoder: Decoder, blocks: Tensor, layers: list[int], name: str) -> tuple[Tensor, list[float]]:
     """Mean loss of each layer on each block [layers, blocks], and each layer's agreement with the last."""
     readouts = [read_exits(decoder, block[None], None, layers) for block in tqdm(blocks, desc=name)]
-    losses = torch.stack([readout.losses.double().mean(1) for readout in readouts], 1)
-    same = [(readout.predictions == readout.predictions[-1]).double().mean(1) for readout in readouts]
+    losses = torch.stack([readout.losses.cpu().double().mean(1) for readout in readouts], 1)
+    same = [(readout.predictions == readout.predictions[-1]).cpu().double().mean(1) for readout in readouts]
     return losses, torch.stack(same, 1).mean(1).tolist()
 
 

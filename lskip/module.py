@@ -24,7 +24,7 @@ from lskip.layer_vector import LayerVector
 from lskip.lessons import Lessons
 from lskip.losses import head_loss
 from lskip.low_rank import LowRank
-from lskip.optimization import WarmupCosine, parameter_groups
+from lskip.optimization import WarmupCosine, clip_gradients, parameter_groups
 from lskip.pretrained import load_model
 from lskip.readout import Readout, read_exits, scored_positions
 from lskip.targets import ExitTarget, Labels
@@ -239,6 +239,9 @@ class LayerSkipModule(LightningModule):
         if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
             scheduler.total_steps = self.total_steps
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        clip_gradients(self.trainer, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # What the log shows of the vectors and the speed.
 

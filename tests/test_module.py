@@ -283,3 +283,24 @@ def test_data_that_does_not_fit_the_model_is_refused(tiny_model, tiny_tokenizer,
         trainer.fit(LayerSkipModule(tiny_model()), loader([random_ids(1, 129)]))
     with pytest.raises(ValueError, match="vocab_size: the model has 200, the tokenizer 291 entries"):
         trainer.fit(LayerSkipModule(tiny_model(vocab_size=200), tiny_tokenizer), loader([random_ids() % 200]))
+
+
+def test_a_fused_optimizer_is_clipped_in_bfloat16(tiny_model, tmp_path):
+    """Lightning refuses the three together."""
+    norms = []
+
+    class Norms(Callback):
+        def on_before_zero_grad(self, trainer, module, optimizer):
+            grads = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+            norms.extend([torch.nn.utils.get_total_norm(grads).item()] if grads else [])
+
+    fused = partial(torch.optim.AdamW, lr=1e-3, fused=True)
+    for algorithm, most in (("norm", 0.01), ("value", 0.01 * 40000**0.5)):
+        norms.clear()
+        settings = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": algorithm, "precision": "bf16-mixed"}
+        trainer = quiet_trainer(tmp_path, Norms(), max_steps=3, **settings)
+        trainer.fit(
+            LayerSkipModule(tiny_model(), optimizer=fused), loader([random_ids(seed=seed) for seed in range(3)])
+        )
+        assert norms and max(norms) <= most * 1.001
+        assert (max(norms) > 0.02) == (algorithm == "value")  # unclipped it is far above both

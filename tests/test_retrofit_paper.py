@@ -5,6 +5,7 @@ import math
 import pydoc_data.topics
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,6 +13,7 @@ from conftest import make_model
 from torch.nn.functional import cross_entropy
 
 from lskip.cli import main as lskip
+from lskip.data import TextData
 from lskip.pretrained import load_model
 
 pytestmark = pytest.mark.usefixtures("benchmarks_importable")
@@ -69,6 +71,26 @@ def test_perplexity_and_ratio_are_what_transformers_finds(runs, tmp_path, tiny_t
     assert result["last_layer_over_stock"]["prose"]["ratio"] == pytest.approx(at_stock, rel=1e-3)
     low, high = result["last_layer_over_plain"]["code"]["interval"]
     assert low < result["last_layer_over_plain"]["code"]["ratio"] < high
+
+
+def test_a_part_of_the_data_is_held_out_as_the_whole_is(runs, tmp_path):
+    """Half of the documents: those of them that training has not seen, and no others."""
+    lines = (runs / "documents.jsonl").read_text().splitlines()
+    (runs / "half.jsonl").write_text("\n".join(lines[::2]))
+    whole, part = measure(runs, tmp_path / "a"), measure(runs, tmp_path / "b", code_source=runs / "half.jsonl")
+    assert part["models"]["plain"]["prose"] == whole["models"]["plain"]["prose"]
+    assert part["models"]["plain"]["code"] != whole["models"]["plain"]["code"]
+    data = {
+        "source": str(runs / "half.jsonl"),
+        "test_fraction": 0.2,
+        "block_size": 16,
+        "cache_dir": str(runs / "cache"),
+    }
+    blocks = TextData(**data, tokenizer=str(runs / "stock"), max_val_blocks=5).blocks("test")["input_ids"]
+    model, _ = load_model(str(runs / "plain"))
+    with torch.inference_mode():
+        losses = [model(ids[None], labels=ids[None]).loss for ids in torch.tensor(np.stack(blocks)).long()]
+    assert part["models"]["plain"]["code"]["perplexity"][-1] == pytest.approx(math.exp(sum(losses) / 5), rel=1e-3)
 
 
 def test_ratio_by_hand():
