@@ -16,7 +16,7 @@ from lskip.inference import engine as engine_module
 from lskip.inference.adapter import AdapterLanes, AdapterStep
 from lskip.inference.batch import Batch, drafts_of
 from lskip.inference.costs import Costs, RowCosts
-from lskip.inference.drafting import Draft, DraftPlan, DraftPolicy
+from lskip.inference.drafting import Draft, DraftPlan, DraftPolicy, FixedDraft
 from lskip.inference.lean_step import LeanStep
 from lskip.inference.module_step import ModuleStep
 from lskip.inference.quantized import DynamicInt8, Int8
@@ -109,14 +109,18 @@ def decode_and_record(generator, policy, lanes, monkeypatch):
     return texts, rounds
 
 
+@pytest.mark.parametrize("rows_that_wait", [3, 32])
 @pytest.mark.parametrize("lanes", [1, 3])
 @pytest.mark.parametrize(
     ("family", "num_blocks", "joins", "words"),
     [("llama", 1, True, WORDS), ("llama", 2, False, None), ("mistral", 2, True, None), ("modules", 1, True, WORDS)],
 )
-def test_drafts_equal_the_slow_reference(unrounded, monkeypatch, family, num_blocks, joins, words, lanes):
+def test_drafts_equal_the_slow_reference(
+    unrounded, monkeypatch, family, num_blocks, joins, words, lanes, rows_that_wait
+):
     """After rounds that accepted a part, rounds of other drafts and plain ones; texts leave, join and move lanes."""
     monkeypatch.setattr(engine_module, "PREFILL_ROWS", 4)
+    monkeypatch.setattr(adapter_module, "ROWS_THAT_WAIT", rows_that_wait)
     model = make_damped(family)
     adapter = make_adapter(model, num_blocks, joins, words)
     weights = None if family == "modules" else "int8"
@@ -183,26 +187,52 @@ def test_sampling_with_few_words(acceptance):
     assert sum(one.accepted for one in ours.values()) > 0
 
 
-def test_no_more_is_done_than_needs_be(monkeypatch):
-    """The adapter's blocks see prompts, rows of drafts and what is kept of a verification once, and nothing else."""
+@pytest.fixture
+def counted(monkeypatch):
+    """A generator with an adapter of two blocks, and what passes these see: (first block, blocks, rows)."""
     model = make_damped("modules")
-    generator = TextGenerator(model, exit_adapter=make_adapter(model, num_blocks=2))
-    calls, rows = Counter(), Counter()
+    generator, passes = TextGenerator(model, exit_adapter=make_adapter(model, num_blocks=2)), []
     step = generator.adapter_step.step
     run = step.run
 
-    def counted(x, cache, starts, first, last):
-        calls["run"] += 1
-        rows.update(dict.fromkeys(range(first, last), x.shape[1]))
+    def counting(x, cache, starts, first, last):
+        passes.append((first, last - first, x.shape[1]))
         return run(x, cache, starts, first, last)
 
-    monkeypatch.setattr(step, "run", counted)
+    monkeypatch.setattr(step, "run", counting)  # `fill` of modules runs them too
+    return generator, passes
+
+
+def test_no_more_is_done_than_needs_be(counted):
+    """The adapter's blocks see prompts, rows of drafts and what is kept of a verification once, and nothing else."""
+    generator, passes = counted
     for settings in ({}, {"exit_layer": 1}, {"num_speculations": 3, "draft": "ngram"}):
         ours = generator.generate(PROMPTS[0], max_new_tokens=20, **settings)
-        assert len(ours.token_ids) == 20 and not calls
-    ours = generator.generate(PROMPTS[0], num_speculations=3, max_new_tokens=20)
-    expected = len(PROMPTS[0]) + ours.drafted + ours.accepted + ours.rounds - 1  # refused rows are not looked at
-    assert rows == {0: expected, 1: expected}
+        assert len(ours.token_ids) == 20 and not passes
+
+    class Remembered(FixedDraft):
+        def learn(self, plan, drafted, accepted, seconds=None):
+            rounds.append((drafted, accepted[0]))
+
+    rounds, expected, waiting = [], [], len(PROMPTS[0])
+    generator.generate(PROMPTS[0], num_speculations=3, max_new_tokens=20, draft_policy=Remembered())
+    for drafted, accepted in rounds:  # a draft's first token takes along what waits; refused rows do not
+        if drafted:
+            expected += [(0, 2, waiting + 1)] + [(0, 2, 1)] * (drafted - 1)
+            waiting = 0
+        waiting += 1 + accepted
+    assert passes == expected and len(rounds) > 5
+
+
+def test_rounds_that_draft_nothing_leave_the_adapter_alone(counted):
+    """Until 32 rows wait, which then go through it in one pass. A longer prompt does at once."""
+    generator, passes = counted
+    settings = {"num_speculations": 3, "draft_policy": Turns(None)}
+    generator.generate(PROMPTS[0], max_new_tokens=55, **settings)  # 11 rows of the prompt and 54 of tokens
+    assert passes == 2 * [(0, 1, 32), (1, 1, 32)]
+    passes.clear()
+    generator.generate(PROMPTS[0] * 3, max_new_tokens=3, **settings)
+    assert passes == [(0, 1, 33), (1, 1, 33)]
 
 
 def test_the_models_own_states_are_not_computed_twice():
@@ -239,23 +269,28 @@ def test_rounded_weights_say_nearly_the_same(words, form, monkeypatch):
 def test_lanes_begin_with_nothing_and_move(unrounded):
     model = make_damped()
     step, cache = AdapterStep(make_adapter(model)), TextGenerator(model, weights="plain").step.new_cache(3, 8)
-    assert step.step.form is Plain
-    cache.lengths[:] = [0, 8, 5]
     lanes = AdapterLanes.beside(cache, step)
-    assert lanes.cache.lengths is cache.lengths and lanes.cache.states.shape[1::3] == (3, 8)
-    lanes.cache.states.normal_()
-    lanes.last.normal_()
-    before, last = lanes.cache.states.clone(), lanes.last.clone()
+    assert step.step.form is Plain and lanes.cache.states.shape[1] == 3
+    for states in (lanes.cache.states, lanes.exits, lanes.before):
+        states.normal_()
+    lanes.lengths[:], lanes.waiting[:] = [0, 8, 5], [0, 1, 2]
+    known, exits, before = lanes.cache.states.clone(), lanes.exits.clone(), lanes.before.clone()
     lanes.move(2, 0)
-    assert torch.equal(lanes.cache.states[:, 0, ..., :5, :], before[:, 2, ..., :5, :])
-    assert torch.equal(lanes.last[0], last[2])
-    assert torch.equal(lanes.last[1:], last[1:])
+    assert (lanes.lengths, lanes.waiting) == ([5, 8, 5], [2, 1, 2])
+    assert torch.equal(lanes.cache.states[:, 0, ..., :5, :], known[:, 2, ..., :5, :])
+    assert torch.equal(lanes.exits[0, :2], exits[2, :2]) and torch.equal(lanes.before[0, :3], before[2, :3])
     one = lanes.begin(1)
-    assert not lanes.last[1].any() and lanes.last[0].any()
+    assert (lanes.lengths, lanes.waiting) == ([5, 0, 5], [2, 0, 2])
+    assert not lanes.before[1, 0].any() and lanes.before[0, 0].any()
     states = torch.randn(2, 1, 3, 32)
     one.observe(*states, [0])
-    assert torch.equal(lanes.last[1], states[1][0, 2:]) and not torch.equal(lanes.cache.states[:, 1], before[:, 1])
-    assert torch.equal(lanes.cache.states[:, 2], before[:, 2])
+    assert (lanes.lengths, lanes.waiting) == ([5, 0, 5], [2, 3, 2])
+    assert torch.equal(lanes.exits[1, :3], states[0, 0]) and torch.equal(lanes.before[1, 1:4], states[1, 0])
+    one.reader()(torch.randn(1, 1, 32), [3])
+    assert (lanes.lengths, lanes.waiting) == ([5, 3, 5], [2, 0, 2])
+    assert torch.equal(lanes.before[1, 0], states[1, 0, 2])  # of the token before the pending one
+    assert not torch.equal(lanes.cache.states[:, 1, ..., :3, :], known[:, 1, ..., :3, :])
+    assert torch.equal(lanes.cache.states[:, 2], known[:, 2])
 
 
 def test_memory_counts_the_adapter(tiny_model):

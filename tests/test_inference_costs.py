@@ -53,12 +53,13 @@ def test_rounds_by_hand(draft, d, lanes, seconds):
 @pytest.mark.parametrize(
     ("draft", "d", "lanes", "seconds"),
     [
-        # d (3 block(1) + 2 block_a(1) + head_a(1)) + b(3, 1) + V_3(2) + 2 block_a(2)
-        (ADAPTER, 1, 1, (3 + 2 * 0.5 + 3) + 3 + (7 * 2 + 10) + 2 * 1),
-        (ADAPTER, 3, 2, 3 * (3 * 2 + 2 * 1 + 3) + 3 * 2 + (7 * 8 + 30) + 2 * 4),
-        (WEIGHTS, 3, 1, 3 * (8 + 5) + (10 * 4 + 30) + 2 * 2),
-        (NGRAM, 3, 2, 10 * 8 + 30 + 2 * 4),
-        (None, 0, 4, 10 * 4 + 30 + 2 * 2),
+        # d (3 block(1) + head_a(1)) + 2 (block_a(d + 2) + (d - 1) block_a(1)) + b(3, 1) + V_3(2)
+        (ADAPTER, 1, 1, (3 + 3) + 2 * 1.5 + 3 + (7 * 2 + 10)),
+        (ADAPTER, 3, 2, 3 * (3 * 2 + 3) + 2 * (5 + 2 * 1) + 3 * 2 + (7 * 8 + 30)),
+        # to the others it makes no difference
+        (WEIGHTS, 3, 1, 3 * (8 + 5) + (10 * 4 + 30)),
+        (NGRAM, 3, 2, 10 * 8 + 30),
+        (None, 0, 4, 10 * 4 + 30),
     ],
 )
 def test_rounds_by_hand_with_an_adapter(draft, d, lanes, seconds):

@@ -118,8 +118,6 @@ class Batch:
         self.adapter: AdapterLanes | None = None
         if any(draft.kind == "adapter" for draft in self.drafts):
             self.adapter = self.lanes.observer = AdapterLanes.beside(self.cache, adapter)
-        elif adapter is not None:
-            measured, costs = costs, lambda: measured().without_adapter()  # it has nothing to observe
         if self.drafts:
             self.policy.begin(self.drafts, costs, settings.num_speculations)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -87,10 +87,9 @@ class Costs:
     d c'(E, B) + V_0(B (d + 1)) for "weights" (c' with the draft weights), and V_0(B (d + 1)) for "ngram", where
     c(E, n) = E block(n) + head(n), b(E, n) = E block(n) and V_E(n) = (L - E) block(n) + head(n).
 
-    An exit adapter of A blocks drafts for d (E block(B) + A block_a(B) + head_a(B)) + b(E, B) + V_E(B (d + 1)). Where
-    there is one, a round of any kind that runs n rows, a plain one too, costs A block_a(n) more, for it observes them.
-    (Somewhat too much: of its last block this takes keys and values only, and refused rows are not observed. Its join
-    is not timed.)
+    An exit adapter of A blocks drafts for d (E block(B) + head_a(B)) + A (block_a(B (d + 2)) + (d - 1) block_a(B))
+    + b(E, B) + V_E(B (d + 1)): the first token's pass takes along what the round before has kept. (Where that refused
+    something, they are fewer. The adapter's join is not timed, nor the pass that rounds of other kinds save up.)
 
     Attributes:
         num_layers: L.
@@ -117,7 +116,8 @@ class Costs:
         if draft.kind == "adapter":
             if self.adapter is None:
                 raise ValueError("costs: hold no times for an exit adapter; measure them with the adapter loaded")
-            return self.lower(draft, lanes) + self.observe(lanes) + self.adapter.head_seconds(lanes)
+            blocks = self.adapter_blocks * self.adapter.block_seconds(lanes)
+            return self.lower(draft, lanes) + blocks + self.adapter.head_seconds(lanes)
         times = self.draft if draft.kind == "weights" else self.model
         if times is None:
             raise ValueError("costs: hold no times for draft weights; measure them with the draft weights loaded")
@@ -127,31 +127,32 @@ class Costs:
         """The drafting blocks over each lane's last drafted token, where verification needs their states."""
         return draft.exit_layer * self.model.block_seconds(lanes) if draft.kind in LEAVES_STATES else 0.0
 
-    def observe(self, rows: int) -> float:
-        """The adapter's blocks over rows that the model has run; they cost the same where it drafts."""
-        return 0.0 if self.adapter is None else self.adapter_blocks * self.adapter.block_seconds(rows)
+    def take_along(self, draft: Draft, count: int, lanes: int) -> float:
+        """What an adapter's first token pays for the rows that the round before has kept, of `count` drafted."""
+        if draft.kind != "adapter":
+            return 0.0
+        more = self.adapter.block_seconds(lanes * (count + 2)) - self.adapter.block_seconds(lanes)
+        return self.adapter_blocks * more
 
     def verify(self, draft: Draft | None, rows: int) -> float:
         """One pass of what the draft has left to do (None, and drafts that leave no states: all blocks)."""
         done = draft.exit_layer if draft is not None and draft.kind in LEAVES_STATES else 0
         left = (self.num_layers - done) * self.model.block_seconds(rows)
-        return left + self.model.head_seconds(rows) + self.observe(rows)
+        return left + self.model.head_seconds(rows)
 
     def round(self, plan: DraftPlan, lanes: int) -> float:
         """A whole round of `lanes` lanes."""
         draft, count = plan
         if draft is None or count == 0:
             return self.plain(lanes)
-        drafting = count * self.draft_step(draft, lanes) + self.lower(draft, lanes)
+        drafting = (
+            count * self.draft_step(draft, lanes) + self.take_along(draft, count, lanes) + self.lower(draft, lanes)
+        )
         return drafting + self.verify(draft, lanes * (count + 1))
 
     def plain(self, lanes: int) -> float:
         """A round that drafts nothing: one full step."""
         return self.verify(None, lanes)
-
-    def without_adapter(self) -> Costs:
-        """Of the same model where no adapter is loaded, or has nothing to observe."""
-        return replace(self, adapter=None, adapter_blocks=0)
 
     def ideal_speedup(self, plan: DraftPlan, lanes: int, tokens_per_round: float) -> float:
         """Over plain decoding, for rounds that bring `tokens_per_round` tokens to each lane and cost what they must."""
