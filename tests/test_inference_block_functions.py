@@ -11,6 +11,7 @@ from lskip.inference.lean_step import LeanStep
 from lskip.inference.quantized import DynamicInt8, Int4, Int8
 from lskip.inference.weights import (
     EXACT_WIDTH,
+    Convolved,
     Halved,
     Packed,
     PackedWide,
@@ -29,6 +30,7 @@ FORMS = [
     SplitTransposed,
     Packed,
     PackedWide,
+    Convolved,
     Sliced,
     Int8,
     Int4,
@@ -49,7 +51,7 @@ def states_after(step, starts, rows):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])  # qwen2 has biases, qwen3 more norms
-def test_torchscript_changes_no_bit(tiny_model, family, form):
+def test_torchscript_changes_no_bit(tiny_model, tiny_convolutions, family, form):
     """Not in the first call, nor in later ones, which TorchScript would like to make faster."""
     width = EXACT_WIDTH if form in (Sliced, Packed) else 1
     model = tiny_model(family, hidden_size=64, head_dim=16)

@@ -7,9 +7,18 @@ import torch
 from conftest import HALVED_WORKS, needs_halved
 
 from lskip.exit_adapter import AdapterShape, ExitAdapter
-from lskip.inference import TextGenerator, steps
-from lskip.inference.form_choice import choose_form, cost_of, fastest, fastest_by_shape, mix_for, obstacle_to
+from lskip.inference import TextGenerator, form_choice, steps
+from lskip.inference.form_choice import (
+    choose_exact_form,
+    choose_form,
+    cost_of,
+    fastest,
+    fastest_by_shape,
+    mix_for,
+    obstacle_to,
+)
 from lskip.inference.weights import (
+    Convolved,
     Halved,
     Packed,
     PackedWide,
@@ -120,6 +129,45 @@ def test_a_form_is_chosen_for_the_rows_that_will_be(tiny_model, monkeypatch):
     # A token in each text, or several to verify, as long as that many pay.
     assert tried == [((6, 1), (1, 5)), ((6, 8), (1, 16)), ((1, 2), (4, 16)), ((1, 3), (4, 9))]
     assert mix_for(20) == ((6, 20), (1, 20)) and mix_for(1000) == ((6, 64), (1, 64))
+
+
+def test_convolutions_are_tried_for_batches_alone(tiny_convolutions, monkeypatch):
+    monkeypatch.setattr(form_choice, "fastest_by_shape", lambda forms, samples, mix: forms)
+    samples = [torch.randn(16, 8)]
+    if (reason := obstacle_to(Convolved, samples[0])) is not None:
+        pytest.skip(reason)
+    few = [mix_for(1), mix_for(1, rounded=True), mix_for(1, adapter=True), mix_for(3)]
+    many = [mix_for(4), mix_for(8, rounded=True), mix_for(5, adapter=True), mix_for(1000)]
+    assert not any(Convolved in choose_form("auto", samples, mix) for mix in few)
+    assert all(Convolved in choose_form("auto", samples, mix) for mix in many)
+    assert Convolved not in choose_form("auto", samples)
+    assert choose_exact_form("auto", samples) in (Packed, Sliced)
+    # Not where its products are wrong, or the build has none.
+    convolution = torch.ops.mkldnn._convolution_pointwise
+    for broken in (refuse, lambda x, *rest: convolution(x, *rest) + 1):
+        monkeypatch.setattr(torch.ops.mkldnn, "_convolution_pointwise", broken)
+        assert Convolved not in choose_form("auto", samples, mix_for(8))
+
+
+def test_a_batch_decodes_convolved_to_the_same_text(tiny_model, tiny_convolutions, monkeypatch):
+    """A batch's choice, then texts that end one by one, down to a lone row."""
+    model = tiny_model("qwen2")
+    if (reason := obstacle_to(Convolved, model.lm_head.weight.detach())) is not None:
+        pytest.skip(reason)
+    plain = TextGenerator(model, weights="plain")
+    seconds = {Convolved: 1.0}
+    monkeypatch.setattr(
+        form_choice,
+        "cost_of",
+        lambda forms, samples, mix: {form: [seconds.get(form, 2.0)] * len(samples) for form in forms},
+    )
+    generator = TextGenerator(model, batch_size=4)
+    assert generator.step.form is Convolved
+    prompts = [[5, 6, 7], [8], list(range(1, 40)), [9, 10], [11, 12, 13, 14]]
+    for settings in ({}, {"exit_layer": 2, "num_speculations": 3}):
+        written = dict(generator.generate_batch(prompts, batch_size=4, max_new_tokens=20, **settings))
+        for index, prompt in enumerate(prompts):
+            assert written[index].token_ids == plain.generate(prompt, max_new_tokens=20).token_ids
 
 
 def test_the_fastest_form_wins():

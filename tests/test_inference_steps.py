@@ -11,8 +11,9 @@ from lskip.inference import TextGenerator
 from lskip.inference.lean_blocks import obstacle
 from lskip.inference.lean_step import LeanStep
 from lskip.inference.module_step import ModuleStep
-from lskip.inference.weights import Halved, Mixed, Packed, PackedWide, Plain, Sliced, Split, Transposed
+from lskip.inference.weights import Convolved, Halved, Mixed, Packed, PackedWide, Plain, Sliced, Split, Transposed
 
+pytestmark = pytest.mark.usefixtures("tiny_convolutions")
 FAMILIES = {
     "llama": {},
     "mistral": {},
@@ -55,6 +56,7 @@ STEPS = {
     "split": lambda decoder: LeanStep(decoder, Split),
     "mixed": lambda decoder: LeanStep(decoder, Mixed({(32, 64): Split, (128, 32): Transposed}, Packed)),
     "packed": lambda decoder: LeanStep(decoder, Packed),
+    "convolved": lambda decoder: LeanStep(decoder, Convolved),
     "packed_wide": lambda decoder: LeanStep(decoder, PackedWide),
     "sliced_exact": lambda decoder: LeanStep(decoder, Sliced, width=4),
     "packed_exact": lambda decoder: LeanStep(decoder, Packed, width=4),

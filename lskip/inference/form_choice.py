@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lskip.inference.weights import (
     EXACT_WIDTH,
+    Convolved,
     Form,
     Halved,
     Mixed,
@@ -31,6 +32,7 @@ STEPS_AND_VERIFICATION: Mix = ((6, 1), (1, 5))  # nothing drafts, or the first l
 VERIFICATION_OF_FEW: Mix = ((1, 1), (4, 3))  # where an exit adapter drafts, and now and then nothing
 VERIFICATION: Mix = ((1, 1), (4, 8))  # where other weights draft
 PAYING_ROWS = 16  # beyond about so many a pass costs by the row, and no draft pays
+BATCH_ROWS = 4  # where each product has so many, Convolved is tried: a single text's load is not to wait for it
 MOST_ROWS = 64  # so that a large model is tried within seconds
 FORMS = {"plain": Plain, "transposed": Transposed, "packed": Packed, "halved": Halved}
 
@@ -68,6 +70,8 @@ def choose_form(form: str, samples: list[Tensor], mix: Mix = STEPS_AND_VERIFICAT
         # Forms round to different texts here, so that no timing may choose; in float32 texts are equal.
         return next(form for form in (Packed, Halved, Widened, Plain) if obstacle_to(form, samples[0]) is None)
     forms = (Transposed, Split, SplitTransposed, Packed, PackedWide, Halved)
+    if min(rows for _, rows in mix) >= BATCH_ROWS:
+        forms = (*forms, Convolved)
     usable = [form for form in forms if obstacle_to(form, samples[0]) is None]
     return fastest_by_shape([Plain, *usable], samples, mix)
 
