@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lskip.inference import weights
+from lskip.inference import convolved
 from lskip.inference.form_choice import obstacle_to
 from lskip.inference.weights import Halved
 
@@ -102,7 +102,7 @@ def answers_file(tmp_path) -> Path:
 @pytest.fixture
 def tiny_convolutions(monkeypatch):
     """Convolved takes tiny matrices too, whose layouts depend on the rows: that costs microseconds, and no bit."""
-    monkeypatch.setattr(weights, "sizes_of_one_layout", lambda shape, threads: [4, 8, 16, 20, 32, 64, 128])
+    monkeypatch.setattr(convolved, "sizes_of_one_layout", lambda shape, threads: [4, 8, 16, 20, 32, 64, 128])
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ from conftest import needs_halved
 from lskip.decoder import Decoder
 from lskip.inference import TextGenerator
 from lskip.inference.block_functions import block_functions
+from lskip.inference.convolved import Convolved
 from lskip.inference.lean_step import LeanStep
 from lskip.inference.quantized import DynamicInt8, Int4, Int8
 from lskip.inference.weights import (
     EXACT_WIDTH,
-    Convolved,
     Halved,
     Packed,
     PackedWide,

@@ -8,6 +8,7 @@ from conftest import HALVED_WORKS, needs_halved
 
 from lskip.exit_adapter import AdapterShape, ExitAdapter
 from lskip.inference import TextGenerator, form_choice, steps
+from lskip.inference.convolved import Convolved
 from lskip.inference.form_choice import (
     choose_exact_form,
     choose_form,
@@ -18,7 +19,6 @@ from lskip.inference.form_choice import (
     obstacle_to,
 )
 from lskip.inference.weights import (
-    Convolved,
     Halved,
     Packed,
     PackedWide,

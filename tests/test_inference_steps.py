@@ -8,10 +8,11 @@ from conftest import HALVED_WORKS
 
 from lskip.decoder import Decoder
 from lskip.inference import TextGenerator
+from lskip.inference.convolved import Convolved
 from lskip.inference.lean_blocks import obstacle
 from lskip.inference.lean_step import LeanStep
 from lskip.inference.module_step import ModuleStep
-from lskip.inference.weights import Convolved, Halved, Mixed, Packed, PackedWide, Plain, Sliced, Split, Transposed
+from lskip.inference.weights import Halved, Mixed, Packed, PackedWide, Plain, Sliced, Split, Transposed
 
 pytestmark = pytest.mark.usefixtures("tiny_convolutions")
 FAMILIES = {

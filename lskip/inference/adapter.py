@@ -17,6 +17,7 @@ from lskip.inference.lean_step import LeanStep
 from lskip.inference.module_step import ModuleStep
 from lskip.inference.quantized import DynamicInt8, Int8, obstacle_to_rounding
 from lskip.inference.weights import Form, Plain
+from lskip.transfer import to_device
 
 if TYPE_CHECKING:
     from lskip.inference.engine import Step
@@ -158,7 +159,8 @@ class AdapterLanes:
         """The pending tokens' states after its blocks [A, 1, D]; all that waits goes with them."""
         lanes = len(exit_states)
         waiting = self._waiting(lanes)
-        places = torch.arange(lanes), torch.tensor(waiting)
+        device = exit_states.device
+        places = torch.arange(lanes, device=device), to_device(torch.tensor(waiting), device)
         self.exits[places] = exit_states[:, 0].to(self.exits.dtype)
         x = self._joined(lanes, 1 + max(waiting))
         x = self.adapter.step.run(x, self.cache, self._lengths(lanes), 0, self.adapter.shape.num_blocks)

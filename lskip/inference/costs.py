@@ -145,10 +145,8 @@ class Costs:
         draft, count = plan
         if draft is None or count == 0:
             return self.plain(lanes)
-        drafting = (
-            count * self.draft_step(draft, lanes) + self.take_along(draft, count, lanes) + self.lower(draft, lanes)
-        )
-        return drafting + self.verify(draft, lanes * (count + 1))
+        drafting = count * self.draft_step(draft, lanes) + self.take_along(draft, count, lanes)
+        return drafting + self.lower(draft, lanes) + self.verify(draft, lanes * (count + 1))
 
     def plain(self, lanes: int) -> float:
         """A round that drafts nothing: one full step."""

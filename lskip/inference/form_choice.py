@@ -8,9 +8,9 @@ import time
 import torch
 from torch import Tensor
 
+from lskip.inference.convolved import Convolved
 from lskip.inference.weights import (
     EXACT_WIDTH,
-    Convolved,
     Form,
     Halved,
     Mixed,
