@@ -48,8 +48,9 @@ class Whim(DraftPolicy):
         drafts = [None, *(draft for draft in self.drafts if draft not in without)]
         return DraftPlan(self.random.choice(drafts), self.random.randint(0, min(most, self.num_speculations)))
 
-    def goes_on(self, probabilities) -> bool:
+    def goes_on(self, probabilities, margins=None) -> bool:
         assert all(0 <= probability <= 1 for probability in probabilities())
+        assert margins is None or all(margin >= 0 for margin in margins())
         return self.random.random() < 0.8
 
 

@@ -7,6 +7,7 @@ import torch
 
 from lskip.decoder import Decoder
 from lskip.inference import TextGenerator
+from lskip.inference.drafting import FixedDraft
 from lskip.inference.module_step import ModuleStep
 
 PROMPT = [7, 42, 99, 3, 250, 18, 77]
@@ -102,6 +103,44 @@ def test_model_sometimes_accepts_as_the_slow_reference(tiny_model, exit_layer, n
     assert ours.tokens_per_round == pytest.approx(40 / len(counts))
     # The test would see nothing if the text repeated one token, or if all drafts shared one fate.
     assert len(set(tokens)) > 10 and 0.05 < ours.acceptance_rate < 0.95
+
+
+class Curious(FixedDraft):
+    """Asks for the margin of the first of two drafted tokens."""
+
+    def __init__(self):
+        self.margins, self.accepted = [], []
+
+    def goes_on(self, probabilities, margins=None):
+        self.margins.append(None if margins is None else margins()[0])
+        return True
+
+    def learn(self, plan, drafted, accepted, seconds=None):
+        self.accepted += accepted
+
+
+@torch.inference_mode()
+def test_margins_are_those_of_the_exit(tiny_model):
+    model, curious = tiny_model("llama"), Curious()
+    settings = {"exit_layer": 2, "num_speculations": 2, "draft_policy": curious}
+    tokens = TextGenerator(model).generate(PROMPT, **settings, **FULL).token_ids
+    length, expected = len(PROMPT) + 1, []
+    for accepted in curious.accepted[: len(curious.margins)]:
+        text = torch.tensor([[*PROMPT, *tokens][:length]])
+        state = model(text, output_hidden_states=True).hidden_states[2][0, -1]
+        logits = model.lm_head(model.model.norm(state))
+        logits[model.generation_config.eos_token_id] = -torch.inf  # FULL forbids the end
+        first, second = logits.topk(2).values
+        expected.append((first - second).item())
+        length += 1 + accepted
+    assert len(expected) > 10 and curious.margins == pytest.approx(expected, abs=1e-4)
+
+
+def test_margins_are_not_told_where_tokens_are_sampled(tiny_model):
+    curious = Curious()
+    settings = {"exit_layer": 2, "num_speculations": 2, "draft_policy": curious}
+    TextGenerator(tiny_model("llama")).generate(PROMPT, temperature=1.0, **settings, **FULL)
+    assert len(curious.margins) > 10 and set(curious.margins) == {None}
 
 
 @pytest.mark.parametrize("exit_layer", [1, 2, 3])

@@ -42,9 +42,26 @@ def test_the_likeliest_token_is_that_of_the_whole_head(kind, monkeypatch):
     weight, x = head_and_states(kind)
     head = ScreenedHead(weight)
     expected = (x.double() @ weight.double().T).argmax(1)
-    assert head.likeliest(x.view(4, 2, SIZE)).tolist() == expected.view(4, 2).tolist()
+    assert head.likeliest(x.view(4, 2, SIZE)).ids.tolist() == expected.view(4, 2).tolist()
     for row, token in zip(x, expected, strict=True):
-        assert int(head.likeliest(row.view(1, 1, SIZE))) == token
+        assert int(head.likeliest(row.view(1, 1, SIZE)).ids) == token
+
+
+@pytest.mark.parametrize("kind", ["flat", "close"])
+def test_margins_are_those_of_the_whole_head_where_they_are_small(kind, monkeypatch):
+    monkeypatch.setattr(module, "MOST_LEFT", 1)
+    weight, x = head_and_states(kind)
+    first, second = (x @ weight.T).topk(2).values.unbind(1)
+    expected, margins = first - second, ScreenedHead(weight).likeliest(x[None]).margins[0]
+    near = expected < 0.5
+    assert torch.allclose(margins[near], expected[near], atol=1e-4) and near.any()
+    assert (margins >= expected - 1e-4).all()
+
+
+def test_a_margin_over_none_that_comes_near_is_infinite():
+    weight = torch.eye(WORDS, SIZE)
+    found = ScreenedHead(weight).likeliest(torch.eye(1, SIZE)[None])
+    assert found.ids.item() == 0 and found.margins.item() == torch.inf
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,7 +117,7 @@ def test_barred_tokens_are_left_out_where_they_are_barred():
     bar(exact)
     expected = exact.argmax(-1)
     assert (expected != first).nonzero().tolist() == [[0, 1]]
-    assert ScreenedHead(weight).likeliest(x.view(2, 4, SIZE), bar).tolist() == expected.tolist()
+    assert ScreenedHead(weight).likeliest(x.view(2, 4, SIZE), bar).ids.tolist() == expected.tolist()
 
 
 @pytest.fixture

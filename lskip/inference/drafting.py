@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lskip.checks import check_real, check_whole
-from lskip.inference.acceptance import Record
+from lskip.inference.acceptance import ByMargin, Record
 from lskip.inference.exits import ExitCriterion
 
 if TYPE_CHECKING:
@@ -35,6 +36,22 @@ class DraftPlan(NamedTuple):
 
 
 PLAIN = DraftPlan(None, 0)  # a round that drafts nothing
+
+
+class Underway(NamedTuple):
+    """The round that CostAwareDraft has planned: what another token must promise, and what is known of those there are.
+
+    Attributes:
+        plan: what it drafts.
+        speed: tokens that its plan, or in a try the best one known, brings in a plain step's time.
+        reach: by lane, the chance that all its tokens so far are accepted.
+        seen: of each token so far the margins, by lane.
+    """
+
+    plan: DraftPlan
+    speed: float
+    reach: list[float]
+    seen: list[list[float]]
 
 
 class DraftPolicy(ABC):
@@ -68,10 +85,16 @@ class DraftPolicy(ABC):
             without: drafts that have nothing to offer in this round: n-grams that do not occur in the text.
         """
 
-    def goes_on(self, probabilities: Callable[[], list[float]]) -> bool:
+    def goes_on(
+        self, probabilities: Callable[[], list[float]], margins: Callable[[], list[float]] | None = None
+    ) -> bool:
         """Whether to draft another token; asked after each drafted token but the plan's last.
 
-        `probabilities()`, by lane, are the draft's of the token it has just drafted; calling it waits for the device.
+        Args:
+            probabilities: makes, by lane, the draft's of the token it has just drafted; to call it is to wait for the
+                device.
+            margins: likewise, how far that token's logit is above the next one's; None where it would mean to wait
+                for a GPU, or says nothing since tokens are sampled.
         """
         return True
 
@@ -117,7 +140,9 @@ class ConfidenceDraft(FixedDraft):
         self.threshold, self.target, self.step = threshold, target, step
         self.acceptance_rate: float | None = None
 
-    def goes_on(self, probabilities: Callable[[], list[float]]) -> bool:
+    def goes_on(
+        self, probabilities: Callable[[], list[float]], margins: Callable[[], list[float]] | None = None
+    ) -> bool:
         given = probabilities()
         return 2 * sum(probability < self.threshold for probability in given) < len(given)
 
@@ -155,6 +180,8 @@ class CostAwareDraft(DraftPolicy):
     A round of d tokens, each accepted with chance q, brings 1 + q + ... + q^d tokens; q is
     counted for each draft. A round costs what `Costs` say, corrected by what rounds took where they are timed.
     A draft that is not in use is tried where a hopeful q would make it the fastest, the least tested one first.
+    Where margins can be seen, q is counted by margin too, and a round ends where more tokens promise less for their
+    cost than the draft does on the whole: it is planned as long as may be.
 
     What may be lost is bounded, in plain steps: by `_patience` against plain decoding, whatever the reason, and by
     `_curiosity` against the best plan known, in tries. Both begin at ALLOWANCE, grow by `budget` of the time, and
@@ -184,7 +211,9 @@ class CostAwareDraft(DraftPolicy):
         self._records: dict[Draft, Record] = {}
         self._plain_rounds = 0
         self._patience = self._curiosity = self.ALLOWANCE
+        self._by_margin: dict[Draft, ByMargin] = {}
         self._best_speed: float | None = None  # while the round under way is a try: the speed of the best plan known
+        self._under_way = Underway(PLAIN, 1.0, [], [])
         self._ratios = {"plain": 1.0}  # kind of draft -> seconds measured over predicted
         self._since_plain = self.PLAIN_EVERY - 1  # timed rounds since a plain one
 
@@ -204,10 +233,36 @@ class CostAwareDraft(DraftPolicy):
         best = max(offers)
         speed, count, used = best if best[0] >= self.MARGIN else (1.0, 0, None)
         trial = self._trial([draft for draft in drafts if draft != used], lanes, most, speed)
-        if trial is None:
-            return DraftPlan(used, count)
-        self._best_speed = speed
-        return trial
+        if trial is not None:
+            self._best_speed = speed
+        elif used in self._by_margin:
+            count = max(count, self._longest(used, lanes, most))
+        plan = trial or DraftPlan(used, count)
+        self._under_way = Underway(plan, speed, [1.0] * lanes, [])
+        return plan
+
+    def _longest(self, draft: Draft, lanes: int, most: int) -> int:
+        """The most tokens that patience allows for, should all of them be refused."""
+        limit = (1 + self._patience) / self._ratio(draft.kind)
+        return len(list(takewhile(lambda steps: steps <= limit, self._steps(draft, lanes)[:most])))
+
+    def goes_on(
+        self, probabilities: Callable[[], list[float]], margins: Callable[[], list[float]] | None = None
+    ) -> bool:
+        if margins is None:
+            return True
+        (draft, most), speed, reach, seen = self._under_way
+        by_margin, usual = self._by_margin.setdefault(draft, ByMargin()), self._records[draft].likely
+        seen.append(margins())
+        reach[:] = [chance * by_margin.chance(margin, usual) for chance, margin in zip(reach, seen[-1], strict=True)]
+        steps, now, ratio = self._steps(draft, len(reach)), len(seen) - 1, self._ratio(draft.kind)
+        chance, tokens = sum(reach) / len(reach), 0.0
+        for after in range(now + 1, most):  # further ones may pay where the next alone does not: rows cost unevenly
+            chance *= usual
+            tokens += chance
+            if tokens >= speed * ratio * (steps[after] - steps[now]):
+                return True
+        return False
 
     def _trial(self, drafts: list[Draft], lanes: int, most: int, speed: float) -> DraftPlan | None:
         """The least tested of `drafts` that might beat `speed`, with as many tokens as are likeliest to pay."""
@@ -256,11 +311,17 @@ class CostAwareDraft(DraftPolicy):
             refused = sum(count < drafted for count in accepted)
             record.add(sum(accepted), refused, kept=(1 - 1 / self.memory) ** (sum(accepted) + refused))
             record.rounds[drafted] += 1
+            self._learn_by_margin(plan.draft, accepted)
             steps = self._steps(plan.draft, lanes)[drafted - 1]
         self._plain_rounds += not drafted
         self._spend(self._taken(kind, steps, lanes, seconds), 1 + sum(accepted) / lanes)
         if seconds is not None:
             self._correct(kind, seconds / (steps * self._costs.plain(lanes)))
+
+    def _learn_by_margin(self, draft: Draft, accepted: list[int]) -> None:
+        for lane, count in enumerate(accepted):
+            for index, margins in enumerate(self._under_way.seen[: count + 1]):
+                self._by_margin[draft].add(margins[lane], index < count, kept=1 - 1 / self.memory)
 
     def _taken(self, kind: str, steps: float, lanes: int, seconds: float | None) -> float:
         """Plain steps that a round took: measured where it drafted and was timed, for what it lost is lost.

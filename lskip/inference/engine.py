@@ -26,6 +26,18 @@ PREFILL_ROWS = 256  # a pass's mask and activations grow with its rows: a long p
 Bar = Callable[[Tensor], None]  # is given logits [A, n, V] and makes -inf of what may not be chosen
 
 
+class Likeliest(NamedTuple):
+    """What was found without logits.
+
+    Attributes:
+        ids: [A, n], the likeliest tokens.
+        margins: [A, n], how far the logit of each is above the next one's, where that is near; else more, or infinite.
+    """
+
+    ids: Tensor
+    margins: Tensor
+
+
 class Step(Protocol):
     """How blocks are run: LeanStep or ModuleStep.
 
@@ -43,7 +55,7 @@ class Step(Protocol):
     def fill(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> None: ...
     def norm(self, x: Tensor) -> Tensor: ...
     def decode(self, x: Tensor) -> Tensor: ...
-    def likeliest(self, x: Tensor, bar: Bar | None = None) -> Tensor | None: ...  # None: no faster than by logits
+    def likeliest(self, x: Tensor, bar: Bar | None = None) -> Likeliest | None: ...  # None: no faster than by logits
 
 
 class Chooser(Protocol):
@@ -151,14 +163,14 @@ def draft(
     exit_block: int,
     num_speculations: int,
     chooser: Chooser,
-    goes_on: Callable[[Callable[[], Tensor], Tensor, Tensor], bool] | None = None,
+    goes_on: Callable[[Callable[[], Tensor], Callable[[], Tensor], Tensor, Tensor], bool] | None = None,
     decode: Callable[[Tensor, list[int]], Tensor] | None = None,
 ) -> Drafted:
     """Drafts up to `num_speculations` tokens a lane with blocks 0 … `exit_block`-1.
 
     Args:
-        goes_on: is given what makes the logits [A, 1, V], the token ids [A] and the exit's states [A, 1, D] of what
-            was drafted last; False ends the draft.
+        goes_on: is given, of what was drafted last, what makes the logits [A, 1, V], what makes the margin [A] between
+            the two highest, the token ids [A] and the exit's states [A, 1, D]; False ends the draft.
         decode: makes logits [A, 1, V] of the exit's states [A, 1, D] and of where they stand; None: the step's head.
     """
     starts, ids = lanes.starts, lanes.pending
@@ -168,15 +180,24 @@ def draft(
         states.append(step.run(step.embed(ids[:, None], position), lanes.cache, position, 0, exit_block))
         x = states[-1]
         logits = cache(partial(step.decode, x) if decode is None else partial(decode, x, position))
-        likeliest = likeliest_ids(step, x, chooser, drafted) if decode is None else None
-        ids = chooser.propose(logits(), drafted) if likeliest is None else likeliest[:, 0]
+        found = find_likeliest(step, x, chooser, drafted) if decode is None else None
+        ids = chooser.propose(logits(), drafted) if found is None else found.ids[:, 0]
         drafted = torch.cat([drafted, ids[:, None]], 1)
-        if len(states) == num_speculations or (goes_on is not None and not goes_on(logits, ids, x)):
+        margins = partial(margin_of, logits, found)
+        if len(states) == num_speculations or (goes_on is not None and not goes_on(logits, margins, ids, x)):
             return Drafted(drafted, states, exit_block)
 
 
-def likeliest_ids(step: Step, x: Tensor, chooser: Chooser, drafted: Tensor) -> Tensor | None:
-    """Tokens [A, n] of x [A, n, D], where the chooser takes the likeliest and the step finds it without logits."""
+def margin_of(logits: Callable[[], Tensor], found: Likeliest | None) -> Tensor:
+    """[A]: how far the highest of logits [A, 1, V] is above the next one, made only where nobody has found it."""
+    if found is not None:
+        return found.margins[:, 0]
+    first, second = logits()[:, 0].topk(2, -1).values.unbind(-1)
+    return first - second
+
+
+def find_likeliest(step: Step, x: Tensor, chooser: Chooser, drafted: Tensor) -> Likeliest | None:
+    """Of x [A, n, D], where the chooser takes the likeliest token and the step finds it without logits."""
     return step.likeliest(x, partial(chooser.bar, drafted=drafted)) if chooser.takes_likeliest else None
 
 
@@ -193,8 +214,8 @@ def verify(step: Step, lanes: Lanes, drafted: Drafted, full: int, chooser: Choos
     else:
         x = step.embed(torch.cat([lanes.pending[:, None], drafted.ids], 1), starts)
     at_exit, x = run_past(step, x, lanes.cache, starts, drafted.exit_block, full, lanes.observer)
-    if (likeliest := likeliest_ids(step, x, chooser, drafted.ids)) is not None:
-        accepted, own = keep_agreeing(likeliest, drafted.ids)
+    if (found := find_likeliest(step, x, chooser, drafted.ids)) is not None:
+        accepted, own = keep_agreeing(found.ids, drafted.ids)
     else:
         accepted, own = chooser.settle(step.decode(x), drafted.ids)
     # The round's one transfer from the device.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lskip.inference.engine import Bar, Step
+from lskip.inference.engine import Bar, Likeliest, Step
 
 if TYPE_CHECKING:
     from lskip.trained_exits import ExitHeads, TrainedExits
@@ -25,8 +25,8 @@ class HeadedStep:
         """Exit states [..., D] -> logits [..., V]."""
         return self.step.decode(self.heads(self.exit_layer, x))
 
-    def likeliest(self, x: Tensor, bar: Bar | None = None) -> Tensor | None:
-        """Exit states [A, n, D] -> token ids [A, n], those that `bar` leaves; None: by `decode` it is as fast."""
+    def likeliest(self, x: Tensor, bar: Bar | None = None) -> Likeliest | None:
+        """Of exit states [A, n, D], of what `bar` leaves; None: by `decode` it is as fast."""
         return self.step.likeliest(self.heads(self.exit_layer, x), bar)
 
 

@@ -10,7 +10,7 @@ from lskip.decoder import Decoder
 from lskip.inference.attention import AlignedAttention, Attention, Heads, Rotary, Span, StaticAttention, write
 from lskip.inference.block_functions import as_written, widen
 from lskip.inference.cache import KVCache
-from lskip.inference.engine import Bar
+from lskip.inference.engine import Bar, Likeliest
 from lskip.inference.lean_blocks import Block, Norm, obstacle
 from lskip.inference.rolling import RollingAttention, RollingCache, rolls
 from lskip.inference.rotation import AsTheyAre, Rotation, Turned
@@ -134,8 +134,8 @@ class LeanStep:
         logits = self.head(self.final_norm(self._widen(flat)).to(self.inner_dtype))
         return logits[: len(flat)].view(*x.shape[:-1], -1).to(self.dtype)
 
-    def likeliest(self, x: Tensor, bar: Bar | None = None) -> Tensor | None:
-        """Exit states [A, n, D] -> token ids [A, n], those that `bar` leaves; None: by `decode` it is as fast."""
+    def likeliest(self, x: Tensor, bar: Bar | None = None) -> Likeliest | None:
+        """Of exit states [A, n, D], of what `bar` leaves; None: by `decode` it is as fast."""
         return None if self.screen is None else self.screen.likeliest(self.final_norm(x), bar)
 
     def run(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lskip.decoder import Decoder
-from lskip.inference.engine import Bar
+from lskip.inference.engine import Bar, Likeliest
 from lskip.inference.quantized import ROWS_AT_ONCE, DynamicInt8, obstacle_to_rounding, round_to_int8
 from lskip.inference.rotation import Rotation
 
@@ -44,8 +44,8 @@ class ScreenedHead:
         """Normed states [N, D] -> logits [N, V] of the rounded head: a draft's, where tokens are sampled."""
         return self.rounded(self.rotation.turn(x))
 
-    def likeliest(self, x: Tensor, bar: Bar | None = None) -> Tensor | None:
-        """Normed states [A, n, D], float32 -> token ids [A, n], those that `bar` leaves; the first of equals.
+    def likeliest(self, x: Tensor, bar: Bar | None = None) -> Likeliest | None:
+        """Of normed states [A, n, D], float32, of what `bar` leaves; the first of equals.
 
         None where too few tokens are out for this to pay, or a number is not finite.
         """
@@ -64,7 +64,10 @@ class ScreenedHead:
         logits = rows @ self.weight.index_select(0, ids).to(rows.dtype).T
         if bar is not None:
             logits.masked_fill_(screen.index_select(1, ids) == -torch.inf, -torch.inf)
-        return ids[logits.argmax(1)].view(x.shape[:-1])
+        first = logits.argmax(1, keepdim=True)
+        others = logits.scatter(1, first, -torch.inf).amax(1)
+        margins = logits.gather(1, first)[:, 0] - others
+        return Likeliest(ids[first].view(x.shape[:-1]), margins.view(x.shape[:-1]))
 
     def bound(self, x: Tensor) -> Tensor:
         """[V]: how far a token's rounded logits of turned x [N, D] may be off, in any row."""
