@@ -57,7 +57,7 @@ class Sizes:
     blocks: int = 16
     exit_layer: int = 2
     num_speculations: int = 2
-    smollm2_drafts: tuple[tuple[str, int], ...] = (("int8_dynamic", 5), ("int4", 10), ("adapter", 2))
+    smollm2_drafts: tuple[tuple[str, int], ...] = (("int8_dynamic", 5), ("int4", 16), ("adapter", 2))
 
 
 def run(output: Path, sizes: Sizes) -> dict:
