@@ -227,7 +227,7 @@ class Batch:
             return nothing
         step = self.draft_step if plan.draft.kind == "weights" else self.step
         exit_layer = plan.draft.exit_layer
-        # On a GPU, reading margins would mean to wait for each drafted token; and noise decides over them.
+        # Margins: not from a GPU, which each drafted token would have to wait for, nor where noise has the last word.
         goes_on = partial(self._goes_on, exit_layer, chooser.takes_likeliest and self.step.device.type == "cpu")
         decode = self.adapter.reader() if plan.draft.kind == "adapter" else None
         reading = read_at(step, self.exits, exit_layer)
