@@ -7,6 +7,7 @@ from conftest import FBGEMM_DRAFTS, make_model
 from lskip.decoder import Decoder
 from lskip.inference import TextGenerator
 from lskip.inference import screened_head as module
+from lskip.inference.engine import lead
 from lskip.inference.screened_head import ScreenedHead, keeps_bounds, screened_head
 
 pytestmark = pytest.mark.skipif(not FBGEMM_DRAFTS, reason="this build has no FBGEMM")
@@ -52,7 +53,7 @@ def test_margins_are_those_of_the_whole_head_where_they_are_small(kind, monkeypa
     monkeypatch.setattr(module, "MOST_LEFT", 1)
     weight, x = head_and_states(kind)
     first, second = (x @ weight.T).topk(2).values.unbind(1)
-    expected, margins = first - second, ScreenedHead(weight).likeliest(x[None]).margins[0]
+    expected, margins = first - second, lead(ScreenedHead(weight).likeliest(x[None]).logits)[0]
     near = expected < 0.5
     assert torch.allclose(margins[near], expected[near], atol=1e-4) and near.any()
     assert (margins >= expected - 1e-4).all()
@@ -61,7 +62,7 @@ def test_margins_are_those_of_the_whole_head_where_they_are_small(kind, monkeypa
 def test_a_margin_over_none_that_comes_near_is_infinite():
     weight = torch.eye(WORDS, SIZE)
     found = ScreenedHead(weight).likeliest(torch.eye(1, SIZE)[None])
-    assert found.ids.item() == 0 and found.margins.item() == torch.inf
+    assert found.ids.item() == 0 and lead(found.logits).item() == torch.inf
 
 
 @pytest.mark.parametrize("kind", KINDS)

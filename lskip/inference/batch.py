@@ -226,9 +226,7 @@ class Batch:
         if plan.draft is None or plan.num_speculations == 0:
             return nothing
         step = self.draft_step if plan.draft.kind == "weights" else self.step
-        exit_layer = plan.draft.exit_layer
-        # Margins: not from a GPU, which each drafted token would have to wait for, nor where noise has the last word.
-        goes_on = partial(self._goes_on, exit_layer, chooser.takes_likeliest and self.step.device.type == "cpu")
+        exit_layer, goes_on = plan.draft.exit_layer, partial(self._goes_on, plan.draft.exit_layer)
         decode = self.adapter.reader() if plan.draft.kind == "adapter" else None
         reading = read_at(step, self.exits, exit_layer)
         drafted = draft(reading, self.lanes, exit_layer, plan.num_speculations, chooser, goes_on, decode)
@@ -245,20 +243,14 @@ class Batch:
         return min(room, max(text.left for text in self.texts) - 1, PREFILL_ROWS - 1)
 
     def _goes_on(
-        self,
-        exit_layer: int,
-        tells_margins: bool,
-        logits: Logits,
-        margins: Callable[[], Tensor],
-        ids: Tensor,
-        states: Tensor,
+        self, exit_layer: int, logits: Logits, margins: Callable[[], Tensor] | None, ids: Tensor, states: Tensor
     ) -> bool:
         if self.stops_draft is not None:
             sure = self.stops_draft.exits(exit_layer, states[:, 0], states[:, 0], lambda: logits()[:, 0])
             return 2 * int((~sure).sum()) < len(sure)
         return self.policy.goes_on(
             lambda: logits()[:, 0].float().softmax(-1).gather(1, ids[:, None])[:, 0].tolist(),
-            (lambda: margins().tolist()) if tells_margins else None,
+            None if margins is None else lambda: margins().tolist(),
         )
 
     def _guess(self, num_speculations: int) -> Drafted | None:

@@ -43,15 +43,20 @@ class Underway(NamedTuple):
 
     Attributes:
         plan: what it drafts.
-        speed: tokens that its plan, or in a try the best one known, brings in a plain step's time.
+        is_try: whether it is to find out about a draft.
+        speed: tokens that the best plan known brings in a plain step's time.
         reach: by lane, the chance that all its tokens so far are accepted.
         seen: of each token so far the margins, by lane.
     """
 
     plan: DraftPlan
+    is_try: bool
     speed: float
     reach: list[float]
     seen: list[list[float]]
+
+
+NOTHING = Underway(PLAIN, False, 1.0, [], [])
 
 
 class DraftPolicy(ABC):
@@ -212,8 +217,7 @@ class CostAwareDraft(DraftPolicy):
         self._plain_rounds = 0
         self._patience = self._curiosity = self.ALLOWANCE
         self._by_margin: dict[Draft, ByMargin] = {}
-        self._best_speed: float | None = None  # while the round under way is a try: the speed of the best plan known
-        self._under_way = Underway(PLAIN, 1.0, [], [])
+        self._under_way = NOTHING
         self._ratios = {"plain": 1.0}  # kind of draft -> seconds measured over predicted
         self._since_plain = self.PLAIN_EVERY - 1  # timed rounds since a plain one
 
@@ -224,7 +228,7 @@ class CostAwareDraft(DraftPolicy):
         self._records = {draft: Record() for draft in self.drafts} | self._records
 
     def plan(self, lanes: int, most: int, without: frozenset[Draft] = frozenset()) -> DraftPlan:
-        self._best_speed = None
+        self._under_way = NOTHING
         most = min(most, self.num_speculations)
         drafts = [draft for draft in self.drafts if draft not in without]
         if most < 1 or not drafts or self._since_plain >= self.PLAIN_EVERY:
@@ -233,12 +237,10 @@ class CostAwareDraft(DraftPolicy):
         best = max(offers)
         speed, count, used = best if best[0] >= self.MARGIN else (1.0, 0, None)
         trial = self._trial([draft for draft in drafts if draft != used], lanes, most, speed)
-        if trial is not None:
-            self._best_speed = speed
-        elif used in self._by_margin:
+        if trial is None and used in self._by_margin:
             count = max(count, self._longest(used, lanes, most))
         plan = trial or DraftPlan(used, count)
-        self._under_way = Underway(plan, speed, [1.0] * lanes, [])
+        self._under_way = Underway(plan, trial is not None, speed, [1.0] * lanes, [])
         return plan
 
     def _longest(self, draft: Draft, lanes: int, most: int) -> int:
@@ -251,7 +253,7 @@ class CostAwareDraft(DraftPolicy):
     ) -> bool:
         if margins is None:
             return True
-        (draft, most), speed, reach, seen = self._under_way
+        (draft, most), _, speed, reach, seen = self._under_way
         by_margin, usual = self._by_margin.setdefault(draft, ByMargin()), self._records[draft].likely
         seen.append(margins())
         reach[:] = [chance * by_margin.chance(margin, usual) for chance, margin in zip(reach, seen[-1], strict=True)]
@@ -337,7 +339,7 @@ class CostAwareDraft(DraftPolicy):
     def _spend(self, steps: float, tokens: float) -> None:
         """Books a round that cost so many plain steps and brought so many tokens to each lane."""
         self._patience = min(self.SAVINGS, self._patience + (1 + self.budget) * tokens - steps)
-        lost = 0.0 if self._best_speed is None else steps - tokens / self._best_speed
+        lost = steps - tokens / self._under_way.speed if self._under_way.is_try else 0.0
         self._curiosity = min(self.SAVINGS, self._curiosity + self.budget * steps - lost)
 
     def _correct(self, kind: str, ratio: float) -> None:

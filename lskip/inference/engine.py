@@ -27,15 +27,15 @@ Bar = Callable[[Tensor], None]  # is given logits [A, n, V] and makes -inf of wh
 
 
 class Likeliest(NamedTuple):
-    """What was found without logits.
+    """What was found without all logits.
 
     Attributes:
         ids: [A, n], the likeliest tokens.
-        margins: [A, n], how far the logit of each is above the next one's, where that is near; else more, or infinite.
+        logits: [A, n, few], of these and of all tokens that come near.
     """
 
     ids: Tensor
-    margins: Tensor
+    logits: Tensor
 
 
 class Step(Protocol):
@@ -163,18 +163,20 @@ def draft(
     exit_block: int,
     num_speculations: int,
     chooser: Chooser,
-    goes_on: Callable[[Callable[[], Tensor], Callable[[], Tensor], Tensor, Tensor], bool] | None = None,
+    goes_on: Callable[[Callable[[], Tensor], Callable[[], Tensor] | None, Tensor, Tensor], bool] | None = None,
     decode: Callable[[Tensor, list[int]], Tensor] | None = None,
 ) -> Drafted:
     """Drafts up to `num_speculations` tokens a lane with blocks 0 … `exit_block`-1.
 
     Args:
         goes_on: is given, of what was drafted last, what makes the logits [A, 1, V], what makes the margin [A] between
-            the two highest, the token ids [A] and the exit's states [A, 1, D]; False ends the draft.
+            the two highest, the token ids [A] and the exit's states [A, 1, D]; False ends the draft. No margin from a
+            GPU, which each drafted token would have to wait for, nor where noise has the last word.
         decode: makes logits [A, 1, V] of the exit's states [A, 1, D] and of where they stand; None: the step's head.
     """
     starts, ids = lanes.starts, lanes.pending
     states, drafted = [], nothing_drafted(lanes).ids
+    tells_margins = chooser.takes_likeliest and step.device.type == "cpu"
     while True:
         position = [start + len(states) for start in starts]
         states.append(step.run(step.embed(ids[:, None], position), lanes.cache, position, 0, exit_block))
@@ -183,16 +185,21 @@ def draft(
         found = find_likeliest(step, x, chooser, drafted) if decode is None else None
         ids = chooser.propose(logits(), drafted) if found is None else found.ids[:, 0]
         drafted = torch.cat([drafted, ids[:, None]], 1)
-        margins = partial(margin_of, logits, found)
+        margins = partial(margin_of, logits, found) if tells_margins else None
         if len(states) == num_speculations or (goes_on is not None and not goes_on(logits, margins, ids, x)):
             return Drafted(drafted, states, exit_block)
 
 
 def margin_of(logits: Callable[[], Tensor], found: Likeliest | None) -> Tensor:
-    """[A]: how far the highest of logits [A, 1, V] is above the next one, made only where nobody has found it."""
-    if found is not None:
-        return found.margins[:, 0]
-    first, second = logits()[:, 0].topk(2, -1).values.unbind(-1)
+    """[A]: the lead of the highest of logits [A, 1, V], which are made only where nothing was found."""
+    return lead(logits() if found is None else found.logits)[:, 0]
+
+
+def lead(logits: Tensor) -> Tensor:
+    """[..., V] -> [...]: how far the highest is above the next one; infinite where there is none."""
+    if logits.shape[-1] == 1:
+        return logits.new_full(logits.shape[:-1], torch.inf)
+    first, second = logits.topk(2, -1).values.unbind(-1)
     return first - second
 
 

@@ -64,10 +64,7 @@ class ScreenedHead:
         logits = rows @ self.weight.index_select(0, ids).to(rows.dtype).T
         if bar is not None:
             logits.masked_fill_(screen.index_select(1, ids) == -torch.inf, -torch.inf)
-        first = logits.argmax(1, keepdim=True)
-        others = logits.scatter(1, first, -torch.inf).amax(1)
-        margins = logits.gather(1, first)[:, 0] - others
-        return Likeliest(ids[first].view(x.shape[:-1]), margins.view(x.shape[:-1]))
+        return Likeliest(ids[logits.argmax(1)].view(x.shape[:-1]), logits.view(*x.shape[:-1], -1))
 
     def bound(self, x: Tensor) -> Tensor:
         """[V]: how far a token's rounded logits of turned x [N, D] may be off, in any row."""
