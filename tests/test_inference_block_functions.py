@@ -6,6 +6,7 @@ from conftest import needs_halved
 
 from lskip.decoder import Decoder
 from lskip.inference import TextGenerator
+from lskip.inference.bagged import Bagged
 from lskip.inference.block_functions import block_functions
 from lskip.inference.convolved import Convolved
 from lskip.inference.lean_step import LeanStep
@@ -18,7 +19,6 @@ from lskip.inference.weights import (
     Plain,
     Sliced,
     Split,
-    SplitTransposed,
     Transposed,
     scripted,
 )
@@ -27,7 +27,7 @@ FORMS = [
     Plain,
     Transposed,
     Split,
-    SplitTransposed,
+    Bagged,
     Packed,
     PackedWide,
     Convolved,

@@ -8,6 +8,7 @@ from conftest import HALVED_WORKS, needs_halved
 
 from lskip.exit_adapter import AdapterShape, ExitAdapter
 from lskip.inference import TextGenerator, form_choice, steps
+from lskip.inference.bagged import Bagged
 from lskip.inference.convolved import Convolved
 from lskip.inference.form_choice import (
     choose_exact_form,
@@ -25,7 +26,6 @@ from lskip.inference.weights import (
     Plain,
     Sliced,
     Split,
-    SplitTransposed,
     Transposed,
     Widened,
     plain_product,
@@ -75,7 +75,7 @@ def test_auto_falls_back_to_plain_and_packed_says_why(tiny_model, monkeypatch, b
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", broken)
     generator = TextGenerator(model)
     forms = {type(matrix) for block in generator.step.blocks for matrix in block.matrices}
-    assert forms <= {Plain, Transposed, Split, SplitTransposed}
+    assert forms <= {Plain, Transposed, Split, Bagged}
     assert generator.generate([5, 6, 7], max_new_tokens=10).token_ids == truth
     with pytest.raises(ValueError, match="weights: 'packed' does not work here"):
         TextGenerator(model, weights="packed")

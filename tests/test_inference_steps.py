@@ -8,6 +8,7 @@ from conftest import HALVED_WORKS
 
 from lskip.decoder import Decoder
 from lskip.inference import TextGenerator
+from lskip.inference.bagged import Bagged
 from lskip.inference.convolved import Convolved
 from lskip.inference.lean_blocks import obstacle
 from lskip.inference.lean_step import LeanStep
@@ -55,6 +56,7 @@ STEPS = {
     "plain": lambda decoder: LeanStep(decoder, Plain),
     "transposed": lambda decoder: LeanStep(decoder, Transposed),
     "split": lambda decoder: LeanStep(decoder, Split),
+    "bagged": lambda decoder: LeanStep(decoder, Bagged),
     "mixed": lambda decoder: LeanStep(decoder, Mixed({(32, 64): Split, (128, 32): Transposed}, Packed)),
     "packed": lambda decoder: LeanStep(decoder, Packed),
     "convolved": lambda decoder: LeanStep(decoder, Convolved),

@@ -4,13 +4,13 @@ import pytest
 import torch
 from conftest import needs_halved
 
+from lskip.inference.bagged import WIDEST, Bagged
 from lskip.inference.form_choice import obstacle_to
 from lskip.inference.weights import (
     Halved,
     Packed,
     Plain,
     Split,
-    SplitTransposed,
     Transposed,
     Widened,
     hold,
@@ -19,7 +19,7 @@ from lskip.inference.weights import (
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("form", [Plain, Transposed, Split, SplitTransposed, Packed, Halved, Widened])
+@pytest.mark.parametrize("form", [Plain, Transposed, Split, Bagged, Packed, Halved, Widened])
 @pytest.mark.parametrize("rows", [1, 2, 5, 40])
 def test_products(form, dtype, rows):
     if obstacle_to(form, torch.ones(8, 8, dtype=dtype)) is not None:
@@ -52,9 +52,22 @@ def test_halving_changes_no_number(scale):
 def test_split_copies_nothing_and_wants_four_equal_parts():
     weight = torch.randn(8, 6)
     assert Split(weight).weight.data_ptr() == weight.data_ptr() and Split(weight).nbytes == weight.nbytes
-    assert SplitTransposed(weight).weight.data_ptr() != weight.data_ptr()
     with pytest.raises(ValueError, match="10 rows, not a multiple of 4"):
         Split(torch.randn(10, 6))
+
+
+@pytest.mark.parametrize(("out", "width"), [(8, 8), (96, 96), (128, 64), (960, 120), (8 * 17, 8)])
+def test_bags_are_as_wide_as_they_may_be_and_begin_where_the_last_one_ends(out, width):
+    assert width <= WIDEST
+    weight, x = torch.randn(out, 12), torch.randn(1, 12)
+    held = Bagged(weight)
+    assert held.weight.shape == (out // width, 12, width) and held.weight.is_contiguous()
+    for shape in ((1, 12), (3, 12)):  # a lone row by its bags, several by products
+        assert torch.allclose(held(x.expand(shape)), (x @ weight.T).expand(shape[0], -1), atol=1e-4)
+    with pytest.raises(ValueError, match="12 rows, not a multiple of 8"):
+        Bagged(torch.randn(12, 16))
+    with pytest.raises(ValueError, match="not for"):
+        Bagged(weight.bfloat16())
 
 
 def test_numbers_that_float16_cannot_hold():

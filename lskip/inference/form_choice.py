@@ -8,6 +8,7 @@ import time
 import torch
 from torch import Tensor
 
+from lskip.inference.bagged import Bagged
 from lskip.inference.convolved import Convolved
 from lskip.inference.weights import (
     EXACT_WIDTH,
@@ -19,7 +20,6 @@ from lskip.inference.weights import (
     Plain,
     Sliced,
     Split,
-    SplitTransposed,
     Transposed,
     Widened,
     hold,
@@ -69,7 +69,7 @@ def choose_form(form: str, samples: list[Tensor], mix: Mix = STEPS_AND_VERIFICAT
     if samples[0].dtype in (torch.bfloat16, torch.float16):
         # Forms round to different texts here, so that no timing may choose; in float32 texts are equal.
         return next(form for form in (Packed, Halved, Widened, Plain) if obstacle_to(form, samples[0]) is None)
-    forms = (Transposed, Split, SplitTransposed, Packed, PackedWide, Halved)
+    forms = (Transposed, Split, Bagged, Packed, PackedWide, Halved)
     if min(rows for _, rows in mix) >= BATCH_ROWS:
         forms = (*forms, Convolved)
     usable = [form for form in forms if obstacle_to(form, samples[0]) is None]

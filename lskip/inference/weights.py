@@ -159,16 +159,6 @@ class Split(Plain):
         super().__init__(in_four(weight), bias)
 
 
-class SplitTransposed(Plain):
-    """Split, each part stored [in, out / 4]."""
-
-    product, plus = staticmethod(split_product), staticmethod(split_plus)
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        """weight [out, in] is copied into the new layout; bias [out] is kept. Raises as Split does."""
-        super().__init__(in_four(weight).contiguous(), bias)
-
-
 def in_four(weight: Tensor) -> Tensor:
     """[out, in] -> a view [4, in, out / 4]; ValueError where `out` is not a multiple of four."""
     if len(weight) % 4:
