@@ -22,7 +22,7 @@ class LoadingOptions:
         weights: how they are held while decoding; auto takes what is fastest on this machine. halved: in 16 bits,
             computed in float32, where that changes no number, as for bfloat16 checkpoints.
         draft_weights: a copy of the model in int8 or int4 that may draft (int8_dynamic: states are rounded too, faster
-            on CPUs without AVX-512); null: none.
+            for several texts at a time); null: none.
         device: cpu, cuda …; auto takes a GPU where there is one.
         bit_exact: a text is the same to the bit alone, in any batch, with and without drafts, in bfloat16 too;
             costs some speed. null: in bfloat16 on a CPU that has bfloat16 products.

@@ -55,7 +55,7 @@ def make_adapter(model, num_blocks=1, joins=True, words=None, noise=0.05):
 @pytest.fixture
 def unrounded(monkeypatch):
     """Adapters keep float32, so that their drafts can be compared token by token."""
-    monkeypatch.setattr(adapter_module, "obstacle_to_rounding", lambda form, sample: "not in this test")
+    monkeypatch.setattr(adapter_module, "usable_forms", lambda forms, samples: [])
 
 
 class Turns(DraftPolicy):
@@ -250,9 +250,8 @@ def test_the_models_own_states_are_not_computed_twice():
 def test_rounded_weights_say_nearly_the_same(words, form, monkeypatch):
     model = make_damped()
     adapter = make_adapter(model, words=words)
-    others = "not in this test"
-    works = adapter_module.obstacle_to_rounding
-    monkeypatch.setattr(adapter_module, "obstacle_to_rounding", lambda f, w: works(f, w) if f is form else others)
+    usable = adapter_module.usable_forms
+    monkeypatch.setattr(adapter_module, "usable_forms", lambda forms, samples: usable([form], samples))
     step = AdapterStep(adapter)
     assert step.step.form is form
     exits, last = torch.randn(2, 1, 5, 32)

@@ -10,7 +10,7 @@ from lskip.inference.bagged import Bagged
 from lskip.inference.block_functions import block_functions
 from lskip.inference.convolved import Convolved
 from lskip.inference.lean_step import LeanStep
-from lskip.inference.quantized import DynamicInt8, Int4, Int8
+from lskip.inference.quantized import BaggedInt8, DynamicInt8, Int4, Int8
 from lskip.inference.weights import (
     EXACT_WIDTH,
     Halved,
@@ -33,6 +33,7 @@ FORMS = [
     Convolved,
     Sliced,
     Int8,
+    BaggedInt8,
     Int4,
     DynamicInt8,
     pytest.param(Halved, marks=needs_halved),

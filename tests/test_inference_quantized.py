@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lskip.command_options import DraftWeights
-from lskip.inference import TextGenerator
-from lskip.inference.quantized import DRAFT_FORMS, DynamicInt8, Int4, Int8
+from lskip.inference import TextGenerator, quantized
+from lskip.inference.quantized import DRAFT_FORMS, BaggedInt8, DynamicInt8, Int4, Int8, choose_draft_form
 from lskip.inference.weights import Plain
 
 
@@ -69,12 +69,35 @@ def test_dynamic_int8_rounds_both_sides_and_nothing_else(bias):
     assert held.nbytes == 96 * 64 + 4 * 96 * (1 + bias)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_bagged_int8_rounds_each_part_of_a_column_on_its_own(rows, bias):
+    """To 256 levels from its least to its largest number; inputs are not rounded."""
+    torch.manual_seed(0)
+    scales = torch.logspace(-3, 3, 240)[:, None]  # rows that one scale for a column would leave nothing of
+    weight, offset = torch.randn(240, 64) * scales, torch.randn(240) if bias else None
+    x, residual = torch.randn(rows, 64), torch.randn(rows, 240)
+    parts = weight.double().view(2, 120, 64)
+    low = parts.amin(1, keepdim=True)
+    scale = (parts.amax(1, keepdim=True) - low) / 255
+    rounded = (torch.round((parts - low) / scale) * scale + low).view(240, 64)
+    expected = x.double() @ rounded.T + (0 if offset is None else offset)
+    held = BaggedInt8(weight, offset)
+    # The kernel's scales are float32: by them some numbers fall to the neighbouring level.
+    off = (held(x).double() - expected).norm() / (x.double() @ (rounded - weight.double()).T).norm()
+    assert off < 0.05 and held(x).dtype == torch.float32
+    assert torch.allclose(held.add_to(residual, x), residual + held(x))
+    assert held.nbytes < 1.2 * weight.numel() + held.held[1].nbytes
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
-@pytest.mark.parametrize("draft_weights", DRAFT_FORMS)
-def test_text_is_the_models_own(tiny_model, family, draft_weights):
+@pytest.mark.parametrize("form", [form for forms in DRAFT_FORMS.values() for form in forms])
+def test_text_is_the_models_own(tiny_model, monkeypatch, family, form):
+    monkeypatch.setitem(DRAFT_FORMS, "int8", (form,))
     model = tiny_model(family, head_dim=8)
     plain = TextGenerator(model).generate([5, 6, 7], max_new_tokens=40, min_new_tokens=40)
-    generator = TextGenerator(model, draft_weights=draft_weights)
+    generator = TextGenerator(model, draft_weights="int8")
+    assert generator.draft_step.form is form
     for exit_layer in (None, 2, 4):
         for num_speculations in (1, 2, 5):
             drafted = generator.generate(
@@ -91,7 +114,7 @@ def test_text_is_the_models_own(tiny_model, family, draft_weights):
 @pytest.mark.parametrize("num_speculations", [1, 2, 4])
 def test_exact_weights_as_their_own_draft_are_always_accepted(tiny_model, monkeypatch, num_speculations):
     """A lagging or misplaced draft position would make even the same weights disagree."""
-    monkeypatch.setitem(DRAFT_FORMS, "int8", Plain)
+    monkeypatch.setitem(DRAFT_FORMS, "int8", (Plain,))
     generator = TextGenerator(tiny_model("llama"), draft_weights="int8")
     answer = generator.generate([3, 1, 4], max_new_tokens=50, min_new_tokens=50, num_speculations=num_speculations)
     assert answer.accepted == answer.drafted > 0
@@ -104,6 +127,14 @@ def test_sampled_text_does_not_depend_on_the_draft(tiny_model):
     plain = TextGenerator(model).generate([5, 6, 7], **settings)
     drafted = TextGenerator(model, draft_weights="int4").generate([5, 6, 7], num_speculations=3, **settings)
     assert drafted.token_ids == plain.token_ids
+
+
+def test_of_the_forms_of_a_name_the_fastest_that_works_is_taken(monkeypatch):
+    timed = []
+    monkeypatch.setattr(quantized, "fastest", lambda forms, samples, mix: timed.append((forms, mix)) or forms[-1])
+    assert choose_draft_form("int8", [torch.randn(32, 16)], rows=3) is BaggedInt8
+    assert choose_draft_form("int8", [torch.randn(32, 16), torch.randn(12, 16)]) is Int8  # no parts of 8
+    assert timed == [([Int8, BaggedInt8], ((1, 3),)), ([Int8], ((1, 1),))]
 
 
 def test_the_command_line_offers_what_there_is():

@@ -15,7 +15,7 @@ from lskip.inference.form_choice import STEPS_AND_VERIFICATION, choose_form, fas
 from lskip.inference.lean_blocks import obstacle, sample_weights
 from lskip.inference.lean_step import LeanStep
 from lskip.inference.module_step import ModuleStep
-from lskip.inference.quantized import DynamicInt8, Int8, obstacle_to_rounding
+from lskip.inference.quantized import DynamicInt8, Int8, usable_forms
 from lskip.inference.weights import Form, Plain
 from lskip.transfer import to_device
 
@@ -228,7 +228,6 @@ def build_adapter_step(decoder: Decoder) -> Step:
 
 def choose_adapter_form(samples: list[Tensor]) -> Form:
     """The faster kind of int8 that works on all `samples` [out, in]; Plain where none does."""
-    kinds = (DynamicInt8, Int8)
-    usable = [kind for kind in kinds if all(obstacle_to_rounding(kind, sample) is None for sample in samples)]
+    usable = usable_forms((DynamicInt8, Int8), samples)
     # It drafts a row at a time, and is shown all rows of a verification at once.
     return fastest(usable, samples, STEPS_AND_VERIFICATION) if usable else Plain

@@ -47,11 +47,16 @@ class Bagged(Plain):
         """
         if weight.dtype != torch.float32:
             raise ValueError(f"not for {weight.dtype}")
-        if len(weight) % 8:
-            raise ValueError(f"it has {len(weight)} rows, not a multiple of 8")
-        width = max(count for count in range(8, WIDEST + 1, 8) if len(weight) % count == 0)
-        super().__init__(weight.unflatten(0, (-1, width)).transpose(1, 2).contiguous(), bias)
+        super().__init__(in_parts(weight), bias)
         self.held = self.weight, bias, *bags(len(self.weight), weight.shape[1])
+
+
+def in_parts(weight: Tensor) -> Tensor:
+    """[out, in] -> [parts, in, part], as wide as parts may be; ValueError where `out` is not a multiple of 8."""
+    if len(weight) % 8:
+        raise ValueError(f"it has {len(weight)} rows, not a multiple of 8")
+    width = max(count for count in range(8, WIDEST + 1, 8) if len(weight) % count == 0)
+    return weight.unflatten(0, (-1, width)).transpose(1, 2).contiguous()
 
 
 @functools.cache

@@ -93,7 +93,9 @@ class TextGenerator:
         self.context_length = decoder.context_length
         # First, since building `step` may take the model apart.
         screen = cache(partial(screened_head, decoder))
-        self.draft_step = None if draft_weights is None else build_draft_step(decoder, draft_weights, screen)
+        self.draft_step = None
+        if draft_weights is not None:
+            self.draft_step = build_draft_step(decoder, draft_weights, screen, batch_size)
         self.adapter_step = None if exit_adapter is None else AdapterStep(exit_adapter)
         mix = mix_for(batch_size, rounded=draft_weights is not None, adapter=exit_adapter is not None)
         self.step = build_step(decoder, weights, release_model, mix, bit_exact, compiled, screen)

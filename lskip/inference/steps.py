@@ -8,7 +8,7 @@ import torch
 
 from lskip.decoder import Decoder
 from lskip.inference.engine import Step
-from lskip.inference.form_choice import Mix, choose_exact_form, choose_form, exact_by_default
+from lskip.inference.form_choice import MOST_ROWS, Mix, choose_exact_form, choose_form, exact_by_default
 from lskip.inference.lean_blocks import obstacle, sample_weights
 from lskip.inference.lean_step import LeanStep, hold_head
 from lskip.inference.module_step import ModuleStep
@@ -55,15 +55,18 @@ def build_step(
 
 
 def build_draft_step(
-    decoder: Decoder, draft_weights: str, screen: Callable[[], ScreenedHead | None] = lambda: None
+    decoder: Decoder, draft_weights: str, screen: Callable[[], ScreenedHead | None] = lambda: None, batch_size: int = 1
 ) -> LeanStep:
     """The blocks again, in rounded weights. What `screen` makes is the head too.
+
+    Args:
+        batch_size: texts that are decoded together.
 
     Raises:
         ValueError: `draft_weights` is unknown or does not work here, or the lean step does not cover the model.
     """
     if (reason := obstacle(decoder)) is not None:
         raise ValueError(f"draft_weights: {draft_weights!r} is not for this model ({reason}); leave it out")
-    form = choose_draft_form(draft_weights, sample_weights(decoder))
+    form = choose_draft_form(draft_weights, sample_weights(decoder), min(batch_size, MOST_ROWS))
     screened = screen()  # after all that may be refused
     return LeanStep(decoder, form, head=screened or hold_head(HEAD_FORMS.get(form, form), decoder), screen=screened)
