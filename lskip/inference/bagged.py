@@ -7,21 +7,20 @@ import functools
 import torch
 from torch import Tensor
 
-from lskip.inference.weights import Plain
+from lskip.inference.weights import Plain, split_product
 
 WIDEST = 120  # numbers of an embedding: more do not fit into the 16 registers of AVX2 beside what else is there
 
 
 def bagged_product(x: Tensor, held: tuple[Tensor, Tensor | None, Tensor, Tensor]) -> Tensor:
     parts, bias, rows, starts = held
-    if x.size(0) == 1:
-        share = x.expand(parts.size(0), -1).flatten()
-        sums, _, _, _ = torch.embedding_bag(
-            parts.flatten(0, 1), rows, starts, scale_grad_by_freq=False, mode=0, sparse=False, per_sample_weights=share
-        )
-        product = sums.view(1, -1)
-    else:
-        product = torch.bmm(x.expand(parts.size(0), -1, -1), parts).transpose(0, 1).reshape(x.size(0), -1)
+    if x.size(0) > 1:
+        return split_product(x, (parts, bias))
+    share = x.expand(parts.size(0), -1).flatten()
+    sums, _, _, _ = torch.embedding_bag(
+        parts.flatten(0, 1), rows, starts, scale_grad_by_freq=False, mode=0, sparse=False, per_sample_weights=share
+    )
+    product = sums.view(1, -1)
     return product if bias is None else product + bias
 
 
@@ -34,7 +33,7 @@ class Bagged(Plain):
 
     A lone row's product with a part is a sum of its rows, weighted: a bag of embeddings. FBGEMM's kernel for these
     keeps the sum in registers while it reads the part from its first number to its last, and fetches ahead. Several
-    rows take torch.bmm.
+    rows go by torch.bmm, as with Split.
     """
 
     product, plus = staticmethod(bagged_product), staticmethod(bagged_plus)

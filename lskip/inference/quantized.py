@@ -82,8 +82,8 @@ class Int8(Plain):
 class BaggedInt8(Plain):
     """A scale and a zero point for each part of a column, as Bagged has them; inputs and products in float32. CPU.
 
-    Of the tokens of a model that never was in 4 bits it gets a third as many wrong as DynamicInt8, in about the same
-    time for one row; each further one takes half as long again.
+    It gets about half as many tokens wrong as DynamicInt8, in about the same time for one row; each further one takes
+    half as long again.
     """
 
     inner_dtype = torch.float32
