@@ -156,14 +156,9 @@ class Split(Plain):
         Raises:
             ValueError: `out` is not a multiple of four.
         """
-        super().__init__(in_four(weight), bias)
-
-
-def in_four(weight: Tensor) -> Tensor:
-    """[out, in] -> a view [4, in, out / 4]; ValueError where `out` is not a multiple of four."""
-    if len(weight) % 4:
-        raise ValueError(f"it has {len(weight)} rows, not a multiple of 4")
-    return weight.view(4, -1, weight.shape[1]).transpose(1, 2)
+        if len(weight) % 4:
+            raise ValueError(f"it has {len(weight)} rows, not a multiple of 4")
+        super().__init__(weight.view(4, -1, weight.shape[1]).transpose(1, 2), bias)
 
 
 class Packed(Plain):
