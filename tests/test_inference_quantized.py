@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from lskip.command_options import DraftWeights
+from lskip.decoder import Decoder
 from lskip.inference import TextGenerator, quantized
+from lskip.inference.lean_blocks import sample_weights
 from lskip.inference.quantized import DRAFT_FORMS, BaggedInt8, DynamicInt8, Int4, Int8, choose_draft_form
-from lskip.inference.weights import Plain
+from lskip.inference.weights import Mixed, Plain
 
 
 def by_hand(form, weight):
@@ -129,12 +131,27 @@ def test_sampled_text_does_not_depend_on_the_draft(tiny_model):
     assert drafted.token_ids == plain.token_ids
 
 
-def test_of_the_forms_of_a_name_the_fastest_that_works_is_taken(monkeypatch):
+def test_of_the_forms_of_a_name_the_fastest_that_work_are_taken(monkeypatch):
     timed = []
-    monkeypatch.setattr(quantized, "fastest", lambda forms, samples, mix: timed.append((forms, mix)) or forms[-1])
-    assert choose_draft_form("int8", [torch.randn(32, 16)], rows=3) is BaggedInt8
-    assert choose_draft_form("int8", [torch.randn(32, 16), torch.randn(12, 16)]) is Int8  # no parts of 8
-    assert timed == [([Int8, BaggedInt8], ((1, 3),)), ([Int8], ((1, 1),))]
+    choose = lambda forms, samples, mix: timed.append((forms, mix)) or forms[-1]  # noqa: E731
+    monkeypatch.setattr(quantized, "fastest_by_shape", choose)
+    assert choose_draft_form("int4", [torch.randn(32, 32)], rows=3) is BaggedInt8
+    assert choose_draft_form("int4", [torch.randn(32, 32), torch.randn(12, 32)]) is Int4  # no parts of 8
+    assert timed == [([Int4, BaggedInt8], ((1, 3),)), ([Int4], ((1, 1),))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shapes_may_be_held_in_forms_of_their_own(tiny_model, monkeypatch, dtype):
+    model = tiny_model("qwen2").to(dtype)  # its q, k and v have biases
+    plain = TextGenerator(model, bit_exact=True).generate([5, 6, 7], max_new_tokens=30, min_new_tokens=30)
+    for forms in ((Int4, BaggedInt8), (BaggedInt8, Int4)):
+        mixed = Mixed({tuple(samples.shape): forms[0] for samples in sample_weights(Decoder(model))[::2]}, forms[1])
+        monkeypatch.setattr(quantized, "fastest_by_shape", lambda *_, mixed=mixed: mixed)
+        generator = TextGenerator(model, draft_weights="int4", bit_exact=True)
+        assert {type(matrix) for matrix in generator.draft_step.blocks[0].matrices} == {Int4, BaggedInt8}
+        assert type(generator.draft_step.head) is Int8
+        drafted = generator.generate([5, 6, 7], max_new_tokens=30, min_new_tokens=30, num_speculations=3)
+        assert drafted.token_ids == plain.token_ids and drafted.accepted > 0
 
 
 def test_the_command_line_offers_what_there_is():

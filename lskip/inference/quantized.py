@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lskip.inference.bagged import bags, in_parts
-from lskip.inference.form_choice import fastest
+from lskip.inference.form_choice import fastest_by_shape
 from lskip.inference.weights import Form, Plain, scripted
 
 GROUP = 32  # weights of a row that share a scale in int4
@@ -153,13 +153,14 @@ class Int4(Plain):
         self.held = packed, scale_and_zero, GROUP, len(weight), None if bias is None else bias.to(KERNEL_DTYPE)
 
 
-DRAFT_FORMS = {"int8": (Int8, BaggedInt8), "int4": (Int4,), "int8_dynamic": (DynamicInt8,)}
+# What bears the name, and what holds a shape of matrix in its place where that is faster (bags lose less than 4 bits).
+DRAFT_FORMS = {"int8": (Int8, BaggedInt8), "int4": (Int4, BaggedInt8), "int8_dynamic": (DynamicInt8,)}
 # The head decides between close logits: in 4 bits it costs a fifth of the accepted tokens, in 8 next to nothing.
-HEAD_FORMS = {Int4: Int8}  # where it is not the form of the blocks
+HEAD_FORMS = {"int4": Int8}  # where it is not the form of the blocks
 
 
 def choose_draft_form(form: str, samples: list[Tensor], rows: int = 1) -> Form:
-    """The class for `form`, a name in DRAFT_FORMS: of those that work on `samples` [out, in] the fastest.
+    """The class for `form`, a name in DRAFT_FORMS, or the fastest ones by shape, as timed on `samples` [out, in].
 
     Args:
         rows: texts that are decoded together.
@@ -169,12 +170,10 @@ def choose_draft_form(form: str, samples: list[Tensor], rows: int = 1) -> Form:
     """
     if form not in DRAFT_FORMS:
         raise ValueError(f"draft_weights: {form!r} is not one of {', '.join(DRAFT_FORMS)}")
-    forms = DRAFT_FORMS[form]
-    usable = usable_forms(forms, samples)
-    if not usable:
-        reason = next(filter(None, (obstacle_to_rounding(forms[0], sample) for sample in samples)))
+    named, *others = DRAFT_FORMS[form]
+    if reason := next(filter(None, (obstacle_to_rounding(named, sample) for sample in samples)), None):
         raise ValueError(f"draft_weights: {form!r} does not work here ({reason}); leave it out")
-    return fastest(usable, samples, ((1, rows),))
+    return fastest_by_shape([named, *usable_forms(others, samples)], samples, ((1, rows),))
 
 
 def usable_forms(forms: Sequence[type[Plain]], samples: list[Tensor]) -> list[type[Plain]]:

@@ -69,4 +69,5 @@ def build_draft_step(
         raise ValueError(f"draft_weights: {draft_weights!r} is not for this model ({reason}); leave it out")
     form = choose_draft_form(draft_weights, sample_weights(decoder), min(batch_size, MOST_ROWS))
     screened = screen()  # after all that may be refused
-    return LeanStep(decoder, form, head=screened or hold_head(HEAD_FORMS.get(form, form), decoder), screen=screened)
+    head = screened or hold_head(HEAD_FORMS.get(draft_weights, form), decoder)
+    return LeanStep(decoder, form, head=head, screen=screened)
