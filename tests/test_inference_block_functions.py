@@ -9,6 +9,7 @@ from lskip.inference import TextGenerator
 from lskip.inference.bagged import Bagged
 from lskip.inference.block_functions import block_functions
 from lskip.inference.convolved import Convolved
+from lskip.inference.lean_blocks import Stack
 from lskip.inference.lean_step import LeanStep
 from lskip.inference.quantized import BaggedInt8, DynamicInt8, Int4, Int8
 from lskip.inference.weights import (
@@ -59,16 +60,19 @@ def test_torchscript_changes_no_bit(tiny_model, tiny_convolutions, family, form)
     for parameter in model.parameters():
         parameter.data = parameter.bfloat16().float()  # what Halved can hold
     step = LeanStep(Decoder(model), form, width=width)
-    inside = [block._functions for block in step.blocks]
-    assert all(isinstance(function, torch.jit.ScriptFunction) for functions in inside for function in functions)
+    inside, stack = [block.functions for block in step.blocks], step.stack
+    assert all(isinstance(each, torch.jit.ScriptFunction) for block in step.blocks for each in block.functions[1:])
+    assert [type(run) for _, _, run in stack._runs] == [torch.jit.RecursiveScriptModule]
     with torch.inference_mode():
         for starts, rows in (([0], 6), ([6], 1), ([5], 3), ([7], 1), ([3, 0, 5], 1), ([4, 1, 0], 4)):
             fast = [states_after(step, starts, rows) for _ in range(4)]
             for block in step.blocks:
-                block._functions = block_functions(tuple(map(type, block.matrices)), without_python=False)
+                block.functions = block_functions(tuple(map(type, block.matrices)), without_python=False)
+            step.stack = Stack(step.blocks)
             slow = states_after(step, starts, rows)
+            step.stack = stack
             for block, functions in zip(step.blocks, inside, strict=True):
-                block._functions = functions
+                block.functions = functions
             for x, cache in fast:
                 assert torch.equal(x, slow[0])
                 assert all(map(torch.equal, cache, slow[1]))
@@ -87,7 +91,8 @@ def test_without_torchscript_the_text_is_the_same(tiny_model, monkeypatch):
     scripted.cache_clear(), block_functions.cache_clear()
     try:
         generator, token_ids = write()
-        assert not isinstance(generator.step.blocks[0]._functions.run, torch.jit.ScriptFunction)
+        assert not isinstance(generator.step.blocks[0].functions.project, torch.jit.ScriptFunction)
+        assert not any(isinstance(run, torch.jit.ScriptModule) for _, _, run in generator.step.stack._runs)
         assert token_ids == expected
     finally:
         scripted.cache_clear(), block_functions.cache_clear()

@@ -56,12 +56,14 @@ class Part(NamedTuple):
         target: where keys and values go: a lone lane's [n, 2 KV, head_dim], or all places of all lanes [.., head_dim].
         written: [A n, 2 KV], which of all places; None: all that `target` has.
         keys, values: [A, KV, K, head_dim].
+        mask: what of them it hides: [A, 1, G n, K], added to the scores; None: nothing.
     """
 
     target: Tensor
     written: Tensor | None
     keys: Tensor
     values: Tensor
+    mask: Tensor | None
 
 
 def write(qkv: Tensor, target: Tensor, written: Tensor | None) -> None:
@@ -139,11 +141,12 @@ class Attention:
         for window in set(windows):
             low, lanes = span.views[window].low, len(span.starts)
             both = states[:, :lanes, :, :, low : span.stop]
-            seen[window] = both[:, :, 0].unbind(), both[:, :, 1].unbind()
-        return [
-            Part(target, written, seen[window][0][block], seen[window][1][block])
-            for block, (target, window) in enumerate(zip(targets, windows, strict=True))
-        ]
+            seen[window] = both[:, :, 0].unbind(), both[:, :, 1].unbind(), span.views[window].mask
+        parts = []
+        for block, (target, window) in enumerate(zip(targets, windows, strict=True)):
+            keys, values, mask = seen[window]
+            parts.append(Part(target, written, keys[block], values[block], mask))
+        return parts
 
 
 class StaticAttention(Attention):
@@ -175,10 +178,9 @@ class AlignedAttention(Attention):
         mask = hiding(distance, window, self.dtype)
         return View(0, mask.expand(self.heads.group, -1, -1).flatten(0, 1)[None, None])
 
-    def attend(self, queries: Tensor, part: Part, span: Span, window: int | None) -> Tensor:
+    def attend(self, queries: Tensor, part: Part, span: Span) -> Tensor:
         """queries [A n, H, head_dim] -> [A n, H head_dim], over what `part` already holds of the rows."""
         output = queries.new_empty(len(queries), queries[0].numel())
-        mask = span.views[window].mask
         for lane, start in enumerate(span.starts):
             for group in range(start // self.width, (start + span.rows - 1) // self.width + 1):
                 begin, end = max(start, group * self.width), min(start + span.rows, (group + 1) * self.width)
@@ -188,7 +190,8 @@ class AlignedAttention(Attention):
                 padded[within] = queries[here]
                 stop = (group + 1) * self.width
                 keys, values = part.keys[lane : lane + 1, :, :stop], part.values[lane : lane + 1, :, :stop]
-                output[here] = attend(padded, keys, values, mask[..., -stop:], 1, self.width, self.heads.scale)[within]
+                mask = part.mask[..., -stop:]
+                output[here] = attend(padded, keys, values, mask, 1, self.width, self.heads.scale)[within]
         return output
 
 

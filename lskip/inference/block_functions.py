@@ -14,10 +14,12 @@ from typing import NamedTuple, get_type_hints
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from lskip.inference.attention import attend, turn, write
-from lskip.inference.weights import Form, scripted
+from lskip.inference.attention import Part, attend, turn, write
+from lskip.inference.weights import Form, in_torchscript, scripted
+
+PartOfCache = tuple[(*get_type_hints(Part).values(),)]  # TorchScript cannot read Part's own annotations
 
 
 class BlockFunctions(NamedTuple):
@@ -30,13 +32,13 @@ class BlockFunctions(NamedTuple):
         qkv, output, gate_up and down, as their forms hold them.
 
     Attributes:
-        run: (x, turns, target, written, keys, values, mask, lanes, block) -> x + attention + MLP, over a Part of the
-            cache and behind a mask [A, 1, G n, K].
+        stack: blocks -> ((x, turns, parts, lanes, first) -> x through as many of them from `first` on as there are
+            Parts of the cache: x + attention + MLP).
         project: (x, turns, block) -> [A n, H + 2 KV, head_dim], queries and keys normed (Qwen3) and turned.
         finish: (x, attended [A n, H head_dim], block) -> x + attended through `output`, + MLP.
     """
 
-    run: Callable
+    stack: Callable
     project: Callable
     finish: Callable
 
@@ -71,26 +73,31 @@ def block_functions(forms: tuple[Form, Form, Form, Form], without_python: bool) 
         gate, up = gate_up_product(norm(x, mlp_norm, floor, eps).to(inner_dtype), gate_up).chunk(2, -1)
         return plus_down(x, silu(gate, width) * up, down)
 
-    def run(
-        x: Tensor,
-        turns: Tensor,
-        target: Tensor,
-        written: Tensor | None,
-        keys: Tensor,
-        values: Tensor,
-        mask: Tensor | None,
-        lanes: int,
-        block: Block,
-    ) -> Tensor:
+    def run(x: Tensor, turns: Tensor, part: PartOfCache, lanes: int, block: Block) -> Tensor:
         block = torch.jit.annotate(Block, block)
+        target, written, keys, values, mask = part
         queries, _, _, scale = block[0][0]
         qkv = project(x, turns, block)
         write(qkv, target, written)
         attended = attend(qkv[:, :queries], keys, values, mask, lanes, qkv.size(0) // lanes, scale)
         return finish(x, attended, block)
 
-    functions = run, project, finish
-    return BlockFunctions(*(map(scripted, functions) if without_python else functions))
+    class Stack(nn.Module):
+        """What a module has TorchScript knows; what it is given, a block at each call, would be looked through."""
+
+        def __init__(self, blocks: list[Block]):
+            super().__init__()
+            self.blocks = blocks
+
+        def forward(self, x: Tensor, turns: Tensor, parts: list[PartOfCache], lanes: int, first: int) -> Tensor:
+            for index, part in enumerate(parts):
+                x = run(x, turns, part, lanes, self.blocks[first + index])
+            return x
+
+    Stack.__annotations__["blocks"] = list[Block]
+    if not without_python:
+        return BlockFunctions(Stack, project, finish)
+    return BlockFunctions(lambda blocks: in_torchscript(Stack(blocks)), scripted(project), scripted(finish))
 
 
 def as_written():

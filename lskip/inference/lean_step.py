@@ -11,7 +11,7 @@ from lskip.inference.attention import AlignedAttention, Attention, Heads, Rotary
 from lskip.inference.block_functions import as_written, widen
 from lskip.inference.cache import KVCache
 from lskip.inference.engine import Bar, Likeliest
-from lskip.inference.lean_blocks import Block, Norm, obstacle
+from lskip.inference.lean_blocks import Block, Norm, Stack, obstacle
 from lskip.inference.rolling import RollingAttention, RollingCache, rolls
 from lskip.inference.rotation import AsTheyAre, Rotation, Turned
 from lskip.inference.screened_head import ScreenedHead
@@ -94,6 +94,7 @@ class LeanStep:
             self.blocks.append(block)
             if release:
                 layers[index] = nn.Identity()
+        self.stack = Stack(self.blocks)
 
     def new_cache(self, lanes: int, slots: int) -> KVCache:
         """A cache for texts of up to `slots` positions.
@@ -157,14 +158,12 @@ class LeanStep:
         """As many blocks from `first` on as `states` has parts."""
         blocks, attention = self.blocks[first : first + len(states)], self._attention_over(states)
         parts = attention.parts(states, span, [block.window for block in blocks])
+        if self.width == 1:
+            return self.stack(rows, turns, parts, len(span.starts), first)
         for block, part in zip(blocks, parts, strict=True):
-            if self.width == 1:
-                rows = block(rows, turns, part, span.views[block.window].mask, len(span.starts))
-            else:
-                qkv = block.project(rows, turns)
-                write(qkv, part.target, part.written)
-                attended = attention.attend(qkv[:, : self.heads.queries], part, span, block.window)
-                rows = block.finish(rows, attended)
+            qkv = block.project(rows, turns)
+            write(qkv, part.target, part.written)
+            rows = block.finish(rows, attention.attend(qkv[:, : self.heads.queries], part, span))
         return rows
 
     def _attention_over(self, states: Tensor | list[Tensor]) -> Attention:

@@ -93,10 +93,11 @@ class RollingAttention(Attention):
         lanes, stop = len(span.starts), max(span.starts) + span.rows
         rows = positions(span.starts, span.rows, self.device)
         written, parts = {}, []
-        for part in states:
+        for part, window in zip(states, windows, strict=True):
             size = part.shape[3]
             if size not in written:
                 written[size] = places_of(rows % size, 2 * self.heads.keys, size)
             keys, values = part[:lanes, :, :, : min(stop, size)].unbind(1)
-            parts.append(Part(part.view(-1, part.shape[-1]), written[size], keys, values))
+            target, mask = part.view(-1, part.shape[-1]), span.views[window].mask
+            parts.append(Part(target, written[size], keys, values, mask))
         return parts

@@ -88,10 +88,15 @@ def halved_plus(
 
 @functools.cache
 def scripted(function: Callable) -> Callable:
-    """`function` in TorchScript; itself where this torch or Python no longer has that (torch calls it deprecated).
+    """`function` in TorchScript, made once.
 
     From Python an operation costs microseconds before it begins, one on a matrix that FBGEMM has packed 30.
     """
+    return in_torchscript(function)
+
+
+def in_torchscript(function: Callable) -> Callable:
+    """A function or a module in TorchScript, which torch calls deprecated; itself where it no longer has that."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
