@@ -62,6 +62,7 @@ def test_bags_are_as_wide_as_they_may_be_and_begin_where_the_last_one_ends(out, 
     weight, x = torch.randn(out, 12), torch.randn(1, 12)
     held = Bagged(weight)
     assert held.weight.shape == (out // width, 12, width) and held.weight.is_contiguous()
+    assert held.nbytes == weight.nbytes and Bagged(weight, weight[:, 0]).nbytes == weight.nbytes + 4 * out
     for shape in ((1, 12), (3, 12)):  # a lone row by its bags, several by products
         assert torch.allclose(held(x.expand(shape)), (x @ weight.T).expand(shape[0], -1), atol=1e-4)
     with pytest.raises(ValueError, match="12 rows, not a multiple of 8"):

@@ -49,6 +49,11 @@ class Bagged(Plain):
         super().__init__(in_parts(weight), bias)
         self.held = self.weight, bias, *bags(len(self.weight), weight.shape[1])
 
+    @property
+    def nbytes(self) -> int:
+        """Without the bags, which all matrices of a shape share."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
 
 def in_parts(weight: Tensor) -> Tensor:
     """[out, in] -> [parts, in, part], as wide as parts may be; ValueError where `out` is not a multiple of 8."""

@@ -62,9 +62,10 @@ class TextGenerator:
             tokenizer: None: prompts are token ids, and the text stays empty.
             weights: how they are held: "plain"; "packed", "transposed" or "halved" (for the CPU); or "auto": what is
                 fastest on this machine (on a CPU without bfloat16 products bfloat16 is computed in float32).
-            draft_weights: "int8", "int4" or "int8_dynamic": drafts come from a rounded copy of the blocks (of all of
-                them where no exit_layer is named) and are verified by the model's own weights, so that the text is the
-                same. Needs no training; CPU only. None: drafts come from the model's own first layers.
+            draft_weights: "int8", "int4" (in 8 bits where these are the faster) or "int8_dynamic": drafts come from a
+                rounded copy of the blocks (of all of them where no exit_layer is named) and are verified by the model's
+                own weights, so that the text is the same. Needs no training; CPU only. None: drafts come from the
+                model's own first layers.
             release_model: free the model's blocks while converting. The model is of no use afterwards.
             bit_exact: a text's logits are the same bits alone, in any batch, with and without speculation, in
                 bfloat16 too. Costs 15 to 22 % of the speed. False: texts are equal in float32 up to ties within

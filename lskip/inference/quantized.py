@@ -93,7 +93,13 @@ class BaggedInt8(Plain):
         """weight [out, in] is rounded, `out` a multiple of 8 (ValueError else); bias [out] is kept, as float32."""
         parts = in_parts(weight.float())
         table = torch.ops.quantized.embedding_bag_byte_prepack(parts.flatten(0, 1))
-        self.held = table, *bags(len(parts), weight.shape[1]), len(parts), None if bias is None else bias.float()
+        self.bias = None if bias is None else bias.float()
+        self.held = table, *bags(len(parts), weight.shape[1]), len(parts), self.bias
+
+    @property
+    def nbytes(self) -> int:
+        """Without the bags, which all matrices of a shape share."""
+        return self.held[0].nbytes + (0 if self.bias is None else self.bias.nbytes)
 
 
 class DynamicInt8(Plain):
