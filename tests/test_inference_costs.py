@@ -236,6 +236,26 @@ def test_waits_for_a_device_around_each_timing(clock, monkeypatch):
     assert waits == [step.device] * 3 * (len(step.log) - calls)
 
 
+class StepWithLogits(FakeStep):
+    """Finds the likeliest token by logits, half of the head's time in making them and half in looking through them."""
+
+    def likeliest(self, x):
+        return None
+
+    def decode(self, x):
+        self.clock.now += self.head / 2
+        return self
+
+    def argmax(self, dim):
+        assert dim == -1
+        self.clock.now += self.head / 2
+
+
+def test_choosing_a_token_is_part_of_the_heads_time(clock):
+    costs = measure_costs(StepWithLogits(clock, 1e-4, 1e-5, 3e-4))
+    assert costs.model.head == pytest.approx([3e-4] * len(ROWS))
+
+
 @pytest.mark.parametrize("make_step", [lambda decoder: LeanStep(decoder, Plain), ModuleStep])
 def test_measures_real_steps(tiny_model, make_step):
     step = make_step(Decoder(tiny_model("llama")))

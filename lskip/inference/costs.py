@@ -32,7 +32,7 @@ class RowCosts:
     Attributes:
         rows: measured numbers of rows, ascending.
         block: seconds of one block over so many rows (the mean over all blocks).
-        head: seconds of final norm and head over so many rows, as far as a greedy text needs them.
+        head: seconds of final norm, head and the likeliest token over so many rows.
     """
 
     rows: tuple[int, ...]
@@ -57,7 +57,7 @@ class RowCosts:
         return self._between(self.block, rows)
 
     def head_seconds(self, rows: int) -> float:
-        """Final norm and head over `rows` rows."""
+        """Final norm, head and the likeliest token over `rows` rows."""
         return self._between(self.head, rows)
 
     def _between(self, seconds: tuple[float, ...], rows: int) -> float:
@@ -285,7 +285,7 @@ class Timer:
         middle = self._now()
         # Not of what the blocks made: behind an empty cache that is like no text, and all tokens about as likely.
         if step.likeliest(x) is None:
-            step.decode(x)
+            step.decode(x).argmax(-1)  # which `likeliest` has done
         return middle - begin, self._now() - middle
 
     def medians(self) -> RowCosts:
