@@ -15,6 +15,7 @@ from lskip.inference.quantized import BaggedInt8, DynamicInt8, Int4, Int8
 from lskip.inference.weights import (
     EXACT_WIDTH,
     Halved,
+    Mixed,
     Packed,
     PackedWide,
     Plain,
@@ -76,6 +77,30 @@ def test_torchscript_changes_no_bit(tiny_model, tiny_convolutions, family, form)
             for x, cache in fast:
                 assert torch.equal(x, slow[0])
                 assert all(map(torch.equal, cache, slow[1]))
+
+
+class PlainOrTransposed(Mixed):
+    """As where a single matrix cannot be held as the others are."""
+
+    def __call__(self, weight, bias=None):
+        return (Plain if weight[0, 0] > 0 else Transposed)(weight, bias)
+
+
+def test_blocks_need_not_be_held_alike(tiny_model):
+    model = tiny_model("llama", num_hidden_layers=5)
+    decoder = Decoder(model)
+    for layer, sign in zip(decoder.blocks, (1, 1, -1, -1, 1), strict=True):
+        for name, parameter in layer.named_parameters():
+            if name.endswith("proj.weight"):
+                parameter.data[0, 0] = sign * parameter.data[0, 0].abs()
+    mixed, plain = LeanStep(decoder, PlainOrTransposed({}, Plain)), LeanStep(decoder, Plain)
+    assert [run[:2] for run in mixed.stack._runs] == [(0, 2), (2, 4), (4, 5)]
+    for first in range(5):
+        for last in range(first, 6):
+            torch.manual_seed(0)
+            x = torch.randn(2, 3, mixed.hidden_size)
+            ends = [step.run(x, step.new_cache(2, 8), [0, 2], first, last) for step in (mixed, plain)]
+            torch.testing.assert_close(*ends)
 
 
 def test_without_torchscript_the_text_is_the_same(tiny_model, monkeypatch):

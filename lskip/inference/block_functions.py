@@ -82,8 +82,8 @@ def block_functions(forms: tuple[Form, Form, Form, Form], without_python: bool) 
         attended = attend(qkv[:, :queries], keys, values, mask, lanes, qkv.size(0) // lanes, scale)
         return finish(x, attended, block)
 
-    class Stack(nn.Module):
-        """What a module has TorchScript knows; what it is given, a block at each call, would be looked through."""
+    class AlikeBlocks(nn.Module):
+        """A module, since what that has TorchScript knows; what it is given it looks through, at each call."""
 
         def __init__(self, blocks: list[Block]):
             super().__init__()
@@ -94,10 +94,10 @@ def block_functions(forms: tuple[Form, Form, Form, Form], without_python: bool) 
                 x = run(x, turns, part, lanes, self.blocks[first + index])
             return x
 
-    Stack.__annotations__["blocks"] = list[Block]
+    AlikeBlocks.__annotations__["blocks"] = list[Block]
     if not without_python:
-        return BlockFunctions(Stack, project, finish)
-    return BlockFunctions(lambda blocks: in_torchscript(Stack(blocks)), scripted(project), scripted(finish))
+        return BlockFunctions(AlikeBlocks, project, finish)
+    return BlockFunctions(lambda blocks: in_torchscript(AlikeBlocks(blocks)), scripted(project), scripted(finish))
 
 
 def as_written():
