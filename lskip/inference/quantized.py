@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lskip.inference.bagged import bags, in_parts
+from lskip.inference.bagged import Bagged, bags, in_parts
 from lskip.inference.form_choice import fastest_by_shape
 from lskip.inference.weights import Form, Plain, scripted
 
@@ -88,18 +88,14 @@ class BaggedInt8(Plain):
 
     inner_dtype = torch.float32
     product, plus = staticmethod(bagged_int8_product), staticmethod(bagged_int8_plus)
+    nbytes = Bagged.nbytes
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         """weight [out, in] is rounded, `out` a multiple of 8 (ValueError else); bias [out] is kept, as float32."""
         parts = in_parts(weight.float())
         table = torch.ops.quantized.embedding_bag_byte_prepack(parts.flatten(0, 1))
-        self.bias = None if bias is None else bias.float()
+        self.weight, self.bias = table, None if bias is None else bias.float()
         self.held = table, *bags(len(parts), weight.shape[1]), len(parts), self.bias
-
-    @property
-    def nbytes(self) -> int:
-        """Without the bags, which all matrices of a shape share."""
-        return self.held[0].nbytes + (0 if self.bias is None else self.bias.nbytes)
 
 
 class DynamicInt8(Plain):
