@@ -70,7 +70,7 @@ PACK = torch.ops.mkldnn._reorder_linear_weight
 
 @pytest.mark.parametrize("broken", [refuse, lambda weight, rows: PACK(torch.zeros_like(weight), rows)])
 def test_auto_falls_back_to_plain_and_packed_says_why(tiny_model, monkeypatch, broken):
-    model = tiny_model("llama")
+    model = tiny_model("llama", vocab_size=320)  # a multiple of 8, as Bagged wants it
     truth = TextGenerator(model, weights="plain").generate([5, 6, 7], max_new_tokens=10).token_ids
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", broken)
     generator = TextGenerator(model)
@@ -131,8 +131,19 @@ def test_a_form_is_chosen_for_the_rows_that_will_be(tiny_model, monkeypatch):
     assert mix_for(20) == ((6, 20), (1, 20)) and mix_for(1000) == ((6, 64), (1, 64))
 
 
+def test_a_form_is_tried_on_the_head_unless_it_is_large(tiny_model, monkeypatch):
+    tried = []
+    monkeypatch.setattr(steps, "choose_form", lambda weights, samples, mix: tried.append(samples) or Plain)
+    model = tiny_model("llama")
+    TextGenerator(model)
+    monkeypatch.setattr(steps, "LARGEST_TRIED", model.lm_head.weight.nbytes - 1)
+    TextGenerator(model)
+    with_head, without = tried
+    assert with_head[-1].data_ptr() == model.lm_head.weight.data_ptr() and len(with_head) == len(without) + 1
+
+
 def test_convolutions_are_tried_for_batches_alone(tiny_convolutions, monkeypatch):
-    monkeypatch.setattr(form_choice, "fastest_by_shape", lambda forms, samples, mix: forms)
+    monkeypatch.setattr(form_choice, "fastest_by_shape", lambda forms, *_, **__: forms)
     samples = [torch.randn(16, 8)]
     if (reason := obstacle_to(Convolved, samples[0])) is not None:
         pytest.skip(reason)
@@ -162,7 +173,7 @@ def test_a_batch_decodes_convolved_to_the_same_text(tiny_model, tiny_convolution
         lambda forms, samples, mix: {form: [seconds.get(form, 2.0)] * len(samples) for form in forms},
     )
     generator = TextGenerator(model, batch_size=4)
-    assert generator.step.form is Convolved
+    assert generator.step.form.__name__ == "Convolved"
     prompts = [[5, 6, 7], [8], list(range(1, 40)), [9, 10], [11, 12, 13, 14]]
     for settings in ({}, {"exit_layer": 2, "num_speculations": 3}):
         written = dict(generator.generate_batch(prompts, batch_size=4, max_new_tokens=20, **settings))
@@ -205,6 +216,10 @@ def test_each_shape_gets_its_fastest_form():
     form = fastest_by_shape([slow_at_8, slow_at_16], samples, mix)
     assert [type(form(sample)) for sample in samples] == [slow_at_16, slow_at_8, slow_at_16]
     assert type(form(torch.randn(4, 4))) is slow_at_16  # the faster one over all
+    form = fastest_by_shape([slow_at_8, slow_at_16], samples, mix, otherwise=slow_at_8)
+    assert [type(form(sample)) for sample in (*samples[:2], torch.randn(4, 4))] == [slow_at_16, slow_at_8, slow_at_8]
+    form = fastest_by_shape([slow_at_8, slow_at_16], samples, mix, otherwise=Plain)  # not one of them
+    assert type(form(torch.randn(4, 4))) is slow_at_16
     assert (form.lone_row_width, form.rounds_inputs, form.inner_dtype) == (1, False, None)
     assert fastest_by_shape([Plain, slow_at_8], samples, mix) is Plain
 

@@ -92,6 +92,15 @@ def test_few_tokens_are_left_or_it_says_so():
     assert head.likeliest(torch.full((1, 1, SIZE), torch.nan)) is None
 
 
+def test_however_many_are_left_few_are_copied_at_once(monkeypatch):
+    monkeypatch.setattr(module, "COPIED_AT_ONCE", 10)
+    weight, x = head_and_states("flat")
+    head, seen = ScreenedHead(weight), []
+    head.weight = Watched(weight, seen)
+    assert head.likeliest(x[None]).ids[0].tolist() == (x @ weight.T).argmax(1).tolist()
+    assert len(seen) > 2 and max(map(len, seen)) == 10
+
+
 class Watched:
     """A head's matrix that notes which of its rows are read."""
 

@@ -71,6 +71,16 @@ def test_bags_are_as_wide_as_they_may_be_and_begin_where_the_last_one_ends(out, 
         Bagged(weight.bfloat16())
 
 
+def test_what_neither_its_form_nor_packing_can_hold_is_plain(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("no oneDNN")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
+    weight, bias, x = torch.randn(9, 16).bfloat16(), torch.randn(9).bfloat16(), torch.randn(3, 16)
+    held = hold(Split, weight, bias)
+    assert torch.allclose(held(x), x @ weight.float().T + bias.float(), atol=1e-5)
+
+
 def test_numbers_that_float16_cannot_hold():
     numbers = torch.randn(16, 16).bfloat16().float()
     assert power_to_halve(torch.zeros(16, 16)) is not None and power_to_halve(numbers) is not None

@@ -73,7 +73,7 @@ def choose_form(form: str, samples: list[Tensor], mix: Mix = STEPS_AND_VERIFICAT
     if min(rows for _, rows in mix) >= BATCH_ROWS:
         forms = (*forms, Convolved)
     usable = [form for form in forms if obstacle_to(form, samples[0]) is None]
-    return fastest_by_shape([Plain, *usable], samples, mix)
+    return fastest_by_shape([Plain, *usable], samples, mix, otherwise=Packed)
 
 
 # Where bits are kept unless the caller says otherwise: texts of bfloat16 models part within some tens of tokens.
@@ -152,8 +152,14 @@ def fastest(forms: list[type[Plain]], samples: list[Tensor], mix: Mix) -> type[P
     return min(costs, key=lambda form: sum(costs[form]))
 
 
-def fastest_by_shape(forms: list[type[Plain]], samples: list[Tensor], mix: Mix) -> Form:
-    """What takes least for `mix`: a form for each shape of matrix, or one for all."""
+def fastest_by_shape(
+    forms: list[type[Plain]], samples: list[Tensor], mix: Mix, otherwise: type[Plain] | None = None
+) -> Form:
+    """What takes least for `mix`: a form for each shape of matrix, or one for all.
+
+    Args:
+        otherwise: for shapes that are not among `samples`, if it is one of `forms`; None: what takes least over all.
+    """
     if len(forms) == 1:
         return forms[0]
     costs = cost_of(forms, samples, mix)
@@ -165,9 +171,12 @@ def fastest_by_shape(forms: list[type[Plain]], samples: list[Tensor], mix: Mix) 
     one = min(forms, key=seconds)
     mixable = [form for form in forms if form.lone_row_width == 1]  # how a lone row is seen is the same for all
     chosen = {shape: min(mixable, key=lambda form: seconds(form, shape)) for shape in {s.shape for s in samples}}
-    if sum(seconds(form, shape) for shape, form in chosen.items()) >= seconds(one):
+    if sum(seconds(form, shape) for shape, form in chosen.items()) > seconds(one):
         return one
-    return Mixed({tuple(shape): form for shape, form in chosen.items()}, min(mixable, key=seconds))
+    rest = otherwise if otherwise in mixable else min(mixable, key=seconds)
+    if set(chosen.values()) == {rest}:
+        return rest
+    return Mixed({tuple(shape): form for shape, form in chosen.items()}, rest)
 
 
 @torch.inference_mode()

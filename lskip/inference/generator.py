@@ -17,6 +17,7 @@ from lskip.inference.batch import Batch, Text, bound, drafts_of, full_depth
 from lskip.inference.costs import Costs, keep_costs, measure_costs
 from lskip.inference.form_choice import mix_for
 from lskip.inference.generation import Generation, TextStream
+from lskip.inference.heap import trim_heap
 from lskip.inference.recording import StateRecorder
 from lskip.inference.sampling import TokenChooser
 from lskip.inference.screened_head import screened_head
@@ -103,6 +104,7 @@ class TextGenerator:
         self.trained_exits = deepcopy(trained_exits)
         if trained_exits is not None:
             self.trained_exits.to(self.step.device, self.step.dtype)
+        trim_heap()  # converting has freed what it made on the way, the model's own blocks among it
 
     def generate(self, prompt, **settings) -> Generation:
         """Continues a prompt.

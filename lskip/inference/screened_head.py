@@ -12,6 +12,7 @@ from lskip.inference.rotation import Rotation
 
 FEWEST_NUMBERS = 2**24  # of a head that is worth it: beside a smaller one, what else there is to do takes as long
 MOST_LEFT = 1 / 8  # of all tokens: their products, here and there in memory, take as long as those of all
+COPIED_AT_ONCE = 1024  # of the tokens left: larger copies, each of its own size, leave holes in the heap
 SLACK = 1.001  # on bounds that hold for real numbers, for arithmetic in float32
 
 
@@ -61,7 +62,8 @@ class ScreenedHead:
         ids = (screen + bound >= lowest).any(0).nonzero()[:, 0]
         if len(ids) > MOST_LEFT * len(self.weight):
             return None
-        logits = rows @ self.weight.index_select(0, ids).to(rows.dtype).T
+        copies = (self.weight.index_select(0, some).to(rows.dtype) for some in ids.split(COPIED_AT_ONCE))
+        logits = torch.cat([rows @ copy.T for copy in copies], 1)
         if bar is not None:
             logits.masked_fill_(screen.index_select(1, ids) == -torch.inf, -torch.inf)
         return Likeliest(ids[logits.argmax(1)].view(x.shape[:-1]), logits.view(*x.shape[:-1], -1))

@@ -16,6 +16,8 @@ from lskip.inference.quantized import HEAD_FORMS, choose_draft_form
 from lskip.inference.screened_head import ScreenedHead
 from lskip.inference.weights import EXACT_WIDTH, Plain
 
+LARGEST_TRIED = 2**25  # bytes of a head for which a form is looked for: a trial of a larger one would take seconds
+
 
 def build_step(
     decoder: Decoder,
@@ -41,6 +43,8 @@ def build_step(
         return LeanStep(decoder, Plain, release, compiled=True)
     if reason is None:
         samples = sample_weights(decoder)
+        if decoder.head_weight.nbytes <= LARGEST_TRIED:
+            samples.append(decoder.head_weight.detach())
         form = choose_exact_form(weights, samples) if bit_exact else choose_form(weights, samples, mix)
         exact = exact_by_default(form, samples[0]) if bit_exact is None else bit_exact
         if exact:

@@ -276,8 +276,15 @@ Form = type[Plain] | Mixed
 
 
 def hold(form: Form, weight: Tensor, bias: Tensor | None = None) -> Plain:
-    """weight [out, in] in `form`. A single matrix that cannot be, Halved or Convolved say, is packed as float32."""
+    """weight [out, in] in `form`.
+
+    A single matrix that cannot be, Halved or Convolved say, is packed as float32, or plain where no matrix can be.
+    """
     try:
         return form(weight, bias)
     except ValueError:
+        pass
+    try:
         return Widened(weight, bias)
+    except (AttributeError, RuntimeError):
+        return Plain(weight.float(), None if bias is None else bias.float())
