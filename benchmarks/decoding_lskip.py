@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from lskip.evaluation.sweep_cells import remember_rounds
 from lskip.exit_adapter import ExitAdapter
 from lskip.inference import Generation, TextGenerator
-from lskip.inference.drafting import ConfidenceDraft, CostAwareDraft, Draft, DraftPlan, FixedDraft
+from lskip.inference.cost_aware import CostAwareDraft
+from lskip.inference.drafting import ConfidenceDraft, Draft, DraftPlan, FixedDraft
 
 POLICY_CLASSES = {"fixed": FixedDraft, "confidence": ConfidenceDraft, "cost_aware": CostAwareDraft}
 

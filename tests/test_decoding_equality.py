@@ -15,8 +15,9 @@ from conftest import make_model
 
 from lskip.exit_adapter import AdapterShape, ExitAdapter
 from lskip.inference import TextGenerator
+from lskip.inference.cost_aware import CostAwareDraft
 from lskip.inference.costs import Costs, RowCosts
-from lskip.inference.drafting import ConfidenceDraft, CostAwareDraft, DraftPolicy, FixedDraft
+from lskip.inference.drafting import ConfidenceDraft, DraftPolicy, FixedDraft
 from lskip.inference.lean_step import LeanStep
 from lskip.inference.module_step import ModuleStep
 

@@ -16,8 +16,9 @@ from conftest import make_model
 from lskip.exit_adapter import AdapterShape, ExitAdapter
 from lskip.inference import TextGenerator
 from lskip.inference.batch import Batch, Text
+from lskip.inference.cost_aware import CostAwareDraft
 from lskip.inference.costs import Costs, RowCosts
-from lskip.inference.drafting import ConfidenceDraft, CostAwareDraft, DraftPlan, DraftPolicy
+from lskip.inference.drafting import ConfidenceDraft, DraftPlan, DraftPolicy
 from lskip.inference.generation import Generation
 from lskip.inference.sampling import TokenChooser
 from lskip.inference.settings import GenerationSettings
