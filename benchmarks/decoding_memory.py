@@ -5,7 +5,6 @@ What loading and converting a model takes on the way is left out: the peak is of
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -23,8 +22,11 @@ def peak_resident_mib() -> float:
 
 def forget_peak() -> None:
     """Lets the peak begin anew at what the process holds now, after giving back to the system what is free."""
+    # Only here: llama.cpp's interpreter, which measures itself with this file, has no lskip.
+    from lskip.heap import trim_heap
+
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    trim_heap()
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -40,7 +42,7 @@ def peak_of(setting, group: list[list[int]], options) -> float:
 
 def peak_here(job: dict) -> float:
     """Runs the job in this process."""
-    # Only here: llama.cpp's interpreter, which measures itself with this file, has none of them.
+    # Only here, too: llama.cpp's interpreter has none of them.
     import torch
     from decoding_contestants import Contestants, load
     from decoding_settings import Setting

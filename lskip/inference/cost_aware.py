@@ -123,7 +123,7 @@ class CostAwareDraft(DraftPolicy):
     ) -> bool:
         if margins is None:
             return True
-        (draft, most), _, _, speed, reach, seen = self._under_way
+        (draft, most), *_, speed, reach, seen = self._under_way
         by_margin, usual = self._by_margin.setdefault(draft, ByMargin()), self._records[draft].likely
         seen.append(margins())
         reach[:] = [chance * by_margin.chance(margin, usual) for chance, margin in zip(reach, seen[-1], strict=True)]

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from lskip.checks import check_whole
 from lskip.decoder import Decoder
 from lskip.exit_adapter import ExitAdapter, fingerprint
+from lskip.heap import trim_heap
 from lskip.inference.adapter import AdapterStep
 from lskip.inference.batch import Batch, Text, bound, drafts_of, full_depth
 from lskip.inference.costs import Costs, keep_costs, measure_costs
 from lskip.inference.form_choice import mix_for
 from lskip.inference.generation import Generation, TextStream
-from lskip.inference.heap import trim_heap
 from lskip.inference.recording import StateRecorder
 from lskip.inference.sampling import TokenChooser
 from lskip.inference.screened_head import screened_head

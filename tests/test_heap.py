@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from lskip.inference import heap
+from lskip import heap
 
 HOLES = """
 import ctypes
 from pathlib import Path
-from lskip.inference.heap import trim_heap
+from lskip.heap import trim_heap
 
 def resident():
     return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
