@@ -8,15 +8,15 @@ from dataclasses import replace
 from itertools import cycle, islice
 
 from decoding_report import best_of_each, setting_of
-from decoding_runs import PROMPT, Groups, Measured, ratio
+from decoding_runs import PROMPT, Groups, Measured, median, ratios
 from decoding_settings import Setting
 
 Rates = dict[Setting, dict[int, tuple[float, float]]]  # setting -> batch -> measured and predicted tokens per second
 
 
 def batch_settings(records: list[dict], batch_sizes: Iterable[int]) -> list[Setting]:
-    """Autoregressive decoding, and of each policy the setting that was fastest alone, in every batch."""
-    own = [record for record in records if record["method"] in ("autoregressive", "self_speculative")]
+    """Autoregressive decoding, its control, and of each policy the setting that was fastest alone, in every batch."""
+    own = [record for record in records if record["method"] in ("autoregressive", "control", "self_speculative")]
     alone = [setting_of(record) for record in best_of_each(own, ("method", "policy"), "over_autoregressive")]
     return [replace(setting, batch=size) for size in batch_sizes for setting in alone]
 
@@ -49,7 +49,7 @@ def batch_gains(measured: Measured, rates: Rates) -> Iterable[str]:
     for setting, points in rates.items():
         if setting.method == "autoregressive" and alone is not None:
             for size in sorted(points.keys() - {1}):
-                gain = ratio(alone, measured.base("autoregressive", size))
+                gain = median(ratios(alone, measured.base("autoregressive", size)))
                 after, says = (points[size][column] / points[1][column] for column in (0, 1))
                 yield (
                     f"batch {size}: autoregressive {gain:.2f}x batch 1, prompts included;"

@@ -58,7 +58,7 @@ class Generators:
 
 
 class Lskip:
-    """`autoregressive`, `fixed_exit` and `self_speculative`."""
+    """`autoregressive`, `control`, `fixed_exit` and `self_speculative`."""
 
     def __init__(self, generators: Generators, setting: Setting):
         source = DRAFTS.get(setting.draft)

@@ -18,6 +18,7 @@ COLUMNS = {
     "batch": "batch",
     "tokens_per_second": "tokens/s",
     "over_autoregressive": "over own\nautoregr.",
+    "over_autoregressive_quartiles": "(middle\nhalf)",
     "over_generate": "over\ngenerate",
     "acceptance_rate": "accept-\nance_rate",
     "tokens_per_round": "tokens_\nper_round",
@@ -40,6 +41,8 @@ def print_records(records: list[dict], console: Console) -> None:
 def cell(value) -> str:
     if isinstance(value, dict):
         return " ".join(str(value.get(str(count), 0)) for count in range(max(map(int, value), default=-1) + 1))
+    if isinstance(value, tuple):
+        return "-".join(map(cell, value))
     if isinstance(value, float):
         return f"{value:.2f}" if value < 100 else f"{value:.0f}"
     return "" if value is None else str(value)

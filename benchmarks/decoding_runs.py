@@ -137,12 +137,14 @@ def record(measured: Measured, setting: Setting, model: str, reference: dict | N
     runs = measured.runs[setting]
     drafted, rounds = sum(run.drafted for run in runs), sum(run.rounds for run in runs)
     counts = [run.accepted_counts for run in runs if run.accepted_counts is not None]
+    gained = ratios(measured.base("autoregressive", setting.batch), runs)
     return {
         "model": model,
         **asdict(setting),
         "tokens_per_second": statistics.median(run.tokens / run.seconds for run in runs),
-        "over_autoregressive": ratio(measured.base("autoregressive", setting.batch), runs),
-        "over_generate": ratio(measured.base("hf_generate", setting.batch), runs),
+        "over_autoregressive": median(gained),
+        "over_autoregressive_quartiles": quartiles(gained),
+        "over_generate": median(ratios(measured.base("hf_generate", setting.batch), runs)),
         "acceptance_rate": sum(run.accepted for run in runs) / drafted if drafted else None,
         "tokens_per_round": sum(run.tokens for run in runs) / rounds,
         "share_of_ideal": share_of_ideal(measured, setting),
@@ -152,11 +154,23 @@ def record(measured: Measured, setting: Setting, model: str, reference: dict | N
     }
 
 
-def ratio(base: list[Run] | None, runs: list[Run]) -> float | None:
-    """How many times as fast: the median over the groups, each against the base's run beside it."""
+def ratios(base: list[Run] | None, runs: list[Run]) -> list[float]:
+    """How many times as fast, group by group, each against the base's run beside it; empty where there is no base."""
     if base is None:
+        return []
+    return [before.seconds / run.seconds for before, run in zip(base, runs, strict=True)]
+
+
+def median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def quartiles(values: list[float]) -> tuple[float, float] | None:
+    """What the middle half of the values lies between; None for fewer than two."""
+    if len(values) < 2:
         return None
-    return statistics.median(before.seconds / run.seconds for before, run in zip(base, runs, strict=True))
+    low, _, high = statistics.quantiles(values, method="inclusive")
+    return low, high
 
 
 def share_of_ideal(measured: Measured, setting: Setting) -> float | None:

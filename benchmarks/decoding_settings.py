@@ -9,6 +9,7 @@ from lskip.inference.quantized import DRAFT_FORMS
 
 METHODS = (
     "autoregressive",
+    "control",  # autoregressive once more: how far two runs of one thing are apart
     "fixed_exit",
     "self_speculative",
     "hf_generate",
@@ -102,6 +103,7 @@ class Grid:
     def settings(self) -> list[Setting]:
         """All settings, the bases first."""
         makers = {
+            "control": lambda: [Setting("control", self.precision)],
             "fixed_exit": self._fixed_exit,
             "self_speculative": self._self_speculative,
             "hf_early_exit": lambda: self._drafted_by_transformers("hf_early_exit", "layers", self.exit_layers),

@@ -15,10 +15,10 @@ pytestmark = pytest.mark.usefixtures("benchmarks_importable")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 KEYS = {
     "model", "method", "precision", "exit_layer", "draft", "policy", "num_speculations", "batch", "tokens_per_second",
-    "over_autoregressive", "over_generate", "acceptance_rate", "tokens_per_round", "share_of_ideal", "peak_mib",
-    "mismatches", "accepted_counts",
+    "over_autoregressive", "over_autoregressive_quartiles", "over_generate", "acceptance_rate", "tokens_per_round",
+    "share_of_ideal", "peak_mib", "mismatches", "accepted_counts",
 }  # fmt: skip
-OTHERS = "fixed_exit,self_speculative,hf_early_exit,hf_prompt_lookup,hf_assistant"
+OTHERS = "control,fixed_exit,self_speculative,hf_early_exit,hf_prompt_lookup,hf_assistant"
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_without_cached_exit_states_the_same_rounds_happen(output):
 
 def test_batches_have_records_of_their_own(output):
     batched = [record for record in read(output[1]) if record["batch"] == 2]
-    assert sorted(str(record["policy"]) for record in batched) == ["None", "confidence", "cost_aware", "fixed"]
+    assert sorted(str(record["policy"]) for record in batched) == ["None", "None", "confidence", "cost_aware", "fixed"]
     assert all(record["over_generate"] is None for record in batched)
     assert next(r for r in batched if r["method"] == "autoregressive")["over_autoregressive"] == 1
     assert "batch 2: autoregressive" in output[0]
@@ -194,6 +194,8 @@ def test_a_record_by_hand():
     found = record(measured, drafted, "tiny", references(measured))
     assert found["tokens_per_second"] == pytest.approx(4 / 3)
     assert found["over_autoregressive"] == pytest.approx((5 / 3 + 9 / 3) / 2)
+    # a quarter and three quarters of the way from 5 / 3 to 9 / 3
+    assert found["over_autoregressive_quartiles"] == pytest.approx((6 / 3, 8 / 3))
     assert found["over_generate"] == pytest.approx((10 / 3 + 12 / 3) / 2)
     assert found["acceptance_rate"] == 3 / 6 and found["tokens_per_round"] == 8 / 5
     # without the prompts 4 / 2 and 8 / 2, where the cost model says 6 / 4

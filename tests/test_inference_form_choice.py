@@ -127,8 +127,8 @@ def test_a_form_is_chosen_for_the_rows_that_will_be(tiny_model, monkeypatch):
     TextGenerator(model, draft_weights="int8", batch_size=2)
     TextGenerator(model, exit_adapter=adapter, batch_size=3)
     # A token in each text, or several to verify, as long as that many pay.
-    assert tried == [((6, 1), (1, 5)), ((6, 8), (1, 16)), ((1, 2), (4, 16)), ((1, 3), (4, 9))]
-    assert mix_for(20) == ((6, 20), (1, 20)) and mix_for(1000) == ((6, 64), (1, 64))
+    assert tried == [((12, 1), (1, 5)), ((12, 8), (1, 16)), ((1, 2), (4, 16)), ((1, 3), (4, 9))]
+    assert mix_for(20) == ((12, 20), (1, 20)) and mix_for(1000) == ((12, 64), (1, 64))
 
 
 def test_a_form_is_tried_on_the_head_unless_it_is_large(tiny_model, monkeypatch):

@@ -28,7 +28,7 @@ from lskip.inference.weights import (
 
 Mix = tuple[tuple[int, int], ...]  # (how often, rows): the products that a form is chosen for
 # For one text at a time:
-STEPS_AND_VERIFICATION: Mix = ((6, 1), (1, 5))  # nothing drafts, or the first layers do: mostly a row at a time
+STEPS_AND_VERIFICATION: Mix = ((12, 1), (1, 5))  # nothing drafts, or the first layers do: mostly a row at a time
 VERIFICATION_OF_FEW: Mix = ((1, 1), (4, 3))  # where an exit adapter drafts, and now and then nothing
 VERIFICATION: Mix = ((1, 1), (4, 8))  # where other weights draft
 PAYING_ROWS = 16  # beyond about so many a pass costs by the row, and no draft pays
