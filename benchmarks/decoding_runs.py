@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections import Counter
 from collections.abc import Callable
@@ -82,16 +83,16 @@ class Measured:
 def measure(
     contestants: list[Contestant], groups: Groups, max_new_tokens: int, after_group: Callable[[Measured], None]
 ) -> Measured:
-    """Runs every contestant on every group, turn by turn, after one group to warm up.
+    """Runs every contestant on every group, after one group to warm up.
 
-    Each group begins with another contestant. `after_group` is given what there is so far.
+    Each group has them in an order of its own, shuffled, the same every time: in turns each would follow the same one,
+    and autoregressive decoding always after `generate` made .96 of itself. `after_group` is given what there is so far.
     """
     measured = Measured(groups, [contestant.setting for contestant in contestants])
     for contestant in contestants:
         contestant.run(groups[0], min(max_new_tokens, 16))
     for number, group in enumerate(groups):
-        turn = number % len(contestants)
-        for contestant in contestants[turn:] + contestants[:turn]:
+        for contestant in random.Random(number).sample(contestants, len(contestants)):
             measured.runs[contestant.setting].append(contestant.run(group, max_new_tokens))
         after_group(measured)
     return measured

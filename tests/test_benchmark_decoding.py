@@ -235,7 +235,7 @@ def test_texts_are_compared_as_far_as_they_can_be():
     assert first_differences(measured, drafted, references(measured)) == {(1,): 3}
 
 
-def test_settings_take_turns():
+def test_settings_run_on_every_group_in_an_order_of_its_own():
     from decoding_runs import Run, measure
     from decoding_settings import Setting
 
@@ -251,10 +251,12 @@ def test_settings_take_turns():
 
     kept = []
     contestants = [Named(name) for name in "abc"]
-    measure(contestants, [[[1]], [[2]], [[3]]], 20, lambda measured: kept.append(len(calls)))
-    assert calls[:3] == [("a", 1, 16), ("b", 1, 16), ("c", 1, 16)]  # a warm-up
-    assert ["".join(name for name, _, _ in calls[start : start + 3]) for start in (3, 6, 9)] == ["abc", "bca", "cab"]
-    assert [number for _, number, _ in calls[3:]] == [1, 1, 1, 2, 2, 2, 3, 3, 3] and kept == [6, 9, 12]
+    measure(contestants, [[[number]] for number in range(40)], 20, lambda measured: kept.append(len(calls)))
+    assert calls[:3] == [("a", 0, 16), ("b", 0, 16), ("c", 0, 16)]  # a warm-up
+    orders = Counter("".join(name for name, _, _ in calls[start : start + 3]) for start in range(3, 123, 3))
+    assert set(orders) == {"abc", "acb", "bac", "bca", "cab", "cba"} and max(orders.values()) < 20
+    assert [number for _, number, _ in calls[3:]] == [number for number in range(40) for _ in "abc"]
+    assert kept == list(range(6, 124, 3))
 
 
 # transformers.

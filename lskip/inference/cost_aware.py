@@ -61,7 +61,7 @@ class CostAwareDraft(DraftPolicy):
     SAVINGS = 20.0
     MARGIN = 1.02  # what a draft must promise over plain decoding to be used, and over the best plan to be tried
     FADING = 10  # counts fade as slowly as if a token were tested in one round of so many
-    PLAIN_EVERY = 50  # rounds that are timed before a plain one must be among them again
+    PLAIN_EVERY = 50  # rounds that are timed before a plain one must be among them again, and another before it
     TABLE = 8  # timed rounds that the table of costs counts as
     STEADY = 32  # rounds that go into what corrects it: after few, the plan that looks best is the luckiest
     REST = 8  # plain rounds without a plan, where none paid: it takes a hundredth of a small model's round
@@ -85,6 +85,7 @@ class CostAwareDraft(DraftPolicy):
         self._ratios = {"plain": 1.0}  # kind of draft -> seconds measured over predicted
         self._timed: dict[str, float] = {}  # kind of draft -> rounds of late
         self._since_plain = self.PLAIN_EVERY - 1  # timed rounds since a plain one
+        self._has_just_drafted = False  # which has driven the model's weights out of caches: a plain round is slow then
         self._resting = 0  # lanes of plain rounds that go without a plan
         self._rested: list[float | None] = []  # what these took, where they were timed
 
@@ -181,13 +182,14 @@ class CostAwareDraft(DraftPolicy):
             self._resting = 0
             self._learn_drafted(plan.draft, drafted, accepted, seconds)
         elif lanes != self._resting:
-            self._learn_plain([seconds], lanes)
+            self._learn_plain([None if self._has_just_drafted else seconds], lanes)
             self._resting, self._rested = lanes if self._under_way.in_vain else 0, []
         else:
             self._rested.append(seconds)
             if len(self._rested) == self.REST:
                 self._learn_plain(self._rested, lanes)
                 self._resting = 0
+        self._has_just_drafted = drafted > 0
 
     def _learn_plain(self, seconds: list[float | None], lanes: int) -> None:
         """From rounds that drafted nothing, and what each took."""
