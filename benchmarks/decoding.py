@@ -73,8 +73,8 @@ def run(job: Job, files: Path) -> None:
     print_records(found, console)
     print_differences(alone, reference, job.options.dtype, console)
     speedup_figure(found).savefig(job.options.out / "speedups.png", dpi=120)
-    generators = job.shared.generators.by_name()
-    write(job, "costs.json", {name: made.costs.to_dict() for name, made in generators.items()})
+    generators, costs = job.shared.generators.by_name(), job.shared.generators.costs
+    write(job, "costs.json", {name: [each.to_dict() for each in costs[made]] for name, made in generators.items()})
 
 
 def start_llama_cpp(job: Job, files: Path) -> None:
@@ -110,6 +110,7 @@ def measure_alone(job: Job) -> Measured:
     """Every setting, one prompt at a time."""
 
     def keep(measured: Measured) -> None:
+        job.shared.generators.measure_costs()
         reference = references(measured)
         write(job, "decoding.json", records(measured, job.options.model, reference, job.options.dtype))
 
@@ -122,6 +123,7 @@ def measure_batches(job: Job, alone: list[dict], reference: dict) -> list[dict]:
     options = job.options
 
     def keep(measured: Measured) -> list[dict]:
+        job.shared.generators.measure_costs()
         found = records(measured, options.model, reference, options.dtype)
         more = [record for record in found if record["batch"] > 1]
         write(job, "decoding.json", alone + more)

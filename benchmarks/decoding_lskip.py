@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from copy import copy
 from functools import partial
+from statistics import mean
 
 from decoding_runs import PROMPT, Run
 from decoding_settings import ADAPTER, DRAFTS, OWN_WEIGHTS, Setting
@@ -15,6 +16,7 @@ from lskip.evaluation.sweep_cells import remember_rounds
 from lskip.exit_adapter import ExitAdapter
 from lskip.inference import Generation, TextGenerator
 from lskip.inference.cost_aware import CostAwareDraft
+from lskip.inference.costs import Costs
 from lskip.inference.drafting import ConfidenceDraft, Draft, DraftPlan, FixedDraft
 
 POLICY_CLASSES = {"fixed": FixedDraft, "confidence": ConfidenceDraft, "cost_aware": CostAwareDraft}
@@ -31,6 +33,7 @@ class Generators:
         """
         self.model, self.release, self.exit_adapter = model, release, exit_adapter
         self.made: dict[tuple[str | None, int], TextGenerator] = {}
+        self.costs: dict[TextGenerator, list[Costs]] = defaultdict(list)  # measured again and again
 
     def drafting_with(self, draft_weights: str | None, batch: int = 1) -> TextGenerator:
         """Raises ValueError where such weights do not work."""
@@ -49,6 +52,12 @@ class Generators:
     def _convert(self, batch: int, **drafting) -> TextGenerator:
         return TextGenerator(self.model, release_model=self.release, batch_size=batch, **drafting)
 
+    def measure_costs(self) -> None:
+        """Of every generator, once more: a machine that others share is faster at one moment than at another."""
+        for made in self.made.values():
+            vars(made).pop("costs", None)
+            self.costs[made].append(made.costs)
+
     def by_name(self) -> dict[str, TextGenerator]:
         """As files name them."""
         return {
@@ -62,7 +71,7 @@ class Lskip:
 
     def __init__(self, generators: Generators, setting: Setting):
         source = DRAFTS.get(setting.draft)
-        self.setting = setting
+        self.setting, self.costs = setting, generators.costs
         self.generator = generators.drafting_with(source.draft_weights if source else None, setting.batch)
         self.arguments = {"temperature": 0.0, "exit_layer": setting.exit_layer}
         self.rounds: list[tuple[DraftPlan, int]] = []
@@ -92,13 +101,20 @@ class Lskip:
         return run_of(generations, seconds)._replace(planned=planned)
 
     def _planned(self, rounds: list[tuple[DraftPlan, int]], steps: float, lanes: int) -> float:
-        """Seconds that the cost model gives the rounds, which brought what `steps` bring undrafted."""
+        """Seconds that the cost model gives the rounds, which brought what `steps` bring undrafted.
+
+        The mean by all costs that were measured.
+        """
+        measured = self.costs[self.generator] or [self.generator.costs]
+        return mean(self._by(costs, rounds, steps, lanes) for costs in measured)
+
+    def _by(self, costs: Costs, rounds: list[tuple[DraftPlan, int]], steps: float, lanes: int) -> float:
         if self.setting.draft is not None:
-            return sum(self.generator.costs.round(plan, lanes) for plan, lanes in rounds)
+            return sum(costs.round(plan, lanes) for plan, lanes in rounds)
         if self.setting.exit_layer is None:
-            return steps * self.generator.costs.plain(lanes)
+            return steps * costs.plain(lanes)
         # A token of a fixed exit is what a drafted one is.
-        return steps * self.generator.costs.draft_step(Draft("layers", self.setting.exit_layer), lanes)
+        return steps * costs.draft_step(Draft("layers", self.setting.exit_layer), lanes)
 
 
 def run_of(generations: list[Generation], seconds: float) -> Run:
