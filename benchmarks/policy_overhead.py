@@ -4,9 +4,10 @@
     python benchmarks/policy_overhead.py --model runs/small --prompts FILE --drafts layers --exit_layers 3,6 --out out
 
 decoding.py times whole texts, and pairs of them scatter by a tenth on a busy machine. Here who has the fewest tokens is
-next, so that all meet the same moments of the machine. Autoregressive decoding runs twice (`control`).
-Prompts' own passes are left out. Writes overhead.json, a list with a record for each setting and batch, and
-environment.json into --out.
+next, so that all meet the same moments of the machine. Autoregressive decoding runs twice (`control`). Where a draft is
+in use, autoregressive rounds find its weights in the caches, so that its gain is overstated by some percent; where none
+is, both meet the same. Prompts' own passes are left out. Writes overhead.json, a list with a record each by setting and
+batch, and environment.json into --out.
 """
 
 from __future__ import annotations
