@@ -110,7 +110,7 @@ def measure_alone(job: Job) -> Measured:
     """Every setting, one prompt at a time."""
 
     def keep(measured: Measured) -> None:
-        job.shared.generators.measure_costs()
+        job.shared.generators.measure_costs([1])
         reference = references(measured)
         write(job, "decoding.json", records(measured, job.options.model, reference, job.options.dtype))
 
@@ -123,15 +123,18 @@ def measure_batches(job: Job, alone: list[dict], reference: dict) -> list[dict]:
     options = job.options
 
     def keep(measured: Measured) -> list[dict]:
-        job.shared.generators.measure_costs()
         found = records(measured, options.model, reference, options.dtype)
         more = [record for record in found if record["batch"] > 1]
         write(job, "decoding.json", alone + more)
         return more
 
+    def after_group(measured: Measured) -> None:
+        job.shared.generators.measure_costs(options.batch_sizes)
+        keep(measured)
+
     contestants = build(job, batch_settings(alone, options.batch_sizes))
     groups = batch_groups(job.prompts, options.batch_sizes, options.repeats)
-    measured = measure(contestants, groups, options.max_new_tokens, keep)
+    measured = measure(contestants, groups, options.max_new_tokens, after_group)
     rates = batch_rates(measured)
     batch_figure(rates, options.model).savefig(options.out / "batches.png", dpi=120)
     for sentence in batch_gains(measured, rates):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from copy import copy
 from functools import partial
 from statistics import mean
@@ -52,11 +53,12 @@ class Generators:
     def _convert(self, batch: int, **drafting) -> TextGenerator:
         return TextGenerator(self.model, release_model=self.release, batch_size=batch, **drafting)
 
-    def measure_costs(self) -> None:
-        """Of every generator, once more: a machine that others share is faster at one moment than at another."""
-        for made in self.made.values():
-            vars(made).pop("costs", None)
-            self.costs[made].append(made.costs)
+    def measure_costs(self, batches: Collection[int]) -> None:
+        """Of generators for these, once more: a machine that others share is faster at one moment than at another."""
+        for (_, batch), made in self.made.items():
+            if batch in batches:
+                vars(made).pop("costs", None)
+                self.costs[made].append(made.costs)
 
     def by_name(self) -> dict[str, TextGenerator]:
         """As files name them."""

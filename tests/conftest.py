@@ -105,6 +105,15 @@ def tiny_convolutions(monkeypatch):
     monkeypatch.setattr(convolved, "sizes_of_one_layout", lambda shape, threads: [4, 8, 16, 20, 32, 64, 128])
 
 
+@pytest.fixture
+def quick_costs(monkeypatch):
+    """Costs are measured for seconds; here nobody looks at times."""
+    from lskip.inference import generator
+    from lskip.inference.costs import measure_costs
+
+    monkeypatch.setattr(generator, "measure_costs", lambda *steps, **more: measure_costs(*steps, seconds=0.05, **more))
+
+
 @pytest.fixture(scope="module")
 def benchmarks_importable():
     """As `python benchmarks/NAME.py` does it; what such a program sets for the whole process is put back."""

@@ -10,11 +10,7 @@ pytestmark = pytest.mark.usefixtures("benchmarks_importable")
 
 
 @pytest.fixture
-def arguments(tmp_path, tiny_tokenizer, monkeypatch):
-    from lskip.inference import generator
-    from lskip.inference.costs import measure_costs
-
-    monkeypatch.setattr(generator, "measure_costs", lambda *steps, **more: measure_costs(*steps, seconds=0.05, **more))
+def arguments(tmp_path, tiny_tokenizer, quick_costs):
     make_model(eos_token_id=None).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     prompts = tmp_path / "prompts.jsonl"
@@ -45,6 +41,7 @@ def test_every_draft_and_batch_has_a_record(arguments, tmp_path, capsys):
 
 def test_who_has_the_fewest_tokens_is_next(monkeypatch):
     import policy_overhead
+    from decoding_settings import Setting
 
     tokens = {}
 
@@ -66,15 +63,9 @@ def test_who_has_the_fewest_tokens_is_next(monkeypatch):
             return tokens[self.name]
 
     def contestant(method, step):
-        setting = SimpleNamespace(method=method, draft=None, exit_layer=None, batch=1)
-        return SimpleNamespace(setting=setting, step=step, run=lambda *given: None)
-
-    class Setting(SimpleNamespace):
-        __hash__ = object.__hash__
+        return SimpleNamespace(setting=Setting(method, "float32"), step=step, run=lambda *given: None)
 
     contestants = [contestant("autoregressive", 1), contestant("control", 1), contestant("self_speculative", 7)]
-    for each in contestants:
-        each.setting = Setting(**vars(each.setting))
     monkeypatch.setattr(policy_overhead, "UnderWay", Steady)
     monkeypatch.setattr(policy_overhead, "gain", lambda base, runs: {"tokens": runs})
     found = policy_overhead.compare(contestants, [[1]], 1, SimpleNamespace(repeats=2, max_new_tokens=60))

@@ -9,14 +9,10 @@ pytestmark = pytest.mark.usefixtures("benchmarks_importable")
 
 
 @pytest.fixture
-def run(tmp_path, tiny_tokenizer, monkeypatch):
+def run(tmp_path, tiny_tokenizer, quick_costs):
     """Runs it on PythonTopics; returns the result of that task."""
     import tune_against_sweep as program
 
-    from lskip.inference import generator
-    from lskip.inference.costs import measure_costs
-
-    monkeypatch.setattr(generator, "measure_costs", lambda *steps, **more: measure_costs(*steps, seconds=0.05, **more))
     make_model(eos_token_id=None).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
 

@@ -17,6 +17,7 @@ from lskip.evaluation.sweep_grid import Cell, exits_of, grid
 from lskip.evaluation.task_prompts import Prompt
 from lskip.evaluation.tasks import Example
 
+pytestmark = pytest.mark.usefixtures("quick_costs")
 NEW_TOKENS = 12
 
 
@@ -29,15 +30,6 @@ def place(tmp_path_factory, tiny_tokenizer):
     lines = [{"prompt": f"def f{n}(a, b):", "reference": "return a + b"} for n in range(3)]
     (folder / "adds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def quick_costs(monkeypatch):
-    """Costs are measured for seconds; here nobody looks at times."""
-    from lskip.inference import generator
-    from lskip.inference.costs import measure_costs
-
-    monkeypatch.setattr(generator, "measure_costs", lambda *steps, **more: measure_costs(*steps, seconds=0.05, **more))
 
 
 def arguments(place, output: str, *more: str) -> list[str]:
