@@ -10,7 +10,6 @@ Each prints a line per model or setting and what went wrong in each, and ends wi
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -28,6 +27,7 @@ import test_decoding_distribution as draws
 import test_decoding_equality as texts
 
 from lskip.inference import TextGenerator
+from lskip.output_files import write_json
 
 PROMPTS, WAYS = 8, 4  # of each model in `equality`
 CONTEXT, NEW_TOKENS = 256, 64
@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     records = run(options)
     if options.output is not None:
         result = {"environment": environment(torch.device("cpu")), "check": options.check, "records": records}
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.output, result)
     return int(any(record["mismatches"] for record in records))
 
 

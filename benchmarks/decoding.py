@@ -9,7 +9,6 @@ records after every prompt, so that a run that is killed leaves what it has meas
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from itertools import cycle, islice
@@ -35,6 +34,7 @@ from peers_llama_cpp import LlamaCpp, LlamaCppProcess
 from rich.console import Console
 
 from lskip.inference.stopping import end_tokens
+from lskip.output_files import write_json
 
 console = Console(width=190)
 
@@ -187,7 +187,7 @@ def held_as(step) -> str:
 
 
 def write(job: Job, name: str, content) -> None:
-    (job.options.out / name).write_text(json.dumps(content, indent=1, default=str) + "\n")
+    write_json(job.options.out / name, content)
 
 
 if __name__ == "__main__":

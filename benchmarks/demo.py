@@ -32,6 +32,7 @@ from lskip.data import TextData
 from lskip.decoder import Decoder
 from lskip.exit_adapter import find_adapter, load_adapter
 from lskip.inference import Generation, TextGenerator
+from lskip.output_files import write_json
 from lskip.pretrained import load_model
 from lskip.readout import read_exits, report_layers
 
@@ -68,7 +69,7 @@ def run(output: Path, sizes: Sizes) -> dict:
         "scratch": scratch(output, sizes),
         "smollm2": smollm2(output, sizes),
     }
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(output / "summary.json", summary)
     print_summary(summary, output)
     return summary
 

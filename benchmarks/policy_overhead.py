@@ -13,7 +13,6 @@ batch, and environment.json into --out.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import statistics
@@ -35,6 +34,7 @@ from rich.table import Table
 
 from lskip.inference.batch import Batch
 from lskip.inference.text import encode_prompt
+from lskip.output_files import write_json
 from lskip.prompt_file import read_prompts
 
 METHODS = ("autoregressive", "control", "self_speculative")
@@ -85,11 +85,11 @@ def main(arguments: list[str] | None = None) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         raise SystemExit(f"policy_overhead.py: {error}") from error
-    write(options.out / "environment.json", environment(torch.device("cpu")) | {"options": vars(options)})
+    write_json(options.out / "environment.json", environment(torch.device("cpu")) | {"options": vars(options)})
     found = []
     for size, contestants in by_batch:
         found += compare(contestants, prompts, size, options)
-        write(options.out / "overhead.json", found)
+        write_json(options.out / "overhead.json", found)
     print_records(found)
 
 
@@ -165,10 +165,6 @@ def print_records(found: list[dict]) -> None:
         shown = (f"{value:.3f}" if isinstance(value, float) else value for value in record.values())
         table.add_row(*("" if value is None else str(value) for value in shown))
     console.print(table)
-
-
-def write(path: Path, content) -> None:
-    path.write_text(json.dumps(content, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -146,15 +146,14 @@ def write_all(folder: Path) -> None:
             if path.is_file():
                 points = json.loads(path.read_text())["points"]
                 records += [{"task": task, "method": name, **point} for point in points]
-    (folder / "predecessors.json").write_text(json.dumps(records, indent=1) + "\n")
+    write_json(folder / "predecessors.json", records)
     (folder / "predecessors.md").write_text(markdown(records))
     with (folder / "predecessors.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(records)
     figure(records).savefig(folder / "predecessors.png", dpi=130)
-    where = environment(torch.device("cpu"))
-    (folder / "environment.json").write_text(json.dumps(where, indent=1) + "\n")
+    write_json(folder / "environment.json", environment(torch.device("cpu")))
 
 
 if __name__ == "__main__":

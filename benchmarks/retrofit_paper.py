@@ -17,7 +17,6 @@ Writes retrofit.json and environment.json into --out, anew after each model.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import pydoc_data.topics
 import sys
@@ -36,6 +35,7 @@ from tqdm import tqdm
 from lskip.checks import check_whole
 from lskip.data import TextData
 from lskip.decoder import Decoder
+from lskip.output_files import write_json
 from lskip.pretrained import LAST_CHECKPOINT, load_model, load_tokenizer, read_checkpoint
 from lskip.readout import read_exits
 
@@ -126,7 +126,7 @@ def prose_in_training(seen: Trained, cache_dir: str | None) -> bool:
 def run(options: argparse.Namespace, seen: Trained, texts: dict[str, Tensor]) -> dict:
     result = {"steps": seen.steps, "tokens": seen.tokens, "layers": sorted(options.layers), "models": {}}
     result["prose_in_training"] = prose_in_training(seen, options.cache_dir)
-    write(options.out / "environment.json", environment(torch.device(options.device)) | {"options": vars(options)})
+    write_json(options.out / "environment.json", environment(torch.device(options.device)) | {"options": vars(options)})
     losses = {}
     for name, source in (("stock", seen.model), ("plain", str(options.plain)), ("retrofit", str(options.retrofit))):
         decoder = Decoder(load_model(source)[0].to(options.device))
@@ -140,10 +140,10 @@ def run(options: argparse.Namespace, seen: Trained, texts: dict[str, Tensor]) ->
             losses[name, text] = found[-1]
             perplexity = [math.exp(loss) for loss in found.mean(1).tolist()]
             result["models"][name][text] = {"perplexity": perplexity, "agreement": agreement}
-        write(options.out / "retrofit.json", result)
+        write_json(options.out / "retrofit.json", result)
     result["last_layer_over_plain"] = {text: ratio(losses["retrofit", text], losses["plain", text]) for text in texts}
     result["last_layer_over_stock"] = {text: ratio(losses["retrofit", text], losses["stock", text]) for text in texts}
-    write(options.out / "retrofit.json", result)
+    write_json(options.out / "retrofit.json", result)
     return result
 
 
@@ -180,10 +180,6 @@ def print_result(result: dict) -> None:
             console.print(f"last layer over {base}, {text}: {found['ratio']:.4f} ({low:.4f} to {high:.4f})")
     if result["prose_in_training"]:
         console.print("The prose is a file of the training split: its figures are not held out.")
-
-
-def write(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from lskip.exit_adapter import find_adapter, load_adapter
 from lskip.inference import TextGenerator
 from lskip.inference.quantized import DRAFT_FORMS
 from lskip.inference.text import decode_text
+from lskip.output_files import write_json
 
 console = Console(width=190)
 SPLIT = ("source", "text_column", "val_fraction", "test_fraction")  # what decides which pairs are held out
@@ -138,7 +139,7 @@ def run(options: argparse.Namespace, items: Items) -> dict:
     adapters = {"plain": load_adapter(folder, loaded["plain"][0])} if folder else {}
     result = {"items": len(items.prompts), "groups": len(set(items.groups)), "exact_match": {}}
     result |= {"draft_agreement": {}, "decoding": []}
-    write(options.out / "environment.json", environment(torch.device("cpu")) | {"options": vars(options)})
+    write_json(options.out / "environment.json", environment(torch.device("cpu")) | {"options": vars(options)})
     right = {}
     for name, (model, tokenizer) in loaded.items():
         adapter, prompts = adapters.get(name), open_ended(tokenizer, items.prompts)
@@ -154,7 +155,7 @@ def run(options: argparse.Namespace, items: Items) -> dict:
         )
         if len(right) == 2:
             result["difference"] = compare(right["layerskip"], right["plain"], items.groups)
-        write(options.out / "task.json", result)
+        write_json(options.out / "task.json", result)
         groups = [[prompt] for prompt in prompts[: options.timed_items]]
         time_settings(generators, settings, groups, name, options, result)
     return result
@@ -236,7 +237,7 @@ def time_settings(
         plain = measured.base("autoregressive", 1)
         reference = {tuple(group[0]): run.texts[0] for group, run in zip(measured.groups, plain, strict=False)}
         result["decoding"] = [*earlier, *records(measured, name, reference, options.dtype)]
-        write(options.out / "task.json", result)
+        write_json(options.out / "task.json", result)
         progress.update()
 
     measure(contestants, groups, options.max_new_tokens, keep)
@@ -261,10 +262,6 @@ def print_result(result: dict) -> None:
     )
     for name in names:
         print_records([record for record in result["decoding"] if record["model"] == name], console)
-
-
-def write(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

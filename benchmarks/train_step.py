@@ -9,7 +9,6 @@ plain step of the same round.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +23,8 @@ from peak_memory import peak_bytes, resident_bytes
 from rich.console import Console
 from rich.table import Table
 from timed_training import QUICK, Sizes, Trained, kinds_of_step
+
+from lskip.output_files import write_json
 
 
 def timed(work: Callable[[], None], device: torch.device) -> float:
@@ -185,7 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     result = run(QUICK if options.quick else Sizes(), options.device)
     show(result, Console(width=120))
     if options.output is not None:
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.output, result)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from train_step import megabytes, print_table
 
+from lskip.output_files import write_json
+
 COLUMNS = ("option", "seconds / step", "time / plain", "peak MB", "peak / plain", "process MB", "gradients' error")
 
 
@@ -46,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         "options": rows,
         "left_out": left_out,
     }
-    (options.out / "training_memory.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.out / "training_memory.json", result)
     (options.out / "training_memory.md").write_text(markdown(rows))
     print_table(Console(width=130), "Memory of a training step", COLUMNS, [cells(row) for row in rows])
     print(*left_out, sep="\n")

@@ -32,6 +32,7 @@ from lskip.evaluation.sweep_grid import DRAFTS, Cell, grid
 from lskip.evaluation.task_prompts import prompts_of
 from lskip.evaluation.tasks import Continuation, Task
 from lskip.evaluation.tune import best_records
+from lskip.output_files import write_json
 from lskip.pretrained import load_config
 
 TASKS = {kind.__name__: kind for kind in (StdlibCode, DocstringToCode, PythonTopics, HumanEval)}
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         for name in options.tasks:
             result["tasks"][name] = compare(make_task(name, options), options)
-            (options.out / "result.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
+            write_json(options.out / "result.json", result)
             print(sentence(name, result["tasks"][name]))
     except (ValueError, OSError) as error:
         raise SystemExit(f"tune_against_sweep.py: {error}") from error

@@ -19,7 +19,7 @@ def make_writable(folder: Path, field: str = "output") -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """All at once: a kill leaves what was there before."""
+    """All at once: a kill leaves what was there before. Paths in it become strings."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(content, indent=1, default=os.fspath) + "\n", encoding="utf-8")
     os.replace(partial, path)
