@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from lskip.checks import check_whole
 from lskip.decoder import BlockInputs, Decoder
+from lskip.output_files import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -129,7 +130,7 @@ class ExitAdapter(nn.Module):
         # int32: torch knows no smaller type that holds every vocabulary
         save_file({**weights, "token_ids": self.token_ids.int()}, folder / WEIGHTS_FILE)
         description = {**asdict(self.shape), "model": self.made_for}
-        (folder / SHAPE_FILE).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / SHAPE_FILE, description)
 
 
 def side_by_side(exit_states: Tensor, last_states: Tensor | None) -> Tensor:

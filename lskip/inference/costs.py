@@ -15,6 +15,7 @@ import torch
 
 from lskip.checks import check_whole
 from lskip.inference.drafting import Draft, DraftPlan
+from lskip.output_files import write_json
 
 if TYPE_CHECKING:
     from lskip.inference.engine import Step
@@ -234,7 +235,7 @@ def keep_costs(path: Path, step: Step, draft_step: Step | None = None, adapter_s
     if not path.exists():
         costs = measure_costs(step, draft_step, adapter_step=adapter_step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"device": here, "costs": costs.to_dict()}, indent=1) + "\n", encoding="utf-8")
+        write_json(path, {"device": here, "costs": costs.to_dict()})
         return costs
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
