@@ -7,6 +7,8 @@ import sys
 import warnings
 from collections.abc import Callable
 
+from lskip.user_errors import is_users_mistake, one_line
+
 HELP = """usage: lskip COMMAND [options]
 
   fit        train with layer dropout and early exit loss
@@ -50,9 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        if os.environ.get("LSKIP_TRACEBACK") == "1" or not _is_users_mistake(error):
+        if os.environ.get("LSKIP_TRACEBACK") == "1" or not is_users_mistake(error):
             raise
-        print(f"lskip {command}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"lskip {command}: error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -65,17 +67,6 @@ def _command(name: str) -> Callable[[list[str]], None]:
     from lskip.commands import run_command
 
     return run_command
-
-
-def _is_users_mistake(error: Exception) -> bool:
-    # By name: importing Lightning's exception would make `generate` wait for Lightning.
-    return isinstance(error, ValueError | OSError) or type(error).__name__ == "MisconfigurationException"
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())[:290] or type(error).__name__
 
 
 def _be_quiet() -> None:

@@ -1,12 +1,16 @@
-"""Where results go: folders that can be written, and files that a kill leaves whole."""
+"""Where results go: places that can be written, one writer at a time, and files that a kill leaves whole."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 
 def make_writable(folder: Path, field: str = "output") -> None:
@@ -16,6 +20,36 @@ def make_writable(folder: Path, field: str = "output") -> None:
         TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"{field}: cannot write '{folder}' ({error.strerror})") from error
+
+
+@contextmanager
+def only_writer(path: Path, field: str) -> Iterator[None]:
+    """Keep `path` (a file or a folder, there or not) from a second process of lskip as long as this one writes it.
+
+    The lock is a hidden file beside it, which the system lets go of when a process dies.
+
+    Raises:
+        ValueError: another process writes it.
+    """
+    path = Path(os.path.abspath(path))  # without ..
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        yield  # a pipe, or /dev/null
+        return
+    place = path.with_name(f".{path.name}.lock")
+    lock = FileLock(place)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        advice = "wait for it, or name another"
+        raise ValueError(f"{field}: '{path}' is being written by another process; {advice}") from error
+    except OSError as error:
+        raise ValueError(f"{field}: cannot write '{place}' ({error.strerror})") from error
+    try:
+        yield
+    finally:
+        # Removed while it is held: whoever waits for this name opens a new file.
+        place.unlink(missing_ok=True)
+        lock.release()
 
 
 def write_json(path: Path, content: Any) -> None:

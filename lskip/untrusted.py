@@ -1,0 +1,126 @@
+"""Text that somebody else may have written: read within bounds, parsed to plain values, printed without effect.
+
+Every reader raises ValueError with one sentence that names the field and the place, whatever was wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 64 * 2**20  # of a file that is read whole and parsed
+MAX_NODES = 100_000  # of a YAML document, what its aliases repeat counted each time
+MAX_DEPTH = 100  # of lists in lists
+_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they turn the direction of writing
+
+
+def read_text(path: Path, field: str, max_bytes: int = MAX_BYTES) -> str:
+    """Return the text of a UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is larger than `max_bytes`, or not UTF-8. OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"{field}: '{path}' is larger than the {max_bytes // 2**20} MiB that are read")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{field}: '{path}' is not UTF-8 text (byte {error.start})") from error
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Return what a JSON text says; `where` begins the sentence of the ValueError if it is none."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON ({error.msg} at line {error.lineno}, column {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError(f"{where} is not JSON that is read (too deeply nested)") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"{where} is not JSON that is read ({error})") from error
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Return what a YAML text says, as plain values; `where` begins the sentence of the ValueError if it is none.
+
+    A few hundred bytes of aliases may stand for billions of values: they are counted before any is made.
+    """
+    try:
+        document = yaml.compose(text, Loader=yaml.SafeLoader)
+        if document is not None:
+            _count_nodes(document, {}, 0)
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{where} is not plain YAML ({error.problem or error.context}{place})") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not plain YAML ({' '.join(str(error).split())[:100]})") from error
+    except RecursionError as error:
+        raise ValueError(f"{where} is not YAML that is read (too deeply nested)") from error
+    except (ValueError, OverflowError) as error:  # a date of month 13, a number of thousands of digits
+        raise ValueError(f"{where} is not YAML that is read ({error})") from error
+
+
+def _count_nodes(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """Return how many values a node stands for. ValueError: too many, too deep, or a node within itself."""
+    if id(node) in known:
+        if known[id(node)] == 0:
+            raise ValueError("it contains itself")
+        return known[id(node)]
+    if depth > MAX_DEPTH:
+        raise ValueError(f"more than {MAX_DEPTH} levels deep")
+    known[id(node)] = 0
+    parts = node.value if isinstance(node, yaml.CollectionNode) else []
+    flat = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
+    count = 1 + sum(_count_nodes(part, known, depth + 1) for part in flat)
+    if count > MAX_NODES:
+        raise ValueError(f"its aliases stand for more than {MAX_NODES} values")
+    known[id(node)] = count
+    return count
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Return `text` with its control characters written out, which would move a terminal's cursor or set its title."""
+    return "".join(each if each in keep or not _controls(each) else _written_out(each) for each in text)
+
+
+def _controls(character: str) -> bool:
+    # Cc: escape, bell, backspace …; Cs: lone surrogates, which cannot be printed.
+    return unicodedata.category(character) in ("Cc", "Cs") or character in _DIRECTIONS
+
+
+def _written_out(character: str) -> str:
+    return f"\\x{ord(character):02x}" if ord(character) < 256 else f"\\u{ord(character):04x}"
+
+
+@contextmanager
+def time_limit(seconds: float, message: str) -> Iterator[None]:
+    """Stop what runs inside after so many seconds: ValueError(message). For templates that do not end.
+
+    By an alarm, which only the main thread of a Unix process can set: elsewhere nothing is limited.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum, frame):
+        raise ValueError(message)
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
