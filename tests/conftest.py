@@ -1,7 +1,11 @@
-"""Tiny stand-ins that every test shares: random models of each family and a byte-level tokenizer."""
+"""Tiny stand-ins that every test shares: random models of each family and a byte-level tokenizer.
+
+And `--kinds FILE`: a table of the faults that tests keep away, by their mark `kind`.
+"""
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -125,3 +129,47 @@ def benchmarks_importable():
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity(verbosity)
     transformers.logging.enable_progress_bar()
+
+
+HANDED = re.compile(r"\b([FBHM]\d+)\b")  # the numbers of faults that were reported; all else is an input of our own
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--kinds", metavar="FILE", help="write a table of the marks `kind`: input, test, outcome")
+
+
+def pytest_configure(config) -> None:
+    mark = "kind(name, *handed): a kind of fault that the test keeps away, and the reported inputs that it tries"
+    config.addinivalue_line("markers", mark)
+    config.stash[KINDS] = {}
+
+
+KINDS = pytest.StashKey[dict]()
+
+
+def pytest_runtest_setup(item) -> None:
+    # Of a test of many inputs each is one; its id says which report it comes from, if from any.
+    for mark in item.iter_markers("kind"):
+        name, *handed = mark.args
+        inputs = handed or HANDED.findall(item.callspec.id if hasattr(item, "callspec") else "")
+        item.user_properties.append(("kind", (name, inputs)))
+
+
+def pytest_report_teststatus(report, config) -> None:
+    if report.when == "call" and config.stash.get(KINDS, None) is not None:
+        for name, inputs in (value for key, value in report.user_properties if key == "kind"):
+            config.stash[KINDS].setdefault(name, {})[report.nodeid] = (inputs, report.outcome)
+
+
+def pytest_sessionfinish(session) -> None:
+    path = session.config.getoption("--kinds")
+    if not path or hasattr(session.config, "workerinput"):
+        return
+    lines = ["| kind | handed | further | right | tests |", "|---|---|---|---|---|"]
+    for name, tests in sorted(session.config.stash[KINDS].items()):
+        handed = sorted({each for inputs, _ in tests.values() for each in inputs})
+        further = sum(not inputs for inputs, _ in tests.values())
+        right = sum(outcome == "passed" for _, outcome in tests.values())
+        names = sorted({nodeid.partition("[")[0] for nodeid in tests})
+        lines.append(f"| {name} | {' '.join(handed)} | {further} | {right} of {len(tests)} | {', '.join(names)} |")
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")

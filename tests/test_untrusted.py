@@ -11,9 +11,19 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
+@pytest.mark.kind("YAML that bombs, runs or does not parse")
 @pytest.mark.parametrize(
     "text",
-    ["a: [1, 2", "!!python/object/apply:os.system [ls]", BOMB, "a: &a [*a]", "[" * 5000, "2024-13-45: 1", "\x07"],
+    [
+        pytest.param(BOMB, id="B32 aliases"),
+        pytest.param("!!python/object/apply:os.system [ls]", id="B31 python"),
+        pytest.param("a: [1, 2", id="B31 broken"),
+        pytest.param("\x07", id="B31 binary"),
+        pytest.param("a: &a [*a]", id="contains itself"),
+        pytest.param("[" * 5000, id="deep"),
+        pytest.param("2024-13-45: 1", id="no such date"),
+        pytest.param("a: " + "9" * 5000, id="a number of 5000 digits"),
+    ],
 )
 def test_what_is_no_plain_yaml_is_one_sentence_and_takes_no_time(text):
     began = time.perf_counter()
