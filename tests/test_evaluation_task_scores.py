@@ -1,13 +1,23 @@
 """Metrics of answers, against counts by hand."""
 
 import math
+import random
 import sys
 from types import ModuleType
 
 import pytest
 
 from lskip.evaluation.embedded_tasks import HumanEval
-from lskip.evaluation.task_scores import bleu, check_metrics, edit_similarity, exact_match, pass_at_1, rouge, score
+from lskip.evaluation.task_scores import (
+    METRICS,
+    bleu,
+    check_metrics,
+    edit_similarity,
+    exact_match,
+    pass_at_1,
+    rouge,
+    score,
+)
 from lskip.evaluation.tasks import Example, LocalTask
 
 
@@ -51,6 +61,67 @@ def test_a_score_is_of_what_comes_before_a_stop_string(tmp_path):
     (tmp_path / "task.jsonl").write_text('{"prompt": "p", "reference": "yes"}\n')
     task = LocalTask(str(tmp_path / "task.jsonl"), metrics=["exact_match"], stop_strings=["\n\n"])
     assert score(task, list(task.examples()), ["yes\n\nno"]) == {"exact_match": 1.0}
+
+
+@pytest.mark.kind("K17 metrics")
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("Привет, мир", id="F61 Russian"),
+        pytest.param("これは日本語の文です", id="F61 Japanese"),
+        pytest.param("हिन्दी में पाठ", id="Hindi, whose vowel signs are marks"),
+        pytest.param("สวัสดีครับ", id="Thai, which writes no spaces"),
+        pytest.param("مرحبا بالعالم", id="Arabic"),
+        pytest.param("καλημέρα κόσμε", id="Greek"),
+        pytest.param("🙂🙂", id="emoji"),
+        pytest.param("yes", id="one word, which has no pair"),
+        pytest.param("!!!", id="no word at all"),
+        pytest.param("", id="nothing"),
+    ],
+)
+def test_a_text_is_like_itself_and_unlike_another(text):
+    for metric in (rouge, bleu, exact_match, edit_similarity):
+        assert set(metric([text], examples(text)).values()) == {1.0}
+        assert set(metric(["quite another"], examples(text)).values()) <= {0.0} or metric is edit_similarity
+
+
+@pytest.mark.kind("K17 metrics")
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        # one of two words is there: F = 1/2
+        pytest.param("зелёный дом", "красный дом", 1 / 2, id="Russian words"),
+        # 3 of 4 characters, each of which counts as a word
+        pytest.param("日本人の", "日本語の", 3 / 4, id="Japanese characters"),
+        pytest.param("das Café", "das cafe\u0301", 1.0, id="an accent on its own"),
+        pytest.param("İzmir ve Ankara", "ankara VE istanbul", 2 / 3, id="capitals"),
+    ],
+)
+def test_rouge_of_other_scripts_by_hand(answer, reference, expected):
+    assert rouge([answer], examples(reference))["rouge1"] == pytest.approx(expected)
+
+
+@pytest.mark.kind("K17 metrics")
+def test_english_scores_are_those_of_the_library():
+    """Lin's words are ASCII: nothing may change there. Texts of four words and more, so that BLEU has n-grams."""
+    from torchmetrics.functional.text import bleu_score, rouge_score
+
+    draw = random.Random(0)
+    kinds = ["the", "The", "cat", "foo_bar", "x1", "Don't", "--", "9.5"]
+    answers, targets = ([" ".join(draw.choices(kinds, k=draw.randint(4, 20))) for _ in range(40)] for _ in range(2))
+    known = rouge_score(answers, targets, rouge_keys=("rouge1", "rouge2", "rougeL"))
+    found = rouge(answers, examples(*targets))
+    assert found == pytest.approx({name: known[f"{name}_fmeasure"].item() for name in found}, abs=1e-6)
+    known = bleu_score(answers, [[target] for target in targets], smooth=True).item()
+    assert bleu(answers, examples(*targets))["bleu"] == pytest.approx(known, abs=1e-6)
+
+
+@pytest.mark.kind("K17 metrics")
+@pytest.mark.parametrize("metrics", [[name] for name in METRICS])
+def test_of_no_answers_no_metric_says_anything(tmp_path, metrics):
+    (tmp_path / "task.jsonl").write_text('{"prompt": "p", "reference": "yes"}\n')
+    with pytest.raises(ValueError, match="task: task has no answers to score"):
+        score(LocalTask(str(tmp_path / "task.jsonl"), metrics=metrics), [], [])
 
 
 def test_unknown_metrics_are_told():
