@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lskip.data.documents import fraction_of, text_digest
 from lskip.inference.stopping import end_tokens
 from lskip.inference.text import encode_prompt
+from lskip.json_lines import asked_of, read_json_lines, text_of
 
 HELD_OUT = 0.03  # of the prompts
 
@@ -68,10 +69,13 @@ def read_answers(
     end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else min(ends, default=None)
     rows = {}
     for path in paths:
-        for fields in _lines(path):
-            prompt = fields["prompt"] if "prompt" in fields else fields["messages"]
-            ids = encode_prompt(prompt, tokenizer, chat, model.config.vocab_size)
-            answer = tokenizer(fields["text"], add_special_tokens=False)["input_ids"]
+        for where, fields in read_json_lines(path, "answers"):
+            prompt, text = asked_of(fields, where), text_of(fields, "text", where)
+            try:
+                ids = encode_prompt(prompt, tokenizer, chat, model.config.vocab_size)
+            except ValueError as error:  # a chat template that refuses the messages, or is missing
+                raise ValueError(f"{where}: {error}") from error
+            answer = tokenizer(text, add_special_tokens=False)["input_ids"]
             if fields.get("finish_reason") == "eos" and end is not None:
                 answer.append(end)
             if answer and len(ids) < block_size:
@@ -92,22 +96,6 @@ def is_held_out(prompt: str | list[dict]) -> bool:
     """Whether a prompt, a text or chat messages, is among the 3 % that are held out."""
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
     return fraction_of(text_digest(text)) < HELD_OUT
-
-
-def _lines(path: Path) -> Iterator[dict]:
-    if not path.is_file():
-        raise FileNotFoundError(f"answers: there is no file '{path}'")
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"answers: line {number} of '{path}' is not JSON ({error.msg})") from error
-        asked = isinstance(fields, dict) and ("prompt" in fields) != ("messages" in fields)
-        if not asked or not isinstance(fields.get("text"), str):
-            raise ValueError(f"answers: line {number} of '{path}' is not what `lskip predict` writes")
-        yield fields
 
 
 def frequent_words(

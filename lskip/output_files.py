@@ -23,10 +23,13 @@ def make_writable(folder: Path, field: str = "output") -> None:
 
 
 @contextmanager
-def only_writer(path: Path, field: str) -> Iterator[None]:
+def only_writer(path: Path, field: str, wait: float = 0) -> Iterator[None]:
     """Keep `path` (a file or a folder, there or not) from a second process of lskip as long as this one writes it.
 
     The lock is a hidden file beside it, which the system lets go of when a process dies.
+
+    Args:
+        wait: seconds that another process may take with it.
 
     Raises:
         ValueError: another process writes it.
@@ -38,7 +41,7 @@ def only_writer(path: Path, field: str) -> Iterator[None]:
     place = path.with_name(f".{path.name}.lock")
     lock = FileLock(place)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait)
     except Timeout as error:
         advice = "wait for it, or name another"
         raise ValueError(f"{field}: '{path}' is being written by another process; {advice}") from error
@@ -52,8 +55,33 @@ def only_writer(path: Path, field: str) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def output_folder(folder: Path, field: str = "output") -> Iterator[None]:
+    """Keep a folder to this process while it writes there. It is made, and goes again if nothing came into it.
+
+    Raises:
+        ValueError: it cannot be written into, or another process writes there.
+    """
+    existed = folder.exists()
+    make_writable(folder, field)
+    try:
+        with only_writer(folder, field):
+            yield
+    finally:
+        if not existed and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def write_json(path: Path, content: Any) -> None:
-    """All at once: a kill leaves what was there before. Paths in it become strings."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1, default=os.fspath) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    """All at once, as write_bytes. Paths in it become strings."""
+    write_bytes(path, (json.dumps(content, indent=1, default=os.fspath) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """All at once: a kill, a full disk or a second writer leaves what was there before, or what is whole."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

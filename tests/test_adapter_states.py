@@ -44,7 +44,7 @@ def test_rows_are_prompt_and_answer(tmp_path, tiny_model, tiny_tokenizer):
             assert told[(*prompt, *answer), len(prompt)] == is_held_out(f"def f{i}(x):")
     cut = read_answers([path], tiny_model(), tiny_tokenizer, 12)
     assert max(len(row.token_ids) for row in cut) == 12
-    with pytest.raises(ValueError, match="need a tokenizer with a chat template"):
+    with pytest.raises(ValueError, match=r"line 1 of .* need a tokenizer with a chat template"):
         path.write_text(json.dumps({"messages": messages, "text": text}))
         read_answers([path], tiny_model(), tiny_tokenizer, 64)
 
@@ -67,12 +67,17 @@ def test_three_in_a_hundred_prompts_are_held_out():
     assert is_held_out([{"role": "user", "content": "a"}]) == is_held_out([{"content": "a", "role": "user"}])
 
 
+@pytest.mark.kind("K12 which files are read, and as what: tasks and answers")
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "line 1 of .* is not JSON"),
-        ('{"prompt": "x"}', "line 1 of .* is not what `lskip predict` writes"),
-        ('{"text": "x"}', "line 1 of .* is not what"),
+        ("{", "answers: line 1 of .* is not JSON"),
+        ('{"prompt": "x"}', "line 1 of .*: text: is missing"),
+        ('{"prompt": 5, "text": "x"}', "line 1 of .*: prompt: 5 is not a text"),
+        ('{"text": "x"}', "line 1 of .*: needs either the key 'prompt'"),
+        ('{"messages": [{"role": "user", "content": "x"}], "text": "y"}', "line 1 of .*: prompt: chat messages need"),
+        ('{"prompt": "x", "text": "\\ud83d"}', r"line 1 of .*: text: \\ud83d is half of a character"),
+        ('{"prompt": "x", "text": "y", "seed": ' + "9" * 5000 + "}", "line 1 of .*Exceeds the limit"),
         ('{"prompt": "x", "text": ""}', "of 0 answers within 40 tokens none"),
         ('{"prompt": "x", "text": "y"}', "of 1 answers within 40 tokens none is held out"),
     ],

@@ -1,7 +1,9 @@
 """`lskip sweep`: cells, resuming, what is written; and that a stopped one ends like an uninterrupted one."""
 
 import csv
+import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +13,15 @@ from lskip.cli import main
 from lskip.command_options import LoadingOptions
 from lskip.evaluation import sweep as sweep_module
 from lskip.evaluation.advice import advice
-from lskip.evaluation.sweep_cells import Generators, measure_cell
+from lskip.evaluation.sweep_cells import Generators, Pair, measure_cell, times_of
 from lskip.evaluation.sweep_figure import sweep_figure
 from lskip.evaluation.sweep_grid import Cell, exits_of, grid
 from lskip.evaluation.task_prompts import Prompt
 from lskip.evaluation.tasks import Example
+from lskip.inference import Generation
+from lskip.inference.costs import Costs, RowCosts
+from lskip.layer_figure import image_of
+from lskip.output_files import only_writer
 
 pytestmark = pytest.mark.usefixtures("quick_costs")
 NEW_TOKENS = 12
@@ -210,3 +216,100 @@ def test_the_figure_maps_grids_and_draws_the_rest_as_lines():
     assert [text.get_text() for text in grid_axes.texts] == [f"{1 + 0.1 * n:.2f}" for n in range(9)]
     assert lines.lines[0].get_xdata().tolist() == [1, 2, 4]
     assert lines.lines[0].get_ydata() == pytest.approx([1.9, 2.0, 2.1])
+
+
+@pytest.mark.kind("K17 metrics")
+@pytest.mark.parametrize(
+    "speedups",
+    [[1.0], [0.0, 0.0], [float("nan")] * 4, [1.2, float("nan"), 1.1, 1.0], [float("inf"), 1.0, 1.0, 1.0]],
+    ids=["one cell", "zeros", "NaN alone", "one NaN", "one infinite"],
+)
+def test_a_figure_is_drawn_of_any_times(speedups):
+    cells = [Cell("layers", e, d) for e in (2, 3) for d in (1, 2)]
+    records = [record_of(cell, speedup) for cell, speedup in zip(cells, speedups, strict=False)]
+    assert image_of(sweep_figure("T", "m", records), dpi=40).startswith(b"\x89PNG")
+
+
+@pytest.mark.kind("names of strangers are shown, not carried out")
+@pytest.mark.parametrize("name", ["a$b$", "$x", "_run", "x\x1b]0;t\x07", "日本", "n" * 5000, "$\\frac$", "</script>"])
+def test_a_figure_shows_any_name(name):
+    figure = sweep_figure(name, name, [record_of(Cell("ngram", None, 2), 1.0)])
+    assert "\x1b" not in figure.get_suptitle()
+    image_of(figure, dpi=40)
+
+
+@pytest.mark.kind("K17 metrics")
+def test_a_clock_that_stands_still_is_no_speed_up():
+    text = Generation(token_ids=[1, 2], seconds=0.0, rounds=1)
+    costs = Costs(4, RowCosts((1, 64), (1e-3, 1e-3), (1e-3, 1e-3)))
+    times = times_of([Pair(text, text, text)], costs, costs, [])
+    assert times["speedup"] != times["speedup"] and times["share_of_ideal"] is None
+
+
+def lines_of(place) -> list[str]:
+    return (place / "whole" / "cells.jsonl").read_text().splitlines()
+
+
+GARBLED = {
+    "B18 cut in the middle": lambda lines: [lines[0], lines[1][:40], *lines[2:]],
+    "garbage": lambda lines: [*lines[:3], "\x00\ufffd{", *lines[3:]],
+    "another object": lambda lines: [*lines, '{"part": 5}'],
+    "a cell without times": lambda lines: [*lines, '{"part": "x", "record": {"draft": "layers"}}'],
+    "a speed-up in words": lambda lines: [lines[0], lines[1].replace('"speedup": ', '"speedup": "fast", "x": ')],
+    "5000 digits": lambda lines: [lines[0], lines[1].replace('"tokens": ', '"tokens": ' + "9" * 5000)],
+    "no list of speed-ups": lambda lines: [lines[0], lines[1].replace('"speedups": [', '"speedups": 5, "x": [')],
+}
+
+
+@pytest.mark.kind("B18 damaged caches of evaluation")
+@pytest.mark.parametrize("garble", GARBLED.values(), ids=GARBLED)
+def test_a_garbled_line_is_named_and_loses_no_other(place, whole, capsys, monkeypatch, tmp_path, garble):
+    monkeypatch.setattr(sweep_module, "Generators", None)
+    file = tmp_path / "out" / "cells.jsonl"
+    file.parent.mkdir()
+    file.write_text("".join(f"{line}\n" for line in garble(lines_of(place))))
+    before = file.read_bytes()
+    assert main(arguments(place, "whole", f"--output={file.parent}", "--resume=true")) == 2
+    said = capsys.readouterr().err
+    assert "output: line " in said and "remove that line to measure its part again" in said
+    assert file.read_bytes() == before
+
+
+@pytest.mark.kind("two writers", "B13")
+def test_two_sweeps_are_kept_apart(place, whole, capsys, monkeypatch):
+    monkeypatch.setattr(sweep_module, "Generators", None)
+    with only_writer(place / "whole", "output"):
+        assert main(arguments(place, "whole", "--resume=true")) == 2
+    assert "is being written by another process" in capsys.readouterr().err
+
+
+@pytest.mark.kind("work is not lost where results cannot be written", "B27")
+def test_a_full_disk_keeps_the_finished_cells(place, whole, monkeypatch, capsys):
+    records = [json.loads(line) for line in lines_of(place)[1:]]
+    monkeypatch.setattr(sweep_module, "measure_cell", lambda g, cell, *more: record_named(records, str(cell)))
+    monkeypatch.setattr(sweep_module, "score_exit", lambda g, part, *more: record_named(records, str(part)))
+    opened, place_of = Path.open, place / "full" / "cells.jsonl"
+
+    def filling(path, mode="r", **more):
+        if path == place_of and mode == "a" and path.read_text().count("\n") == 4:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return opened(path, mode, **more)
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "open", filling)
+        assert main(arguments(place, "full")) == 2
+    said = capsys.readouterr().err
+    assert "(No space left on device); 3 parts are kept; go on with --resume true" in said
+    assert main(arguments(place, "full", "--resume=true")) == 0
+    assert timeless(place / "full" / "sweep.json") == whole
+
+
+def record_named(records: list[dict], name: str) -> dict:
+    return next(each["record"] for each in records if each["part"] == name)
+
+
+@pytest.mark.kind("work is not lost where results cannot be written", "B48")
+def test_a_refused_sweep_leaves_nothing(place, capsys):
+    assert main(arguments(place, "none", "--task.max_new_tokens=500")) == 2
+    assert "none leaves 500 tokens" in capsys.readouterr().err
+    assert not (place / "none").exists()

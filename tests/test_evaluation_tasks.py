@@ -127,19 +127,74 @@ def test_hub_tasks_read_the_columns_of_a_local_copy(tmp_path):
         next(hub_tasks.XsumSummarization(source=str(path), cache_dir=str(tmp_path)).examples())
 
 
-BAD_LINES = {
-    '{"prompt": "a"}': "line 1 of .* reference: null is not a text",
-    '{"prompt": "a", "reference": 5}': "line 1 of .* reference: 5 is not a text",
-    '{"question": "a", "reference": "b"}': "line 1: needs either the key 'prompt'",
-    "{": "line 1 is not JSON",
+GOOD = '{"prompt": "a", "reference": "b"}'
+BAD_FILES = {
+    "no reference": ('{"prompt": "a"}', "path: line 1 of .*mine.jsonl.*: reference: is missing"),
+    "a number": ('{"prompt": "a", "reference": 5}', "line 1 of .*: reference: 5 is not a text"),
+    "no prompt": ('{"question": "a", "reference": "b"}', "line 1 of .*: needs either the key 'prompt'"),
+    "both": ('{"prompt": "a", "messages": [], "reference": "b"}', "line 1 of .*: needs either the key 'prompt'"),
+    "an empty prompt": ('{"prompt": " ", "reference": "b"}', "line 1 of .*: prompt: is empty"),
+    "no messages": ('{"messages": [{"role": "user"}], "reference": "b"}', "messages: not a list of objects"),
+    "cut": ("{", "line 1 of .* is not JSON"),
+    "a list": (f"{GOOD}\n[1]", "line 2 of .* is no object"),
+    "F32 half a character": (
+        f'{GOOD}\n{{"prompt": "a \\ud83d", "reference": "b"}}',
+        r"line 2 .*: prompt: \\ud83d is half",
+    ),
+    "B41 5000 digits": (f'{GOOD}\n{{"prompt": "a", "reference": {"9" * 5000}}}', r"line 2 of .*\(Exceeds the limit"),
+    "deep": ('{"prompt": ' + "[" * 100_000, r"line 1 of .*\(too deeply nested\)"),
+    "B41 Latin-1": (f"{GOOD}\n".encode() + b'{"prompt": "caf\xe9"}', r"line 2 of .* is not UTF-8 text \(byte 15\)"),
+    "UTF-16": (GOOD.encode("utf-16"), r"line 1 of .* is not UTF-8 text \(byte 0\)"),
+    "B21 a huge line": ('{"prompt": "' + "a" * 5 * 2**20 + '"}', "line 1 of .* is longer than the 4 MiB"),
+    "empty": ("\n \n", "path: '.*mine.jsonl' holds no example"),
 }
 
 
-@pytest.mark.parametrize(("line", "said"), BAD_LINES.items(), ids=range(len(BAD_LINES)))
-def test_a_bad_line_of_a_local_task_is_told(tmp_path, line, said):
-    (tmp_path / "mine.jsonl").write_text(line + "\n")
+@pytest.mark.kind("K12 which files are read, and as what: tasks and answers")
+@pytest.mark.parametrize(("content", "said"), BAD_FILES.values(), ids=BAD_FILES)
+def test_a_bad_file_of_a_local_task_is_told(tmp_path, content, said):
+    (tmp_path / "mine.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=said):
         LocalTask(str(tmp_path / "mine.jsonl"))
+
+
+@pytest.mark.kind("K12 which files are read, and as what: tasks and answers")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        pytest.param("mine.jsonl", b"\xef\xbb\xbf" + GOOD.encode(), id="F60 byte order mark"),
+        pytest.param("mine.ndjson", GOOD.encode(), id="F41 ndjson"),
+        pytest.param("mine.JSONL", GOOD.encode(), id="capitals"),
+        pytest.param("mine.jsonl", f"{GOOD}\r\n\r\n".encode(), id="line ends of Windows"),
+        pytest.param("mine.jsonl", GOOD.encode(), id="no line end"),
+    ],
+)
+def test_a_file_of_any_editor_is_read(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert list(LocalTask(str(tmp_path / name)).examples()) == [Example("a", "b")]
+
+
+@pytest.mark.kind("K12 which files are read, and as what: tasks and answers")
+@pytest.mark.parametrize("name", ["mine.txt", "mine.json", "mine.jsonl.gz"])
+def test_other_kinds_of_files_are_refused_by_name(tmp_path, name):
+    (tmp_path / name).write_text(GOOD)
+    with pytest.raises(ValueError, match=r"path: '.*' is not a \.jsonl or \.ndjson file"):
+        LocalTask(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"metrics": []}, "metrics: is an empty list"),
+        ({"metrics": "rouge"}, "metrics: 'r' is not one of"),
+        ({"stop_strings": "END"}, "stop_strings: 'END' is not a list of texts"),
+        ({"stop_strings": [""]}, r"stop_strings: \[''\] is not a list of texts"),
+    ],
+)
+def test_a_bad_option_of_a_local_task_is_told(tmp_path, options, said):
+    (tmp_path / "mine.jsonl").write_text(GOOD)
+    with pytest.raises(ValueError, match=said):
+        LocalTask(str(tmp_path / "mine.jsonl"), **options)
 
 
 def test_a_local_task_is_named_after_its_file(tmp_path):

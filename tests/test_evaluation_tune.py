@@ -1,5 +1,6 @@
 """`lskip tune`: the ranking by the cost model, by hand, and what is saved of a whole run."""
 
+import errno
 import json
 
 import pytest
@@ -7,9 +8,10 @@ from conftest import make_model
 
 from lskip.cli import main
 from lskip.evaluation import tune as tune_module
+from lskip.evaluation.advice import advice, best_cell
 from lskip.evaluation.draft_rounds import DraftRound
 from lskip.evaluation.sweep_grid import Cell
-from lskip.evaluation.tune import Forecast, candidates, promised, worth_decoding
+from lskip.evaluation.tune import Forecast, best_first, candidates, promised, worth_decoding
 from lskip.inference.costs import Costs, RowCosts
 
 # A block costs 1 ms and the head 2 ms, however many rows: a plain step of 10 blocks 12 ms.
@@ -96,6 +98,88 @@ def test_where_nothing_pays_it_is_saved_that_nothing_drafts(place, monkeypatch, 
     assert "do not draft for adds" in capsys.readouterr().out
     found = json.loads((place / "model" / "tuned.json").read_text())["adds"]
     assert (found["num_speculations"], found["draft"], found["speedup"]) == (0, None, 1.0)
+
+
+@pytest.fixture
+def one_cell(place, monkeypatch):
+    """The arguments of a run in which nothing is measured and nothing pays."""
+    monkeypatch.setattr(tune_module, "measure_cell", lambda g, cell, p, r: slow(cell))
+    monkeypatch.setattr(tune_module, "forecast", lambda g, cells, *more: [Forecast(cells[0], 1.0, 1.0)])
+    task = ["--task=LocalTask", f"--task.path={place}/adds.jsonl", "--task.max_new_tokens=6"]
+    return ["tune", f"--model={place}/model", *task, "--num_prompts=1", "--drafts=[ngram]"]
+
+
+LOST = "work is not lost where results cannot be written"
+
+
+@pytest.mark.kind(LOST, "B11")
+def test_a_model_that_nothing_can_be_kept_beside_is_told_before_it_is_loaded(one_cell, monkeypatch, capsys):
+    def refuse(**where):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("lskip.output_files.TemporaryFile", refuse)
+    monkeypatch.setattr(tune_module, "Generators", None)
+    assert main(one_cell) == 2
+    assert "model: what is tuned is kept beside it: cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.kind(LOST, "B11")
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT], ids=errno.errorcode.get)
+def test_what_was_found_is_shown_even_if_it_cannot_be_saved(place, one_cell, monkeypatch, capsys, code):
+    def refuse(path, content):
+        raise OSError(code, "No", str(path))
+
+    monkeypatch.setattr("lskip.output_files.Path.write_bytes", refuse)
+    assert main(one_cell) == 2
+    printed = capsys.readouterr()
+    assert "ngram" in printed.out and "do not draft for adds" in printed.out
+    assert "task: 'adds' could not be saved" in printed.err and "it stands above" in printed.err
+    assert not [path for path in (place / "model").iterdir() if "tuned" in path.name]
+
+
+@pytest.mark.kind(LOST)
+def test_a_damaged_file_of_tuned_tasks_is_told_before_a_model_is_loaded(place, one_cell, monkeypatch, capsys):
+    (place / "model" / "tuned.json").write_text("{")
+    monkeypatch.setattr(tune_module, "Generators", None)
+    assert main(one_cell) == 2
+    assert "remove it, and tune again" in capsys.readouterr().err
+
+
+@pytest.mark.kind("a new user's first hour: tune, inspect, compare, evaluate", "M3")
+@pytest.mark.parametrize(
+    ("drafts", "said"), [("[layers]", "not tried: int4, ngram, which need no training"), ("[ngram,int4]", "")]
+)
+def test_what_was_not_tried_and_needs_no_training_is_named(one_cell, capsys, drafts, said):
+    assert main([*one_cell, f"--drafts={drafts}"]) == 0
+    printed = capsys.readouterr().out
+    assert said in printed and ("not tried" in printed) == bool(said)
+
+
+@pytest.mark.kind("K17 metrics")
+@pytest.mark.parametrize("time", [float("nan"), float("inf")], ids=["NaN", "infinity"])
+def test_a_time_that_is_no_number_never_wins(time):
+    cells = [Cell("layers", 2, d) for d in (1, 2, 3)]
+    ranked = [Forecast(cell, speedup, 2.0) for cell, speedup in zip(cells, (time, 1.3, 1.2), strict=True)]
+    best = {**slow(cells[0]), "acceptance_rate": 1.0}
+    best["times"] |= {"speedup": time, "speedups": [time]}
+    assert best_cell([best]) is None and best_cell([best, quick(cells[1])])["num_speculations"] == 2
+    assert "no time could be measured" in advice("T", [best])
+    assert worth_decoding(best_first(ranked), 2) == cells[1:]
+
+
+def quick(cell: Cell) -> dict:
+    return slow(cell) | {"times": {"speedup": 1.5, "speedups": [1.5]}}
+
+
+@pytest.mark.kind("NaN is noticed")
+def test_a_model_whose_logits_are_nan_is_refused_before_anything_is_measured(place, capsys):
+    model = make_model()
+    model.model.norm.weight.data.fill_(float("nan"))
+    model.save_pretrained(place / "model")
+    task = ["--task=LocalTask", f"--task.path={place}/adds.jsonl", "--task.max_new_tokens=6"]
+    for command in (["tune"], ["sweep", f"--output={place}/out"]):
+        assert main([*command, f"--model={place}/model", *task, "--exit_layers=[2]"]) == 2
+        assert "model:" in capsys.readouterr().err
 
 
 def slow(cell: Cell) -> dict:

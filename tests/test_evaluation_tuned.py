@@ -1,6 +1,7 @@
 """What a tuned task sets: where it is kept, and that what the user says goes before it."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -116,8 +117,59 @@ def test_saving_keeps_the_other_tasks(tmp_path):
     assert [each.name for each in path.parent.iterdir()] == ["tuned.json"]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"a": 5}', json.dumps({"a": {"exit_layer": 3}})])
+DAMAGED = {
+    "B18 cut": "{",
+    "a list": "[]",
+    "a number for a task": '{"a": 5}',
+    "a task without its fields": json.dumps({"a": {"exit_layer": 3}}),
+    "NaN": json.dumps({"a": LAYERS | ON_CPU | {"exit_layer": float("nan")}}),
+    "a negative number": json.dumps({"a": LAYERS | ON_CPU | {"num_speculations": -1}}),
+    "a text for a number": json.dumps({"a": LAYERS | ON_CPU | {"num_speculations": "4"}}),
+    "null": json.dumps({"a": LAYERS | ON_CPU | {"num_speculations": None}}),
+    "another draft": json.dumps({"a": LAYERS | ON_CPU | {"draft": "magic"}}),
+    "other weights": json.dumps({"a": WEIGHTS | ON_CPU | {"draft_weights": "int1"}}),
+    "an adapter that is a list": json.dumps({"a": LAYERS | ON_CPU | {"exit_adapter": ["x"]}}),
+    "5000 digits": '{"a": ' + "9" * 5000 + "}",
+    "garbage": b"\x80\x02\xff",
+}
+
+
+@pytest.mark.kind("B18 damaged caches of evaluation")
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_a_file_of_something_else_is_told(tmp_path, content):
-    (tmp_path / "tuned.json").write_text(content)
+    (tmp_path / "tuned.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=r"task: '.*tuned.json' .*remove it, and tune again"):
         read_tuned(tmp_path / "tuned.json")
+
+
+@pytest.mark.kind("B18 damaged caches of evaluation")
+def test_a_folder_in_its_place_is_told(tmp_path):
+    with pytest.raises(ValueError, match="Is a directory; remove it, and tune again"):
+        read_tuned(tmp_path)
+
+
+@pytest.mark.kind("B18 damaged caches of evaluation")
+def test_what_was_tuned_for_another_model_or_with_an_adapter_that_is_gone_is_told(folder, tmp_path):
+    save_tuned(folder / "tuned.json", "deep", LAYERS | ON_CPU | {"exit_layer": 9})
+    save_tuned(folder / "tuned.json", "gone", LAYERS | ON_CPU | {"exit_adapter": str(tmp_path / "gone")})
+    with pytest.raises(ValueError, match="task: 'deep' was tuned for another model: exit_layer 9 of 4; tune again"):
+        options_of(folder, "deep")
+    with pytest.raises(FileNotFoundError, match=r"task: 'gone' was tuned with an exit_adapter: there is no folder"):
+        options_of(folder, "gone")
+    assert options_of(folder, "gone", draft="ngram")["exit_adapter"] is None
+
+
+def test_an_adapter_is_the_same_by_every_name(tmp_path, monkeypatch, folder):
+    (tmp_path / "mine").mkdir()
+    save_tuned(folder / "tuned.json", "adapted", LAYERS | ON_CPU | {"exit_adapter": str(tmp_path / "mine")})
+    monkeypatch.chdir(tmp_path)
+    assert options_of(folder, "adapted", {"exit_adapter": "mine"})["num_speculations"] == 4
+    assert options_of(folder, "adapted", {"exit_adapter": "mine"})["draft"] == "layers"
+
+
+@pytest.mark.kind("two writers", "B13")
+def test_two_that_save_at_once_keep_each_others_tasks(tmp_path):
+    path = tmp_path / "tuned.json"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: save_tuned(path, f"task{number}", LAYERS | ON_CPU), range(24)))
+    assert len(read_tuned(path)) == 24 and [each.name for each in tmp_path.iterdir()] == ["tuned.json"]

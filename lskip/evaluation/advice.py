@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,16 +19,18 @@ def best_cell(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def pays(times: dict[str, Any]) -> bool:
+    """Whether it is surely faster. A clock that stood still (no number, or infinity) is no proof."""
     faster = sum(speedup > 1 for speedup in times["speedups"])
-    return times["speedup"] >= PAYS and faster >= TURNS * len(times["speedups"])
+    return PAYS <= times["speedup"] < math.inf and faster >= TURNS * len(times["speedups"])
 
 
 def advice(task: str, records: Sequence[dict[str, Any]]) -> str:
     """One sentence: what to use for this task, or not to draft."""
     best = best_cell(records)
     if best is None:
-        most = max(record["times"]["speedup"] for record in records)
-        return f"do not draft for {task}: of {len(records)} settings none is surely faster (at most {most:.2f}x)"
+        measured = [speedup for record in records if math.isfinite(speedup := record["times"]["speedup"])]
+        most = f"at most {max(measured):.2f}x" if measured else "no time could be measured"
+        return f"do not draft for {task}: of {len(records)} settings none is surely faster ({most})"
     speedup, rate = best["times"]["speedup"], best["acceptance_rate"]
     return (
         f"use {', '.join(flags(cell_of(best)))} for {task}: {speedup:.2f}x autoregressive, acceptance_rate {rate:.2f},"

@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from lskip.families import family_of
+from lskip.pretrained import load_config
+
+
+def layers_of(model: str) -> int:
+    """How many layers a model has, its weights unread; ValueError, FileNotFoundError if it is none that lskip runs."""
+    config = load_config(model)
+    family_of(config)  # first: the config of another kind may not even say
+    return config.num_hidden_layers
+
 
 def exit_names(exits: str) -> list[str]:
     """["8", "16", "last"] of "8,16,last".

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,14 +11,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from lskip.checks import check_whole
 from lskip.command_options import LoadingOptions
 from lskip.evaluation import embedded_tasks, hub_tasks  # noqa: F401 (their classes are what --task can name)
 from lskip.evaluation.advice import advice
-from lskip.evaluation.exit_names import exit_layers_of, exit_names
+from lskip.evaluation.exit_names import exit_layers_of, exit_names, layers_of
 from lskip.evaluation.sweep_cells import Generators, measure_cell
 from lskip.evaluation.sweep_figure import sweep_figure
 from lskip.evaluation.sweep_file import SweepFile
@@ -26,11 +26,11 @@ from lskip.evaluation.task_prompts import prompts_of, texts_in_order
 from lskip.evaluation.task_scores import score
 from lskip.evaluation.tasks import Task
 from lskip.inference.text import decode_text
-from lskip.output_files import make_writable, write_json
-from lskip.pretrained import load_config
+from lskip.layer_figure import image_of
+from lskip.output_files import output_folder, write_bytes, write_json
+from lskip.plain_console import plain_console, plain_table
 
 NUM_SPECULATIONS = (2, 4, 6, 8)
-WIDTH = 110  # of the table, in a pipe too
 
 
 @dataclass(frozen=True)
@@ -95,16 +95,15 @@ def sweep(
     counts = {"num_prompts": num_prompts, "rounds": rounds, "scored_prompts": scored_prompts, "batch_size": batch_size}
     for name, value in counts.items():
         check_whole(name, value, 1)
-    num_layers = load_config(loading.model).num_hidden_layers
+    asked_exits = [] if exits is None else exit_names(exits)
+    num_layers = layers_of(loading.model)
     cells = grid(drafts, exit_layers, num_speculations, policies, num_layers)
-    scored = [] if exits is None else exit_layers_of(exit_names(exits), num_layers)
-    parts: list[Part] = [*cells, *map(FixedExit, scored)]
-    make_writable(Path(output))
-    shared = {**describe(task, loading), **counts}
-    file = SweepFile(Path(output) / "cells.jsonl", shared, resume, overwrite)
-    measure_missing(parts, file, task, loading, counts)
-    found = {part: file.parts[str(part)] for part in parts}
-    write_results(Path(output), task, shared, found)
+    parts: list[Part] = [*cells, *map(FixedExit, exit_layers_of(asked_exits, num_layers))]
+    shared, folder = {**describe(task, loading), **counts}, Path(output)
+    with output_folder(folder):
+        file = SweepFile(folder / "cells.jsonl", shared, resume, overwrite)
+        measure_missing(parts, file, task, loading, counts)
+        write_results(folder, task, shared, {part: file.parts[str(part)] for part in parts})
 
 
 def describe(task: Task, loading: LoadingOptions) -> dict[str, Any]:
@@ -148,28 +147,28 @@ def score_exit(generators: Generators, part: FixedExit, task: Task, counts: dict
 
 
 def write_results(folder: Path, task: Task, shared: dict[str, Any], found: dict[Part, dict[str, Any]]) -> None:
-    """sweep.json, sweep.csv and sweep.png into the folder; the tables and the advice onto the terminal."""
+    """The tables and the advice onto the terminal; sweep.json, sweep.csv and sweep.png into the folder."""
     cells = [record for part, record in found.items() if isinstance(part, Cell)]
     exits = [record for part, record in found.items() if not isinstance(part, Cell)]
-    advised = advice(task.name, cells)
-    times = {"advice": advised, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    write_json(folder / "sweep.json", {**shared, "cells": cells, "exits": exits, "times": times})
-    write_csv(folder / "sweep.csv", cells)
-    sweep_figure(task.name, Path(shared["model"]).name, cells).savefig(folder / "sweep.png", dpi=150)
-    console = Console(width=max(Console().width, WIDTH))
+    advised, console = advice(task.name, cells), plain_console()
     print_cells(cells, console)
     if exits:
         print_exits(exits, console)
-    console.print(advised)
+    console.print(advised, soft_wrap=True)
+    times = {"advice": advised, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    write_json(folder / "sweep.json", {**shared, "cells": cells, "exits": exits, "times": times})
+    write_bytes(folder / "sweep.csv", csv_of(cells).encode())
+    figure = sweep_figure(task.name, Path(shared["model"]).name, cells)
+    write_bytes(folder / "sweep.png", image_of(figure))
 
 
-def write_csv(path: Path, cells: Sequence[dict[str, Any]]) -> None:
+def csv_of(cells: Sequence[dict[str, Any]]) -> str:
     """A line a cell; what is a list or a table in the JSON file is left out."""
-    rows = [flat(record) for record in cells]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    rows, text = [flat(record) for record in cells], io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def flat(record: dict[str, Any]) -> dict[str, Any]:
@@ -184,8 +183,8 @@ def print_cells(cells: Sequence[dict[str, Any]], console: Console) -> None:
         **{"acceptance_rate": "accept-\nance_rate", "tokens_per_round": "tokens_\nper_round"},
         **{"share_of_ideal": "share\nof ideal", "mismatches": "mis-\nmatches"},
     }
-    table = Table(*columns.values(), title="Speed-up over autoregressive decoding", title_justify="left")
-    for column in (*table.columns[1:3], *table.columns[4:]):
+    table = plain_table(*columns.values(), title="Speed-up over autoregressive decoding", right=4)
+    for column in table.columns[1:3]:
         column.justify = "right"
     for record in map(flat, cells):
         table.add_row(*(in_words(record[name]) for name in columns))
@@ -194,7 +193,7 @@ def print_cells(cells: Sequence[dict[str, Any]], console: Console) -> None:
 
 def print_exits(exits: Sequence[dict[str, Any]], console: Console) -> None:
     names = list(exits[0]["scores"])
-    table = Table("exit_layer", *names, title=f"Fixed exits, {exits[0]['prompts']} prompts", title_justify="left")
+    table = plain_table("exit_layer", *names, title=f"Fixed exits, {exits[0]['prompts']} prompts")
     for record in exits:
         table.add_row(str(record["exit_layer"]), *(f"{record['scores'][name]:.3f}" for name in names))
     console.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -118,9 +119,9 @@ def times_of(
         "speedup": the median over all turns of autoregressive seconds over drafted seconds, the prompt's pass in
         both; "speedups": each of them; "tokens_per_second", "autoregressive_tokens_per_second"; "share_of_ideal":
         measured over what the cost model gives the rounds that were planned, the prompt's pass
-        left out. None where a text has one token.
+        left out. None where a text has one token. NaN for a turn of which the clock saw nothing.
     """
-    speedups = [pair.plain.seconds / pair.drafted.seconds for pair in pairs]
+    speedups = [pair.plain.seconds / (pair.drafted.seconds or math.nan) for pair in pairs]
     gained = [
         (pair.plain.seconds - pair.first_token.seconds) / (pair.drafted.seconds - pair.first_token.seconds)
         for pair in pairs
@@ -130,7 +131,7 @@ def times_of(
     predicted = sum(drafting.round(plan, lanes) for plan, lanes in planned)
     ideal = tokens * plain.plain(1) / predicted if predicted else None
     return {
-        "speedup": median(speedups),
+        "speedup": median([speedup for speedup in speedups if math.isfinite(speedup)] or [math.nan]),
         "tokens_per_second": median(pair.drafted.tokens_per_second for pair in pairs),
         "autoregressive_tokens_per_second": median(pair.plain.tokens_per_second for pair in pairs),
         "share_of_ideal": median(gained) / ideal if gained and ideal else None,

@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lskip.layer_figure import drawn
+
 COLORS = "cividis"  # even to eyes that see no red or no green
 LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito
 LEVELS = 12
@@ -29,16 +31,17 @@ def sweep_figure(task: str, model: str, records: Records) -> Figure:
     figure = Figure(figsize=(1 + 4.6 * count, 4.2), layout="constrained")
     panels = list(figure.subplots(1, count, squeeze=False)[0])
     speedups = [record["times"]["speedup"] for record in records]
-    levels = np.linspace(math.floor(min(speedups) * 20) / 20, math.ceil(max(speedups) * 20 + 1e-9) / 20 + 0.01, LEVELS)
+    known = [speedup for speedup in speedups if math.isfinite(speedup)] or [1.0]
+    levels = np.linspace(math.floor(min(known) * 20) / 20, math.ceil(max(known) * 20 + 1e-9) / 20 + 0.01, LEVELS)
     shown = None
     for axes, (name, group) in zip(panels, maps.items(), strict=False):
-        shown = draw_map(axes, group, levels, max(speedups))
+        shown = draw_map(axes, group, levels, max(known))
         axes.set_title(title_of(*name), fontsize=10)
     if shown is not None:
         figure.colorbar(shown, ax=panels[: len(maps)], label="speed-up over autoregressive", format="%.2f")
     if lines:
         draw_lines(panels[-1], lines)
-    figure.suptitle(f"{model} on {task}", fontsize=11)
+    figure.suptitle(f"{drawn(model)} on {drawn(task)}", fontsize=11)
     return figure
 
 
@@ -57,7 +60,8 @@ def draw_map(axes: Axes, group: Records, levels: np.ndarray, best: float):
     exits = sorted({record["exit_layer"] for record in group})
     counts = sorted({record["num_speculations"] for record in group})
     found = {(r["exit_layer"], r["num_speculations"]): r["times"]["speedup"] for r in group}
-    table = np.array([[found[exit_layer, count] for count in counts] for exit_layer in exits])
+    table = np.array([[found.get((exit_layer, count), math.nan) for count in counts] for exit_layer in exits])
+    table = np.ma.masked_invalid(table)  # no time could be measured there
     shown = axes.contourf(counts, exits, table, levels=levels, cmap=COLORS)
     if table.min() < 1 < table.max():
         axes.contour(counts, exits, table, levels=[1.0], colors="white", linewidths=1.5, linestyles="--")

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from lskip.checks import check_choice, check_whole
 from lskip.command_options import DraftWeights, LoadingOptions
+from lskip.exit_adapter import find_adapter
 
 DraftName = Literal["layers", DraftWeights, "ngram", "adapter"]
 PolicyName = Literal["FixedDraft", "ConfidenceDraft", "CostAwareDraft"]
@@ -101,6 +102,7 @@ def check_grid(
 
     Raises:
         ValueError: an empty list or a value that no model allows, or loading options that a grid sets itself.
+        FileNotFoundError: no such exit_adapter.
     """
     lists = {"drafts": drafts, "exit_layers": exit_layers, "num_speculations": num_speculations, "policies": policies}
     for name, values in lists.items():
@@ -110,8 +112,9 @@ def check_grid(
         check_whole("exit_layers", exit_layer, 1)
     for count in num_speculations:
         check_whole("num_speculations", count, 1)
-    for draft in drafts:
-        check_choice("drafts", draft, DRAFTS)
+    for name, given, choices in (("drafts", drafts, DRAFTS), ("policies", policies, get_args(PolicyName))):
+        for value in given:
+            check_choice(name, value, choices)
     if loading.draft_weights is not None:
         raise ValueError(f"draft_weights: {loading.draft_weights!r} is set by the grid here; use drafts [int8, int4]")
     if loading.costs_file is not None:
@@ -120,3 +123,5 @@ def check_grid(
         raise ValueError(
             f"exit_adapter: is {loading.exit_adapter!r}; the draft 'adapter' needs one, no other takes one"
         )
+    if loading.exit_adapter is not None:
+        find_adapter(loading.exit_adapter)

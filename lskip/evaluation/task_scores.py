@@ -41,7 +41,9 @@ def score(task: Task, examples: Sequence[Example], texts: Sequence[str]) -> dict
 
 
 def check_metrics(names: Sequence[str]) -> None:
-    """ValueError unless all are known."""
+    """ValueError unless there are some, all of them known."""
+    if not names:
+        raise ValueError("metrics: is an empty list; name at least one, or null for edit_similarity")
     for name in names:
         if name not in METRICS:
             raise ValueError(f"metrics: {name!r} is not one of {', '.join(METRICS)}")
@@ -69,7 +71,7 @@ def bleu(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float
         words = [_TOKEN.findall(answer), _TOKEN.findall(target)]
         lengths = [total + len(each) for total, each in zip(lengths, words, strict=True)]
         for n in range(BLEU_LENGTH):
-            mine, theirs = (Counter(zip(*(each[start:] for start in range(n + 1)))) for each in words)
+            mine, theirs = (Counter(zip(*(each[start:] for start in range(n + 1)), strict=False)) for each in words)
             matches[n] += (mine & theirs).total()
             counts[n] += mine.total()
     if not matches[0]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lskip.checks import check_texts, check_whole
+from lskip.json_lines import ENDINGS, asked_of, read_json_lines, text_of
 
 
 class Example(NamedTuple):
@@ -105,7 +105,8 @@ class Continuation(Task):
 
 
 class LocalTask(Task):
-    """Your own prompts: a .jsonl file with {"prompt": …, "reference": …} or {"messages": […], "reference": …} a line.
+    """Your own prompts: a .jsonl (.ndjson) file with {"prompt": …, "reference": …} or {"messages": […],
+    "reference": …} a line.
 
     Its name is that of the file, without the extension.
     """
@@ -132,10 +133,10 @@ class LocalTask(Task):
         from lskip.evaluation.task_scores import check_metrics
 
         self.path, self.chat = Path(path), chat
-        self.metrics = tuple(metrics or self.metrics)
-        self.stop_strings = tuple(stop_strings or ())
+        self.metrics = self.metrics if metrics is None else tuple(metrics)
         check_metrics(self.metrics)
-        check_texts("stop_strings", self.stop_strings)
+        check_texts("stop_strings", stop_strings or ())
+        self.stop_strings = tuple(stop_strings or ())
         self._examples = read_examples(self.path)
 
     @property
@@ -152,15 +153,10 @@ def read_examples(path: Path) -> list[Example]:
     Raises:
         ValueError: a line that is no example, with its number, or none at all. FileNotFoundError: no such file.
     """
-    from lskip.prompt_file import read_prompts
-
-    if path.suffix != ".jsonl":
-        raise ValueError(f"path: '{path}' is not a .jsonl file")
-    examples = []
-    for prompt in read_prompts(path):
-        reference = prompt.fields.get("reference")
-        if not isinstance(reference, str):
-            line = json.dumps(reference)
-            raise ValueError(f"path: line {prompt.line} of '{path}': reference: {line} is not a text")
-        examples.append(Example(prompt.content, reference))
+    if path.suffix.lower() not in ENDINGS:
+        raise ValueError(f"path: '{path}' is not a {' or '.join(ENDINGS)} file")
+    lines = read_json_lines(path, "path")
+    examples = [Example(asked_of(fields, where), text_of(fields, "reference", where)) for where, fields in lines]
+    if not examples:
+        raise ValueError(f"path: '{path}' holds no example")
     return examples

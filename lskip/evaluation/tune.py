@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from datetime import date
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from tqdm import tqdm
 
 from lskip.checks import check_whole
@@ -23,18 +24,21 @@ from lskip.evaluation.draft_rounds import (
     shorter_rounds,
     tokens_of,
 )
-from lskip.evaluation.sweep import WIDTH, print_cells
+from lskip.evaluation.exit_names import layers_of
+from lskip.evaluation.sweep import print_cells
 from lskip.evaluation.sweep_cells import Generators, measure_cell
 from lskip.evaluation.sweep_grid import Cell, DraftName, check_grid, grid
 from lskip.evaluation.task_prompts import Prompt, prompts_of, texts_in_order
 from lskip.evaluation.tasks import Task
-from lskip.evaluation.tuned import save_tuned, tuned_path
+from lskip.evaluation.tuned import adapter_place, check_place, save_tuned, tuned_path
 from lskip.inference import TextGenerator
 from lskip.inference.drafting import Draft, DraftPlan
 from lskip.inference.loading import resolve_device
-from lskip.pretrained import load_config
+from lskip.plain_console import plain_console
+from lskip.user_errors import one_line
 
 MOST_SPECULATIONS = 8
+NEED_NO_TRAINING = ("int4", "ngram")  # drafts that any model may have
 
 
 class Forecast(NamedTuple):
@@ -79,18 +83,41 @@ def tune(
     if drafts is None:
         drafts = ["layers"] if loading.exit_adapter is None else ["adapter"]
     check_grid(drafts, exit_layers, num_speculations, ["FixedDraft"], loading)
-    for name, value in (("num_prompts", num_prompts), ("rounds", rounds), ("decoded_cells", decoded_cells)):
+    counts = {"num_prompts": num_prompts, "rounds": rounds, "decoded_cells": decoded_cells, "batch_size": batch_size}
+    for name, value in counts.items():
         check_whole(name, value, 1)
-    check_whole("batch_size", batch_size, 1)
-    cells = candidates(drafts, exit_layers, num_speculations, load_config(loading.model).num_hidden_layers)
+    cells = candidates(drafts, exit_layers, num_speculations, layers_of(loading.model))
     path = tuned_path(loading.model)
+    check_place(path)
     generators = Generators(loading)
     prompts = prompts_of(task, generators.plain, num_prompts)
-    records = best_records(generators, cells, prompts, rounds, decoded_cells, batch_size)
-    save_tuned(path, task.name, found_of(records, loading, prompts))
-    console = Console(width=max(Console().width, WIDTH))
+    try:
+        records = best_records(generators, cells, prompts, rounds, decoded_cells, batch_size)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("; nothing is saved yet: the same command begins anew") from None
+    show_and_save(records, task, drafts, path, found_of(records, loading, prompts))
+
+
+def show_and_save(
+    records: Sequence[dict[str, Any]], task: Task, drafts: Sequence[str], path: Path, found: dict[str, Any]
+) -> None:
+    """The table and the advice onto the terminal; then what was found into the file. ValueError if that fails."""
+    console = plain_console()
     print_cells(records, console)
-    console.print(f"{advice(task.name, records)}\nsaved in {path}; used by --task {task.name}", soft_wrap=True)
+    console.print(advice(task.name, records), untried(drafts, records), sep="", soft_wrap=True)
+    try:
+        save_tuned(path, task.name, found)
+    except OSError as error:
+        raise ValueError(f"task: {task.name!r} could not be saved: {one_line(error)}; it stands above") from error
+    console.print(f"saved in {path}; used by --task {task.name}", soft_wrap=True)
+
+
+def untried(drafts: Sequence[str], records: Sequence[dict[str, Any]]) -> str:
+    """What may pay where nothing did: drafts that need no training and were not tried."""
+    left = [name for name in NEED_NO_TRAINING if name not in drafts]
+    if not left or best_cell(records) is not None:
+        return ""
+    return f"\nnot tried: {', '.join(left)}, which need no training: --drafts '[{','.join(left)}]'"
 
 
 def best_records(
@@ -143,7 +170,12 @@ def forecast(
                 counts[key] = accepted_counts(generators.drafting(cell), cell, prompts, batch_size, largest)
             found = [shorter_rounds(counts[key], cell.num_speculations)]
         forecasts.append(promised(generators.drafting(cell), cell, [each for rounds in found for each in rounds]))
-    return sorted(forecasts, key=lambda each: -each.speedup)
+    return best_first(forecasts)
+
+
+def best_first(forecasts: Sequence[Forecast]) -> list[Forecast]:
+    """By speed-up; last what is no number."""
+    return sorted(forecasts, key=lambda each: each.speedup if math.isfinite(each.speedup) else 0.0, reverse=True)
 
 
 def hits_of(generator: TextGenerator, text: OwnText) -> list[list[bool]]:
@@ -199,7 +231,7 @@ def found_of(records: Sequence[dict[str, Any]], loading: LoadingOptions, prompts
     return {
         **drafted,
         "draft_weights": cell and cell.draft_weights,
-        "exit_adapter": loading.exit_adapter if cell is not None and cell.draft == "adapter" else None,
+        "exit_adapter": adapter_place(loading.exit_adapter) if cell is not None and cell.draft == "adapter" else None,
         "speedup": 1.0 if best is None else best["times"]["speedup"],
         "acceptance_rate": best and best["acceptance_rate"],
         "tokens_per_round": best and best["tokens_per_round"],

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from lskip.command_options import DecodingOptions, LoadingOptions
-from lskip.output_files import write_json
+from lskip.command_options import DecodingOptions, DraftWeights, LoadingOptions
+from lskip.exit_adapter import SHIPPED, find_adapter
+from lskip.inference import GenerationSettings
+from lskip.output_files import make_writable, only_writer, write_json
+from lskip.untrusted import parse_json, read_text
+from lskip.user_errors import one_line
 
 FILE = "tuned.json"
 CACHE = Path("~/.cache/lskip/tuned")
 DECODING = ("exit_layer", "num_speculations", "draft")  # what a task sets, of DecodingOptions and LoadingOptions
 LOADING = ("draft_weights", "exit_adapter")
+WAIT = 60  # seconds for another process to save its task in the same file
 
 
 def tuned_path(model: str) -> Path:
@@ -34,25 +38,45 @@ def tuned_path(model: str) -> Path:
 
 def read_tuned(path: Path) -> dict[str, dict[str, Any]]:
     """Task -> what was found; nothing where no task was tuned. ValueError for a file that holds something else."""
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
-        tasks = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"task: '{path}' is not JSON ({error}); remove it, and tune again") from error
-    whole = isinstance(tasks, dict) and all(
-        isinstance(found, dict) and {*DECODING, *LOADING, "device"} <= set(found) for found in tasks.values()
-    )
-    if not whole:
+        tasks = parse_json(read_text(path, "task"), f"task: '{path}'")
+    except (ValueError, OSError) as error:  # OSError: a folder
+        raise ValueError(f"{one_line(error)}; remove it, and tune again") from error
+    if not isinstance(tasks, dict) or not all(map(_is_found, tasks.values())):
         raise ValueError(f"task: '{path}' does not hold what lskip tune writes; remove it, and tune again")
     return tasks
 
 
+def _is_found(found: Any) -> bool:
+    """Whether it is what tune saves of a task, as far as it is used."""
+    if not isinstance(found, dict) or not {*DECODING, *LOADING, "device"} <= set(found):
+        return False
+    try:
+        GenerationSettings(**{name: found[name] for name in DECODING})
+    except ValueError:
+        return False
+    weights = found["draft_weights"] in (None, *get_args(DraftWeights))
+    return weights and isinstance(found["exit_adapter"], str | None) and isinstance(found["device"], str)
+
+
+def adapter_place(name: str) -> str:
+    """What names an exit adapter from every folder: its whole path, or the name of one that comes with lskip."""
+    return name if name in SHIPPED else str(Path(name).resolve())
+
+
+def check_place(path: Path) -> None:
+    """ValueError, before anything is measured, where no task can be saved."""
+    read_tuned(path)
+    make_writable(path.parent, "model: what is tuned is kept beside it")
+
+
 def save_tuned(path: Path, task: str, found: dict[str, Any]) -> None:
-    """Puts a task among those that the file holds, all at once."""
-    tasks = read_tuned(path) | {task: found}
+    """Puts a task among those that the file holds, all at once; another process may be at it too."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, tasks)
+    with only_writer(path, "task", WAIT):
+        write_json(path, read_tuned(path) | {task: found})
 
 
 def tuned_options(
@@ -72,23 +96,38 @@ def tuned_options(
     tasks = read_tuned(path)
     if task not in tasks:
         known = f"tuned are {', '.join(tasks)}" if tasks else "none is tuned yet"
-        advice = f"lskip tune --model {loading.model} --task {task}"
+        advice = f"lskip tune --model {loading.model} --task {task}, or --task LocalTask --task.path {task}.jsonl"
         raise ValueError(f"task: {task!r} is not tuned for {loading.model} ({known}); run: {advice}")
+    found = tasks[task]
     from lskip.inference.loading import resolve_device  # brings torch: only when asked
 
-    found = tasks[task]
     if (here := resolve_device(loading.device).type) != found["device"]:
         raise ValueError(f"task: {task!r} was tuned on {found['device']!r}, not on {here!r}; tune it there")
     if decoding.num_speculations == 0 or decoding.exit_criterion is not None:
         return decoding, loading
     if _drafts_otherwise(found, decoding, loading):
         found = dict.fromkeys(found) | {"num_speculations": found["num_speculations"]}
+    _check_found(task, found, loading.model)
     return _filled(decoding, found, DECODING), _filled(loading, found, LOADING)
+
+
+def _check_found(task: str, found: dict[str, Any], model: str) -> None:
+    """ValueError, FileNotFoundError where the model has no such layer, or the adapter is gone."""
+    from lskip.pretrained import load_config
+
+    if found["exit_adapter"] is not None:
+        find_adapter(found["exit_adapter"], f"task: {task!r} was tuned with an exit_adapter")
+    exit_layer = found["exit_layer"]
+    if exit_layer is not None and exit_layer > (layers := load_config(model).num_hidden_layers):
+        raise ValueError(f"task: {task!r} was tuned for another model: exit_layer {exit_layer} of {layers}; tune again")
 
 
 def _drafts_otherwise(found: dict[str, Any], decoding: DecodingOptions, loading: LoadingOptions) -> bool:
     """Whether the user names another draft than the task's."""
-    named = {"draft": decoding.draft, **{name: getattr(loading, name) for name in LOADING}}
+    mine, theirs = loading.exit_adapter, found["exit_adapter"]
+    if mine is not None and (theirs is None or adapter_place(mine) != adapter_place(theirs)):
+        return True
+    named = {"draft": decoding.draft, "draft_weights": loading.draft_weights}
     return any(value is not None and value != found[name] for name, value in named.items())
 
 
