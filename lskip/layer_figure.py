@@ -49,10 +49,10 @@ def scale_by_factors(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def drawn(name: str) -> str:
+def drawn(name: str, longest: int = LONGEST) -> str:
     """A name as matplotlib draws it: it takes what is between two $ for a formula, and leaves out what _ begins."""
     shown = printable(name, keep="")
-    shown = shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
+    shown = shown if len(shown) <= longest else f"{shown[: longest - 1]}…"
     shown = shown.replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 

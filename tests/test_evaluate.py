@@ -1,7 +1,11 @@
 """`lskip evaluate`: the numbers of each exit by a slow reference, the table and the file, and what is refused early."""
 
+import copy
+import errno
 import json
 import math
+from datetime import datetime
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,6 +13,8 @@ import torch
 from lskip.cli import main
 from lskip.evaluation import evaluate as module
 from lskip.evaluation.evaluate import results_table
+from lskip.output_files import only_writer
+from lskip.plain_console import plain_console
 from lskip.pretrained import load_model
 
 TEXTS = [
@@ -23,6 +29,8 @@ def folder(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
     tiny_model().save_pretrained("model")
     tiny_tokenizer.save_pretrained("model")
     (tmp_path / "tasks").mkdir()
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip"}')
     rows = [{"text": text, "question": f"def f{i}():", "answer": i % 2} for i, text in enumerate(TEXTS)]
     (tmp_path / "tasks" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     files = {"data_files": {"test": str(tmp_path / "tasks/rows.jsonl")}, "cache_dir": str(tmp_path / "cache")}
@@ -80,7 +88,131 @@ def test_what_is_scored_is_kept_when_a_later_exit_fails(folder, monkeypatch):
     monkeypatch.setattr(module, "_evaluate_exit", fail_the_second_time)
     with pytest.raises(ZeroDivisionError):
         run("--exits=1,4")
-    assert list(json.loads((folder / "results.json").read_text())["results"]) == ["1"]
+    (written,) = folder.glob("results_model_*.json")
+    assert list(json.loads(written.read_text())["results"]) == ["1"]
+
+
+def test_a_second_call_does_not_stumble_over_the_first(folder, capsys):
+    with patch.object(module, "datetime") as clock:
+        for second in (1, 2):
+            clock.now.return_value = datetime(2026, 1, 1, 0, 0, second)
+            assert run() == 0
+    assert sorted(path.name for path in folder.glob("results*")) == [
+        f"results_model_2026-01-01_00-00-0{second}.json" for second in (1, 2)
+    ]
+    assert "results: results_model_2026-01-01_00-00-02.json" in capsys.readouterr().out
+
+
+LOST = "work is not lost where results cannot be written"
+
+
+@pytest.mark.kind(LOST, "B27")
+def test_on_a_full_disk_what_is_scored_is_shown(folder, capsys, monkeypatch):
+    def refuse(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(module, "write_bytes", refuse)
+    assert run("--exits=1,4") == 2
+    printed = capsys.readouterr()
+    assert "word_perplexity" in printed.out and "exit 1" in printed.out
+    assert "output: could not be written" in printed.err and "stands above" in printed.err
+
+
+@pytest.mark.kind(LOST)
+def test_ctrl_c_says_which_exits_are_kept(folder, capsys, monkeypatch):
+    evaluate_exit, calls = module._evaluate_exit, []
+
+    def interrupt_the_second_time(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate_exit(*arguments)
+
+    monkeypatch.setattr(module, "_evaluate_exit", interrupt_the_second_time)
+    assert run("--exits=1,4", "--output=kept.json") == 130
+    assert "interrupted; exits 1 are in 'kept.json'" in capsys.readouterr().err
+    assert list(json.loads((folder / "kept.json").read_text())["results"]) == ["1"]
+
+
+@pytest.mark.kind("two writers", "B13")
+def test_two_evaluations_are_kept_apart(folder, capsys, monkeypatch):
+    monkeypatch.setattr(module, "load_model", None)
+    with only_writer(folder / "o.json", "output"):
+        assert run("--output=o.json") == 2
+    assert "is being written by another process" in capsys.readouterr().err
+
+
+@pytest.mark.kind("NaN is noticed", "B1")
+@pytest.mark.parametrize("command", ["evaluate", "inspect"])
+def test_a_model_that_says_no_numbers_is_refused_with_the_layer(folder, tiny_model, capsys, command):
+    model = tiny_model()
+    model.model.layers[2].mlp.down_proj.weight.data.fill_(float("nan"))
+    model.save_pretrained("model")
+    more = {"evaluate": ["--include_path=tasks", "--tasks=texts", "--exits=2,last"]}
+    more["inspect"] = ["--output=out", "--block_size=16", "--num_blocks=1", "--data=tasks/rows.jsonl"]
+    assert main([command, "--model=model", *more[command]]) == 2
+    said = capsys.readouterr().err
+    assert "model:" in said and not list(folder.glob("results*")) and not (folder / "out").exists()
+
+
+BROKEN = {
+    "an unknown variable": ({"doc_to_text": "{{nothing.x.y}}"}, "tasks: broken cannot be read by lm-eval"),
+    "a template's syntax": ({"doc_to_text": "{% for %}"}, "tasks: broken cannot be read by lm-eval"),
+    "no such split": ({"test_split": "nope"}, "tasks: broken cannot be read by lm-eval (KeyError"),
+    "no such metric": ({"metric_list": [{"metric": "nope"}]}, "tasks: broken cannot be read by lm-eval"),
+    "no such data": ({"dataset_kwargs": {"data_files": "/no.jsonl"}}, "tasks: broken cannot be read by lm-eval"),
+    "no such kind": ({"output_type": "nope"}, "tasks: broken cannot be read by lm-eval"),
+    "no such hub data set": ({"dataset_path": "no_owner/none"}, "tasks: broken cannot be read by lm-eval"),
+    "a temperature in words": (
+        {
+            "output_type": "generate_until",
+            "generation_kwargs": {"until": ["x"], "do_sample": True, "temperature": "hot"},
+        },
+        "tasks: broken cannot be read by lm-eval",
+    ),
+}
+
+
+@pytest.mark.kind("bad tasks and options of evaluate")
+@pytest.mark.parametrize(("fields", "said"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_task_of_your_own_is_told_in_a_sentence(folder, capsys, fields, said):
+    task = json.loads((folder / "tasks" / "questions.yaml").read_text()) | {"task": "broken"} | fields
+    (folder / "tasks" / "broken.yaml").write_text(json.dumps(task))
+    assert run("--tasks=broken") == 2
+    assert f"error: {said}" in capsys.readouterr().err
+    assert not list(folder.glob("results*"))
+
+
+@pytest.mark.kind("bad tasks and options of evaluate", "B9")
+def test_a_chat_template_that_refuses_is_told(folder, tiny_tokenizer, capsys):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('no users here') }}"
+    tokenizer.save_pretrained("model")
+    assert run("--chat=true") == 2
+    assert "tasks: a template cannot be filled in (no users here)" in capsys.readouterr().err
+
+
+@pytest.mark.kind("bad tasks and options of evaluate")
+def test_more_worked_examples_than_there_are(folder, capsys):
+    assert run("--num_fewshot=1000") == 2
+    assert "num_fewshot: is more than a task has worked examples" in capsys.readouterr().err
+
+
+@pytest.mark.kind("bad tasks and options of evaluate")
+def test_a_perplexity_beyond_a_float_is_told(folder, tiny_model, capsys):
+    model = tiny_model()
+    model.model.norm.weight.data.mul_(3e4)
+    model.save_pretrained("model")
+    assert run("--tasks=texts") == 2
+    assert "exits: the perplexity of exit 4 is more than a float holds" in capsys.readouterr().err
+
+
+@pytest.mark.kind("names of strangers are shown, not carried out")
+@pytest.mark.parametrize("name", ["[red]x[/red]", "[/]", ":smile:", "a\x1b[2J", "</script>"])
+def test_a_table_shows_any_name(capsys, name):
+    plain_console().print(results_table({"8": {name: {"acc,none": 0.5}}}))
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and name.replace("\x1b", "\\x1b") in printed
 
 
 def test_fewer_documents_and_worked_examples(folder):
@@ -102,6 +234,7 @@ def test_results_table_by_hand(capsys):
     assert not any("alias" in line for line in lines)
 
 
+@pytest.mark.kind("bad tasks and options of evaluate")
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -111,12 +244,20 @@ def test_results_table_by_hand(capsys):
         (["--tasks=,"], "tasks: none is not a task"),
         (["--batch_size=0"], "batch_size: 0 is not"),
         (["--limit=0"], "limit: 0"),
+        (["--limit=1.5"], "limit: 1.5 is not"),
+        (["--limit=nan"], "limit: 'nan' is not"),
+        (["--limit=1e300"], "limit: 1e+300 is not"),
+        (["--exits="], "exits: '' is not"),
+        (["--dtype=int3"], "dtype: 'int3' is not one of"),
+        (["--tasks=text"], "tasks: text is not a task of lm-eval-harness or of include_path; did you mean texts"),
+        (["--output=model"], "output: 'model' is a folder"),
         (["--num_fewshot=-1"], "num_fewshot: -1 is not"),
         (["--include_path=nowhere"], "include_path: there is no folder 'nowhere'"),
         (["--output=nowhere/x.json"], "output: there is no folder 'nowhere'"),
         (["--output=model/config.json"], "output: 'model/config.json' exists"),
         (["--device=abacus"], "device: 'abacus'"),
         (["--model=nowhere/model"], "model:"),
+        (["--model=clip"], "model: "),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

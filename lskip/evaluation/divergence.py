@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -125,15 +125,28 @@ def report_divergence(decoder: Decoder, batches: Iterable[dict[str, Tensor]]) ->
 
     Args:
         batches: {"input_ids", "labels"}, each [B, S]; labels are aligned with the inputs, -100 where not scored.
+
+    Raises:
+        ValueError: a layer whose losses are no numbers, or nothing is scored.
     """
     tallies = [_tally(decoder, batch["input_ids"], batch["labels"]) for batch in batches]
     return _report(_Tally(*(torch.stack(parts).sum(0) for parts in zip(*tallies, strict=True))))
+
+
+def require_numbers(values: Tensor, exits: Sequence[int]) -> None:
+    """ValueError with the first exit of which something is NaN, [exits, …]: all such seem to say the same."""
+    wrong = values.isnan().flatten(1).any(1).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"model: what layer {exits[wrong[0]]} says is no number (NaN): damaged weights, or too small a dtype"
+        )
 
 
 def _tally(decoder: Decoder, input_ids: Tensor, labels: Tensor) -> _Tally:
     input_ids, labels = input_ids.to(decoder.device), labels.to(decoder.device)
     layers = range(1, decoder.num_layers + 1)
     losses, entropies, predictions = read_logits(decoder, input_ids, labels, layers, _measure)
+    require_numbers(losses, layers)
     agree = predictions == predictions[-1]
     right = predictions == scored_positions(input_ids, labels)[1]
     # Sums in float64, on the CPU since Apple's GPUs have none.
@@ -161,6 +174,8 @@ def _histogram(depths: Tensor, num_layers: int) -> Tensor:
 
 def _report(tally: _Tally) -> DivergenceReport:
     positions = int(tally.settled.sum())
+    if not positions:
+        raise ValueError("data: no token of it is scored")
     shares = {name: (total.double() / positions).tolist() for name, total in tally._asdict().items()}
     return DivergenceReport(
         positions=positions,

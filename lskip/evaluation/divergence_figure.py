@@ -6,9 +6,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.console import Console
-from rich.table import Table
 
 from lskip.evaluation.divergence import DivergenceReport
+from lskip.layer_figure import drawn, scale_by_factors
+from lskip.plain_console import plain_table
 
 # Okabe and Ito's colours, told apart by the colour-blind too; every line also has a mark of its own.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6B6B6B"
@@ -16,9 +17,8 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6B6B6B"
 
 def print_divergence(report: DivergenceReport, console: Console, title: str) -> None:
     """Print one line a layer, then what the depths come to."""
-    table = Table(title=title, title_justify="left")
-    for name in ("layer", "perplexity", "agreement", "accuracy", "entropy, nats", "settled at", "first right at"):
-        table.add_column(name, justify="right", no_wrap=name == "perplexity")
+    names = ("layer", "perplexity", "agreement", "accuracy", "entropy, nats", "settled at", "first right at")
+    table = plain_table(*names, title=title)
     for row in report.layers():
         shares = (f"{row[name]:.1%}" for name in ("settled_at", "first_right_at"))
         measured = (f"{row['perplexity']:.4g}", f"{row['agreement']:.2f}", f"{row['accuracy']:.2f}")
@@ -48,11 +48,12 @@ def summary(report: DivergenceReport) -> list[str]:
 def divergence_figure(report: DivergenceReport, title: str) -> Figure:
     """Perplexity (log scale), agreement and accuracy, entropy, and the histogram of depths, each against layer."""
     figure = Figure(figsize=(10, 7), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(drawn(title, 110))
     (perplexity, agreement), (entropy, depths) = figure.subplots(2, 2)
     layers = range(1, report.num_layers + 1)
     perplexity.plot(layers, report.perplexity, color=BLUE, marker="o", markersize=4)
-    perplexity.set(title="Perplexity", ylabel="perplexity (log scale)", yscale="log")
+    perplexity.set(title="Perplexity", ylabel="perplexity (log scale)")
+    scale_by_factors(perplexity)
     _draw_agreement(agreement, report)
     entropy.plot(layers, report.entropy, color=BLUE, marker="o", markersize=4)
     entropy.set(title="Entropy of the layer's distribution", ylabel="mean entropy (nats)", ylim=(0, None))

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib.util
 import json
 import logging
 import random
+import re
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from lskip.checks import check_real, check_whole
+from lskip.checks import check_choice, check_real, check_whole
 from lskip.decoder import Decoder
-from lskip.evaluation.exit_names import exit_layers_of, exit_names
+from lskip.evaluation.exit_names import exit_layers_of, exit_names, layers_of
 from lskip.inference import TextGenerator
 from lskip.inference.loading import resolve_device
-from lskip.pretrained import load_config, load_model
+from lskip.output_files import make_writable, only_writer, write_bytes
+from lskip.plain_console import plain_console, plain_table
+from lskip.pretrained import load_model
 from lskip.trained_exits import load_trained_exits
+from lskip.user_errors import one_line
 
 if TYPE_CHECKING:
     from lskip.evaluation.lm_eval_adapter import ExitModel
 
+DType = Literal["float32", "bfloat16", "float16"]
+DTYPES = get_args(DType)
 BOOTSTRAP_SAMPLES = 1000  # for the standard errors that lm-eval draws; its own default takes minutes an exit
 SEED = 1234  # lm-eval's default: of worked examples
 
@@ -34,13 +41,13 @@ def evaluate(
     tasks: str,
     model: str = "smollm2",
     exits: str = "last",
-    output: str = "results.json",
+    output: str | None = None,
     include_path: str | None = None,
     limit: float | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 8,
     chat: bool = False,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: DType = "float32",
     device: str = "auto",
     overwrite: bool = False,
     confirm_run_unsafe_code: bool = False,
@@ -51,7 +58,7 @@ def evaluate(
         tasks: names of lm-eval-harness, tasks or groups, with commas between: hellaswag,arc_easy.
         model: a run folder, a checkpoint, an exported or downloaded folder, a hub name, a .gguf file, smollm2.
         exits: exit layers with commas between, 1 to the model's layers or last: 8,16,last.
-        output: JSON file to write, anew after each exit.
+        output: JSON file to write, anew after each exit; null: results_MODEL_TIME.json in this folder.
         include_path: folder with task files of your own.
         limit: documents of each task that are used: a number, or below 1 their share; null: all.
         num_fewshot: worked examples before each question; null: as the task says.
@@ -62,32 +69,55 @@ def evaluate(
         overwrite: replace an existing output.
         confirm_run_unsafe_code: let tasks that run what the model writes (HumanEval, MBPP) do so, on this machine.
     """
-    named = [name.strip() for name in tasks.split(",") if name.strip()]
-    asked_exits = exit_names(exits)
-    check_whole("batch_size", batch_size, 1)
-    if num_fewshot is not None:
-        check_whole("num_fewshot", num_fewshot, 0)
-    if limit is not None:
-        check_real("limit", limit, "above 0", lambda value: value > 0)
-    path = _writable(Path(output), overwrite)
+    named, asked_exits = [name.strip() for name in tasks.split(",") if name.strip()], exit_names(exits)
+    _check_numbers(batch_size, num_fewshot, limit)
+    check_choice("dtype", dtype, DTYPES)
+    path = _free(Path(output or name_of(model)), overwrite)
     _require_lm_eval()
-    place = resolve_device(device)
-    exit_layers = exit_layers_of(asked_exits, load_config(model).num_hidden_layers)
-    loaded = _load_tasks(named, include_path, num_fewshot)
-    options = {
-        "limit": limit if limit is None or limit < 1 else int(limit),
-        "apply_chat_template": chat,
-        "confirm_run_unsafe_code": confirm_run_unsafe_code,
-    }
-    models = _exit_models(model, exit_layers, batch_size, getattr(torch, dtype), place)
-    if chat and models[0].tokenizer.chat_template is None:
-        raise ValueError("chat: true needs a chat template, and the model's tokenizer has none")
-    record = {"model": model, "dtype": dtype, "tasks": named, "num_fewshot": num_fewshot, **options}
-    record |= {"lm_eval": version("lm-eval"), "results": {}}
-    for exit_layer, exit_model in zip(exit_layers, models, strict=True):
-        record["results"][str(exit_layer)] = _evaluate_exit(exit_model, loaded, options)
-        path.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-    Console().print(results_table(record["results"]))
+    place, exit_layers = resolve_device(device), exit_layers_of(asked_exits, layers_of(model))
+    with only_writer(path, "output"):
+        loaded = _load_tasks(named, include_path, num_fewshot)
+        options = {
+            "limit": limit if limit is None or limit < 1 else int(limit),
+            "apply_chat_template": chat,
+            "confirm_run_unsafe_code": confirm_run_unsafe_code,
+        }
+        models = _exit_models(model, exit_layers, batch_size, getattr(torch, dtype), place)
+        if chat and models[0].tokenizer.chat_template is None:
+            raise ValueError("chat: true needs a chat template, and the model's tokenizer has none")
+        record = {"model": model, "dtype": dtype, "tasks": named, "num_fewshot": num_fewshot, **options}
+        results = _evaluate_all(models, loaded, options, path, record | {"lm_eval": version("lm-eval")})
+    plain_console().print(results_table(results))
+    plain_console().print(f"results: {path}", soft_wrap=True)
+
+
+def name_of(model: str) -> str:
+    """What a file of results is called where nobody has said: after the model and the time, as no other is."""
+    name = re.sub(r"[^\w.-]+", "-", Path(model).resolve().name)
+    return f"results_{name}_{datetime.now():%Y-%m-%d_%H-%M-%S}.json"
+
+
+def _evaluate_all(models: list[ExitModel], tasks: dict, options: dict, path: Path, record: dict) -> dict[str, dict]:
+    """Exit layer -> what lm-eval reports, written after each exit: what is scored is not lost when the next one fails.
+
+    Raises:
+        ValueError: an exit that says no numbers, or a full disk (the table of what is scored is printed).
+    """
+    results: dict[str, dict] = {}
+    for model in models:
+        try:
+            results[str(model.exit_layer)] = _evaluate_exit(model, tasks, options)
+        except KeyboardInterrupt:
+            kept = f"exits {', '.join(results)} are in '{path}'" if results else "nothing is scored yet"
+            raise KeyboardInterrupt(f"; {kept}") from None
+        try:
+            write_bytes(path, (json.dumps(record | {"results": results}, indent=2, default=str) + "\n").encode())
+        except OSError as error:
+            plain_console().print(results_table(results))
+            raise ValueError(
+                f"output: could not be written ({one_line(error)}); what is scored stands above"
+            ) from error
+    return results
 
 
 def results_table(results: dict[str, dict[str, dict]]) -> Table:
@@ -96,11 +126,8 @@ def results_table(results: dict[str, dict[str, dict]]) -> Table:
     Args:
         results: exit layer -> task -> what lm-eval reports ("acc,none", "acc_stderr,none" …).
     """
-    table = Table(title="Exits on tasks", title_justify="left")
-    for name in ("task", "metric"):
-        table.add_column(name)
-    for exit_layer in results:
-        table.add_column(f"exit {exit_layer}", justify="right")
+    exits = (f"exit {exit_layer}" for exit_layer in results)
+    table = plain_table("task", "metric", *exits, title="Exits on tasks", right=2)
     for task, scores in next(iter(results.values())).items():
         for metric in filter(_is_metric, scores):
             cells = [_cell(found[task], metric) for found in results.values()]
@@ -118,11 +145,24 @@ def _cell(scores: dict, metric: str) -> str:
     return f"{value} ± {error:.2g}" if isinstance(error, float) else value
 
 
-def _writable(path: Path, overwrite: bool) -> Path:
+def _check_numbers(batch_size: int, num_fewshot: int | None, limit: float | None) -> None:
+    check_whole("batch_size", batch_size, 1)
+    if num_fewshot is not None:
+        check_whole("num_fewshot", num_fewshot, 0)
+    if limit is not None:
+        allowed = "above 0, and whole from 1 to 2**31"
+        check_real("limit", limit, allowed, lambda value: 0 < value <= 2**31 and (value < 1 or value == int(value)))
+
+
+def _free(path: Path, overwrite: bool) -> Path:
+    """The path; ValueError, FileNotFoundError where it holds something already, or cannot be written."""
+    if path.is_dir():
+        raise ValueError(f"output: '{path}' is a folder; name a file")
     if path.exists() and not overwrite:
         raise ValueError(f"output: '{path}' exists; replace it with --overwrite true, or name another file")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"output: there is no folder '{path.parent}'")
+    make_writable(path.parent)
     return path
 
 
@@ -141,9 +181,15 @@ def _load_tasks(names: list[str], include_path: str | None, num_fewshot: int | N
     manager = _own_tasks(names, include_path) or TaskManager(include_path=include_path)
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown or not names:
-        raise ValueError(f"tasks: {', '.join(unknown) or 'none'} is not a task of lm-eval-harness or of include_path")
+        said = f"tasks: {', '.join(unknown) or 'none'} is not a task of lm-eval-harness or of include_path"
+        close = difflib.get_close_matches(unknown[0], manager.all_tasks, 3) if unknown else []
+        raise ValueError(f"{said}; did you mean {' or '.join(close)}?" if close else said)
     random.seed(SEED)  # tasks may draw from it while they read their data
-    loaded = manager.load(names)
+    try:
+        loaded = manager.load(names)
+    except Exception as error:  # whatever lm-eval and datasets make of a task file; nothing of lskip runs in there
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"tasks: {', '.join(names)} cannot be read by lm-eval ({said})") from error
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
         if own != 0:  # a task that says 0 means it, whatever is asked for: so does lm-eval
@@ -177,8 +223,18 @@ def _exit_models(
 
 
 def _evaluate_exit(model: ExitModel, tasks: dict, options: dict) -> dict[str, dict]:
+    from jinja2 import TemplateError
     from lm_eval.evaluator import evaluate as evaluate_model
 
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(SEED)  # the same examples for every exit
-    return evaluate_model(model, tasks, bootstrap_iters=BOOTSTRAP_SAMPLES, log_samples=False, **options)["results"]
+    try:
+        return evaluate_model(model, tasks, bootstrap_iters=BOOTSTRAP_SAMPLES, log_samples=False, **options)["results"]
+    except TemplateError as error:
+        raise ValueError(f"tasks: a template cannot be filled in ({error})") from error
+    except OverflowError as error:  # the exponential of a mean loss
+        raise ValueError(f"exits: the perplexity of exit {model.exit_layer} is more than a float holds") from error
+    except ValueError as error:
+        if "larger than population" not in str(error):
+            raise
+        raise ValueError("num_fewshot: is more than a task has worked examples") from error

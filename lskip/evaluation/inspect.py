@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from tempfile import TemporaryDirectory
+from typing import Literal, get_args
 
 import torch
 from matplotlib.image import imread
-from rich.console import Console
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from lskip.checks import check_whole
+from lskip.checks import check_choice, check_whole
 from lskip.data.packing import NOT_SCORED, open_ended
 from lskip.decoder import Decoder
-from lskip.evaluation.divergence import DivergenceReport, report_divergence
+from lskip.evaluation.divergence import report_divergence
 from lskip.evaluation.divergence_figure import divergence_figure, print_divergence
 from lskip.evaluation.inspect_data import DataOptions
 from lskip.evaluation.settling import Settling, read_settling, spellings
 from lskip.evaluation.settling_page import settling_page, token_ids
 from lskip.families import family_of
 from lskip.inference.loading import resolve_device
-from lskip.output_files import make_writable
+from lskip.layer_figure import image_of
+from lskip.output_files import output_folder
+from lskip.plain_console import plain_console
 from lskip.pretrained import load_config, load_model
 
+DType = Literal["float32", "bfloat16", "float16"]
+DTYPES = get_args(DType)
 REPORT_FILE, FIGURE_FILE, PAGE_FILE = "report.json", "figure.png", "settling.html"
 
 
@@ -37,7 +44,7 @@ def inspect(
     model: str = "smollm2",
     text: str | None = None,
     text_tokens: int = 256,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: DType = "float32",
     device: str = "auto",
     overwrite: bool = False,
 ) -> None:
@@ -62,28 +69,40 @@ def inspect(
     check_whole("text_tokens", text_tokens, 2)
     if text == "":
         raise ValueError("text: is empty; give some text, or null for the beginning of the data")
-    place, documents, folder = resolve_device(device), data_options.open(), _prepare(Path(output), overwrite)
+    check_choice("dtype", dtype, DTYPES)
+    folder = _free(Path(output), overwrite)
+    place, documents = resolve_device(device), data_options.open()
     _check_model(load_config(model), data_options.block_size)
-    loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
-    if tokenizer is None:
-        raise ValueError(f"model: {model!r} has no tokenizer to read the data with")
-    decoder = Decoder(loaded.to(place))
-    batches = documents.batches(tokenizer, data_options)
-    shown = _beginning(batches[0]) if text is None else _encoded(text, tokenizer)
+    with output_folder(folder), _told_when_interrupted():
+        loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
+        if tokenizer is None:
+            raise ValueError(f"model: {model!r} has no tokenizer to read the data with")
+        decoder = Decoder(loaded.to(place))
+        batches = documents.batches(tokenizer, data_options)
+        shown = _beginning(batches[0]) if text is None else _encoded(text, tokenizer)
+        report = report_divergence(decoder, tqdm(batches, desc="inspect", unit="batch", leave=False))
+        settling = read_settling(decoder, shown[: min(text_tokens, decoder.context_length)])
+        title = f"{model} on {data_options.name}, {report.positions:,} positions"
+        print_divergence(report, plain_console(), title)
+        read = {"model": model, "data": data_options.name, "block_size": data_options.block_size, "dtype": dtype}
+        shown_by = f"{model} on {data_options.name if text is None else 'a text of yours'}"
+        page = _page(settling, tokenizer, shown_by)
+        _write(folder, {**read, **report.record()}, image_of(divergence_figure(report, title), dpi=130), page)
+    plain_console().print(f"{folder}: {REPORT_FILE}, {FIGURE_FILE}, {PAGE_FILE}", soft_wrap=True)
 
-    report = report_divergence(decoder, tqdm(batches, desc="inspect", unit="batch", leave=False))
-    read = {"model": model, "data": data_options.name, "block_size": data_options.block_size, "dtype": dtype}
-    _write_report(folder, report, read)
-    settling = read_settling(decoder, shown[: min(text_tokens, decoder.context_length)])
-    _write_page(folder, settling, tokenizer, f"{model} on {data_options.name if text is None else 'a text of yours'}")
-    print(f"{folder}: {REPORT_FILE}, {FIGURE_FILE}, {PAGE_FILE}")
+
+@contextmanager
+def _told_when_interrupted() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("; nothing is written yet: the same command begins anew") from None
 
 
-def _prepare(folder: Path, overwrite: bool) -> Path:
-    """The folder, made if need be; ValueError where it holds a report or cannot be written."""
+def _free(folder: Path, overwrite: bool) -> Path:
+    """The folder; ValueError where it holds a report already."""
     if (folder / REPORT_FILE).exists() and not overwrite:
         raise ValueError(f"output: '{folder}' holds a report; replace it by --overwrite true, or name another folder")
-    make_writable(folder)
     return folder
 
 
@@ -108,18 +127,20 @@ def _encoded(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.tensor(ids)
 
 
-def _write_report(folder: Path, report: DivergenceReport, read: dict) -> None:
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    text = json.dumps({**read, **versions, **report.record()}, indent=2, ensure_ascii=False)
-    (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
-    title = f"{read['model']} on {read['data']}, {report.positions:,} positions"
-    print_divergence(report, Console(), title)
-    divergence_figure(report, title).savefig(folder / FIGURE_FILE, dpi=130)
-    with SummaryWriter(str(folder)) as writer:
-        writer.add_image("inspect/divergence", imread(folder / FIGURE_FILE), dataformats="HWC")
-
-
-def _write_page(folder: Path, settling: Settling, tokenizer: PreTrainedTokenizerBase, title: str) -> None:
+def _page(settling: Settling, tokenizer: PreTrainedTokenizerBase, title: str) -> str:
     words = spellings(tokenizer, token_ids(settling))
-    page = settling_page(settling, words, f"{title}, {len(settling.input_ids)} tokens")
-    (folder / PAGE_FILE).write_text(page, encoding="utf-8")
+    return settling_page(settling, words, f"{title}, {len(settling.input_ids)} tokens")
+
+
+def _write(folder: Path, report: dict, figure: bytes, page: str) -> None:
+    """All of it or, on a full disk, nothing; the report last, since it says that there is one."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    with TemporaryDirectory(dir=folder, prefix=".unfinished-") as name:
+        unfinished = Path(name)
+        (unfinished / FIGURE_FILE).write_bytes(figure)
+        (unfinished / PAGE_FILE).write_text(page, encoding="utf-8")
+        with SummaryWriter(name) as writer:
+            writer.add_image("inspect/divergence", imread(unfinished / FIGURE_FILE), dataformats="HWC")
+        (unfinished / REPORT_FILE).write_text(json.dumps({**versions, **report}, indent=2) + "\n", encoding="utf-8")
+        for path in sorted(unfinished.iterdir(), key=lambda path: path.name == REPORT_FILE):
+            os.replace(path, folder / path.name)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lskip.decoder import Decoder
+from lskip.evaluation.divergence import require_numbers
 from lskip.inference import TextGenerator
 from lskip.readout import read_positions, score_logits
 from lskip.trained_exits import TrainedExits
@@ -49,7 +50,7 @@ class ExitScorer:
         A pair that is longer than the model's context loses its first tokens.
 
         Raises:
-            ValueError: a continuation that is longer than the context.
+            ValueError: a continuation that is longer than the context, or an exit that says no numbers.
         """
         keys = [_key(pair) for pair in pairs]
         self._run({key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self._scores})
@@ -94,6 +95,7 @@ class ExitScorer:
         losses, predictions = read_positions(
             self.decoder, input_ids.to(device), places, wanted, self.exits, score_logits, self._trained
         )
+        require_numbers(losses, self.exits)
         losses, hits = losses.cpu(), (predictions == wanted).cpu()
         parts = zip(losses.split(counts, 1), hits.split(counts, 1), strict=True)
         for key, (loss, hit) in zip(keys, parts, strict=True):
@@ -124,16 +126,16 @@ class ExitModel(HFLM):
             max_length=decoder.context_length,
             batch_size=scorer.batch_size,
         )
-        self._exit_layer, self._scorer, self._generator = exit_layer, scorer, generator
+        self.exit_layer, self._scorer, self._generator = exit_layer, scorer, generator
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
         pairs = [(context, continuation) for _, context, continuation in requests]
-        return self._scorer.score(pairs, self._exit_layer)
+        return self._scorer.score(pairs, self.exit_layer)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each whole text, in windows of the context's length, all scored together."""
         windows = [self._windows(request.args[0]) for request in requests]
-        scores = iter(self._scorer.score([window for text in windows for window in text], self._exit_layer))
+        scores = iter(self._scorer.score([window for text in windows for window in text], self.exit_layer))
         return [sum(next(scores)[0] for _ in text) for text in windows]
 
     def _windows(self, text: str) -> list[Pair]:
@@ -147,7 +149,7 @@ class ExitModel(HFLM):
         for index, request in enumerate(requests):
             alike[json.dumps(request.args[1], sort_keys=True)].append(index)
         answers = {}
-        with tqdm(total=len(requests), desc=f"exit {self._exit_layer}", unit="answer", disable=disable_tqdm) as bar:
+        with tqdm(total=len(requests), desc=f"exit {self.exit_layer}", unit="answer", disable=disable_tqdm) as bar:
             for asked, indices in alike.items():
                 contexts = [requests[index].args[0] for index in indices]
                 for index, answer in self._answers(contexts, indices, json.loads(asked)):
@@ -164,7 +166,7 @@ class ExitModel(HFLM):
         if room >= self.max_length:
             raise ValueError(f"tasks: answers of up to {room} tokens are asked for, the context is {self.max_length}")
         prompts = [self._prompt(context, self.max_length - room) for context in contexts]
-        settings = {"max_new_tokens": room, "stop_strings": tuple(stops), "exit_layer": self._exit_layer, "seed": 0}
+        settings = {"max_new_tokens": room, "stop_strings": tuple(stops), "exit_layer": self.exit_layer, "seed": 0}
         settings |= _sampling(asked)
         generations = self._generator().generate_batch(prompts, self.batch_size, indices, **settings)
         for index, generation in generations:

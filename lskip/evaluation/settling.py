@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lskip.decoder import Decoder
+from lskip.evaluation.divergence import require_numbers
 from lskip.readout import first_depth, read_logits, settled_depth
 
 TOP_TOKENS = 5
@@ -58,7 +59,7 @@ class Settling:
 
 @torch.inference_mode()
 def read_settling(decoder: Decoder, input_ids: Tensor, num_top: int = TOP_TOKENS) -> Settling:
-    """Every layer on a text [S] of at least 2 tokens, in one pass."""
+    """Every layer on a text [S] of at least 2 tokens, in one pass. ValueError for a layer that says no numbers."""
 
     def look(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         probabilities = logits.softmax(-1)
@@ -67,6 +68,7 @@ def read_settling(decoder: Decoder, input_ids: Tensor, num_top: int = TOP_TOKENS
 
     layers = range(1, decoder.num_layers + 1)
     read = read_logits(decoder, input_ids[None].to(decoder.device), None, layers, look)
+    require_numbers(read[-1], layers)
     return Settling(input_ids.cpu(), *(part.cpu() for part in read))
 
 

@@ -8,6 +8,7 @@ from importlib.resources import files
 import matplotlib
 
 from lskip.evaluation.settling import Settling
+from lskip.untrusted import printable
 
 _PLACE = "__SETTLING__"
 
@@ -38,7 +39,7 @@ def _content(settling: Settling, spellings: dict[int, str], title: str) -> dict:
     columns = zip(targets, settled, returns, loses, tops, strict=True)
     names = ("id", "settled", "returns", "loses", "layers")
     return {
-        "title": title,
+        "title": printable(title),
         "colors": layer_colors(num_layers),
         "spellings": spellings,
         "tokens": [{"id": first}, *(dict(zip(names, column, strict=True)) for column in columns)],
