@@ -42,9 +42,11 @@ def perplexity_figure(reports: Mapping[str, LayerReport]) -> Figure:
 
 
 def scale_by_factors(axes: Axes) -> None:
-    """A logarithmic y axis with numbers at 1, 2 and 5 of each power of ten; models hardly span one."""
+    """Make the y axis logarithmic, with numbers between the powers of ten too where there are few of those."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_ylim()
+    between = (1, 1.5, 2, 3, 5, 7) if high < 20 * low else (1, 2, 5) if high < 1e5 * low else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=between))
     axes.yaxis.set_major_formatter(lambda value, position: f"{value:.12g}" if value < 1e6 else f"{value:.0e}")
     axes.yaxis.set_minor_formatter(NullFormatter())
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from lskip.evaluation.run_summary import RunSummary, read_run
-from lskip.layer_figure import perplexity_figure
+from lskip.layer_figure import LONGEST, image_of, perplexity_figure
+from lskip.output_files import make_writable, write_bytes
+from lskip.plain_console import plain_console, plain_table
 
 IMAGES = (".png", ".svg", ".pdf")
+NOT_TOLD = "- (NaN)"  # layers whose losses are no numbers seem to agree
 
 
 def compare(runs: list[str], /, figure: str = "compare.png") -> None:
@@ -22,21 +25,24 @@ def compare(runs: list[str], /, figure: str = "compare.png") -> None:
     """
     path = _image(Path(figure))
     summaries = {name: read_run(Path(folder).expanduser()) for name, folder in zip(_names(runs), runs, strict=True)}
-    Console().print(runs_table(summaries))
-    perplexity_figure({name: summary.report for name, summary in summaries.items()}).savefig(path, dpi=150)
-    print(f"figure: {path}")
+    console = plain_console()
+    console.print(runs_table(summaries))
+    drawing = perplexity_figure({name: summary.report for name, summary in summaries.items()})
+    write_bytes(path, image_of(drawing, path.suffix[1:]))
+    console.print(f"figure: {path}", soft_wrap=True)
 
 
 def runs_table(summaries: dict[str, RunSummary]) -> Table:
     """One column a run: how it was trained, and its last and middle layer."""
-    table = Table(title="Runs", title_justify="left")
-    table.add_column("")
-    for name in summaries:
-        table.add_column(name, justify="right")
+    table = plain_table("", *summaries, title="Runs", right=1)
     described = [_describe(summary) for summary in summaries.values()]
     for row in described[0]:
-        table.add_row(row, *(cells[row] for cells in described))
+        table.add_row(row, *(_short(cells[row]) for cells in described))
     return table
+
+
+def _short(cell: str) -> str:
+    return cell if len(cell) <= LONGEST else f"{cell[: LONGEST - 1]}…"
 
 
 def _image(path: Path) -> Path:
@@ -44,11 +50,15 @@ def _image(path: Path) -> Path:
         raise ValueError(f"figure: '{path}' does not end in one of {', '.join(IMAGES)}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"figure: there is no folder '{path.parent}'")
+    if path.is_dir():
+        raise ValueError(f"figure: '{path}' is a folder; name a file")
+    make_writable(path.parent, "figure")
     return path
 
 
 def _describe(summary: RunSummary) -> dict[str, str]:
     report, middle = summary.report, summary.middle_layer
+    told = not any(map(math.isnan, report.perplexity))
     return {
         "curriculum": _method(summary, "early_exit_loss", "curriculum", "curriculum.period"),
         "e_scale": _method(summary, "early_exit_loss", "e_scale"),
@@ -58,8 +68,8 @@ def _describe(summary: RunSummary) -> dict[str, str]:
         "steps": "?" if summary.steps is None else str(summary.steps),
         "last layer's perplexity": f"{report.perplexity[-1]:.4g}",
         "middle layer's perplexity": f"{report.perplexity[middle - 1]:.4g} (layer {middle})",
-        "middle layer's agreement": f"{report.agreement[middle - 1]:.2f}",
-        "layers_needed": f"{report.layers_needed:.1f} of {len(report.perplexity)}",
+        "middle layer's agreement": f"{report.agreement[middle - 1]:.2f}" if told else NOT_TOLD,
+        "layers_needed": f"{report.layers_needed:.1f} of {len(report.perplexity)}" if told else NOT_TOLD,
     }
 
 
@@ -73,8 +83,8 @@ def _method(summary: RunSummary, method: str, *arguments: str) -> str:
 
 def _names(runs: list[str]) -> list[str]:
     """The folders' own names where they tell the runs apart, else their paths."""
-    paths = [Path(run) for run in runs]
+    paths = [Path(run).expanduser().resolve() for run in runs]
     if len(set(paths)) < len(paths):
         raise ValueError(f"runs: one is named twice: {', '.join(runs)}")
-    names = [path.resolve().name for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+    names = [path.name for path in paths]
+    return names if len(set(names)) == len(names) else runs
