@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lskip.adapter_answers import AnswerRow, frequent_words, read_answers
+from lskip.adapter_answers import AnswerRow, frequent_words, is_held_out, read_answers
 from lskip.adapter_drafts import report
 from lskip.adapter_options import AdapterData, AdapterTraining
 from lskip.adapter_recording import record_answers
@@ -34,8 +34,9 @@ from lskip.exit_adapter import (
     load_adapter,
 )
 from lskip.inference.loading import resolve_device
-from lskip.output_files import make_writable, write_json
+from lskip.output_files import output_folder, write_json
 from lskip.pretrained import load_model
+from lskip.prompt_file import Prompt
 from lskip.trainer_manners import interruptible, quiet_lightning
 
 METRICS_FILE = "metrics.json"
@@ -71,7 +72,8 @@ def adapt(
         exit_layer: blocks of the model that run before the adapter.
         num_blocks: blocks of the adapter, at first copies of the model's last ones.
         joins_last_state: it also gets the last layer's state of the token before, on drafted tokens its own.
-        vocabulary: it predicts so many tokens, the most frequent ones of the answers; null: all.
+        vocabulary: it predicts so many tokens (or all, if there are fewer), the most frequent ones of the answers;
+            null: all.
         device: cpu, cuda …; auto takes a GPU where there is one.
         start: folder of an adapter of the same shape whose weights it begins with (smollm2: the one that comes with
             lskip), to train it further on other answers, or otherwise. null: it begins as a copy of the model's
@@ -85,18 +87,38 @@ def adapt(
     shape = AdapterShape(exit_layer, num_blocks, joins_last_state)
     if vocabulary is not None:
         check_whole("vocabulary", vocabulary, 16)
+    _check_lengths(training, data.block_size)
     place, folder, prompts = resolve_device(device), Path(output), data.read_prompts()
     _check_files(folder, start, resume)
-    frozen, tokenizer = _load(model, shape, data.block_size)
+    if prompts is not None:
+        _check_enough([is_held_out(prompt.content) for prompt in prompts], training.batch_size)
+    with output_folder(folder):
+        _adapt(folder, data, training, model, shape, vocabulary, place, start, resume, prompts)
+
+
+def _adapt(
+    folder: Path,
+    data: AdapterData,
+    training: AdapterTraining,
+    source: str,
+    shape: AdapterShape,
+    vocabulary: int | None,
+    place: torch.device,
+    start: str | None,
+    resume: bool,
+    prompts: list[Prompt] | None,
+) -> None:
+    """adapt, its arguments checked and its output taken."""
+    frozen, tokenizer = _load(source, shape, data.block_size)
     _move(frozen, place, torch.float32 if training.precision == "32-true" else torch.bfloat16)
     started = None if start is None else load_adapter(find_adapter(start), frozen, shape)
-    with StateCache(frozen, exit_layer, data.cache) as cache:
+    with StateCache(frozen, shape.exit_layer, data.cache) as cache:
         if prompts is None:
             rows = read_answers(data.answer_files, frozen, tokenizer, data.block_size, data.chat)
         else:
             limits = data.block_size, data.max_new_tokens, data.answers_at_once, data.chat
             rows = record_answers(cache, frozen, tokenizer, prompts, *limits)
-        _check_enough(rows, training.batch_size)
+        _check_enough([row.held_out for row in rows], training.batch_size)
         adapter = _adapter(frozen, tokenizer, rows, shape, vocabulary, started)
         states = cache.states(rows)
     if start is None and not resume:
@@ -114,6 +136,13 @@ def adapt(
     _finish(folder, module, {**_measure(module, batches), **spent})
 
 
+def _check_lengths(training: AdapterTraining, block_size: int) -> None:
+    """ValueError for draft steps beyond the longest answer, which a row of so many tokens cannot hold."""
+    for name in ("unroll", "unroll_every"):
+        if getattr(training, name) >= block_size:
+            raise ValueError(f"{name}: {getattr(training, name)} is not below block_size, {block_size}")
+
+
 def _check_files(folder: Path, start: str | None, resume: bool) -> None:
     if start is not None:
         find_adapter(start, "start")
@@ -122,7 +151,6 @@ def _check_files(folder: Path, start: str | None, resume: bool) -> None:
     if not resume and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
         advice = "go on with it by --resume true, or name another"
         raise ValueError(f"output: '{folder}' exists and is not an empty folder; {advice}")
-    make_writable(folder)
 
 
 def _load(source: str, shape: AdapterShape, block_size: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -136,9 +164,9 @@ def _load(source: str, shape: AdapterShape, block_size: int) -> tuple[PreTrained
     return model, tokenizer
 
 
-def _check_enough(rows: list[AnswerRow], batch_size: int) -> None:
+def _check_enough(held_out: list[bool], batch_size: int) -> None:
     """ValueError where the answers do not fill a batch."""
-    num = sum(not row.held_out for row in rows)
+    num = len(held_out) - sum(held_out)
     if num < batch_size:
         raise ValueError(f"batch_size: {batch_size}, but there are only {num} answers to train on")
 
@@ -177,7 +205,13 @@ class SavedAdapter(Callback):
 
 
 def save_atomically(adapter: ExitAdapter, folder: Path) -> None:
-    """`adapter.save`, but `folder` never holds half a file."""
+    """`adapter.save`, but `folder` never holds half a file, nor one that says nothing.
+
+    Raises:
+        ValueError: weights that are not finite; what was saved before stays.
+    """
+    if not all(part.to(SAVED_DTYPE).isfinite().all() for part in adapter.trained_parameters()):
+        raise ValueError(f"lr: training made weights NaN or infinite; '{folder}' keeps what was saved before")
     partial = folder / ".partial"
     adapter.save(partial, SAVED_DTYPE)
     for name in (WEIGHTS_FILE, SHAPE_FILE):

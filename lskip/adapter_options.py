@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from lskip.checks import check_real, check_whole
+from lskip.checks import check_choice, check_real, check_whole
 from lskip.prompt_file import Prompt, read_prompts
 
+Precision = Literal["32-true", "bf16-mixed"]
 DEFAULT_STEPS = 2000
+YEAR = 365 * 24 * 60  # minutes
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class AdapterTraining:
     decay: float = 0.8
     unroll_every: int = 3
     ema: float | None = 0.995
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    precision: Precision = "32-true"
     val_every: int = 250
     val_answers: int = 64
     checkpoint_every: int = 100
@@ -115,14 +117,17 @@ class AdapterTraining:
             check_whole(name, getattr(self, name), 1)
         for name in ("warmup_steps", "seed"):
             check_whole(name, getattr(self, name), 0)
+        if self.seed >= 2**63:
+            raise ValueError(f"seed: {self.seed} is not below 2**63")
         for name in ("lr", "decay"):
-            check_real(name, getattr(self, name), "above 0", lambda value: value > 0)
+            check_real(name, getattr(self, name), "above 0, at most 1", lambda value: 0 < value <= 1)
         if self.max_steps is not None:
             check_whole("max_steps", self.max_steps, 1)
         if self.max_minutes is not None:
-            check_real("max_minutes", self.max_minutes, "above 0", lambda value: value > 0)
+            check_real("max_minutes", self.max_minutes, "above 0, at most a year", lambda value: 0 < value <= YEAR)
         if self.ema is not None:
             check_real("ema", self.ema, "between 0 and 1", lambda value: 0 < value < 1)
+        check_choice("precision", self.precision, get_args(Precision))
 
     @property
     def steps(self) -> int:

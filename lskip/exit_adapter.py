@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from lskip.checks import check_whole
 from lskip.decoder import BlockInputs, Decoder
 from lskip.output_files import write_json
+from lskip.untrusted import parse_json, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -165,12 +166,14 @@ def load_adapter(folder: Path, model: PreTrainedModel, expected: AdapterShape | 
     if not (folder / SHAPE_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
         raise FileNotFoundError(f"exit_adapter: '{folder}' holds no {SHAPE_FILE} with {WEIGHTS_FILE}")
     try:
-        description = json.loads((folder / SHAPE_FILE).read_text(encoding="utf-8"))
-        made_for = description.pop("model")
-        shape, weights = AdapterShape(**description), load_file(folder / WEIGHTS_FILE)
+        description = parse_json(read_text(folder / SHAPE_FILE, "exit_adapter"), SHAPE_FILE)
+        made_for, shape = description.pop("model"), AdapterShape(**description)
+        weights = load_file(folder / WEIGHTS_FILE)
         token_ids = weights.pop("token_ids").long()
-    except Exception as error:  # JSON, missing keys, safetensors: each reader has errors of its own
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:  # whatever the files say
         raise ValueError(f"exit_adapter: '{folder}' could not be read ({error})") from error
+    if not all(part.isfinite().all() for part in weights.values()):
+        raise ValueError(f"exit_adapter: the weights in '{folder}' are not finite (NaN or infinity): it says nothing")
     if made_for != fingerprint(Decoder(model)):
         raise ValueError(f"exit_adapter: '{folder}' was made for another model ({made_for})")
     if expected not in (None, shape):

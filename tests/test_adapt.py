@@ -1,5 +1,6 @@
 """`lskip adapt`: it learns, its model stays, a stopped training goes on, and what it refuses."""
 
+import errno
 import json
 import os
 import signal
@@ -11,13 +12,14 @@ from safetensors.torch import load_file
 
 import lskip.adapt as adapt_module
 from lskip import commands
-from lskip.adapt import CHECKPOINT, adapt
+from lskip.adapt import CHECKPOINT, adapt, save_atomically
 from lskip.adapter_answers import read_answers
 from lskip.adapter_drafts import report
 from lskip.adapter_options import AdapterData, AdapterTraining
 from lskip.adapter_states import StateCache, collate
 from lskip.adapter_training import AdapterModule
 from lskip.exit_adapter import AdapterShape, ExitAdapter, load_adapter
+from lskip.output_files import only_writer
 
 
 @pytest.fixture
@@ -181,3 +183,74 @@ def test_the_states_are_those_of_a_model_loaded_in_that_type(run, frozen, monkey
 def test_training_ends_when_its_time_is_up(run):
     metrics = json.loads((run("out", max_steps=None, max_minutes=0.02) / "metrics.json").read_text())
     assert 1.2 <= metrics["seconds"] < 10 and metrics["steps"] > 1
+
+
+TOLD = "adapt says before hours of answering what is wrong"
+WRONG = {
+    "B40 lr 1e30": ({"lr": 1e30}, r"lr: 1e\+30 is not a number above 0, at most 1"),
+    "B20 lr -1": ({"lr": -1}, "lr: -1 is not a number above 0"),
+    "lr NaN": ({"lr": float("nan")}, "lr: nan is not a number above 0"),
+    "decay 1e300": ({"decay": 1e300}, r"decay: 1e\+300 is not a number above 0, at most 1"),
+    "decay infinity": ({"decay": float("inf")}, "decay: inf is not a number"),
+    "unroll of a billion": ({"unroll": 10**9}, "unroll: 1000000000 is not below block_size, 40"),
+    "unroll_every of a billion": ({"unroll_every": 10**9}, "unroll_every: 1000000000 is not below block_size, 40"),
+    "warmup_steps": ({"warmup_steps": -1}, "warmup_steps: -1 is not a whole number from 0 up"),
+    "max_minutes": ({"max_minutes": 1e300}, r"max_minutes: 1e\+300 is not a number above 0, at most a year"),
+    "max_minutes NaN": ({"max_minutes": float("nan")}, "max_minutes: nan is not a number above 0"),
+    "ema": ({"ema": float("nan")}, "ema: nan is not a number between 0 and 1"),
+    "precision": ({"precision": "8"}, "precision: '8' is not one of 32-true, bf16-mixed"),
+    "seed": ({"seed": 2**70}, r"seed: \d+ is not below 2\*\*63"),
+    "val_answers": ({"val_answers": 0}, "val_answers: 0 is not a whole number from 1 up"),
+    "vocabulary": ({"vocabulary": 3}, "vocabulary: 3 is not a whole number from 16 up"),
+    "num_blocks": ({"num_blocks": 0}, "num_blocks: 0 is not a whole number from 1 up"),
+    "more blocks than layers": ({"num_blocks": 5}, "num_blocks: 5 is more than the model's 4"),
+}
+
+
+@pytest.mark.kind(TOLD)
+@pytest.mark.parametrize(("options", "said"), WRONG.values(), ids=WRONG)
+def test_a_bad_option_is_told_before_anything_is_answered(run, tmp_path, monkeypatch, options, said):
+    monkeypatch.setattr(adapt_module, "read_answers", None)
+    with pytest.raises(ValueError, match=said):
+        run("out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.kind(TOLD)
+def test_too_few_prompts_are_told_before_they_are_answered(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapt_module, "load_model", None)
+    (tmp_path / "few.txt").write_text("a\nb\n")
+    with pytest.raises(ValueError, match="batch_size: 16, but there are only 2 answers to train on"):
+        adapt(str(tmp_path / "out"), AdapterData(prompts=str(tmp_path / "few.txt")), AdapterTraining(), device="cpu")
+
+
+@pytest.mark.kind("NaN is noticed", "B1")
+def test_an_adapter_that_is_not_finite_is_not_saved(tmp_path, frozen):
+    adapter = ExitAdapter(frozen, AdapterShape(2))
+    save_atomically(adapter, tmp_path)
+    before = (tmp_path / "adapter.safetensors").read_bytes()
+    for value in (float("nan"), float("inf"), 3.4e38):  # the last is infinite in bfloat16
+        adapter.join.bias.data[3] = value
+        with pytest.raises(ValueError, match=r"lr: training made weights NaN or infinite; '.*' keeps what was saved"):
+            save_atomically(adapter, tmp_path)
+    assert (tmp_path / "adapter.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.json", "adapter.safetensors"]
+
+
+@pytest.mark.kind("two writers", "B13")
+def test_two_that_train_into_one_folder_are_kept_apart(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(adapt_module, "load_model", None)
+    refused = pytest.raises(ValueError, match=r"output: '.*out' is being written by another process")
+    with only_writer(tmp_path / "out", "output"), refused:
+        run("out")
+
+
+@pytest.mark.kind("work is not lost where results cannot be written", "B11")
+def test_a_place_that_cannot_be_written_is_told_before_the_model_is_loaded(run, tmp_path, monkeypatch):
+    def refuse(**where):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("lskip.output_files.TemporaryFile", refuse)
+    monkeypatch.setattr(adapt_module, "load_model", None)
+    with pytest.raises(ValueError, match=r"output: cannot write '.*out' \(Read-only file system\)"):
+        run("out")

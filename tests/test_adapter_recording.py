@@ -8,6 +8,7 @@ from lskip.adapter_recording import record_answers, row_of
 from lskip.adapter_states import StateCache
 from lskip.inference import TextGenerator
 from lskip.prompt_file import Prompt
+from lskip.row_store import RowStore
 
 PROMPTS = [Prompt(i, {"prompt": f"def f{i}(a, b):"}) for i in range(60)] + [Prompt(60, {"prompt": "x = 1\n" * 50})]
 
@@ -60,33 +61,62 @@ def test_no_answer_is_written_twice(record, asked, monkeypatch):
     first = [prompt for index, prompt in enumerate(PROMPTS[:60]) if index % 2 or is_held_out(prompt.content)]
     some = record(first)[0]
     rows, states = record()
-    assert len(asked[1]) == 60 - len(some) and set(some) < set(rows) and len(rows) == 60
+    assert sum(map(len, asked)) == 60 and set(some) < set(rows) and len(rows) == 60
     again, same = record()
-    assert len(asked) == 2 and again == rows
+    assert sum(map(len, asked)) == 60 and again == rows
     for side, other in zip(states, same, strict=True):
         assert all(torch.equal(a["exit_states"], b["exit_states"]) for a, b in zip(side, other, strict=True))
     deeper = record(exit_layer=3)[0]
-    assert len(asked) == 2 and deeper == rows
+    assert sum(map(len, asked)) == 60 and deeper == rows
 
 
-def test_a_kill_loses_what_was_under_way(record, asked, monkeypatch):
-    class Killed(Exception):
-        pass
+class Killed(Exception):
+    pass
 
-    add, added = StateCache.add, []
 
-    def killing(cache, row, *states):
-        if len(added) == 20:
+def killed_at(count: int, monkeypatch, part: type, name: str):
+    """From here on a method raises when it is called for the last time of `count`."""
+    method, calls = getattr(part, name), []
+
+    def killing(*arguments):
+        calls.append(1)
+        if len(calls) == count:
             raise Killed
-        added.append(row)
-        add(cache, row, *states)
+        return method(*arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(StateCache, "add", killing)
-        record()
-    rows, _ = record()
-    assert len(asked[1]) == 40 and set(added) <= set(rows) and len(rows) == 60
-    assert rows == record(folder="other")[0]
+    monkeypatch.setattr(part, name, killing)
+
+
+@pytest.mark.kind("B25 the same bits after a kill")
+@pytest.mark.parametrize(
+    ("part", "name", "counts", "left"),
+    [
+        pytest.param(StateCache, "add", [21], 60, id="B25 within the first group"),
+        pytest.param(StateCache, "add", [40, 9], 32, id="B25 within the second group, twice"),
+        pytest.param(RowStore, "append", [59], 32, id="between the parts of a row"),
+        pytest.param(RowStore, "append", [57], 60, id="before a group counts as answered"),
+    ],
+)
+def test_a_kill_changes_no_bit_and_loses_a_group_at_most(record, asked, monkeypatch, part, name, counts, left):
+    whole_rows, whole = record(folder="whole")
+    del asked[:]
+    for count in counts:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            killed_at(count, patch, part, name)
+            record()
+    del asked[:]
+    rows, states = record()
+    assert rows == whole_rows and sum(map(len, asked)) == left
+    for side, other in zip(states, whole, strict=True):
+        for row, expected in zip(side, other, strict=True):
+            assert row.keys() == expected.keys() and all(torch.equal(row[part], expected[part]) for part in row)
+
+
+@pytest.mark.kind("adapt says before hours of answering what is wrong")
+def test_prompts_of_which_none_is_held_out_are_not_answered(record, asked):
+    with pytest.raises(ValueError, match=r"answers: of .* answers within 24 tokens none is held out"):
+        record([prompt for prompt in PROMPTS if not is_held_out(prompt.content)])
+    assert not asked
 
 
 def test_prompts_that_do_not_suffice(record):

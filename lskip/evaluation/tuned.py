@@ -113,12 +113,14 @@ def tuned_options(
 
 def _check_found(task: str, found: dict[str, Any], model: str) -> None:
     """ValueError, FileNotFoundError where the model has no such layer, or the adapter is gone."""
-    from lskip.pretrained import load_config
+    from lskip.pretrained import find_source, load_config
 
     if found["exit_adapter"] is not None:
         find_adapter(found["exit_adapter"], f"task: {task!r} was tuned with an exit_adapter")
     exit_layer = found["exit_layer"]
-    if exit_layer is not None and exit_layer > (layers := load_config(model).num_hidden_layers):
+    if exit_layer is None or find_source(model).kind not in ("folder", "checkpoint"):
+        return  # of others the file goes by their name
+    if exit_layer > (layers := load_config(model).num_hidden_layers):
         raise ValueError(f"task: {task!r} was tuned for another model: exit_layer {exit_layer} of {layers}; tune again")
 
 
