@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,6 +52,10 @@ def record_answers(
             asked[digest_of([max_new_tokens, *ids])] = ids, is_held_out(prompt.content)
     # All of what in_order asks for is known before hours of answering.
     in_order([row_of(*each, [], block_size) for each in asked.values()], block_size)
+    if damaged := cache.answers.forget_damaged(asked):
+        print(
+            f"warning: cache_dir: '{cache.answers.folder}': {damaged} damaged answers are given again", file=sys.stderr
+        )
     missing = [digest for digest in asked if digest not in cache.answers]
     if missing:
         limits = {"max_new_tokens": max_new_tokens, "block_size": block_size, "batch_size": batch_size}

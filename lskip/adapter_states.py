@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -122,8 +123,14 @@ class StateCache:
             store.append([row.digest], [_parts_of(row, exit_states, last_states, self.decoder)])
 
     def states(self, rows: list[AnswerRow]) -> tuple[AnswerStates, AnswerStates]:
-        """(to train on, held out) of `rows`; what is missing is computed."""
+        """(to train on, held out) of `rows`; what is missing, or damaged on the disk, is computed."""
         sides = {split: [row for row in rows if _side(row) == split] for split in SPLITS}
+        for split, stores in self._stores.items():
+            digests = [row.digest for row in sides[split]]
+            for store in stores:
+                if damaged := store.forget_damaged(digests):
+                    said = f"{damaged} rows are damaged, and computed again"
+                    print(f"warning: cache_dir: '{store.folder}': {said}", file=sys.stderr)
         missing = {split: self._missing(split, side) for split, side in sides.items()}
         tokens = sum(len(row.token_ids) for groups in missing.values() for group in groups for row in group)
         with tqdm(total=tokens, unit="token", unit_scale=True, desc="states", disable=not tokens) as bar:

@@ -4,13 +4,14 @@ import copy
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from lskip import adapter_states
 from lskip.adapter_answers import frequent_words, is_held_out, read_answers
 from lskip.adapter_states import AnswerData, StateCache
-from lskip.row_store import INDEX, INDEX_FILE
+from lskip.row_store import INDEX, INDEX_FILE, SUMS_FILE
 
 
 def answer_states(model, rows, exit_layer, folder):
@@ -208,3 +209,56 @@ def test_words_are_the_most_frequent_ones(tiny_model, tiny_tokenizer, rows):
     left_out = counts.clone()
     left_out[words] = 0
     assert left_out.max() <= counts[[word for word in words if word]].min()
+
+
+def flip(path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0xFF
+    path.write_bytes(data)
+
+
+def cut(path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def index_of(path, tokens: int) -> None:
+    index = np.frombuffer((path / INDEX_FILE).read_bytes(), INDEX).copy()
+    index["tokens"][20] = tokens
+    (path / INDEX_FILE).write_bytes(index.tobytes())
+
+
+def add_garbage(path) -> None:
+    with path.open("ab") as file:
+        file.write(bytes(range(256)) * 5)
+
+
+DAMAGE = {
+    "B18 states cut": (lambda folder: cut(folder / "last_states.bin", 40_000), False),
+    "a part of the states gone": (lambda folder: (folder / "last_states.bin").unlink(), False),
+    "states garbled": (lambda folder: flip(folder / "last_states.bin", 9_000), True),
+    "index cut": (lambda folder: cut(folder / INDEX_FILE, 30 * INDEX.itemsize + 5), False),
+    "index gone": (lambda folder: (folder / INDEX_FILE).unlink(), False),
+    "garbage behind the index": (lambda folder: add_garbage(folder / INDEX_FILE), False),
+    "a length below 0": (lambda folder: index_of(folder, -5), False),
+    "a length of a lifetime": (lambda folder: index_of(folder, 2**62), False),
+    "another length": (lambda folder: index_of(folder, 3), True),
+    "checksums gone": (lambda folder: (folder / SUMS_FILE).unlink(), False),
+    "a checksum garbled": (lambda folder: flip(folder / SUMS_FILE, 40), True),
+}
+
+
+@pytest.mark.kind("B18 damaged caches of evaluation")
+@pytest.mark.parametrize(("damage", "warned"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_states_are_computed_again(tmp_path, tiny_model, rows, capsys, damage, warned):
+    model = tiny_model()
+    wanted = rows(model)
+    whole = answer_states(model, wanted, 2, tmp_path / "whole")
+    answer_states(model, wanted, 2, tmp_path / "part")
+    damage(next((tmp_path / "part").iterdir()) / "train" / "last")
+    again = answer_states(model, wanted, 2, tmp_path / "part")
+    assert ("are damaged, and computed again" in capsys.readouterr().err) == warned
+    for states, others in zip(again, whole, strict=True):  # in other batches: equal but for rounding
+        for row, other in zip(states, others, strict=True):
+            torch.testing.assert_close(row["last_states"], other["last_states"], rtol=0.02, atol=0.02)
+    assert_equal(answer_states(model, wanted, 2, tmp_path / "part"), again)
+    assert not capsys.readouterr().err.count("damaged")
