@@ -275,7 +275,7 @@ def _measure(module: AdapterModule, data: AnswerData) -> dict:
 def _finish(folder: Path, module: AdapterModule, metrics: dict) -> None:
     save_atomically(module.adapter, folder)
     write_json(folder / METRICS_FILE, metrics)
-    steps = " / ".join(f"{value:.3f}" for value in metrics["agreement"])
+    steps = " / ".join("-" if value is None else f"{value:.3f}" for value in metrics["agreement"])
     rounds = ", ".join(f"{value:.2f} at d = {d}" for d, value in metrics["tokens_per_round"].items())
     print(f"draft_agreement {metrics['draft_agreement']:.3f} (by draft step: {steps})")
     print(f"tokens_per_round {rounds}, on {metrics['answers']['held_out']} held-out answers")

@@ -82,10 +82,11 @@ def drafted_at(scored: Tensor, starts: Tensor, step: int) -> tuple[Tensor, Tenso
 def report(hits: Sequence[Tensor]) -> dict:
     """Of held-out answers, [A, J] each: draft_agreement, agreement of steps 1 … J, tokens_per_round {d: …}.
 
-    `draft_agreement` is step 1's. A step is only asked where the answer has had so many tokens.
+    `draft_agreement` is step 1's. A step is only asked where the answer has had so many tokens: None where none has.
     """
     steps = range(hits[0].shape[1])
-    agreement = [torch.cat([answer[step:, step] for answer in hits]).float().mean().item() for step in steps]
+    asked = [torch.cat([answer[step:, step] for answer in hits]) for step in steps]
+    agreement = [each.float().mean().item() if len(each) else None for each in asked]
     tokens = sum(len(answer) for answer in hits)
     per_round = {d: tokens / sum(num_rounds(answer.tolist(), d) for answer in hits) for d in DRAFT_LENGTHS}
     return {"draft_agreement": agreement[0], "agreement": agreement, "tokens_per_round": per_round}

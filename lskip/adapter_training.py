@@ -151,7 +151,8 @@ class AdapterModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         values, self._hits = report(self._hits), []
         self.log("val/draft_agreement", values["draft_agreement"], prog_bar=True)
-        self.log_dict({f"val/agreement/step_{step}": value for step, value in enumerate(values["agreement"], start=1)})
+        told = {step: value for step, value in enumerate(values["agreement"], start=1) if value is not None}
+        self.log_dict({f"val/agreement/step_{step}": value for step, value in told.items()})
         self.log_dict({f"val/tokens_per_round/d_{d}": value for d, value in values["tokens_per_round"].items()})
 
     # The optimizer. Clipping here, since Lightning's refuses fused optimizers in mixed precision.

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
+from threading import get_ident
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -79,7 +80,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """All at once: a kill, a full disk or a second writer leaves what was there before, or what is whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{get_ident()}.partial")  # a second writer has its own
     try:
         partial.write_bytes(content)
         os.replace(partial, path)

@@ -1,17 +1,21 @@
 """The cost model against equations worked by hand, and its measurement against steps whose time is known."""
 
+import errno
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from lskip.decoder import Decoder
 from lskip.inference import costs as costs_module
-from lskip.inference.costs import ROWS, Costs, RowCosts, keep_costs, measure_costs
+from lskip.inference.costs import ROWS, Costs, RowCosts, keep_costs, measure_costs, read_costs
 from lskip.inference.drafting import Draft, DraftPlan
 from lskip.inference.lean_step import LeanStep
+from lskip.inference.loading import load_generator
 from lskip.inference.module_step import ModuleStep
 from lskip.inference.weights import Plain
+from lskip.output_files import write_json
 
 LAYERS, WEIGHTS, NGRAM = Draft("layers", 3), Draft("weights", 8), Draft("ngram", 0)
 ADAPTER = Draft("adapter", 3)
@@ -285,3 +289,77 @@ def test_costs_are_kept_in_a_file(clock, tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match=r"costs_file: .* is not JSON"):
         keep_costs(path, step)
+
+
+GOOD = {"num_layers": 5, "model": {"rows": [1, 64], "block": [1e-4, 1e-3], "head": [1e-4, 1e-3]}}
+GOOD |= {"draft": None, "adapter": None, "adapter_blocks": 0}
+
+
+def with_times(*block) -> str:
+    costs = GOOD | {"model": GOOD["model"] | {"block": block}}
+    return json.dumps({"device": "cpu", "costs": costs})
+
+
+DAMAGED = {
+    "B18 cut": with_times(1e-4, 1e-3)[:60],
+    "garbage": b"\x80\x02\xff",
+    "a list": "[]",
+    "a number": "5",
+    "another table": '{"a": 1}',
+    "no costs": '{"device": "cpu", "costs": null}',
+    "NaN": with_times(1e-4, float("nan")),
+    "infinity": with_times(1e-4, float("inf")),
+    "negative": with_times(-1e-4, 1e-3),
+    "a text": with_times("fast", 1e-3),
+    "too few": with_times(1e-4),
+    "5000 digits": '{"device": ' + "9" * 5000 + "}",
+    "a device that is a number": json.dumps({"device": 5, "costs": GOOD}),
+    "rows in words": json.dumps({"device": "cpu", "costs": GOOD | {"model": GOOD["model"] | {"rows": ["a", "b"]}}}),
+    "no layers": json.dumps({"device": "cpu", "costs": GOOD | {"num_layers": 0}}),
+}
+
+
+@pytest.mark.kind("B18 damaged caches of evaluation")
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_named_before_a_model_is_loaded(tmp_path, monkeypatch, content):
+    monkeypatch.setattr("lskip.pretrained.load_model", None)
+    path = tmp_path / "costs.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=r"costs_file: .*costs\.json'.*; remove it to measure again"):
+        load_generator("smollm2", costs_file=str(path))
+
+
+@pytest.mark.kind("B18 damaged caches of evaluation", "B41")
+def test_a_folder_for_a_costs_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"costs_file: '?/.*Is a directory; remove it"):
+        load_generator("smollm2", costs_file=str(tmp_path))
+
+
+@pytest.mark.kind("work is not lost where results cannot be written", "B11")
+def test_costs_that_cannot_be_kept_stop_nothing(clock, tmp_path, monkeypatch, capsys):
+    def refuse(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("lskip.output_files.Path.write_bytes", refuse)
+    costs = keep_costs(tmp_path / "costs.json", FakeStep(clock, 1e-4, 1e-5, 3e-4))
+    assert costs.num_layers == 5 and not list(tmp_path.iterdir())
+    assert "warning: costs_file: is not kept" in capsys.readouterr().err
+
+
+@pytest.mark.kind("work is not lost where results cannot be written")
+def test_a_place_where_no_costs_can_be_kept_is_told_before_a_model_is_loaded(tmp_path, monkeypatch):
+    def refuse(**where):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("lskip.output_files.TemporaryFile", refuse)
+    with pytest.raises(ValueError, match=r"costs_file: cannot write '.*' \(Read-only file system\)"):
+        load_generator("smollm2", costs_file=str(tmp_path / "costs.json"))
+
+
+@pytest.mark.kind("two writers", "B13")
+def test_two_that_measure_at_once_leave_a_whole_file(tmp_path):
+    content = {"device": "cpu", "costs": GOOD}
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: write_json(tmp_path / "costs.json", content), range(200)))
+    assert read_costs(tmp_path / "costs.json")[0] == "cpu"
+    assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import sys
 from bisect import bisect_left
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,9 @@ import torch
 
 from lskip.checks import check_whole
 from lskip.inference.drafting import Draft, DraftPlan
-from lskip.output_files import write_json
+from lskip.output_files import make_writable, write_json
+from lskip.untrusted import parse_json, read_text
+from lskip.user_errors import one_line
 
 if TYPE_CHECKING:
     from lskip.inference.engine import Step
@@ -190,8 +192,8 @@ def _row_costs(saved: Any) -> RowCosts:
 
 def _fields(saved: Any, name: str, expected: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(saved, dict) or set(saved) != set(expected):
-        found = list(saved) if isinstance(saved, dict) else saved
-        raise ValueError(f"{name}: {found!r} is not a table of {', '.join(expected)}")
+        found = repr(list(saved) if isinstance(saved, dict) else saved)[:80]
+        raise ValueError(f"{name}: {found} is not a table of {', '.join(expected)}")
     return {key: saved[key] for key in expected}
 
 
@@ -234,22 +236,44 @@ def keep_costs(path: Path, step: Step, draft_step: Step | None = None, adapter_s
     here = step.device.type
     if not path.exists():
         costs = measure_costs(step, draft_step, adapter_step=adapter_step)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"device": here, "costs": costs.to_dict()})
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"device": here, "costs": costs.to_dict()})
+        except OSError as error:  # a full disk: the text that asked for them goes on
+            print(f"warning: costs_file: is not kept ({one_line(error)})", file=sys.stderr)
         return costs
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"costs_file: '{path}' is not JSON ({error.msg}); remove it to measure again") from error
-    fields = _fields(saved, f"costs_file '{path}'", ("device", "costs"))
-    costs = Costs.from_dict(fields["costs"])
-    if fields["device"] != here:
-        raise ValueError(f"costs_file: '{path}' was measured on {fields['device']!r}, not on {here!r}; name another")
+    device, costs = read_costs(path)
+    if device != here:
+        raise ValueError(f"costs_file: '{path}' was measured on {device!r}, not on {here!r}; name another")
     held = costs.num_layers, costs.draft is None, costs.adapter_blocks
     if held != (step.num_layers, draft_step is None, blocks_of(adapter_step)):
         parts = "another model, of other draft_weights or of another exit_adapter"
         raise ValueError(f"costs_file: '{path}' is of {parts}; name another file")
     return costs
+
+
+def read_costs(path: Path) -> tuple[str, Costs]:
+    """What a costs_file says: the device, and its costs. ValueError if it says something else."""
+    advice = "remove it to measure again"
+    try:
+        saved = parse_json(read_text(path, "costs_file"), f"costs_file: '{path}'")
+        fields = _fields(saved, f"costs_file: '{path}'", ("device", "costs"))
+        costs = Costs.from_dict(fields["costs"])
+    except (ValueError, OSError) as error:  # OSError: a folder
+        said = one_line(error).removeprefix("costs_file: ")
+        said = said if str(path) in said else f"'{path}': {said}"
+        raise ValueError(f"costs_file: {said}; {advice}") from error
+    if not isinstance(fields["device"], str):
+        raise ValueError(f"costs_file: '{path}': device: {fields['device']!r} is not a text; {advice}")
+    return fields["device"], costs
+
+
+def check_costs_file(path: Path) -> None:
+    """ValueError, before a model is loaded, where it can neither be read nor made."""
+    if path.exists():
+        read_costs(path)
+    else:
+        make_writable(path.parent, "costs_file")
 
 
 class Timer:

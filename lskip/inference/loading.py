@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from lskip.checks import check_whole
 from lskip.decoder import Decoder
 from lskip.exit_adapter import find_adapter, load_adapter
+from lskip.inference.costs import check_costs_file
 from lskip.inference.generator import TextGenerator
 
 
@@ -42,6 +45,8 @@ def load_generator(
         raise ValueError(f"dtype: {dtype!r} is not one of float32, bfloat16, float16")
     check_whole("batch_size", batch_size, 1)
     folder = None if exit_adapter is None else find_adapter(exit_adapter)
+    if costs_file is not None:
+        check_costs_file(Path(costs_file))
     place = resolve_device(device)
     loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
     loaded = loaded.eval().to(place)
