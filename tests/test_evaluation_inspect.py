@@ -1,7 +1,9 @@
 """`lskip inspect` as a user types it: what it writes, and what it refuses before a model is loaded."""
 
+import errno
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from lskip.cli import main
 from lskip.evaluation import inspect as command
+from lskip.output_files import only_writer
 from lskip.pretrained import load_model
 
 
@@ -116,3 +119,106 @@ def test_a_model_without_a_tokenizer_or_with_too_little_text(tmp_path, tiny_mode
     arguments = [f"--model={model_folder}", f"--output={tmp_path / 'out'}", "--block_size=16", "--text=d"]
     assert main(["inspect", *arguments]) == 2
     assert "text: 'd' is too short, it needs 2 tokens" in capsys.readouterr().err
+
+
+def arguments(tmp_path, model_folder, text_file) -> list[str]:
+    more = [f"--data={text_file}", f"--output={tmp_path / 'out'}", "--block_size=16", "--num_blocks=1"]
+    return ["inspect", f"--model={model_folder}", *more]
+
+
+LOST = "work is not lost where results cannot be written"
+
+
+@pytest.mark.kind(LOST, "B27")
+@pytest.mark.parametrize("name", ["report.json", "settling.html", "figure.png"])
+def test_a_full_disk_leaves_no_half_report_and_the_table_is_shown(
+    tmp_path, model_folder, text_file, small_figure, capsys, monkeypatch, name
+):
+    opened = Path.open
+
+    def filling(path, mode="r", *more, **options):
+        if path.name == name and "w" in mode:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return opened(path, mode, *more, **options)
+
+    asked = arguments(tmp_path, model_folder, text_file)
+    with monkeypatch.context() as full:
+        full.setattr(Path, "open", filling)
+        assert main(asked) == 2
+    printed = capsys.readouterr()
+    assert "layers_needed" in printed.out and "No space left on device" in printed.err
+    assert not (tmp_path / "out").exists()
+    assert main(asked) == 0  # without --overwrite
+
+
+@pytest.mark.kind(LOST, "B11")
+def test_a_place_that_cannot_be_written_is_told_before_the_model_is_loaded(
+    tmp_path, model_folder, text_file, capsys, monkeypatch
+):
+    def refuse(**where):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("lskip.output_files.TemporaryFile", refuse)
+    monkeypatch.setattr(command, "load_model", None)
+    assert main(arguments(tmp_path, model_folder, text_file)) == 2
+    assert "output: cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.kind(LOST)
+def test_ctrl_c_says_that_nothing_is_written(tmp_path, model_folder, text_file, capsys, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "report_divergence", interrupt)
+    assert main(arguments(tmp_path, model_folder, text_file)) == 130
+    assert "inspect: interrupted; nothing is written yet: the same command begins anew" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.kind("two writers", "B13")
+def test_two_reports_are_kept_apart(tmp_path, model_folder, text_file, capsys, monkeypatch):
+    monkeypatch.setattr(command, "load_model", None)
+    with only_writer(tmp_path / "out", "output"):
+        assert main(arguments(tmp_path, model_folder, text_file)) == 2
+    assert "is being written by another process" in capsys.readouterr().err
+
+
+@pytest.mark.kind("names of strangers are shown, not carried out")
+@pytest.mark.parametrize("name", ["[red]a[", "$a$b$", "<b>&'\"", "B34 x\x1b]0;t\x07"])
+def test_a_model_of_any_name(tmp_path, model_folder, text_file, capsys, name):
+    model_folder.rename(tmp_path / name)
+    assert main(arguments(tmp_path, tmp_path / name, text_file)) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and name.replace("\x1b", "\\x1b").replace("\x07", "\\x07") in "".join(
+        printed.split("\n")
+    )
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["model"] == str(tmp_path / name)
+
+
+@pytest.mark.kind("B29 a config of another kind of model")
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param({"model_type": "clip"}, id="B29 clip"),
+        pytest.param({"model_type": "vit"}, id="vit"),
+        pytest.param({"model_type": "whisper"}, id="whisper"),
+        pytest.param({"model_type": "t5"}, id="t5"),
+    ],
+)
+def test_a_config_of_another_kind_of_model_is_told_by_every_command(tmp_path, text_file, capsys, config):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "adds.jsonl").write_text('{"prompt": "a", "reference": "b"}\n')
+    task = ["--task=LocalTask", f"--task.path={tmp_path / 'adds.jsonl'}"]
+    (tmp_path / "answers.jsonl").write_text('{"prompt": "a", "text": "b"}\n')
+    commands = {
+        "inspect": arguments(tmp_path, tmp_path / "other", text_file)[2:],
+        "sweep": [*task, f"--output={tmp_path / 'out'}"],
+        "tune": task,
+        "adapt": [f"--answers=[{tmp_path / 'answers.jsonl'}]", f"--output={tmp_path / 'out'}"],
+    }
+    for name, options in commands.items():
+        assert main([name, f"--model={tmp_path / 'other'}", *options]) == 2
+        said = capsys.readouterr().err
+        assert "model: " in said and config["model_type"] in said
+        assert not (tmp_path / "out").exists()

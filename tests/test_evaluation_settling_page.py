@@ -93,6 +93,11 @@ class Chromium:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
+    def wait_for(self, expression) -> None:
+        """Until it is true; a test that waits for ever is ended by the watchdog."""
+        while not self.evaluate(expression):
+            pass
+
     def hover(self, selector) -> None:
         middle = "(r => [r.x + r.width / 2, r.y + r.height / 2])"
         x, y = self.evaluate(f"{middle}(document.querySelector('{selector}').getBoundingClientRect())")
@@ -181,6 +186,51 @@ def test_the_keyboard_does_what_the_mouse_does(page):
     assert "nothing before it predicts it" in page.evaluate("document.querySelector('#panel').innerText")
 
 
+def long_page(num_layers: int) -> str:
+    """300 tokens, some of them long, each with five guesses a layer."""
+    words = {0: "The", 1: " reconsideration", 2: " a", 3: " \u200b" + "x" * 60, 4: "\n"}
+    shape = (num_layers, 299, 5)
+    ids = torch.arange(5).expand(shape)
+    settling = Settling(torch.arange(300) % 5, ids, torch.full(shape, 0.2), torch.full(shape[:2], 0.5))
+    return settling_page(settling, words, f"a model of {num_layers} layers on {'a/very/long/path' * 9}")
+
+
+BOX = "(r => [r.left, r.top, r.right, r.bottom])(document.querySelector('%s').getBoundingClientRect())"
+
+
+@needs_browser
+@pytest.mark.kind("a new user's first hour: tune, inspect, compare, evaluate")
+@pytest.mark.parametrize(
+    ("width", "num_layers"),
+    [
+        pytest.param(375, 30, id="M6 a phone"),
+        pytest.param(1100, 30, id="M6 half a screen"),
+        pytest.param(320, 96, id="a small phone and many layers"),
+    ],
+)
+def test_on_narrow_screens_a_tap_shows_the_panel_and_nothing_is_too_wide(browser, tmp_path, width, num_layers):
+    path, height = tmp_path / "settling.html", 667
+    path.write_text(long_page(num_layers), encoding="utf-8")
+    browser.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=True)
+    browser.call("Emulation.setTouchEmulationEnabled", enabled=True)
+    browser.open(path)
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    for index in (1, 40, 296, 299):
+        token = f'[data-index="{index}"]'
+        browser.evaluate(f"document.querySelector('{token}').scrollIntoView({{block: 'end'}})")
+        left, top, right, bottom = browser.evaluate(BOX % token)
+        x, y = left + 3, (top + min(bottom, top + 20)) / 2
+        browser.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        browser.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+        browser.wait_for(f"document.querySelector('.token.chosen')?.dataset.index === '{index}'")
+        assert len(browser.evaluate(ROWS)) == num_layers
+        left, top, right, bottom = browser.evaluate(BOX % "#panel")
+        assert (left, right, bottom) == (0, width, height) and top > height / 2
+        assert browser.evaluate(BOX % token)[1] >= 0 and browser.evaluate(BOX % token)[3] <= top
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    assert browser.complaints() == []
+
+
 @needs_browser
 def test_what_the_browser_complains_about_is_noticed(browser, tmp_path):
     path = tmp_path / "broken.html"
@@ -195,6 +245,22 @@ def test_what_the_browser_complains_about_is_noticed(browser, tmp_path):
 def test_a_colour_for_each_layer(num_layers):
     colors = layer_colors(num_layers)
     assert len(set(colors)) == num_layers and all(re.fullmatch("#[0-9a-f]{6}", color) for color in colors)
+
+
+@pytest.mark.kind("names of strangers are shown, not carried out")
+@pytest.mark.parametrize(
+    "title",
+    ["</script><script>x</script>", "a & b", "'\"", "<!--", "\u2028", "B34 \x1b]0;t\x07", "\ud83d", "__SETTLING__"],
+)
+def test_a_title_stays_a_title(title):
+    ids = torch.zeros(1, 1, 1, dtype=torch.long)
+    settling = Settling(torch.tensor([0, 0]), ids, torch.full((1, 1, 1), 1.0), torch.full((1, 1), 1.0))
+    html = settling_page(settling, {0: "a"}, title)
+    html.encode("utf-8")
+    assert html.count("<script") == 2 and html.count("</script>") == 2
+    content = re.search(r'<script id="settling" type="application/json">(.*?)</script>', html, re.S)[1]
+    said = json.loads(content)["title"]
+    assert said == title or (said.isprintable() and "\\" in said)
 
 
 def test_the_file_holds_everything_itself():
