@@ -13,6 +13,8 @@ from lskip.cli import main
 from lskip.command_options import LoadingOptions
 from lskip.evaluation import sweep as sweep_module
 from lskip.evaluation.advice import advice
+from lskip.evaluation.exit_names import exit_names
+from lskip.evaluation.sweep import print_cells
 from lskip.evaluation.sweep_cells import Generators, Pair, measure_cell, times_of
 from lskip.evaluation.sweep_figure import sweep_figure
 from lskip.evaluation.sweep_grid import Cell, exits_of, grid
@@ -22,6 +24,7 @@ from lskip.inference import Generation
 from lskip.inference.costs import Costs, RowCosts
 from lskip.layer_figure import image_of
 from lskip.output_files import only_writer
+from lskip.plain_console import plain_console
 
 pytestmark = pytest.mark.usefixtures("quick_costs")
 NEW_TOKENS = 12
@@ -313,3 +316,23 @@ def test_a_refused_sweep_leaves_nothing(place, capsys):
     assert main(arguments(place, "none", "--task.max_new_tokens=500")) == 2
     assert "none leaves 500 tokens" in capsys.readouterr().err
     assert not (place / "none").exists()
+
+
+@pytest.mark.kind("a new user's first hour: tune, inspect, compare, evaluate")
+@pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "narrow terminal"])
+def test_no_name_is_cut_in_a_table(capsys, monkeypatch, terminal):
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("COLUMNS", "60")
+    times = {"speedup": 1.0, "tokens_per_second": 12345.6, "share_of_ideal": 0.5}
+    cell = Cell("int8_dynamic", 29, 8, "ConfidenceDraft")
+    print_cells([{**record_of(cell, 1.0), "mismatches": 0, "times": times}], plain_console())
+    printed = capsys.readouterr().out
+    assert "…" not in printed and (terminal or ("int8_dynamic" in printed and "ConfidenceDraft" in printed))
+
+
+@pytest.mark.kind("a new user's first hour: tune, inspect, compare, evaluate")
+@pytest.mark.parametrize("exits", ["", "last,", "8;16", "-1", "9" * 5000, "first"])
+def test_exits_that_are_none_are_told(exits):
+    with pytest.raises(ValueError, match=r"exits: '.*' is not a layer's number or last; write them like 8,16,last"):
+        exit_names(exits)

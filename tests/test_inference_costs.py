@@ -9,7 +9,8 @@ import torch
 
 from lskip.decoder import Decoder
 from lskip.inference import costs as costs_module
-from lskip.inference.costs import ROWS, Costs, RowCosts, keep_costs, measure_costs, read_costs
+from lskip.inference.costs import ROWS, Costs, RowCosts, measure_costs
+from lskip.inference.costs_file import keep_costs, read_costs
 from lskip.inference.drafting import Draft, DraftPlan
 from lskip.inference.lean_step import LeanStep
 from lskip.inference.loading import load_generator

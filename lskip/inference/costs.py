@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 from bisect import bisect_left
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -15,9 +13,6 @@ import torch
 
 from lskip.checks import check_whole
 from lskip.inference.drafting import Draft, DraftPlan
-from lskip.output_files import make_writable, write_json
-from lskip.untrusted import parse_json, read_text
-from lskip.user_errors import one_line
 
 if TYPE_CHECKING:
     from lskip.inference.engine import Step
@@ -170,7 +165,7 @@ class Costs:
         Raises:
             ValueError: what is missing or wrong, in one sentence.
         """
-        fields = _fields(saved, "costs", ("num_layers", "model", "draft", "adapter", "adapter_blocks"))
+        fields = fields_of(saved, "costs", ("num_layers", "model", "draft", "adapter", "adapter_blocks"))
         try:
             check_whole("num_layers", fields["num_layers"], 1)
             check_whole("adapter_blocks", fields["adapter_blocks"], 0 if fields["adapter"] is None else 1)
@@ -183,14 +178,15 @@ class Costs:
 
 
 def _row_costs(saved: Any) -> RowCosts:
-    fields = _fields(saved, "model, draft or adapter", ("rows", "block", "head"))
+    fields = fields_of(saved, "model, draft or adapter", ("rows", "block", "head"))
     for name, value in fields.items():
         if not isinstance(value, list | tuple):
             raise ValueError(f"{name}: {value!r} is not a list")
     return RowCosts(*map(tuple, fields.values()))
 
 
-def _fields(saved: Any, name: str, expected: tuple[str, ...]) -> dict[str, Any]:
+def fields_of(saved: Any, name: str, expected: tuple[str, ...]) -> dict[str, Any]:
+    """A table with just the `expected` keys, in their order; ValueError, which begins with `name`, for another."""
     if not isinstance(saved, dict) or set(saved) != set(expected):
         found = repr(list(saved) if isinstance(saved, dict) else saved)[:80]
         raise ValueError(f"{name}: {found} is not a table of {', '.join(expected)}")
@@ -225,55 +221,6 @@ def measure_costs(
 def blocks_of(step: Step | None) -> int:
     """0 where there is none."""
     return 0 if step is None else step.num_layers
-
-
-def keep_costs(path: Path, step: Step, draft_step: Step | None = None, adapter_step: Step | None = None) -> Costs:
-    """The costs in a JSON file, for the same model on the same machine; measured and written where there is none.
-
-    Raises:
-        ValueError: a file that holds something else, or costs of another model or device.
-    """
-    here = step.device.type
-    if not path.exists():
-        costs = measure_costs(step, draft_step, adapter_step=adapter_step)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"device": here, "costs": costs.to_dict()})
-        except OSError as error:  # a full disk: the text that asked for them goes on
-            print(f"warning: costs_file: is not kept ({one_line(error)})", file=sys.stderr)
-        return costs
-    device, costs = read_costs(path)
-    if device != here:
-        raise ValueError(f"costs_file: '{path}' was measured on {device!r}, not on {here!r}; name another")
-    held = costs.num_layers, costs.draft is None, costs.adapter_blocks
-    if held != (step.num_layers, draft_step is None, blocks_of(adapter_step)):
-        parts = "another model, of other draft_weights or of another exit_adapter"
-        raise ValueError(f"costs_file: '{path}' is of {parts}; name another file")
-    return costs
-
-
-def read_costs(path: Path) -> tuple[str, Costs]:
-    """What a costs_file says: the device, and its costs. ValueError if it says something else."""
-    advice = "remove it to measure again"
-    try:
-        saved = parse_json(read_text(path, "costs_file"), f"costs_file: '{path}'")
-        fields = _fields(saved, f"costs_file: '{path}'", ("device", "costs"))
-        costs = Costs.from_dict(fields["costs"])
-    except (ValueError, OSError) as error:  # OSError: a folder
-        said = one_line(error).removeprefix("costs_file: ")
-        said = said if str(path) in said else f"'{path}': {said}"
-        raise ValueError(f"costs_file: {said}; {advice}") from error
-    if not isinstance(fields["device"], str):
-        raise ValueError(f"costs_file: '{path}': device: {fields['device']!r} is not a text; {advice}")
-    return fields["device"], costs
-
-
-def check_costs_file(path: Path) -> None:
-    """ValueError, before a model is loaded, where it can neither be read nor made."""
-    if path.exists():
-        read_costs(path)
-    else:
-        make_writable(path.parent, "costs_file")
 
 
 class Timer:

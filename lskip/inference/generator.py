@@ -15,7 +15,8 @@ from lskip.exit_adapter import ExitAdapter, fingerprint
 from lskip.heap import trim_heap
 from lskip.inference.adapter import AdapterStep
 from lskip.inference.batch import Batch, Text, bound, drafts_of, full_depth
-from lskip.inference.costs import Costs, keep_costs, measure_costs
+from lskip.inference.costs import Costs, measure_costs
+from lskip.inference.costs_file import keep_costs
 from lskip.inference.form_choice import mix_for
 from lskip.inference.generation import Generation, TextStream
 from lskip.inference.recording import StateRecorder

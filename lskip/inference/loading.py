@@ -9,7 +9,7 @@ import torch
 from lskip.checks import check_whole
 from lskip.decoder import Decoder
 from lskip.exit_adapter import find_adapter, load_adapter
-from lskip.inference.costs import check_costs_file
+from lskip.inference.costs_file import check_costs_file
 from lskip.inference.generator import TextGenerator
 
 
