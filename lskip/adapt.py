@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +114,7 @@ def _adapt(
     frozen, tokenizer = _load(source, shape, data.block_size)
     _move(frozen, place, torch.float32 if training.precision == "32-true" else torch.bfloat16)
     started = None if start is None else load_adapter(find_adapter(start), frozen, shape)
-    with StateCache(frozen, shape.exit_layer, data.cache) as cache:
+    with StateCache(frozen, shape.exit_layer, data.cache) as cache, _kept_when_interrupted():
         if prompts is None:
             rows = read_answers(data.answer_files, frozen, tokenizer, data.block_size, data.chat)
         else:
@@ -134,6 +136,15 @@ def _adapt(
     module.to(place)  # from where Lightning has taken it
     spent = {"steps": trainer.global_step, "seconds": round(timer.time_elapsed(), 1)}
     _finish(folder, module, {**_measure(module, batches), **spent})
+
+
+@contextmanager
+def _kept_when_interrupted() -> Iterator[None]:
+    """Around the answering, before there is a training to resume: says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as pressed:  # or what stands for another signal
+        raise type(pressed)("; answers and states so far are kept: the same command goes on") from None
 
 
 def _check_lengths(training: AdapterTraining, block_size: int) -> None:

@@ -254,3 +254,15 @@ def test_a_place_that_cannot_be_written_is_told_before_the_model_is_loaded(run, 
     monkeypatch.setattr(adapt_module, "load_model", None)
     with pytest.raises(ValueError, match=r"output: cannot write '.*out' \(Read-only file system\)"):
         run("out")
+
+
+@pytest.mark.kind("work is not lost where results cannot be written", "B24")
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, type("Terminated", (KeyboardInterrupt,), {})])
+def test_who_interrupts_the_answering_is_told_how_to_go_on(run, tmp_path, monkeypatch, kind):
+    def interrupt(*arguments):
+        raise kind
+
+    with monkeypatch.context() as patch, pytest.raises(kind, match="are kept: the same command goes on"):
+        patch.setattr(StateCache, "states", interrupt)
+        run("out")
+    run("out", max_steps=1)

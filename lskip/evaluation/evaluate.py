@@ -107,9 +107,9 @@ def _evaluate_all(models: list[ExitModel], tasks: dict, options: dict, path: Pat
     for model in models:
         try:
             results[str(model.exit_layer)] = _evaluate_exit(model, tasks, options)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as pressed:  # or what stands for another signal
             kept = f"exits {', '.join(results)} are in '{path}'" if results else "nothing is scored yet"
-            raise KeyboardInterrupt(f"; {kept}") from None
+            raise type(pressed)(f"; {kept}") from None
         try:
             write_bytes(path, (json.dumps(record | {"results": results}, indent=2, default=str) + "\n").encode())
         except OSError as error:

@@ -95,8 +95,8 @@ def inspect(
 def _told_when_interrupted() -> Iterator[None]:
     try:
         yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("; nothing is written yet: the same command begins anew") from None
+    except KeyboardInterrupt as pressed:  # or what stands for another signal
+        raise type(pressed)("; nothing is written yet: the same command begins anew") from None
 
 
 def _free(folder: Path, overwrite: bool) -> Path:

@@ -131,9 +131,9 @@ def measure_missing(
                     record = score_exit(generators, part, task, counts)
                 file.add(str(part), record)
                 bar.update()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as pressed:  # or what stands for another signal
             message = f", {bar.n} of {len(parts)} cells are done; go on with --resume true"
-            raise KeyboardInterrupt(message) from None
+            raise type(pressed)(message) from None
 
 
 def score_exit(generators: Generators, part: FixedExit, task: Task, counts: dict[str, int]) -> dict[str, Any]:

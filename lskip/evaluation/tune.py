@@ -93,8 +93,8 @@ def tune(
     prompts = prompts_of(task, generators.plain, num_prompts)
     try:
         records = best_records(generators, cells, prompts, rounds, decoded_cells, batch_size)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("; nothing is saved yet: the same command begins anew") from None
+    except KeyboardInterrupt as pressed:  # or what stands for another signal
+        raise type(pressed)("; nothing is saved yet: the same command begins anew") from None
     show_and_save(records, task, drafts, path, found_of(records, loading, prompts))
 
 
