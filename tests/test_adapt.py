@@ -237,7 +237,7 @@ def test_an_adapter_that_is_not_finite_is_not_saved(tmp_path, frozen):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.json", "adapter.safetensors"]
 
 
-@pytest.mark.kind("two writers", "B13")
+@pytest.mark.kind("two writers")
 def test_two_that_train_into_one_folder_are_kept_apart(run, tmp_path, monkeypatch):
     monkeypatch.setattr(adapt_module, "load_model", None)
     refused = pytest.raises(ValueError, match=r"output: '.*out' is being written by another process")

@@ -134,7 +134,7 @@ def test_ctrl_c_says_which_exits_are_kept(folder, capsys, monkeypatch):
     assert list(json.loads((folder / "kept.json").read_text())["results"]) == ["1"]
 
 
-@pytest.mark.kind("two writers", "B13")
+@pytest.mark.kind("two writers")
 def test_two_evaluations_are_kept_apart(folder, capsys, monkeypatch):
     monkeypatch.setattr(module, "load_model", None)
     with only_writer(folder / "o.json", "output"):

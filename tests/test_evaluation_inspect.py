@@ -175,7 +175,7 @@ def test_ctrl_c_says_that_nothing_is_written(tmp_path, model_folder, text_file, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.kind("two writers", "B13")
+@pytest.mark.kind("two writers")
 def test_two_reports_are_kept_apart(tmp_path, model_folder, text_file, capsys, monkeypatch):
     monkeypatch.setattr(command, "load_model", None)
     with only_writer(tmp_path / "out", "output"):

@@ -278,7 +278,7 @@ def test_a_garbled_line_is_named_and_loses_no_other(place, whole, capsys, monkey
     assert file.read_bytes() == before
 
 
-@pytest.mark.kind("two writers", "B13")
+@pytest.mark.kind("two writers")
 def test_two_sweeps_are_kept_apart(place, whole, capsys, monkeypatch):
     monkeypatch.setattr(sweep_module, "Generators", None)
     with only_writer(place / "whole", "output"):

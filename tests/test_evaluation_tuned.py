@@ -167,7 +167,7 @@ def test_an_adapter_is_the_same_by_every_name(tmp_path, monkeypatch, folder):
     assert options_of(folder, "adapted", {"exit_adapter": "mine"})["draft"] == "layers"
 
 
-@pytest.mark.kind("two writers", "B13")
+@pytest.mark.kind("two writers")
 def test_two_that_save_at_once_keep_each_others_tasks(tmp_path):
     path = tmp_path / "tuned.json"
     with ThreadPoolExecutor(4) as pool:

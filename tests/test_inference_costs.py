@@ -357,7 +357,7 @@ def test_a_place_where_no_costs_can_be_kept_is_told_before_a_model_is_loaded(tmp
         load_generator("smollm2", costs_file=str(tmp_path / "costs.json"))
 
 
-@pytest.mark.kind("two writers", "B13")
+@pytest.mark.kind("two writers")
 def test_two_that_measure_at_once_leave_a_whole_file(tmp_path):
     content = {"device": "cpu", "costs": GOOD}
     with ThreadPoolExecutor(8) as pool:
