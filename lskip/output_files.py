@@ -79,7 +79,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """All at once: a kill, a full disk or a second writer leaves what was there before, or what is whole."""
+    """All at once: a kill, a full disk or a second writer leaves what was there before, or what is whole.
+
+    A link stays one; a pipe or a device is written into, never replaced.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
     partial = path.with_name(f".{path.name}.{os.getpid()}-{get_ident()}.partial")  # a second writer has its own
     try:
         partial.write_bytes(content)

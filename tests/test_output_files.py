@@ -1,9 +1,10 @@
+import os
 import subprocess
 import sys
 
 import pytest
 
-from lskip.output_files import only_writer
+from lskip.output_files import only_writer, write_bytes
 
 HOLD = """
 import sys, time
@@ -41,3 +42,26 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path, holder):
 def test_a_pipe_has_no_lock(tmp_path):
     with only_writer(tmp_path / "..", "output"), only_writer(type(tmp_path)("/dev/null"), "output"):
         pass
+
+
+@pytest.mark.kind("links, pipes and devices stay what they are")
+@pytest.mark.parametrize("kind", ["link", "pipe", "link to a pipe"])
+def test_what_is_no_plain_file_stays_what_it_is(tmp_path, kind):
+    place = tmp_path / "out"
+    if kind == "link":
+        (tmp_path / "file").write_text("before")
+        place.symlink_to(tmp_path / "file")
+    else:
+        os.mkfifo(tmp_path / "pipe")
+        place = tmp_path / "pipe"
+        if kind == "link to a pipe":
+            place = tmp_path / "out"
+            place.symlink_to(tmp_path / "pipe")
+        reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_bytes(place, b"after")
+    if kind == "link":
+        assert place.is_symlink() and (tmp_path / "file").read_bytes() == b"after"
+    else:
+        assert os.read(reader, 100) == b"after"
+        assert (tmp_path / "pipe").is_fifo() and place.is_symlink() == (kind != "pipe")
+        os.close(reader)
