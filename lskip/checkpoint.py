@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lskip.foreign import first_line
+
 
 def pack_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict:
     """{"config", "generation_config", "tokenizer": {path: content}}: all that rebuilds the model but its weights.
@@ -81,7 +83,7 @@ def read_checkpoint(path: Path, field: str = "model", whole: bool = False) -> di
         raise
     except Exception as error:
         # Zip, pickle, end of file, runtime: what torch raises depends on where the file is damaged.
-        raise ValueError(f"{field}: {str(path)!r} is not a readable checkpoint ({_first_line(error)})") from error
+        raise ValueError(f"{field}: {str(path)!r} is not a readable checkpoint ({first_line(error)})") from error
     if not isinstance(checkpoint, dict) or "lskip" not in checkpoint:
         raise ValueError(f"{field}: {str(path)!r} is not a checkpoint of lskip (it has no entry 'lskip')")
     for name in ("lskip", "state_dict"):
@@ -106,7 +108,7 @@ def verify(tensors: Any, path: Path, field: str = "model") -> None:
                 if "/data/" not in part.filename:
                     file.read(part)  # raises where the checksum is another
     except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
-        raise ValueError(f"{field}: {str(path)!r} is damaged ({_first_line(error)})") from error
+        raise ValueError(f"{field}: {str(path)!r} is damaged ({first_line(error)})") from error
     for name, tensor in _tensors(tensors):
         data = tensor.untyped_storage()
         content = torch.empty(0, dtype=torch.uint8).set_(data).numpy()
@@ -127,11 +129,6 @@ def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             rest += [(f"{name}.{key}" if name else str(key), part) for key, part in value.items()]
         elif isinstance(value, list | tuple):
             rest += [(f"{name}.{index}", part) for index, part in enumerate(value)]
-
-
-def _first_line(error: Exception, limit: int = 100) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def random_state() -> dict:

@@ -27,9 +27,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from lskip.checkpoint import read_checkpoint, unpack_tokenizer, verify
+from lskip.foreign import first_line, foreign, quietly
 from lskip.gguf_facts import (
     Facts,
     check_facts,
@@ -121,7 +121,7 @@ def _read_config(found: Source) -> PreTrainedConfig:
     if found.kind == "folder":
         values = parse_json(read_text(Path(found.place) / "config.json", "model"), where)
     else:
-        with _foreign(f"model: {found.place!r}"):
+        with foreign(f"model: {found.place!r}"):
             values, _ = PreTrainedConfig.get_config_dict(found.place)
     if not isinstance(values, dict):
         raise ValueError(f"{where} is not a mapping")
@@ -136,7 +136,7 @@ def _from_files(found: Source, dtype: torch.dtype, config: PreTrainedConfig) -> 
     elif found.kind == "folder":
         _check_folder(Path(found.place), config)
     arguments = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True, "config": config}
-    with _foreign(f"model: {found.place!r}"), _quietly():
+    with foreign(f"model: {found.place!r}"), quietly():
         model, report = AutoModelForCausalLM.from_pretrained(
             **found.transformers_arguments(), **arguments, ignore_mismatched_sizes=True
         )
@@ -164,46 +164,12 @@ def _generation_config(values: object, where: str) -> GenerationConfig:
     try:
         return GenerationConfig.from_dict(values)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where} is not valid ({_one_line(error)})") from error
+        raise ValueError(f"{where} is not valid ({first_line(error)})") from error
 
 
 def _read_tokenizer(found: Source, field: str = "model") -> PreTrainedTokenizerBase:
-    with _foreign(f"{field}: the tokenizer in {found.place!r}"):
+    with foreign(f"{field}: the tokenizer in {found.place!r}"):
         return AutoTokenizer.from_pretrained(**found.transformers_arguments(), trust_remote_code=False)
-
-
-@contextmanager
-def _foreign(where: str) -> Iterator[None]:
-    """ValueError, which begins with `where`, for whatever transformers raises inside.
-
-    A file may be broken in as many ways as there are readers below; all of them mean that it cannot be read. What
-    tokenizers panics with is no Exception.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(f"{where} could not be read ({_one_line(error)})") from error
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """No bars and no table of transformers' while weights are read: what is wrong with them is said in a sentence."""
-    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def _one_line(error: BaseException, limit: int = 100) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def _tie(model: PreTrainedModel) -> None:
@@ -227,7 +193,7 @@ def _tie(model: PreTrainedModel) -> None:
 def _gguf(found: Source, field: str = "model") -> Iterator[Facts]:
     """What a GGUF file says, checked; inside it is parsed no more."""
     with parsed_once():
-        with _foreign(f"{field}: {found.place!r}"):
+        with foreign(f"{field}: {found.place!r}"):
             facts = read_facts(found.place)
         check_facts(facts)
         yield facts
@@ -245,7 +211,7 @@ def _from_gguf(found: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, PreT
 
 
 def _gguf_config(found: Source, facts: Facts) -> PreTrainedConfig:
-    with _foreign(f"model: {found.place!r}"):
+    with foreign(f"model: {found.place!r}"):
         config = AutoConfig.from_pretrained(**found.transformers_arguments(), trust_remote_code=False)
     settle_config(config, facts)
     return build_config(config.to_dict(), f"model: {found.place!r}: ")
@@ -285,7 +251,7 @@ def _from_checkpoint(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, P
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        reason = _one_line(error)
+        reason = first_line(error)
         raise ValueError(f"model: the weights in {str(path)!r} do not fit its config ({reason})") from error
     _tie(model)
     if saved.get("generation_config"):
@@ -297,6 +263,6 @@ def _from_checkpoint(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, P
 def _saved_tokenizer(saved: dict, path: Path, field: str = "model") -> PreTrainedTokenizerBase | None:
     if not saved.get("tokenizer"):
         return None
-    with tempfile.TemporaryDirectory() as folder, _foreign(f"{field}: the tokenizer in {str(path)!r}"):
+    with tempfile.TemporaryDirectory() as folder, foreign(f"{field}: the tokenizer in {str(path)!r}"):
         unpack_tokenizer(saved["tokenizer"], Path(folder))
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
