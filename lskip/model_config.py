@@ -21,6 +21,8 @@ from lskip.families import FAMILIES, check_family, family_of
 
 MAX_LAYERS = 4096
 _ROPE_BEFORE_5 = ("rope_theta", "rope_scaling")  # transformers 5 has one field for both, rope_parameters
+# Names of code to fetch or to patch in, which is never done; Decoder takes care of attention.
+_CODE = ("auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation", "fusion_config")
 # The same thing under the names of several families (and of other programs), for a hint.
 _SYNONYMS = (
     ("hidden_size", "n_embd", "d_model"),
@@ -68,20 +70,20 @@ def build_config(values: Mapping[str, Any], prefix: str, strict: bool = False) -
         ValueError: one sentence with the field, its value and what is allowed.
     """
     check_family(values.get("model_type"))
+    if values["model_type"] == "mistral" and values.get("layer_types"):
+        raise ValueError(f"{prefix}layer_types: a mistral with kinds of layers is a ministral, which is not supported")
     _check_layers(values, prefix)
     check_values(values, prefix, strict)
     _check_heads(values.get, values, prefix)
     with _no_remarks(prefix) if strict else _any_remarks():
         try:
-            config = AutoConfig.for_model(**values)
+            config = AutoConfig.for_model(**{name: value for name, value in values.items() if name not in _CODE})
         except Exception as error:  # transformers raises what a value led to: types, missing keys, divisions by zero
             raise ValueError(_invalid(values, prefix, error)) from error
     family = family_of(config)
     _check_heads(lambda name: getattr(config, name, None), values, prefix)
-    rope = values.get("rope_parameters") or {}
-    if strict and family.rotary_by_kind and (flat := [name for name in rope if name not in config.layer_types]):
-        kinds = " and ".join(sorted(set(config.layer_types)))
-        raise ValueError(f"{prefix}rope_parameters.{flat[0]}: has no effect; give a mapping for {kinds}")
+    if strict:
+        _check_rope_effect(config, values, family.rotary_by_kind, prefix)
     parameter_count(config)  # that builds it, without memory
     return config
 
@@ -166,6 +168,19 @@ def _check_heads(get: Callable[[str], Any], values: Mapping[str, Any], prefix: s
         raise ValueError(f"{prefix}head_dim: {own_width} is odd; rotary positions turn pairs")
 
 
+def _check_rope_effect(config: PreTrainedConfig, values: Mapping[str, Any], by_kind: bool, prefix: str) -> None:
+    """Some families read the old name of a field, some have a mapping for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [part for kind, part in rope.items() if kind in config.layer_types] if by_kind else [rope]
+    theta = values.get("rope_theta")
+    if theta is not None and not any(part.get("rope_theta") == theta for part in parts):
+        raise ValueError(f"{prefix}rope_theta: has no effect in a {config.model_type}; it is in rope_parameters there")
+    flat = [name for name in values.get("rope_parameters") or {} if by_kind and name not in config.layer_types]
+    if flat:
+        kinds = " and ".join(sorted(set(config.layer_types)))
+        raise ValueError(f"{prefix}rope_parameters.{flat[0]}: has no effect; give a mapping for {kinds}")
+
+
 def _refuse_unknown_fields(values: Mapping[str, Any], kind: type, dtype: torch.dtype) -> None:
     """transformers keeps a field that it does not know and builds the default model: that would cost a training run."""
     family = values["model_type"]
@@ -225,6 +240,11 @@ def _invalid(values: Mapping[str, Any], prefix: str, error: Exception) -> str:
         expected = re.search(r"expected .*?(?=, got)|an? .*", text)
         hint = f" ({expected[0][:100]})" if expected else ""
         return f"{prefix}{named[1]}: {values[named[1]]!r:.60} is not allowed{hint}"
+    quoted = [name for name in re.findall(r"`(\w+)`", text)]
+    if "rope_parameters" in quoted:
+        quoted.append("rope_scaling")
+    if field := next((name for name in quoted if name in values), None):
+        return f"{prefix}{field}: is not valid ({_short(error)})"
     return f"model: this {values['model_type']} config is not valid ({_short(error)})"
 
 
