@@ -172,9 +172,11 @@ def _check_rope_effect(config: PreTrainedConfig, values: Mapping[str, Any], by_k
     """Some families read the old name of a field, some have a mapping for each kind of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     parts = [part for kind, part in rope.items() if kind in config.layer_types] if by_kind else [rope]
-    theta = values.get("rope_theta")
-    if theta is not None and not any(part.get("rope_theta") == theta for part in parts):
-        raise ValueError(f"{prefix}rope_theta: has no effect in a {config.model_type}; it is in rope_parameters there")
+    given = {"rope_theta": {"rope_theta": values.get("rope_theta")}, "rope_scaling": values.get("rope_scaling") or {}}
+    for name, settings in given.items():
+        read = [all(part.get(key) == value for key, value in settings.items() if key != "type") for part in parts]
+        if values.get(name) is not None and not any(read):
+            raise ValueError(f"{prefix}{name}: has no effect in a {config.model_type}; give rope_parameters")
     flat = [name for name in values.get("rope_parameters") or {} if by_kind and name not in config.layer_types]
     if flat:
         kinds = " and ".join(sorted(set(config.layer_types)))
