@@ -82,9 +82,11 @@ def check_facts(facts: Facts) -> None:
         raise facts.refuse("general.type", "not model")
     if facts.values.get("split.count", 1) > 1:
         raise facts.refuse("split.count", "and is one part of several: join them first (llama-gguf-split --merge)")
-    layers = facts.values.get(f"{architecture}.block_count")
-    if not isinstance(layers, int) or not 1 <= layers <= MAX_LAYERS:
-        raise facts.refuse(f"{architecture}.block_count", f"not a whole number from 1 to {MAX_LAYERS}")
+    # What would divide by zero, or make a list for each layer, before a config could be looked at.
+    for name, most in (("block_count", MAX_LAYERS), ("embedding_length", 2**31), ("attention.head_count", 2**31)):
+        size = facts.values.get(f"{architecture}.{name}")
+        if not isinstance(size, int) or not 1 <= size <= most:
+            raise facts.refuse(f"{architecture}.{name}", f"not a whole number from 1 to {most}")
     _check_tokenizer(facts)
 
 
