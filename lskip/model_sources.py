@@ -57,7 +57,6 @@ def find_source(source: str, field: str = "model") -> Source:
         raise FileNotFoundError(f"{field}: there is no file or folder {source!r}{_near(path)}")
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
         raise ValueError(f"{field}: {source!r} is no model that lskip can read; allowed are {ALLOWED}")
-    _ask_hub(source, field)
     return Source("hub", source)
 
 
@@ -104,7 +103,7 @@ def _holds_model(path: Path) -> bool:
     return path.suffix in (".gguf", ".ckpt") or (path / "config.json").is_file() or is_run(path)
 
 
-def _ask_hub(name: str, field: str) -> None:
+def ask_hub(name: str, field: str = "model") -> None:
     """ValueError unless the hub, or what was fetched from it before, has the model. It is asked once, for seconds.
 
     transformers asks five times and longer, also about a folder's misspelled name.

@@ -42,7 +42,7 @@ from lskip.gguf_facts import (
 from lskip.gguf_reading import parsed_once
 from lskip.low_rank import merged
 from lskip.model_config import build_config, check_memory, check_weights_hold, make_config
-from lskip.model_sources import LAST_CHECKPOINT, Source, find_source, is_run
+from lskip.model_sources import LAST_CHECKPOINT, Source, ask_hub, find_source, is_run
 from lskip.untrusted import parse_json, read_text
 from lskip.weights_report import check_report
 
@@ -72,7 +72,7 @@ def load_model(
     if isinstance(source, dict):
         model = AutoModelForCausalLM.from_config(make_config(source, dtype), dtype=dtype, trust_remote_code=False)
         return model.eval(), None
-    found = find_source(source)
+    found = _located(source)
     if found.kind == "checkpoint":
         return _from_checkpoint(Path(found.place), dtype)
     if found.kind == "gguf":
@@ -86,7 +86,7 @@ def load_tokenizer(source: str, field: str = "model") -> PreTrainedTokenizerBase
 
     Raises as `load_model` does, and ValueError if there is none; `field` is what the message names.
     """
-    found = find_source(source, field)
+    found = _located(source, field)
     tokenizer = None
     if found.kind == "checkpoint":
         path = Path(found.place)
@@ -103,7 +103,7 @@ def load_tokenizer(source: str, field: str = "model") -> PreTrainedTokenizerBase
 
 def load_config(source: str) -> PreTrainedConfig:
     """The config of what `load_model` would load, its weights unread. Raises as that does."""
-    found = find_source(source)
+    found = _located(source)
     if found.kind == "checkpoint":
         path = Path(found.place)
         return build_config(read_checkpoint(path)["lskip"]["config"], f"model: {str(path)!r}: config: ")
@@ -111,6 +111,13 @@ def load_config(source: str) -> PreTrainedConfig:
         with _gguf(found) as facts:
             return _gguf_config(found, facts)
     return _read_config(found)
+
+
+def _located(source: str, field: str = "model") -> Source:
+    found = find_source(source, field)
+    if found.kind == "hub":
+        ask_hub(found.place, field)
+    return found
 
 
 # Files that transformers reads.

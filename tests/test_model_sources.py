@@ -5,8 +5,7 @@ import time
 import pytest
 from conftest import make_model
 
-from lskip.model_sources import find_source
-from lskip.pretrained import load_model, load_tokenizer
+from lskip.pretrained import load_config, load_model, load_tokenizer
 
 K18 = "K18 messages that point elsewhere"
 
@@ -54,7 +53,7 @@ def test_what_was_meant(tmp_path, monkeypatch, name, meant):
     (tmp_path / "runs" / "fit" / "checkpoints" / "last.ckpt").write_text("")
     (tmp_path / "a.gguf").write_text("")
     with pytest.raises((ValueError, OSError), match=rf"^model: .*did you mean '{meant}'"):
-        find_source(name)
+        load_config(name)
 
 
 @pytest.mark.kind(K18)
@@ -74,7 +73,7 @@ def test_the_hub_is_asked_once_and_not_for_long(monkeypatch, name, offline):
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
     started = time.monotonic()
     with pytest.raises(ValueError, match=rf"^model: '{name}' is not here and not on the hub.*allowed are smollm2"):
-        find_source(name)
+        load_config(name)
     assert time.monotonic() - started < 2
     assert asked == ([] if offline else [(name, 5)])
 
