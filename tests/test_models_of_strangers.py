@@ -154,3 +154,26 @@ def test_what_tokenizers_panics_with_is_one_sentence(tmp_path, tiny_tokenizer):
         raise PanicException("unreachable")
     with pytest.raises(KeyboardInterrupt), foreign("model: 'x'"):
         raise KeyboardInterrupt
+
+
+BOMBS = {
+    "no JSON": "{",
+    "deep": '{"a":' * 100_000,
+    "regular expression that is none": {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}}},
+    "unknown kind": {"model": {"type": "Evil"}},
+    "no model": {"model": None},
+    "merges of nothing": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["x y"]}},
+}
+
+
+@pytest.mark.kind("B38 tokenizers that bomb")
+@pytest.mark.parametrize("content", BOMBS.values(), ids=list(BOMBS))
+def test_a_tokenizer_that_cannot_be_read_is_one_sentence(evil, content):
+    folder, name_it, _ = evil
+    if isinstance(content, str):
+        (folder / "tokenizer.json").write_text(content)
+    else:
+        name_it("tokenizer.json", **content)
+    with pytest.raises(ValueError, match=r"^tokenizer: the tokenizer in .* could not be read") as caught:
+        load_tokenizer(str(folder), "tokenizer")
+    assert "\n" not in str(caught.value)
