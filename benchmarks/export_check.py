@@ -76,8 +76,8 @@ def run(options: argparse.Namespace) -> dict:
     whole = options.out / "exported"
     export(options.model, str(whole), draft=options.draft, gguf=True)
     tokenizer = load_tokenizer(str(whole))
-    model = AutoModelForCausalLM.from_pretrained(whole).eval()
-    draft = AutoModelForCausalLM.from_pretrained(whole / DRAFT_FOLDER).eval()
+    model = AutoModelForCausalLM.from_pretrained(whole, trust_remote_code=False).eval()
+    draft = AutoModelForCausalLM.from_pretrained(whole / DRAFT_FOLDER, trust_remote_code=False).eval()
     prompts = [encode_prompt(content, tokenizer, options.chat, model.config.vocab_size) for content in contents]
     ways = {"": {}, " with assistant_model": {"assistant_model": draft}}
     ways[" with assistant_early_exit"] = {"assistant_early_exit": options.draft}

@@ -32,7 +32,7 @@ DEPTHS = re.compile(r"no longer changes (\S+), at which it is first the last lay
 
 def blocks(model: str, num_blocks: int, block_size: int) -> Tensor:
     """[num_blocks, block_size], the first tokens of the topics."""
-    tokenizer = AutoTokenizer.from_pretrained(**find_source(model).transformers_arguments())
+    tokenizer = AutoTokenizer.from_pretrained(**find_source(model).transformers_arguments(), trust_remote_code=False)
     text = "\n\n".join(topics[name] for name in sorted(topics))
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][: num_blocks * block_size]
     return torch.tensor(ids).view(num_blocks, block_size)

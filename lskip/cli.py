@@ -83,4 +83,5 @@ _HINTS = (
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*exists and is not empty.*",
     ".*isinstance\\(treespec, LeafSpec\\).*",
+    ".*torch\\.jit\\..* is deprecated.*",  # the fused blocks are compiled by it
 )

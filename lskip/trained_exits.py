@@ -10,10 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lskip.checkpoint import verify
 from lskip.decoder import Decoder
+from lskip.foreign import foreign
 from lskip.learned_exit import ExitCertainty
 from lskip.losses import rows_at_once
 from lskip.pretrained import find_source, read_checkpoint
@@ -94,10 +98,23 @@ def load_trained_exits(source: str, decoder: Decoder) -> TrainedExits | None:
 def _saved(source: str) -> dict[str, Tensor]:
     found = find_source(source)
     if found.kind == "checkpoint":
-        saved = read_checkpoint(Path(found.place))["state_dict"]
-        return {key.removeprefix(IN_CHECKPOINT): part for key, part in saved.items() if key.startswith(IN_CHECKPOINT)}
-    path = Path(found.place) / EXITS_FILE
-    return load_file(path) if found.kind == "folder" and path.is_file() else {}
+        path = Path(found.place)
+        saved = read_checkpoint(path)["state_dict"]
+        weights = {
+            key.removeprefix(IN_CHECKPOINT): part for key, part in saved.items() if key.startswith(IN_CHECKPOINT)
+        }
+        verify(weights, path)
+        return weights
+    path = Path(found.place) / EXITS_FILE if found.kind == "folder" else None
+    if found.kind == "hub":
+        try:
+            path = Path(hf_hub_download(found.place, EXITS_FILE))
+        except EntryNotFoundError:  # the usual: no exits of its own
+            return {}
+    if path is None or not path.is_file():
+        return {}
+    with foreign(f"model: '{path}'"):
+        return load_file(path)
 
 
 def rebuilt(weights: Mapping[str, Tensor], decoder: Decoder, source: str) -> TrainedExits:

@@ -140,7 +140,7 @@ class LayerSkipCLI(LightningCLI):
         path = self.folder / LAST_CHECKPOINT if config.ckpt_path == "last" else Path(config.ckpt_path).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"ckpt_path: {config.ckpt_path!r}: there is no file '{path}'")
-        self.ckpt_path, self.resumed = str(path), read_checkpoint(path, "ckpt_path")
+        self.ckpt_path, self.resumed = str(path), read_checkpoint(path, "ckpt_path", whole=True)
         config.ckpt_path = None  # config.yaml says what the run is, not how often it was continued
 
     def _make_writable(self) -> None:

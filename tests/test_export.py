@@ -7,13 +7,16 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lskip.checkpoint import pack_model
+from lskip.cli import main
 from lskip.decoder import Decoder
 from lskip.export import export
 from lskip.model_card import layer_table
+from lskip.pretrained import load_model
 
 IDS = torch.tensor([[5, 17, 250, 3, 99, 8]])
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
@@ -248,3 +251,88 @@ def test_a_failed_export_leaves_nothing(tmp_path):
     with pytest.raises(FileNotFoundError):
         export(str(tmp_path / "missing.ckpt"), str(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
+
+
+# What must not cost a trained model its export.
+
+
+SETTINGS = {
+    "F36 base model": {"temperature": 0.7, "top_p": 0.9},
+    "greedy with a temperature": {"do_sample": False, "temperature": 0.7},
+    "beams": {"num_beams": 1, "early_stopping": True},
+    "top_k of vLLM": {"top_k": -1},
+    "length_penalty": {"length_penalty": 2.0},
+    "pad_token_id": {"pad_token_id": -1},
+}
+
+
+@pytest.mark.kind("K11 generation_config.json")
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
+def test_settings_that_a_model_came_with_are_exported_again(tmp_path, tiny_model, tiny_tokenizer, settings):
+    tiny_model().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(settings))
+    loaded, _ = load_model(str(tmp_path / "base"))
+    path = save(tmp_path / "run" / "last.ckpt", loaded, tiny_tokenizer)
+    for source, name in ((path, "of_run"), (tmp_path / "base", "of_folder")):
+        export(str(source), str(tmp_path / name), exit_layer=2)
+        written = json.loads((tmp_path / name / "generation_config.json").read_text())
+        assert written.items() >= settings.items() and written["num_assistant_tokens"] == 4
+    again = load_model(str(tmp_path / "of_run"))[0].generation_config.to_dict()
+    assert again == load_model(str(tmp_path / "of_folder"))[0].generation_config.to_dict()
+
+
+SAVE = "transformers.modeling_utils.PreTrainedModel.save_pretrained"
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.kind("full disk")
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        (SAVE, SafetensorError("I/O error: No space left on device")),
+        (SAVE, FULL),
+        ("transformers.PreTrainedTokenizerBase.save_pretrained", FULL),
+        ("lskip.gguf_file.write_gguf", FULL),
+        ("lskip.export.os.replace", FULL),
+        ("pathlib.Path.write_text", FULL),
+    ],
+    ids=["B27 safetensors", "weights", "tokenizer", "gguf", "last step", "model card"],
+)
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, checkpoint, monkeypatch, capsys, place, error):
+    path, _ = checkpoint
+    (tmp_path / "here").mkdir()
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(place, fail)
+    status = main(["export", f"--model={path}", f"--output={tmp_path / 'here' / 'out'}", "--gguf=true"])
+    monkeypatch.undo()
+    sentence = capsys.readouterr().err.strip().rpartition("\n")[2]
+    assert status == 2 and sentence.startswith("lskip export: error: output: could not write")
+    assert "No space left on device" in sentence
+    assert not list((tmp_path / "here").iterdir())
+
+
+@pytest.mark.kind("full disk")
+@pytest.mark.parametrize("kind", ["read-only", "file", "link", "full folder"])
+def test_the_place_is_tried_before_the_model_is_read(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("lskip.export.load_config", lambda *_: pytest.fail("the model was read first"))
+    out = tmp_path / "out"
+    if kind == "read-only":
+        monkeypatch.setattr("lskip.export.TemporaryFile", lambda **_: (_ for _ in ()).throw(OSError(30, "Read-only")))
+    elif kind == "file":
+        out.write_text("")
+    elif kind == "link":
+        out.symlink_to(tmp_path / "nowhere")
+    else:
+        (out / "more").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"^output: .*out'"):
+        export("smollm2", str(out))
+
+
+def test_it_says_what_it_wrote(tmp_path, checkpoint, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    export(str(checkpoint[0]), "mine")
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1 and f"lskip generate --model {tmp_path / 'mine'}" in line and " MB" in line

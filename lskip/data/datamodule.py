@@ -154,7 +154,7 @@ class TextData(LightningDataModule):
         elif isinstance(tokenizer, str):
             from lskip.pretrained import load_tokenizer  # brings the whole model zoo: only when asked for
 
-            tokenizer = load_tokenizer(tokenizer)
+            tokenizer = load_tokenizer(tokenizer, "tokenizer")
         return check_tokenizer(tokenizer)
 
     def documents(self, split: str) -> Dataset:

@@ -1,0 +1,59 @@
+"""What transformers reports of the weights that it read: missing ones, which it would fill with random numbers."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+from transformers.modeling_utils import PreTrainedModel
+
+_WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DataParallel"}  # prefix -> what saved it
+_TABLES = re.compile(r"rotary_emb\.|\.(attn|attention)\.(masked_)?bias$")  # buffers that models once saved
+logger = logging.getLogger(__name__)
+
+
+def check_report(report: dict, model: PreTrainedModel, place: str) -> None:
+    """ValueError unless the files of a model hold each of its weights, in its shape, and none that it lacks.
+
+    Weights beside the language model (a value head of reinforcement learning) are left out with a warning.
+
+    Args:
+        report: transformers' `loading_info`.
+        place: where the files are, for the message.
+    """
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if unexpected and missing:
+        for prefix, wrapper in _WRAPPERS.items():
+            if all(name.startswith(prefix) for name in unexpected):
+                raise ValueError(
+                    f"model: the names of the weights in {place!r} begin with {prefix!r}, as {wrapper} has them; "
+                    "save the model that it wraps"
+                )
+    if report["mismatched_keys"]:
+        name, saved, own = sorted(report["mismatched_keys"])[0]
+        raise ValueError(
+            f"model: the weights in {place!r} do not fit its config: {name} is {tuple(saved)}, not {tuple(own)}"
+        )
+    if missing:
+        instead = f"; they hold {_names(unexpected)}" if unexpected else ""
+        raise ValueError(f"model: the weights in {place!r} lack {_names(missing)}, which its config asks for{instead}")
+    if report.get("error_msgs"):
+        raise ValueError(
+            f"model: the weights in {place!r} do not fit its config ({str(report['error_msgs'][0])[:100]})"
+        )
+    _check_unexpected(unexpected, model, place)
+
+
+def _check_unexpected(names: list[str], model: PreTrainedModel, place: str) -> None:
+    inside = (f"{model.base_model_prefix}.", "lm_head.", "embed_out.", "layers.", "h.", "embed_tokens.", "norm.")
+    own = [name for name in names if name.startswith(inside) and not _TABLES.search(name)]
+    if own:
+        raise ValueError(f"model: the weights in {place!r} hold {_names(own)}, which its config leaves out")
+    others = [name for name in names if not name.startswith(inside)]
+    if others:
+        logger.warning("model: %r also holds %s, which is no part of the language model", place, _names(others))
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]!r}{more}"
