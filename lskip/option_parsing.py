@@ -13,6 +13,7 @@ from lskip.named_classes import check_classes
 from lskip.usage_errors import explain, import_trouble
 
 _WANTS_LIST = re.compile(r"Expected a <class '(?:list|tuple)'>")
+_NAMES_AND_COMMAS = ("--exits", "--tasks")  # texts that the commands take apart
 _OF_TEXTS = re.compile(r"list\[(?:str|typing\.Any)\]")
 
 
@@ -57,7 +58,9 @@ def _join_words(arguments: list[str], parser: ArgumentParser) -> Iterator[str]:
             end += 1
         option, equals, value = arguments[at].partition("=")
         words = [value] * bool(equals) + arguments[at + 1 : end]
-        if len(words) > 1 and option.startswith("--") and _takes_list(option, known):
+        if option in _NAMES_AND_COMMAS and words:
+            yield f"{option}={','.join(words).strip('[]').replace(' ', '')}"
+        elif len(words) > 1 and option.startswith("--") and _takes_list(option, known):
             yield f"{option}={json.dumps(words)}"
         else:
             yield from arguments[at:end]

@@ -122,6 +122,11 @@ class LayerSkipCLI(LightningCLI):
             "--run_folder", type=str, default="runs/fit", help="where checkpoints, TensorBoard files and config go"
         )
         parser.add_class_arguments(self.trainer_class, "trainer", fail_untyped=False, instantiate=False)
+        for action in parser._actions:
+            if action.dest == "trainer.max_epochs":
+                action.help = (
+                    "epochs at most; null: 1, or as many as max_steps or max_time take where one of them is set"
+                )
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **settings) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **settings)

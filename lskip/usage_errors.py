@@ -118,10 +118,15 @@ def _wrong_class(field: str, report: str, base: type | None) -> str | None:
     return None
 
 
+_EXTRAS = ("bitsandbytes",)  # that a config of lskip names
+
+
 def _words(error: BaseException) -> str:
     """Return what was raised in an import, with the line of the module where it is not said."""
     if isinstance(error, ImportDenied):
         return "is not a class of lskip, of its libraries or of your own"
+    if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
+        return f"{error}; to have it: pip install {error.name}"
     if isinstance(error, ImportError | AttributeError | SyntaxError):
         return str(error)
     trace = error.__traceback__
