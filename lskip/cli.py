@@ -48,16 +48,16 @@ def main(arguments: list[str] | None = None) -> int:
     _open_closed_streams()
     try:
         code = _outcome(arguments, of_process)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130  # a second Ctrl-C, while the first was told of
-    except BrokenPipeError:
-        code = 141  # the reader has gone (`lskip generate … | head`): nothing is left to do or to say
+    except OSError as error:
+        code = _complain_of_output(error)
     try:
         sys.stdout.flush()
-    except OSError as error:
-        _give_up_output()
-        if code == 0:
-            code = 141 if isinstance(error, BrokenPipeError) else _complain("", f"standard output: {error.strerror}")
+    except OSError:
+        # Told already; at the end of the process Python would try, and tell, again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
 
@@ -148,9 +148,10 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
-def _give_up_output() -> None:
-    """Point standard output nowhere, so that the end of the process does not try again to write what is left."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _complain_of_output(error: OSError) -> int:
+    if isinstance(error, BrokenPipeError):
+        return 141  # the reader has gone (`lskip generate … | head`): nothing is left to do or to say
+    return _complain("", f"standard output: {error.strerror}")
 
 
 def _be_quiet() -> None:

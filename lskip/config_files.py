@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse._actions import _ActionConfigLoad
 from jsonargparse._loaders_dumpers import get_yaml_default_loader
 from jsonargparse._paths import Path as PathOption
 
@@ -91,8 +92,31 @@ class ConfigFile(ActionConfigFile):
     """The option --config. Options may also stand in the value itself: `--config '{model: smollm2}'`."""
 
     def __call__(self, parser, cfg, values, option_string=None):
-        if not values.lstrip().startswith("{"):
+        if values.lstrip().startswith("{"):
+            content = parse_yaml(values, "config: the value", get_yaml_default_loader())
+        else:
             path = config_file(values)
-            read_config(path)
-            values = os.path.abspath(path)
+            content, values = read_config(path), os.path.abspath(path)
+        _check_content(content, parser)
         super().__call__(parser, cfg, values, option_string)
+
+
+def _check_content(content: dict[str, Any], parser: ArgumentParser) -> None:
+    """ValueError for what jsonargparse would stumble over, or take no notice of."""
+    names = {action.dest: isinstance(action, _ActionConfigLoad) for action in parser._actions}
+    known = {name.partition(".")[0] for name in names}
+    for name, value in content.items():
+        if value == {} and name not in known:
+            raise ValueError(f"{name}: there is no such option")
+        if name == "config" and not isinstance(value, str):
+            raise ValueError(f"config: {value!r} is not the name of a file")
+        if names.get(name) and not isinstance(value, dict | str):
+            raise ValueError(f"{name}: {'null' if value is None else repr(value)} is not options and their values")
+        if _has_nul(value):
+            raise ValueError(f"{name}: a NUL in a text is not allowed")
+
+
+def _has_nul(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_has_nul(part) for pair in value.items() for part in pair)
+    return any(_has_nul(part) for part in value) if isinstance(value, list) else "\0" in str(value)

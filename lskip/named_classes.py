@@ -30,13 +30,22 @@ def restrict_imports() -> None:
 def check_classes(parser: ArgumentParser, values: Namespace, prefix: str = "") -> None:
     """Refuse parsed values that would call anything but a class of its field's kind, in classes' arguments too.
 
+    And null where its field takes none, which the parser lets through.
+
     Raises:
         ValueError: one sentence that names the field and what stands there.
     """
     with parser_context(parent_parser=parser):
         for action in parser._actions:
             if isinstance(action, ActionTypeHint) and action.dest in values:
-                _check(prefix + action.dest, values[action.dest], action)
+                value = values[action.dest]
+                if value is None and action.default is not None and not _may_be_null(action._typehint):
+                    raise ValueError(f"{prefix}{action.dest}: null is not allowed")
+                _check(prefix + action.dest, value, action)
+
+
+def _may_be_null(hint: Any) -> bool:
+    return hint in (Any, object) or type(None) in getattr(hint, "__args__", ())
 
 
 def _check(field: str, value: Any, action: ActionTypeHint) -> None:

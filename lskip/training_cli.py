@@ -124,9 +124,7 @@ class LayerSkipCLI(LightningCLI):
         parser.add_class_arguments(self.trainer_class, "trainer", fail_untyped=False, instantiate=False)
         for action in parser._actions:
             if action.dest == "trainer.max_epochs":
-                action.help = (
-                    "epochs at most; null: 1, or as many as max_steps or max_time take where one of them is set"
-                )
+                action.help = "epochs at most; null: 1, or as many as max_steps or max_time take where one is set"
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **settings) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **settings)
@@ -138,6 +136,9 @@ class LayerSkipCLI(LightningCLI):
         if args[0] != "fit":
             args = with_own_data(args)
         self.config = parse_options(parser, args, self._subcommand_parsers[args[0]], _CHOICES)
+        seed = self.config[args[0]].seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise ValueError(f"seed_everything: {seed} is not a whole number from 0 to {2**32 - 1}")
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: what a checkpoint was trained with never overrides what the command line says."""

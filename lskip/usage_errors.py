@@ -39,7 +39,7 @@ def explain(report: str, parser: ArgumentParser, choices: dict[str, type]) -> st
         parser: that raised it, for the names of its options.
         choices: last part of a field's name -> base class of what may be chosen there.
     """
-    report = re.sub(r"Subcommand '\w+' does not accept option '([\w.]+)'", r"unrecognized arguments: --\1", report)
+    report = re.sub(r"Subcommand '\w+' does not accept option '([^']+)'", r"unrecognized arguments: --\1", report)
     field = _field(report)
     inside = f"{field}." if field else ""
     if group := re.search(r"Unable to load config ([\"'].*[\"'])$", report, re.M):
@@ -48,7 +48,7 @@ def explain(report: str, parser: ArgumentParser, choices: dict[str, type]) -> st
         return f"{inside}{missing[1] or missing[2]}: must be given"
     if unknown := re.search(r"unrecognized arguments: (\S+)", report):
         return _unknown_option(field, unknown[1], parser)
-    if refused := re.search(r"Option '([\w.]+)' is not accepted", report):
+    if refused := re.search(r"Option '([^']+)' is not accepted", report):
         return _unknown_argument(field, refused[1], report)
     base = choices.get(field.rsplit(".", 1)[-1])
     if sentence := _wrong_class(field, report, base):
@@ -56,6 +56,8 @@ def explain(report: str, parser: ArgumentParser, choices: dict[str, type]) -> st
     value = _last_value(report)
     if value is not None and (allowed := _allowed(report, base)):
         return f"{field}: {value!r} is not {allowed}"
+    if re.search(r"object has no attribute|unhashable type|object is not", report):
+        return f"{field}: what is given is not a class_path, the name of a class, and its init_args, names and values"
     text = re.sub(r"^[\s.-]+", "", " ".join(_NOISE.sub(" ", report).replace("- ", " ").split()))[:200]
     return f"{field}: {text}" if field else text
 
@@ -108,8 +110,8 @@ def _wrong_class(field: str, report: str, base: type | None) -> str | None:
             continue  # 1.5 has a dot too
         except Exception as error:
             return f"{field}: {path!r}: {_words(error)}"
-    kind = r"(?:not correspond to a|to be a|not a valid) (?:subclass of|function that returns) (?:<class ')?(\w+)"
-    if paths and (wrong := re.search(kind, report, re.I)):
+    kind = r"to be a (?:subclass of|function that returns) (?:<class ')?(\w+)"
+    if paths and (wrong := re.search(kind, report)):
         return f"{field}: {list(paths)[-1]!r} is not a class of the kind {wrong[1]}"
     if same := re.search(r"Multiple subclasses with name (\w+)\. Give .* ambiguity: (.*?)\.?$", report, re.M):
         return f"{field}: {same[1]!r} is the name of several classes; write one of {same[2]}"
@@ -185,19 +187,23 @@ def _last_value(report: str) -> str | None:
 
 
 def _unknown_option(field: str, text: str, parser: ArgumentParser) -> str:
-    known = [action.dest for action in parser._actions]
+    known = [action.dest for action in parser._actions if not action.dest.endswith(("help", "print_config"))]
     if not text.startswith("-"):
         prompt = "; a prompt is given by --prompt" if "prompt" in known else ""
         return f"{text!r} is not understood; options begin with --{prompt}"
     name = text.lstrip("-").split("=")[0]
     full = f"{field}.{name}" if field else name
-    elsewhere = [f"task.{name}"] if "task.help" in known and name in _TASK_ARGUMENTS else []
+    elsewhere = [f"task.{name}"] if "task" in known and not _is_text(parser, "task") and name in _TASK_ARGUMENTS else []
     elsewhere += [option for option in known if option.endswith(f".{name}")]
     hint = f"; did you mean {elsewhere[0]}?" if elsewhere else _hint_beside(full, known)
     return f"{full}: there is no such option{hint}"
 
 
 _TASK_ARGUMENTS = ("max_new_tokens", "prompt_characters", "path", "metrics", "stop_strings", "chat")
+
+
+def _is_text(parser: ArgumentParser, name: str) -> bool:
+    return any(action.dest == name and "str" in str(action._typehint) for action in parser._actions)
 
 
 def _hint_beside(name: str, known: list[str]) -> str:
