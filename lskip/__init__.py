@@ -1,5 +1,6 @@
 """lskip: LayerSkip for decoder language models (arXiv 2404.16710)."""
 
+import os
 import sys
 from importlib.machinery import PathFinder
 
@@ -9,13 +10,14 @@ __version__ = "0.1.0"
 class _BesideThePackage:
     """Finds lskip.callbacks and lskip.configs in a checkout, where they are folders beside this one.
 
-    A wheel has them inside. Nothing else that lies there becomes a part of lskip.
+    Nothing else that lies there becomes a part of lskip.
     """
 
     @staticmethod
     def find_spec(name, path=None, target=None):
-        return PathFinder.find_spec(name, [f"{__path__[0]}/.."]) if name in _OUTSIDE else None
+        return PathFinder.find_spec(name, [os.path.dirname(__path__[0])]) if name in _OUTSIDE else None
 
 
 _OUTSIDE = ("lskip.callbacks", "lskip.configs")
-sys.meta_path.append(_BesideThePackage)
+if not os.path.isdir(f"{__path__[0]}/callbacks"):  # a wheel has them inside
+    sys.meta_path.insert(0, _BesideThePackage)

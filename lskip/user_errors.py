@@ -27,9 +27,10 @@ _NAMES = {
     "UnpicklingError",
     "EOFError",
 }
-# What Python raises where a number or a nesting of the user's is out of all bounds, if it is raised in a library.
-# A line of lskip that divides by zero is a fault of lskip.
+# What Python raises where a number or a nesting of the user's is out of all bounds, if one of these libraries raises
+# it. A line of lskip that divides by zero is a fault of lskip.
 _ABROAD = (ArithmeticError, RecursionError)
+_LIBRARIES = {"lightning", "torch", "transformers", "datasets", "jinja2", "yaml", "json", "copy", "jsonargparse"}
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|alloc_cpu|Unable to allocate", re.I)
 
 
@@ -40,7 +41,7 @@ def is_users_mistake(error: BaseException) -> bool:
         return True
     place = _raised_in(error.__traceback__)
     if isinstance(error, _ABROAD):
-        return place.partition(".")[0] != "lskip"
+        return place.partition(".")[0] in _LIBRARIES
     # How Lightning's parts say that a metric to monitor is missing, that an accelerator is not there …
     return isinstance(error, RuntimeError | TypeError) and place.startswith(_OF_LIGHTNING)
 

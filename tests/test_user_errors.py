@@ -90,6 +90,7 @@ def test_errors_of_libraries_are_sentences():
         pytest.param("1 // 0", "lskip.readout", False, id="a division of lskip's"),
         pytest.param("f = lambda: f()\nf()", "yaml.composer", True, id="nested by the user"),
         pytest.param("f = lambda: f()\nf()", "lskip.readout", False, id="without end in lskip"),
+        pytest.param("1 // 0", "mine", False, id="a class of one's own"),
         pytest.param("raise RuntimeError('x')", "lightning.pytorch.callbacks.early_stopping", True, id="F31 monitor"),
         pytest.param("raise RuntimeError('x')", "torch.nn.modules", False, id="an operation of torch"),
         pytest.param("raise KeyError('x')", "torch.optim", False, id="a key in a library"),
