@@ -38,7 +38,10 @@ def parse_options(
             break
         except argparse.ArgumentError as error:
             if (spelled := _with_list(arguments, str(error))) is None:
-                raise ValueError(explain(str(error), command, choices)) from error
+                root = _root(error)
+                # The parser takes a KeyError for one of its own.
+                trouble = import_trouble(root) if isinstance(root, KeyError | TypeError) else None
+                raise ValueError(trouble or explain(str(error), command, choices)) from error
             arguments = spelled
         except Exception as error:
             if isinstance(error, ValueError | OSError) or (sentence := import_trouble(error)) is None:
@@ -46,6 +49,12 @@ def parse_options(
             raise ValueError(sentence) from error
     check_classes(command, values if command is parser else values[values.subcommand])
     return values
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _join_words(arguments: list[str], parser: ArgumentParser) -> Iterator[str]:

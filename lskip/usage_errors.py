@@ -91,7 +91,7 @@ def import_trouble(error: BaseException) -> str | None:
 
 _PATHS = re.compile(
     r"class_path '([\w.]+)'|Given value: ([\w.]+)$|Got value: ([\w.]+)$|'class_path': '([\w.]+)'|class_path='([\w.]+)'"
-    r"|val='([\w.]+)'|Importing '([\w.]+)'",
+    r"|val='([\w.]+)'|Importing '([\w.]+)'|\['([\w.]+)'\]",
     re.M,
 )
 
@@ -171,7 +171,7 @@ def _allowed(report: str, base: type | None) -> str:
     if words:
         kinds.append(f"one of {', '.join(words)}")
     if base:
-        kinds.append(f"a class of {base.__name__}")
+        kinds.append(f"a class of the kind {base.__name__}")
     return " or ".join(dict.fromkeys(kinds)) if expected else ""
 
 
