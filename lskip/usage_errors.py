@@ -72,8 +72,8 @@ def innermost(report: str) -> str:
     if "Union subtypes" not in report:
         return report
     said = report.partition("Errors:")[2].partition("Given value type:")[0]
-    lines = [line.strip().removeprefix("- ") for line in said.splitlines()]
-    return " ".join(line for line in lines if line and "NoneType" not in line) or report
+    kinds = re.sub(r"- Expected an? (<class|typing).*", "", said)
+    return " ".join(_NOISE.sub("", kinds).replace("- ", " ").split()) or report
 
 
 def import_trouble(error: BaseException) -> str | None:

@@ -42,11 +42,19 @@ def is_users_mistake(error: BaseException) -> bool:
     place = _raised_in(error.__traceback__)
     if isinstance(error, _ABROAD):
         return place.partition(".")[0] in _LIBRARIES
-    # How Lightning's parts say that a metric to monitor is missing, that an accelerator is not there …
+    if isinstance(error, ImportError):
+        return place.partition(".")[0] in _LIBRARIES  # what a setting needs is not installed
+    # How Lightning says that a metric to monitor is missing, that there are no such devices …
     return isinstance(error, RuntimeError | TypeError) and place.startswith(_OF_LIGHTNING)
 
 
-_OF_LIGHTNING = ("lightning.pytorch.callbacks", "lightning.pytorch.accelerators", "lightning.fabric.accelerators")
+_OF_LIGHTNING = (
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.accelerators",
+    "lightning.pytorch.trainer.connectors",
+    "lightning.fabric.accelerators",
+    "lightning.fabric.utilities.device_parser",
+)
 
 
 def one_line(error: BaseException, limit: int = 290) -> str:
