@@ -48,16 +48,16 @@ def main(arguments: list[str] | None = None) -> int:
     _open_closed_streams()
     try:
         code = _outcome(arguments, of_process)
-        sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130  # a second Ctrl-C, while the first was told of
     except OSError as error:
         code = _complain_of_output(error)
     try:
         sys.stdout.flush()
-    except OSError:
-        # Told already; at the end of the process Python would try, and tell, again.
+    except OSError as error:
+        # At the end of the process Python would try, and tell, again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code or _complain_of_output(error)
     return code
 
 

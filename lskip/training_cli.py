@@ -147,7 +147,7 @@ class LayerSkipCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self._settings
-        if config.weights_only is False:
+        if config.get("weights_only") is False:
             raise ValueError("weights_only: false is not allowed: a checkpoint's own code is never run")
         if isinstance(config.model, str) and config.model.lstrip()[:1] in ("{", "["):
             # A mapping that is none, or a list: it would be taken for a name.
