@@ -197,7 +197,7 @@ def test_a_changed_file_is_read_again(text_data):
 def test_everything_written_lies_in_cache_dir(text_data, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     text_data(tokenizer=None, vocab_size=300).setup("fit")
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"blocks", "datasets", "documents", "tokenizers"}
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"blocks", "documents", "tokenizers"}
     assert not (tmp_path / "home").exists()
 
 

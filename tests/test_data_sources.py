@@ -7,7 +7,7 @@ from datasets import Dataset
 from test_data import data_maker, split_by_hand, texts
 
 from lskip.data import TextData
-from lskip.data.corpora import cut_text, installed_package_files, standard_library_files
+from lskip.data.corpora import installed_package_files, read_texts, standard_library_files
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_each_kind_of_file_gives_the_same_documents(text_data, tmp_path):
 def test_a_long_txt_is_many_documents(text_data, tmp_path):
     book = "\n\n".join(f"Paragraph {i}: " + "word " * 300 for i in range(200))
     (tmp_path / "book.txt").write_text(book)
-    pieces = list(cut_text(book))
+    pieces = [row["text"] for row in read_texts([str(tmp_path / "book.txt")])]
     assert "".join(pieces) == book and all(4000 <= len(piece) < 6000 for piece in pieces[:-1])
     data = text_data(source=str(tmp_path / "book.txt"))
     assert sum(len(data.documents(split)) for split in ("train", "val", "test")) == len(pieces)
@@ -133,10 +133,10 @@ def test_an_unreachable_hub_name_is_one_sentence(text_data):
         ([{"text": ""}, {"text": None}, {"text": " \n"}], "every row is empty"),
         ([{"body": "a", "title": "b"}], "has the columns .*body.*title.*; needed: text, or prompt and completion"),
         ([{"prompt": "a"}], "has the columns .*prompt"),
-        ([{"text": 1}], "row 0: 'text' must be text, not int"),
-        ([{"prompt": "a", "completion": ["b"]}], "row 0: 'completion' must be text, not list"),
-        ([{"messages": "hello"}], "row 0: 'messages' must be a list"),
-        ([{"messages": [{"role": "user"}]}], "row 0: 'messages' must be a list"),
+        ([{"text": 1}], "line 1: 'text' must be text, not int"),
+        ([{"prompt": "a", "completion": ["b"]}], "line 1: 'completion' must be text, not list"),
+        ([{"messages": "hello"}], "line 1: 'messages' must be a list"),
+        ([{"messages": [{"role": "user"}]}], "line 1: 'messages' must be a list"),
     ],
 )
 def test_bad_rows(text_data, rows, message):
@@ -149,7 +149,7 @@ def test_bad_files(text_data, tmp_path):
     cases = {
         "empty.jsonl": ("", "empty"),
         "empty.txt": ("", "holds no documents"),
-        "broken.jsonl": ("{not json\n", "cannot load"),
+        "broken.jsonl": ("{not json\n", "broken.jsonl' line 1 is not JSON"),
         "broken.parquet": ("not parquet", "cannot load"),
     }
     for name, (content, message) in cases.items():

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from lskip.data.arguments import check_at_least, check_fractions, check_source, check_split
 from lskip.data.chat import check_chat_template
 from lskip.data.corpus import StoredCorpus
-from lskip.data.documents import content_key, first_row, record_kind, texts_of
+from lskip.data.documents import NOT_CONTENT, content_key, first_columns, texts_of
+from lskip.data.formats import record_kind
 from lskip.data.loading import ResumableLoader, ResumableSampler
 from lskip.data.packing import ENCODERS, NOT_SCORED, collate, encode_documents
 from lskip.data.sources import open_source
@@ -164,7 +165,7 @@ class TextData(LightningDataModule):
         ones that were read, never "train" (ValueError).
         """
         check_split(split)
-        return self._corpus.documents(split).remove_columns("digest")
+        return self._corpus.documents(split).remove_columns(list(NOT_CONTENT))
 
     def blocks(self, split: str) -> Dataset:
         """All rows of "train", or up to max_val_blocks of "val" or "test": numpy input_ids [block_size], and
@@ -187,8 +188,8 @@ class TextData(LightningDataModule):
 
     @cached_property
     def _corpus(self) -> StoredCorpus | StreamedCorpus:
-        rows, key = open_source(self.source, self.streaming, self.cache)
-        kind = record_kind(first_row(rows, self.source), self.text_column, self.source)
+        rows, key = open_source(self.source, self.streaming)
+        kind = record_kind(first_columns(rows, self.source), self.text_column, self.source)
         if self.streaming:
             return StreamedCorpus(rows, kind, self.text_column, self.fractions, self.max_val_blocks, self.block_size)
         return StoredCorpus(rows, key, kind, self.text_column, self.fractions, self.cache / "documents")
@@ -202,9 +203,7 @@ class TextData(LightningDataModule):
     def _encoded(self, split: str) -> Dataset:
         documents, encoder = self._corpus.documents(split), self._make_encoder()
         key = content_key(self._corpus.kind, documents, tokenizer_key(self.tokenizer), self.block_size)
-        folder = self.cache / "blocks"
-        folder.mkdir(parents=True, exist_ok=True)
-        blocks = encode_documents(documents, encoder, folder / f"{key}.arrow", split)
+        blocks = encode_documents(documents, encoder, self.cache / "blocks" / key, split)
         if self._corpus.kind != "text" and len(blocks) < len(documents):
             rank_zero_warn(
                 f"{len(documents) - len(blocks)} of {len(documents)} {split} examples left out: nothing scored "
