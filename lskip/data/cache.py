@@ -16,10 +16,11 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_warn
 
 WRITTEN = "written.json"  # size and sha256 of every other file of the folder
+FOLDERS = ("blocks", "documents", "tokenizers")
 UNFINISHED = ".unfinished-"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 # What earlier versions left behind where they were killed: nobody holds a lock on it, so only its age tells.
-EARLIER = re.compile(r"\.unfinished-[a-z0-9_]{8}|tmp[a-z0-9_]{8}|.*\.incomplete")
+EARLIER = re.compile(r"\.unfinished-[a-z0-9_]{8}|tmp[a-z0-9_]{8}")
 OURS = re.compile(r"[0-9a-f]{32}(\.arrow)?")  # beside which only lskip writes
 OLD = 24 * 3600  # seconds
 
@@ -39,7 +40,6 @@ def cached_folder(path: Path, write: Callable[[Path], None]) -> Path:
             return path
         rank_zero_warn(f"cache_dir: '{path}' is not as it was written ({wrong}); it is made anew")
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_litter(path.parent)
     try:
         with unfinished_folder(path.parent) as folder:
             write(folder)
@@ -125,19 +125,23 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_litter(parent: Path) -> None:
-    """Removes what killed processes left unfinished in a folder of the cache; what a living one writes stays."""
-    for place in parent.glob(f"{UNFINISHED}*.lock"):
+def remove_litter(cache: Path) -> None:
+    """Removes what killed processes left unfinished in the folders of a cache; what a living one writes stays."""
+    for place in (place for folder in FOLDERS for place in (cache / folder).glob(f"{UNFINISHED}*.lock")):
         try:
             with held(place, timeout=0):
                 remove(place.with_suffix(""))
         except (Timeout, OSError):
             continue  # somebody writes it, or it is another user's
-    names = [path.name for path in parent.glob("*")]
-    if any(OURS.fullmatch(name) for name in names):
-        for path in (parent / name for name in names if EARLIER.fullmatch(name)):
-            if is_old(path):
-                remove(path)
+    for folder in (cache / name for name in FOLDERS):
+        paths = list(folder.glob("*"))
+        if any(OURS.fullmatch(path.name) for path in paths):
+            for path in paths:
+                if EARLIER.fullmatch(path.name) and is_old(path):
+                    remove(path)
+    for path in (cache / "datasets" / "json").glob("*/*/*.incomplete"):
+        if is_old(path):
+            remove(path)
 
 
 def is_old(path: Path) -> bool:

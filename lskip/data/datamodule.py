@@ -1,17 +1,28 @@
 """TextData: text from anywhere to batches of token blocks."""
 
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lskip.data.arguments import check_at_least, check_fractions, check_source, check_split
+from lskip.data.arguments import (
+    MOST_TOKENS,
+    MOST_WORKERS,
+    check_at_least,
+    check_cache,
+    check_fractions,
+    check_source,
+    check_split,
+    check_text_column,
+    check_tokenizer_source,
+)
+from lskip.data.cache import remove_litter
 from lskip.data.chat import check_chat_template
 from lskip.data.corpus import StoredCorpus
 from lskip.data.documents import NOT_CONTENT, content_key, first_columns, texts_of
@@ -21,6 +32,7 @@ from lskip.data.packing import ENCODERS, NOT_SCORED, collate, encode_documents
 from lskip.data.sources import open_source
 from lskip.data.streaming import StreamedBlocks, StreamedCorpus, StreamLoader
 from lskip.data.tokenizer import SMALLEST_VOCABULARY, check_tokenizer, tokenizer_key, trained_tokenizer
+from lskip.output_files import make_writable
 
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 
@@ -54,7 +66,7 @@ class TextData(LightningDataModule):
         vocab_size: entries of the tokenizer that is trained; not used when `tokenizer` is given.
         block_size: tokens in a row.
         batch_size: rows in a batch, on each device.
-        val_fraction: share of the documents held out for validation.
+        val_fraction: share of the documents held out for validation; 0: none, a fit is then not validated.
         test_fraction: share of the documents held out for test; may be 0.
         text_column: the column that holds the text; null looks for messages, prompt and completion, then text.
         max_val_blocks: at most so many rows of validation, and of test; null takes all.
@@ -88,12 +100,14 @@ class TextData(LightningDataModule):
     ):
         super().__init__()
         check_source(source)
-        check_at_least("vocab_size", vocab_size, SMALLEST_VOCABULARY)
-        check_at_least("block_size", block_size, 2)
-        check_at_least("batch_size", batch_size, 1)
-        check_at_least("num_workers", num_workers, 0)
-        check_at_least("seed", seed, 0)
+        check_tokenizer_source(tokenizer)
+        check_at_least("vocab_size", vocab_size, SMALLEST_VOCABULARY, MOST_TOKENS)
+        check_at_least("block_size", block_size, 2, MOST_TOKENS)
+        check_at_least("batch_size", batch_size, 1, MOST_TOKENS)
+        check_at_least("num_workers", num_workers, 0, MOST_WORKERS)
+        check_at_least("seed", seed, 0, 2**64 - 1)
         check_fractions(val_fraction, test_fraction)
+        check_text_column(text_column)
         if max_val_blocks is not None:
             check_at_least("max_val_blocks", max_val_blocks, 1)
         elif streaming:
@@ -109,7 +123,7 @@ class TextData(LightningDataModule):
         self.streaming = streaming
         self.num_workers = num_workers
         self.seed = seed
-        self.cache = Path(cache_dir or "~/.cache/lskip").expanduser().absolute()
+        self.cache = check_cache(cache_dir)
         self._blocks: dict[str, Dataset] = {}
 
     # What Lightning calls
@@ -136,8 +150,9 @@ class TextData(LightningDataModule):
             )
         return ResumableLoader(blocks, sampler=sampler, **self._loading(), drop_last=True)
 
-    def val_dataloader(self) -> DataLoader:
-        return self._held_out_loader("val")
+    def val_dataloader(self) -> DataLoader | list:
+        fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        return [] if fits and not self.fractions[0] else self._held_out_loader("val")
 
     def test_dataloader(self) -> DataLoader:
         return self._held_out_loader("test")
@@ -188,6 +203,8 @@ class TextData(LightningDataModule):
 
     @cached_property
     def _corpus(self) -> StoredCorpus | StreamedCorpus:
+        make_writable(self.cache, "cache_dir")
+        remove_litter(self.cache)
         rows, key = open_source(self.source, self.streaming)
         kind = record_kind(first_columns(rows, self.source), self.text_column, self.source)
         if self.streaming:

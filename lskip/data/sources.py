@@ -24,13 +24,17 @@ def local_path(source: str) -> Path | None:
 
     Raises:
         FileNotFoundError: `source` looks like a path (an extension, two separators, a leading . / or ~)
-            and nothing is there.
+            and nothing is there. ValueError: no file can have this name.
     """
     if source in NAMES:
         return None
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(source).expanduser()
+        if path.exists():
+            return path
+    except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, a NUL in it, nobody's home
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ValueError(f"source: {source[:80]!r} cannot be looked up ({reason})") from error
     name = source.split(":")[0]
     if source.startswith((".", "/", "~")) or "\\" in source or name.count("/") > 1 or EXTENSION.search(name):
         raise FileNotFoundError(f"source: no file or folder '{source}' (looked for {path.absolute()})")

@@ -7,7 +7,7 @@ from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import get_worker_info
 
-from lskip.data.documents import document_features, read_records, split_of, unique
+from lskip.data.documents import SPLITS, document_features, read_records, split_of, unique
 from lskip.data.formats import COLUMNS
 from lskip.data.loading import ResumableLoader
 from lskip.data.packing import READ_AHEAD, encoded_rows
@@ -60,20 +60,25 @@ class StreamedCorpus:
     def first(self, split: str, rows: int | None, characters: int | None) -> Dataset:
         """The first documents of `split`, until there are so many rows or characters of them."""
         found, read = [], 0
-        if split == "test" and not self.fractions[1]:
-            return Dataset.from_list(found, features=document_features(self.kind))
+        if split != "train" and not self.fractions[SPLITS.index(split)]:
+            return documents_of(found, self.kind)
         for record in unique(self.records(self.rows, split)):
             found.append(record)
             read += sum(len(record[name]) for name in COLUMNS[self.kind])
             if len(found) == rows or (characters is not None and read >= characters):
                 break
         found.sort(key=lambda record: record["digest"])
-        return Dataset.from_list(found, features=document_features(self.kind))
+        return documents_of(found, self.kind)
 
     def records(self, rows: IterableDataset, split: str) -> Iterator[dict]:
         for record in read_records(plain_rows(rows), self.kind, self.text_column):
             if split_of(record["digest"], *self.fractions) == split:
                 yield record
+
+
+def documents_of(records: list[dict], kind: str) -> Dataset:
+    features = document_features(kind)
+    return Dataset.from_dict({name: [record[name] for record in records] for name in features}, features=features)
 
 
 def plain_rows(rows: IterableDataset) -> Iterator[dict]:
