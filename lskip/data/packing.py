@@ -34,6 +34,15 @@ class Encoder:
         self.special = special_pattern(tokenizer)
         self.noticed = self.special is None
 
+    def rows(self, batch: dict[str, list[str]]) -> Iterator[dict[str, np.ndarray]]:
+        """The rows of some documents, as they come."""
+        raise NotImplementedError
+
+    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list]:
+        """All rows of some documents, in columns."""
+        rows = list(self.rows(batch))
+        return {name: [row[name] for row in rows] for name in self.columns}
+
     def look_for_special(self, batch: dict[str, list[str]], *columns: str) -> None:
         """Warns of the first special token that is spelled in a text."""
         for name in () if self.noticed else columns:
@@ -61,21 +70,18 @@ class TextPacker(Encoder):
         super().__init__(tokenizer, block_size)
         self.rest: list[int] = []
 
-    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list]:
+    def rows(self, batch: dict[str, list[str]]) -> Iterator[dict[str, np.ndarray]]:
         self.look_for_special(batch, "text")
-        blocks, begins = [], True
+        begins = True
         for ids, is_last in text_runs(self.tokenizer, batch["text"]):
             self.rest += [*self.before, *ids] if begins else ids
             if is_last:
                 self.rest.append(self.tokenizer.eos_token_id)
-            blocks += self._full_blocks()
             begins = is_last
-        return {"input_ids": blocks}
-
-    def _full_blocks(self) -> list[np.ndarray]:
-        count = len(self.rest) // self.block_size
-        full, self.rest = self.rest[: count * self.block_size], self.rest[count * self.block_size :]
-        return list(np.array(full, np.int32).reshape(count, self.block_size))
+            count = len(self.rest) // self.block_size
+            full, self.rest = self.rest[: count * self.block_size], self.rest[count * self.block_size :]
+            for block in np.array(full, np.int32).reshape(count, self.block_size):
+                yield {"input_ids": block}
 
 
 class PairEncoder(Encoder):
@@ -87,10 +93,11 @@ class PairEncoder(Encoder):
         super().__init__(tokenizer, block_size)
         self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
-    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list]:
-        rows = [padded(*example, self.block_size, self.pad) for example in self.examples(batch)]
-        scored = [row for row in rows if (row[1][1:] != NOT_SCORED).any()]  # the first label has no input before it
-        return {"input_ids": [ids for ids, _ in scored], "labels": [labels for _, labels in scored]}
+    def rows(self, batch: dict[str, list[str]]) -> Iterator[dict[str, np.ndarray]]:
+        for example in self.examples(batch):
+            ids, labels = padded(*example, self.block_size, self.pad)
+            if (labels[1:] != NOT_SCORED).any():  # the first label has no input before it
+                yield {"input_ids": ids, "labels": labels}
 
     def examples(self, batch: dict[str, list[str]]) -> Iterator[tuple[list[int], list[bool]]]:
         """(tokens, which of them are scored) of each example; of one that is too long at least block_size."""
@@ -149,9 +156,7 @@ def encode_documents(documents: Dataset, encoder: Encoder, folder: Path, split: 
 def encoded_rows(encoder: Encoder, documents: Iterable[dict]) -> Iterator[dict[str, np.ndarray]]:
     """The rows that an encoder makes of documents."""
     for columns in batches(documents):
-        encoded = encoder(columns)
-        for values in zip(*encoded.values(), strict=True):
-            yield dict(zip(encoded, values, strict=True))
+        yield from encoder.rows(columns)
 
 
 def batches(documents: Iterable[dict]) -> Iterator[dict[str, list[str]]]:
