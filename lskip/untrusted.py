@@ -119,7 +119,8 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
         raise ValueError(message)
 
     previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again and again: what runs inside may catch an exception, as jinja does where it folds constants.
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         yield
     finally:

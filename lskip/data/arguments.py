@@ -13,7 +13,7 @@ MOST_TOKENS = 2**24  # in a row, and rows in a batch
 
 
 def check_source(source: str) -> None:
-    if not isinstance(source, str) or not source.strip():
+    if not isinstance(source, str) or not source.strip() or "\0" in source:
         raise ValueError(f"source: {source!r} names no text; give {', '.join(NAMES)}, a file, a folder or a hub name")
     check_packages(source)
     local_path(source)
@@ -27,9 +27,11 @@ def check_tokenizer_source(tokenizer) -> None:
 
 
 def check_at_least(name: str, value: int, least: int, most: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
-        allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name}: {value!r} is not a whole number {allowed}")
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if is_whole and most is not None and value > most:
+        raise ValueError(f"{name}: {value} is not a whole number of at most {most}")
+    if not is_whole or value < least:
+        raise ValueError(f"{name}: {value!r} is not a whole number of at least {least}")
 
 
 def check_fractions(val_fraction: float, test_fraction: float) -> None:
@@ -47,12 +49,12 @@ def check_text_column(text_column) -> None:
 
 def check_cache(cache_dir) -> Path:
     """Return the folder for caches. ValueError if it is none, or could not be written: nothing is made yet."""
-    if cache_dir is not None and not isinstance(cache_dir, str | os.PathLike):
+    if cache_dir is not None and (not isinstance(cache_dir, str | os.PathLike) or "\0" in os.fspath(cache_dir)):
         raise ValueError(f"cache_dir: {cache_dir!r} is no folder, nor null")
     try:
         folder = Path(cache_dir or "~/.cache/lskip").expanduser().absolute()
         there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
-    except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, a NUL in it, no home
+    except (OSError, RuntimeError) as error:  # a name that is too long, nobody's home
         raise ValueError(f"cache_dir: {cache_dir!r} is no folder that can be made ({error})") from error
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"cache_dir: cannot write '{folder}' ('{there}' is no folder that can be written)")

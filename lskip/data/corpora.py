@@ -85,7 +85,8 @@ def cut_lines(
     begin, held, length = 1, [], 0
     for number, line in lines:
         if is_txt and by_line:
-            yield number, line.rstrip("\r\n")
+            if line.strip():
+                yield number, line.rstrip("\r\n")
             continue
         ends = line == "\n" if separator == EMPTY_LINES else not line.strip()
         is_whole = is_txt and ends and length > size

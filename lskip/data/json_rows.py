@@ -87,9 +87,8 @@ class JsonText:
                 return value
             except json.JSONDecodeError as error:
                 is_cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - SHORT
-                held = len(self.text) - self.place
+                held, line = len(self.text) - self.place, self.line + self.text.count("\n", self.place, error.pos)
                 if not (is_cut and held < LONGEST and self._read(max(CHUNK, held))):
-                    line = self.line + self.text.count("\n", self.place, error.pos)
                     raise ValueError(f"source: '{self.path}' line {line} is not JSON ({error.msg})") from error
             except (RecursionError, ValueError) as error:  # too deeply nested; a number of thousands of digits
                 raise ValueError(

@@ -32,7 +32,7 @@ def local_path(source: str) -> Path | None:
         path = Path(source).expanduser()
         if path.exists():
             return path
-    except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, a NUL in it, nobody's home
+    except (OSError, RuntimeError) as error:  # a name that is too long, nobody's home
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ValueError(f"source: {source[:80]!r} cannot be looked up ({reason})") from error
     name = source.split(":")[0]

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,9 +38,22 @@ def trained_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Pr
 
     def write(target: Path) -> None:
         bpe = train_bpe(first_characters(texts, TRAINING_CHARACTERS), vocab_size)
-        PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT).save_pretrained(target)
+        with os_errors():
+            PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT).save_pretrained(target)
 
     return PreTrainedTokenizerFast.from_pretrained(cached_folder(folder, write))
+
+
+@contextmanager
+def os_errors() -> Iterator[None]:
+    """Turns what the tokenizers library raises where a file cannot be written, a bare Exception, into an OSError."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)$", str(error))
+        if type(error) is not Exception or number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
