@@ -45,8 +45,10 @@ class TextData(LightningDataModule):
     where a token is not scored. The columns of the source decide:
     `messages` (a row a conversation, every assistant turn is scored), `prompt` and `completion` (a row a
     pair, the completion is scored), or `text` (joined with the end-of-text token after each, cut into
-    blocks). A conversation or pair longer than a block is cut at the right, and left out, with a warning,
-    when nothing scored is left of it.
+    blocks); else `conversations` (ShareGPT's: from human, gpt, system or tool, and value) or `instruction`, `input`
+    and `output` (a pair in Stanford Alpaca's own words). `tools` beside `messages` go to the chat template. A
+    conversation or pair longer than a block is cut at the right, and left out, with a warning, when nothing scored
+    is left of it. A special token that a text spells, such as <|endoftext|>, is plain text.
 
     Documents are de-duplicated and split by the sha256 of their content: the split is the same on every
     machine, a copy never crosses it, and the tokenizer is trained on the training split alone. Where rows have a
@@ -58,9 +60,11 @@ class TextData(LightningDataModule):
 
     Args:
         source: "stdlib" (the Python source of this interpreter's standard library), "packages" (that of the
-            installed packages), "home_assistant" (pairs: what is said to a smart home, and its parse), a .txt,
-            .jsonl, .json or .parquet file, a folder of text files or of .jsonl or .parquet files (what most of its
-            files are), or else a dataset of the Hugging Face hub as name, name:config or name:config:split.
+            installed packages), "home_assistant" (pairs: what is said to a smart home, and its parse), a file
+            (.jsonl, .ndjson, .json, .parquet, .txt or any other of UTF-8 text), a folder of text or of rows (what
+            most of its files are; the rest is left out with a warning), or else a dataset of the Hugging Face hub
+            as name, name:config or name:config:split. A .txt is cut at blank lines into documents of at least 4000
+            characters; one that is named alone and has no blank line holds a document a line.
         tokenizer: what lskip.pretrained.load_tokenizer takes (smollm2, a folder, a hub name ...), or a tokenizer;
             null trains a byte-level BPE on the training split.
         vocab_size: entries of the tokenizer that is trained; not used when `tokenizer` is given.

@@ -115,7 +115,9 @@ def open_hub(source: str, streaming: bool) -> tuple[Rows, str]:
 
 def load(source: str, builder: str, streaming: bool, split: str = "train", **arguments) -> Rows:
     try:
-        return load_dataset(builder, split=split, streaming=streaming, **arguments)
+        rows = load_dataset(builder, split=split, streaming=streaming, **arguments)
+        next(iter(rows), None)  # what is streamed is opened here
+        return rows
     except Exception as error:  # network, unknown name, config or split, bad JSON: each its own unrelated type
         cause = first_line(error.__cause__ or error)
         place = "" if builder == "parquet" else f", which is no local path and not one of {list(NAMES)}"
