@@ -237,7 +237,7 @@ def test_a_conversation_without_the_assistant_is_left_out(byte_level, tmp_path):
         pytest.param("{{ messages[0].content + 1 }}", "refuses a conversation: can only concatenate", id="type"),
         pytest.param("{{ messages.__class__.__mro__ }}", "refuses a conversation", id="sandbox"),
         pytest.param("{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}", "rewrites", id="rewrites"),
-        pytest.param({"rag": CHATML}, "no default", id="no default among several"),
+        pytest.param({"rag": CHATML}, "none of them is named 'default'", id="no default among several"),
     ],
 )
 def test_a_template_that_cannot_be_used(byte_level, tmp_path, template, words):
@@ -245,7 +245,7 @@ def test_a_template_that_cannot_be_used(byte_level, tmp_path, template, words):
     data = data_maker(tmp_path, tokenizer_of(byte_level, template))(rows, val_fraction=0, test_fraction=0)
     with pytest.raises(ValueError, match=words) as refused:
         data.blocks("train")
-    assert "line " in str(refused.value) or "no default" in str(refused.value)
+    assert "line " in str(refused.value) or "named" in str(refused.value)
     assert "\n" not in str(refused.value)
 
 

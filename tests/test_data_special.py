@@ -16,7 +16,7 @@ SPECIAL = "K15 special tokens around and inside text"
 LONG = "B21 one long line"
 
 
-@pytest.mark.kind(SPECIAL)
+@pytest.mark.kind(SPECIAL, "F57")
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("own", [False, True], ids=["given", "trained"])
 def test_f57_an_end_of_text_that_documents_spell(tmp_path, tiny_tokenizer, own, streaming):

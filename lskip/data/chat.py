@@ -20,6 +20,9 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """ValueError when `tokenizer` cannot render messages."""
     if not tokenizer.chat_template:
         raise ValueError("tokenizer: has no chat template, which 'messages' need; name an instruct model's tokenizer")
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(sorted(tokenizer.chat_template))
+        raise ValueError(f"tokenizer: has several chat templates ({names}), and none of them is named 'default'")
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer: 'messages' need a fast tokenizer, not {type(tokenizer).__name__}")
 
