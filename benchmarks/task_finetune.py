@@ -35,7 +35,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lskip.data import TextData
-from lskip.data.packing import open_ended
+from lskip.data.text_tokens import open_ended
 from lskip.decoder import Decoder
 from lskip.exit_adapter import find_adapter, load_adapter
 from lskip.inference import TextGenerator

@@ -43,7 +43,8 @@ def parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({error.msg} at line {error.lineno}, column {error.colno})") from error
+        line = f"line {error.lineno}, " if "\n" in text.strip() else ""
+        raise ValueError(f"{where} is not JSON ({error.msg} at {line}column {error.colno})") from error
     except RecursionError as error:
         raise ValueError(f"{where} is not JSON that is read (too deeply nested)") from error
     except ValueError as error:  # a number of thousands of digits
@@ -122,7 +123,8 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
         raise ValueError(message)
 
     previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again and again: what runs inside may catch an exception, as jinja does where it folds constants.
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         yield
     finally:

@@ -181,7 +181,8 @@ def test_the_log_axis_says_plain_numbers(perplexities):
 def test_a_run_that_was_validated_alone_has_its_checkpoints_steps(runs, capsys):
     write_events(runs / "late" / "validate", LAST)
     (runs / "late" / "checkpoints").mkdir()
-    torch.save({"global_step": 240, "lskip": {}}, runs / "late" / "checkpoints" / "last.ckpt")
+    saved = {"global_step": 240, "lskip": {"config": {}}, "state_dict": {}}
+    torch.save(saved, runs / "late" / "checkpoints" / "last.ckpt")
     assert main(["compare", "late"]) == 0
     assert "240" in capsys.readouterr().out
 

@@ -161,7 +161,7 @@ def test_the_second_set_up_tokenizes_nothing(text_data, monkeypatch):
     def forbidden(*_):
         raise AssertionError("tokenized again")
 
-    monkeypatch.setattr(packing.TextPacker, "__call__", forbidden)
+    monkeypatch.setattr(packing.TextPacker, "rows", forbidden)
     monkeypatch.setattr("lskip.data.tokenizer.train_bpe", forbidden)
     monkeypatch.setattr("lskip.data.corpus.read_records", forbidden)
     again = text_data(source=source.source, tokenizer=None, vocab_size=300)
@@ -172,7 +172,7 @@ def test_the_second_set_up_tokenizes_nothing(text_data, monkeypatch):
 
 
 def test_a_kill_while_tokenizing_leaves_no_half_cache(text_data, monkeypatch):
-    data, original, calls = text_data(), packing.TextPacker.__call__, []
+    data, original, calls = text_data(), packing.TextPacker.rows, []
 
     def killed(self, batch):
         calls.append(1)
@@ -180,10 +180,10 @@ def test_a_kill_while_tokenizing_leaves_no_half_cache(text_data, monkeypatch):
             raise KeyboardInterrupt
         return original(self, batch)
 
-    monkeypatch.setattr(packing.TextPacker, "__call__", killed)
+    monkeypatch.setattr(packing.TextPacker, "rows", killed)
     with pytest.raises(KeyboardInterrupt):
         data.blocks("train")
-    monkeypatch.setattr(packing.TextPacker, "__call__", original)
+    monkeypatch.setattr(packing.TextPacker, "rows", original)
     whole = text_data(source=data.source, cache_dir=str(data.cache.parent / "other")).blocks("train")
     assert len(text_data(source=data.source).blocks("train")) == len(whole)
 
@@ -197,7 +197,7 @@ def test_a_changed_file_is_read_again(text_data):
 def test_everything_written_lies_in_cache_dir(text_data, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     text_data(tokenizer=None, vocab_size=300).setup("fit")
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"blocks", "datasets", "documents", "tokenizers"}
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"blocks", "documents", "tokenizers"}
     assert not (tmp_path / "home").exists()
 
 

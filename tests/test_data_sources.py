@@ -7,7 +7,7 @@ from datasets import Dataset
 from test_data import data_maker, split_by_hand, texts
 
 from lskip.data import TextData
-from lskip.data.corpora import cut_text, installed_package_files, standard_library_files
+from lskip.data.corpora import installed_package_files, read_texts, standard_library_files
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_each_kind_of_file_gives_the_same_documents(text_data, tmp_path):
 def test_a_long_txt_is_many_documents(text_data, tmp_path):
     book = "\n\n".join(f"Paragraph {i}: " + "word " * 300 for i in range(200))
     (tmp_path / "book.txt").write_text(book)
-    pieces = list(cut_text(book))
+    pieces = [row["text"] for row in read_texts([str(tmp_path / "book.txt")])]
     assert "".join(pieces) == book and all(4000 <= len(piece) < 6000 for piece in pieces[:-1])
     data = text_data(source=str(tmp_path / "book.txt"))
     assert sum(len(data.documents(split)) for split in ("train", "val", "test")) == len(pieces)
@@ -87,9 +87,27 @@ def test_a_hub_name_goes_to_load_dataset(text_data, monkeypatch):
 # Bad input
 
 
+@pytest.mark.kind("B20 told before anything is read", "B20", "B41", "B47")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"seed": 2**70}, "seed: 1180591620717411303424 is not a whole number of at most 18446744073709551615"),
+        ({"num_workers": 5000}, "num_workers: 5000 is not a whole number of at most 128"),
+        ({"block_size": 2**40}, "block_size: 1099511627776 is not a whole number of at most 16777216"),
+        ({"batch_size": 2**40}, "batch_size: 1099511627776"),
+        ({"vocab_size": 2**40}, "vocab_size: 1099511627776"),
+        ({"val_fraction": float("nan")}, r"val_fraction: nan is not in \[0, 1\)"),
+        ({"test_fraction": float("inf")}, "test_fraction: inf"),
+        ({"val_fraction": -0.0001}, "val_fraction: -0.0001"),
+        ({"val_fraction": True}, "val_fraction: True"),
+        ({"text_column": 5}, "text_column: 5 is no column's name"),
+        ({"text_column": ""}, "text_column: ''"),
+        ({"cache_dir": 5}, "cache_dir: 5"),
+        ({"cache_dir": "/dev/null/cache"}, "cache_dir: cannot write '/dev/null/cache'"),
+        ({"tokenizer": 5}, "tokenizer: 5 is neither"),
+        ({"tokenizer": " "}, "tokenizer: ' '"),
+        ({"source": "a\0b"}, "source: 'a.x00b' names no text"),
+        ({"source": "x" * 5000}, "source: 'xxx.* cannot be looked up .File name too long"),
         ({"source": ""}, "source"),
         ({"source": 3}, "source: 3"),
         ({"block_size": 1}, "block_size: 1 is not a whole number of at least 2"),
@@ -99,7 +117,6 @@ def test_a_hub_name_goes_to_load_dataset(text_data, monkeypatch):
         ({"vocab_size": 256}, "vocab_size: 256"),
         ({"num_workers": -1}, "num_workers: -1"),
         ({"seed": -1}, "seed: -1"),
-        ({"val_fraction": 0.0}, "val_fraction: 0.0"),
         ({"val_fraction": 1.0}, "val_fraction: 1.0"),
         ({"val_fraction": "a"}, "val_fraction: 'a'"),
         ({"test_fraction": -0.1}, "test_fraction: -0.1"),
@@ -133,10 +150,10 @@ def test_an_unreachable_hub_name_is_one_sentence(text_data):
         ([{"text": ""}, {"text": None}, {"text": " \n"}], "every row is empty"),
         ([{"body": "a", "title": "b"}], "has the columns .*body.*title.*; needed: text, or prompt and completion"),
         ([{"prompt": "a"}], "has the columns .*prompt"),
-        ([{"text": 1}], "row 0: 'text' must be text, not int"),
-        ([{"prompt": "a", "completion": ["b"]}], "row 0: 'completion' must be text, not list"),
-        ([{"messages": "hello"}], "row 0: 'messages' must be a list"),
-        ([{"messages": [{"role": "user"}]}], "row 0: 'messages' must be a list"),
+        ([{"text": 1}], "line 1: 'text' must be text, not int"),
+        ([{"prompt": "a", "completion": ["b"]}], "line 1: 'completion' must be text, not list"),
+        ([{"messages": "hello"}], "line 1: 'messages' must be a list"),
+        ([{"messages": [{"role": "user"}]}], "line 1: 'messages' must be a list"),
     ],
 )
 def test_bad_rows(text_data, rows, message):
@@ -149,7 +166,7 @@ def test_bad_files(text_data, tmp_path):
     cases = {
         "empty.jsonl": ("", "empty"),
         "empty.txt": ("", "holds no documents"),
-        "broken.jsonl": ("{not json\n", "cannot load"),
+        "broken.jsonl": ("{not json\n", "broken.jsonl' line 1 is not JSON"),
         "broken.parquet": ("not parquet", "cannot load"),
     }
     for name, (content, message) in cases.items():
@@ -188,6 +205,80 @@ def test_too_small_a_corpus(text_data):
         ValueError, match=r"batch_size: 4096 on 1 device\(s\), but the training split has only \d+ rows"
     ):
         text_data(batch_size=4096).train_dataloader()
+
+
+EMPTY = "K9 a part of the split is empty"
+
+
+@pytest.mark.kind(EMPTY)
+@pytest.mark.parametrize("group", [False, True], ids=["", "in groups"])
+@pytest.mark.parametrize("own", [False, True], ids=["", "with a tokenizer of its own"])
+@pytest.mark.parametrize(
+    ("rows", "fractions", "empty"),
+    [
+        pytest.param(60, (0.999999, 0), "train test", id="F27 all for val"),
+        pytest.param(60, (0, 0.999999), "train val", id="all for test"),
+        pytest.param(60, (0.000001, 0.999998), "train val", id="almost all for test"),
+        pytest.param(60, (0, 0), "val test", id="all for train"),
+        pytest.param(1, (0.5, 0.4), None, id="one document"),
+        pytest.param(2, (0.4, 0.4), None, id="two documents"),
+    ],
+)
+def test_an_empty_split(text_data, rows, fractions, empty, group, own):
+    rows = [{"text": text, **({"group": i // 4} if group else {})} for i, text in enumerate(texts(rows))]
+    data = text_data(
+        rows,
+        val_fraction=fractions[0],
+        test_fraction=fractions[1],
+        **({"tokenizer": None, "vocab_size": 300} if own else {}),
+    )
+    sizes = {split: len(data.documents(split)) for split in ("train", "val", "test")}
+    assert sum(sizes.values()) == len(rows) and (empty is None or empty.split() == [s for s in sizes if not sizes[s]])
+    data.setup("fit"), data.setup("test")
+    words = {
+        "train": r"batch_size: 4 on 1 device\(s\), but the training split has only 0 rows",
+        "val": "val_fraction: ",
+    }
+    for split, load in (("train", data.train_dataloader), ("val", data.val_dataloader), ("test", data.test_dataloader)):
+        if sizes[split]:
+            assert len(data.blocks(split))
+            continue
+        with pytest.raises(ValueError, match=f"^{words.get(split, 'test_fraction: ')}") as refused:
+            load()
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.kind(EMPTY)
+@pytest.mark.parametrize(("fractions", "empty"), [((0, 0.2), "val"), ((0.2, 0), "test"), ((1e-9, 0.2), "val")])
+def test_an_empty_split_of_a_stream(text_data, fractions, empty):
+    data = text_data(streaming=True, val_fraction=fractions[0], test_fraction=fractions[1])
+    data.setup("fit"), data.setup("test")
+    with pytest.raises(ValueError, match=f"^{empty}_fraction: .*leaves 0 documents"):
+        {"val": data.val_dataloader, "test": data.test_dataloader}[empty]()
+    assert next(iter(data.train_dataloader()))["input_ids"].shape == (4, 16)
+
+
+@pytest.mark.kind(EMPTY)
+def test_a_stream_without_training_documents(text_data):
+    data = text_data(streaming=True, val_fraction=0.999999, test_fraction=0)
+    with pytest.raises(ValueError, match="share 1 of 1 of the stream holds no training block"):
+        next(iter(data.train_dataloader()))
+
+
+@pytest.mark.kind("M11 data that a new user has", "M11")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_fit_without_validation(text_data, tmp_path, streaming):
+    from test_data_order import fit
+
+    data = text_data(texts_of_one(), val_fraction=0, test_fraction=0, streaming=streaming)
+    assert len(fit(tmp_path, data, max_steps=5)) == 5
+    data.trainer = None
+    with pytest.raises(ValueError, match=r"^val_fraction: 0 leaves 0"):
+        data.val_dataloader()
+
+
+def texts_of_one() -> list[dict]:
+    return [{"text": "\n".join(texts(30))}]
 
 
 def test_unknown_split(text_data):

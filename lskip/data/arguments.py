@@ -1,28 +1,64 @@
 """Checks of plain arguments: one sentence that names the argument, its value and what is allowed."""
 
+import os
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
 from lskip.data.documents import SPLITS
 from lskip.data.sources import NAMES, check_packages, local_path
 
+MOST_WORKERS = 128  # processes; thousands would be started one after the other before anything is said
+MOST_TOKENS = 2**24  # in a row, and rows in a batch
+
 
 def check_source(source: str) -> None:
-    if not isinstance(source, str) or not source.strip():
+    if not isinstance(source, str) or not source.strip() or "\0" in source:
         raise ValueError(f"source: {source!r} names no text; give {', '.join(NAMES)}, a file, a folder or a hub name")
     check_packages(source)
     local_path(source)
 
 
-def check_at_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def check_tokenizer_source(tokenizer) -> None:
+    if isinstance(tokenizer, str) and tokenizer.strip():
+        return
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"tokenizer: {tokenizer!r} is neither a name, nor a folder, nor a tokenizer, nor null")
+
+
+def check_at_least(name: str, value: int, least: int, most: int | None = None) -> None:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if is_whole and most is not None and value > most:
+        raise ValueError(f"{name}: {value} is not a whole number of at most {most}")
+    if not is_whole or value < least:
         raise ValueError(f"{name}: {value!r} is not a whole number of at least {least}")
 
 
 def check_fractions(val_fraction: float, test_fraction: float) -> None:
-    if not is_number(val_fraction) or not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction: {val_fraction!r} is not between 0 and 1 (both excluded)")
-    if not is_number(test_fraction) or not 0 <= test_fraction < 1:
-        raise ValueError(f"test_fraction: {test_fraction!r} is not in [0, 1)")
+    for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+        if not is_number(value) or not 0 <= value < 1:
+            raise ValueError(f"{name}: {value!r} is not in [0, 1)")
     if val_fraction + test_fraction >= 1:
         raise ValueError(f"val_fraction + test_fraction: {val_fraction} + {test_fraction} leaves nothing to train on")
+
+
+def check_text_column(text_column) -> None:
+    if text_column is not None and (not isinstance(text_column, str) or not text_column):
+        raise ValueError(f"text_column: {text_column!r} is no column's name, nor null")
+
+
+def check_cache(cache_dir) -> Path:
+    """Return the folder for caches. ValueError if it is none, or could not be written: nothing is made yet."""
+    if cache_dir is not None and (not isinstance(cache_dir, str | os.PathLike) or "\0" in os.fspath(cache_dir)):
+        raise ValueError(f"cache_dir: {cache_dir!r} is no folder, nor null")
+    try:
+        folder = Path(cache_dir or "~/.cache/lskip").expanduser().absolute()
+        there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    except (OSError, RuntimeError) as error:  # a name that is too long, nobody's home
+        raise ValueError(f"cache_dir: {cache_dir!r} is no folder that can be made ({error})") from error
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"cache_dir: cannot write '{folder}' ('{there}' is no folder that can be written)")
+    return folder
 
 
 def check_split(split: str) -> None:

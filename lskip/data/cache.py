@@ -1,28 +1,152 @@
-"""Folders that are written once and are either whole or not there."""
+"""Folders that are written once, and are either as they were written or made anew."""
 
+import errno
+import hashlib
+import json
 import os
+import re
 import shutil
-import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
+
+from filelock import FileLock, Timeout
+from lightning.pytorch.utilities import rank_zero_warn
+
+WRITTEN = "written.json"  # size and sha256 of every other file of the folder
+FOLDERS = ("blocks", "documents", "tokenizers")
+UNFINISHED = ".unfinished-"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+# What earlier versions left behind where they were killed: nobody holds a lock on it, so only its age tells.
+EARLIER = re.compile(r"\.unfinished-[a-z0-9_]{8}|tmp[a-z0-9_]{8}")
+OURS = re.compile(r"[0-9a-f]{32}(\.arrow)?")  # beside which only lskip writes
+OLD = 24 * 3600  # seconds
 
 
 def cached_folder(path: Path, write: Callable[[Path], None]) -> Path:
-    """`path`, after `write(folder)` filled it if it was not there yet.
+    """Return `path`, after `write(folder)` filled it if it was not there yet or is not as it was written.
 
     The folder is filled under another name and renamed when whole, so neither a kill in the middle nor a
     second process that does the same leaves half a folder behind.
+
+    Raises:
+        OSError: no room for it, or the place cannot be written.
     """
-    if path.exists():
-        return path
+    if os.path.lexists(path):
+        wrong = what_is_wrong(path)
+        if wrong is None:
+            return path
+        rank_zero_warn(f"cache_dir: '{path}' is not as it was written ({wrong}); it is made anew")
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=path.parent))
     try:
-        write(unfinished)
-        os.rename(unfinished, path)
-    except OSError:
-        if not path.exists():  # otherwise another process was faster, with the same content
+        with unfinished_folder(path.parent) as folder:
+            write(folder)
+            (folder / WRITTEN).write_text(json.dumps(sizes_and_hashes(folder)), encoding="utf-8")
+            put_in_place(folder, path)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
             raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"cache_dir: cannot write '{path.parent}' ({os.strerror(error.errno)})") from error
     return path
+
+
+def what_is_wrong(folder: Path) -> str | None:
+    """Return how the files of `folder` differ from those that were written; None where they do not."""
+    try:
+        written = json.loads((folder / WRITTEN).read_text(encoding="utf-8"))
+        found = sizes_and_hashes(folder)
+    except (OSError, ValueError):
+        return f"no readable {WRITTEN}"
+    if not isinstance(written, dict):
+        return f"no readable {WRITTEN}"
+    differing = [name for name in {**written, **found} if written.get(name) != found.get(name)]
+    return f"{differing[0]} is another" if differing else None
+
+
+def sizes_and_hashes(folder: Path) -> dict[str, list]:
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != WRITTEN:
+            with path.open("rb") as file:
+                found[path.name] = [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+    return found
+
+
+@contextmanager
+def unfinished_folder(parent: Path) -> Iterator[Path]:
+    """A new folder in `parent`, gone afterwards unless it was renamed.
+
+    As long as this process lives, it holds the lock beside it: what is not held is removed by `remove_litter`.
+    """
+    folder = parent / f"{UNFINISHED}{uuid4().hex}"
+    with held(folder.with_suffix(".lock")):
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def held(place: Path, timeout: float = -1) -> Iterator[None]:
+    lock = FileLock(place)
+    lock.acquire(timeout=timeout)
+    try:
+        yield
+    finally:
+        place.unlink(missing_ok=True)  # while it is held: whoever waits for this name opens a new file
+        lock.release()
+
+
+def put_in_place(folder: Path, path: Path) -> None:
+    try:
+        os.rename(folder, path)
+    except OSError:
+        if what_is_wrong(path) is None:
+            return  # another process was faster, with the same content
+        discard(path)
+        os.rename(folder, path)
+
+
+def discard(path: Path) -> None:
+    """Removes a file or folder, out of the way at once: who has it open reads on."""
+    with held(path.parent / f"{UNFINISHED}{uuid4().hex}.lock"):
+        removed = path.parent / f"{UNFINISHED}{uuid4().hex}"
+        os.rename(path, removed)
+        remove(removed)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_litter(cache: Path) -> None:
+    """Removes what killed processes left unfinished in the folders of a cache; what a living one writes stays."""
+    for place in (place for folder in FOLDERS for place in (cache / folder).glob(f"{UNFINISHED}*.lock")):
+        try:
+            with held(place, timeout=0):
+                remove(place.with_suffix(""))
+        except (Timeout, OSError):
+            continue  # somebody writes it, or it is another user's
+    for folder in (cache / name for name in FOLDERS):
+        paths = list(folder.glob("*"))
+        if any(OURS.fullmatch(path.name) for path in paths):
+            for path in paths:
+                if EARLIER.fullmatch(path.name) and is_old(path):
+                    remove(path)
+    for path in (cache / "datasets" / "json").glob("*/*/*.incomplete"):
+        if is_old(path):
+            remove(path)
+
+
+def is_old(path: Path) -> bool:
+    try:
+        times = [each.stat().st_mtime for each in (path, *(path.iterdir() if path.is_dir() else ()))]
+    except OSError:
+        return False
+    return time.time() - max(times) > OLD

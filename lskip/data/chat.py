@@ -1,60 +1,195 @@
 """A conversation to tokens through the tokenizer's own template, and which of them the assistant wrote."""
 
 import re
+from dataclasses import dataclass
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from lskip.data.text_tokens import cut_text, encode_plain
+from lskip.untrusted import time_limit
 
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\b")
+SECONDS = 10  # that a template may take for one conversation
+# Two contents that differ in every character: where two renderings differ is where the content stands.
+PROBES = ("qjxzqjxzqj", "WVKYWVKYWV")
+STAND_IN = 0x100000  # the first of the private characters that stand for special tokens which a message spells
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """ValueError when `tokenizer` cannot render messages."""
     if not tokenizer.chat_template:
         raise ValueError("tokenizer: has no chat template, which 'messages' need; name an instruct model's tokenizer")
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(sorted(tokenizer.chat_template))
+        raise ValueError(f"tokenizer: has several chat templates ({names}), and none of them is named 'default'")
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer: 'messages' need a fast tokenizer, not {type(tokenizer).__name__}")
 
 
-def conversation_tokens(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> tuple[list[int], list[bool]]:
-    """(tokens, which of them are scored): the assistant's turns with the marker that ends them.
+def conversation_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict],
+    tools: list[dict] | None = None,
+    place: str = "a conversation",
+    special: re.Pattern | None = None,
+    limit: int | None = None,
+) -> tuple[list[int], list[bool]]:
+    """(tokens, which of them are scored): the assistant's words, each with the marker that ends them.
 
-    A template with generation markers says itself what the assistant wrote. For any other one the turns are
-    found by rendering the conversation up to each.
+    A template with generation markers says itself what the assistant wrote. For any other one the words are
+    found by rendering the conversation up to each turn. A special token that a message spells is plain text.
+
+    Args:
+        place: where the conversation stands, for the message of an error.
+        special: what finds the special tokens of the tokenizer.
+        limit: more tokens are not needed.
     """
-    try:
-        if GENERATION_MARKER.search(str(tokenizer.chat_template)):
-            return marked_tokens(tokenizer, messages)
-        text = render(tokenizer, messages)
-        spans = assistant_spans(tokenizer, messages, text)
-    except TemplateError as error:
-        raise ValueError(f"source: the chat template refuses a conversation: {error}") from error
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    scored = [any(start <= a < end for start, end in spans) for a, _ in encoded["offset_mapping"]]
-    return encoded["input_ids"], scored
+    if not any(message["role"] == "assistant" for message in messages):
+        return [], []
+    spelled: list[str] = []
+    chat = Chat(tokenizer, with_stand_ins(messages, special, spelled), with_stand_ins(tools, special, spelled), place)
+    text, spans = chat.marked() if GENERATION_MARKER.search(chat.template) else chat.found()
+    return encode_spans(tokenizer, text, spans, spelled, limit)
 
 
-def marked_tokens(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> tuple[list[int], list[bool]]:
-    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    return encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]]
+@dataclass
+class Chat:
+    """A conversation, and the template that renders it.
+
+    Raises:
+        ValueError: the template refuses the conversation, writes no tools, or hides where the assistant's words are.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    messages: list[dict]
+    tools: list[dict] | None
+    place: str
+
+    def __post_init__(self):
+        self.template = self.tokenizer.get_chat_template(tools=self.tools)
+        if self.tools and "tools" not in self.template:
+            raise ValueError(f"source: {self.place}: has 'tools', which the tokenizer's chat template does not write")
+
+    def marked(self) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and what stands between the template's generation markers."""
+        return self._rendered(self.messages, marks=True)
+
+    def found(self) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and each assistant turn without the header before it."""
+        text = self._text(self.messages)
+        turns = [turn for turn, message in enumerate(self.messages) if message["role"] == "assistant"]
+        return text, [self._span(turn, text) for turn in turns]
+
+    def _span(self, turn: int, text: str) -> tuple[int, int]:
+        through = self._text(self.messages[: turn + 1])
+        if not text.startswith(through):
+            raise self._hidden(f"its chat template rewrites earlier turns (message {turn})")
+        content = self.messages[turn]["content"].strip()
+        # The first turn has nothing to be rendered before it: templates put a system prompt of their own there.
+        before = self._text(self.messages[:turn], prompt=True) if turn else None
+        if before is not None and not through.startswith(before):
+            before = None
+        if before is None or not content or not through[len(before) :].lstrip().startswith(content):
+            start = self._start_of_words(turn, through, content)
+            if start is None and before is None:
+                raise self._hidden(f"its chat template changes what is said (message {turn})")
+            before = before if start is None else through[:start]
+        return len(before), len(before) + marker_end(through[len(before) :], content)
+
+    def _start_of_words(self, turn: int, through: str, content: str) -> int | None:
+        """Where the assistant's words begin, if they stand where other words would."""
+        message = self.messages[turn]
+        first, second = (self._text([*self.messages[:turn], {**message, "content": words}]) for words in PROBES)
+        start = common(first, second)
+        end = len(through) - common(first[start:][::-1], second[start:][::-1])
+        stands = through[:start] == first[:start] and start <= end and through[start:end].strip() in content
+        return start if stands else None
+
+    def _text(self, messages: list[dict], prompt: bool = False) -> str:
+        return self._rendered(messages, prompt)[0]
+
+    def _rendered(self, messages: list[dict], prompt: bool = False, marks: bool = False) -> tuple[str, list]:
+        try:
+            with time_limit(SECONDS, f"it does not end within {SECONDS} s"):
+                texts, spans = render_jinja_template(
+                    [messages],
+                    tools=self.tools,
+                    chat_template=self.template,
+                    return_assistant_tokens_mask=marks,
+                    add_generation_prompt=prompt,
+                    **self.tokenizer.special_tokens_map,
+                )
+        except Exception as error:  # whatever a template does: raise_exception, undefined names, 1 / 0, "a" + 1 …
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"source: {self.place}: the chat template refuses a conversation: {reason}") from error
+        return texts[0], spans[0] if marks else []
+
+    def _hidden(self, reason: str) -> ValueError:
+        return ValueError(
+            f"tokenizer: {reason}, so that the assistant's words cannot be told from the rest ({self.place}); "
+            "give it {% generation %} markers"
+        )
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], prompt: bool = False) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+def common(a: str, b: str) -> int:
+    """The length of what two texts begin with."""
+    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def assistant_spans(tokenizer: PreTrainedTokenizerBase, messages: list[dict], text: str) -> list[tuple[int, int]]:
-    """(first, one past the last) character in `text` of each assistant turn, without the header before it."""
-    spans = []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
+def marker_end(turn: str, content: str) -> int:
+    """Where a turn ends that begins with `content`: behind its end marker, without the blanks that follow that."""
+    words = turn.index(content) + len(content) if content in turn else 0
+    marker = turn[words:]
+    return words + len(marker.rstrip()) if marker.strip() else len(turn)
+
+
+def with_stand_ins(value, special: re.Pattern | None, spelled: list[str]):
+    """`value` with a private character for each special token that its texts spell; `spelled` lists those."""
+
+    def stand_in(match: re.Match) -> str:
+        if match[0] not in spelled:
+            spelled.append(match[0])
+        return chr(STAND_IN + spelled.index(match[0]))
+
+    if isinstance(value, str):
+        return special.sub(stand_in, value) if special else value
+    if isinstance(value, list):
+        return [with_stand_ins(each, special, spelled) for each in value]
+    if isinstance(value, dict):
+        return {name: with_stand_ins(each, special, spelled) for name, each in value.items()}
+    return value
+
+
+def encode_spans(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]], spelled: list[str], limit: int | None
+) -> tuple[list[int], list[bool]]:
+    """The tokens of `text`, and which of them lie in the spans, if only in part."""
+    ids, scored, begin = [], [], 0
+    stand_in = re.compile(f"([{chr(STAND_IN)}-{chr(STAND_IN + len(spelled))}])")
+    for part in stand_in.split(text):
+        if stand_in.fullmatch(part) and ord(part) - STAND_IN < len(spelled):
+            (more,) = encode_plain(tokenizer, [spelled[ord(part) - STAND_IN]])
+            ids += more
+            scored += in_spans([(begin, begin + 1)] * len(more), spans)
+            begin += 1
             continue
-        before = render(tokenizer, messages[:turn], prompt=True) if turn else ""
-        through = render(tokenizer, messages[: turn + 1])
-        if not (through.startswith(before) and text.startswith(through)):
-            raise ValueError(
-                f"tokenizer: its chat template rewrites earlier turns (message {turn}), so that the assistant's "
-                "words cannot be told from the rest; give it {% generation %} markers"
-            )
-        spans.append((len(before), len(through)))
-    return spans
+        for piece, _ in cut_text(tokenizer, part):
+            begin = text.index(piece, begin)
+            encoded = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ids += encoded["input_ids"]
+            scored += in_spans([(begin + a, begin + b) for a, b in encoded["offset_mapping"]], spans)
+            begin += len(piece)
+            if limit is not None and len(ids) >= limit:
+                return ids, scored
+    return ids, scored
+
+
+def in_spans(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
+    """Which tokens lie in a span, if only in part. Both are in order."""
+    found, place = [], 0
+    for a, b in offsets:
+        while place < len(spans) and spans[place][1] <= a:
+            place += 1
+        found.append(place < len(spans) and (b > spans[place][0] or (a == b == spans[place][0])))
+    return found

@@ -3,14 +3,17 @@
 from bisect import bisect_left
 from collections.abc import Iterable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
-from datasets import Dataset, NamedSplit, load_from_disk
-from datasets.exceptions import DatasetGenerationError
+import pyarrow.compute as pc
+from datasets import Dataset
+from datasets.utils import tqdm
 
 from lskip.data.cache import cached_folder
-from lskip.data.documents import SPLITS, content_key, document_features, has_group, read_records, split_of, unique
+from lskip.data.documents import CONTENT, SPLITS, content_key, document_features, read_records, split_of, unique
+from lskip.data.stored_rows import open_rows, sort_rows, write_rows
+
+DOCUMENTS = "documents.arrow"
 
 
 class StoredCorpus:
@@ -50,32 +53,20 @@ def store_documents(rows: Iterable[dict], kind: str, text_column: str | None, fo
     """
 
     def write(target: Path) -> None:
-        with TemporaryDirectory(dir=target.parent) as building:
-            documents = generate_documents(rows, kind, text_column, building)
-            by_digest = np.argsort(np.array(documents["digest"][:]))
-            documents.select(by_digest, keep_in_memory=True).save_to_disk(target)
+        features, unsorted = document_features(kind), target / "unsorted.arrow"
+        records = unique(read_records(rows, kind, text_column))
+        write_rows(unsorted, features, tqdm(records, desc="Reading documents", unit=""))
+        if not len(open_rows(unsorted)):
+            raise ValueError("source: every row is empty")
+        sort_rows(unsorted, target / DOCUMENTS, features, by="digest")
+        unsorted.unlink()
 
-    return load_from_disk(cached_folder(folder, write))
-
-
-def generate_documents(rows: Iterable[dict], kind: str, text_column: str | None, folder: str) -> Dataset:
-    if next(read_records(rows, kind, text_column), None) is None:
-        raise ValueError("source: every row is empty")
-    try:
-        return Dataset.from_generator(
-            lambda: unique(read_records(rows, kind, text_column)),
-            features=document_features(kind),
-            cache_dir=folder,
-            split=NamedSplit("documents"),  # what the progress bar says it generates
-            fingerprint="documents",
-        )
-    except DatasetGenerationError as error:
-        raise error.__cause__ or error from None
+    return open_rows(cached_folder(folder, write) / DOCUMENTS)
 
 
 def split_documents(documents: Dataset, val_fraction: float, test_fraction: float) -> dict[str, Dataset]:
     """The three splits of documents ordered by digest, as `split_of` says; found by bisection where no groups are."""
-    if has_group(documents[0]["digest"]):
+    if pc.max(pc.binary_length(documents.data["digest"])).as_py() > CONTENT:  # some are in a group
         splits = np.array([split_of(digest, val_fraction, test_fraction) for digest in documents["digest"][:]])
         return {split: documents.select(np.flatnonzero(splits == split)) for split in SPLITS}
     order = {split: rank for rank, split in enumerate(SPLITS)}
@@ -85,4 +76,5 @@ def split_documents(documents: Dataset, val_fraction: float, test_fraction: floa
 
     starts = [bisect_left(range(len(documents)), order[split], key=rank) for split in SPLITS]
     ends = [*starts[1:], len(documents)]
-    return {s: documents.select(range(a, b)) for s, a, b in zip(SPLITS, starts, ends, strict=True)}
+    # range(n, n) of n rows is refused
+    return {s: documents.select(range(a, b) if a < b else []) for s, a, b in zip(SPLITS, starts, ends, strict=True)}

@@ -1,25 +1,38 @@
 """TextData: text from anywhere to batches of token blocks."""
 
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lskip.data.arguments import check_at_least, check_fractions, check_source, check_split
+from lskip.data.arguments import (
+    MOST_TOKENS,
+    MOST_WORKERS,
+    check_at_least,
+    check_cache,
+    check_fractions,
+    check_source,
+    check_split,
+    check_text_column,
+    check_tokenizer_source,
+)
+from lskip.data.cache import remove_litter
 from lskip.data.chat import check_chat_template
 from lskip.data.corpus import StoredCorpus
-from lskip.data.documents import content_key, first_row, record_kind, texts_of
+from lskip.data.documents import NOT_CONTENT, content_key, first_columns, texts_of
+from lskip.data.formats import record_kind
 from lskip.data.loading import ResumableLoader, ResumableSampler
 from lskip.data.packing import ENCODERS, NOT_SCORED, collate, encode_documents
 from lskip.data.sources import open_source
 from lskip.data.streaming import StreamedBlocks, StreamedCorpus, StreamLoader
 from lskip.data.tokenizer import SMALLEST_VOCABULARY, check_tokenizer, tokenizer_key, trained_tokenizer
+from lskip.output_files import make_writable
 
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 
@@ -32,8 +45,10 @@ class TextData(LightningDataModule):
     where a token is not scored. The columns of the source decide:
     `messages` (a row a conversation, every assistant turn is scored), `prompt` and `completion` (a row a
     pair, the completion is scored), or `text` (joined with the end-of-text token after each, cut into
-    blocks). A conversation or pair longer than a block is cut at the right, and left out, with a warning,
-    when nothing scored is left of it.
+    blocks); else `conversations` (ShareGPT's: from human, gpt, system or tool, and value) or `instruction`, `input`
+    and `output` (a pair in Stanford Alpaca's own words). `tools` beside `messages` go to the chat template. A
+    conversation or pair longer than a block is cut at the right, and left out, with a warning, when nothing scored
+    is left of it. A special token that a text spells, such as <|endoftext|>, is plain text.
 
     Documents are de-duplicated and split by the sha256 of their content: the split is the same on every
     machine, a copy never crosses it, and the tokenizer is trained on the training split alone. Where rows have a
@@ -45,15 +60,17 @@ class TextData(LightningDataModule):
 
     Args:
         source: "stdlib" (the Python source of this interpreter's standard library), "packages" (that of the
-            installed packages), "home_assistant" (pairs: what is said to a smart home, and its parse), a .txt,
-            .jsonl, .json or .parquet file, a folder of text files or of .jsonl or .parquet files (what most of its
-            files are), or else a dataset of the Hugging Face hub as name, name:config or name:config:split.
+            installed packages), "home_assistant" (pairs: what is said to a smart home, and its parse), a file
+            (.jsonl, .ndjson, .json, .parquet, .txt or any other of UTF-8 text), a folder of text or of rows (what
+            most of its files are; the rest is left out with a warning), or else a dataset of the Hugging Face hub
+            as name, name:config or name:config:split. A .txt is cut at blank lines into documents of at least 4000
+            characters; one that is named alone and has no blank line holds a document a line.
         tokenizer: what lskip.pretrained.load_tokenizer takes (smollm2, a folder, a hub name ...), or a tokenizer;
             null trains a byte-level BPE on the training split.
         vocab_size: entries of the tokenizer that is trained; not used when `tokenizer` is given.
         block_size: tokens in a row.
         batch_size: rows in a batch, on each device.
-        val_fraction: share of the documents held out for validation.
+        val_fraction: share of the documents held out for validation; 0: none, a fit is then not validated.
         test_fraction: share of the documents held out for test; may be 0.
         text_column: the column that holds the text; null looks for messages, prompt and completion, then text.
         max_val_blocks: at most so many rows of validation, and of test; null takes all.
@@ -87,12 +104,14 @@ class TextData(LightningDataModule):
     ):
         super().__init__()
         check_source(source)
-        check_at_least("vocab_size", vocab_size, SMALLEST_VOCABULARY)
-        check_at_least("block_size", block_size, 2)
-        check_at_least("batch_size", batch_size, 1)
-        check_at_least("num_workers", num_workers, 0)
-        check_at_least("seed", seed, 0)
+        check_tokenizer_source(tokenizer)
+        check_at_least("vocab_size", vocab_size, SMALLEST_VOCABULARY, MOST_TOKENS)
+        check_at_least("block_size", block_size, 2, MOST_TOKENS)
+        check_at_least("batch_size", batch_size, 1, MOST_TOKENS)
+        check_at_least("num_workers", num_workers, 0, MOST_WORKERS)
+        check_at_least("seed", seed, 0, 2**64 - 1)
         check_fractions(val_fraction, test_fraction)
+        check_text_column(text_column)
         if max_val_blocks is not None:
             check_at_least("max_val_blocks", max_val_blocks, 1)
         elif streaming:
@@ -108,7 +127,7 @@ class TextData(LightningDataModule):
         self.streaming = streaming
         self.num_workers = num_workers
         self.seed = seed
-        self.cache = Path(cache_dir or "~/.cache/lskip").expanduser().absolute()
+        self.cache = check_cache(cache_dir)
         self._blocks: dict[str, Dataset] = {}
 
     # What Lightning calls
@@ -135,8 +154,9 @@ class TextData(LightningDataModule):
             )
         return ResumableLoader(blocks, sampler=sampler, **self._loading(), drop_last=True)
 
-    def val_dataloader(self) -> DataLoader:
-        return self._held_out_loader("val")
+    def val_dataloader(self) -> DataLoader | list:
+        fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        return [] if fits and not self.fractions[0] else self._held_out_loader("val")
 
     def test_dataloader(self) -> DataLoader:
         return self._held_out_loader("test")
@@ -164,7 +184,7 @@ class TextData(LightningDataModule):
         ones that were read, never "train" (ValueError).
         """
         check_split(split)
-        return self._corpus.documents(split).remove_columns("digest")
+        return self._corpus.documents(split).remove_columns(list(NOT_CONTENT))
 
     def blocks(self, split: str) -> Dataset:
         """All rows of "train", or up to max_val_blocks of "val" or "test": numpy input_ids [block_size], and
@@ -187,8 +207,10 @@ class TextData(LightningDataModule):
 
     @cached_property
     def _corpus(self) -> StoredCorpus | StreamedCorpus:
-        rows, key = open_source(self.source, self.streaming, self.cache)
-        kind = record_kind(first_row(rows, self.source), self.text_column, self.source)
+        make_writable(self.cache, "cache_dir")
+        remove_litter(self.cache)
+        rows, key = open_source(self.source, self.streaming)
+        kind = record_kind(first_columns(rows, self.source), self.text_column, self.source)
         if self.streaming:
             return StreamedCorpus(rows, kind, self.text_column, self.fractions, self.max_val_blocks, self.block_size)
         return StoredCorpus(rows, key, kind, self.text_column, self.fractions, self.cache / "documents")
@@ -202,9 +224,7 @@ class TextData(LightningDataModule):
     def _encoded(self, split: str) -> Dataset:
         documents, encoder = self._corpus.documents(split), self._make_encoder()
         key = content_key(self._corpus.kind, documents, tokenizer_key(self.tokenizer), self.block_size)
-        folder = self.cache / "blocks"
-        folder.mkdir(parents=True, exist_ok=True)
-        blocks = encode_documents(documents, encoder, folder / f"{key}.arrow", split)
+        blocks = encode_documents(documents, encoder, self.cache / "blocks" / key, split)
         if self._corpus.kind != "text" and len(blocks) < len(documents):
             rank_zero_warn(
                 f"{len(documents) - len(blocks)} of {len(documents)} {split} examples left out: nothing scored "

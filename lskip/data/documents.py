@@ -3,65 +3,54 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from datasets import Dataset, Features, Value
+from lightning.pytorch.utilities import rank_zero_warn
 
-from lskip.data.sources import first_line
+from lskip.data.corpora import PLACE
+from lskip.data.formats import COLUMNS, content_of
 
 SPLITS = ("val", "test", "train")  # in the order of the hash
-COLUMNS = {"chat": ("messages",), "pairs": ("prompt", "completion"), "text": ("text",)}
-PLACE = 16  # hex digits of a sha256 that decide on the split
+NOT_CONTENT = ("digest", "place")  # columns of a document
+LOOKED_AT = 100  # rows that tell the columns: not each has to have all of them
+GROUP = 16  # hex digits of a sha256 that decide on the split
 CONTENT = 64  # hex digits of a digest that come from the content; those of a group's place follow
 VERSION = 2  # raise it when a change here makes cached documents differ
 
 
-def first_row(rows: Iterable[dict], source: str) -> dict:
-    """ValueError when there is none, or when the source cannot be read."""
-    try:
-        first = next(iter(rows), None)
-    except Exception as error:  # the readers of each format raise their own unrelated types
-        raise ValueError(f"source: cannot read '{source}': {first_line(error)}") from error
-    if first is None:
+def first_columns(rows: Iterable[dict], source: str) -> list[str]:
+    """The columns of the first rows. ValueError when there is none."""
+    columns = {name: None for row in islice(iter(rows), LOOKED_AT) for name in row}
+    if not columns:
         raise ValueError(f"source: '{source}' holds no documents")
-    return first
-
-
-def record_kind(columns: Iterable[str], text_column: str | None, source: str) -> str:
-    """ "chat", "pairs" or "text", by the columns of the source; a named `text_column` decides for "text".
-
-    Raises:
-        ValueError: none of the known sets of columns is there.
-    """
-    columns = list(columns)
-    if text_column is not None and text_column in columns:
-        return "text"
-    if text_column is None:
-        for kind, needed in COLUMNS.items():
-            if set(needed) <= set(columns):
-                return kind
-    wanted = f"the text_column '{text_column}'" if text_column else "text, or prompt and completion, or messages"
-    raise ValueError(f"source: '{source}' has the columns {columns}; needed: {wanted}")
+    return list(columns)
 
 
 def read_records(rows: Iterable[dict], kind: str, text_column: str | None) -> Iterator[dict]:
-    """Documents with their `digest` (of `document_digest`), strings only; empty rows are left out.
+    """Documents with their `digest` (of `document_digest`) and `place`, strings only; empty rows are left out.
 
-    The columns are those of `COLUMNS[kind]`; `messages` is kept as JSON text, since the fields of a message
-    differ from row to row. The content is the text itself, for the other kinds the JSON list of columns.
+    The other columns are those of `COLUMNS[kind]`. The content is the text itself, for the other kinds the JSON list
+    of columns.
     """
+    without, example = 0, ""
     for number, row in enumerate(rows):
-        content = [row[text_column or "text"]] if kind == "text" else [row[name] for name in COLUMNS[kind]]
+        place = row.get(PLACE) or f"row {number}"
+        content = content_of(row, kind, text_column, place)
+        if content[-1] is None:
+            without, example = without + 1, example or place
         if content[-1] in (None, "", []):
             continue
-        if kind == "chat":
-            content = [messages_json(content[0], number)]
-        check_strings(content, kind, number)
+        check_strings(content, kind, place)
         if content[-1].strip():
-            yield dict(zip(COLUMNS[kind], content, strict=True), digest=document_digest(content, row))
+            yield dict(zip(COLUMNS[kind], content, strict=True), digest=document_digest(content, row), place=place)
+    if without:
+        name = text_column or COLUMNS[kind][-1]
+        rank_zero_warn(f"source: {without} rows have no '{name}' and are left out, such as {example}")
 
 
 def document_features(kind: str) -> Features:
-    return Features({name: Value("string") for name in (*COLUMNS[kind], "digest")})
+    return Features({name: Value("string") for name in (*COLUMNS[kind], *NOT_CONTENT)})
 
 
 def document_digest(content: list[str], row: dict) -> str:
@@ -72,33 +61,22 @@ def document_digest(content: list[str], row: dict) -> str:
     digest = text_digest(content[0] if len(content) == 1 else json.dumps(content, ensure_ascii=False))
     if "group" not in row:
         return digest
-    return digest + (digest if row["group"] is None else text_digest(str(row["group"])))[:PLACE]
+    return digest + (digest if row["group"] is None else text_digest(str(row["group"])))[:GROUP]
 
 
 def text_digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
-def has_group(digest: str) -> bool:
-    return len(digest) > CONTENT
-
-
-def check_strings(content: list, kind: str, number: int) -> None:
+def check_strings(content: list, kind: str, place: str) -> None:
     for name, value in zip(COLUMNS[kind], content, strict=True):
         if not isinstance(value, str):
-            raise ValueError(f"source: row {number}: '{name}' must be text, not {type(value).__name__}")
-
-
-def messages_json(messages: list, number: int) -> str:
-    """Canonical JSON of one conversation: keys sorted, keys without a value left out."""
-    if not isinstance(messages, list) or not all(is_message(message) for message in messages):
-        raise ValueError(f"source: row {number}: 'messages' must be a list of {{role, content}} with text in both")
-    present = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    return json.dumps(present, ensure_ascii=False, sort_keys=True)
-
-
-def is_message(message) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+            raise ValueError(f"source: {place}: '{name}' must be text, not {type(value).__name__}")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = f"U+{ord(value[error.start]):04X}"
+            raise ValueError(f"source: {place}: '{name}' holds half a character ({half}), which is no text") from error
 
 
 def unique(records: Iterable[dict]) -> Iterator[dict]:
@@ -112,7 +90,7 @@ def unique(records: Iterable[dict]) -> Iterator[dict]:
 
 def fraction_of(digest: str) -> float:
     """The place of a digest in [0, 1): the first 64 bits of its group's hash, else of its own, as a binary fraction."""
-    return int(digest[CONTENT:] or digest[:PLACE], 16) / 2**64
+    return int(digest[CONTENT:] or digest[:GROUP], 16) / 2**64
 
 
 def split_of(digest: str, val_fraction: float, test_fraction: float) -> str:
@@ -126,7 +104,7 @@ def split_of(digest: str, val_fraction: float, test_fraction: float) -> str:
 def texts_of(documents: Dataset) -> Iterator[str]:
     """Everything that is written in each document, for the tokenizer's training."""
     for row in documents:
-        yield "\n".join(row[name] for name in documents.column_names if name != "digest")
+        yield "\n".join(row[name] for name in documents.column_names if name not in NOT_CONTENT)
 
 
 def content_key(*parts) -> str:

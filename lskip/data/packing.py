@@ -2,20 +2,63 @@
 shifted inside the model, -100 where a token is not scored."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
+from datasets.utils import tqdm
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
+from lskip.data.cache import cached_folder
 from lskip.data.chat import conversation_tokens
+from lskip.data.stored_rows import grouped, open_rows, write_rows
+from lskip.data.text_tokens import PIECE, added_around, special_pattern, text_runs
 
 NOT_SCORED = -100
+READ_AHEAD = 64  # documents that are tokenized together, at most
+BLOCKS = "blocks.arrow"
 
 
-class TextPacker:
+class Encoder:
+    """What text packer, pairs and conversations share: a tokenizer, and a word about special tokens in their texts."""
+
+    columns: tuple[str, ...] = ()
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, block_size: int):
+        self.tokenizer = tokenizer
+        self.block_size = block_size
+        self.before, _ = added_around(tokenizer)
+        self.special = special_pattern(tokenizer)
+        self.noticed = self.special is None
+
+    def rows(self, batch: dict[str, list[str]]) -> Iterator[dict[str, np.ndarray]]:
+        """The rows of some documents, as they come."""
+        raise NotImplementedError
+
+    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list]:
+        """All rows of some documents, in columns."""
+        rows = list(self.rows(batch))
+        return {name: [row[name] for row in rows] for name in self.columns}
+
+    def look_for_special(self, batch: dict[str, list[str]], *columns: str) -> None:
+        """Warns of the first special token that is spelled in a text."""
+        for name in () if self.noticed else columns:
+            for number, text in enumerate(batch[name]):
+                spelled = self.special.search(text)
+                if spelled:
+                    place = batch["place"][number] if "place" in batch else "a document"
+                    rank_zero_warn(
+                        f"source: {place} spells the special token {spelled[0]!r}: like any that a text spells, it is "
+                        "plain text (conversations belong in a column 'messages')"
+                    )
+                    self.noticed = True
+                    return
+
+
+class TextPacker(Encoder):
     """Joins texts with the end-of-text token after each and cuts the stream into blocks.
 
     It keeps the tokens that do not fill a block for the next call, so only those at the very end are lost.
@@ -24,58 +67,68 @@ class TextPacker:
     columns = ("input_ids",)
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, block_size: int):
-        self.tokenizer = tokenizer
-        self.block_size = block_size
+        super().__init__(tokenizer, block_size)
         self.rest: list[int] = []
 
-    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list]:
-        for ids in open_ended(self.tokenizer, batch["text"]):
-            self.rest += ids
-            self.rest.append(self.tokenizer.eos_token_id)
-        count = len(self.rest) // self.block_size
-        full, self.rest = self.rest[: count * self.block_size], self.rest[count * self.block_size :]
-        return {"input_ids": list(np.array(full, np.int32).reshape(count, self.block_size))}
+    def rows(self, batch: dict[str, list[str]]) -> Iterator[dict[str, np.ndarray]]:
+        self.look_for_special(batch, "text")
+        begins = True
+        for ids, is_last in text_runs(self.tokenizer, batch["text"]):
+            self.rest += [*self.before, *ids] if begins else ids
+            if is_last:
+                self.rest.append(self.tokenizer.eos_token_id)
+            begins = is_last
+            count = len(self.rest) // self.block_size
+            full, self.rest = self.rest[: count * self.block_size], self.rest[count * self.block_size :]
+            for block in np.array(full, np.int32).reshape(count, self.block_size):
+                yield {"input_ids": block}
 
 
-class PairEncoder:
+class PairEncoder(Encoder):
     """One row a prompt and completion: the completion and the end of text are scored, the prompt is not."""
 
     columns = ("input_ids", "labels")
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, block_size: int):
-        self.tokenizer = tokenizer
-        self.block_size = block_size
+        super().__init__(tokenizer, block_size)
         self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
-    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list]:
-        rows = [padded(*example, self.block_size, self.pad) for example in self.examples(batch)]
-        scored = [row for row in rows if (row[1][1:] != NOT_SCORED).any()]  # the first label has no input before it
-        return {"input_ids": [ids for ids, _ in scored], "labels": [labels for _, labels in scored]}
+    def rows(self, batch: dict[str, list[str]]) -> Iterator[dict[str, np.ndarray]]:
+        for example in self.examples(batch):
+            ids, labels = padded(*example, self.block_size, self.pad)
+            if (labels[1:] != NOT_SCORED).any():  # the first label has no input before it
+                yield {"input_ids": ids, "labels": labels}
 
     def examples(self, batch: dict[str, list[str]]) -> Iterator[tuple[list[int], list[bool]]]:
-        """(tokens, which of them are scored) of each example."""
-        prompts = open_ended(self.tokenizer, batch["prompt"])
-        completions = self.tokenizer(batch["completion"], add_special_tokens=False, verbose=False).input_ids
-        for prompt, completion in zip(prompts, completions, strict=True):
-            answer = [*completion, self.tokenizer.eos_token_id]
+        """(tokens, which of them are scored) of each example; of one that is too long at least block_size."""
+        self.look_for_special(batch, "prompt", "completion")
+        for prompt, completion in zip(self._first(batch["prompt"]), self._first(batch["completion"]), strict=True):
+            prompt, answer = [*self.before, *prompt], [*completion, self.tokenizer.eos_token_id]
             yield prompt + answer, [False] * len(prompt) + [True] * len(answer)
+
+    def _first(self, texts: list[str]) -> Iterator[list[int]]:
+        """The tokens of each text, or at least the first block_size of them."""
+        ids = []
+        for more, is_last in text_runs(self.tokenizer, texts, self.block_size):
+            ids += more
+            if is_last:
+                yield ids
+                ids = []
 
 
 class ChatEncoder(PairEncoder):
     """One row a conversation, through the tokenizer's chat template: every assistant turn is scored."""
 
     def examples(self, batch: dict[str, list[str]]) -> Iterator[tuple[list[int], list[bool]]]:
-        for messages in batch["messages"]:
-            yield conversation_tokens(self.tokenizer, json.loads(messages))
+        self.look_for_special(batch, "messages")
+        for number, text in enumerate(batch["messages"]):
+            place = batch["place"][number] if "place" in batch else "a conversation"
+            stored = json.loads(text)
+            messages, tools = (stored["messages"], stored["tools"]) if isinstance(stored, dict) else (stored, None)
+            yield conversation_tokens(self.tokenizer, messages, tools, place, self.special, self.block_size)
 
 
 ENCODERS = {"text": TextPacker, "pairs": PairEncoder, "chat": ChatEncoder}
-
-
-def open_ended(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Tokens of each text with what the tokenizer puts before it, and no end of text after it."""
-    rows = tokenizer(texts, verbose=False).input_ids
-    return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in rows]
 
 
 def padded(ids: list[int], scored: list[bool], size: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
@@ -87,22 +140,29 @@ def padded(ids: list[int], scored: list[bool], size: int, pad: int) -> tuple[np.
     return input_ids, labels
 
 
-def encode_documents(documents: Dataset, encoder: TextPacker | PairEncoder, path: Path, split: str) -> Dataset:
-    """All rows of `documents`, tokenized once: written to `path` (when whole) and read from there afterwards."""
+def encode_documents(documents: Dataset, encoder: Encoder, folder: Path, split: str) -> Dataset:
+    """All rows of `documents`, tokenized once: written into `folder` (when whole) and read from there afterwards."""
     row = List(Value("int32"), length=encoder.block_size)
-    blocks = documents.map(
-        encoder,
-        batched=True,
-        batch_size=64,  # small, for a progress bar that moves
-        remove_columns=documents.column_names,
-        features=Features({name: row for name in encoder.columns}),
-        cache_file_name=str(path),
-        load_from_cache_file=True,
-        # By default the fingerprint hashes the tokenizer object, which differs from run to run.
-        new_fingerprint=path.stem,
-        desc=f"Tokenizing {split}",
-    )
-    return blocks.with_format("numpy")
+    features = Features({name: row for name in encoder.columns})
+
+    def write(target: Path) -> None:
+        write_rows(
+            target / BLOCKS, features, encoded_rows(encoder, tqdm(documents, desc=f"Tokenizing {split}", unit=""))
+        )
+
+    return open_rows(cached_folder(folder, write) / BLOCKS).with_format("numpy")
+
+
+def encoded_rows(encoder: Encoder, documents: Iterable[dict]) -> Iterator[dict[str, np.ndarray]]:
+    """The rows that an encoder makes of documents."""
+    for columns in batches(documents):
+        yield from encoder.rows(columns)
+
+
+def batches(documents: Iterable[dict]) -> Iterator[dict[str, list[str]]]:
+    """Documents in columns, as the encoders take them."""
+    for held in grouped(documents, READ_AHEAD, PIECE):
+        yield {name: [row[name] for row in held] for name in held[0]}
 
 
 def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:

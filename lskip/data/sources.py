@@ -3,19 +3,20 @@
 import hashlib
 import importlib.util
 import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset, IterableDataset, load_dataset
-from lightning.pytorch.utilities import rank_zero_warn
+from datasets import IterableDataset, load_dataset
 
-from lskip.data.corpora import EMBEDDED, files_below, read_texts
+from lskip.data.corpora import EMBEDDED, read_texts
+from lskip.data.files import check_is_read, folder_files, kind_of
+from lskip.data.json_rows import read_json
 
 NAMES = (*EMBEDDED, "home_assistant")
-TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-FOLDER_TABLES = (".jsonl", ".parquet")  # a .json among source files is a setting more often than a corpus
 EXTENSION = re.compile(r"\.[A-Za-z]\w*$")
 
-Rows = Dataset | IterableDataset
+Rows = Iterable[dict]  # an IterableDataset where it is streamed
 
 
 def local_path(source: str) -> Path | None:
@@ -23,37 +24,43 @@ def local_path(source: str) -> Path | None:
 
     Raises:
         FileNotFoundError: `source` looks like a path (an extension, two separators, a leading . / or ~)
-            and nothing is there.
+            and nothing is there. ValueError: no file can have this name.
     """
     if source in NAMES:
         return None
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(source).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError) as error:  # a name that is too long, nobody's home
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ValueError(f"source: {source[:80]!r} cannot be looked up ({reason})") from error
     name = source.split(":")[0]
     if source.startswith((".", "/", "~")) or "\\" in source or name.count("/") > 1 or EXTENSION.search(name):
         raise FileNotFoundError(f"source: no file or folder '{source}' (looked for {path.absolute()})")
     return None
 
 
-def open_source(source: str, streaming: bool, cache: Path) -> tuple[Rows, str]:
+def open_source(source: str, streaming: bool) -> tuple[Rows, str]:
     """(rows, key): the raw rows of `source`, and a name for their present content on this machine.
 
-    Plain text comes as an IterableDataset of {"text"} that reads the files when iterated; tables come as
-    `datasets.load_dataset` gives them (an IterableDataset, without key, when `streaming`).
+    Files are read when the rows are iterated; a data set of the hub is as `datasets.load_dataset` gives it. With
+    `streaming` either is an IterableDataset, and one of the hub has no key.
+
+    Raises:
+        ValueError: it cannot be read, or what it holds is not read.
     """
     if source in EMBEDDED:
-        return open_texts(source, EMBEDDED[source]())
+        return open_files(source, EMBEDDED[source](), "text", streaming)
     if source == "home_assistant":
         return open_home_assistant()
     path = local_path(source)
     if path is None:
         return open_hub(source, streaming)
-    if path.is_file():
-        files, is_table = [path], path.suffix in TABLES
-    else:
-        files, is_table = folder_files(path)
-    return open_tables(source, files, streaming, cache) if is_table else open_texts(source, files)
+    if path.is_dir():
+        return open_files(source, *folder_files(path), streaming)
+    check_is_read(path)
+    return open_files(source, [path], kind_of(path), streaming, lone=True)
 
 
 def open_home_assistant() -> tuple[IterableDataset, str]:
@@ -69,49 +76,52 @@ def check_packages(source: str) -> None:
         raise ValueError(f"source: for home_assistant, run: pip install {' '.join(needed.values())}")
 
 
-def folder_files(folder: Path) -> tuple[list[Path], bool]:
-    """(files, whether they are tables) of a folder, by what most of its files are; the others are left out."""
-    files = files_below(folder, skipped={"__pycache__"})
-    tables = [file for file in files if file.suffix in FOLDER_TABLES]
-    texts = [file for file in files if file.suffix not in FOLDER_TABLES]
-    kept, left_out = (tables, texts) if len(tables) > len(texts) else (texts, tables)
-    if left_out:
-        rank_zero_warn(f"source: folder '{folder}': {len(left_out)} files left out, such as {left_out[0].name}")
-    kinds = sorted({file.suffix for file in kept})
-    if kept is tables and len(kinds) > 1:
-        raise ValueError(f"source: folder '{folder}' holds {' and '.join(kinds)} files; name a folder with one kind")
-    return kept, kept is tables
-
-
-def open_texts(source: str, files: list[Path]) -> tuple[IterableDataset, str]:
-    if not files:
-        raise ValueError(f"source: '{source}' holds no text files")
-    rows = IterableDataset.from_generator(read_texts, gen_kwargs={"paths": [str(file) for file in files]})
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return rows, hashlib.sha256(repr(stats).encode()).hexdigest()
-
-
-def open_tables(source: str, files: list[Path], streaming: bool, cache: Path) -> tuple[Rows, str]:
-    if not any(file.stat().st_size for file in files):
+def open_files(source: str, files: list[Path], kind: str, streaming: bool, lone: bool = False) -> tuple[Rows, str]:
+    """The rows of files of one kind; `lone`: of the one file that was named."""
+    try:
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    except OSError as error:
+        raise ValueError(f"source: cannot read '{error.filename}' ({error.strerror})") from error
+    if kind != "text" and not any(size for _, size, _ in stats):
         raise ValueError(f"source: '{source}' is empty")
+    key = hashlib.sha256(repr((stats, lone)).encode()).hexdigest()
     paths = [str(file) for file in files]
-    return load(source, TABLES[files[0].suffix], streaming, data_files=paths, cache_dir=str(cache / "datasets"))
+    if kind == "parquet":
+        return load(source, kind, True, data_files=paths), key
+    read = {"json": read_json, "text": read_texts}[kind]
+    if streaming:  # which shares the files out among the workers
+        return IterableDataset.from_generator(read, gen_kwargs={"paths": paths, "lone": lone}), key
+    return FileRows(read, paths, lone), key
+
+
+@dataclass
+class FileRows:
+    """The rows of files, read anew each time."""
+
+    read: Callable[[list[str], bool], Iterator[dict]]
+    paths: list[str]
+    lone: bool
+
+    def __iter__(self) -> Iterator[dict]:
+        return self.read(self.paths, self.lone)
 
 
 def open_hub(source: str, streaming: bool) -> tuple[Rows, str]:
     """`name`, `name:config` or `name:config:split` (`name::split`); the split is "train" if none is named."""
     name, config, split = [*source.split(":", 2), "", ""][:3]
-    return load(source, name, streaming, name=config or None, split=split or "train")
+    rows = load(source, name, streaming, name=config or None, split=split or "train")
+    return rows, "" if streaming else rows._fingerprint
 
 
-def load(source: str, builder: str, streaming: bool, split: str = "train", **arguments) -> tuple[Rows, str]:
+def load(source: str, builder: str, streaming: bool, split: str = "train", **arguments) -> Rows:
     try:
         rows = load_dataset(builder, split=split, streaming=streaming, **arguments)
+        next(iter(rows), None)  # what is streamed is opened here
+        return rows
     except Exception as error:  # network, unknown name, config or split, bad JSON: each its own unrelated type
         cause = first_line(error.__cause__ or error)
-        place = "" if builder in TABLES.values() else f", which is no local path and not one of {list(NAMES)}"
+        place = "" if builder == "parquet" else f", which is no local path and not one of {list(NAMES)}"
         raise ValueError(f"source: cannot load '{source}'{place}: {cause}") from error
-    return rows, "" if streaming else rows._fingerprint
 
 
 def first_line(error: BaseException) -> str:

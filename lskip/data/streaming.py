@@ -7,12 +7,13 @@ from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import get_worker_info
 
-from lskip.data.documents import COLUMNS, document_features, read_records, split_of, unique
+from lskip.data.documents import SPLITS, document_features, read_records, split_of, unique
+from lskip.data.formats import COLUMNS
 from lskip.data.loading import ResumableLoader
+from lskip.data.packing import READ_AHEAD, encoded_rows
 from lskip.data.tokenizer import TRAINING_CHARACTERS
 
 SHUFFLE_BUFFER = 1000  # documents among which the next one is drawn
-READ_AHEAD = 64  # documents that are tokenized together
 CHARACTERS_PER_TOKEN = 4  # a guess, to stop reading when enough held-out text is there
 
 
@@ -59,20 +60,25 @@ class StreamedCorpus:
     def first(self, split: str, rows: int | None, characters: int | None) -> Dataset:
         """The first documents of `split`, until there are so many rows or characters of them."""
         found, read = [], 0
-        if split == "test" and not self.fractions[1]:
-            return Dataset.from_list(found, features=document_features(self.kind))
+        if split != "train" and not self.fractions[SPLITS.index(split)]:
+            return documents_of(found, self.kind)
         for record in unique(self.records(self.rows, split)):
             found.append(record)
             read += sum(len(record[name]) for name in COLUMNS[self.kind])
             if len(found) == rows or (characters is not None and read >= characters):
                 break
         found.sort(key=lambda record: record["digest"])
-        return Dataset.from_list(found, features=document_features(self.kind))
+        return documents_of(found, self.kind)
 
     def records(self, rows: IterableDataset, split: str) -> Iterator[dict]:
         for record in read_records(plain_rows(rows), self.kind, self.text_column):
             if split_of(record["digest"], *self.fractions) == split:
                 yield record
+
+
+def documents_of(records: list[dict], kind: str) -> Dataset:
+    features = document_features(kind)
+    return Dataset.from_dict({name: [record[name] for record in records] for name in features}, features=features)
 
 
 def plain_rows(rows: IterableDataset) -> Iterator[dict]:
@@ -125,26 +131,12 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
         while True:
             share.set_epoch(epoch)
             count = 0
-            for columns in batches(self.corpus.records(share, "train")):
-                encoded = encoder(columns)
-                count += len(encoded["input_ids"])
-                for values in zip(*encoded.values(), strict=True):
-                    yield dict(zip(encoded, values, strict=True))
+            for row in encoded_rows(encoder, self.corpus.records(share, "train")):
+                count += 1
+                yield row
             if count == 0:
                 raise ValueError(f"source: share {shard + 1} of {shards} of the stream holds no training block")
             epoch += 1
-
-
-def batches(documents: Iterator[dict]) -> Iterator[dict[str, list[str]]]:
-    """Documents in columns, as the encoders take them."""
-    held = []
-    for document in documents:
-        held.append(document)
-        if len(held) == READ_AHEAD:
-            yield {name: [row[name] for row in held] for name in held[0]}
-            held = []
-    if held:
-        yield {name: [row[name] for row in held] for name in held[0]}
 
 
 class StreamLoader(ResumableLoader):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from lskip.evaluation.tasks import Continuation, Example, Task
 
@@ -16,7 +15,7 @@ def read_rows(source: str, columns: tuple[str, ...], cache_dir: str | None) -> I
     """
     from lskip.data.sources import open_source  # brings datasets and Lightning: only when examples are asked for
 
-    rows, _ = open_source(source, True, Path(cache_dir or "~/.cache/lskip").expanduser())
+    rows, _ = open_source(source, streaming=True)
     for row in rows:
         for name in columns:
             if not isinstance(row.get(name), str):

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lskip.checks import check_choice, check_whole
-from lskip.data.packing import NOT_SCORED, open_ended
+from lskip.data.packing import NOT_SCORED
+from lskip.data.text_tokens import open_ended
 from lskip.decoder import Decoder
 from lskip.evaluation.divergence import report_divergence
 from lskip.evaluation.divergence_figure import divergence_figure, print_divergence

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Literal
 
-import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lskip.checks import check_whole
 from lskip.data.arguments import check_source
 from lskip.data.chat import check_chat_template
-from lskip.data.documents import first_row, read_records, record_kind, split_of
-from lskip.data.packing import ENCODERS, collate
+from lskip.data.documents import first_columns, read_records, split_of
+from lskip.data.formats import record_kind
+from lskip.data.packing import ENCODERS, collate, encoded_rows
 from lskip.data.sources import open_source
-from lskip.data.streaming import batches
 from lskip.data.tokenizer import check_tokenizer
 
 TOPICS = "topics"  # what Python's own help says about the language: English prose on every machine
@@ -62,8 +60,8 @@ class DataOptions:
             return Documents("text", [{"text": "\n\n".join(topics[name] for name in sorted(topics))}], self.split)
         try:
             check_source(self.data)
-            rows, _ = open_source(self.data, streaming=True, cache=Path("~/.cache/lskip").expanduser())
-            return Documents(record_kind(first_row(rows, self.data), None, self.data), rows, self.split)
+            rows, _ = open_source(self.data, streaming=True)
+            return Documents(record_kind(first_columns(rows, self.data), None, self.data), rows, self.split)
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"data: {error}") from error
 
@@ -94,17 +92,11 @@ class Documents:
         if self.kind == "chat":
             check_chat_template(tokenizer)
         encoder = ENCODERS[self.kind](check_tokenizer(tokenizer), options.block_size)
-        rows = list(islice(self._encoded(encoder), options.num_blocks))
+        rows = list(islice(encoded_rows(encoder, self._records()), options.num_blocks))
         if not rows:
             raise ValueError(f"data: {options.name} does not fill one block_size of {options.block_size} tokens")
         size = options.batch_size
         return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
-
-    def _encoded(self, encoder) -> Iterator[dict[str, np.ndarray]]:
-        for columns in batches(self._records()):
-            encoded = encoder(columns)
-            for values in zip(*encoded.values(), strict=True):
-                yield {name: np.asarray(value) for name, value in zip(encoded, values, strict=True)}
 
     def _records(self) -> Iterator[dict]:
         for record in read_records(self.rows, self.kind, None):

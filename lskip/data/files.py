@@ -1,0 +1,166 @@
+"""Which files a source has, what each is read as, and the lines of one: nothing is dropped in silence."""
+
+import codecs
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count, islice
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+TABLES = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar")
+# Neither text nor rows that are read here; other binary files are known by what they hold.
+NOT_READ = (*PACKED, ".csv", ".tsv", ".xls", ".xlsx", ".arrow", ".feather", ".pdf", ".rtf", ".doc", ".docx", ".odt")
+READ = ".txt, .jsonl, .ndjson, .json, .parquet or any file of UTF-8 text"
+# What a data set is described by, where it is cloned from a hub.
+CARDS = ("readme", "license", "licence", "citation", "dataset_info", "dataset_infos", "state")
+BOMS = {  # in this order: the mark of UTF-32 begins with that of UTF-16
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+LONGEST = 2**28  # characters of a document, or of a line
+LFS_POINTER = "version https://git-lfs.github.com/spec/"
+
+
+class NotTextError(ValueError):
+    """A file that holds something else than UTF-8 text, or text with another byte order mark."""
+
+
+def kind_of(path: Path) -> str | None:
+    """Return "json", "parquet" or "text", by the name; None for a kind of file that is not read."""
+    suffix = path.suffix.lower()
+    return None if suffix in NOT_READ else TABLES.get(suffix, "text")
+
+
+def check_is_read(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"source: '{path}' is neither a file nor a folder")
+    suffix = path.suffix.lower()
+    if suffix in NOT_READ:
+        advice = "unpack it first" if suffix in PACKED else f"give {READ}"
+        raise ValueError(f"source: '{path}': a {suffix} file is not read; {advice}")
+
+
+def files_below(folder: Path, suffix: str = "", skipped: tuple[str, ...] = (), follow: bool = False) -> list[Path]:
+    """Sorted files under `folder` whose name ends in `suffix`; hidden files and `skipped` folders left out.
+
+    With `follow` a link to a folder is gone into, unless it leads to where the walk has been.
+    """
+    found, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=follow):
+        place = os.path.realpath(parent)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if name not in skipped and not name.startswith("."))
+        found += [Path(parent, name) for name in names if name.endswith(suffix) and not name.startswith(".")]
+    return sorted(found)
+
+
+def folder_files(folder: Path) -> tuple[list[Path], str]:
+    """Return the files of a folder that are read, and as what: rows, unless more files are text.
+
+    A .json beside text is rows if it begins as some, else a setting, which is text too. What is left out is said.
+
+    Raises:
+        ValueError: nothing is left, or rows of different kinds.
+    """
+    files = files_below(folder, skipped=("__pycache__",), follow=True)
+    kinds = {file: kind_of(file) if file.is_file() or file.is_symlink() else None for file in files}
+    cards = {file for file in files if file.name.lower().split(".")[0] in CARDS}
+    texts = [file for file in files if kinds[file] == "text" and file not in cards]
+    rows = [file for file in files if kinds[file] in ("json", "parquet") and file not in cards]
+    if texts:
+        rows = [file for file in rows if file.suffix.lower() != ".json" or begins_as_rows(file)]
+    if rows and len(rows) >= len(texts):
+        check_one_kind(folder, rows)
+        kept, kind = rows, kinds[rows[0]]
+    else:
+        kept, kind = [file for file in files if kinds[file] == "text" or file.suffix.lower() == ".json"], "text"
+        say(folder, "files of rows are read as text", set(kept) & set(rows))
+    left_out = set(files) - set(kept)
+    if not kept:
+        raise ValueError(f"source: '{folder}' holds no text files{an_example(left_out)}")
+    say(folder, "files left out", left_out)
+    return kept, kind
+
+
+def check_one_kind(folder: Path, rows: list[Path]) -> None:
+    if len({kind_of(file) for file in rows}) > 1:
+        suffixes = " and ".join(sorted({file.suffix.lower() for file in rows}))
+        raise ValueError(f"source: folder '{folder}' holds {suffixes} files; name a folder with one kind")
+
+
+def say(folder: Path, what: str, files: set[Path]) -> None:
+    if files:
+        rank_zero_warn(f"source: folder '{folder}': {len(files)} {what}{an_example(files)}")
+
+
+def an_example(files: set[Path]) -> str:
+    return f", such as {min(files).name}" if files else ""
+
+
+def begins_as_rows(path: Path) -> bool:
+    """Return whether a .json file begins as a list of objects, or with one on each of two lines: rows, no setting."""
+    try:
+        first, second = ([line.strip() for _, line in islice(numbered_lines(path), 2)] + ["", ""])[:2]
+        if first.startswith("["):
+            return (first[1:].strip() or second).startswith("{")
+        return second.startswith("{") and isinstance(json.loads(first), dict)
+    except (NotTextError, json.JSONDecodeError, RecursionError):
+        return False
+
+
+def encoding_of(path: Path) -> str:
+    with path.open("rb") as file:
+        begin = file.read(4)
+    return next((encoding for mark, encoding in BOMS.items() if begin.startswith(mark)), "utf-8")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[io.TextIOWrapper]:
+    """A file as text, its lines ending in "\\n" alone; ValueError, which names it, if it cannot be read."""
+    try:
+        with path.open(encoding=encoding_of(path), newline="\n") as file:
+            yield file
+    except OSError as error:
+        raise ValueError(f"source: cannot read '{path}' ({error.strerror})") from error
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the number, from 1, and the text of each line, its end included.
+
+    Raises:
+        NotTextError: a line that is not text. ValueError: one that is too long.
+    """
+    with opened(path) as file:
+        read = decoded(file) if file.encoding.startswith("utf-8") else file.readline
+        for number in count(1):
+            try:
+                line = read(LONGEST + 1)
+            except UnicodeError as error:
+                raise NotTextError(f"source: '{path}' is not UTF-8 text (line {number})") from error
+            if "\0" in line:
+                raise NotTextError(f"source: '{path}' is not text (NUL bytes in line {number})")
+            if len(line) > LONGEST:
+                raise ValueError(f"source: '{path}': line {number} is longer than {LONGEST:,} characters, cut it first")
+            if number == 1 and line.startswith(LFS_POINTER):
+                raise ValueError(f"source: '{path}' is not here, only Git LFS's note of it; run: git lfs pull")
+            if not line:
+                return
+            yield number, line
+
+
+def decoded(file: io.TextIOWrapper):
+    """A readline that decodes no more than its line: an error then tells which."""
+    if file.encoding == "utf-8-sig":
+        file.buffer.seek(len(codecs.BOM_UTF8))
+    return lambda limit: file.buffer.readline(limit).decode("utf-8")

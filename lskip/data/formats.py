@@ -1,0 +1,112 @@
+"""The columns that a source may have, and what each set of them becomes: text, a pair, or a conversation."""
+
+import json
+from collections.abc import Iterable
+
+from lskip.data.corpora import PLACE
+
+COLUMNS = {"chat": ("messages",), "pairs": ("prompt", "completion"), "text": ("text",)}
+# Of ShareGPT and of Alpaca, where none of those above are there.
+OTHERS = {"chat": ("conversations",), "pairs": ("instruction", "output")}
+# "from" of ShareGPT -> "role"
+ROLES = {
+    **{name: "user" for name in ("human", "user")},
+    **{name: "assistant" for name in ("gpt", "assistant", "chatgpt", "bing", "bard")},
+    **{name: "tool" for name in ("tool", "observation", "function_response")},
+    "system": "system",
+}
+# As in Stanford Alpaca's train.py (https://github.com/tatsu-lab/stanford_alpaca); the output follows at once.
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
+    "### Response:"
+)
+
+
+def record_kind(columns: Iterable[str], text_column: str | None, source: str) -> str:
+    """ "chat", "pairs" or "text", by the columns of the source; a named `text_column` decides for "text".
+
+    Raises:
+        ValueError: none of the known sets of columns is there.
+    """
+    columns = [name for name in columns if name != PLACE]
+    if text_column is not None and text_column in columns:
+        return "text"
+    if text_column is None:
+        for kind, needed in [*COLUMNS.items(), *OTHERS.items()]:
+            if set(needed) <= set(columns):
+                return kind
+    wanted = f"the text_column '{text_column}'" if text_column else "text, or prompt and completion, or messages"
+    likely = "content" if "content" in columns else columns[0] if len(columns) == 1 else None
+    advice = f"; its text may be --data.text_column {likely}" if likely and not text_column else ""
+    raise ValueError(f"source: '{source}' has the columns {columns}; needed: {wanted}{advice}")
+
+
+def content_of(row: dict, kind: str, text_column: str | None, place: str) -> list:
+    """Return the columns of a document, as `COLUMNS[kind]` orders them; the last is None where the row has none.
+
+    `messages` become JSON text, since the fields of a message differ from row to row.
+    """
+    if kind == "text":
+        return [row.get(text_column or "text")]
+    if kind == "pairs":
+        return list(pair_of(row, place))
+    messages = row.get("messages")
+    if messages is None and row.get("conversations") is not None:
+        messages = messages_of(row["conversations"], place)
+    return [messages if messages in (None, []) else conversation_json(messages, row.get("tools"), place)]
+
+
+def pair_of(row: dict, place: str) -> tuple:
+    if row.get("completion") is not None or "instruction" not in row:
+        return row.get("prompt"), row.get("completion")
+    for name in ("instruction", "input"):
+        if not isinstance(row.get(name) or "", str):
+            raise ValueError(f"source: {place}: '{name}' must be text, not {type(row[name]).__name__}")
+    template = ALPACA_WITH_INPUT if row.get("input") else ALPACA
+    return template.format(instruction=row["instruction"] or "", input=row.get("input")), row.get("output")
+
+
+def messages_of(turns, place: str) -> list:
+    """Return the messages of a ShareGPT conversation, a list of {from, value} (or of {role, content})."""
+    if not isinstance(turns, list):
+        return turns
+    return [message_of(turn, place) if isinstance(turn, dict) and "from" in turn else turn for turn in turns]
+
+
+def message_of(turn: dict, place: str) -> dict:
+    if turn["from"] not in ROLES:
+        raise ValueError(f"source: {place}: {turn['from']!r} in 'conversations' is not one of {', '.join(ROLES)}")
+    others = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    return {**others, "role": ROLES[turn["from"]], "content": turn.get("value")}
+
+
+def conversation_json(messages: list, tools, place: str) -> str:
+    """Canonical JSON of one conversation: keys sorted, keys without a value left out; with its tools, if it has any."""
+    if not isinstance(messages, list) or not all(is_message(message) for message in messages):
+        raise ValueError(f"source: {place}: 'messages' must be a list of {{role, content}} with text in both")
+    present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    tools = tools_of(tools, place)
+    return json.dumps({"messages": present, "tools": tools} if tools else present, ensure_ascii=False, sort_keys=True)
+
+
+def tools_of(tools, place: str) -> list[dict] | None:
+    """Return the tools of a row: a list of JSON schemas, or the JSON text of one."""
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"source: {place}: 'tools' is neither a list nor the JSON text of one") from error
+    if not tools or tools == "":
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"source: {place}: 'tools' must be a list of objects, or the JSON text of one")
+    return tools
+
+
+def is_message(message) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))

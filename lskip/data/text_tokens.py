@@ -1,0 +1,90 @@
+"""Text to tokens: plain whatever special tokens it spells, and a long one piece by piece, in bounded memory."""
+
+import re
+from collections.abc import Iterator
+
+from transformers import PreTrainedTokenizerBase
+
+PIECE = 2**18  # characters that are tokenized at once: each takes some 350 bytes meanwhile
+WINDOW = 64  # characters on each side of a cut that show whether it changes tokens
+TRIES = 32
+
+
+def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Return the tokens of each text and nothing around them; a special token that is spelled in it is plain text."""
+    return (
+        tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids if texts else []
+    )
+
+
+def open_ended(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Return the tokens of each text with what the tokenizer puts before it, and nothing after it."""
+    count = len(added_around(tokenizer)[1])
+    rows = tokenizer(texts, verbose=False).input_ids
+    return [ids[: len(ids) - count] for ids in rows]
+
+
+def added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return what a tokenizer puts before and after each text."""
+    whole, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    return [], []
+
+
+def text_runs(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], limit: int | None = None
+) -> Iterator[tuple[list[int], bool]]:
+    """Yield the tokens of one text after the other, a long one's in several runs, and whether a run is its last.
+
+    Of a long text no more runs come when there are `limit` tokens of it.
+    """
+    short = []
+    for text in texts:
+        if len(text) <= PIECE:
+            short.append(text)
+            continue
+        yield from ((ids, True) for ids in encode_plain(tokenizer, short))
+        short, count = [], 0
+        for piece, is_last in cut_text(tokenizer, text):
+            (ids,) = encode_plain(tokenizer, [piece])
+            count += len(ids)
+            is_last = is_last or (limit is not None and count >= limit)
+            yield ids, is_last
+            if is_last:
+                break
+    yield from ((ids, True) for ids in encode_plain(tokenizer, short))
+
+
+def cut_text(tokenizer: PreTrainedTokenizerBase, text: str, size: int = PIECE) -> Iterator[tuple[str, bool]]:
+    """Yield pieces whose tokens, joined, are those of the text wherever there is such a cut, and which is the last."""
+    start = 0
+    while len(text) - start > size:
+        end, following = place_to_cut(tokenizer, text, start + size)
+        yield text[start:end], False
+        start = following
+    yield text[start:], True
+
+
+def place_to_cut(tokenizer: PreTrainedTokenizerBase, text: str, about: int) -> tuple[int, int]:
+    """Return where a piece ends before `about`, and where the next begins.
+
+    A tokenizer that writes a space before each text of its own gets none at the cut.
+    """
+    blanks = [about - WINDOW + each.start() for each in re.finditer(r"\s", text[about - WINDOW : about])]
+    for place in [*reversed(blanks), *range(about, about - TRIES, -1)]:
+        left, right = text[place - WINDOW : place], text[place : place + WINDOW]
+        whole, first, second, without = encode_plain(tokenizer, [left + right, left, right, right[1:]])
+        if first + second == whole:
+            return place, place
+        if right[:1].isspace() and first + without == whole:
+            return place, place + 1
+    return about, about
+
+
+def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern | None:
+    """Return what finds a special token that is spelled in a text."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    spelled = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, spelled))) if spelled else None
