@@ -32,7 +32,7 @@ _PLAIN = ("predict", "generate", "export", "adapt", "sweep", "tune", "evaluate",
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for the user's mistakes, 130 after Ctrl-C."""
+    """Run one command and return its exit code: 0, 2 for the user's mistakes, 130 after Ctrl-C, 143 after SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         _command(command)(arguments)
     except KeyboardInterrupt as interrupt:
         print(f"lskip {command}: interrupted{interrupt}", file=sys.stderr)
-        return 130
+        return getattr(interrupt, "exit_code", 130)
     except BrokenPipeError:
         # The reader of our output has gone (`lskip generate … | head`): nothing is left to do or to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lskip.accumulation import AccumulatedTokens
+from lskip.callbacks.finite_steps import FiniteSteps
+from lskip.callbacks.training_log import TrainingLog
 from lskip.checkpoint import pack_model, random_state, restore_random_state
 from lskip.checks import check_real
 from lskip.decoder import Decoder
 from lskip.exit_rows import ExitRows, sampled_positions
+from lskip.finite import check_finite_weights
 from lskip.layer_dropout import draw_dropped, run_kept_rows
 from lskip.layer_vector import LayerVector
 from lskip.lessons import Lessons
 from lskip.losses import head_loss
 from lskip.low_rank import LowRank
-from lskip.optimization import WarmupCosine, clip_gradients, parameter_groups
+from lskip.optimization import WarmupCosine, clip_gradients, gradient_norm, parameter_groups
 from lskip.pretrained import load_model
 from lskip.readout import Readout, read_exits, scored_positions
 from lskip.targets import ExitTarget, Labels
@@ -56,6 +59,7 @@ class LayerSkipModule(LightningModule):
         low_rank: LowRank trains thin factors in the first blocks and freezes all else; null: the whole model trains.
         exit_heads: give each exit but the last an affine map of its own before the shared norm and head (DeeBERT).
         learned_exit: train a judge of the exits beside them, by which LearnedExit stops (BERxiT).
+        not_finite: a step whose loss or gradient is NaN or infinite ends the run (stop) or changes nothing (skip).
         gradient_checkpointing: keep only the input of each block for backward and run the block again there: less
             memory for one more forward pass of the blocks, the same gradients.
         seed: of layer dropout and of the sampled positions.
@@ -78,6 +82,7 @@ class LayerSkipModule(LightningModule):
         low_rank: LowRank | None = None,
         exit_heads: bool = False,
         learned_exit: bool = False,
+        not_finite: Literal["stop", "skip"] = "stop",
         gradient_checkpointing: bool = False,
         seed: int = 0,
     ):
@@ -91,6 +96,8 @@ class LayerSkipModule(LightningModule):
         source = model
         if not isinstance(model, PreTrainedModel):
             model, tokenizer = _load(model, tokenizer)
+        check_finite_weights(model)
+        self.finite_steps = FiniteSteps(not_finite)
         self.lessons = Lessons(model, exit_target, anchor_weight)
         self.low_rank = low_rank
         if low_rank is not None:
@@ -241,35 +248,19 @@ class LayerSkipModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        clip_gradients(self.trainer, optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.gradient_norm = gradient_norm(self.trainer, self, optimizer)
+        if self.finite_steps.admits(self.trainer, self, self.gradient_norm):
+            clip_gradients(self.trainer, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    # What the log shows of the vectors and the speed.
+    def configure_callbacks(self) -> list[Callback]:
+        return [self.finite_steps, TrainingLog()]
+
+    # Setting up, saving and resuming.
 
     def on_train_start(self) -> None:
         if self._resumed_random_state is not None:
             restore_random_state(self._resumed_random_state)
         self._accumulated = AccumulatedTokens()
-        self._tokens, self._since, self._logged_step = 0, time.perf_counter(), self.trainer.global_step
-
-    def on_train_batch_end(self, outputs, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.drop_rates.count_step()
-        self.exit_weights.count_step()
-        self._tokens += batch["input_ids"].numel() * self.trainer.world_size
-        every, step = self.trainer.log_every_n_steps, self.trainer.global_step
-        if every and step % every == 0 and step != self._logged_step:
-            self._log_means()
-            self._logged_step = step
-
-    def _log_means(self) -> None:
-        values = {"train/tokens_per_second": self._tokens / (time.perf_counter() - self._since)}
-        for name, vector in (("drop_rate", self.drop_rates), ("exit_weight", self.exit_weights)):
-            for layer, mean in enumerate(vector.take_mean(), start=1):
-                values[f"train/{name}/layer_{layer:02d}"] = mean
-        for logger in self.trainer.loggers:
-            logger.log_metrics(values, step=self.trainer.global_step)
-        self._tokens, self._since = 0, time.perf_counter()
-
-    # Setting up, saving and resuming.
 
     def setup(self, stage: str) -> None:
         self.drop_rates.reset()
@@ -292,7 +283,8 @@ class LayerSkipModule(LightningModule):
         checkpoint["lskip"] = pack_model(self.model, self.tokenizer)
         if self.low_rank is not None:
             checkpoint["lskip"]["low_rank_scale"] = self.low_rank.scale
-        checkpoint["random_state"] = random_state()
+        checkpoint.setdefault("random_state", random_state())
+        self.finite_steps.check_saved(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self._resumed_random_state = checkpoint.get("random_state")

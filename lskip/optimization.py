@@ -7,7 +7,7 @@ import math
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -21,6 +21,15 @@ def parameter_groups(module: nn.Module) -> list[dict]:
     vectors = [parameter for parameter in trained if parameter.ndim <= 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def gradient_norm(trainer: Trainer, module: nn.Module, optimizer: Optimizer) -> Tensor:
+    """Return the norm of all gradients together, without waiting for the device."""
+    norm = nn.utils.get_total_norm([part.grad for part in module.parameters() if part.grad is not None])
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        norm = norm / scaler.get_scale()  # a fused optimizer takes the scale off in its step
+    return norm
 
 
 def clip_gradients(trainer: Trainer, optimizer: Optimizer, value: float | None, algorithm: str | None) -> None:

@@ -21,6 +21,7 @@ from lskip.callbacks.run_hparams import RunHparams
 from lskip.curricula import ExitCurriculum
 from lskip.data import TextData
 from lskip.evaluation.run_settings import run_settings
+from lskip.interrupts import ended_by_sigterm
 from lskip.module import LayerSkipModule
 from lskip.output_files import make_writable
 from lskip.pretrained import LAST_CHECKPOINT, make_config, read_checkpoint
@@ -48,7 +49,8 @@ _CHOICES = {
 def run_training(arguments: list[str]) -> None:
     """Run `fit`, `validate` or `test`: the first argument says which."""
     quiet_lightning()
-    LayerSkipCLI(arguments)
+    with ended_by_sigterm(" by SIGTERM before it began; nothing is lost"):
+        LayerSkipCLI(arguments)
 
 
 class LayerSkipCLI(LightningCLI):
