@@ -14,6 +14,16 @@ from lskip.data.cache import cached_folder
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # every byte, and the end of text
 TRAINING_CHARACTERS = 32_000_000  # more text changes the merges little and takes minutes
+# What normalizers, pre-tokenizers and post-processors cut in different ways.
+PROBES = (
+    "a",
+    " a",
+    "a  b",
+    "x = 2024;\n\n\tif y:\n    pass",
+    "don't SAY Caf\u00e9 e\u0301 \ufb01",
+    "你好, мир! \U0001f30d",
+    "",
+)
 
 
 def trained_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> PreTrainedTokenizerFast:
@@ -74,3 +84,38 @@ def vocabulary_and_rules(tokenizer: PreTrainedTokenizerBase) -> str:
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return repr([(path.name, path.read_bytes()) for path in sorted(Path(folder).iterdir())])
+
+
+def same_tokens(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
+    """Return what makes `a` and `b` write different tokens for some text, in a few words; None where nothing does.
+
+    Padding and chat templates are not compared: neither changes the tokens of a text.
+    """
+    special = [tuple(getattr(each, name) for name in ("bos_token", "eos_token")) for each in (a, b)]
+    if vocabulary_and_rules(a) == vocabulary_and_rules(b) and special[0] == special[1]:
+        return None
+    if len(a) != len(b):
+        return f"{len(a)} entries against {len(b)}"
+    differing = sorted(set(a.get_vocab().items()) ^ set(b.get_vocab().items()), key=lambda entry: entry[1])
+    if differing:
+        place = differing[0][1]
+        texts = [each.convert_ids_to_tokens(place) for each in (a, b)]
+        return f"entry {place} is {texts[0]!r} against {texts[1]!r}"
+    for name, first, second in zip(("bos_token", "eos_token"), *special, strict=True):
+        if first != second:
+            return f"{name} {first!r} against {second!r}"
+    if set(a.all_special_tokens) != set(b.all_special_tokens):
+        return f"special tokens {a.all_special_tokens} against {b.all_special_tokens}"
+    if a.is_fast and b.is_fast and merges_of(a) != merges_of(b):
+        return "other merges"
+    return next(filter(None, (differs_on(text, a, b) for text in PROBES)), None)
+
+
+def merges_of(tokenizer: PreTrainedTokenizerBase) -> list | None:
+    """Return the merges of a fast tokenizer's BPE; None for other models."""
+    return json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges")
+
+
+def differs_on(text: str, a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
+    first, second = (each(text, verbose=False).input_ids for each in (a, b))
+    return None if first == second else f"{text!r} becomes {first[:8]} against {second[:8]}"
