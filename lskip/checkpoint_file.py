@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -76,11 +75,3 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob("*.partial"):
         if path.is_file():
             path.unlink()
-
-
-def check_room(folder: Path, num_bytes: int, field: str) -> None:
-    """ValueError where `folder`, which must exist, has not so much room on its disk."""
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        sizes = f"{num_bytes / 2**20:.0f} MiB at least, and {free / 2**20:.0f} MiB are free"
-        raise ValueError(f"{field}: '{folder}' has no room for a checkpoint, which takes {sizes}")

@@ -1,0 +1,102 @@
+"""What Lightning's Trainer would take in silence, or refuse with a traceback, refused before anything is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lskip.callbacks.layer_metrics import LayerMetrics
+
+Rule = tuple[str, Callable[[Any], bool]]
+
+
+def _whole_from(lowest: int, but: int | None = None) -> Rule:
+    also = "" if but is None else f", or {but}"
+    return (
+        f"a whole number from {lowest} up{also}",
+        lambda value: _is_whole(value) and (value >= lowest or value == but),
+    )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _amount(lowest: int) -> Rule:
+    """So many batches, or a share of them."""
+    return (
+        f"a whole number from {lowest} up, or a share above {'' if lowest else 'or at '}0 and at most 1",
+        lambda value: value >= lowest if _is_whole(value) else (0 < value <= 1 or (value == 0 and not lowest)),
+    )
+
+
+_FROM_0: Rule = ("a number from 0 up", lambda value: isinstance(value, Real) and 0 <= value < math.inf)
+RULES: dict[str, Rule] = {
+    "max_steps": _whole_from(1, -1),
+    "max_epochs": _whole_from(1, -1),
+    "min_steps": _whole_from(0),
+    "min_epochs": _whole_from(0),
+    "accumulate_grad_batches": _whole_from(1),
+    "gradient_clip_val": _FROM_0,
+    "log_every_n_steps": _whole_from(0),
+    "check_val_every_n_epoch": _whole_from(1),
+    "num_sanity_val_steps": _whole_from(0, -1),
+    "num_nodes": _whole_from(1),
+    "reload_dataloaders_every_n_epochs": _whole_from(0),
+    "limit_train_batches": _amount(1),
+    "limit_val_batches": _amount(0),
+    "limit_test_batches": _amount(0),
+    "limit_predict_batches": _amount(0),
+    "overfit_batches": _amount(0),
+    "val_check_interval": _amount(1),
+}
+
+
+def check_trainer(settings: Mapping[str, Any]) -> None:
+    """ValueError, which names the field and what is allowed, for a number that no training can be meant by.
+
+    Args:
+        settings: the Trainer's arguments; null where its own default holds.
+    """
+    for name, (allowed, holds) in RULES.items():
+        value = settings.get(name)
+        if value is None or (name == "val_check_interval" and isinstance(value, str | dict)):
+            continue  # a time
+        if not holds(value):
+            raise ValueError(f"trainer.{name}: {value!r} is not {allowed}")
+
+
+def check_monitors(trainer: Trainer, module: LightningModule) -> None:
+    """ValueError where a callback watches a number that nothing is going to measure."""
+    watching = [each for each in trainer.callbacks if isinstance(getattr(each, "monitor", None), str)]
+    known = _logged(trainer, module)
+    for callback in watching:
+        name, split = callback.monitor, callback.monitor.partition("/")[0]
+        where = f"trainer.callbacks: {type(callback).__name__} watches {name!r}, but"
+        if split == "val" and trainer.limit_val_batches == 0:
+            raise ValueError(f"{where} trainer.limit_val_batches is 0")
+        if name not in known and not any(_may_log(each) for each in trainer.callbacks):
+            raise ValueError(f"{where} there are only {_shortened(known)}")
+
+
+def _logged(trainer: Trainer, module: LightningModule) -> list[str]:
+    layers = [f"layer_{layer:02d}" for layer in range(1, module.decoder.num_layers + 1)]
+    names = ["train/loss", "train/loss_last_layer", "val/loss"]
+    if any(isinstance(each, LayerMetrics) for each in trainer.callbacks):
+        names += ["val/layers_needed", *(f"val/{kind}/{layer}" for kind in ("ppl", "agreement") for layer in layers)]
+    return names
+
+
+def _may_log(callback: Callback) -> bool:
+    """Whether it is of somebody else's, who may measure what we do not know."""
+    return not type(callback).__module__.startswith(("lskip.", "lightning."))
+
+
+def _shortened(names: list[str]) -> str:
+    shown = [name for name in names if not name.startswith(("val/ppl", "val/agreement"))]
+    more = [name for name in names if name not in shown]
+    return ", ".join([*shown, *([f"{more[0]} … {more[-1]}"] if more else [])])
