@@ -76,7 +76,7 @@ class FiniteSteps(Callback):
     def check(self, trainer: Trainer) -> None:
         """ValueError where a step so far was not finite, and was not left out."""
         if self.not_finite == "stop" and self._first is not None and self._found(trainer):
-            raise ValueError(f"{self._where()}; the checkpoint before it stays: {ADVICE}")
+            raise ValueError(f"{self._where()}; what was saved before it stays: {ADVICE}")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         every = trainer.log_every_n_steps
@@ -97,4 +97,4 @@ class FiniteSteps(Callback):
         for name, part in parts.items():
             if trainer.strategy.reduce_boolean_decision(not all_finite(part), all=False):
                 where = f"after step {trainer.global_step} the {name} is NaN or infinite"
-                raise ValueError(f"not_finite: {where}; the checkpoint before it stays: {ADVICE}")
+                raise ValueError(f"not_finite: {where}; what was saved before it stays: {ADVICE}")

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from lskip.adapter_drafts import drafted_at, report, unrolled_states
 from lskip.callbacks.finite_steps import FiniteSteps
+from lskip.callbacks.resumed_settings import ResumedSettings
 from lskip.exit_adapter import ExitAdapter
 from lskip.losses import rows_at_once
 from lskip.optimization import WarmupCosine
@@ -171,7 +172,7 @@ class AdapterModule(LightningModule):
         self.log("train/gradient_norm", norm)
 
     def configure_callbacks(self) -> list[Callback]:
-        return [self.finite_steps]
+        return [self.finite_steps, ResumedSettings()]
 
     # A checkpoint goes with one adapter; its words are no part of the weights.
 

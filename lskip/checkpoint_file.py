@@ -71,7 +71,8 @@ def partial_of(path: Path) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed runs have left of checkpoints in `folder`. Nobody else may be writing there."""
-    for path in folder.glob("*.partial"):
-        if path.is_file():
-            path.unlink()
+    """Delete what a killed run has left half written in `folder`. Nobody else may be writing there."""
+    for pattern in (".*.partial", "last.partial"):  # the second as older versions named it
+        for path in folder.glob(pattern):
+            if path.is_file():
+                path.unlink()

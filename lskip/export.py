@@ -16,6 +16,7 @@ from lskip import gguf_file
 from lskip.checks import check_whole
 from lskip.decoder import Decoder
 from lskip.families import family_of
+from lskip.finite import check_finite_weights
 from lskip.model_card import NUM_SPECULATIONS, model_card
 from lskip.pretrained import find_source, load_config, load_model, load_tokenizer
 from lskip.trained_exits import load_trained_exits
@@ -59,6 +60,7 @@ def export(
         _check_drafts(config, exit_layer, num_speculations, draft)
         source = _check_gguf(model, config) if gguf else None
         loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
+        check_finite_weights(loaded)
         _set_drafts(loaded.generation_config, exit_layer, num_speculations, draft)
         parts = {folder.name: (loaded, partial)}
         if draft is not None:

@@ -72,6 +72,8 @@ class WarmupCosine(LRScheduler):
         if not 0 <= final <= 1:
             raise ValueError(f"final: {final} is not between 0 and 1")
         check_whole("stages", stages, 1)
+        if total_steps is not None:
+            check_whole("total_steps", total_steps, 1)
         self.stages = stages
         self.warmup_steps = warmup_steps
         self.final = final

@@ -87,7 +87,7 @@ def _refused(error: Exception) -> str:
     for words, (field, allowed) in _ALLOWED.items():
         if value and words in text.lower():
             return f".{field}: {value[1]} is not {allowed}"
-    return f": {text}"
+    return f".{text}" if re.match(r"\w+: ", text) else f": {text}"
 
 
 def _numbers(optimizer: Optimizer) -> Iterator[tuple[str, float]]:

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 
-from lskip.checkpoint_file import partial_of
+from lskip.checkpoint_file import partial_of, remove_leftovers
 from lskip.output_files import make_writable, only_writer
 from lskip.pretrained import LAST_CHECKPOINT
 
@@ -36,6 +36,8 @@ def run_place(folder: Path, locked: Path) -> Iterator[None]:
     make_writable(folder, "run_folder")
     try:
         with only_writer(locked, "run_folder") if first else nullcontext():
+            if first:
+                remove_leftovers(folder)
             yield
     except BaseException:
         if made and not (folder / CONFIG_FILE).exists():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 
 from lskip.callbacks.layer_metrics import LayerMetrics
 
@@ -26,14 +28,26 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _amount(lowest: int) -> Rule:
-    """So many batches, or a share of them."""
-    return (
-        f"a whole number from {lowest} up, or a share above {'' if lowest else 'or at '}0 and at most 1",
-        lambda value: value >= lowest if _is_whole(value) else (0 < value <= 1 or (value == 0 and not lowest)),
-    )
+def _is_some(value: Any) -> bool:
+    return value >= 1 if _is_whole(value) else 0 < value <= 1
 
 
+def _is_device(value: Any) -> bool:
+    """As Lightning takes it: how many, which of them, or auto."""
+    if isinstance(value, list | tuple):
+        return bool(value) and all(_is_whole(each) and each >= 0 for each in value)
+    return value == "auto" or bool(re.fullmatch(r"-1|[1-9]\d*|\d+(, *\d+)+", str(value)))
+
+
+def _is_time(value: Any) -> bool:
+    """Above nothing; whether it is a time at all Lightning says."""
+    if isinstance(value, dict):
+        return any(part > 0 for part in value.values())
+    return not isinstance(value, str) or re.fullmatch(r"[0:]+", value) is None
+
+
+_SOME: Rule = ("a whole number from 1 up, or a share above 0 and at most 1", _is_some)
+_SOME_OR_NONE: Rule = ("a whole number from 0 up, or a share from 0 to 1", lambda value: value == 0 or _is_some(value))
 _FROM_0: Rule = ("a number from 0 up", lambda value: isinstance(value, Real) and 0 <= value < math.inf)
 RULES: dict[str, Rule] = {
     "max_steps": _whole_from(1, -1),
@@ -47,12 +61,20 @@ RULES: dict[str, Rule] = {
     "num_sanity_val_steps": _whole_from(0, -1),
     "num_nodes": _whole_from(1),
     "reload_dataloaders_every_n_epochs": _whole_from(0),
-    "limit_train_batches": _amount(1),
-    "limit_val_batches": _amount(0),
-    "limit_test_batches": _amount(0),
-    "limit_predict_batches": _amount(0),
-    "overfit_batches": _amount(0),
-    "val_check_interval": _amount(1),
+    "fast_dev_run": (
+        "true, false or a whole number from 0 up",
+        lambda value: isinstance(value, bool) or (_is_whole(value) and value >= 0),
+    ),
+    "limit_train_batches": _SOME,
+    "limit_val_batches": _SOME_OR_NONE,
+    "limit_test_batches": _SOME_OR_NONE,
+    "limit_predict_batches": _SOME_OR_NONE,
+    "overfit_batches": _SOME_OR_NONE,
+    "val_check_interval": _SOME,
+    "max_time": ("a time above 0 as DD:HH:MM:SS", _is_time),
+    "devices": ("a number of devices, -1 (all), auto, or a list of them", _is_device),
+    "gradient_clip_algorithm": ("one of norm, value", lambda value: value in ("norm", "value")),
+    "barebones": ("false, as a run has a log and a checkpoint", lambda value: not value),
 }
 
 
@@ -71,11 +93,14 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
 
 
 def check_monitors(trainer: Trainer, module: LightningModule) -> None:
-    """ValueError where a callback watches a number that nothing is going to measure."""
+    """ValueError where a callback watches a number that nothing measures; others look when there is a new one."""
     watching = [each for each in trainer.callbacks if isinstance(getattr(each, "monitor", None), str)]
     known = _logged(trainer, module)
     for callback in watching:
         name, split = callback.monitor, callback.monitor.partition("/")[0]
+        if isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end is None:
+            # What validation measures is not there yet where training ends before the first.
+            callback._check_on_train_epoch_end = split != "val"
         where = f"trainer.callbacks: {type(callback).__name__} watches {name!r}, but"
         if split == "val" and trainer.limit_val_batches == 0:
             raise ValueError(f"{where} trainer.limit_val_batches is 0")

@@ -42,8 +42,9 @@ def interruptible(trainer: Trainer, checkpoint: Path, flag: str) -> Iterator[Non
 
 
 def _after(step: int, checkpoint: Path, flag: str) -> str:
+    place = f"after step {step}" if step else "before the first step"
     if not checkpoint.is_file():
-        return f" after step {step}; nothing was saved yet"
+        return f" {place}; nothing was saved yet"
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
     which = "which is saved" if saved == step else f"saved is step {saved}"
-    return f" after step {step}, {which}; go on with the same command and {flag}"
+    return f" {place}, {which}; go on with the same command and {flag}"

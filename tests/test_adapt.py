@@ -1,6 +1,7 @@
 """`lskip adapt`: it learns, its model stays, a stopped training goes on, and what it refuses."""
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -181,3 +182,19 @@ def test_the_states_are_those_of_a_model_loaded_in_that_type(run, frozen, monkey
 def test_training_ends_when_its_time_is_up(run):
     metrics = json.loads((run("out", max_steps=None, max_minutes=0.02) / "metrics.json").read_text())
     assert 1.2 <= metrics["seconds"] < 10 and metrics["steps"] > 1
+
+
+@pytest.mark.kind("K8 what is not finite", "B40")
+def test_what_is_not_finite_is_not_kept(run, monkeypatch, tmp_path):
+    """Neither as a checkpoint nor as the adapter, which a validation had saved before."""
+    step = AdapterModule.training_step
+
+    def spoilt(module, batch, batch_idx):
+        return step(module, batch, batch_idx) * (math.nan if module.global_step == 12 else 1)
+
+    monkeypatch.setattr(AdapterModule, "training_step", spoilt)
+    with pytest.raises(ValueError, match=r"not_finite: in step 13 \(batch 13"):
+        run("out")
+    folder = tmp_path / "out"
+    assert torch.load(folder / CHECKPOINT, weights_only=True)["global_step"] == 10
+    assert all(part.isfinite().all() for part in load_file(folder / "adapter.safetensors").values())
