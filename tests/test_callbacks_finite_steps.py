@@ -94,7 +94,7 @@ def test_the_run_stops_and_the_checkpoint_before_stays(tiny_model, tmp_path, how
 @pytest.mark.parametrize("every", [1, 200])
 def test_a_rate_beyond_measure(tiny_model, tmp_path, every):
     module = LayerSkipModule(tiny_model(), optimizer=partial(torch.optim.AdamW, lr=1e30), lr_scheduler=None)
-    with pytest.raises(ValueError, match="not_finite: in step 2 .batch 2 "):
+    with pytest.raises(ValueError, match=r"not_finite: in step 2 .batch 2 "):
         train(module, tmp_path, every=every)
     assert (tmp_path / "last.ckpt").exists() == (every == 1)
     if every == 1:
@@ -139,7 +139,7 @@ def test_skipping_drops_the_whole_accumulated_step_and_counts_it(tiny_model, tmp
 @pytest.mark.kind(KIND)
 def test_a_run_that_only_skips_ends(tiny_model, tmp_path):
     module = LayerSkipModule(tiny_model(), not_finite="skip", **PLAIN)
-    with pytest.raises(ValueError, match="not_finite: in step 20 .*as in the 19 steps before it"):
+    with pytest.raises(ValueError, match=r"not_finite: in step 20 .*as in the 19 steps before it"):
         train(module, tmp_path, Spoil(set(range(99)), "loss is NaN"), count=99, max_steps=99, every=200)
 
 

@@ -73,7 +73,7 @@ def test_whatever_the_disk_says(path, monkeypatch, call, kind, said):
 
 @pytest.mark.kind(KIND)
 def test_where_there_was_none_none_is_spoken_of(tmp_path, no_file_above_64_kib):
-    with pytest.raises(ValueError, match="too large.$"):
+    with pytest.raises(ValueError, match=r"too large.$"):
         write(tmp_path / "last.ckpt", 2.0)
     assert not list(tmp_path.iterdir())
 

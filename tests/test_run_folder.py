@@ -258,7 +258,7 @@ def test_a_signal_ends_a_run_and_the_message_is_true(run, raised, tmp_path, stop
 def test_what_is_saved_within_a_validation_goes_on_as_if_nothing_had_been(run, raised, tmp_path, monkeypatch):
     """Also in the middle of an accumulated step, with dropout in the model: its micro-batches are drawn once more."""
     settings = (
-        *("--model.attention_dropout=0.2", "--trainer.accumulate_grad_batches=3", "--trainer.max_steps=6"),
+        *("--model.attention_dropout=0.2", "--trainer.accumulate_grad_batches=3", "--trainer.max_steps=3"),
         *("--trainer.val_check_interval=5", "--trainer.check_val_every_n_epoch=null", "--lr_scheduler.warmup_steps=2"),
         "--trainer.num_sanity_val_steps=0",
     )
