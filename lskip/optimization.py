@@ -23,9 +23,10 @@ def parameter_groups(module: nn.Module) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def gradient_norm(trainer: Trainer, module: nn.Module, optimizer: Optimizer) -> Tensor:
+def gradient_norm(trainer: Trainer, optimizer: Optimizer) -> Tensor:
     """Return the norm of all gradients together, without waiting for the device."""
-    norm = nn.utils.get_total_norm([part.grad for part in module.parameters() if part.grad is not None])
+    trained = [part for group in optimizer.param_groups for part in group["params"]]
+    norm = nn.utils.get_total_norm([part.grad for part in trained if part.grad is not None])
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         norm = norm / scaler.get_scale()  # a fused optimizer takes the scale off in its step

@@ -73,7 +73,7 @@ class RunModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        self.gradient_norm = gradient_norm(self.trainer, self, optimizer)
+        self.gradient_norm = gradient_norm(self.trainer, optimizer)
         if self.finite_steps.admits(self.trainer, self, self.gradient_norm):
             clip_gradients(self.trainer, optimizer, gradient_clip_val, gradient_clip_algorithm)
 

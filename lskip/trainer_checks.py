@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
@@ -125,3 +126,14 @@ def _shortened(names: list[str]) -> str:
     shown = [name for name in names if not name.startswith(("val/ppl", "val/agreement"))]
     more = [name for name in names if name not in shown]
     return ", ".join([*shown, *([f"{more[0]} … {more[-1]}"] if more else [])])
+
+
+@contextmanager
+def watched_is_measured() -> Iterator[None]:
+    """Around Trainer.fit: ValueError for what check_monitors cannot know: somebody's own callback may measure too."""
+    try:
+        yield
+    except RuntimeError as error:  # EarlyStopping's
+        if "conditioned on metric" not in str(error):
+            raise
+        raise ValueError(f"trainer.callbacks: {error}") from error

@@ -36,7 +36,7 @@ from lskip.run_folder import RunConfig, check_room, refuse_existing_run, run_pla
 from lskip.run_logger import RunLogger
 from lskip.schedules import Schedule
 from lskip.targets import ExitTarget
-from lskip.trainer_checks import check_monitors, check_trainer
+from lskip.trainer_checks import check_monitors, check_trainer, watched_is_measured
 from lskip.trainer_manners import interruptible, quiet_lightning
 from lskip.usage_errors import explain, innermost
 
@@ -248,7 +248,7 @@ class LayerSkipCLI(LightningCLI):
         """Trainer.fit, and how to go on after Ctrl-C."""
         if self.resumed is not None and self.trainer.is_global_zero:
             print(goes_on(self.resumed["global_step"], self.changes, self.trainer.max_steps))
-        with interruptible(self.trainer, self.folder / LAST_CHECKPOINT, "--ckpt_path last"):
+        with interruptible(self.trainer, self.folder / LAST_CHECKPOINT, "--ckpt_path last"), watched_is_measured():
             self.trainer.fit(model, **arguments)
 
 
