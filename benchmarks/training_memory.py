@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows, left_out = [], []
     for name, option in OPTIONS.items():
         if option.package is not None and find_spec(option.package) is None:
-            left_out.append(f"{name}: needs {option.package} (pip install 'lskip[memory]')")
+            left_out.append(f"{name}: needs {option.package} (pip install bitsandbytes)")
             continue
         rows.append(measure(name, options))
         print(rows[-1], flush=True)  # a long run that is cut short has said what it knows

@@ -1,7 +1,23 @@
 """lskip: LayerSkip for decoder language models (arXiv 2404.16710)."""
 
-from pathlib import Path
+import os
+import sys
+from importlib.machinery import PathFinder
 
-# A wheel ships callbacks/ and configs/ inside this package; in a checkout they sit beside it.
-if not (Path(__file__).parent / "callbacks").is_dir():
-    __path__.append(str(Path(__file__).parent.parent))
+__version__ = "0.1.0"
+
+
+class _BesideThePackage:
+    """Finds lskip.callbacks and lskip.configs in a checkout, where they are folders beside this one.
+
+    Nothing else that lies there becomes a part of lskip.
+    """
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return PathFinder.find_spec(name, [os.path.dirname(__path__[0])]) if name in _OUTSIDE else None
+
+
+_OUTSIDE = ("lskip.callbacks", "lskip.configs")
+if not os.path.isdir(f"{__path__[0]}/callbacks"):  # a wheel has them inside
+    sys.meta_path.insert(0, _BesideThePackage)

@@ -2,6 +2,11 @@
 
 import sys
 
-from lskip.cli import main
+if __name__ == "__main__":
+    if not sys.flags.safe_path:
+        # Python puts the working directory in front: a yaml.py there would stand in for PyYAML.
+        del sys.path[0]
 
-sys.exit(main())
+    from lskip.cli import main
+
+    sys.exit(main())

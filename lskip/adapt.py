@@ -36,6 +36,7 @@ from lskip.exit_adapter import (
 from lskip.inference.loading import resolve_device
 from lskip.output_files import make_writable, write_json
 from lskip.pretrained import load_model
+from lskip.step_bar import StepBar
 from lskip.trainer_manners import interruptible, quiet_lightning
 
 METRICS_FILE = "metrics.json"
@@ -188,7 +189,8 @@ def save_atomically(adapter: ExitAdapter, folder: Path) -> None:
 def _trainer(folder: Path, training: AdapterTraining, timer: TimeBudget, place: torch.device, resume: bool) -> Trainer:
     quiet_lightning()
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # as it is meant to be
-    callbacks = [timer, SavedAdapter(folder), RunCheckpoint(folder / CHECKPOINT.parent, training.checkpoint_every)]
+    checkpoint = RunCheckpoint(folder / CHECKPOINT.parent, training.checkpoint_every)
+    callbacks = [timer, SavedAdapter(folder), checkpoint, StepBar()]
     if training.ema is not None:
         callbacks.append(AveragedWeights(training.ema, training.warmup_steps, place))
     # What an interrupted run logged beyond its last checkpoint is hidden, since it is logged anew.
@@ -245,3 +247,4 @@ def _finish(folder: Path, module: AdapterModule, metrics: dict) -> None:
     rounds = ", ".join(f"{value:.2f} at d = {d}" for d, value in metrics["tokens_per_round"].items())
     print(f"draft_agreement {metrics['draft_agreement']:.3f} (by draft step: {steps})")
     print(f"tokens_per_round {rounds}, on {metrics['answers']['held_out']} held-out answers")
+    print(f"adapter: {folder}")

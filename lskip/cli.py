@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
+from lskip import __version__
 from lskip.user_errors import is_users_mistake, one_line
 
 HELP = """usage: lskip COMMAND [options]
@@ -23,50 +27,131 @@ HELP = """usage: lskip COMMAND [options]
   export     a run as a transformers folder, its draft, and GGUF files
   evaluate   every exit on the tasks of lm-eval-harness
   compare    runs side by side, and their perplexity by depth
+  configs    the configs that come with lskip: a list, a copy
 
 `lskip COMMAND --help` shows the options, `lskip fit … --print_config` the whole configuration.
-Set LSKIP_TRACEBACK=1 to see where an error comes from.
+`lskip --version` says which this is. Set LSKIP_TRACEBACK=1 to see where an error comes from.
 """
 _TRAINING = ("fit", "validate", "test")
 _PLAIN = ("predict", "generate", "export", "adapt", "sweep", "tune", "evaluate", "compare", "inspect")
+COMMANDS = (*_TRAINING, *_PLAIN, "configs")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for the user's mistakes, 130 after Ctrl-C, 143 after SIGTERM."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    """Run one command and return its exit code: 0, 2 for the user's mistakes, 130 after Ctrl-C, 143 after SIGTERM.
+
+    Args:
+        arguments: of the command line; None: those of this process, which then ends with the command.
+    """
+    of_process = arguments is None
+    arguments = sys.argv[1:] if of_process else list(arguments)
+    _open_closed_streams()
+    try:
+        code = _outcome(arguments, of_process)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130  # a second Ctrl-C, while the first was told of
+    except OSError as error:
+        code = _complain_of_output(error)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Told already; at the end of the process Python would try, and tell, again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def _outcome(arguments: list[str], of_process: bool) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0 if arguments else 2
     command = arguments[0]
-    if command not in _TRAINING + _PLAIN:
-        print(f"lskip: error: {command!r} is not one of {', '.join(_TRAINING + _PLAIN)}", file=sys.stderr)
-        return 2
+    if command == "--version":
+        print(f"lskip {__version__}")
+        return 0
+    if command not in COMMANDS:
+        return _complain("", f"{command!r} is not one of {', '.join(COMMANDS)}{_hint(command)}")
     _be_quiet()
     try:
-        _command(command)(arguments)
+        _check_text(arguments)
+        run = _command(command)
+        with _own_modules():
+            run(arguments)
     except KeyboardInterrupt as interrupt:
-        print(f"lskip {command}: interrupted{interrupt}", file=sys.stderr)
+        if of_process:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience changes nothing from here on
+        _complain(command, f"interrupted{interrupt}", "")
         return getattr(interrupt, "exit_code", 130)
     except BrokenPipeError:
-        # The reader of our output has gone (`lskip generate … | head`): nothing is left to do or to say.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except Exception as error:
+        raise
+    except BaseException as error:  # some libraries' errors are no Exception
         if os.environ.get("LSKIP_TRACEBACK") == "1" or not is_users_mistake(error):
             raise
-        print(f"lskip {command}: error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return _complain(command, one_line(error))
     return 0
 
 
+def _complain(command: str, sentence: str, kind: str = "error: ") -> int:
+    with suppress(OSError):
+        print(f"{f'lskip {command}'.rstrip()}: {kind}{sentence}", file=sys.stderr)
+    return 2
+
+
+def _hint(command: str) -> str:
+    close = difflib.get_close_matches(command, COMMANDS, 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _check_text(arguments: list[str]) -> None:
+    for argument in arguments:
+        if "\0" in argument or any("\ud800" <= character <= "\udfff" for character in argument):
+            raise ValueError(f"{argument.partition('=')[0]!r}: not UTF-8 text, or with a NUL in it")
+
+
 def _command(name: str) -> Callable[[list[str]], None]:
+    """Return the function that runs a command. With it come the libraries that it needs."""
+    if name == "configs":
+        from lskip.shipped_configs import run_configs
+
+        return run_configs
     if name in _TRAINING:
         from lskip.training_cli import run_training
 
         return run_training
-    from lskip.commands import run_command
+    from lskip.commands import command_named, run_command
 
+    command_named(name)
     return run_command
+
+
+@contextmanager
+def _own_modules() -> Iterator[None]:
+    """Let classes be named by the modules of the working directory.
+
+    It comes last, after the libraries have been imported: what a stranger has put there stands in for none of them.
+    """
+    folder = os.path.abspath(os.curdir)
+    known = folder in sys.path
+    if not known:
+        sys.path.append(folder)
+    try:
+        yield
+    finally:
+        if not known:
+            sys.path.remove(folder)
+
+
+def _open_closed_streams() -> None:
+    # `lskip … >&-`: libraries write to what is then None.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+
+
+def _complain_of_output(error: OSError) -> int:
+    if isinstance(error, BrokenPipeError):
+        return 141  # the reader has gone (`lskip generate … | head`): nothing is left to do or to say
+    return _complain("", f"standard output: {error.strerror}")
 
 
 def _be_quiet() -> None:

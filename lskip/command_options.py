@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from lskip.inference import GenerationSettings, TextGenerator, load_generator
@@ -44,7 +45,9 @@ class LoadingOptions:
     exit_adapter: str | None = None
 
     def load(self, batch_size: int = 1) -> TextGenerator:
-        """For so many texts at a time. ValueError, FileNotFoundError: as load_generator."""
+        """For so many texts at a time. ValueError, OSError: as load_generator, or a costs_file that can be none."""
+        if self.costs_file is not None and Path(self.costs_file).is_dir():
+            raise IsADirectoryError(f"costs_file: '{self.costs_file}' is a folder, not a JSON file")
         return load_generator(**vars(self), batch_size=batch_size)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from importlib import import_module
@@ -10,12 +9,15 @@ from inspect import signature
 from typing import get_type_hints
 
 from docstring_parser import parse as parse_docstring
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ArgumentParser
 
+from lskip.config_files import CONFIG_HELP, ConfigFile, bound_yaml
 from lskip.evaluation.tasks import Task
 from lskip.inference.drafting import DraftPolicy
 from lskip.inference.exits import ExitCriterion
-from lskip.usage_errors import explain, innermost
+from lskip.named_classes import restrict_imports
+from lskip.option_parsing import parse_options
+from lskip.usage_errors import innermost
 
 # Where a command's function is; imported when it runs, since some bring Lightning and others must not wait for it.
 MODULES = {
@@ -38,9 +40,11 @@ def run_command(arguments: list[str]) -> None:
     Lists that the function takes by position alone are given so on the command line too.
     """
     name, *options = arguments
+    bound_yaml()
+    restrict_imports()
     command = command_named(name)
     parser = ArgumentParser(prog=f"lskip {name}", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with the options below")
+    parser.add_argument("-c", "--config", action=ConfigFile, help=CONFIG_HELP)
     lists = [key for key, part in signature(command).parameters.items() if part.kind is part.POSITIONAL_ONLY]
     described = {part.arg_name: part.description for part in parse_docstring(command.__doc__).params}
     for key in lists:
@@ -65,10 +69,7 @@ def _parse(parser: ArgumentParser, options: list[str]):
     Raises:
         ValueError: one sentence on what is wrong with them.
     """
-    try:
-        values = parser.parse_args(options)
-    except argparse.ArgumentError as error:
-        raise ValueError(explain(str(error), parser, _CLASSES)) from error
+    values = parse_options(parser, options, parser, _CLASSES)
     try:
         return parser.instantiate_classes(values)
     except ValueError as error:

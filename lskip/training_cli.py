@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import yaml
+import lightning.pytorch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lskip.callbacks import EarlyExitLoss, LayerDropout, LayerMetrics
 from lskip.callbacks.run_checkpoint import RunCheckpoint
 from lskip.callbacks.run_hparams import RunHparams
+from lskip.config_files import CONFIG_HELP, ConfigFile, bound_yaml
 from lskip.curricula import ExitCurriculum
 from lskip.data import TextData
+from lskip.data_fit import check_rows_fit, check_tokens_fit, let_data_fit_model
 from lskip.evaluation.run_settings import run_settings
+from lskip.fit_report import print_end
 from lskip.interrupts import ended_by_sigterm
+from lskip.low_rank import LowRank
 from lskip.module import LayerSkipModule
-from lskip.pretrained import LAST_CHECKPOINT, load_tokenizer, make_config, read_checkpoint
+from lskip.named_classes import restrict_imports
+from lskip.option_parsing import parse_options
+from lskip.own_data import with_own_data
+from lskip.pretrained import LAST_CHECKPOINT, load_tokenizer, read_checkpoint
 from lskip.resuming import (
     changed_settings,
     check_same_model,
@@ -35,12 +46,13 @@ from lskip.resuming import (
 from lskip.run_folder import RunConfig, check_room, refuse_existing_run, run_place
 from lskip.run_logger import RunLogger
 from lskip.schedules import Schedule
+from lskip.step_bar import StepBar
 from lskip.targets import ExitTarget
 from lskip.trainer_checks import check_monitors, check_trainer, watched_is_measured
 from lskip.trainer_manners import interruptible, quiet_lightning
-from lskip.usage_errors import explain, innermost
+from lskip.untrusted import parse_yaml
+from lskip.usage_errors import innermost
 
-COMMANDS = ("fit", "validate", "test")
 _METHODS = {"layer_dropout": LayerDropout, "early_exit_loss": EarlyExitLoss}
 # What an error message lists where a class was misspelled. Short names work for whatever is imported here.
 _CHOICES = {
@@ -53,12 +65,19 @@ _CHOICES = {
     "optimizer": Optimizer,
     "lr_scheduler": LRScheduler,
     "callbacks": Callback,
+    "logger": Logger,
+    "strategy": Strategy,
+    "accelerator": Accelerator,
+    "profiler": Profiler,
+    "low_rank": LowRank,
 }
 
 
 def run_training(arguments: list[str]) -> None:
     """Run `fit`, `validate` or `test`: the first argument says which."""
     quiet_lightning()
+    bound_yaml()
+    restrict_imports()
     with ended_by_sigterm(" by SIGTERM before it began; nothing is lost"):
         LayerSkipCLI(arguments)
 
@@ -75,11 +94,12 @@ class LayerSkipCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str]):
+        self._command = args[0]
         parser_kwargs = {"exit_on_error": False, "allow_abbrev": False}
         with ExitStack() as self.held:
             super().__init__(
                 seed_everything_default=0,
-                parser_kwargs={**parser_kwargs, **{command: dict(parser_kwargs) for command in COMMANDS}},
+                parser_kwargs={**parser_kwargs, self._command: dict(parser_kwargs)},
                 save_config_callback=RunConfig,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
@@ -88,9 +108,13 @@ class LayerSkipCLI(LightningCLI):
 
     # What the command line knows.
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {command: LightningCLI.subcommands()[command] for command in COMMANDS}
+    def init_parser(self, **settings) -> LightningArgumentParser:
+        parser = self.parser_class(dump_header=[f"lightning.pytorch=={lightning.pytorch.__version__}"], **settings)
+        parser.add_argument("-c", "--config", action=ConfigFile, help=CONFIG_HELP)
+        return parser
+
+    def subcommands(self) -> dict[str, set[str]]:
+        return {self._command: LightningCLI.subcommands()[self._command]}  # a parser of each takes its time
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -101,7 +125,7 @@ class LayerSkipCLI(LightningCLI):
             "or a transformers config (model_type and its fields) to start from scratch",
         )
         self._module_arguments = parser.add_class_arguments(
-            LayerSkipModule, skip={"model", "tokenizer", "seed"}, fail_untyped=False, sub_configs=True
+            LayerSkipModule, skip={"model", "tokenizer", "seed"}, fail_untyped=False
         )
         parser.set_defaults({"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-4}}})
         parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False, required=False)
@@ -112,7 +136,10 @@ class LayerSkipCLI(LightningCLI):
         parser.add_argument(
             "--run_folder", type=str, default="runs/fit", help="where checkpoints, TensorBoard files and config go"
         )
-        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.add_class_arguments(self.trainer_class, "trainer", fail_untyped=False, instantiate=False)
+        for action in parser._actions:
+            if action.dest == "trainer.max_epochs":
+                action.help = "epochs at most; null: 1, or as many as max_steps or max_time take where one is set"
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **settings) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **settings)
@@ -121,10 +148,12 @@ class LayerSkipCLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
-        try:
-            self.config = parser.parse_args(args)
-        except argparse.ArgumentError as error:
-            raise ValueError(explain(str(error), self._subcommand_parsers[args[0]], _CHOICES)) from error
+        if args[0] != "fit":
+            args = with_own_data(args)
+        self.config = parse_options(parser, args, self._subcommand_parsers[args[0]], _CHOICES)
+        seed = self.config[args[0]].seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise ValueError(f"seed_everything: {seed} is not a whole number from 0 to {2**32 - 1}")
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: what a checkpoint was trained with never overrides what the command line says."""
@@ -133,6 +162,12 @@ class LayerSkipCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self._settings
+        if config.weights_only is False:
+            raise ValueError("weights_only: false is not allowed: a checkpoint's own code is never run")
+        if isinstance(config.model, str) and config.model.lstrip()[:1] in ("{", "["):
+            # A mapping that is none, or a list: it would be taken for a name.
+            parse_yaml(config.model, "model: the value")
+            raise ValueError(f"model: {config.model[:40]!r} is neither a name nor a transformers config")
         self.folder = Path(config.run_folder).expanduser()
         if isinstance(config.model, dict):
             # A flag like --model.hidden_size 64 arrives as text.
@@ -179,7 +214,7 @@ class LayerSkipCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         config = copy.deepcopy(self.config)
-        _let_data_fit_model(config[self.subcommand])
+        let_data_fit_model(config[self.subcommand])
         try:
             self.config_init = self.parser.instantiate_classes(config)
         except ValueError as error:
@@ -192,8 +227,8 @@ class LayerSkipCLI(LightningCLI):
         self.model.settings = settings_of(self._settings.as_dict())
         if self.resumed is not None:
             self._take_up()
-        _check_rows_fit(self.datamodule, self.model)
-        _check_tokens_fit(self.datamodule, self.model)
+        check_rows_fit(self.datamodule, self.model)
+        check_tokens_fit(self.datamodule, self.model)
         self.trainer = self.instantiate_trainer()
         if self.subcommand == "fit":
             self._check_before_data()
@@ -231,7 +266,8 @@ class LayerSkipCLI(LightningCLI):
         if self.subcommand != "fit":
             self.save_config_callback = None
         hparams = [RunHparams(run_settings(self._settings.as_dict()))] if self.subcommand == "fit" else []
-        return self._instantiate_trainer(settings, [*methods, LayerMetrics(), *hparams, *checkpoint])
+        bar = [StepBar()] if self.subcommand == "fit" and _wants_bar(settings) else []
+        return self._instantiate_trainer(settings, [*methods, LayerMetrics(), *hparams, *checkpoint, *bar])
 
     def _tensorboard(self) -> RunLogger:
         folder = self.folder if self.subcommand == "fit" else self.folder / self.subcommand
@@ -250,31 +286,14 @@ class LayerSkipCLI(LightningCLI):
             print(goes_on(self.resumed["global_step"], self.changes, self.trainer.max_steps))
         with interruptible(self.trainer, self.folder / LAST_CHECKPOINT, "--ckpt_path last"), watched_is_measured():
             self.trainer.fit(model, **arguments)
+        print_end(self.trainer, self.folder)
 
 
 def _plain(value: Any) -> Any:
-    return yaml.safe_load(value) if isinstance(value, str) else value
+    return parse_yaml(value, "model") if isinstance(value, str) else value
 
 
-def _let_data_fit_model(config: Namespace) -> None:
-    """The model's own tokenizer for its text, and for a model from scratch a tokenizer of its vocabulary's size."""
-    arguments = config.data.init_args if config.data is not None else {}
-    if isinstance(config.model, dict):
-        size = make_config(config.model).vocab_size
-        if "vocab_size" in arguments:
-            arguments["vocab_size"] = size
-    elif "tokenizer" in arguments and arguments["tokenizer"] is None:
-        arguments["tokenizer"] = config.model
-
-
-def _check_rows_fit(data: LightningDataModule | None, module: LayerSkipModule) -> None:
-    """What the first step would refuse, before the text is tokenized."""
-    length, context = getattr(data, "block_size", 0), module.decoder.context_length
-    if length > context:
-        raise ValueError(f"block_size: {length} tokens, the model's context holds {context}")
-
-
-def _check_tokens_fit(data: LightningDataModule | None, module: LayerSkipModule) -> None:
-    """That data which name their tokenizer name the model's, before they are tokenized by it."""
-    if isinstance(data, TextData):
-        module.check_tokenizer(None if data.tokenizer_source is None else data.tokenizer)
+def _wants_bar(settings: dict[str, Any]) -> bool:
+    given = settings["callbacks"] if isinstance(settings["callbacks"], list) else [settings["callbacks"]]
+    own = any(isinstance(callback, ProgressBar) for callback in given)
+    return settings["enable_progress_bar"] is not False and not settings["barebones"] and not own

@@ -50,16 +50,14 @@ def parse_json(text: str, where: str) -> Any:
         raise ValueError(f"{where} is not JSON that is read ({error})") from error
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str, loader: type = yaml.SafeLoader) -> Any:
     """Return what a YAML text says, as plain values; `where` begins the sentence of the ValueError if it is none.
 
     A few hundred bytes of aliases may stand for billions of values: they are counted before any is made.
     """
     try:
-        document = yaml.compose(text, Loader=yaml.SafeLoader)
-        if document is not None:
-            _count_nodes(document, {}, 0)
-        return yaml.safe_load(text)
+        check_nodes(yaml.compose(text, Loader=loader))
+        return yaml.load(text, Loader=loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -70,6 +68,12 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ValueError(f"{where} is not YAML that is read (too deeply nested)") from error
     except (ValueError, OverflowError) as error:  # a date of month 13, a number of thousands of digits
         raise ValueError(f"{where} is not YAML that is read ({error})") from error
+
+
+def check_nodes(document: yaml.Node | None) -> None:
+    """Refuse a document that stands for too many values, is too deep or contains itself: ValueError."""
+    if document is not None:
+        _count_nodes(document, {}, 0)
 
 
 def _count_nodes(node: yaml.Node, known: dict[int, int], depth: int) -> int:

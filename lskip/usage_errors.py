@@ -9,38 +9,62 @@ import re
 from collections.abc import Iterable
 
 from jsonargparse import ArgumentParser
+from jsonargparse._common import ImportDenied
+from jsonargparse._util import import_object
 
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "list": "a list"}
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "names and values",
+    "str": "text",
+    "Path": "a path",
+}
+# What jsonargparse says of each type that might have been meant, and of no use to anybody.
+_NOISE = re.compile(
+    r"Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Expected a path but .*"
+    r"|Expected an? <class '(NoneType|collections\.abc\.\w+)'>|Given value(?: type)?: .*|\. Got value: .*"
+    r"|Type \S.* expects a function or a callable class: |Subclass types expect one of:|- an? (class path|dict) .*"
+    r"|Parser key \"[\w.]+\":?|Problem with given class_path '[\w.]+':"
+)
 
 
 def explain(report: str, parser: ArgumentParser, choices: dict[str, type]) -> str:
-    """One sentence that names the field, the value and what is allowed.
+    """Return one sentence that names the field, the value and what is allowed.
 
     Args:
         report: the message of the ArgumentError.
         parser: that raised it, for the names of its options.
         choices: last part of a field's name -> base class of what may be chosen there.
     """
-    report = re.sub(r"Subcommand '\w+' does not accept option '([\w.]+)'", r"unrecognized arguments: --\1", report)
+    report = re.sub(r"Subcommand '\w+' does not accept option '([^']+)'", r"unrecognized arguments: --\1", report)
+    field = _field(report)
+    inside = f"{field}." if field else ""
+    if group := re.search(r"Unable to load config ([\"'].*[\"'])$", report, re.M):
+        return f"{field}: {group[1]} is not options and their values"
     if missing := re.search(r"arguments are required: (?:\w+\.)?([\w.]+)|Option '([\w.]+)' is required", report):
-        return f"{missing[1] or missing[2]}: must be given"
-    field = ".".join(re.findall(r'Parser key "([\w.]+)"', report))
+        return f"{inside}{missing[1] or missing[2]}: must be given"
     if unknown := re.search(r"unrecognized arguments: (\S+)", report):
         return _unknown_option(field, unknown[1], parser)
-    if refused := re.search(r"Option '([\w.]+)' is not accepted", report):
+    if refused := re.search(r"Option '([^']+)' is not accepted", report):
         return _unknown_argument(field, refused[1], report)
+    base = choices.get(field.rsplit(".", 1)[-1])
+    if sentence := _wrong_class(field, report, base):
+        return sentence
     value = _last_value(report)
-    if "dot import path" in report and value is not None and field.rsplit(".", 1)[-1] in choices:
-        return _unknown_class(field, value, choices[field.rsplit(".", 1)[-1]])
-    if (literal := re.search(r"Literal\[(.*?)\]", report)) and value is not None:
-        return f"{field}: {value!r} is not one of {literal[1].replace(chr(39), '')}"
-    expected = re.findall(r"Expected (?:an? )?(?:<class ')?(\w+)", report)
-    kinds = [_KINDS[kind] for kind in dict.fromkeys(expected) if kind in _KINDS]
-    if kinds and value is not None:
-        return f"{field}: {value!r} is not {' or '.join(kinds)}"
-    text = re.sub(r'Parser key "[\w.]+":?', "", report)
-    text = " ".join(text.replace("- ", " ").split())[:200]
+    if value is not None and (allowed := _allowed(report, base)):
+        return f"{field}: {value!r} is not {allowed}"
+    if re.search(r"object has no attribute|unhashable type|object is not", report):
+        return f"{field}: what is given is not a class_path, the name of a class, and its init_args, names and values"
+    text = re.sub(r"^[\s.-]+", "", " ".join(_NOISE.sub(" ", report).replace("- ", " ").split()))[:200]
     return f"{field}: {text}" if field else text
+
+
+def _field(report: str) -> str:
+    keys = re.findall(r'Parser key "([\w.]+)"', report)
+    return ".".join(key for key, before in zip(keys, [None, *keys], strict=False) if key != before)
 
 
 def innermost(report: str) -> str:
@@ -52,23 +76,147 @@ def innermost(report: str) -> str:
     return " ".join(line for line in lines if line and "NoneType" not in line) or report
 
 
+def import_trouble(error: BaseException) -> str | None:
+    """Return a sentence on the class path whose module raised `error` while it was imported; None: it was not so."""
+    trace, path = error.__traceback__, None
+    while trace is not None:
+        if trace.tb_frame.f_code is import_object.__code__:
+            path = trace.tb_frame.f_locals.get("name")
+        trace = trace.tb_next
+    return None if path is None else f"class_path: {path!r}: {_words(error)}"
+
+
+# Classes: one that cannot be imported, one of the wrong kind, a name that is no class's.
+
+
+_PATHS = re.compile(
+    r"class_path '([\w.]+)'|Given value: ([\w.]+)$|Got value: ([\w.]+)$|'class_path': '([\w.]+)'|class_path='([\w.]+)'"
+    r"|val='([\w.]+)'|Importing '([\w.]+)'|\['([\w.]+)'\]",
+    re.M,
+)
+
+
+def _wrong_class(field: str, report: str, base: type | None) -> str | None:
+    """Return what is wrong with the class that stands in a report; None where no class does."""
+    if other := re.search(r"Import path ([\w.]+) does not correspond to a subclass of (\w+)", report):
+        return f"{field}: {other[1]!r} is not a class of the kind {other[2]}"
+    paths = dict.fromkeys(name for names in _PATHS.findall(report) for name in names if "." in name)
+    for path in paths:
+        try:
+            import_object(path)
+        except ImportDenied as error:
+            return f"{field}: {path!r} {_words(error)}"
+        except ValueError:
+            continue  # 1.5 has a dot too
+        except Exception as error:
+            return f"{field}: {path!r}: {_words(error)}"
+    kind = r"to be a (?:subclass of|function that returns) (?:<class ')?(\w+)"
+    if paths and (wrong := re.search(kind, report)):
+        return f"{field}: {list(paths)[-1]!r} is not a class of the kind {wrong[1]}"
+    if same := re.search(r"Multiple subclasses with name (\w+)\. Give .* ambiguity: (.*?)\.?$", report, re.M):
+        return f"{field}: {same[1]!r} is the name of several classes; write one of {same[2]}"
+    if base and (name := re.search(r"Expected a dot import path string: (\w+)$", report, re.M)):
+        return _unknown_class(field, name[1], base)
+    return None
+
+
+_EXTRAS = ("bitsandbytes",)  # that a config of lskip names
+
+
+def _words(error: BaseException) -> str:
+    """Return what was raised in an import, with the line of the module where it is not said."""
+    if isinstance(error, ImportDenied):
+        return "is not a class of lskip, of its libraries or of your own"
+    if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
+        return f"{error}; to have it: pip install {error.name}"
+    if isinstance(error, ImportError | AttributeError | SyntaxError):
+        return str(error)
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    file = trace.tb_frame.f_code.co_filename.rpartition("/")[2]
+    return f"{type(error).__name__}: {error} ({file}, line {trace.tb_lineno})"
+
+
+def _unknown_class(field: str, name: str, base: type) -> str:
+    known = sorted(set(class_names(base)))
+    allowed = ", ".join(known)
+    if len(allowed) > 200:
+        return f"{field}: {name!r} is not the name of a class of {base.__name__}{_hint(name, known)}"
+    return f"{field}: {name!r} is not one of {allowed}"
+
+
+def class_names(base: type) -> Iterable[str]:
+    """Yield the names of a class's subclasses that can be made, of itself where it has none."""
+    kinds = base.__subclasses__()
+    if not kinds and not base.__name__.startswith("_"):
+        yield base.__name__
+    for kind in kinds:
+        if not kind.__name__.startswith("_") and not inspect.isabstract(kind):
+            yield kind.__name__
+        yield from class_names(kind)
+
+
+# Values.
+
+
+def _allowed(report: str, base: type | None) -> str:
+    """Return what a report says was expected: one of some words, a number …"""
+    words = [word for group in re.findall(r"Expected a typing\.Literal\[(.*?)\]", report) for word in group.split(", ")]
+    words = list(dict.fromkeys(word.strip("'") for word in words))
+    expected = re.findall(r"Expected an? (?:<class ')?(?:pathlib\.)?(\w+)", report)
+    kinds = [_KINDS[kind] for kind in dict.fromkeys(expected) if kind in _KINDS]
+    if length := re.search(r"Expected a tuple with (\d+) elements", report):
+        kinds = [f"a list of {length[1]}"]
+    if words:
+        kinds.append(f"one of {', '.join(words)}")
+    if base:
+        kinds.append(f"a class of the kind {base.__name__}")
+    return " or ".join(dict.fromkeys(kinds)) if expected else ""
+
+
 def _last_value(report: str) -> str | None:
     """The value complained about: the innermost report comes last but one, the outermost repeats it whole."""
     values = re.findall(r"(?:import path string|Got value|Given value): ([^\n]*?)(?:\. Got value.*)?$", report, re.M)
-    plain = [value for value in values if not value.startswith(("NestedArg(", "Namespace(", "{"))]
-    return plain[-1] if plain else None
+    values = [value for value in values if not value.startswith(("NestedArg(", "Namespace("))]
+    plain = [value for value in values if not value.startswith("{")] or values
+    return None if not plain else plain[-1] if len(plain[-1]) <= 80 else f"{plain[-1][:79]}…"
+
+
+# Options.
 
 
 def _unknown_option(field: str, text: str, parser: ArgumentParser) -> str:
+    known = [action.dest for action in parser._actions if not action.dest.endswith(("help", "print_config"))]
     if not text.startswith("-"):
-        return f"{text!r} is not understood; options begin with --"
+        prompt = "; a prompt is given by --prompt" if "prompt" in known else ""
+        return f"{text!r} is not understood; options begin with --{prompt}"
     name = text.lstrip("-").split("=")[0]
     full = f"{field}.{name}" if field else name
-    known = [action.dest for action in parser._actions]
-    return f"{full}: there is no such option" + _hint(full, known)
+    elsewhere = [f"task.{name}"] if "task" in known and not _is_text(parser, "task") and name in _TASK_ARGUMENTS else []
+    elsewhere += [option for option in known if option.endswith(f".{name}")]
+    hint = f"; did you mean {elsewhere[0]}?" if elsewhere else _hint_beside(full, known)
+    return f"{full}: there is no such option{hint}"
+
+
+_TASK_ARGUMENTS = ("max_new_tokens", "prompt_characters", "path", "metrics", "stop_strings", "chat")
+
+
+def _is_text(parser: ArgumentParser, name: str) -> bool:
+    return any(action.dest == name and "str" in str(action._typehint) for action in parser._actions)
+
+
+def _hint_beside(name: str, known: list[str]) -> str:
+    """The hint of a misspelled option: one of its own group if it is said to be in one."""
+    group = name[: name.rfind(".") + 1]
+    beside = [option for option in known if option.startswith(group) and not name.startswith(f"{option}.")]
+    hint = _hint(name[len(group) :], [option[len(group) :] for option in beside])
+    return hint.replace("mean ", f"mean {group}")
 
 
 def _unknown_argument(field: str, name: str, report: str) -> str:
+    if name == "class_path":
+        return f"{field}: beside class_path stands init_args alone, and the class's arguments under that"
     path = re.findall(r"given class_path '([\w.]+)'", report)
     owner = pydoc.locate(path[-1]) if path else None
     if owner is None:
@@ -78,24 +226,6 @@ def _unknown_argument(field: str, name: str, report: str) -> str:
     if len(takes) > 150:
         takes = f"{owner.__name__} does not take it{_hint(name, known)}"
     return f"{field}.{name}: there is no such option; {takes}"
-
-
-def _unknown_class(field: str, name: str, base: type) -> str:
-    known = sorted(set(_class_names(base)))
-    allowed = ", ".join(known)
-    if len(allowed) > 200:
-        return f"{field}: {name!r} is not the name of a class of {base.__name__}{_hint(name, known)}"
-    return f"{field}: {name!r} is not one of {allowed}"
-
-
-def _class_names(base: type) -> Iterable[str]:
-    kinds = base.__subclasses__()
-    if not kinds and not base.__name__.startswith("_"):
-        yield base.__name__
-    for kind in kinds:
-        if not kind.__name__.startswith("_") and not inspect.isabstract(kind):
-            yield kind.__name__
-        yield from _class_names(kind)
 
 
 def _hint(name: str, known: list[str]) -> str:

@@ -118,7 +118,7 @@ BAD = [
     (f"generate --prompt=x {ASK} --min_p=2", "min_p: 2.0"),
     (f"generate --prompt=x {ASK} --min_p=few", "min_p: 'few' number"),
     (f"generate --prompt=x {ASK} --repetition_penalty=0", "repetition_penalty: 0.0 above 0"),
-    (f"generate --prompt=x {ASK} --stop_strings=END", "stop_strings: 'END' list"),
+    (f"generate --prompt=x {ASK} --stop_strings={{{{a:1}}}}", "stop_strings: list"),
     (f'generate --prompt=x {ASK} --stop_strings=["a",5]', "stop_strings: ['a', 5] texts"),
     (f'generate --prompt=x {ASK} --stop_strings=["a",""]', "stop_strings: ['a', ''] texts none empty"),
     (f"generate --prompt=x {ASK} --acceptance=all", "acceptance: 'all' shared_noise, rejection"),

@@ -109,6 +109,12 @@ def test_a_run_of_one_step_is_a_run(run, tmp_path):
     assert saved_step(tmp_path) == 1
 
 
+@pytest.mark.kind("what is refused leaves nothing", "F65")
+def test_a_run_without_checkpoints_keeps_none(run, tmp_path):
+    assert run("fit", "--trainer.enable_checkpointing=false", "--trainer.max_steps=1")[0] == 0
+    assert not (tmp_path / "run" / "checkpoints").exists() and (tmp_path / "run" / "config.yaml").exists()
+
+
 @pytest.mark.kind("two writers")
 @pytest.mark.parametrize(
     ("command", "locked"),

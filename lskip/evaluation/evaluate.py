@@ -128,7 +128,7 @@ def _writable(path: Path, overwrite: bool) -> Path:
 
 def _require_lm_eval() -> None:
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("tasks: come from lm-eval-harness, which is not installed: pip install 'lskip[lm-eval]'")
+        raise ValueError("tasks: come from lm-eval-harness, which is not installed: pip install lm-eval accelerate")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 

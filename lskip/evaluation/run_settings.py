@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lskip.untrusted import printable
+
 # Of the trainer's forty arguments, those that change what is learned.
 _TRAINER = ("max_steps", "max_epochs", "precision", "accumulate_grad_batches", "gradient_clip_val")
 _ELSEWHERE = ("run_folder", "checkpoint", "ckpt_path", "config", "verbose", "trainer")
@@ -16,7 +18,8 @@ def run_settings(config: Mapping[str, Any]) -> dict[str, str | float | int | boo
     A class stands under its own key, its arguments below; what is null is left out.
     """
     chosen = {key: value for key, value in config.items() if key not in _ELSEWHERE}
-    trainer = config.get("trainer") or {}
+    trainer = config.get("trainer")
+    trainer = trainer if isinstance(trainer, Mapping) else {}
     chosen["trainer"] = {key: trainer[key] for key in _TRAINER if key in trainer}
     return dict(_flat("", chosen))
 
@@ -24,11 +27,12 @@ def run_settings(config: Mapping[str, Any]) -> dict[str, str | float | int | boo
 def _flat(name: str, value: Any) -> Iterator[tuple[str, str | float | int | bool]]:
     if isinstance(value, Mapping):
         if "class_path" in value:
-            yield name, value["class_path"].rpartition(".")[2]
-            value = value.get("init_args") or {}
+            yield name, printable(str(value["class_path"]).rpartition(".")[2], keep="")
+            arguments = value.get("init_args")
+            value = arguments if isinstance(arguments, Mapping) else {}
         for key, part in value.items():
             yield from _flat(f"{name}.{key}" if name else key, part)
     elif isinstance(value, list | tuple):
-        yield name, ", ".join(map(str, value))
+        yield name, printable(", ".join(map(str, value)), keep="")
     elif value is not None:
-        yield name, value if isinstance(value, bool | int | float) else str(value)
+        yield name, value if isinstance(value, bool | int | float) else printable(str(value), keep="")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lskip.evaluation.run_settings import run_settings
 from lskip.readout import LayerReport
+from lskip.untrusted import parse_yaml, read_text
 
 _PERPLEXITY, _AGREEMENT, _NEEDED = "val/ppl/", "val/agreement/", "val/layers_needed"
 
@@ -48,12 +48,17 @@ def read_run(folder: Path) -> RunSummary:
         return RunSummary(settings, *measured)
     if (measured := _last_validation(folder / "validate")) is not None:
         return RunSummary(settings, None, measured[1])
-    command = f"lskip validate --model {folder} --run_folder {folder}"
+    command = f"lskip validate --model {folder}"
     raise ValueError(f"runs: '{folder}' has no numbers of its layers; this makes them: {command}")
 
 
 def _settings(path: Path) -> dict[str, str | float | int | bool]:
-    return run_settings(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    config = parse_yaml(read_text(path, "runs"), f"runs: '{path}'")
+    if not isinstance(config, dict):
+        raise ValueError(f"runs: '{path}' is not the config of a run")
+    return run_settings(config)
 
 
 def _last_validation(folder: Path) -> tuple[int, LayerReport] | None:

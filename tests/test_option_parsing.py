@@ -1,0 +1,143 @@
+"""Options to values: lists in every spelling, and sentences that name field, value and what is allowed."""
+
+import pytest
+
+from lskip import commands
+from lskip.cli import main
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """Function command, *options -> what the command's function is called with."""
+    called = []
+
+    def call(command: str, *options: str) -> dict:
+        import functools
+
+        function = commands.command_named(command)
+        stand_in = functools.wraps(function)(lambda *lists, **arguments: called.append(arguments))
+        with monkeypatch.context() as patch:
+            patch.setattr(commands, "command_named", lambda name: stand_in)
+            assert main([command, *options]) == 0
+        return called[-1]
+
+    return call
+
+
+SWEEP = ("sweep", "--task=StdlibCode", "--output=x")
+LISTS = {
+    "M lists 2,4": (["--num_speculations", "2,4"], "num_speculations", [2, 4]),
+    "M lists [2,4]": (["--num_speculations", "[2,4]"], "num_speculations", [2, 4]),
+    "words": (["--num_speculations", "2", "4"], "num_speculations", [2, 4]),
+    "one": (["--num_speculations", "4"], "num_speculations", [4]),
+    "one with =": (["--num_speculations=4"], "num_speculations", [4]),
+    "names with commas": (["--drafts", "layers,ngram"], "drafts", ["layers", "ngram"]),
+    "names as words": (["--drafts", "layers", "ngram", "--rounds", "1"], "drafts", ["layers", "ngram"]),
+    "two lists": (["--exit_layers=2,3", "--num_speculations=2,4"], "exit_layers", [2, 3]),
+    "null": (["--num_speculations", "null"], "num_speculations", None),
+    "a text of names": (["--exits", "2", "last"], "exits", "2,last"),
+    "a text of names in brackets": (["--exits", "[2, last]"], "exits", "2,last"),
+}
+
+
+@pytest.mark.kind("lists are written one way everywhere")
+@pytest.mark.parametrize(("options", "name", "value"), LISTS.values(), ids=LISTS)
+def test_a_list_in_every_spelling(options, name, value, given):
+    assert given(*SWEEP, *options)[name] == value
+
+
+@pytest.mark.kind("lists are written one way everywhere")
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        pytest.param(["."], ["."], id="M one text"),
+        pytest.param(["a, b"], ["a, b"], id="a comma is text"),
+        pytest.param(["a", "b,c"], ["a", "b,c"], id="several texts"),
+        pytest.param(['["a","\\n"]'], ["a", "\n"], id="JSON"),
+    ],
+)
+def test_a_list_of_texts(words, value, given):
+    assert given("generate", "--prompt=x", "--stop_strings", *words)["decoding"].stop_strings == value
+
+
+@pytest.mark.kind("lists are written one way everywhere")
+@pytest.mark.parametrize("words", [["2", "3"], ["2,3"], ["[2,3]"], ["2, 3"]])
+def test_a_list_among_the_arguments_of_a_class(words, capsys):
+    chosen = ["--early_exit_loss.curriculum=ChosenExits", "--early_exit_loss.curriculum.exit_layers", *words]
+    with pytest.raises(SystemExit):
+        main(["fit", "--model=x", "--early_exit_loss=EarlyExitLoss", *chosen, "--print_config"])
+    assert "exit_layers:\n        - 2\n        - 3\n" in capsys.readouterr().out
+
+
+FIT = "fit --model=/nowhere"
+# command -> words of the sentence, and those that would be another's
+SENTENCES = {
+    "B41 seed": (f"{FIT} --seed_everything=-1", "seed_everything: -1 from 0 to 4294967295"),
+    "B41 precision": (f"{FIT} --trainer.precision=8", "trainer.precision: '8' 32 bf16-mixed bf16-true"),
+    "B41 logger": (f"{FIT} --trainer.logger=foo", "trainer.logger: 'foo' CSVLogger TensorBoardLogger"),
+    "B41 trainer.foo": (f"{FIT} --trainer.foo=1", "trainer.foo: there is no such option"),
+    "B41 stop_strings": ('generate --prompt=x --stop_strings={"a":1}', "stop_strings: 'a' is not a list"),
+    "B41 costs_file": ("generate --prompt=x --costs_file=.", "costs_file: '.' folder"),
+    "F65 ReduceLROnPlateau": (
+        f"{FIT} --lr_scheduler=ReduceLROnPlateau",
+        "lr_scheduler: 'ReduceLROnPlateau' torch.optim",
+    ),
+    "M CSVLogger": (f"{FIT} --trainer.logger=CSVLogger", "trainer.logger.save_dir: must be given"),
+    "M generat": ("generat", "did you mean generate?"),
+    "M a text": ("generate Why", "'Why' --prompt"),
+    "M max_new_tokens": ("tune --task=StdlibCode --max_new_tokens=3", "max_new_tokens: task.max_new_tokens"),
+    "B40 weights_only": (f"{FIT} --weights_only=false", "weights_only: false"),
+    "a callback's argument": (f"{FIT} --trainer.callbacks=[EarlyStopping]", "trainer.callbacks.monitor: must be given"),
+    "a name beside": (f"{FIT} --trainer.max_stps=1", "did you mean trainer.max_steps?"),
+    "two for one": (f"{FIT} --optimizer.betas=1", "optimizer.betas: a list of 2"),
+    "beside class_path": (f"{FIT} --optimizer={{class_path:SGD,foo:1}}", "optimizer"),
+    "a number for a class": (f"{FIT} --optimizer=[1]", "optimizer: '[1]' class Optimizer"),
+    "a list for a class": ("generate --prompt=x --draft_policy=[1]", "draft_policy: '[1]' class DraftPolicy"),
+    "a group": (f"{FIT} --checkpoint=x", "checkpoint: 'x' options and their values"),
+    "a list for the model": ("fit --model=[1,2]", "model: '[1,2]' neither"),
+    "a mapping cut off": ("fit --model={model_type:", "model: YAML"),
+}
+
+
+@pytest.mark.kind("B41 sentences that name field, value and what is allowed")
+@pytest.mark.parametrize(("command", "words"), SENTENCES.values(), ids=SENTENCES)
+def test_the_sentence(command, words, capsys):
+    assert main(command.split()) == 2
+    sentence = capsys.readouterr().err.rstrip("\n")
+    assert sentence.count("\n") == 0 and len(sentence) < 300
+    for word in words.split():
+        assert word in sentence, sentence
+    assert "Union" not in sentence and "Subtypes" not in sentence and "<class" not in sentence
+
+
+# Modules of one's own that cannot be imported: in their own words.
+
+MODULES = {
+    "H2 gone": (None, "No module named 'own_gone'"),
+    "a misspelled class": ("X = 1", "module 'own_misspelled' has no attribute 'Own'"),
+    "syntax": ("def f(:", "invalid syntax (own_syntax.py, line 1)"),
+    "another that is gone": ("\nimport not_there_at_all", "No module named 'not_there_at_all'"),
+    "an error": ("\n\n1 / 0", "ZeroDivisionError: division by zero (own_error.py, line 3)"),
+    "a key": ("{}['x']", "KeyError: 'x' (own_key.py, line 1)"),
+    "another kind": ("class Own: pass", "is not a class of the kind"),
+}
+
+
+@pytest.mark.kind("H2 the import error's own words")
+@pytest.mark.parametrize(("case", "source", "words"), [(case, *value) for case, value in MODULES.items()], ids=MODULES)
+def test_what_is_wrong_with_an_own_module_is_said(case, source, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = f"own_{case.split()[-1]}" if "class" not in case else "own_misspelled"
+    if source is not None:
+        (tmp_path / f"{module}.py").write_text(source)
+    for command in (
+        f"fit --model=x --exit_target={module}.Own",
+        f"fit --model=x --early_exit_loss=EarlyExitLoss --early_exit_loss.curriculum={module}.Own",
+        f"validate --model=x --data={module}.Own",
+        f"fit --model=x --trainer.callbacks=[{module}.Own]",
+        f"generate --prompt=x --draft_policy={module}.Own",
+        f"sweep --output=x --task={module}.Own",
+    ):
+        assert main(command.split()) == 2
+        sentence = capsys.readouterr().err
+        assert f"{module}.Own" in sentence and words in sentence and sentence.count("\n") == 1, sentence
