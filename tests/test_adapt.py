@@ -184,7 +184,7 @@ def test_training_ends_when_its_time_is_up(run):
     assert 1.2 <= metrics["seconds"] < 10 and metrics["steps"] > 1
 
 
-@pytest.mark.kind("K8 what is not finite", "B40")
+@pytest.mark.kind("K8 what is not finite", "B1")
 def test_what_is_not_finite_is_not_kept(run, monkeypatch, tmp_path):
     """Neither as a checkpoint nor as the adapter, which a validation had saved before."""
     step = AdapterModule.training_step

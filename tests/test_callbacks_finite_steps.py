@@ -79,7 +79,7 @@ def saved(folder) -> dict:
         ({"precision": "bf16-mixed"}, "step 4 .batch 4 "),
         ({"log_every_n_steps": 0}, "step 4 .batch 4 "),
     ],
-    ids=["plain", "accumulated", "clipped", "bf16", "never logged"],
+    ids=["B1 plain", "accumulated", "B1 clipped", "bf16", "never logged"],
 )
 def test_the_run_stops_and_the_checkpoint_before_stays(tiny_model, tmp_path, how, settings, place):
     with pytest.raises(ValueError, match=f"not_finite: in {place}"):
