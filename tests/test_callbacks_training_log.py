@@ -25,11 +25,11 @@ class Watch(Callback):
         self.norms.append(torch.stack(squares).sum().sqrt().item())
 
 
-@pytest.mark.kind(KIND, "M5")
+@pytest.mark.kind(KIND)
 @pytest.mark.parametrize(
     "settings",
     [{}, {"gradient_clip_val": 0.01}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}],
-    ids=["plain", "clipped", "accumulated", "bf16"],
+    ids=["M5 plain", "clipped", "accumulated", "bf16"],
 )
 def test_rate_and_gradient_of_the_logged_steps(tiny_model, tmp_path, settings):
     watch, draw = Watch(), torch.Generator().manual_seed(0)

@@ -88,7 +88,7 @@ def test_what_was_there_before_stays(run, tmp_path):
 GROWING = ("--layer_dropout=LayerDropout", "--layer_dropout.time=Exponential", "--early_exit_loss.curriculum=Gradual")
 
 
-@pytest.mark.kind("M9 runs of one step", "M9")
+@pytest.mark.kind("M9 runs of one step")
 @pytest.mark.parametrize(
     "more",
     [
@@ -96,7 +96,7 @@ GROWING = ("--layer_dropout=LayerDropout", "--layer_dropout.time=Exponential", "
         ["--trainer.fast_dev_run=2"],
         ["--trainer.fast_dev_run=1", "--lr_scheduler=null"],
     ],
-    ids=["true", "two", "no schedule"],
+    ids=["M9 true", "two", "no schedule"],
 )
 def test_fast_dev_run_works_and_writes_nothing(run, tmp_path, more):
     assert run("fit", *GROWING, *more)[0] == 0

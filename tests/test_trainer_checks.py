@@ -73,6 +73,7 @@ WATCHED = {
     "F31 nothing is validated": (EarlyStopping("val/loss"), {"limit_val_batches": 0}, "limit_val_batches is 0"),
     "misspelled": (EarlyStopping("val_loss"), {}, "there are only train/loss, "),
     "F65 ModelCheckpoint": (ModelCheckpoint(monitor="valid/loss"), {}, "there are only train/loss, "),
+    "of the test split": (ModelCheckpoint(monitor="test/loss"), {}, "there are only train/loss, "),
     "a layer too many": (EarlyStopping("val/ppl/layer_09"), {}, "val/ppl/layer_01 … val/agreement/layer_04"),
 }
 
