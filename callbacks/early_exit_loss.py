@@ -32,6 +32,10 @@ class EarlyExitLoss(Callback):
         on = self.curriculum.on(step, total_steps or 0, num_layers)
         return exit_weights(num_layers, self.e_scale, on)
 
+    def check_layers(self, pl_module: LightningModule) -> None:
+        """ValueError where the curriculum names exits that the model does not have."""
+        self.curriculum.check(len(pl_module.exit_weights.values))
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.exit_weights.claim(self)
 

@@ -30,6 +30,12 @@ class LayerDropout(Callback):
         now = self.time(step, total_steps or 0) * self.p_max
         return [now * self.depth(block, num_layers) for block in range(num_layers)]
 
+    def check_layers(self, pl_module: LightningModule) -> None:
+        """ValueError where the depth schedule is none for so many layers."""
+        layers = len(pl_module.drop_rates.values)
+        for block in range(layers):
+            self.depth(block, layers)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.drop_rates.claim(self)
 

@@ -60,6 +60,7 @@ class LayerMetrics(Callback):
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_figure"):
                 logger.experiment.add_figure(f"{split}/perplexity_by_depth", figure, trainer.global_step)
+        figure.clear()  # its parts hold each other, until the collector goes through everything
 
     @rank_zero_only
     def _print(self) -> None:

@@ -1,23 +1,27 @@
 """The checkpoint from which a run goes on as if nothing had happened."""
 
-import os
-import signal
-import threading
 from pathlib import Path
 
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from lskip.checkpoint import random_state
+from lskip.checkpoint_file import WholeFiles, remove_leftovers
+from lskip.checks import check_whole
+from lskip.interrupts import FirstSignal, interrupt
+
 
 class RunCheckpoint(Checkpoint):
-    """Keeps `last.ckpt` in a folder: every some steps, at the end, and when Ctrl-C stops the run.
+    """Keeps `last.ckpt` in a folder: every some steps, at the end, and when Ctrl-C or SIGTERM stops the run.
 
     Lightning's ModelCheckpoint may save between two micro-batches of one accumulated step, whose gradient is
-    then lost, and moves the file from another folder, which a kill can cut in two. Here a checkpoint is only
-    made right after an optimizer step, and replaces the one before at once. To keep the best by some metric,
+    then lost, and moves the file from another folder, which a kill can cut in two. Here a checkpoint always is that
+    of the end of an optimizer step, and replaces the one before at once. To keep the best by some metric,
     add a ModelCheckpoint to `trainer.callbacks`.
 
-    The first Ctrl-C finishes the step, saves and ends; a second one ends at once.
+    The first Ctrl-C or SIGTERM finishes the step (or the batch of a validation), saves and ends; a second one ends at
+    once.
 
     Args:
         folder: where `last.ckpt` goes.
@@ -28,57 +32,75 @@ class RunCheckpoint(Checkpoint):
     """
 
     def __init__(self, folder: str | Path, every_n_train_steps: int = 200):
-        if every_n_train_steps < 1:
-            raise ValueError(f"every_n_train_steps: {every_n_train_steps} is not a whole number from 1 up")
+        check_whole("every_n_train_steps", every_n_train_steps, 1)
         self.path = Path(folder) / "last.ckpt"
         self.every_n_train_steps = every_n_train_steps
+        self._signal = FirstSignal()
         self._step = 0  # optimizer steps at the end of the last micro-batch
         self._saved = -1  # and when it was last saved
-        self._interrupted = False
-        self._previous_handler = None
+        self._end_of_step: dict = {}  # what a checkpoint of that moment holds and a later one would not
+        self._saving = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit" or trainer.fast_dev_run:
+            return
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeFiles()
+        if trainer.is_global_zero:
+            remove_leftovers(self.path.parent)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
-        self._interrupted = False
-        if threading.current_thread() is threading.main_thread():
-            self._previous_handler = signal.signal(signal.SIGINT, self._interrupt(trainer))
+        self._saved = self._step if str(trainer.ckpt_path) == str(self.path) else -1
+        self._note_end_of_step(trainer)
+        self._signal.listen()
 
-    def _interrupt(self, trainer: Trainer):
-        def handler(signum, frame):
-            if self._interrupted or not trainer.training:
-                raise KeyboardInterrupt
-            self._interrupted = True
-            print("\nCtrl-C: finishing this step and saving; once more to stop at once", flush=True)
-
-        return handler
+    def _note_end_of_step(self, trainer: Trainer) -> None:
+        self._end_of_step = {"fit_loop": trainer.fit_loop.state_dict(), "random_state": random_state()}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         stepped = trainer.global_step != self._step
         self._step = trainer.global_step
         if not stepped:
             return
+        self._note_end_of_step(trainer)
         # Every process must come to the same decision: saving takes all of them.
-        interrupted = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
+        interrupted = trainer.strategy.reduce_boolean_decision(self._signal.signum is not None, all=False)
         if interrupted or self._step % self.every_n_train_steps == 0:
             self._save(trainer)
         if interrupted:
-            raise KeyboardInterrupt
+            self._end(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch) -> None:
+        # Several processes end after the next step, since only there they ask each other.
+        if self._signal.signum is not None and trainer.world_size == 1:
+            self._end(trainer)
+
+    def _end(self, trainer: Trainer) -> None:
+        if self._saved != self._step:
+            self._save(trainer)
+        raise interrupt(self._signal.signum or 0)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._saved != trainer.global_step:
+            self._note_end_of_step(trainer)
             self._save(trainer)
+        self._signal.ignore()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGINT, self._previous_handler)
-            self._previous_handler = None
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._signal.ignore()
 
     def _save(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run:
             return
-        partial = self.path.with_suffix(".partial")
-        trainer.save_checkpoint(partial)
-        if trainer.is_global_zero:
-            os.replace(partial, self.path)
-        trainer.strategy.barrier()
+        self._saving = True
+        trainer.save_checkpoint(self.path)
+        self._saving = False
         self._saved = trainer.global_step
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
+        if self._saving:
+            # Within a validation weights and optimizer still are those of the step's end. What has been counted since,
+            # micro-batches of a step that is not finished, the resumed run does once more.
+            checkpoint["loops"]["fit_loop"] = self._end_of_step["fit_loop"]
+            checkpoint["random_state"] = self._end_of_step["random_state"]

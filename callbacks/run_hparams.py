@@ -1,19 +1,29 @@
 """A run's settings beside its final numbers of every layer, in TensorBoard's HPARAMS tab."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
 METRICS = ("val/loss", "val/ppl/", "val/agreement/", "val/layers_needed")
+# The tab has five columns of settings until one asks for more: first those marked as differing, then by name.
+FIRST = (
+    "early_exit_loss.curriculum",
+    "early_exit_loss.curriculum.period",
+    "early_exit_loss.e_scale",
+    "layer_dropout.p_max",
+    "optimizer.lr",
+)
 
 
 class RunHparams(Callback):
-    """Writes `settings` and the numbers of the last validation when training ends, so that runs compare by curriculum.
+    """Writes `settings` when training ends, with the names of what validation measures, so that runs compare.
 
-    A number stands under hparam/: `hparam/val/ppl/layer_08`. A run without validation has settings alone.
+    The tab shows the last value of each curve: `val/ppl/layer_08` … A run without validation has settings alone.
 
     Args:
         settings: names and plain values.
@@ -24,13 +34,17 @@ class RunHparams(Callback):
 
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        measured = {
-            f"hparam/{name}": float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith(METRICS)
-        }
+        measured = [name for name in trainer.callback_metrics if name.startswith(METRICS)]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                for summary in hparams(self.settings, measured):
+                for summary in self._summaries(measured):
                     logger.experiment._get_file_writer().add_summary(summary)
-                logger.log_metrics(measured, step=trainer.global_step)
+
+    def _summaries(self, measured: Iterable[str]) -> tuple[Summary, ...]:
+        experiment, *session = hparams(self.settings, dict.fromkeys(measured, 0.0))
+        data = experiment.value[0].metadata.plugin_data
+        content = HParamsPluginData.FromString(data.content)
+        for info in content.experiment.hparam_infos:
+            info.differs = info.name in FIRST
+        data.content = content.SerializeToString()
+        return experiment, *session

@@ -33,12 +33,16 @@ class TwoStages(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.exit_weights.claim(self)
+        self.check_layers(pl_module)
+        if trainer.world_size > 1:
+            raise ValueError("TwoStages: runs on one device; in each stage some parameters get no gradient")
+
+    def check_layers(self, pl_module: LightningModule) -> None:
+        """ValueError where the model has no exits that could be trained by themselves."""
         if not pl_module.has_exit_heads:
             raise ValueError("TwoStages: the exits have nothing of their own to train; set exit_heads: true")
         if len(pl_module.exit_weights.values) < 2:
             raise ValueError("TwoStages: the model has one layer, and so no early exit")
-        if trainer.world_size > 1:
-            raise ValueError("TwoStages: runs on one device; in each stage some parameters get no gradient")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if pl_module.total_steps is None:

@@ -7,12 +7,14 @@ from datetime import timedelta
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, Timer
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lskip.adapter_drafts import drafted_at, report, unrolled_states
+from lskip.callbacks.finite_steps import FiniteSteps
+from lskip.callbacks.resumed_settings import ResumedSettings
 from lskip.exit_adapter import ExitAdapter
 from lskip.losses import rows_at_once
 from lskip.optimization import WarmupCosine
@@ -104,6 +106,7 @@ class AdapterModule(LightningModule):
         self.unroll = unroll if adapter.shape.joins_last_state else 1
         self.decay, self.unroll_every = decay, unroll_every
         self.lr, self.warmup_steps, self.clip = lr, warmup_steps, clip
+        self.finite_steps = FiniteSteps()
         self.tokens_seen = 0  # scored positions, each as often as it was trained on
         self._hits: list[Tensor] = []
 
@@ -166,12 +169,17 @@ class AdapterModule(LightningModule):
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self.adapter.trained_parameters(), self.clip)
+        self.finite_steps.admits(self.trainer, self, norm)
         self.log("train/gradient_norm", norm)
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [self.finite_steps, ResumedSettings()]
 
     # A checkpoint goes with one adapter; its words are no part of the weights.
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["adapter"] = {**self._identity(), "tokens_seen": self.tokens_seen}
+        self.finite_steps.check_saved(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         saved = dict(checkpoint["adapter"])

@@ -38,7 +38,7 @@ COMMANDS = (*_TRAINING, *_PLAIN, "configs")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for the user's mistakes, 130 after Ctrl-C.
+    """Run one command and return its exit code: 0, 2 for the user's mistakes, 130 after Ctrl-C, 143 after SIGTERM.
 
     Args:
         arguments: of the command line; None: those of this process, which then ends with the command.

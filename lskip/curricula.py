@@ -12,12 +12,16 @@ class ExitCurriculum:
 
     needs_total = False
 
+    def check(self, num_layers: int) -> None:
+        """ValueError where it cannot serve a model of so many layers."""
+
     def on(self, step: int, total: int, num_layers: int) -> list[bool]:
         """One entry a layer, for optimizer step `step` (0-based) of `total`.
 
         The last exit is always on: the paper does not say, but without it most steps would not train what
         verification runs.
         """
+        self.check(num_layers)
         last = num_layers - 1
         return [block == last or self.is_on(step, total, block, num_layers) for block in range(num_layers)]
 
@@ -72,7 +76,7 @@ class ChosenExits(ExitCurriculum):
         exit_layers: 1-based, each from 2 to the last but one of the model (the exit after layer 1 weighs 0).
 
     Raises:
-        ValueError: no exit, one below 2, or, in the first step, one that the model does not have.
+        ValueError: no exit, or one below 2; before the first step, one that the model does not have.
     """
 
     def __init__(self, exit_layers: list[int]):
@@ -82,8 +86,10 @@ class ChosenExits(ExitCurriculum):
             check_whole("exit_layers", exit_layer, 2)
         self.exit_layers = list(exit_layers)
 
-    def is_on(self, step: int, total: int, block: int, num_layers: int) -> bool:
+    def check(self, num_layers: int) -> None:
         deepest = max(self.exit_layers)
         if deepest >= num_layers:
             raise ValueError(f"exit_layers: {deepest} is not from 2 to {num_layers - 1}, below the last layer")
+
+    def is_on(self, step: int, total: int, block: int, num_layers: int) -> bool:
         return block + 1 == self.exit_layers[step % len(self.exit_layers)]

@@ -26,6 +26,7 @@ from lskip import gguf_file
 from lskip.checks import check_whole
 from lskip.decoder import Decoder
 from lskip.families import family_of
+from lskip.finite import check_finite_weights
 from lskip.foreign import first_line, quietly
 from lskip.model_card import NUM_SPECULATIONS, model_card
 from lskip.model_config import with_layers
@@ -72,6 +73,7 @@ def export(
         source = _check_gguf(model, config) if gguf else None
         loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
         exits = load_trained_exits(model, Decoder(loaded))
+        check_finite_weights(loaded)
         _set_drafts(loaded.generation_config, exit_layer, num_speculations, draft)
         parts = {folder.name: (loaded, partial)}
         if draft is not None:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lskip.callbacks import LayerMetrics
 from lskip.layer_figure import print_layers
+from lskip.pretrained import is_run
 from lskip.untrusted import printable
 
 
@@ -23,6 +24,9 @@ def print_end(trainer: Trainer, folder: Path) -> None:
     steps = f"{trainer.global_step} step{'s' * (trainer.global_step != 1)}"
     if trainer.fast_dev_run:
         print(f"run: {steps} of fast_dev_run, of which nothing is kept")
+        return
+    if not is_run(folder):  # trainer.enable_checkpointing: false
+        print(f"run: {steps}, of which nothing is kept")
         return
     run = shlex.quote(printable(str(folder), keep=""))
     print(f"run: {steps}, in {run}")

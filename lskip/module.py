@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lskip.accumulation import AccumulatedTokens
-from lskip.checkpoint import pack_model, random_state, restore_random_state
 from lskip.checks import check_real
 from lskip.decoder import Decoder
 from lskip.exit_rows import ExitRows, sampled_positions
+from lskip.finite import check_finite_weights
 from lskip.layer_dropout import draw_dropped, run_kept_rows
 from lskip.layer_vector import LayerVector
 from lskip.lessons import Lessons
 from lskip.losses import head_loss
 from lskip.low_rank import LowRank
-from lskip.optimization import WarmupCosine, clip_gradients, parameter_groups
+from lskip.optimization import WarmupCosine
+from lskip.optimizer_making import LRSchedulerCallable, OptimizerCallable
 from lskip.pretrained import load_model
 from lskip.readout import Readout, read_exits, scored_positions
+from lskip.run_module import RunModule
 from lskip.targets import ExitTarget, Labels
 from lskip.trained_exits import trained_exits
 
-OptimizerCallable = Callable[[Iterable], Optimizer]
-LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 
-
-class LayerSkipModule(LightningModule):
+class LayerSkipModule(RunModule):
     """Trains a transformers causal LM by two vectors, one number a block each.
 
     `drop_rates` says how often a sequence skips a block, `exit_weights` how much the loss of the exit after it
@@ -56,6 +51,7 @@ class LayerSkipModule(LightningModule):
         low_rank: LowRank trains thin factors in the first blocks and freezes all else; null: the whole model trains.
         exit_heads: give each exit but the last an affine map of its own before the shared norm and head (DeeBERT).
         learned_exit: train a judge of the exits beside them, by which LearnedExit stops (BERxiT).
+        not_finite: a step whose loss or gradient is NaN or infinite ends the run (stop) or changes nothing (skip).
         gradient_checkpointing: keep only the input of each block for backward and run the block again there: less
             memory for one more forward pass of the blocks, the same gradients.
         seed: of layer dropout and of the sampled positions.
@@ -78,10 +74,11 @@ class LayerSkipModule(LightningModule):
         low_rank: LowRank | None = None,
         exit_heads: bool = False,
         learned_exit: bool = False,
+        not_finite: Literal["stop", "skip"] = "stop",
         gradient_checkpointing: bool = False,
         seed: int = 0,
     ):
-        super().__init__()
+        super().__init__(optimizer, lr_scheduler, not_finite)
         if not 0 < position_share <= 1:
             raise ValueError(f"position_share: {position_share} is not above 0 and at most 1")
         if seed < 0:
@@ -91,6 +88,7 @@ class LayerSkipModule(LightningModule):
         source = model
         if not isinstance(model, PreTrainedModel):
             model, tokenizer = _load(model, tokenizer)
+        check_finite_weights(model)
         self.lessons = Lessons(model, exit_target, anchor_weight)
         self.low_rank = low_rank
         if low_rank is not None:
@@ -101,15 +99,12 @@ class LayerSkipModule(LightningModule):
         self.decoder = Decoder(model)
         self.exits = trained_exits(source, self.decoder, exit_heads, learned_exit)
         self.tokenizer = tokenizer
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
         self.position_share = position_share
         self.seed = seed
         layers = self.decoder.num_layers
         self.drop_rates = LayerVector("drop_rates", [0.0] * layers)
         self.exit_weights = LayerVector("exit_weights", [0.0] * (layers - 1) + [1.0])
         self.validated_exits = [layers]  # LayerMetrics asks for all of them
-        self._resumed_random_state: dict | None = None
 
     # Training: run the decoder with these drop rates, decode the exits whose weight is not zero, sum.
 
@@ -126,6 +121,10 @@ class LayerSkipModule(LightningModule):
             return loss
         scored, _ = scored_positions(batch["input_ids"], batch.get("labels"))
         return loss * self._accumulated.weight(len(scored))
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._accumulated = AccumulatedTokens()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.trainer.accumulate_grad_batches > 1:
@@ -217,85 +216,10 @@ class LayerSkipModule(LightningModule):
         if length > context:
             raise ValueError(f"block_size: {length} tokens, the model's context holds {context}")
 
-    # The optimizer, and what it is told about the run.
-
     @property
     def has_exit_heads(self) -> bool:
         """Whether the early exits have parameters of their own."""
         return self.exits is not None and self.exits.heads is not None
-
-    @property
-    def total_steps(self) -> int | None:
-        """T, the optimizer steps of the run; None where nothing bounds them."""
-        steps = self.trainer.estimated_stepping_batches
-        # Lightning gives -1 for a stream of unknown length without max_steps.
-        return None if math.isinf(steps) or steps < 0 else int(steps)
-
-    def configure_optimizers(self):
-        optimizer = self.optimizer(parameter_groups(self))
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
-            scheduler.total_steps = self.total_steps
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        clip_gradients(self.trainer, optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    # What the log shows of the vectors and the speed.
-
-    def on_train_start(self) -> None:
-        if self._resumed_random_state is not None:
-            restore_random_state(self._resumed_random_state)
-        self._accumulated = AccumulatedTokens()
-        self._tokens, self._since, self._logged_step = 0, time.perf_counter(), self.trainer.global_step
-
-    def on_train_batch_end(self, outputs, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.drop_rates.count_step()
-        self.exit_weights.count_step()
-        self._tokens += batch["input_ids"].numel() * self.trainer.world_size
-        every, step = self.trainer.log_every_n_steps, self.trainer.global_step
-        if every and step % every == 0 and step != self._logged_step:
-            self._log_means()
-            self._logged_step = step
-
-    def _log_means(self) -> None:
-        values = {"train/tokens_per_second": self._tokens / (time.perf_counter() - self._since)}
-        for name, vector in (("drop_rate", self.drop_rates), ("exit_weight", self.exit_weights)):
-            for layer, mean in enumerate(vector.take_mean(), start=1):
-                values[f"train/{name}/layer_{layer:02d}"] = mean
-        for logger in self.trainer.loggers:
-            logger.log_metrics(values, step=self.trainer.global_step)
-        self._tokens, self._since = 0, time.perf_counter()
-
-    # Setting up, saving and resuming.
-
-    def setup(self, stage: str) -> None:
-        self.drop_rates.reset()
-        self.exit_weights.reset()
-        if self.tokenizer is None:
-            self._adopt_tokenizer(getattr(self.trainer.datamodule, "tokenizer", None))
-        if self.tokenizer is not None and len(self.tokenizer) > self.decoder.vocab_size:
-            raise ValueError(
-                f"vocab_size: the model has {self.decoder.vocab_size}, the tokenizer {len(self.tokenizer)} entries"
-            )
-
-    def _adopt_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """The data's tokenizer becomes the model's, and its end of text what ends the model's texts."""
-        self.tokenizer = tokenizer
-        if tokenizer is not None:
-            self.model.config.eos_token_id = tokenizer.eos_token_id
-            self.model.generation_config.eos_token_id = tokenizer.eos_token_id
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["lskip"] = pack_model(self.model, self.tokenizer)
-        if self.low_rank is not None:
-            checkpoint["lskip"]["low_rank_scale"] = self.low_rank.scale
-        checkpoint["random_state"] = random_state()
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self._resumed_random_state = checkpoint.get("random_state")
 
 
 def _load(source: str | dict, tokenizer: PreTrainedTokenizerBase | None):

@@ -7,7 +7,7 @@ import math
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -21,6 +21,16 @@ def parameter_groups(module: nn.Module) -> list[dict]:
     vectors = [parameter for parameter in trained if parameter.ndim <= 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def gradient_norm(trainer: Trainer, optimizer: Optimizer) -> Tensor:
+    """Return the norm of all gradients together, without waiting for the device."""
+    trained = [part for group in optimizer.param_groups for part in group["params"]]
+    norm = nn.utils.get_total_norm([part.grad for part in trained if part.grad is not None])
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        norm = norm / scaler.get_scale()  # a fused optimizer takes the scale off in its step
+    return norm
 
 
 def clip_gradients(trainer: Trainer, optimizer: Optimizer, value: float | None, algorithm: str | None) -> None:
@@ -63,6 +73,8 @@ class WarmupCosine(LRScheduler):
         if not 0 <= final <= 1:
             raise ValueError(f"final: {final} is not between 0 and 1")
         check_whole("stages", stages, 1)
+        if total_steps is not None:
+            check_whole("total_steps", total_steps, 1)
         self.stages = stages
         self.warmup_steps = warmup_steps
         self.final = final

@@ -130,6 +130,8 @@ class LayerReport(NamedTuple):
         perplexity: one a layer; inf where it exceeds what a float holds.
         agreement: share of positions where the layer's argmax is the last layer's.
         layers_needed: mean depth (in layers) after which the argmax no longer changes.
+
+    All three are NaN where logits are: the argmax of such says nothing, and of all layers the same.
     """
 
     perplexity: list[float]
@@ -163,11 +165,12 @@ class LayerReportMetric(Metric):
         self.count += agree.shape[1]
 
     def compute(self) -> LayerReport:
-        mean = (self.loss / self.count).tolist()
+        mean, agreement = (self.loss / self.count).tolist(), (self.agree / self.count).tolist()
+        unknown = [math.isnan(loss) for loss in mean]
         return LayerReport(
-            perplexity=[math.exp(loss) if loss < 709 else math.inf for loss in mean],
-            agreement=(self.agree / self.count).tolist(),
-            layers_needed=(self.needed / self.count).item(),
+            perplexity=[math.inf if loss > 709 else math.exp(loss) for loss in mean],
+            agreement=[math.nan if unknown[n] or unknown[-1] else share for n, share in enumerate(agreement)],
+            layers_needed=math.nan if any(unknown) else (self.needed / self.count).item(),
         )
 
 

@@ -1,6 +1,7 @@
 """How a drop rate grows: over depth, D(l), and over time, S(t) (arXiv 2404.16710, section 4.1).
 
-The paper's formulas are the same for both, with (l, L) or (t, T), so one family serves both.
+The paper's formulas are the same for both, with (l, L) or (t, T), so one family serves both. With one layer or one step
+they divide by zero; as at the first of any larger number the factor is 0 then, so that nothing is dropped.
 """
 
 import math
@@ -45,6 +46,7 @@ class Exponential(Schedule):
 
 
 def _progress(schedule: Schedule, index: int, count: int) -> float:
-    if count < 2:
-        raise ValueError(f"{type(schedule).__name__} schedule: needs at least 2 layers or steps, not {count}")
-    return index / (count - 1)
+    if count < 1:
+        raise ValueError(f"{type(schedule).__name__} schedule: needs at least 1 layer or step, not {count}")
+    # The only one of its kind is the first, where the factor is 0 for every count.
+    return index / (count - 1) if count > 1 else 0.0

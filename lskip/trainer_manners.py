@@ -1,4 +1,4 @@
-"""What every training here asks of Lightning: fewer words, and a Ctrl-C after which one can go on."""
+"""What every training here asks of Lightning: fewer words, and an interruption after which one can go on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from lightning.pytorch import Trainer
 
 
@@ -19,22 +20,31 @@ def quiet_lightning() -> None:
 
 @contextmanager
 def interruptible(trainer: Trainer, checkpoint: Path, flag: str) -> Iterator[None]:
-    """Around Trainer.fit: Ctrl-C does not end the process with Lightning's exit code and says how to go on.
+    """Around Trainer.fit: a signal does not end the process with Lightning's exit code, and it is said how to go on.
 
     Args:
         checkpoint: what the run goes on from, if it is there.
         flag: how the command is told to.
 
     Raises:
-        KeyboardInterrupt: with the step and the advice.
+        KeyboardInterrupt: of the kind that interrupted training, with the step, the step that is saved and the advice.
     """
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except SystemExit:
+    except SystemExit as end:
         if not trainer.interrupted:
             raise
-        advice = f"go on with the same command and {flag}" if checkpoint.is_file() else "nothing was saved yet"
-        raise KeyboardInterrupt(f" after step {trainer.global_step}; {advice}") from None
+        kind = type(end.__context__) if isinstance(end.__context__, KeyboardInterrupt) else KeyboardInterrupt
+        raise kind(_after(trainer.global_step, checkpoint, flag)) from None
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+def _after(step: int, checkpoint: Path, flag: str) -> str:
+    place = f"after step {step}" if step else "before the first step"
+    if not checkpoint.is_file():
+        return f" {place}; nothing was saved yet"
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    which = "which is saved" if saved == step else f"saved is step {saved}"
+    return f" {place}, {which}; go on with the same command and {flag}"

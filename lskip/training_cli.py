@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
@@ -24,18 +25,30 @@ from lskip.callbacks.run_hparams import RunHparams
 from lskip.config_files import CONFIG_HELP, ConfigFile, bound_yaml
 from lskip.curricula import ExitCurriculum
 from lskip.data import TextData
+from lskip.data_fit import check_rows_fit, check_tokens_fit, let_data_fit_model
 from lskip.evaluation.run_settings import run_settings
 from lskip.fit_report import print_end
+from lskip.interrupts import ended_by_sigterm
 from lskip.low_rank import LowRank
 from lskip.module import LayerSkipModule
 from lskip.named_classes import restrict_imports
 from lskip.option_parsing import parse_options
-from lskip.output_files import make_writable
 from lskip.own_data import with_own_data
-from lskip.pretrained import LAST_CHECKPOINT, make_config, read_checkpoint
+from lskip.pretrained import LAST_CHECKPOINT, load_tokenizer, read_checkpoint
+from lskip.resuming import (
+    changed_settings,
+    check_same_model,
+    check_weights_fit,
+    goes_on,
+    settings_before,
+    settings_of,
+)
+from lskip.run_folder import RunConfig, check_room, refuse_existing_run, run_place
+from lskip.run_logger import RunLogger
 from lskip.schedules import Schedule
 from lskip.step_bar import StepBar
 from lskip.targets import ExitTarget
+from lskip.trainer_checks import check_monitors, check_trainer, watched_is_measured
 from lskip.trainer_manners import interruptible, quiet_lightning
 from lskip.untrusted import parse_yaml
 from lskip.usage_errors import innermost
@@ -65,7 +78,8 @@ def run_training(arguments: list[str]) -> None:
     quiet_lightning()
     bound_yaml()
     restrict_imports()
-    LayerSkipCLI(arguments)
+    with ended_by_sigterm(" by SIGTERM before it began; nothing is lost"):
+        LayerSkipCLI(arguments)
 
 
 class LayerSkipCLI(LightningCLI):
@@ -82,14 +96,15 @@ class LayerSkipCLI(LightningCLI):
     def __init__(self, args: list[str]):
         self._command = args[0]
         parser_kwargs = {"exit_on_error": False, "allow_abbrev": False}
-        super().__init__(
-            seed_everything_default=0,
-            parser_kwargs={**parser_kwargs, self._command: dict(parser_kwargs)},
-            save_config_kwargs={"overwrite": True},
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            args=args,
-        )
+        with ExitStack() as self.held:
+            super().__init__(
+                seed_everything_default=0,
+                parser_kwargs={**parser_kwargs, self._command: dict(parser_kwargs)},
+                save_config_callback=RunConfig,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                args=args,
+            )
 
     # What the command line knows.
 
@@ -157,10 +172,12 @@ class LayerSkipCLI(LightningCLI):
         if isinstance(config.model, dict):
             # A flag like --model.hidden_size 64 arrives as text.
             config.model = {key: _plain(value) for key, value in config.model.items()}
+        check_trainer(config.trainer)
         self._resolve_checkpoint(config)
-        if self.subcommand == "fit" and not config.trainer.fast_dev_run:
-            _refuse_existing_run(self.folder, self.ckpt_path)
-        self._make_writable()
+        if self.subcommand == "fit":
+            self._continue_run()
+        if not config.trainer.fast_dev_run:  # which writes nothing
+            self._take_folder()
 
     @property
     def _settings(self) -> Namespace:
@@ -176,15 +193,28 @@ class LayerSkipCLI(LightningCLI):
         self.ckpt_path, self.resumed = str(path), read_checkpoint(path, "ckpt_path", whole=True)
         config.ckpt_path = None  # config.yaml says what the run is, not how often it was continued
 
-    def _make_writable(self) -> None:
-        folder = self.folder if self.subcommand == "fit" else self.folder / self.subcommand
-        make_writable(folder, "run_folder")
+    def _continue_run(self) -> None:
+        """What a run that goes on does otherwise than before; and that nothing else is the case with this folder."""
+        if self.resumed is None:
+            if not self._settings.trainer.fast_dev_run:
+                refuse_existing_run(self.folder)
+            return
+        if "optimizer_states" not in self.resumed:
+            raise ValueError(f"ckpt_path: {self.ckpt_path!r} holds weights alone; begin with them by --model")
+        before, now = settings_before(self.resumed, Path(self.ckpt_path)), settings_of(self._settings.as_dict())
+        self.changes = changed_settings(before, now, self.resumed)
+
+    def _take_folder(self) -> None:
+        fit = self.subcommand == "fit"
+        folder = self.folder if fit else self.folder / self.subcommand
+        self.held.enter_context(run_place(folder, folder / LAST_CHECKPOINT.parent if fit else folder))
+        self.save_config_kwargs = {"folder": folder}
 
     # Building.
 
     def instantiate_classes(self) -> None:
         config = copy.deepcopy(self.config)
-        _let_data_fit_model(config[self.subcommand])
+        let_data_fit_model(config[self.subcommand])
         try:
             self.config_init = self.parser.instantiate_classes(config)
         except ValueError as error:
@@ -194,10 +224,32 @@ class LayerSkipCLI(LightningCLI):
         seed = 0 if built.seed_everything is False else built.seed_everything
         arguments = {name: built[name] for name in self._module_arguments}
         self.model = LayerSkipModule(built.model, seed=seed, **arguments)
+        self.model.settings = settings_of(self._settings.as_dict())
         if self.resumed is not None:
-            _check_weights_fit(self.resumed, self.model, self.ckpt_path)
-        _check_rows_fit(self.datamodule, self.model)
+            self._take_up()
+        check_rows_fit(self.datamodule, self.model)
+        check_tokens_fit(self.datamodule, self.model)
         self.trainer = self.instantiate_trainer()
+        if self.subcommand == "fit":
+            self._check_before_data()
+
+    def _take_up(self) -> None:
+        """The model is the one of the checkpoint, and so is its tokenizer."""
+        check_weights_fit(self.resumed, self.model, self.ckpt_path)
+        check_same_model(self.resumed, self.model.model.config)
+        if self.model.tokenizer is None and self.resumed["lskip"]["tokenizer"]:
+            self.model.adopt_tokenizer(load_tokenizer(self.ckpt_path))
+
+    def _check_before_data(self) -> None:
+        """What would only be noticed once the text has been tokenized, or after the first steps."""
+        steps = self.trainer.max_steps
+        self.model.check_training(steps if steps > 0 else None)
+        check_monitors(self.trainer, self.model)
+        for callback in self.trainer.callbacks:
+            if hasattr(callback, "check_layers"):
+                callback.check_layers(self.model)
+        if not self.trainer.fast_dev_run:
+            check_room(self.folder, self.model, self.ckpt_path)
 
     def instantiate_trainer(self, **arguments) -> Trainer:
         built = self.config_init[self.subcommand]
@@ -208,18 +260,20 @@ class LayerSkipCLI(LightningCLI):
             settings["max_epochs"] = 1
         settings["default_root_dir"] = settings["default_root_dir"] or str(self.folder)
         methods = [built[key] for key in _METHODS if built[key] is not None]
-        checkpoint = RunCheckpoint(self.folder / LAST_CHECKPOINT.parent, **built.checkpoint)
+        checkpoint = [RunCheckpoint(self.folder / LAST_CHECKPOINT.parent, **built.checkpoint)]
+        if settings["enable_checkpointing"] is False:
+            checkpoint = []
         if self.subcommand != "fit":
             self.save_config_callback = None
         hparams = [RunHparams(run_settings(self._settings.as_dict()))] if self.subcommand == "fit" else []
         bar = [StepBar()] if self.subcommand == "fit" and _wants_bar(settings) else []
-        return self._instantiate_trainer(settings, [*methods, LayerMetrics(), *hparams, checkpoint, *bar])
+        return self._instantiate_trainer(settings, [*methods, LayerMetrics(), *hparams, *checkpoint, *bar])
 
-    def _tensorboard(self) -> TensorBoardLogger:
+    def _tensorboard(self) -> RunLogger:
         folder = self.folder if self.subcommand == "fit" else self.folder / self.subcommand
         # What an interrupted run logged beyond its last checkpoint is hidden, since it is logged anew.
         purge_step = None if self.resumed is None else self.resumed["global_step"] + 1
-        return TensorBoardLogger(folder, name="", version="", purge_step=purge_step)
+        return RunLogger(folder, name="", version="", purge_step=purge_step)
 
     # Running.
 
@@ -228,7 +282,9 @@ class LayerSkipCLI(LightningCLI):
 
     def fit(self, model: LayerSkipModule, **arguments) -> None:
         """Trainer.fit, and how to go on after Ctrl-C."""
-        with interruptible(self.trainer, self.folder / LAST_CHECKPOINT, "--ckpt_path last"):
+        if self.resumed is not None and self.trainer.is_global_zero:
+            print(goes_on(self.resumed["global_step"], self.changes, self.trainer.max_steps))
+        with interruptible(self.trainer, self.folder / LAST_CHECKPOINT, "--ckpt_path last"), watched_is_measured():
             self.trainer.fit(model, **arguments)
         print_end(self.trainer, self.folder)
 
@@ -241,36 +297,3 @@ def _wants_bar(settings: dict[str, Any]) -> bool:
     given = settings["callbacks"] if isinstance(settings["callbacks"], list) else [settings["callbacks"]]
     own = any(isinstance(callback, ProgressBar) for callback in given)
     return settings["enable_progress_bar"] is not False and not settings["barebones"] and not own
-
-
-def _refuse_existing_run(folder: Path, ckpt_path: str | None) -> None:
-    if ckpt_path is None and any((folder / LAST_CHECKPOINT.parent).glob("*.ckpt")):
-        raise ValueError(
-            f"run_folder: '{folder}' holds a run; continue it with --ckpt_path last, or choose another --run_folder"
-        )
-
-
-def _let_data_fit_model(config: Namespace) -> None:
-    """The model's own tokenizer for its text, and for a model from scratch a tokenizer of its vocabulary's size."""
-    arguments = config.data.init_args if config.data is not None else {}
-    if isinstance(config.model, dict):
-        size = make_config(config.model).vocab_size
-        if "vocab_size" in arguments:
-            arguments["vocab_size"] = size
-    elif "tokenizer" in arguments and arguments["tokenizer"] is None:
-        arguments["tokenizer"] = config.model
-
-
-def _check_weights_fit(checkpoint: dict, module: LayerSkipModule, path: str) -> None:
-    saved, own = checkpoint["state_dict"], module.state_dict()
-    for name in sorted(saved.keys() | own.keys()):
-        shapes = [tuple(weights[name].shape) if name in weights else "absent" for weights in (saved, own)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"ckpt_path: {path!r} is of another model: {name} is {shapes[0]} there, {shapes[1]} here")
-
-
-def _check_rows_fit(data: LightningDataModule | None, module: LayerSkipModule) -> None:
-    """What the first step would refuse, before the text is tokenized."""
-    length, context = getattr(data, "block_size", 0), module.decoder.context_length
-    if length > context:
-        raise ValueError(f"block_size: {length} tokens, the model's context holds {context}")

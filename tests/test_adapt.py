@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -266,3 +267,19 @@ def test_who_interrupts_the_answering_is_told_how_to_go_on(run, tmp_path, monkey
         patch.setattr(StateCache, "states", interrupt)
         run("out")
     run("out", max_steps=1)
+
+
+@pytest.mark.kind("K8 what is not finite", "B1")
+def test_what_is_not_finite_is_not_kept(run, monkeypatch, tmp_path):
+    """Neither as a checkpoint nor as the adapter, which a validation had saved before."""
+    step = AdapterModule.training_step
+
+    def spoilt(module, batch, batch_idx):
+        return step(module, batch, batch_idx) * (math.nan if module.global_step == 12 else 1)
+
+    monkeypatch.setattr(AdapterModule, "training_step", spoilt)
+    with pytest.raises(ValueError, match=r"not_finite: in step 13 \(batch 13"):
+        run("out")
+    folder = tmp_path / "out"
+    assert torch.load(folder / CHECKPOINT, weights_only=True)["global_step"] == 10
+    assert all(part.isfinite().all() for part in load_file(folder / "adapter.safetensors").values())

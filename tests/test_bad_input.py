@@ -49,6 +49,7 @@ def tokenizer(place, tiny_tokenizer):
 
 FIT = "fit --model={model} --data.source={place}/good.jsonl --data.cache_dir={place}/cache --run_folder={place}/new"
 SMALL = "--data.block_size=16 --trainer.accelerator=cpu --trainer.max_steps=2 --trainer.enable_progress_bar=false"
+CHOSEN = "--early_exit_loss.curriculum=ChosenExits"
 ASK = "--model={place}/model --max_new_tokens=2"
 POLICY = f"generate --prompt=x {ASK} --exit_layer=2 --num_speculations=2 --draft_policy"
 PREDICT = f"predict --output={{place}}/out.jsonl {ASK} --prompts={{place}}"
@@ -83,6 +84,13 @@ BAD = [
     (f"{FIT} --position_share=half", "position_share: 'half' number"),
     (f"{FIT} {SMALL} --checkpoint.every_n_train_steps=0", "every_n_train_steps: 0"),
     (f"{FIT} --trainer.max_steps=many", "trainer.max_steps: 'many' whole number"),
+    (f"{FIT} --trainer.max_steps=0", "trainer.max_steps: 0 from 1 up"),
+    (f"{FIT} --trainer.limit_train_batches=0", "trainer.limit_train_batches: 0 from 1 up"),
+    (f"{FIT} --not_finite=maybe", "not_finite: 'maybe' stop, skip"),
+    (f"{FIT} {SMALL} --optimizer.lr=-1", "optimizer.lr: -1.0 from 0 up"),
+    (f"{FIT} {SMALL} --lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau", "lr_scheduler: ReduceLROnPlateau"),
+    (f"{FIT} {SMALL} {CHOSEN} --early_exit_loss.curriculum.exit_layers=[99]", "exit_layers: 99 from 2 to 3"),
+    (f"{FIT} {SMALL} --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=val_loss", "'val_loss' val/loss"),
     (f"{FIT} {SMALL} --trainer.accelerator=abacus", "abacus"),
     (f"{FIT} --data.block_size=1", "error: block_size: 1"),
     (f"{FIT} --data.block_sise=16", "data.block_sise there is no such option"),

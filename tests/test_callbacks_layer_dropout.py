@@ -65,9 +65,11 @@ def test_growing_over_a_run_of_unknown_length_is_refused_before_the_first_step(t
     assert [rate[3] for rate in rates] == [0.2] * 3
 
 
-def test_one_layer_or_one_step_is_refused_where_the_formula_divides_by_zero(tiny_model, tmp_path):
-    with pytest.raises(ValueError, match="Exponential schedule: needs at least 2 layers or steps, not 1"):
-        fit(tmp_path, tiny_model(num_hidden_layers=1), LayerDropout(), max_steps=3)
-    with pytest.raises(ValueError, match="Linear schedule: needs at least 2 layers or steps, not 1"):
-        fit(tmp_path, tiny_model(), LayerDropout(time=Linear()), max_steps=1)
+@pytest.mark.kind("M9 runs of one step", "M9")
+def test_one_layer_or_one_step_drops_nothing_where_a_rate_grows(tiny_model, tmp_path):
+    """It begins at 0, and the only layer or step is the first."""
+    one_layer = tiny_model(num_hidden_layers=1)
+    assert fit(tmp_path, one_layer, LayerDropout(0.5), max_steps=3) == [[0.0]] * 3
+    assert fit(tmp_path, tiny_model(), LayerDropout(0.5, time=Linear()), max_steps=1) == [[0.0] * 4]
+    assert fit(tmp_path, tiny_model(), LayerDropout(0.5, Constant(), Exponential()), max_steps=1) == [[0.0] * 4]
     assert fit(tmp_path, tiny_model(num_hidden_layers=1), LayerDropout(0.5, Constant()), max_steps=1) == [[0.5]]

@@ -1,6 +1,5 @@
 """RunHparams, read as TensorBoard's own HPARAMS tab reads it."""
 
-import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -45,12 +44,12 @@ def test_settings_and_final_numbers_of_every_layer(tmp_path, tiny_model):
     assert found == SETTINGS
     experiment = metadata.parse_experiment_plugin_data(plugin_data(events, metadata.EXPERIMENT_TAG))
     metrics = {info.name.tag for info in experiment.metric_infos}
-    expected = {f"hparam/val/{kind}/layer_0{layer}" for kind in ("ppl", "agreement") for layer in (1, 2, 3, 4)}
-    assert metrics == {*expected, "hparam/val/loss", "hparam/val/layers_needed"}
-    for tag in metrics:
-        (final,), curve = events.Scalars(tag), events.Scalars(tag.removeprefix("hparam/"))
-        assert len(curve) == 2 and final.value == pytest.approx(curve[-1].value) and final.step == 4
-    assert events.Scalars("val/ppl/layer_03")[0].value != events.Scalars("val/ppl/layer_03")[1].value
+    expected = {f"val/{kind}/layer_0{layer}" for kind in ("ppl", "agreement") for layer in (1, 2, 3, 4)}
+    assert metrics == {*expected, "val/loss", "val/layers_needed"}
+    assert not any(tag.startswith("hparam") for tag in events.Tags()["scalars"])  # the curves have the numbers
+    assert all(len(events.Scalars(tag)) == 2 for tag in metrics)
+    first = [info.name for info in experiment.hparam_infos if info.differs]
+    assert first == ["early_exit_loss.curriculum", "layer_dropout.p_max"]  # of SETTINGS, what a column is for
 
 
 def test_without_validation_there_are_settings_alone(tmp_path, tiny_model):

@@ -1,0 +1,44 @@
+"""Whether numbers are finite: all tensors of a model or a checkpoint at once, with one wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def all_finite(tree: Any) -> bool:
+    """Return whether no float in the tensors of `tree` (mappings, lists and tuples of them) is NaN or infinite.
+
+    Tensors of somebody's own class, such as packed states of 8 bits, cannot be asked and are passed over.
+    """
+    flags: dict[torch.device, list[Tensor]] = {}
+    for tensor in _tensors(tree):
+        if tensor.is_floating_point() and type(tensor) in (Tensor, nn.Parameter):
+            flags.setdefault(tensor.device, []).append(tensor.detach().isfinite().all())
+    return all(torch.stack(each).all().item() for each in flags.values())
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for part in tree.values():
+            yield from _tensors(part)
+    elif isinstance(tree, list | tuple):
+        for part in tree:
+            yield from _tensors(part)
+
+
+def check_finite_weights(model: nn.Module, field: str = "model") -> None:
+    """ValueError, which names the weight, where a weight of `model` is NaN or infinite: what it computes means nothing.
+
+    Weights of which no values are there (the device meta) pass.
+    """
+    weights = {name: part for name, part in model.state_dict().items() if part.device.type != "meta"}
+    if all_finite(weights):
+        return
+    name = next(name for name, part in weights.items() if not all_finite(part))
+    raise ValueError(f"{field}: its weights are not finite ({name} holds NaN or infinity), so it says nothing")

@@ -1,0 +1,139 @@
+"""What Lightning's Trainer would take in silence, or refuse with a traceback, refused before anything is read."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Real
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+
+from lskip.callbacks.layer_metrics import LayerMetrics
+
+Rule = tuple[str, Callable[[Any], bool]]
+
+
+def _whole_from(lowest: int, but: int | None = None) -> Rule:
+    also = "" if but is None else f", or {but}"
+    return (
+        f"a whole number from {lowest} up{also}",
+        lambda value: _is_whole(value) and (value >= lowest or value == but),
+    )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_some(value: Any) -> bool:
+    return value >= 1 if _is_whole(value) else 0 < value <= 1
+
+
+def _is_device(value: Any) -> bool:
+    """As Lightning takes it: how many, which of them, or auto."""
+    if isinstance(value, list | tuple):
+        return bool(value) and all(_is_whole(each) and each >= 0 for each in value)
+    return value == "auto" or bool(re.fullmatch(r"-1|[1-9]\d*|\d+(, *\d+)+", str(value)))
+
+
+def _is_time(value: Any) -> bool:
+    """Above nothing; whether it is a time at all Lightning says."""
+    if isinstance(value, dict):
+        return any(part > 0 for part in value.values())
+    return not isinstance(value, str) or re.fullmatch(r"[0:]+", value) is None
+
+
+_SOME: Rule = ("a whole number from 1 up, or a share above 0 and at most 1", _is_some)
+_SOME_OR_NONE: Rule = ("a whole number from 0 up, or a share from 0 to 1", lambda value: value == 0 or _is_some(value))
+_FROM_0: Rule = ("a number from 0 up", lambda value: isinstance(value, Real) and 0 <= value < math.inf)
+RULES: dict[str, Rule] = {
+    "max_steps": _whole_from(1, -1),
+    "max_epochs": _whole_from(1, -1),
+    "min_steps": _whole_from(0),
+    "min_epochs": _whole_from(0),
+    "accumulate_grad_batches": _whole_from(1),
+    "gradient_clip_val": _FROM_0,
+    "log_every_n_steps": _whole_from(0),
+    "check_val_every_n_epoch": _whole_from(1),
+    "num_sanity_val_steps": _whole_from(0, -1),
+    "num_nodes": _whole_from(1),
+    "reload_dataloaders_every_n_epochs": _whole_from(0),
+    "fast_dev_run": (
+        "true, false or a whole number from 0 up",
+        lambda value: isinstance(value, bool) or (_is_whole(value) and value >= 0),
+    ),
+    "limit_train_batches": _SOME,
+    "limit_val_batches": _SOME_OR_NONE,
+    "limit_test_batches": _SOME_OR_NONE,
+    "limit_predict_batches": _SOME_OR_NONE,
+    "overfit_batches": _SOME_OR_NONE,
+    "val_check_interval": _SOME,
+    "max_time": ("a time above 0 as DD:HH:MM:SS", _is_time),
+    "devices": ("a number of devices, -1 (all), auto, or a list of them", _is_device),
+    "gradient_clip_algorithm": ("one of norm, value", lambda value: value in ("norm", "value")),
+    "barebones": ("false, as a run has a log and a checkpoint", lambda value: not value),
+}
+
+
+def check_trainer(settings: Mapping[str, Any]) -> None:
+    """ValueError, which names the field and what is allowed, for a number that no training can be meant by.
+
+    Args:
+        settings: the Trainer's arguments; null where its own default holds.
+    """
+    for name, (allowed, holds) in RULES.items():
+        value = settings.get(name)
+        if value is None or (name == "val_check_interval" and isinstance(value, str | dict)):
+            continue  # a time
+        if not holds(value):
+            raise ValueError(f"trainer.{name}: {value!r} is not {allowed}")
+
+
+def check_monitors(trainer: Trainer, module: LightningModule) -> None:
+    """ValueError where a callback watches a number that nothing measures; others look when there is a new one."""
+    watching = [each for each in trainer.callbacks if isinstance(getattr(each, "monitor", None), str)]
+    known = _logged(trainer, module)
+    for callback in watching:
+        name, split = callback.monitor, callback.monitor.partition("/")[0]
+        if isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end is None:
+            # What validation measures is not there yet where training ends before the first.
+            callback._check_on_train_epoch_end = split != "val"
+        where = f"trainer.callbacks: {type(callback).__name__} watches {name!r}, but"
+        if split == "val" and trainer.limit_val_batches == 0:
+            raise ValueError(f"{where} trainer.limit_val_batches is 0")
+        if name not in known and not any(_may_log(each) for each in trainer.callbacks):
+            raise ValueError(f"{where} there are only {_shortened(known)}")
+
+
+def _logged(trainer: Trainer, module: LightningModule) -> list[str]:
+    layers = [f"layer_{layer:02d}" for layer in range(1, module.decoder.num_layers + 1)]
+    names = ["train/loss", "train/loss_last_layer", "val/loss"]
+    if any(isinstance(each, LayerMetrics) for each in trainer.callbacks):
+        names += ["val/layers_needed", *(f"val/{kind}/{layer}" for kind in ("ppl", "agreement") for layer in layers)]
+    return names
+
+
+def _may_log(callback: Callback) -> bool:
+    """Whether it is of somebody else's, who may measure what we do not know."""
+    return not type(callback).__module__.startswith(("lskip.", "lightning."))
+
+
+def _shortened(names: list[str]) -> str:
+    shown = [name for name in names if not name.startswith(("val/ppl", "val/agreement"))]
+    more = [name for name in names if name not in shown]
+    return ", ".join([*shown, *([f"{more[0]} … {more[-1]}"] if more else [])])
+
+
+@contextmanager
+def watched_is_measured() -> Iterator[None]:
+    """Around Trainer.fit: ValueError for what check_monitors cannot know: somebody's own callback may measure too."""
+    try:
+        yield
+    except RuntimeError as error:  # EarlyStopping's
+        if "conditioned on metric" not in str(error):
+            raise
+        raise ValueError(f"trainer.callbacks: {error}") from error
