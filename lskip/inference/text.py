@@ -6,10 +6,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 UNFINISHED = "\ufffd"  # what a tokenizer prints for bytes that are not a character yet
+LONGEST_HELD = 256  # tokens: what is no character after so many is none
 
 
 class TextPieces:
-    """Turns tokens into text as they come, holding back what later bytes may still change."""
+    """Turns tokens into text as they come, holding back what later bytes may still change.
+
+    Token by token, however many come at a time: the pieces joined are the text of `decode_text`.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
@@ -20,26 +24,43 @@ class TextPieces:
 
     def push(self, ids: list[int]) -> str:
         """The text that is final now that `ids` have been added; "" inside a character."""
-        self.ids += ids
-        piece = self._new_text()
-        if piece.endswith(UNFINISHED):
-            return ""
-        self.anchor, self.given = self.given, len(self.ids)
-        return piece
+        return "".join(map(self._push_one, ids))
 
     def rest(self) -> str:
         """What was held back, when no more tokens come."""
         piece, self.given = self._new_text(), len(self.ids)
         return piece
 
+    def _push_one(self, token: int) -> str:
+        self.ids.append(token)
+        piece = self._new_text()
+        if piece.endswith(UNFINISHED) and len(self.ids) - self.given < LONGEST_HELD:
+            return ""
+        if piece:  # what has no text, a special token, is nothing to start at
+            self.anchor, self.given = self.given, len(self.ids)
+        return piece
+
     def _new_text(self) -> str:
-        before = decode_text(self.tokenizer, self.ids[self.anchor : self.given])
-        return decode_text(self.tokenizer, self.ids[self.anchor :])[len(before) :]
+        before = decode_tokens(self.tokenizer, self.ids[self.anchor : self.given])
+        text = decode_tokens(self.tokenizer, self.ids[self.anchor :])
+        if text.startswith(before):
+            return text[len(before) :]
+        # A byte that begins a character, or none, makes some tokenizers forget the whole characters before it.
+        return decode_tokens(self.tokenizer, self.ids[self.given :])
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of `ids`, without special tokens and exactly as generated."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    """The text of `ids`, without special tokens and exactly as generated: what TextPieces makes of it."""
+    text = decode_tokens(tokenizer, ids)
+    if UNFINISHED not in text:
+        return text
+    pieces = TextPieces(tokenizer)
+    return pieces.push(ids) + pieces.rest()
+
+
+def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_tokens: bool = True) -> str:
+    """What the tokenizer says of `ids`, nothing tidied up."""
+    return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
 
 def encode_prompt(prompt, tokenizer: PreTrainedTokenizerBase | None, chat: bool | None, vocab_size: int) -> list[int]:
