@@ -1,6 +1,7 @@
 """Where a text ends, against decoding every prefix of it."""
 
 import random
+from itertools import pairwise
 
 import pytest
 from tokenizer_kinds import KINDS, in_rounds, random_tokens, tokenizer_of
@@ -89,7 +90,7 @@ def test_a_stop_string_before_a_cut_character(names, rounds, stop_string, length
     ids, places = tokenizer.convert_tokens_to_ids(names), [0]
     for size in rounds:
         places.append(places[-1] + size)
-    came = [ids[start:end] for start, end in zip(places, places[1:], strict=False)]
+    came = [ids[start:end] for start, end in pairwise(places)]
     rule = stop_rule([], 1, 5000, 10_000, (stop_string,), tokenizer)
     assert cut_in_rounds(came, rule) == (ids[:length], "stop_string")
 

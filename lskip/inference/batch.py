@@ -28,6 +28,8 @@ from lskip.inference.stopping import StopRule
 if TYPE_CHECKING:
     from lskip.trained_exits import TrainedExits
 
+LONGEST_DRAFT = PREFILL_ROWS - 1  # what one pass may verify
+
 
 @dataclass(eq=False)
 class Text:
@@ -39,6 +41,7 @@ class Text:
         stop: when it ends.
         generation: the outcome, growing.
         ngrams: of prompt and outcome so far as `guess` has needed them.
+        index: its place among the prompts of a batch.
     """
 
     prompt: list[int]
@@ -46,6 +49,7 @@ class Text:
     stop: StopRule
     generation: Generation
     ngrams: NgramIndex = field(default_factory=NgramIndex)
+    index: int = 0
     began: float = 0.0
 
     @property
@@ -102,9 +106,9 @@ class Batch:
         recorder: keeps the states of each text for its Generation, where no adapter is; None: nobody does.
         """
         self.step, self.draft_step, self.settings, self.exits = step, draft_step, settings, exits
-        self.full = full_depth(settings, step.num_layers)
+        self.full, num_speculations = full_depth(settings, step.num_layers), longest_draft(settings)
         # A lane near its end drafts as many as the others: room for what it will not keep.
-        self.cache = step.new_cache(lanes, slots + (settings.num_speculations if lanes > 1 else 0))
+        self.cache = step.new_cache(lanes, slots + (num_speculations if lanes > 1 else 0))
         self.lanes = Lanes(self.cache, torch.empty(0, dtype=torch.long, device=step.device))
         self.texts: list[Text] = []
         self.waiting: deque[Text] = deque()
@@ -119,7 +123,7 @@ class Batch:
         if any(draft.kind == "adapter" for draft in self.drafts):
             self.adapter = self.lanes.observer = AdapterLanes.beside(self.cache, adapter)
         if self.drafts:
-            self.policy.begin(self.drafts, costs, settings.num_speculations)
+            self.policy.begin(self.drafts, costs, num_speculations)
 
     def add(self, text: Text) -> None:
         """Queues a text; it joins when a lane is free."""
@@ -160,6 +164,7 @@ class Batch:
             lane = len(self.texts)
             observer = None if self.lanes.observer is None else self.lanes.observer.begin(lane)
             logits = prefill(self.reading, self.cache.lane(lane), text.prompt, self.full, observer)
+            check_logits(logits)
             self.cache.lengths[lane] = len(text.prompt)
             none = torch.empty(1, 0, dtype=torch.long, device=logits.device)
             _, token = BatchChooser([text.chooser]).settle(logits, none)
@@ -235,12 +240,9 @@ class Batch:
         return plan, drafted if step is self.step else Drafted(drafted.ids)
 
     def _most(self) -> int:
-        """Tokens that a lane can be drafted: more than any text may still get is of no use, nor has it a slot.
-
-        And no more than one pass may verify.
-        """
+        """Tokens that a lane can be drafted: more than any text may still get is of no use, nor has it a slot."""
         room = self.cache.slots - 1 - max(self.lanes.starts)
-        return min(room, max(text.left for text in self.texts) - 1, PREFILL_ROWS - 1)
+        return min(room, max(text.left for text in self.texts) - 1, LONGEST_DRAFT)
 
     def _goes_on(
         self, exit_layer: int, logits: Logits, margins: Callable[[], Tensor] | None, ids: Tensor, states: Tensor
@@ -266,6 +268,20 @@ class Batch:
 def bound(criterion: ExitCriterion | None, exits: TrainedExits | None) -> ExitCriterion | None:
     """A criterion for this model; ValueError if it needs a judge that the model has not learned."""
     return None if criterion is None else criterion.bound(None if exits is None else exits.certainty)
+
+
+def check_logits(logits: Tensor) -> None:
+    """ValueError unless a token can be chosen by them; of numbers that are none, argmax takes any."""
+    if not logits.max().isfinite():
+        raise ValueError(
+            "model: what it computes for this prompt is not finite (NaN or infinite logits); its weights or its config"
+            " are broken, or dtype is too narrow for it"
+        )
+
+
+def longest_draft(settings: GenerationSettings) -> int:
+    """Tokens that a round may draft in each lane at most."""
+    return min(settings.num_speculations, LONGEST_DRAFT)
 
 
 def full_depth(settings: GenerationSettings, num_layers: int) -> int:

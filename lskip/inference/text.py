@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lskip.encoding import encode, open_ended, render_chat
+
 UNFINISHED = "\ufffd"  # what a tokenizer prints for bytes that are not a character yet
 LONGEST_HELD = 256  # tokens: what is no character after so many is none
 
@@ -63,22 +65,30 @@ def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_speci
     return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
 
-def encode_prompt(prompt, tokenizer: PreTrainedTokenizerBase | None, chat: bool | None, vocab_size: int) -> list[int]:
-    """Token ids of a prompt.
+def encode_prompt(
+    prompt,
+    tokenizer: PreTrainedTokenizerBase | None,
+    chat: bool | None,
+    vocab_size: int,
+    most_characters: int | None = None,
+) -> list[int]:
+    """Token ids of a prompt, to go on with.
 
     Args:
         prompt: a text, chat messages ({"role", "content"} each), or token ids (list, or tensor of one row).
         chat: whether a text becomes a user's message in the chat template; None: when there is a template.
+        most_characters: of a text that can have room in the context; None: any number.
 
     Raises:
-        ValueError: an empty prompt, one that needs a tokenizer or template that is missing, ids out of range.
+        ValueError: an empty prompt, one that needs a tokenizer or template that is missing, text that is too long, not
+            Unicode or refused by the template, ids out of range.
     """
     if isinstance(prompt, torch.Tensor):
         prompt = prompt.flatten().tolist() if prompt.dim() == 1 or len(prompt) == 1 else None
     if isinstance(prompt, str):
-        ids = _encode_text(prompt, tokenizer, chat)
+        ids = _encode_text(prompt, tokenizer, chat, most_characters)
     elif isinstance(prompt, list) and prompt and all(isinstance(part, dict) for part in prompt):
-        ids = _encode_messages(prompt, tokenizer)
+        ids = _encode_messages(prompt, tokenizer, most_characters)
     elif isinstance(prompt, list) and all(isinstance(part, int) for part in prompt):
         ids = prompt
     else:
@@ -90,22 +100,38 @@ def encode_prompt(prompt, tokenizer: PreTrainedTokenizerBase | None, chat: bool 
     return ids
 
 
-def _encode_text(prompt: str, tokenizer: PreTrainedTokenizerBase | None, chat: bool | None) -> list[int]:
+def _encode_text(
+    prompt: str, tokenizer: PreTrainedTokenizerBase | None, chat: bool | None, most_characters: int | None
+) -> list[int]:
     if tokenizer is None:
         raise ValueError("prompt: a text needs a tokenizer, and the model came without one; give token ids")
     if not prompt:
         return []
     templated = tokenizer.chat_template is not None if chat is None else chat
     if templated:
-        return _encode_messages([{"role": "user", "content": prompt}], tokenizer)
-    return tokenizer(prompt)["input_ids"]
+        return _encode_messages([{"role": "user", "content": prompt}], tokenizer, most_characters)
+    _check_length(prompt, most_characters)
+    return open_ended(tokenizer, [prompt])[0]
 
 
-def _encode_messages(messages: list[dict], tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+def _encode_messages(
+    messages: list[dict], tokenizer: PreTrainedTokenizerBase | None, most_characters: int | None
+) -> list[int]:
     if tokenizer is None or tokenizer.chat_template is None:
         raise ValueError("prompt: chat messages need a tokenizer with a chat template, and there is none")
     for message in messages:
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             raise ValueError(f"prompt: a chat message needs the texts 'role' and 'content', got {message!r}")
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+        _check_length(message["content"], most_characters)
+    text = render_chat(tokenizer, messages, add_generation_prompt=True)
+    _check_length(text, most_characters)
+    return encode(tokenizer, text, add_special_tokens=False)["input_ids"]
+
+
+def _check_length(text: str, most_characters: int | None) -> None:
+    # Before it is tokenized: that takes hundreds of bytes a character.
+    if most_characters is not None and len(text) > most_characters:
+        raise ValueError(
+            f"prompt: {len(text)} characters leave no room for an answer in the model's context, which holds"
+            f" {most_characters} at most"
+        )
