@@ -14,10 +14,11 @@ from conftest import make_model
 from transformers import AutoModelForCausalLM
 
 from lskip import command_options, commands
+from lskip.answer_file import put_in_order, start_output
 from lskip.cli import main
 from lskip.inference import TextGenerator
 from lskip.pretrained import load_model
-from lskip.prompt_file import put_in_order, read_prompts, start_output
+from lskip.prompt_file import read_prompts
 
 
 @pytest.fixture(scope="module")
