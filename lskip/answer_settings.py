@@ -44,7 +44,10 @@ def check_same_settings(output: Path, settings: dict[str, Any]) -> bool:
     path = settings_path(output)
     if not path.is_file():
         return False
-    begun = parse_json(read_text(path, "output"), f"output: '{path}'")
+    try:
+        begun = parse_json(read_text(path, "output"), "")
+    except ValueError:
+        begun = None
     if not isinstance(begun, dict) or begun.keys() != settings.keys():
         raise ValueError(f"output: '{path}' does not say how '{output}' was begun; replace both by --overwrite true")
     if begun["model_files"] != settings["model_files"]:

@@ -175,7 +175,12 @@ def _show(text: str) -> None:
     if sys.stdout.isatty():
         text = printable(text)
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ValueError(f"standard output: {error.strerror}") from error
 
 
 def _show_json(prompt: str, generation: Generation) -> None:

@@ -38,9 +38,7 @@ def check_unicode(name: str, text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         half = ascii(text[error.start])
-        raise ValueError(
-            f"{name}: {half} at place {error.start + 1} is half a character, which no text holds"
-        ) from error
+        raise ValueError(f"{name}: holds {half}, half a character, which is no text") from error
 
 
 def check_parts(name: str, value, methods: tuple[str, ...], kind: str) -> None:

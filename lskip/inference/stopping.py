@@ -142,14 +142,15 @@ def stop_rule(
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
     """Tokens that end a text: generation_config's, else the tokenizer's, else none.
 
-    What is no token of the model ends nothing.
+    What is no token of the model ends nothing. ValueError for what is no token id at all.
     """
     ids = model.generation_config.eos_token_id if model.generation_config is not None else None
     if ids is None and tokenizer is not None:
         ids = tokenizer.eos_token_id
     if ids is None:
         return ()
+    ids = ids if isinstance(ids, list | tuple) else [ids]
+    if not all(type(token) is int for token in ids):
+        raise ValueError(f"generation_config.eos_token_id: {ids!r} is not made of token ids (it comes with the model)")
     size = model.get_output_embeddings().weight.shape[0]
-    return tuple(
-        token for token in (ids if isinstance(ids, list | tuple) else [ids]) if type(token) is int and 0 <= token < size
-    )
+    return tuple(token for token in ids if 0 <= token < size)
