@@ -85,8 +85,10 @@ def _check_exit(decoding: DecodingOptions, loading: LoadingOptions) -> None:
     """ValueError for layers that the model does not have, or a draft without any, before its weights are read."""
     if decoding.exit_layer is None and not decoding.num_speculations:
         return
-    from lskip.pretrained import load_config  # brings the GGUF reader and the hub client
+    from lskip.pretrained import find_source, load_config  # brings the GGUF reader and the hub client
 
+    if find_source(loading.model).kind == "gguf":
+        return  # to read its config takes as long as to load it
     layers = getattr(load_config(loading.model), "num_hidden_layers", None)
     if layers is not None and loading.exit_adapter is None:
         GenerationSettings(**decoding.settings()).check_layers(layers, loading.draft_weights is not None)

@@ -14,8 +14,19 @@ from torch import Tensor
 
 from lskip.inference.adapter import AdapterLanes, AdapterStep
 from lskip.inference.costs import Costs
-from lskip.inference.drafting import PLAIN, Draft, DraftPlan, DraftPolicy, FixedDraft
-from lskip.inference.engine import PREFILL_ROWS, Drafted, Lanes, Round, Step, draft, nothing_drafted, prefill, verify
+from lskip.inference.drafting import PLAIN, DraftPlan, DraftPolicy, FixedDraft, drafts_of
+from lskip.inference.engine import (
+    LONGEST_DRAFT,
+    Drafted,
+    Lanes,
+    Round,
+    Step,
+    check_logits,
+    draft,
+    nothing_drafted,
+    prefill,
+    verify,
+)
 from lskip.inference.exits import ExitCriterion, Logits, exit_round
 from lskip.inference.generation import Generation
 from lskip.inference.headed_step import read_at
@@ -27,8 +38,6 @@ from lskip.inference.stopping import StopRule
 
 if TYPE_CHECKING:
     from lskip.trained_exits import TrainedExits
-
-LONGEST_DRAFT = PREFILL_ROWS - 1  # what one pass may verify
 
 
 @dataclass(eq=False)
@@ -270,15 +279,6 @@ def bound(criterion: ExitCriterion | None, exits: TrainedExits | None) -> ExitCr
     return None if criterion is None else criterion.bound(None if exits is None else exits.certainty)
 
 
-def check_logits(logits: Tensor) -> None:
-    """ValueError unless a token can be chosen by them; of numbers that are none, argmax takes any."""
-    if not logits.max().isfinite():
-        raise ValueError(
-            "model: what it computes for this prompt is not finite (NaN or infinite logits); its weights or its config"
-            " are broken, or dtype is too narrow for it"
-        )
-
-
 def longest_draft(settings: GenerationSettings) -> int:
     """Tokens that a round may draft in each lane at most."""
     return min(settings.num_speculations, LONGEST_DRAFT)
@@ -287,24 +287,3 @@ def longest_draft(settings: GenerationSettings) -> int:
 def full_depth(settings: GenerationSettings, num_layers: int) -> int:
     """Blocks that decide a token: all, or at a fixed exit its own."""
     return num_layers if settings.num_speculations else settings.exit_layer or num_layers
-
-
-def drafts_of(
-    settings: GenerationSettings, num_layers: int, has_weights: bool, adapter_exit: int | None = None
-) -> list[Draft]:
-    """The ways to draft that the settings allow, the one that they name first.
-
-    An adapter behind layer `adapter_exit` (None: there is none) takes the place of bare layers.
-    """
-    if not settings.num_speculations:
-        return []
-    drafts = [] if adapter_exit is None else [Draft("adapter", adapter_exit)]
-    if has_weights:
-        drafts.append(Draft("weights", settings.exit_layer or num_layers))
-    if adapter_exit is None:
-        exits = [settings.exit_layer] if settings.exit_layer else [num_layers // 4, num_layers // 3, num_layers // 2]
-        drafts += [Draft("layers", exit_layer) for exit_layer in dict.fromkeys(exits) if 1 <= exit_layer < num_layers]
-    drafts.append(Draft("ngram", 0))
-    if settings.draft is not None:
-        drafts = [each for each in drafts if each.kind == settings.draft]
-    return drafts

@@ -17,8 +17,9 @@ from lskip.encoding import longest_text
 from lskip.exit_adapter import ExitAdapter, fingerprint
 from lskip.heap import trim_heap
 from lskip.inference.adapter import AdapterStep
-from lskip.inference.batch import Batch, Text, bound, drafts_of, full_depth, longest_draft
+from lskip.inference.batch import Batch, Text, bound, full_depth, longest_draft
 from lskip.inference.costs import Costs, keep_costs, measure_costs
+from lskip.inference.drafting import drafts_of
 from lskip.inference.form_choice import mix_for
 from lskip.inference.generation import Generation, TextStream
 from lskip.inference.model_defaults import ignored_by_lskip, read_defaults
