@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from numbers import Real
 
 
@@ -14,7 +14,7 @@ def check_whole(name: str, value, lowest: int) -> None:
 
 def check_real(name: str, value, allowed: str, holds) -> None:
     """ValueError unless `value` is a finite number for which `holds`."""
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not number or not holds(value):
         raise ValueError(f"{name}: {value!r} is not a number {allowed}")
 
@@ -30,6 +30,15 @@ def check_texts(name: str, value) -> None:
     texts = value if isinstance(value, list | tuple) else [None]
     if not all(isinstance(text, str) and text for text in texts):
         raise ValueError(f"{name}: {value!r} is not a list of texts, none of them empty")
+
+
+def check_unicode(name: str, text: str) -> None:
+    """ValueError for half a character: what is left where a program cuts one, or of bytes that are not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise ValueError(f"{name}: holds {half}, half a character, which is no text") from error
 
 
 def check_parts(name: str, value, methods: tuple[str, ...], kind: str) -> None:

@@ -1,16 +1,20 @@
-"""The two files of `lskip predict`: prompts, checked whole before a model is loaded, and what they were answered."""
+"""The prompts of `lskip predict`, checked whole before a model is loaded."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from lskip.checks import check_unicode
 from lskip.inference import GenerationSettings, TextGenerator
+from lskip.untrusted import parse_json, read_text
 
 WRITTEN = ("line", "text", "tokens", "seconds", "acceptance_rate", "tokens_per_round", "finish_reason", "seed")
+JSON_LINES = (".jsonl", ".ndjson")
+STANDARD_INPUT = ("-", "/dev/stdin")
+MAX_BYTES = 2**30  # of a file of prompts, which is read whole
 
 
 @dataclass(frozen=True)
@@ -30,45 +34,80 @@ class Prompt:
         """A text, or chat messages."""
         return self.fields["prompt"] if "prompt" in self.fields else self.fields["messages"]
 
-    def check(self, generator: TextGenerator, settings: GenerationSettings) -> None:
-        """ValueError with the line if this model cannot answer it: too long, no chat template …"""
+    def encode(self, generator: TextGenerator, settings: GenerationSettings) -> list[int]:
+        """Its tokens; ValueError with the line if this model cannot answer it: too long, no chat template …"""
         try:
-            generator.prepare(self.content, settings)
+            return generator.prepare(self.content, settings).prompt
         except ValueError as error:
             raise ValueError(f"prompts: line {self.line}: {error}") from error
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """All prompts of a .txt (one a line) or .jsonl file; blank lines are left out.
+    """All prompts of a .txt (one a line) or .jsonl file, or of standard input ("-"); blank lines are left out.
+
+    Standard input holds JSON lines if its first line is one that has a prompt, and else a prompt a line.
 
     Raises:
         ValueError: not such a file, a line that is no prompt (with its number), or no prompt at all.
         FileNotFoundError: no such file.
     """
-    if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"prompts: '{path}' is neither a .txt nor a .jsonl file")
+    text, is_json = _read(path)
+    # Not splitlines: that would also cut at rare characters that a prompt may hold.
+    lines = [(line, each.removesuffix("\r")) for line, each in enumerate(text.split("\n"), start=1) if each.strip()]
+    if not lines:
+        raise ValueError(f"prompts: '{path}' holds no prompt")
+    if is_json is None:
+        is_json = _begins_with_json(lines[0][1])
+    if not is_json and "\0" in text:
+        line = 1 + text[: text.index("\0")].count("\n")
+        raise ValueError(f"prompts: line {line} of '{path}' holds a NUL, as text does that is not UTF-8 but UTF-16")
+    parse = _parse_json if is_json else lambda line, text: {"prompt": text}
+    return [Prompt(line, parse(line, each)) for line, each in lines]
+
+
+def _read(path: Path) -> tuple[str, bool | None]:
+    """What the file holds, and whether it is JSON lines; None: look at them."""
+    if str(path) in STANDARD_INPUT:
+        return read_standard_input("prompts", MAX_BYTES), None
+    kind = path.suffix.lower()
+    if kind not in (".txt", *JSON_LINES):
+        raise ValueError(f"prompts: '{path}' is neither a .txt nor a .jsonl file, nor - for standard input")
     if not path.is_file():
         raise FileNotFoundError(f"prompts: there is no file '{path}'")
+    return read_text(path, "prompts", MAX_BYTES), kind in JSON_LINES
+
+
+def read_standard_input(field: str, max_bytes: int) -> str:
+    """Return what standard input holds, as untrusted.read_text does of a file."""
+    if sys.stdin is None:
+        raise ValueError(f"{field}: '-' is standard input, which is closed")
+    data = getattr(sys.stdin, "buffer", sys.stdin).read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"{field}: standard input is larger than the {max_bytes // 2**20} MiB that are read")
     try:
-        # Not splitlines: that would also cut at rare characters that a prompt may hold.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        return data if isinstance(data, str) else data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"prompts: '{path}' is not UTF-8 text (byte {error.start})") from error
-    parse = _parse_json if path.suffix == ".jsonl" else lambda line, text: {"prompt": text}
-    prompts = [Prompt(line, parse(line, text)) for line, text in enumerate(lines, start=1) if text.strip()]
-    if not prompts:
-        raise ValueError(f"prompts: '{path}' holds no prompt")
-    return prompts
+        raise ValueError(f"{field}: standard input is not UTF-8 text (byte {error.start})") from error
+
+
+def _begins_with_json(line: str) -> bool:
+    try:
+        first = parse_json(line, "prompts: line 1")
+    except ValueError:
+        return False
+    return isinstance(first, dict) and not {"prompt", "messages"}.isdisjoint(first)
 
 
 def _parse_json(line: int, text: str) -> dict:
+    where = f"prompts: line {line}"
+    fields = parse_json(text, where)
     try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"prompts: line {line} is not JSON ({error.msg} at column {error.colno})") from error
-    wrong = _what_is_wrong(fields)
-    if wrong:
-        raise ValueError(f"prompts: line {line}: {wrong}")
+        if wrong := _what_is_wrong(fields) or _what_is_said_twice(text):
+            raise ValueError(wrong)
+        for name, value in fields.items():
+            _check_writable(name, value)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     return fields
 
 
@@ -95,84 +134,27 @@ def _are_messages(messages) -> bool:
     )
 
 
-def start_output(path: Path, prompts: list[Prompt], overwrite: bool, resume: bool) -> tuple[set[int], str]:
-    """See that `path` can be written and what is to happen to what it holds.
+def _what_is_said_twice(text: str) -> str | None:
+    """Of two prompts in one line only the last would be answered."""
+    twice: list[str] = []
 
-    Returns:
-        The indices of the prompts that it already answers, and the mode to open it with.
+    def fields_of(pairs: list[tuple]) -> dict:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice.append(next(name for name in names if names.count(name) > 1))
+        return fields
 
-    Raises:
-        ValueError: it holds something and neither flag says what to do (or both do), it answers other prompts,
-            or it cannot be written.
-    """
-    if overwrite and resume:
-        raise ValueError("overwrite: true and resume: true exclude each other")
-    existed = path.exists()
-    _check_writable(path)
-    if not existed or not path.stat().st_size or overwrite:
-        if not existed:
-            path.unlink()
-        return set(), "w"
-    if not resume:
-        raise ValueError(
-            f"output: '{path}' exists; go on with it by --resume true, replace it by --overwrite true, or name another"
-        )
-    return _find_answered(path, prompts), "a"
+    json.loads(text, object_pairs_hook=fields_of)
+    return f"the key {twice[0]!r} is there twice" if twice else None
 
 
-def _check_writable(path: Path) -> None:
+def _check_writable(name: str, value) -> None:
+    """ValueError for what could not be carried through: found out now, not when answers have been computed."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    except OSError as error:
-        raise ValueError(f"output: cannot write '{path}' ({error.strerror})") from error
-
-
-def _find_answered(path: Path, prompts: list[Prompt]) -> set[int]:
-    """Indices of the prompts that `path` answers; a last line that a kill cut short is removed."""
-    index_of = {prompt.line: index for index, prompt in enumerate(prompts)}
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    answered: set[int] = set()
-    for number, answer in enumerate(whole.decode("utf-8", errors="replace").split("\n")[:-1], start=1):
-        fields = _parse_answer(answer)
-        index = index_of.get(fields.get("line"))
-        if index is None or index in answered or not _answers(fields, prompts[index]):
-            raise ValueError(f"output: line {number} of '{path}' is not of these prompts; resume needs the same")
-        answered.add(index)
-    with path.open("r+b") as file:
-        file.truncate(len(whole))
-    return answered
-
-
-def _parse_answer(line: str) -> dict:
-    """What a line of the output says; nothing if it is no such line."""
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError:
-        return {}
-    return fields if isinstance(fields, dict) and isinstance(fields.get("line"), int) else {}
-
-
-def _answers(fields: dict, prompt: Prompt) -> bool:
-    return all(fields.get(key) == value for key, value in prompt.fields.items())
-
-
-def put_in_order(path: Path) -> None:
-    """Puts the lines of a finished output into the order of their prompts, all at once.
-
-    Raises:
-        OSError: its folder cannot be written; the lines then stay in the order in which they were done.
-    """
-    if not path.is_file():
-        return  # a pipe, or /dev/null: what went in there is gone
-    path = path.resolve()  # a link stays one
-    lines = path.read_bytes().split(b"\n")[:-1]
-    lines.sort(key=lambda line: json.loads(line)["line"])
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(b"\n".join([*lines, b""]))
-        shutil.copymode(path, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        text = json.dumps([[[[[[[[{name: value}]]]]]]]], ensure_ascii=False, allow_nan=False)
+    except RecursionError as error:
+        raise ValueError(f"{name}: too deeply nested") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: a number that is not finite, which JSON has no word for") from error
+    check_unicode(name, text)

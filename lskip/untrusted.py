@@ -119,14 +119,18 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
         yield
         return
 
+    inside = True
+
     def stop(signum, frame):
-        raise ValueError(message)
+        if inside:
+            raise ValueError(message)
 
     previous = signal.signal(signal.SIGALRM, stop)
-    # Again and again: what runs inside may catch an exception, as jinja does where it folds constants.
-    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+    # Again and again: a template's compiler takes whatever it computes in advance to be impossible if it raises.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.2)
     try:
         yield
     finally:
+        inside = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)

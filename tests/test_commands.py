@@ -1,5 +1,7 @@
 """`lskip generate`: what its options do, what it prints, and Ctrl-C."""
 
+import io
+import json
 import os
 import re
 import signal
@@ -8,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import make_model
 
 import lskip
 from lskip import command_options
@@ -15,6 +18,7 @@ from lskip.cli import main
 from lskip.inference import Margin, TextGenerator
 from lskip.inference.drafting import ConfidenceDraft
 from lskip.pretrained import load_model
+from lskip.untrusted import printable
 
 
 @pytest.fixture
@@ -129,3 +133,106 @@ def test_ctrl_c_keeps_the_text_so_far(tmp_path, tiny_model, tiny_tokenizer):
     text = (begun + output).decode()
     # a character whose last bytes had not come yet is left out, and so may be the round that was under way
     assert text.endswith("\n") and expected.startswith(text[:-1]) and len(expected) - len(text[:-1]) < 12
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory, tiny_tokenizer) -> Path:
+    """Its sampled text holds control characters."""
+    folder = tmp_path_factory.mktemp("talker")
+    make_model().save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+ESCAPES = "B34 what a model says reaches the terminal raw"
+SAYS = ["--max_new_tokens=60", "--temperature=1"]
+
+
+@pytest.mark.kind(ESCAPES)
+@pytest.mark.parametrize("seed", [pytest.param(0, id="B34"), 1, 2, 3])
+def test_a_terminal_is_shown_what_a_file_is_given(talker, capsys, monkeypatch, seed):
+    command = ["generate", "--prompt=def f", f"--model={talker}", *SAYS, f"--seed={seed}"]
+    assert main(command) == 0
+    raw = capsys.readouterr().out
+    assert (
+        raw
+        == TextGenerator(*load_model(str(talker))).generate("def f", max_new_tokens=60, temperature=1.0, seed=seed).text
+        + "\n"
+    )
+    assert re.search(r"[\x00-\x08\x0b-\x1f\x7f]", raw)
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True)
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown) and shown == printable(raw)
+
+
+@pytest.mark.kind("generate reads standard input and writes JSON")
+@pytest.mark.parametrize("data", [b"def f", b"def f\n", b"def f\r\n", b"\xef\xbb\xbfdef f\n"])
+def test_a_prompt_from_standard_input(talker, capsys, monkeypatch, data):
+    command = [f"--model={talker}", "--max_new_tokens=9"]
+    assert main(["generate", "--prompt=def f", *command]) == 0
+    expected = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert main(["generate", "--prompt=-", *command]) == 0
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.kind("generate reads standard input and writes JSON")
+@pytest.mark.parametrize(
+    ("data", "words"), [(b"", "prompt: is empty"), (b"\n", "prompt: is empty"), (b"caf\xe9", "prompt: .* not UTF-8")]
+)
+def test_standard_input_without_a_prompt(talker, capsys, monkeypatch, data, words):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert main(["generate", "--prompt=-", f"--model={talker}"]) == 2
+    assert re.search(words, capsys.readouterr().err)
+
+
+@pytest.mark.kind("generate reads standard input and writes JSON")
+@pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 3}], ids=["plain", "drafted"])
+def test_an_answer_as_json(talker, capsys, drafts):
+    flags = [f"--{name}={value}" for name, value in drafts.items()]
+    assert main(["generate", "--prompt=def f", f"--model={talker}", *SAYS, *flags, "--json=true"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    expected = TextGenerator(*load_model(str(talker))).generate("def f", max_new_tokens=60, temperature=1.0, seed=0)
+    assert (said["prompt"], said["text"], said["tokens"]) == ("def f", expected.text, len(expected.token_ids))
+    assert (said["seed"], said["finish_reason"]) == (0, expected.finish_reason)
+    assert (said["acceptance_rate"] is None) == (not drafts) and said["seconds"] > 0
+
+
+LATE = "M what can be known is said before the model is loaded"
+
+
+@pytest.mark.kind(LATE)
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        pytest.param("--exit_layer=99", "exit_layer: 99 is not a whole number from 1 to 4", id="exit_layer 99"),
+        pytest.param("--num_speculations=3", "num_speculations: 3 needs an exit_layer from 1 to 3", id="no draft"),
+        pytest.param("--num_speculations=3 --draft=weights", "draft: 'weights' needs draft_weights", id="no weights"),
+        pytest.param("--exit_layer=4 --num_speculations=3", "num_speculations: 3 needs an exit_layer", id="last layer"),
+        pytest.param("--temperature=1e-40", "temperature: 1e-40 is not a number 0, or from", id="beyond float32"),
+        pytest.param("--seed=18446744073709551616", "seed: .* is not below", id="seed"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_it_is_loaded(talker, capsys, monkeypatch, flags, sentence):
+    monkeypatch.setattr(command_options, "load_generator", None)
+    assert main(["generate", "--prompt=x", f"--model={talker}", *flags.split()]) == 2
+    assert re.search(sentence, capsys.readouterr().err)
+
+
+@pytest.mark.kind("B45 small tracebacks")
+@pytest.mark.parametrize(
+    "device", [pytest.param("meta", id="B45 meta"), "abacus", "", "cuda:99", "xla", "lazy", "cpu:x"]
+)
+def test_a_device_that_is_none(talker, capsys, device):
+    assert main(["generate", "--prompt=x", f"--model={talker}", f"--device={device}"]) == 2
+    assert f"device: '{device}' cannot be used here" in capsys.readouterr().err
+
+
+@pytest.mark.kind(LATE)
+def test_compiling_on_a_cpu_is_warned_of_before_it_takes_minutes(talker, capsys):
+    assert (
+        main(["generate", "--prompt=x", f"--model={talker}", "--device=cpu", "--compiled=true", "--bit_exact=true"])
+        == 2
+    )
+    assert "warning: compiled: is meant for GPUs" in capsys.readouterr().err

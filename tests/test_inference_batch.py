@@ -1,5 +1,6 @@
 """Batches: texts of unequal length side by side, coming and going, each as it would be alone."""
 
+import gc
 from collections import defaultdict
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 from lskip.inference import TextGenerator
 from lskip.inference.batch import Batch
+from lskip.inference.cost_aware import CostAwareDraft
+from lskip.inference.ngrams import NgramIndex
 
 PROMPTS = [[7, 42, 99], [5] * 30, [250], [18, 77, 3, 4], [9, 9, 9, 9, 9, 9], [31, 41, 59, 26, 53], [100]]
 WAYS = {
@@ -135,3 +138,102 @@ def test_every_text_ends_once(generator):
     for max_new_tokens in (1, 2, 3):
         ended = [index for index, _ in generator.generate_batch(PROMPTS, 2, max_new_tokens=max_new_tokens)]
         assert sorted(ended) == list(range(len(PROMPTS)))
+
+
+def living_numbers() -> int:
+    """Elements of all tensors that somebody holds."""
+    gc.collect()
+    return sum(each.numel() for each in gc.get_objects() if type(each) is torch.Tensor)
+
+
+KEPT = [
+    pytest.param("generate_batch", {}, id="B4 plain"),
+    pytest.param("generate_batch", {"exit_layer": 2, "num_speculations": 6}, id="B4 layers"),
+    pytest.param("generate_batch", {"exit_layer": 2, "num_speculations": 6, "acceptance": "rejection"}, id="rejection"),
+    pytest.param("generate_batch", {"draft": "ngram", "num_speculations": 6}, id="ngram"),
+    pytest.param("stream_batch", {"repetition_penalty": 1.2, "top_k": 50}, id="penalty, streamed"),
+]
+
+
+@pytest.mark.kind("B4 finished texts keep their noise")
+@pytest.mark.parametrize(("method", "settings"), KEPT)
+def test_texts_that_have_ended_keep_nothing(tiny_model, tiny_tokenizer, method, settings):
+    generator = TextGenerator(tiny_model("llama", vocab_size=5000, eos_token_id=None), tiny_tokenizer)
+    prompts = [[7, 8, 9, 7, 8, 9 + i] for i in range(50)]
+    under_way = getattr(generator, method)(prompts, 4, max_new_tokens=8, temperature=1.0, seed=0, **settings)
+    held, due = [], [12, 44]
+    for index, _ in under_way:
+        if due and index >= due[0]:
+            held.append(living_numbers())
+            due.pop(0)
+    # A text's noise is 5,000 numbers a token; what is under way at a moment differs by some of it.
+    assert abs(held[1] - held[0]) < 2 * 8 * 5000
+
+
+def test_an_index_of_ngrams_is_gone_with_its_text(tiny_model):
+    generator = TextGenerator(tiny_model("llama", eos_token_id=None))
+    drafts = {"draft": "ngram", "num_speculations": 4}
+    for number, _ in enumerate(generator.generate_batch([[7, 8, 7, 8]] * 40, 4, max_new_tokens=6, **drafts)):
+        if number == 30:
+            gc.collect()
+            assert sum(type(each) is NgramIndex and bool(each.text) for each in gc.get_objects()) <= 8
+
+
+NOT_FINITE = "K8 answers from logits that are not finite"
+
+
+@pytest.mark.kind(NOT_FINITE)
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        pytest.param("model.norm.weight", float("nan"), id="B40 the norm, as with rms_norm_eps NaN"),
+        pytest.param("model.layers.1.mlp.down_proj.weight", float("nan"), id="NaN in a block"),
+        pytest.param("model.layers.0.mlp.up_proj.weight", 3e38, id="too large for float32"),
+        pytest.param("lm_head.weight", float("inf"), id="an infinite head"),
+    ],
+)
+def test_a_model_whose_logits_are_none_answers_nothing(tiny_model, part, value):
+    model = tiny_model("llama", tie_word_embeddings=False)
+    with torch.no_grad():
+        model.get_parameter(part)[:] = value
+    generator = TextGenerator(model)
+    for drafts in ({}, {"exit_layer": 2, "num_speculations": 2}):
+        with pytest.raises(ValueError, match=r"^model: what it computes for this prompt is not finite"):
+            generator.generate(PROMPTS[0], **drafts)
+        with pytest.raises(ValueError, match=r"^model: what it computes"):
+            list(generator.generate_batch(PROMPTS, 2, **drafts))
+
+
+SIZES = "B16 sizes without bounds, in decoding"
+
+
+@pytest.mark.kind(SIZES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_new_tokens": 10**12},
+        {"max_new_tokens": 10**30},
+        {"exit_layer": 2, "num_speculations": 10**9},
+        {"draft": "ngram", "num_speculations": 10**18},
+        {"exit_layer": 2, "num_speculations": 10**9, "draft_policy": CostAwareDraft()},
+        {"temperature": 1.0, "top_k": 10**30},
+        {"temperature": 1.0, "seed": 2**64 - 1},
+        {"temperature": 1e-30, "seed": 0},
+    ],
+    ids=str,
+)
+def test_numbers_beyond_all_bounds_take_what_the_context_takes(tiny_model, quick_costs, settings):
+    generator = TextGenerator(tiny_model("llama", eos_token_id=None))
+    base = {"max_new_tokens": 12} | settings
+    ended = dict(generator.generate_batch(PROMPTS[:3], 10**9, **base))
+    lengths = [min(base["max_new_tokens"], 128 - len(prompt)) for prompt in PROMPTS[:3]]
+    assert [len(ended[index].token_ids) for index in range(3)] == lengths
+    if settings.get("temperature", 0) < 1:
+        plain = dict(generator.generate_batch(PROMPTS[:3], max_new_tokens=base["max_new_tokens"]))
+        assert [ended[index].token_ids for index in range(3)] == [plain[index].token_ids for index in range(3)]
+
+
+@pytest.mark.kind(SIZES)
+def test_a_stop_string_longer_than_any_text_stops_nothing(tiny_model, tiny_tokenizer):
+    generator = TextGenerator(tiny_model("llama", eos_token_id=None), tiny_tokenizer)
+    assert len(generator.generate("x", max_new_tokens=50, stop_strings=["a" * 10**6]).token_ids) == 50

@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 
 from lskip.inference import GenerationSettings, TextGenerator, load_generator
 from lskip.inference.drafting import FixedDraft
-from lskip.inference.settings import defaults_from
+from lskip.inference.model_defaults import read_defaults
 
 PROMPT = [7, 42, 99]
 
@@ -164,8 +164,145 @@ def test_defaults_come_from_the_generation_config():
     config = GenerationConfig(
         do_sample=True, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, repetition_penalty=1.3, stop_strings="end"
     )
-    ours = defaults_from(config)
+    ours = read_defaults(config, [], "cpu").settings
     assert (ours.temperature, ours.top_k, ours.top_p, ours.min_p) == (0.5, 7, 0.9, 0.1)
     assert (ours.repetition_penalty, ours.stop_strings) == (1.3, ("end",))
-    assert defaults_from(GenerationConfig(stop_strings=["a", "b"])).stop_strings == ("a", "b")
-    assert defaults_from(GenerationConfig()) == defaults_from(None) == GenerationSettings()
+    assert read_defaults(GenerationConfig(stop_strings=["a", "b"]), [], "cpu").settings.stop_strings == ("a", "b")
+    for nothing in (GenerationConfig(), None):
+        assert read_defaults(nothing, [], "cpu").settings == GenerationSettings()
+
+
+IGNORED = "K11 generation_config settings without effect"
+CONFIGS = [
+    pytest.param({"no_repeat_ngram_size": 2}, id="F37 no_repeat_ngram_size"),
+    pytest.param({"bad_words_ids": [[5], [35], [0, 190]]}, id="bad_words_ids"),
+    pytest.param({"suppress_tokens": [190, 128, 7]}, id="suppress_tokens"),
+    pytest.param(
+        {"no_repeat_ngram_size": 3, "repetition_penalty": 1.3, "suppress_tokens": [190]}, id="several, with a penalty"
+    ),
+]
+
+
+@pytest.mark.kind(IGNORED)
+@pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 3}], ids=["plain", "drafted"])
+@pytest.mark.parametrize("says", CONFIGS)
+def test_rules_of_a_generation_config_make_the_text_of_generate(tiny_model, says, drafts):
+    model = tiny_model("llama", eos_token_id=None)
+    ids = torch.tensor([[5, 6, 7, 5, 6]])
+    plain = model.generate(ids, max_new_tokens=30, pad_token_id=0, do_sample=False)[0, 5:].tolist()
+    model.generation_config.update(**says)
+    expected = model.generate(ids, max_new_tokens=30, pad_token_id=0, do_sample=False)[0, 5:].tolist()
+    assert expected != plain
+    generator = TextGenerator(model)
+    assert generator.generate(ids, max_new_tokens=30, **drafts).token_ids == expected
+    both = generator.generate_batch([ids, ids[:, :3]], max_new_tokens=30, **drafts)
+    assert dict(both)[0].token_ids == expected
+
+
+@pytest.mark.kind(IGNORED)
+@pytest.mark.parametrize("says", [{"typical_p": 0.3}, {"epsilon_cutoff": 0.05}, {"eta_cutoff": 0.3}, {"typical_p": 2}])
+def test_rules_of_sampling_leave_the_tokens_that_transformers_leaves(tiny_model, says):
+    config = GenerationConfig(do_sample=True, temperature=0.9, top_k=40, top_p=0.95, **says)
+    model = tiny_model("llama")
+    model.generation_config = config
+    logits = torch.randn(1, 300)
+    theirs = model._get_logits_processor(config, 3)(torch.tensor([PROMPT]), logits.clone())
+    generator = TextGenerator(model)
+    ours = generator.prepare(PROMPT, generator.settings()).chooser.scores(logits, torch.empty(0, dtype=torch.long))
+    assert torch.equal(ours, theirs) and ours.isinf().any()
+
+
+@pytest.mark.kind(IGNORED)
+@pytest.mark.parametrize(
+    ("says", "words"),
+    [
+        pytest.param({"num_beams": 4, "length_penalty": 2.0}, ["num_beams: 4", "length_penalty: 2.0"], id="beams"),
+        pytest.param({"guidance_scale": 1.5}, ["guidance_scale: 1.5"], id="guidance"),
+        pytest.param({"sequence_bias": [[[5], 2.0]]}, ["sequence_bias"], id="bias"),
+        pytest.param({"forced_eos_token_id": 3, "penalty_alpha": 0.6}, ["forced_eos", "penalty_alpha"], id="forced"),
+        pytest.param({"encoder_repetition_penalty": 1.2, "max_length": 50}, ["encoder_rep", "max_length"], id="length"),
+        pytest.param({"num_beams": 1, "use_cache": False, "renormalize_logits": True, "max_length": 20}, [], id="none"),
+        pytest.param({}, [], id="an empty one"),
+    ],
+)
+def test_what_lskip_does_not_go_by_is_named(tiny_model, capsys, says, words):
+    model = tiny_model("llama")
+    for name, value in says.items():
+        setattr(model.generation_config, name, value)
+    TextGenerator(model)
+    said = capsys.readouterr().err
+    assert all(word in said for word in words) and said.count("warning:") == bool(words)
+
+
+REFUSED = "K11 generation_config settings out of range"
+
+
+@pytest.mark.kind(REFUSED)
+@pytest.mark.parametrize(
+    ("says", "sentence", "override"),
+    [
+        pytest.param({"top_k": -1}, r"generation_config\.top_k: -1 is not .* name top_k", {"top_k": 5}, id="F39"),
+        pytest.param({"temperature": "hot"}, r"generation_config\.temperature: 'hot'", {"temperature": 0.5}, id="B41"),
+        pytest.param({"top_p": 1.5}, r"generation_config\.top_p: 1.5", {"top_p": 0.9}, id="top_p"),
+        pytest.param({"min_p": -0.5}, r"generation_config\.min_p: -0.5", {"min_p": 0.0}, id="min_p"),
+        pytest.param(
+            {"max_new_tokens": 0}, r"generation_config\.max_new_tokens: 0", {"max_new_tokens": 3}, id="length"
+        ),
+        pytest.param({"stop_strings": [""]}, r"generation_config\.stop_strings", {"stop_strings": ["a"]}, id="stop"),
+        pytest.param({"do_sample": "no"}, r"generation_config\.do_sample: 'no'", {"temperature": 0.0}, id="do_sample"),
+    ],
+)
+def test_a_setting_of_the_model_that_is_not_allowed_is_named_and_can_be_overridden(
+    tiny_model, tiny_tokenizer, says, sentence, override
+):
+    model = tiny_model("llama")
+    for name, value in {"do_sample": True, **says}.items():
+        setattr(model.generation_config, name, value)
+    generator = TextGenerator(model, tiny_tokenizer)
+    with pytest.raises(ValueError, match=sentence):
+        generator.generate(PROMPT)
+    assert generator.generate(PROMPT, **{"max_new_tokens": 3, **override}).token_ids
+
+
+@pytest.mark.kind(REFUSED)
+@pytest.mark.parametrize(
+    "says", [{"no_repeat_ngram_size": -2}, {"no_repeat_ngram_size": "two"}, {"bad_words_ids": [5]}]
+)
+def test_a_rule_of_the_model_that_is_none(tiny_model, says):
+    model = tiny_model("llama")
+    for name, value in says.items():
+        setattr(model.generation_config, name, value)
+    if says == {"no_repeat_ngram_size": -2}:  # as in transformers: off
+        assert TextGenerator(model).generate(PROMPT, max_new_tokens=2).token_ids
+        return
+    with pytest.raises(ValueError, match=rf"generation_config\.{next(iter(says))}: "):
+        TextGenerator(model)
+
+
+def test_a_shorter_text_than_the_models_least_is_no_contradiction(tiny_model):
+    model = tiny_model("llama")
+    model.generation_config.min_new_tokens = 5
+    assert len(TextGenerator(model).generate(PROMPT, max_new_tokens=2).token_ids) == 2
+
+
+@pytest.mark.kind("K10 end tokens that are none")
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        pytest.param([0, 300], (0,), id="F34 beyond the vocabulary"),
+        pytest.param([0, -1], (0,), id="F34 negative"),
+        pytest.param(10**9, (), id="B40 one alone"),
+        pytest.param([10**6, -4], (), id="B40 all"),
+        pytest.param([299, 7], (299, 7), id="good ones"),
+    ],
+)
+def test_end_tokens_beyond_the_vocabulary_end_and_bar_nothing(tiny_model, ends, expected):
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = ends
+    generator = TextGenerator(model)
+    assert generator.eos_ids == expected
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPT])).logits[0, -1]
+    logits[list(expected)] = float("-inf")
+    first = generator.generate(PROMPT, max_new_tokens=4, min_new_tokens=4).token_ids[0]
+    assert first == int(logits.argmax())

@@ -1,24 +1,15 @@
 """Where a text ends, against decoding every prefix of it."""
 
 import random
+from itertools import pairwise
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizer_kinds import KINDS, in_rounds, random_tokens, tokenizer_of
 
+from lskip.inference import TextGenerator
 from lskip.inference.stopping import StopRule, stop_rule
 
-WORDS = "stop the naïve Σtop 🙂🙃 stop\n\nend 語尾 a b ab aab end.\n"
-
-
-@pytest.fixture(scope="module")
-def sentence_tokenizer():
-    """Marks spaces inside tokens and drops one at the start of whatever it decodes, as sentencepiece does."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Metaspace()
-    bpe.decoder = decoders.Metaspace()
-    bpe.train_from_iterator([WORDS], trainers.BpeTrainer(vocab_size=80, special_tokens=["</s>"], show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
+BYTES = "K1 text that depends on how its tokens come"
 
 
 class Pieces:
@@ -45,47 +36,88 @@ def expected(tokens, rule):
     return tokens, None
 
 
-def cut_in_rounds(tokens, rule, draw):
+def cut_in_rounds(rounds, rule):
     done, reason = [], None
-    while reason is None and len(done) < len(tokens):
-        kept, reason = rule.cut(tokens[len(done) : len(done) + draw.randint(1, 6)], done)
+    for tokens in rounds:
+        kept, reason = rule.cut(tokens, done)
         done = done + kept
+        if reason is not None:
+            break
     return done, reason
 
 
-def random_tokens(tokenizer, draw):
-    """A text with cut characters, joined tokens and an end-of-text token now and then."""
-    ids = tokenizer(draw.choice([WORDS, WORDS[::-1]]))["input_ids"]
-    pieces = [ids[start : start + draw.randint(1, 12)] for start in draw.choices(range(len(ids)), k=6)]
-    tokens = [token for piece in pieces for token in piece]
-    if draw.random() < 0.5:
-        tokens.insert(draw.randrange(len(tokens)), 0)
-    return tokens
+def random_stop_strings(text, draw):
+    """Some that are in the text, mostly, and one that mostly is not."""
+    inside = [text[start : start + draw.choice([1, 3, 7, 30])] for start in draw.choices(range(len(text) + 1), k=2)]
+    outside = draw.choice(["end.\n", "🙃", " ab", "##", "</s>", "m_end|>", "zzz" * 40])
+    return tuple(text for text in (*inside, outside) if text and "\ufffd" not in text)
 
 
-def random_stop_strings(tokenizer, tokens, draw):
-    """One that is in the text, mostly, and one that mostly is not."""
-    text = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-    start = draw.randrange(max(len(text), 1))
-    inside = text[start : start + draw.randint(1, 7)]
-    return tuple(
-        text for text in (inside, draw.choice(["end.\n", "🙃", " ab", "尾 "])) if text and "\ufffd" not in text
-    )
-
-
-@pytest.mark.parametrize("name", ["tiny_tokenizer", "sentence_tokenizer"])
-def test_stop_strings_end_a_text_where_the_first_decoded_prefix_holds_one(name, request):
-    tokenizer = request.getfixturevalue(name)
-    draw = random.Random(0)
+@pytest.mark.kind(BYTES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_stop_strings_end_a_text_where_the_first_decoded_prefix_holds_one(kind):
+    tokenizer, draw = tokenizer_of(kind), random.Random(0)
     reasons = []
-    for _ in range(400):
+    for _ in range(500):
         tokens = random_tokens(tokenizer, draw)
-        stop_strings = random_stop_strings(tokenizer, tokens, draw)
-        rule = StopRule(frozenset([0]), draw.randint(1, 60), "length", stop_strings, tokenizer)
+        text = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        eos_ids = frozenset([1]) if draw.random() < 0.5 else frozenset()
+        stop_strings = random_stop_strings(text, draw) if draw.random() < 0.7 else ("zzz",)
+        rule = StopRule(eos_ids, draw.randint(1, 60), "length", stop_strings, tokenizer)
         truth = expected(tokens, rule)
-        assert cut_in_rounds(tokens, rule, draw) == truth
+        assert cut_in_rounds(in_rounds(tokens, draw), rule) == truth
         reasons.append(truth[1])
     assert all(reasons.count(reason) >= 10 for reason in ("eos", "stop_string", "length"))
+
+
+TOKENS = ["!", *(f"<0x{byte:02X}>" for byte in "\n🌍".encode())]
+
+
+@pytest.mark.kind(BYTES)
+@pytest.mark.parametrize(
+    ("names", "rounds", "stop_string", "length"),
+    [
+        pytest.param(TOKENS, [1, 3, 2], "!\n", 2, id="F1 a round ends inside a character"),
+        pytest.param(TOKENS, [1, 1, 4], "!\n", 2, id="F1 a token a round"),
+        pytest.param(TOKENS, [6], "!\n", 2, id="all in one round"),
+        pytest.param(TOKENS, [2, 4], "\n🌍", 6, id="the character is part of it"),
+        pytest.param(TOKENS * 200, [5] * 240, "🌍!\n", 8, id="a long text"),
+        pytest.param([*TOKENS[2:] * 100, "<0x0A>", *TOKENS[2:]], [7] * 58, "🌍\n", 401, id="a long run of bytes"),
+    ],
+)
+def test_a_stop_string_before_a_cut_character(names, rounds, stop_string, length):
+    tokenizer = tokenizer_of("byte fallback")
+    ids, places = tokenizer.convert_tokens_to_ids(names), [0]
+    for size in rounds:
+        places.append(places[-1] + size)
+    came = [ids[start:end] for start, end in pairwise(places)]
+    rule = stop_rule([], 1, 5000, 10_000, (stop_string,), tokenizer)
+    assert cut_in_rounds(came, rule) == (ids[:length], "stop_string")
+
+
+@pytest.mark.kind(BYTES, "F1")
+@pytest.mark.parametrize("num_speculations", [0, 1, 2, 3, 8])
+def test_drafting_does_not_move_the_end(tiny_model, num_speculations):
+    """A model whose blocks add nothing, so that every exit agrees, says what its embedding and head make it say."""
+    import torch
+
+    tokenizer = tokenizer_of("byte fallback")
+    ids = tokenizer.convert_tokens_to_ids([*TOKENS, "a"])
+    model = tiny_model("llama", vocab_size=300, tie_word_embeddings=False, eos_token_id=None)
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        for place, token in enumerate(ids):  # each is followed by the next
+            model.model.embed_tokens.weight[token] = 0
+            model.model.embed_tokens.weight[token, place] = 1
+            model.lm_head.weight[ids[(place + 1) % len(ids)], place] = 1
+    drafts = {"exit_layer": 2, "num_speculations": num_speculations} if num_speculations else {}
+    generator = TextGenerator(model, tokenizer)
+    assert generator.generate([ids[-1]], max_new_tokens=6, **drafts).text == "!\n🌍"
+    ours = generator.generate([ids[-1]], max_new_tokens=6, stop_strings=["!\n"], **drafts)
+    assert (ours.text, ours.finish_reason) == ("!\n", "stop_string")
 
 
 def test_a_match_spans_tokens_and_rounds():

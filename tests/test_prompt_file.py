@@ -1,7 +1,9 @@
 """`lskip predict`: prompts in, answers out, in batches; interrupted, killed and resumed."""
 
+import io
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -14,10 +16,11 @@ from conftest import make_model
 from transformers import AutoModelForCausalLM
 
 from lskip import command_options, commands
+from lskip.answer_file import put_in_order, start_output
 from lskip.cli import main
 from lskip.inference import TextGenerator
 from lskip.pretrained import load_model
-from lskip.prompt_file import put_in_order, read_prompts, start_output
+from lskip.prompt_file import read_prompts
 
 
 @pytest.fixture(scope="module")
@@ -244,3 +247,152 @@ def test_putting_in_order_keeps_the_rest_of_a_file(tmp_path):
     assert real.read_text() == '{"line": 9}\n{"line": 10, "text": "a\u2028b"}\n'
     put_in_order(Path("/dev/null"))
     assert not Path("/dev/null").is_file()
+
+
+READ = "K16 prompts: which files are read, and as what"
+ONE = '{"prompt": "def f"}\n'
+
+
+@pytest.mark.kind(READ)
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        pytest.param("p.txt", b"\xef\xbb\xbfdef f\n", ["def f"], id="F58 a mark"),
+        pytest.param("p.jsonl", b"\xef\xbb\xbf" + ONE.encode(), ["def f"], id="F60 a mark"),
+        pytest.param("p.txt", b"def f\r\nx\r\n\r\n", ["def f", "x"], id="CRLF"),
+        pytest.param("p.jsonl", ONE.replace("\n", "\r\n").encode() * 2, ["def f", "def f"], id="CRLF lines of JSON"),
+        pytest.param("p.ndjson", ONE.encode(), ["def f"], id="F41 ndjson"),
+        pytest.param("P.JSONL", ONE.encode(), ["def f"], id="upper case"),
+        pytest.param("P.TXT", ONE.encode(), [ONE.strip()], id="JSON in a text is text"),
+        pytest.param("p.txt", "a\u2028b\x0bc\x85d".encode(), ["a\u2028b\x0bc\x85d"], id="rare line ends are none"),
+        pytest.param("p.jsonl", b'{"prompt": "\\ud83d\\ude42\\u0000"}', ["🙂\0"], id="escapes"),
+    ],
+)
+def test_a_file_of_prompts_is_read_as_what_it_is(tmp_path, name, data, expected):
+    (tmp_path / name).write_bytes(data)
+    assert [prompt.content for prompt in read_prompts(tmp_path / name)] == expected
+
+
+@pytest.mark.kind(READ)
+@pytest.mark.parametrize(
+    ("name", "data", "sentence"),
+    [
+        pytest.param("p.txt", "def f".encode("utf-16"), r"p\.txt' is not UTF-8", id="UTF-16"),
+        pytest.param(
+            "p.txt", "def f".encode("utf-16-le"), r"line 1 of .*p\.txt' holds a NUL", id="UTF-16 without mark"
+        ),
+        pytest.param("p.jsonl", ONE.encode("utf-32-le"), "line 1 is not JSON", id="UTF-32"),
+        pytest.param("p.txt", "é".encode("cp1252"), r"p\.txt' is not UTF-8", id="cp1252"),
+        pytest.param("p.jsonl.gz", ONE.encode(), r"p\.jsonl\.gz' is neither", id="packed"),
+        pytest.param("p.csv", ONE.encode(), r"p\.csv' is neither", id="csv"),
+        pytest.param("p.txt", b"\xef\xbb\xbf\n \r\n", "holds no prompt", id="blank"),
+    ],
+)
+def test_a_file_that_is_no_file_of_prompts_is_named(tmp_path, name, data, sentence):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=rf"^prompts: .*{sentence}"):
+        read_prompts(tmp_path / name)
+
+
+WRITTEN = "B8 what cannot be written stops predict in the middle"
+
+
+@pytest.mark.kind(WRITTEN)
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        pytest.param('{"prompt": "b \\ud83d"}', r"prompt: holds '\\ud83d', half a character", id="F32"),
+        pytest.param('{"prompt": "def g", "id": "\\ud800"}', r"id: holds '\\ud800'", id="B8"),
+        pytest.param('{"prompt": "a", "x": {"y": ["\\udfff"]}}', r"x: holds '\\udfff'", id="within lists"),
+        pytest.param('{"prompt": "a", "\\ud800": 1}', r"holds '\\ud800'", id="a key"),
+        pytest.param('{"messages": [{"role": "user", "content": "\\ud800"}]}', "messages: holds", id="messages"),
+        pytest.param('{"prompt": "a", "n": NaN}', "n: a number that is not finite", id="NaN"),
+        pytest.param('{"prompt": "a", "n": 1e999}', "n: a number that is not finite", id="1e999"),
+        pytest.param('{"prompt": "a", "n": ' + "9" * 5000 + "}", "not JSON that is read", id="B41 5000 digits"),
+        pytest.param('{"prompt": "a", "n": ' + "[" * 10**5 + "]" * 10**5 + "}", "deeply", id="nested 100,000 deep"),
+        pytest.param(
+            '{"prompt": "a", "n": ' + "[" * 985 + "]" * 985 + "}", "deeply", id="nested as deep as can be read"
+        ),
+        pytest.param('{"prompt": "a", "prompt": "b"}', "the key 'prompt' is there twice", id="a key twice"),
+        pytest.param('{"prompt": "a", "m": {"x": 1, "x": 2}}', "the key 'x' is there twice", id="a key twice within"),
+    ],
+)
+def test_a_line_that_cannot_be_carried_through_is_refused_before_any_work(tmp_path, capsys, line, sentence):
+    (tmp_path / "p.jsonl").write_text(ONE + line + "\n")
+    assert main(["predict", f"--prompts={tmp_path}/p.jsonl", f"--output={tmp_path}/o.jsonl", "--model=/no/model"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(rf"error: prompts: line 2( is |: ).*{sentence}", said), said
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+@pytest.mark.kind("predict reads standard input")
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        pytest.param(b"def f\nx\r\n", ["def f", "x"], id="M lines"),
+        pytest.param(ONE.encode() * 2, ["def f", "def f"], id="lines of JSON"),
+        pytest.param(b'{"other": 1}\n', ['{"other": 1}'], id="JSON that is no prompt"),
+        pytest.param(b"\xef\xbb\xbfa", ["a"], id="a mark"),
+    ],
+)
+@pytest.mark.parametrize("name", ["-", "/dev/stdin"])
+def test_standard_input_holds_prompts(monkeypatch, name, data, expected):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert [prompt.content for prompt in read_prompts(Path(name))] == expected
+
+
+@pytest.mark.kind("predict reads standard input")
+@pytest.mark.parametrize(("data", "word"), [(b"", "no prompt"), (b"\xff", "UTF-8"), (b'{"prompt": 5}', "line 1")])
+def test_standard_input_that_holds_none(monkeypatch, data, word):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    with pytest.raises(ValueError, match=f"^prompts: .*{word}"):
+        read_prompts(Path("-"))
+
+
+PLACES = "B27 an output that cannot be written is found out before the work"
+
+
+@pytest.mark.kind(PLACES)
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        pytest.param("prompts.txt", "is the file of the prompts", id="the prompts"),
+        pytest.param("link_to_prompts", "is the file of the prompts", id="a link to the prompts"),
+        pytest.param("folder", "Is a directory", id="a folder"),
+        pytest.param("/dev/full", "No space left", id="a full device"),
+        pytest.param("/proc/no/o.jsonl", "No such file", id="where nothing can be made"),
+        pytest.param("prompts.txt/o.jsonl", "File exists", id="below a file"),
+        pytest.param("link_to_itself", "symbolic links", id="a link to itself"),
+    ],
+)
+def test_the_place_of_an_output_is_tried_before_the_model_is_loaded(tmp_path, capsys, monkeypatch, output, reason):
+    monkeypatch.setattr(command_options, "load_generator", None)
+    (tmp_path / "prompts.txt").write_text("def f\n")
+    (tmp_path / "folder").mkdir()
+    for name, target in (("link_to_prompts", "prompts.txt"), ("link_to_itself", "link_to_itself")):
+        (tmp_path / name).symlink_to(target)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    base = ["predict", f"--prompts={tmp_path}/prompts.txt", f"--output={tmp_path / output}"]
+    for flags in ([], ["--overwrite=true"]):
+        assert main([*base, *flags]) == 2
+        said = capsys.readouterr().err
+        assert "error: output: " in said and reason in said
+    assert (tmp_path / "prompts.txt").read_text() == "def f\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.kind(PLACES)
+@pytest.mark.parametrize("flags", [["--model=/no/model"], ["--exit_layer=9"], ["--num_speculations=2"]], ids=str)
+def test_a_command_that_is_refused_leaves_nothing(tmp_path, model_folder, flags):
+    (tmp_path / "prompts.txt").write_text("def f\n")
+    output = f"--output={tmp_path}/new/deep/o.jsonl"
+    assert main(["predict", f"--prompts={tmp_path}/prompts.txt", output, f"--model={model_folder}", *flags]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+
+
+def test_an_output_behind_a_link_that_leads_nowhere_yet(tmp_path, model_folder):
+    (tmp_path / "prompts.txt").write_text("def f\n")
+    (tmp_path / "link.jsonl").symlink_to("real.jsonl")
+    base = ["predict", f"--prompts={tmp_path}/prompts.txt", f"--model={model_folder}", "--max_new_tokens=2"]
+    assert main([*base, f"--output={tmp_path}/link.jsonl"]) == 0
+    assert (tmp_path / "link.jsonl").is_symlink() and len(answers(tmp_path / "real.jsonl")) == 1

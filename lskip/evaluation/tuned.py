@@ -101,7 +101,8 @@ def tuned_options(
     found = tasks[task]
     from lskip.inference.loading import resolve_device  # brings torch: only when asked
 
-    if (here := resolve_device(loading.device).type) != found["device"]:
+    here = resolve_device("auto").type if loading.device == "auto" else loading.device.partition(":")[0]
+    if here != found["device"]:
         raise ValueError(f"task: {task!r} was tuned on {found['device']!r}, not on {here!r}; tune it there")
     if decoding.num_speculations == 0 or decoding.exit_criterion is not None:
         return decoding, loading

@@ -14,8 +14,19 @@ from torch import Tensor
 
 from lskip.inference.adapter import AdapterLanes, AdapterStep
 from lskip.inference.costs import Costs
-from lskip.inference.drafting import PLAIN, Draft, DraftPlan, DraftPolicy, FixedDraft
-from lskip.inference.engine import PREFILL_ROWS, Drafted, Lanes, Round, Step, draft, nothing_drafted, prefill, verify
+from lskip.inference.drafting import PLAIN, DraftPlan, DraftPolicy, FixedDraft, drafts_of
+from lskip.inference.engine import (
+    LONGEST_DRAFT,
+    Drafted,
+    Lanes,
+    Round,
+    Step,
+    check_logits,
+    draft,
+    nothing_drafted,
+    prefill,
+    verify,
+)
 from lskip.inference.exits import ExitCriterion, Logits, exit_round
 from lskip.inference.generation import Generation
 from lskip.inference.headed_step import read_at
@@ -39,6 +50,7 @@ class Text:
         stop: when it ends.
         generation: the outcome, growing.
         ngrams: of prompt and outcome so far as `guess` has needed them.
+        index: its place among the prompts of a batch.
     """
 
     prompt: list[int]
@@ -46,6 +58,7 @@ class Text:
     stop: StopRule
     generation: Generation
     ngrams: NgramIndex = field(default_factory=NgramIndex)
+    index: int = 0
     began: float = 0.0
 
     @property
@@ -102,9 +115,9 @@ class Batch:
         recorder: keeps the states of each text for its Generation, where no adapter is; None: nobody does.
         """
         self.step, self.draft_step, self.settings, self.exits = step, draft_step, settings, exits
-        self.full = full_depth(settings, step.num_layers)
+        self.full, num_speculations = full_depth(settings, step.num_layers), longest_draft(settings)
         # A lane near its end drafts as many as the others: room for what it will not keep.
-        self.cache = step.new_cache(lanes, slots + (settings.num_speculations if lanes > 1 else 0))
+        self.cache = step.new_cache(lanes, slots + (num_speculations if lanes > 1 else 0))
         self.lanes = Lanes(self.cache, torch.empty(0, dtype=torch.long, device=step.device))
         self.texts: list[Text] = []
         self.waiting: deque[Text] = deque()
@@ -119,7 +132,7 @@ class Batch:
         if any(draft.kind == "adapter" for draft in self.drafts):
             self.adapter = self.lanes.observer = AdapterLanes.beside(self.cache, adapter)
         if self.drafts:
-            self.policy.begin(self.drafts, costs, settings.num_speculations)
+            self.policy.begin(self.drafts, costs, num_speculations)
 
     def add(self, text: Text) -> None:
         """Queues a text; it joins when a lane is free."""
@@ -160,6 +173,7 @@ class Batch:
             lane = len(self.texts)
             observer = None if self.lanes.observer is None else self.lanes.observer.begin(lane)
             logits = prefill(self.reading, self.cache.lane(lane), text.prompt, self.full, observer)
+            check_logits(logits)
             self.cache.lengths[lane] = len(text.prompt)
             none = torch.empty(1, 0, dtype=torch.long, device=logits.device)
             _, token = BatchChooser([text.chooser]).settle(logits, none)
@@ -235,12 +249,9 @@ class Batch:
         return plan, drafted if step is self.step else Drafted(drafted.ids)
 
     def _most(self) -> int:
-        """Tokens that a lane can be drafted: more than any text may still get is of no use, nor has it a slot.
-
-        And no more than one pass may verify.
-        """
+        """Tokens that a lane can be drafted: more than any text may still get is of no use, nor has it a slot."""
         room = self.cache.slots - 1 - max(self.lanes.starts)
-        return min(room, max(text.left for text in self.texts) - 1, PREFILL_ROWS - 1)
+        return min(room, max(text.left for text in self.texts) - 1, LONGEST_DRAFT)
 
     def _goes_on(
         self, exit_layer: int, logits: Logits, margins: Callable[[], Tensor] | None, ids: Tensor, states: Tensor
@@ -268,27 +279,11 @@ def bound(criterion: ExitCriterion | None, exits: TrainedExits | None) -> ExitCr
     return None if criterion is None else criterion.bound(None if exits is None else exits.certainty)
 
 
+def longest_draft(settings: GenerationSettings) -> int:
+    """Tokens that a round may draft in each lane at most."""
+    return min(settings.num_speculations, LONGEST_DRAFT)
+
+
 def full_depth(settings: GenerationSettings, num_layers: int) -> int:
     """Blocks that decide a token: all, or at a fixed exit its own."""
     return num_layers if settings.num_speculations else settings.exit_layer or num_layers
-
-
-def drafts_of(
-    settings: GenerationSettings, num_layers: int, has_weights: bool, adapter_exit: int | None = None
-) -> list[Draft]:
-    """The ways to draft that the settings allow, the one that they name first.
-
-    An adapter behind layer `adapter_exit` (None: there is none) takes the place of bare layers.
-    """
-    if not settings.num_speculations:
-        return []
-    drafts = [] if adapter_exit is None else [Draft("adapter", adapter_exit)]
-    if has_weights:
-        drafts.append(Draft("weights", settings.exit_layer or num_layers))
-    if adapter_exit is None:
-        exits = [settings.exit_layer] if settings.exit_layer else [num_layers // 4, num_layers // 3, num_layers // 2]
-        drafts += [Draft("layers", exit_layer) for exit_layer in dict.fromkeys(exits) if 1 <= exit_layer < num_layers]
-    drafts.append(Draft("ngram", 0))
-    if settings.draft is not None:
-        drafts = [each for each in drafts if each.kind == settings.draft]
-    return drafts

@@ -21,6 +21,7 @@ from lskip.inference.acceptance import keep_agreeing
 from lskip.inference.cache import KVCache
 
 PREFILL_ROWS = 256  # a pass's mask and activations grow with its rows: a long prompt goes in pieces
+LONGEST_DRAFT = PREFILL_ROWS - 1  # tokens in each lane that one pass may verify
 
 
 Bar = Callable[[Tensor], None]  # is given logits [A, n, V] and makes -inf of what may not be chosen
@@ -150,6 +151,15 @@ def prefill(step: Step, cache: KVCache, prompt: list[int], full: int, observer: 
             observer.observe(at_exit, step.norm(x), [start])
         start += rows.shape[1]
     return step.decode(x[:, -1:])
+
+
+def check_logits(logits: Tensor) -> None:
+    """ValueError unless a token can be chosen by them; of numbers that are none, argmax takes any."""
+    if not logits.max().isfinite():
+        raise ValueError(
+            "model: what it computes for this prompt is not finite (NaN or infinite logits); its weights or its config"
+            " are broken, or dtype is too narrow for it"
+        )
 
 
 def nothing_drafted(lanes: Lanes) -> Drafted:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+import sys
+from collections import deque
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache, cached_property, partial
@@ -11,18 +13,21 @@ from typing import TYPE_CHECKING
 
 from lskip.checks import check_whole
 from lskip.decoder import Decoder
+from lskip.encoding import longest_text
 from lskip.exit_adapter import ExitAdapter, fingerprint
 from lskip.heap import trim_heap
 from lskip.inference.adapter import AdapterStep
-from lskip.inference.batch import Batch, Text, bound, drafts_of, full_depth
+from lskip.inference.batch import Batch, Text, bound, full_depth, longest_draft
 from lskip.inference.costs import Costs, measure_costs
 from lskip.inference.costs_file import keep_costs
+from lskip.inference.drafting import drafts_of
 from lskip.inference.form_choice import mix_for
 from lskip.inference.generation import Generation, TextStream
+from lskip.inference.model_defaults import ignored_by_lskip, read_defaults
 from lskip.inference.recording import StateRecorder
 from lskip.inference.sampling import TokenChooser
 from lskip.inference.screened_head import screened_head
-from lskip.inference.settings import GenerationSettings, defaults_from
+from lskip.inference.settings import GenerationSettings
 from lskip.inference.steps import build_draft_step, build_step
 from lskip.inference.stopping import end_tokens, stop_rule
 from lskip.inference.text import TextPieces, decode_text, encode_prompt
@@ -37,7 +42,7 @@ class TextGenerator:
     """A model made ready for decoding; use it for any number of prompts, one at a time or in batches.
 
     Attributes:
-        defaults: settings of a call that names none, from the model's generation_config.
+        model_defaults: what the model's generation_config asks for.
         step: how blocks are run (LeanStep or ModuleStep).
         draft_step: the blocks that draft when they have weights of their own; None: `step` drafts.
         adapter_step: the exit adapter that drafts behind `step`'s first blocks, or None.
@@ -90,8 +95,10 @@ class TextGenerator:
         if exit_adapter is not None and exit_adapter.made_for != fingerprint(decoder):
             raise ValueError(f"exit_adapter: was made for another model ({exit_adapter.made_for})")
         self.tokenizer, self.costs_file = tokenizer, costs_file
-        self.defaults = defaults_from(model.generation_config)
         self.eos_ids = end_tokens(model, tokenizer)
+        self.model_defaults = read_defaults(model.generation_config, self.eos_ids, decoder.device)
+        if ignored := ignored_by_lskip(model.generation_config):
+            print(f"warning: generation_config: lskip does not go by {', '.join(ignored)}", file=sys.stderr)
         self.num_layers, self.vocab_size = decoder.num_layers, decoder.vocab_size
         self.context_length = decoder.context_length
         # First, since building `step` may take the model apart.
@@ -123,7 +130,8 @@ class TextGenerator:
         """The same as an iterator of text pieces. Everything is checked here, before the first piece."""
         chosen = self.settings(**settings)
         text = self.prepare(prompt, chosen)
-        return TextStream(self.tokenizer, (news for _, news in self._rounds([text], 1, chosen)), text.generation)
+        rounds = (news for _, news in self._rounds(deque([text]), 1, chosen))
+        return TextStream(self.tokenizer, rounds, text.generation)
 
     def generate_batch(
         self,
@@ -149,10 +157,10 @@ class TextGenerator:
             ValueError: as in `generate`, with the prompt's index; or states are asked for where an adapter drafts or
                 not all blocks run.
         """
-        indexed, chosen = self._prepare_all(prompts, batch_size, indices, settings)
+        texts, chosen = self._prepare_all(prompts, batch_size, indices, settings)
         if states_at is not None:
             self._check_states_at(states_at, chosen)
-        return self._endings(indexed, batch_size, chosen, states_at)
+        return self._endings(texts, batch_size, chosen, states_at)
 
     def _check_states_at(self, states_at: int, settings: GenerationSettings) -> None:
         if not 1 <= states_at <= self.num_layers:
@@ -171,8 +179,13 @@ class TextGenerator:
         """The same as (index of the prompt, piece of its text), each piece final and never a part of a character."""
         if self.tokenizer is None:
             raise ValueError("prompt: streaming text needs a tokenizer, and the model came without one")
-        indexed, chosen = self._prepare_all(prompts, batch_size, indices, settings)
-        return self._pieces(indexed, batch_size, chosen)
+        texts, chosen = self._prepare_all(prompts, batch_size, indices, settings)
+        return self._pieces(texts, batch_size, chosen)
+
+    @property
+    def defaults(self) -> GenerationSettings:
+        """Settings of a call that names none, from the model's generation_config."""
+        return self.model_defaults.settings
 
     def settings(self, **settings) -> GenerationSettings:
         """`defaults` with some settings changed, checked against this model.
@@ -180,7 +193,7 @@ class TextGenerator:
         Raises:
             ValueError: an unknown name, or a value that is not allowed (here).
         """
-        chosen = self.defaults.changed(**settings)
+        chosen = self.model_defaults.changed(**settings)
         adapter_exit = None if self.adapter_step is None else self.adapter_step.shape.exit_layer
         chosen.check_layers(self.num_layers, self.draft_step is not None, adapter_exit)
         for criterion in (chosen.exit_criterion, getattr(chosen.draft_policy, "criterion", None)):
@@ -191,7 +204,7 @@ class TextGenerator:
 
     def prepare(self, prompt, settings: GenerationSettings, index: int = 0) -> Text:
         """A prompt as the engine takes it. `index`: its place in a batch, which its seed depends on."""
-        ids = encode_prompt(prompt, self.tokenizer, settings.chat, self.vocab_size)
+        ids = encode_prompt(prompt, self.tokenizer, settings.chat, self.vocab_size, self.most_characters)
         stop = stop_rule(
             self.eos_ids,
             len(ids),
@@ -201,8 +214,14 @@ class TextGenerator:
             self.tokenizer,
         )
         seed = secrets.randbits(32) if settings.seed is None else (settings.seed + index) % 2**64
-        chooser = TokenChooser(settings, seed, self.eos_ids, ids)
-        return Text(ids, chooser, stop, Generation(prompt_tokens=len(ids), seed=seed))
+        rules = self.model_defaults
+        chooser = TokenChooser(settings, seed, self.eos_ids, ids, rules.by_text, rules.warpers)
+        return Text(ids, chooser, stop, Generation(prompt_tokens=len(ids), seed=seed), index=index)
+
+    @cached_property
+    def most_characters(self) -> int | None:
+        """Of a prompt that can have room in the context; None without a tokenizer."""
+        return None if self.tokenizer is None else longest_text(self.tokenizer, self.context_length)
 
     @cached_property
     def costs(self) -> Costs:
@@ -225,21 +244,24 @@ class TextGenerator:
 
     def _prepare_all(
         self, prompts: list, batch_size: int, indices: list[int] | None, settings: dict
-    ) -> tuple[list[tuple[int, Text]], GenerationSettings]:
+    ) -> tuple[deque[Text], GenerationSettings]:
         check_whole("batch_size", batch_size, 1)
         chosen = self.settings(**settings)
-        indexed = []
+        texts: deque[Text] = deque()
         for index, prompt in zip(range(len(prompts)) if indices is None else indices, prompts, strict=True):
             try:
-                indexed.append((index, self.prepare(prompt, chosen, index)))
+                texts.append(self.prepare(prompt, chosen, index))
             except ValueError as error:
                 raise ValueError(f"prompts[{index}]: {error}") from error
-        return indexed, chosen
+        return texts, chosen
 
     def _rounds(
-        self, texts: list[Text], lanes: int, settings: GenerationSettings, states_at: int | None = None
+        self, texts: deque[Text], lanes: int, settings: GenerationSettings, states_at: int | None = None
     ) -> Iterator[tuple[Text, list[int]]]:
-        """Runs round after round until all texts have ended; yields what each round adds to each."""
+        """Runs round after round until all texts have ended; yields what each round adds to each.
+
+        It takes them out of `texts`: one that has ended is nobody's any more, with all that sampling and drafting kept.
+        """
         if not texts:
             return
         # A text's last token is never run, so it needs one slot less than it has tokens.
@@ -248,30 +270,28 @@ class TextGenerator:
         costs, exits = (lambda: self.costs), self.trained_exits
         recorder = None
         if states_at is not None:  # room for the last token too, and for what is accepted beyond a text's end
-            room = slots + 1 + settings.num_speculations
-            recorder = StateRecorder.for_lanes(states_at, self.step, lanes, room)
+            recorder = StateRecorder.for_lanes(states_at, self.step, lanes, slots + 1 + longest_draft(settings))
         batch = Batch(self.step, self.draft_step, settings, lanes, slots, costs, self.adapter_step, exits, recorder)
-        for text in texts:
-            batch.add(text)
+        while texts:
+            batch.add(texts.popleft())
         while batch.busy:
             yield from batch.round()
 
     def _endings(
-        self, indexed, batch_size: int, settings: GenerationSettings, states_at: int | None
+        self, texts: deque[Text], batch_size: int, settings: GenerationSettings, states_at: int | None
     ) -> Iterator[tuple[int, Generation]]:
-        index_of = {id(text): index for index, text in indexed}
-        for text, _ in self._rounds([text for _, text in indexed], batch_size, settings, states_at):
+        for text, _ in self._rounds(texts, batch_size, settings, states_at):
             if text.ended:
                 if self.tokenizer is not None:
                     text.generation.text = decode_text(self.tokenizer, text.generation.token_ids)
-                yield index_of[id(text)], text.generation
+                yield text.index, text.generation
 
-    def _pieces(self, indexed, batch_size: int, settings: GenerationSettings) -> Iterator[tuple[int, str]]:
-        under_way = {id(text): (index, TextPieces(self.tokenizer)) for index, text in indexed}
-        for text, tokens in self._rounds([text for _, text in indexed], batch_size, settings):
-            index, pieces = under_way[id(text)]
+    def _pieces(self, texts: deque[Text], batch_size: int, settings: GenerationSettings) -> Iterator[tuple[int, str]]:
+        under_way: dict[Text, TextPieces] = {}
+        for text, tokens in self._rounds(texts, batch_size, settings):
+            pieces = under_way.setdefault(text, TextPieces(self.tokenizer))
             piece = pieces.push(tokens)
             if text.ended:
-                piece += pieces.rest()
+                piece += under_way.pop(text).rest()
             if piece:
-                yield index, piece
+                yield text.index, piece

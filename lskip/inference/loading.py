@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -48,6 +49,8 @@ def load_generator(
     if costs_file is not None:
         check_costs_file(Path(costs_file))
     place = resolve_device(device)
+    if compiled and place.type == "cpu":
+        print("warning: compiled: is meant for GPUs; on a CPU compiling takes minutes", file=sys.stderr)
     loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
     loaded = loaded.eval().to(place)
     adapter = None if folder is None else load_adapter(folder, loaded)
@@ -61,7 +64,7 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device).item()  # "meta" holds no numbers
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise ValueError(f"device: {device!r} cannot be used here; try 'auto' or 'cpu'") from error
     return torch.device(device)

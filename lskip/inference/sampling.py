@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -35,23 +36,36 @@ class TokenChooser:
         rejection: whether drafted tokens are to be accepted by rejection sampling (RejectionChooser).
     """
 
-    def __init__(self, settings: GenerationSettings, seed: int, eos_ids: tuple[int, ...], prompt: list[int]):
-        """eos_ids: barred from the first `settings.min_new_tokens` positions after the prompt."""
+    def __init__(
+        self,
+        settings: GenerationSettings,
+        seed: int,
+        eos_ids: tuple[int, ...],
+        prompt: list[int],
+        by_text: tuple[LogitsProcessor, ...] = (),
+        more_warpers: tuple[LogitsProcessor, ...] = (),
+    ):
+        """
+        Args:
+            eos_ids: barred from the first `settings.min_new_tokens` positions after the prompt.
+            by_text: further rules for a token that depend on the text before it.
+            more_warpers: further rules of sampling.
+        """
         self.text, self.seed, self.eos_ids = list(prompt), seed, tuple(eos_ids)
         self.first_eos = len(prompt) + settings.min_new_tokens
         self.greedy = settings.temperature == 0
         self.rejection = settings.acceptance == "rejection" and not self.greedy
-        self.penalty = None
+        self.by_text = LogitsProcessorList(by_text)
         if settings.repetition_penalty != 1:
-            self.penalty = RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty))
-        self.warpers = LogitsProcessorList([] if self.greedy else warpers(settings))
+            self.by_text.insert(0, RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty)))
+        self.warpers = LogitsProcessorList([] if self.greedy else [*warpers(settings), *more_warpers])
         self._text_ids: Tensor | None = None
         self._noise: dict[int, Tensor] = {}
 
     @property
     def takes_likeliest(self) -> bool:
         """Whether `draw` is an argmax, but for barred end tokens."""
-        return self.greedy and self.penalty is None
+        return self.greedy and not self.by_text
 
     def bar(self, logits: Tensor, drafted: Tensor) -> None:
         """Bars the end tokens where the text is too short for one, in place. Arguments as in `draw`."""
@@ -83,9 +97,9 @@ class TokenChooser:
     def scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
         """float32 [n, V]: the processed logits, in the order of transformers' generate. Arguments as in `draw`."""
         first, scores = self._first_position(logits, drafted), logits.float()
-        if self.penalty is not None:
+        if self.by_text:
             before = torch.cat([self._text_on(drafted.device), drafted])[None]
-            rows = [self.penalty(before[:, : first + row], scores[row : row + 1]) for row in range(len(scores))]
+            rows = [self.by_text(before[:, : first + row], scores[row : row + 1]) for row in range(len(scores))]
             scores = torch.cat(rows)
         if self.eos_ids and first < self.first_eos:
             scores = scores.clone()

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from transformers import GenerationConfig
-
-from lskip.checks import check_choice, check_parts, check_real, check_texts, check_whole
+from lskip.checks import check_choice, check_parts, check_real, check_texts, check_unicode, check_whole
 
 if TYPE_CHECKING:
     from lskip.inference.drafting import DraftPolicy
@@ -73,7 +71,8 @@ class GenerationSettings:
 
     def __post_init__(self):
         self._check_counts()
-        check_real("temperature", self.temperature, "0 or more", lambda value: value >= 0)
+        # Below that, logits divided by it are beyond float32.
+        check_real("temperature", self.temperature, "0, or from 1e-30 up", lambda value: value == 0 or value >= 1e-30)
         check_real("top_p", self.top_p, "above 0 and at most 1", lambda value: 0 < value <= 1)
         check_real("min_p", self.min_p, "from 0 to 1", lambda value: 0 <= value <= 1)
         check_real("repetition_penalty", self.repetition_penalty, "above 0", lambda value: value > 0)
@@ -88,6 +87,8 @@ class GenerationSettings:
                 " verified; use 0, or leave the criterion out"
             )
         check_texts("stop_strings", self.stop_strings)
+        for stop_string in self.stop_strings:
+            check_unicode("stop_strings", stop_string)
         object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
         if self.chat not in (None, True, False):
             raise ValueError(f"chat: {self.chat!r} is not true, false or null")
@@ -164,27 +165,3 @@ class GenerationSettings:
             if name not in known:
                 raise ValueError(f"{name}: no such generation setting; there are {', '.join(known)}")
         return replace(self, **settings)
-
-
-def defaults_from(config: GenerationConfig | None) -> GenerationSettings:
-    """The settings that a checkpoint's generation_config asks for; what it leaves open keeps lskip's default."""
-    if config is None:
-        return GenerationSettings()
-
-    def given(name: str, default):
-        value = getattr(config, name, None)
-        return default if value is None else value
-
-    sampled = bool(config.do_sample)
-    max_new_tokens = given("max_new_tokens", GenerationSettings.max_new_tokens)
-    stop_strings = given("stop_strings", ())
-    return GenerationSettings(
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min(given("min_new_tokens", 0), max_new_tokens),
-        temperature=float(given("temperature", 1.0)) if sampled else 0.0,
-        top_k=given("top_k", None) or None,  # transformers writes 0 for "all"
-        top_p=float(given("top_p", 1.0)),
-        min_p=float(given("min_p", 0.0)),
-        repetition_penalty=float(given("repetition_penalty", 1.0)),
-        stop_strings=(stop_strings,) if isinstance(stop_strings, str) else stop_strings,
-    )

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerFast
+
+from lskip.inference.text import LONGEST_HELD, UNFINISHED, decode_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,28 +52,68 @@ class StopRule:
         return tokens, self.limit if len(done) + len(tokens) == self.max_new_tokens else None
 
     def _until_stop_string(self, tokens: list[int], done: list[int]) -> int:
-        """How many of `tokens` it takes to complete a stop string; 0: they do not."""
-        if not self.stop_strings:
-            return 0
-        tail = self._tail(done)
-        if not self._has_stop_string(tail + tokens):
-            return 0
-        return next(num for num in range(1, len(tokens) + 1) if self._has_stop_string(tail + tokens[:num]))
+        """How many of `tokens` it takes to complete a stop string; 0: they do not.
 
-    def _tail(self, done: list[int]) -> list[int]:
-        """The end of `done` that can hold the beginning of a stop string: bounded work, however long the text."""
+        Each is tried by itself: an incomplete character behind a stop string can make it unreadable again.
+        """
+        if self.stop_strings:
+            for num in range(1, len(tokens) + 1):
+                if self._completes_one(done, tokens[:num]):
+                    return num
+        return 0
+
+    def _completes_one(self, done: list[int], tokens: list[int]) -> bool:
+        """Whether the last of `tokens`, behind `done`, completes a stop string.
+
+        Where decoding starts depends on the text alone, not on how it came in rounds. That is bounded work, however
+        long the text.
+        """
         characters = max(map(len, self.stop_strings)) + MARGIN
         size = characters  # as a rule a token is a character at least
-        while size < len(done) and len(self._decode(done[-size:])) < characters:
+        while True:
+            start = self._no_character_cut(done, tokens, len(done) + len(tokens) - 1 - size)
+            ids = [*done[start:], *tokens[max(start - len(done), 0) :]]
+            if start == 0 or _num_characters(self._decode(ids[:-1])) >= characters:
+                break
             size *= 2
-        return done[-size:]
-
-    def _has_stop_string(self, ids: list[int]) -> bool:
-        text = self._decode(ids)
+        # Decoding that starts inside a text may show what is not in it, such as the mark of a word's second part.
+        text = self._decode(ids)[MARGIN // 2 if start else 0 :]
         return any(stop_string in text for stop_string in self.stop_strings)
 
+    def _no_character_cut(self, done: list[int], tokens: list[int], start: int) -> int:
+        """The last place up to `start` where decoding may begin: the beginning of a run of byte tokens.
+
+        Of a run that is wrong somewhere nothing is shown. Of a long one, the beginning of a character.
+        """
+        values, first = self._byte_values, max(start, 0)
+
+        def value(place: int) -> int | None:
+            return values.get(done[place] if place < len(done) else tokens[place - len(done)])
+
+        if not values:
+            return first
+        while first > 0 and value(first) is not None and value(first - 1) is not None:
+            if start - first >= LONGEST_HELD and value(first) >> 6 != 0b10:  # no byte within a character
+                break
+            first -= 1
+        return first
+
+    @cached_property
+    def _byte_values(self) -> dict[int, int]:
+        """Token id -> byte, of a tokenizer that writes characters it does not know as <0xE4><0xB8><0xAD>."""
+        if not isinstance(self.tokenizer, PreTrainedTokenizerFast):
+            return {}
+        vocabulary = self.tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
+        unknown = self.tokenizer.unk_token_id
+        return {token: byte for byte, token in enumerate(vocabulary) if token not in (None, unknown)}
+
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return decode_tokens(self.tokenizer, ids, skip_special_tokens=False)
+
+
+def _num_characters(text: str) -> int:
+    """How many characters `text` has at least: a byte of an incomplete one is shown as if it were one itself."""
+    return len(text) - 3 * text.count(UNFINISHED) // 4
 
 
 def stop_rule(
@@ -95,10 +140,17 @@ def stop_rule(
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
-    """Tokens that end a text: generation_config's, else the tokenizer's, else none."""
+    """Tokens that end a text: generation_config's, else the tokenizer's, else none.
+
+    What is no token of the model ends nothing. ValueError for what is no token id at all.
+    """
     ids = model.generation_config.eos_token_id if model.generation_config is not None else None
     if ids is None and tokenizer is not None:
         ids = tokenizer.eos_token_id
     if ids is None:
         return ()
-    return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+    ids = ids if isinstance(ids, list | tuple) else [ids]
+    if not all(type(token) is int for token in ids):
+        raise ValueError(f"generation_config.eos_token_id: {ids!r} is not made of token ids (it comes with the model)")
+    size = model.get_output_embeddings().weight.shape[0]
+    return tuple(token for token in ids if 0 <= token < size)

@@ -5,11 +5,17 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lskip.encoding import encode, open_ended, render_chat
+
 UNFINISHED = "\ufffd"  # what a tokenizer prints for bytes that are not a character yet
+LONGEST_HELD = 256  # tokens: what is no character after so many is none
 
 
 class TextPieces:
-    """Turns tokens into text as they come, holding back what later bytes may still change."""
+    """Turns tokens into text as they come, holding back what later bytes may still change.
+
+    Token by token, however many come at a time: the pieces joined are the text of `decode_text`.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
@@ -20,44 +26,69 @@ class TextPieces:
 
     def push(self, ids: list[int]) -> str:
         """The text that is final now that `ids` have been added; "" inside a character."""
-        self.ids += ids
-        piece = self._new_text()
-        if piece.endswith(UNFINISHED):
-            return ""
-        self.anchor, self.given = self.given, len(self.ids)
-        return piece
+        return "".join(map(self._push_one, ids))
 
     def rest(self) -> str:
         """What was held back, when no more tokens come."""
         piece, self.given = self._new_text(), len(self.ids)
         return piece
 
+    def _push_one(self, token: int) -> str:
+        self.ids.append(token)
+        piece = self._new_text()
+        if piece.endswith(UNFINISHED) and len(self.ids) - self.given < LONGEST_HELD:
+            return ""
+        if piece:  # what has no text, a special token, is nothing to start at
+            self.anchor, self.given = self.given, len(self.ids)
+        return piece
+
     def _new_text(self) -> str:
-        before = decode_text(self.tokenizer, self.ids[self.anchor : self.given])
-        return decode_text(self.tokenizer, self.ids[self.anchor :])[len(before) :]
+        before = decode_tokens(self.tokenizer, self.ids[self.anchor : self.given])
+        text = decode_tokens(self.tokenizer, self.ids[self.anchor :])
+        if text.startswith(before):
+            return text[len(before) :]
+        # A byte that begins a character, or none, makes some tokenizers forget the whole characters before it.
+        return decode_tokens(self.tokenizer, self.ids[self.given :])
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of `ids`, without special tokens and exactly as generated."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    """The text of `ids`, without special tokens and exactly as generated: what TextPieces makes of it."""
+    text = decode_tokens(tokenizer, ids)
+    if UNFINISHED not in text:
+        return text
+    pieces = TextPieces(tokenizer)
+    return pieces.push(ids) + pieces.rest()
 
 
-def encode_prompt(prompt, tokenizer: PreTrainedTokenizerBase | None, chat: bool | None, vocab_size: int) -> list[int]:
-    """Token ids of a prompt.
+def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_tokens: bool = True) -> str:
+    """What the tokenizer says of `ids`, nothing tidied up."""
+    return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+
+def encode_prompt(
+    prompt,
+    tokenizer: PreTrainedTokenizerBase | None,
+    chat: bool | None,
+    vocab_size: int,
+    most_characters: int | None = None,
+) -> list[int]:
+    """Token ids of a prompt, to go on with.
 
     Args:
         prompt: a text, chat messages ({"role", "content"} each), or token ids (list, or tensor of one row).
         chat: whether a text becomes a user's message in the chat template; None: when there is a template.
+        most_characters: of a text that can have room in the context; None: any number.
 
     Raises:
-        ValueError: an empty prompt, one that needs a tokenizer or template that is missing, ids out of range.
+        ValueError: an empty prompt, one that needs a tokenizer or template that is missing, text that is too long, not
+            Unicode or refused by the template, ids out of range.
     """
     if isinstance(prompt, torch.Tensor):
         prompt = prompt.flatten().tolist() if prompt.dim() == 1 or len(prompt) == 1 else None
     if isinstance(prompt, str):
-        ids = _encode_text(prompt, tokenizer, chat)
+        ids = _encode_text(prompt, tokenizer, chat, most_characters)
     elif isinstance(prompt, list) and prompt and all(isinstance(part, dict) for part in prompt):
-        ids = _encode_messages(prompt, tokenizer)
+        ids = _encode_messages(prompt, tokenizer, most_characters)
     elif isinstance(prompt, list) and all(isinstance(part, int) for part in prompt):
         ids = prompt
     else:
@@ -69,22 +100,38 @@ def encode_prompt(prompt, tokenizer: PreTrainedTokenizerBase | None, chat: bool 
     return ids
 
 
-def _encode_text(prompt: str, tokenizer: PreTrainedTokenizerBase | None, chat: bool | None) -> list[int]:
+def _encode_text(
+    prompt: str, tokenizer: PreTrainedTokenizerBase | None, chat: bool | None, most_characters: int | None
+) -> list[int]:
     if tokenizer is None:
         raise ValueError("prompt: a text needs a tokenizer, and the model came without one; give token ids")
     if not prompt:
         return []
     templated = tokenizer.chat_template is not None if chat is None else chat
     if templated:
-        return _encode_messages([{"role": "user", "content": prompt}], tokenizer)
-    return tokenizer(prompt)["input_ids"]
+        return _encode_messages([{"role": "user", "content": prompt}], tokenizer, most_characters)
+    _check_length(prompt, most_characters)
+    return open_ended(tokenizer, [prompt])[0]
 
 
-def _encode_messages(messages: list[dict], tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+def _encode_messages(
+    messages: list[dict], tokenizer: PreTrainedTokenizerBase | None, most_characters: int | None
+) -> list[int]:
     if tokenizer is None or tokenizer.chat_template is None:
         raise ValueError("prompt: chat messages need a tokenizer with a chat template, and there is none")
     for message in messages:
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             raise ValueError(f"prompt: a chat message needs the texts 'role' and 'content', got {message!r}")
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+        _check_length(message["content"], most_characters)
+    text = render_chat(tokenizer, messages, add_generation_prompt=True)
+    _check_length(text, most_characters)
+    return encode(tokenizer, text, add_special_tokens=False)["input_ids"]
+
+
+def _check_length(text: str, most_characters: int | None) -> None:
+    # Before it is tokenized: that takes hundreds of bytes a character.
+    if most_characters is not None and len(text) > most_characters:
+        raise ValueError(
+            f"prompt: {len(text)} characters leave no room for an answer in the model's context, which holds"
+            f" {most_characters} at most"
+        )

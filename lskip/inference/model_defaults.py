@@ -1,0 +1,138 @@
+"""What a model's generation_config asks for: settings, rules for tokens, and what lskip does not go by, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    GenerationConfig,
+    LogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TypicalLogitsWarper,
+)
+
+from lskip.inference.settings import GenerationSettings
+
+# These change a text in transformers' `generate`, and here they do not. (In beam search alone: length_penalty …)
+IGNORED = (
+    *("max_length", "min_length", "max_time", "num_beams", "num_return_sequences", "penalty_alpha", "dola_layers"),
+    *("guidance_scale", "sequence_bias", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "top_h"),
+    *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "begin_suppress_tokens"),
+    *("token_healing", "watermarking_config", "constraints", "force_words_ids", "remove_invalid_values"),
+    *("length_penalty", "diversity_penalty", "num_beam_groups"),
+)
+OFF = {"length_penalty": 1.0, "encoder_repetition_penalty": 1.0, "guidance_scale": 1, "num_beams": 1, "max_length": 20}
+
+
+@dataclass
+class ModelDefaults:
+    """What a model asks for, where the caller names nothing.
+
+    Attributes:
+        settings: as far as lskip allows them; what the model leaves open is lskip's own.
+        refused: name of a setting -> why what the model says is not allowed. A caller may name another value.
+        by_text: rules for tokens that depend on the text so far.
+        warpers: rules for sampling, after those of the settings.
+    """
+
+    settings: GenerationSettings = field(default_factory=GenerationSettings)
+    refused: dict[str, str] = field(default_factory=dict)
+    by_text: tuple[LogitsProcessor, ...] = ()
+    warpers: tuple[LogitsProcessor, ...] = ()
+
+    def changed(self, **settings) -> GenerationSettings:
+        """The settings with some changed.
+
+        Raises:
+            ValueError: an unknown name, a value that is not allowed, or one of the model's that is not, and stays.
+        """
+        for name, reason in self.refused.items():
+            if name not in settings:
+                raise ValueError(f"generation_config.{reason} (it comes with the model); name {name} to override it")
+        most = settings.get("max_new_tokens")
+        if isinstance(most, int) and most < self.settings.min_new_tokens:
+            settings = {"min_new_tokens": max(most, 0), **settings}
+        return self.settings.changed(**settings)
+
+
+def read_defaults(config: GenerationConfig | None, eos_ids: Iterable[int], device: torch.device) -> ModelDefaults:
+    """What `config` asks for.
+
+    Raises:
+        ValueError: a rule for tokens that is none.
+    """
+    if config is None:
+        return ModelDefaults()
+    settings, refused = _settings(config)
+    ends = list(eos_ids) or None
+
+    def rules(*kinds) -> tuple[LogitsProcessor, ...]:
+        return tuple(rule for name, matters, make in kinds if (rule := _rule(config, name, matters, make)) is not None)
+
+    # With the conditions and in the order of transformers' `generate`.
+    by_text = rules(
+        ("no_repeat_ngram_size", lambda size: size > 0, NoRepeatNGramLogitsProcessor),
+        ("bad_words_ids", lambda words: True, lambda words: NoBadWordsLogitsProcessor(words, ends)),
+        ("suppress_tokens", lambda tokens: True, lambda tokens: SuppressTokensLogitsProcessor(tokens, device)),
+    )
+    warpers = rules(
+        ("typical_p", lambda mass: mass < 1, TypicalLogitsWarper),
+        ("epsilon_cutoff", lambda epsilon: 0 < epsilon < 1, EpsilonLogitsWarper),
+        ("eta_cutoff", lambda eta: 0 < eta < 1, lambda eta: EtaLogitsWarper(eta, device=device)),
+    )
+    return ModelDefaults(settings, refused, by_text, warpers)
+
+
+def ignored_by_lskip(config: GenerationConfig | None) -> list[str]:
+    """Names and values of what `config` sets and lskip does not go by."""
+    usual = GenerationConfig._get_default_generation_params() | OFF
+    set_here = {name: getattr(config, name, None) for name in IGNORED}
+    return [f"{name}: {value!r}" for name, value in set_here.items() if value and value != usual.get(name)]
+
+
+def _given(config: GenerationConfig, name: str, default: Any) -> Any:
+    value = getattr(config, name, None)
+    return default if value is None else value
+
+
+def _rule(config: GenerationConfig, name: str, matters, make) -> LogitsProcessor | None:
+    """A rule of transformers', which checks what it is made of."""
+    if (value := getattr(config, name, None)) is None:
+        return None
+    try:
+        return make(value) if matters(value) else None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"generation_config.{name}: {value!r} (it comes with the model) is not allowed") from error
+
+
+def _settings(config: GenerationConfig) -> tuple[GenerationSettings, dict[str, str]]:
+    """The settings of `config` that are allowed, and why the others are not."""
+    stop_strings, sampled = _given(config, "stop_strings", ()), _given(config, "do_sample", False)
+    asked = {
+        "max_new_tokens": _given(config, "max_new_tokens", GenerationSettings.max_new_tokens),
+        "min_new_tokens": _given(config, "min_new_tokens", 0),
+        "temperature": _given(config, "temperature", 1.0) if sampled else 0.0,
+        "top_k": _given(config, "top_k", None) if _given(config, "top_k", None) != 0 else None,  # 0 means all
+        "top_p": _given(config, "top_p", 1.0),
+        "min_p": _given(config, "min_p", 0.0),
+        "repetition_penalty": _given(config, "repetition_penalty", 1.0),
+        "stop_strings": (stop_strings,) if isinstance(stop_strings, str) else stop_strings,
+    }
+    settings, refused = GenerationSettings(), {}
+    if not isinstance(sampled, bool):
+        refused["temperature"] = f"do_sample: {sampled!r} is not true or false"
+    for name, value in asked.items():
+        if name == "min_new_tokens" and isinstance(value, int):
+            value = min(value, settings.max_new_tokens)
+        try:
+            settings = replace(settings, **{name: value})
+        except ValueError as error:
+            refused.setdefault(name, str(error))
+    return settings, refused
