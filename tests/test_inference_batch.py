@@ -220,7 +220,7 @@ SIZES = "B16 sizes without bounds, in decoding"
         {"temperature": 1.0, "seed": 2**64 - 1},
         {"temperature": 1e-30, "seed": 0},
     ],
-    ids=str,
+    ids=lambda settings: " ".join(settings),
 )
 def test_numbers_beyond_all_bounds_take_what_the_context_takes(tiny_model, quick_costs, settings):
     generator = TextGenerator(tiny_model("llama", eos_token_id=None))
