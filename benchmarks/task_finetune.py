@@ -35,8 +35,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lskip.data import TextData
-from lskip.data.text_tokens import open_ended
 from lskip.decoder import Decoder
+from lskip.encoding import open_ended
 from lskip.exit_adapter import find_adapter, load_adapter
 from lskip.inference import TextGenerator
 from lskip.inference.quantized import DRAFT_FORMS

@@ -5,42 +5,44 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from lskip.checks import check_unicode
+from lskip.foreign import first_line, is_panic
 from lskip.untrusted import time_limit
 
 TEMPLATE_SECONDS = 10  # a conversation takes a chat template some milliseconds
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **options):
-    """What the tokenizer makes of a text, or of several.
+def encode(tokenizer: PreTrainedTokenizerBase, text: str | list[str], field: str = "prompt", **options):
+    """What the tokenizer makes of a text, or of several; `field` is what a message names.
 
     Raises:
         ValueError: a text that is not Unicode, or one that its own rules fail on.
     """
     for each in [text] if isinstance(text, str) else text:
-        check_unicode("prompt", each)
+        check_unicode(field, each)
     try:
         return tokenizer(text, verbose=False, **options)
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of the tokenizers' own language; it is no Exception
+        if not is_panic(error):
             raise
-        raise ValueError(f"tokenizer: fails on this text ({str(error)[:100]})") from error
+        raise ValueError(f"tokenizer: fails on this text ({first_line(error)})") from error
 
 
 def open_ended(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Tokens of each text with what the tokenizer puts before it, and no end of text after it.
+    """Tokens of each text with what the tokenizer puts before it, and nothing after it.
 
     An end of text that the text itself spells stays.
     """
-    encoded = encode(tokenizer, texts, return_special_tokens_mask=True)
-    masks = encoded["special_tokens_mask"] if tokenizer.is_fast else [[1] * len(ids) for ids in encoded["input_ids"]]
-    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
-    rows = []
-    for ids, added in zip(encoded["input_ids"], masks, strict=True):
-        size = len(ids)
-        while size and added[size - 1] and ids[size - 1] in ends:
-            size -= 1
-        rows.append(ids[:size])
-    return rows
+    count = len(added_around(tokenizer)[1])
+    return [ids[: len(ids) - count] for ids in encode(tokenizer, texts).input_ids]
+
+
+def added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and after each text."""
+    whole, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    return [], []
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool) -> str:

@@ -12,15 +12,19 @@ from transformers.utils import logging as transformers_logging
 def foreign(where: str) -> Iterator[None]:
     """ValueError, which begins with `where`, for whatever the libraries inside raise.
 
-    A file may be broken in as many ways as there are readers below; all of them mean that it cannot be read. What
-    tokenizers panics with is no Exception.
+    A file may be broken in as many ways as there are readers below; all of them mean that it cannot be read.
     """
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         raise ValueError(f"{where} could not be read ({first_line(error)})") from error
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library that is written in Rust gave up, as tokenizers does: what it raises then is no Exception."""
+    return type(error).__name__ == "PanicException"
 
 
 @contextmanager

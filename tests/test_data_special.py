@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 import lskip.data.text_tokens as text_tokens
 from lskip.data.packing import PairEncoder, TextPacker
-from lskip.data.text_tokens import cut_text, encode_plain, open_ended
+from lskip.data.text_tokens import cut_text, encode_plain
 from lskip.data.tokenizer import train_bpe
+from lskip.encoding import open_ended
 
 SPECIAL = "K15 special tokens around and inside text"
 LONG = "B21 one long line"

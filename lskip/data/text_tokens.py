@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase
 
+from lskip.encoding import encode
+
 PIECE = 2**18  # characters that are tokenized at once: each takes some 350 bytes meanwhile
 WINDOW = 64  # characters on each side of a cut that show whether it changes tokens
 TRIES = 32
@@ -12,25 +14,8 @@ TRIES = 32
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Return the tokens of each text and nothing around them; a special token that is spelled in it is plain text."""
-    return (
-        tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids if texts else []
-    )
-
-
-def open_ended(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Return the tokens of each text with what the tokenizer puts before it, and nothing after it."""
-    count = len(added_around(tokenizer)[1])
-    rows = tokenizer(texts, verbose=False).input_ids
-    return [ids[: len(ids) - count] for ids in rows]
-
-
-def added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return what a tokenizer puts before and after each text."""
-    whole, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
-    for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
-            return whole[:start], whole[start + len(plain) :]
-    return [], []
+    options = {"add_special_tokens": False, "split_special_tokens": True}
+    return encode(tokenizer, texts, "source", **options).input_ids if texts else []
 
 
 def text_runs(

@@ -20,8 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lskip.checks import check_choice, check_whole
 from lskip.data.packing import NOT_SCORED
-from lskip.data.text_tokens import open_ended
 from lskip.decoder import Decoder
+from lskip.encoding import open_ended
 from lskip.evaluation.divergence import report_divergence
 from lskip.evaluation.divergence_figure import divergence_figure, print_divergence
 from lskip.evaluation.inspect_data import DataOptions
