@@ -3,9 +3,10 @@
     python benchmarks/bad_input.py --out bad_input.json
     python benchmarks/bad_input.py --only 'predict · jsonl' --seed 5
 
-Right is either one sentence that names the field, with exit code 2, or an effect that is looked at: so many whole lines,
-the texts of transformers, the text that a run was trained on. In every case there is no traceback, no hang, no gigabyte,
-nothing is called that a file names (it would leave a file MARK), inputs stay, and what is refused leaves nothing behind.
+Right is either one sentence that names the field, with exit code 2, or an effect that is looked at: so many whole
+lines, the texts of transformers, the text that a run was trained on. In every case there is no traceback, no hang, no
+gigabyte, nothing is called that a file names (it would leave a file MARK), inputs stay, and what is refused leaves
+nothing behind.
 
 Each case runs in a process forked from this one, which has imported everything and computes nothing; Linux and macOS.
 First come cases whose faults are planted in lskip: the program ends with 3 where it does not see one of them. It ends

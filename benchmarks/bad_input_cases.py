@@ -14,17 +14,8 @@ from jsonargparse import ArgumentParser
 from lskip.cli import main
 
 MODULES = (
-    "options",
-    "training",
-    "prompts",
-    "data",
-    "rows",
-    "configs",
-    "strangers",
-    "models",
-    "weights",
-    "records",
-    "places",
+    *("options", "training", "prompts", "data", "rows", "configs", "strangers"),
+    *("models", "tokenizers", "weights", "gguf", "records", "places"),
 )
 
 

@@ -1,4 +1,4 @@
-"""One case of bad_input.py in a process of its own, forked from one that has imported everything: tens of milliseconds."""
+"""One case of bad_input.py in a process of its own, forked from one that has imported everything."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -76,7 +77,7 @@ def import_everything() -> None:
 
 
 def in_child(act: Callable[[], Any], log: Path) -> Any:
-    """What `act` gives, as JSON would have it, computed in a process of its own. RuntimeError with the log if it fails."""
+    """What `act` gives, as JSON has it, computed in a process of its own. RuntimeError with the log if it fails."""
     answer = log.with_suffix(".json")
     child = os.fork()
     if child == 0:
@@ -141,10 +142,8 @@ def _wait(child: int, end: float) -> resource.struct_rusage | None:
 
 
 def _kill_group(child: int) -> None:
-    try:
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def _where(error: str) -> str:
@@ -161,7 +160,7 @@ def _become_the_case(case: Case, here: Path, report: Path) -> None:
         for path, stream in ((out, 1), (err, 2)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.stdout, sys.stderr = (open(stream, "w", encoding="utf-8", closefd=False) for stream in (1, 2))
+        sys.stdout, sys.stderr = (open(stream, "w", encoding="utf-8", closefd=False) for stream in (1, 2))  # noqa: SIM115
         faulthandler.register(signal.SIGUSR1, all_threads=False)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(here)

@@ -1,7 +1,7 @@
 """What people train on: files and folders that are cut, flipped, in other encodings or with other names.
 
-Where it is right the run is asked, by a callback, for the text of every row that it was trained on: each piece of it must
-be in the documents that a reader of this file's own finds, and most of these must have been there.
+Where it is right the run is asked, by a callback, for the text of every row that it was trained on: each piece of it
+must be in the documents that a reader of this file's own finds, and most of these must have been there.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def full_disk(folder: Path, room: int) -> Iterator[None]:
 
     def serialize_file(tensors, path, *arguments, **more):
         if disk.has(path):
-            disk.room -= sum(len(part["data"]) for part in tensors.values())
+            disk.room -= sum(part.data_len for part in tensors.values())
         if disk.has(path) and disk.room < 0:
             text = "Error while serializing: I/O error: No space left on device (os error 28)"
             raise safetensors.SafetensorError(text)

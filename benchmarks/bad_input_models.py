@@ -1,4 +1,4 @@
-"""Model folders: a field of config.json, of generation_config.json or of the tokenizer that is wrong, weights that are not all."""
+"""Model folders: a field of config.json or generation_config.json that is wrong, a file that is broken or gone."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def whole_files(random: Random) -> Iterator[Case]:
                     each,
                     lambda m, f=file, e=encode: (m / f).write_bytes(e((m / f).read_bytes())),
                 )
-        for number in range(2):
+        for _ in range(2):
             share = random.random()
             yield on_model("generate", kind, f"cut at {share:.3f}", right, lambda m, f=file, s=share: cut(m / f, s))
         for what, make in PLACES.items():
@@ -210,3 +210,16 @@ PLACES: dict[str, Make] = {
 
 def cut(path: Path, share: float) -> None:
     os.truncate(path, int(path.stat().st_size * share))
+
+
+def flip(path: Path, share: float, header: bool = False) -> None:
+    """Another byte at a place that `share` of the file says; of a safetensors file's header."""
+    data = bytearray(path.read_bytes())
+    size = int.from_bytes(data[:8], "little") + 8 if header else len(data)
+    at = int(share * size)
+    data[at] ^= 1 + int(share * 1e6) % 255
+    path.write_bytes(data)
+
+
+def edit(path: Path, change: Callable[[dict], dict]) -> None:
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))

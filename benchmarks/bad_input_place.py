@@ -37,7 +37,10 @@ GPT2 = {
     "initializer_range": 0.2,
 }
 FAMILIES = {"llama": SIZES, "mistral": {**SIZES, "sliding_window": None}, "gpt2": GPT2}
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 DOCUMENTS = [f"def f{i}(x):\n    return x + {i}\n" * 4 for i in range(60)]
 PROMPTS = ("def f(x):", "for i in range", "import os, sys")
 NEW_TOKENS = 4

@@ -1,4 +1,4 @@
-"""Cases of bad_input_faults.py: every command that writes, on a full disk, a read-only one, beside a second writer, stopped."""
+"""Every command that writes: on a full disk, on a read-only one, beside a second writer, stopped at any moment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that lskip itself writes and reads again: tuned tasks, costs, sweeps, caches, events and checkpoints of runs."""
+"""Files that lskip writes and reads again: tuned tasks, costs, sweeps, caches, events and checkpoints of runs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from pathlib import Path
 from random import Random
 
 from bad_input_checks import holds, prints_the_answer, trained
-from bad_input_models import cut
+from bad_input_models import cut, flip
 from bad_input_options import BASES, FEW, TASK
 from bad_input_place import fit_arguments
 from bad_input_verdict import Case, Right, done, either, refused
-from bad_input_weights import flip
 
 from lskip.cli import main
 

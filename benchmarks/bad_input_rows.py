@@ -1,4 +1,4 @@
-"""What people train on: rows of other columns and types, folders of several kinds of files, the same under other commands."""
+"""What people train on: rows of other columns and types, folders of several kinds of files, under other commands."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ class Seen:
 
     @property
     def sentence(self) -> str:
-        """The last line of stderr. (Progress bars and warnings may stand above it.)"""
-        return self.err.rstrip("\n").rpartition("\n")[2].rpartition("\r")[2]
+        """The last line of stderr: above it may stand warnings, and bars, which go back to a line's begin."""
+        return re.split(r"[\n\r]|\x1b\[A", self.err.rstrip("\n"))[-1]
 
 
 Check = Callable[[Seen], str | None]
