@@ -41,6 +41,7 @@ from tqdm import tqdm
 from lskip.output_files import write_json
 
 HANG = 30.0  # seconds
+LIMIT = 900  # cases
 console = Console(width=140)
 
 
@@ -68,7 +69,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--seed", type=int, default=0, help="of the cases")
-    add("--limit", type=int, help="so many of the cases, drawn by the seed")
+    add("--limit", type=int, default=LIMIT, help="so many of the cases, drawn by the seed")
     add("--only", default="", metavar="TEXT", help="those whose names (command · kind · what) hold this text")
     add("--out", type=Path, help="JSON file to write")
     add("--hang_seconds", type=float, default=HANG, help="after which a case is a hang")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from importlib import import_module
 from random import Random
@@ -15,8 +16,11 @@ from lskip.cli import main
 
 MODULES = (
     *("options", "training", "prompts", "data", "rows", "configs", "strangers"),
-    *("models", "tokenizers", "weights", "gguf", "records", "places"),
+    *("models", "tokenizers", "weights", "gguf", "records", "places", "tasks", "names", "terminals"),
 )
+
+
+FEWEST = 30  # cases of each command
 
 
 def all_cases(seed: int) -> list[Case]:
@@ -25,12 +29,17 @@ def all_cases(seed: int) -> list[Case]:
     return [case for module in modules for case in module.cases(Random(f"{seed} {module.__name__}"))]
 
 
-def chosen(cases: list[Case], only: str, limit: int | None, seed: int) -> list[Case]:
-    """Those whose names hold `only`; of them `limit`, drawn by the seed and in their order."""
-    cases = [case for case in cases if only in case.name]
-    if limit is None or limit >= len(cases):
-        return cases
-    return [cases[index] for index in sorted(Random(seed).sample(range(len(cases)), limit))]
+def chosen(cases: list[Case], only: str, limit: int, seed: int) -> list[Case]:
+    """Those whose names hold `only`, of them `limit`, drawn by the seed, FEWEST of each command first."""
+    cases, drawn = [case for case in cases if only in case.name], Random(seed)
+    order = drawn.sample(range(len(cases)), len(cases))
+    before: Counter[str] = Counter()
+    place = {}
+    for number, index in enumerate(order):
+        command = cases[index].command
+        place[index] = (before[command] >= FEWEST, number)
+        before[command] += 1
+    return [cases[index] for index in sorted(sorted(order, key=place.get)[:limit])]
 
 
 def options_without_cases() -> list[str]:

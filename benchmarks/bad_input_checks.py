@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -35,9 +36,14 @@ def prints_the_answer(model: str = "llama", prompt: str = PROMPTS[0], new_tokens
 
     def check(seen: Seen) -> str | None:
         expected = texts(seen.here.parent / model, (prompt,), new_tokens)[0] + "\n"
-        return None if seen.out == expected else f"printed {seen.out!r}, not {expected!r}"
+        return None if seen.out == written_out(expected) else f"printed {seen.out!r}, not {expected!r}"
 
     return check
+
+
+def written_out(text: str) -> str:
+    r"""What a terminal must not act on as \x1b, and so on: every control character but newline and tab."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def rows_of(path: Path) -> list[dict]:

@@ -153,6 +153,8 @@ def judge(case: Case, seen: Seen, before: dict[str, bytes], after: dict[str, byt
         return f"traceback: {seen.sentence!r}"
     if (wrong := case.right.missed(seen, case.command)) is not None:
         return wrong
+    if "\x1b" in seen.out:
+        return "wrong effect: an escape on stdout"
     allowed = case.makes if seen.code != 2 else case.leaves
     changed = {name for name, content in before.items() if after.get(name) != content}
     made = after.keys() - before.keys()
