@@ -43,10 +43,10 @@ CONFIG = {
     "head_dim": [0, -8, 7, 16, "8"],
     "dtype": ["float99", 5, "os.system"],
     "quantization_config": [{"quant_method": "nope"}, {}, 5, {"quant_method": "bitsandbytes", "load_in_4bit": True}],
-    "auto_map": [{"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Config"}],
 }
 # Of these nobody can say whether they are wrong: read as nothing, or refused.
 CONFIG_EITHER = {
+    "auto_map": [{"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Config"}],
     "pad_token_id": [10**6, -5, "x", 1.5],
     "bos_token_id": [10**6, "x"],
     "eos_token_id": [[0, 300], [], None],

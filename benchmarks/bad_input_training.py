@@ -62,7 +62,7 @@ TRAINER = {
     "plugins": a_class(good=("null",)),
     "sync_batchnorm": flag(good=("false",)),
     "reload_dataloaders_every_n_epochs": whole(0, good=(0, 1)),
-    "default_root_dir": place_to_write(good=("null",)),
+    "default_root_dir": anything(good=("null",)),
     "enable_autolog_hparams": flag(good=("false",)),
     "model_registry": anything(good=("null",)),
 }
