@@ -37,6 +37,8 @@ GPT2 = {
     "initializer_range": 0.2,
 }
 FAMILIES = {"llama": SIZES, "mistral": {**SIZES, "sliding_window": None}, "gpt2": GPT2}
+SCRATCH = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SCRATCH |= {"num_attention_heads": 4, "vocab_size": 300}
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -63,6 +65,8 @@ def make_place(place: Path) -> None:
     (place / "task.jsonl").write_text("".join(json.dumps(line) + "\n" for line in task))
     steps = ("--trainer.max_steps=4", "--trainer.val_check_interval=2", "--checkpoint.every_n_train_steps=2")
     _run("fit", *fit_arguments(place, place / "run"), *steps)
+    _run("fit", *fit_arguments(place, place / "scratch", json.dumps(SCRATCH)))
+    shutil.rmtree(place / "scratch")  # its tokenizer stays in the cache
     _run("export", f"--model={place}/llama", f"--output={place}/exported", "--gguf=true")
     os.replace(place / "exported" / "model.gguf", place / "model.gguf")
     _run("export", f"--model={place}/run", f"--output={place}/trained")

@@ -11,7 +11,7 @@ from random import Random
 from bad_input_checks import holds, prints_the_answer, trained
 from bad_input_models import cut, flip
 from bad_input_options import BASES, FEW, TASK
-from bad_input_place import fit_arguments
+from bad_input_place import SCRATCH, fit_arguments
 from bad_input_verdict import Case, Right, done, either, refused
 
 from lskip.cli import main
@@ -195,7 +195,7 @@ def caches(random: Random) -> Iterator[Case]:
 def damaged(kind: str, what: str, act: Callable[[Path], object], which: float) -> Case:
     def prepare(here: Path) -> None:
         shutil.copytree(here.parent / "cache", here / "cache")
-        files = sorted(path for path in (here / "cache" / kind).rglob("*") if path.is_file())
+        files = sorted(path for path in (here / "cache" / kind).rglob("*") if path.is_file() and path.stat().st_size)
         act(files[int(which * len(files))])
 
     named = refused("cache")
@@ -204,7 +204,7 @@ def damaged(kind: str, what: str, act: Callable[[Path], object], which: float) -
         return Case(
             "adapt", f"cache of {kind}", what, arguments, either(named, done(holds("adapter.safetensors"))), prepare
         )
-    model = '{"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2}' if kind == "tokenizers" else None
+    model = json.dumps(SCRATCH) if kind == "tokenizers" else None
     arguments = tuple(
         each.replace("{place}/cache", "{here}/cache") for each in fit_arguments("{place}", "{here}/out", model)
     )
@@ -249,8 +249,8 @@ def resumed(random: Random) -> Iterator[Case]:
         "--data.batch_size=2": either(done(trained(6, folder="run")), refused("batch_size")),
         "--optimizer=SGD": refused("optimizer"),
         "--model={place}/gpt2": refused("ckpt_path|model"),
-        "--trainer.max_steps=2": refused("max_steps"),
-        "--trainer.max_steps=4": refused("max_steps"),
+        "--trainer.max_steps=2": either(done(trained(4, folder="run")), refused("max_steps")),
+        "--trainer.max_steps=4": either(done(trained(4, folder="run")), refused("max_steps")),
         "--seed_everything=7": either(done(trained(6, folder="run")), refused("seed")),
         "--learned_exit=true": refused("ckpt_path|learned_exit"),
         "--low_rank=LowRank": refused("ckpt_path|low_rank|exit_layer"),

@@ -105,6 +105,7 @@ MODULE = {
     "low_rank.exit_layer": whole(1, 3, good=(1, 3)),
     "exit_heads": flag(good=("true",)),
     "learned_exit": flag(good=("true",)),
+    "not_finite": choice("stop", "skip", good=("skip",)),
     "gradient_checkpointing": flag(good=("true",)),
     "data": a_class(),
     "layer_dropout": a_class(good=("LayerDropout", "null")),
