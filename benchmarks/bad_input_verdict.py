@@ -147,7 +147,7 @@ def judge(case: Case, seen: Seen, before: dict[str, bytes], after: dict[str, byt
     Args:
         before, after: what the files below {here} hold, by their path in it.
     """
-    if "MARK" in after.keys() - before.keys():
+    if any(name.rpartition("/")[2] == "MARK" for name in after.keys() - before.keys()):
         return "ran what the input named"
     if "Traceback (most recent call last)" in seen.out + seen.err:
         return f"traceback: {seen.sentence!r}"
