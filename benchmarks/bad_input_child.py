@@ -181,14 +181,17 @@ def _become_the_case(case: Case, here: Path, report: Path) -> None:
 
 
 def _exit_code(case: Case, here: Path) -> int | None:
+    code = None
     try:
         with case.around(here):
-            return main(case.command_line(here))
+            code = main(case.command_line(here))
     except SystemExit as left:
         return left.code if isinstance(left.code, int) else int(left.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        return None
+    except BaseException as error:
+        if code is None or not isinstance(error, KeyboardInterrupt):  # a signal that came too late
+            traceback.print_exc()
+            return None
+    return code
 
 
 def _limit_memory() -> None:

@@ -150,7 +150,7 @@ def judge(case: Case, seen: Seen, before: dict[str, bytes], after: dict[str, byt
     if any(name.rpartition("/")[2] == "MARK" for name in after.keys() - before.keys()):
         return "ran what the input named"
     if "Traceback (most recent call last)" in seen.out + seen.err:
-        return f"traceback: {seen.sentence!r}"
+        return f"traceback: {(seen.out + seen.err).rpartition('Traceback')[2].strip()[-250:]!r}"
     if (wrong := case.right.missed(seen, case.command)) is not None:
         return wrong
     if "\x1b" in seen.out:
