@@ -99,18 +99,25 @@ def files(random: Random) -> Iterator[Case]:
         "d.zip",
         "d.xlsx",
         "d.pdf",
-        "d.yaml",
     ):
         yield of_bytes("data name", name, READ_OR_NAMED, data, name)
     for name in ("d.jsonl.gz", "d.txt.gz", "d.jsonl"):
         yield of_bytes("data name", f"compressed {name}", READ_OR_NAMED, gzip.compress(data), name)
     yield of_bytes("data encoding", "jsonl with a byte order mark", GOOD, b"\xef\xbb\xbf" + data, "d.jsonl")
     yield of_bytes("data encoding", "jsonl with CRLF", GOOD, data.replace(b"\n", b"\r\n"), "d.jsonl")
-    for encoding in ("utf-16", "utf-32", "latin-1"):
-        texts = [{"text": f"é {text}"} for text in DOCUMENTS]
-        encoded = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts).encode(encoding)
-        yield of_bytes("data encoding", f"jsonl in {encoding}", refused("source"), encoded, "d.jsonl")
-        yield of_bytes("data encoding", f"txt in {encoding}", refused("source"), encoded, "d.txt")
+    texts = [f"é {text}" for text in DOCUMENTS]
+    rows, prose = (
+        "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts),
+        "\n\n".join(texts * 9),
+    )
+    for encoding in ("utf-16", "utf-32", "latin-1"):  # the first two begin with a mark, by which they can be read
+        of_rows, of_prose = (trained_on([text], share=0) for text in ("\0".join(texts), prose))
+        named = refused("source")
+        read = (
+            (either(done(of_rows), named), either(done(of_prose), named)) if encoding != "latin-1" else (named, named)
+        )
+        yield of_bytes("data encoding", f"jsonl in {encoding}", read[0], rows.encode(encoding), "d.jsonl")
+        yield of_bytes("data encoding", f"txt in {encoding}", read[1], prose.encode(encoding), "d.txt")
     for _ in range(6):
         cut = random.randrange(1, len(data) - 1)
         whole = data[cut - 1 : cut] == b"\n" or data[cut : cut + 1] == b"\n"
