@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 
 from bad_input_checks import answers, holds, json_holds, numbered, prints_the_answer
+from bad_input_checks import texts as texts_of
 from bad_input_place import PROMPTS, adapt_arguments
 from bad_input_values import (
     Domain,
@@ -25,7 +26,7 @@ from bad_input_values import (
     whole,
     wholes,
 )
-from bad_input_verdict import Case, Done, done, refused
+from bad_input_verdict import Case, Done, Seen, done, refused
 
 DRAFTS = ("layers", "int8", "int4", "ngram", "adapter")
 POLICIES = ("FixedDraft", "ConfidenceDraft", "CostAwareDraft")
@@ -62,7 +63,7 @@ RESUMED = {"overwrite": flag(good=("true",)), "resume": flag(good=("true",))}
 COUNTS = {"num_prompts": whole(1), "rounds": whole(1), "batch_size": whole(1, good=(1, 64))}
 GRID = {"drafts": names(*DRAFTS), "exit_layers": wholes(1), "num_speculations": wholes(1)}
 OPTIONS: dict[str, dict[str, Domain]] = {
-    "generate": {"prompt": text(), "task": text(), **DECODING, **LOADING},
+    "generate": {"prompt": text(), "task": text(), "json": flag(), **DECODING, **LOADING},
     "predict": {
         "prompts": file_to_read(),
         "output": place_to_write(),
@@ -208,6 +209,32 @@ def cases(random: Random) -> Iterator[Case]:
                 yield bad_value(command, option, kind, value)
             for value in random.sample(domain.good, min(2, len(domain.good))):
                 yield good_value(command, option, value)
+    yield from by_hand()
+
+
+def by_hand() -> Iterator[Case]:
+    """What no table says: answers as JSON, standard input, the command that lists configs, commands that are none."""
+    base = BASES["generate"][0]
+
+    def is_json(seen: Seen) -> str | None:
+        answer = json.loads(seen.out)
+        said = texts_of(seen.here.parent / "llama", (PROMPTS[0],))[0]
+        return None if (answer["prompt"], answer["text"]) == (PROMPTS[0], said) else f"printed {seen.out!r}"
+
+    yield Case("generate", "legal", "json=true", (*base, "--json=true"), done(is_json))
+    yield Case("generate", "missing", "an empty standard input", (*base, "--prompt=-"), refused("prompt"))
+    for arguments, words in {
+        ("nope",): "configs",
+        ("copy",): "copy",
+        ("copy", "nope"): "nope",
+        ("copy", "quickstart", "/proc/lskip/x"): "/proc/lskip/x",
+        ("copy", "quickstart", "{place}/data.jsonl"): "data.jsonl",
+        ("copy", "../../../etc/passwd"): "passwd",
+        ("copy", "\x1b[2J"): "2J",
+    }.items():
+        yield Case("configs", "choice", " ".join(arguments), arguments, refused(words))
+    for name in ("fitt", "", "FIT", "--fit", "🙂", "\x1b[2J", "x" * 5000, "../fit"):
+        yield Case(name, "choice", "no command", (), Done(lambda seen: None if "fit" in seen.err else "lists none", 2))
 
 
 def bad_value(command: str, option: str, kind: str, value: str) -> Case:

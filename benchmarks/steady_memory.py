@@ -70,7 +70,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default="adapter",
         help="of smollm2 or by n-grams, or at layer 2",
     )
-    add("--max_new_tokens", type=int, default=8)
+    add("--max_new_tokens", type=int, default=6)
     add("--threads", type=int, default=1)
     add("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
@@ -95,7 +95,13 @@ def predicted(options: argparse.Namespace, folder: Path) -> dict[int, float]:
         "ngram": ("--draft=ngram", "--num_speculations=4"),
         "layers": ("--exit_layer=2", "--num_speculations=4"),
     }
-    sampled = ("--temperature=1", "--batch_size=8", f"--max_new_tokens={options.max_new_tokens}", "--device=cpu")
+    sampled = (
+        "--temperature=1",
+        "--batch_size=8",
+        "--chat=false",
+        f"--max_new_tokens={options.max_new_tokens}",
+        "--device=cpu",
+    )
     series: dict[int, float] = {}
     with watched(output, options.every, series):
         run(
@@ -111,7 +117,7 @@ def predicted(options: argparse.Namespace, folder: Path) -> dict[int, float]:
 
 def prompt_of(index: int) -> str:
     """A short prompt, another for each index, in which something repeats for n-grams to find."""
-    return f"Count: {index}, {index + 1}, {index + 2}, {index}, {index + 1},"
+    return f"Count {index}, {index + 1}, {index},"
 
 
 @contextmanager
