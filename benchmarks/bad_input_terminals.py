@@ -88,7 +88,7 @@ def real_process() -> Case:
     def check(seen: Seen) -> str | None:
         folder = seen.here / "stranger"
         folder.mkdir()
-        for name in ("yaml", "json", "random", "tqdm", "torch", "numpy", "lskip", "argparse", "jsonargparse"):
+        for name in ("yaml", "json", "random", "tqdm", "torch", "numpy", "argparse", "jsonargparse", "re"):
             (folder / f"{name}.py").write_text("open('MARK', 'w')\n")
         command = [sys.executable, "-m", "lskip", "generate", "--prompt=", "--model=smollm2"]
         ran = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=25)
