@@ -195,7 +195,7 @@ def whole_files(random: Random) -> Iterator[Case]:
             share = random.random()
             yield on_model("generate", kind, f"cut at {share:.3f}", right, lambda m, f=file, s=share: cut(m / f, s))
         for what, make in PLACES.items():
-            gone = what in ("gone", "a link to nothing") and either_way
+            gone = either_way  # as if it were not there
             each = either(right, SAME) if gone else right
             yield on_model("generate", kind, what, each, lambda m, f=file, make=make: ((m / f).unlink(), make(m / f)))
 
