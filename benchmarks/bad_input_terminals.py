@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 
+from bad_input_models import edit
 from bad_input_options import BASES, own_task
 from bad_input_verdict import Case, Seen, done, either, refused
 
@@ -19,6 +21,7 @@ import lskip
 
 def cases(random: Random) -> Iterator[Case]:
     yield from terminals()
+    yield from escapes()
     yield real_process()
 
 
@@ -43,6 +46,32 @@ def ascii_terminal() -> io.TextIOWrapper:
 
 def full_terminal() -> io.TextIOWrapper:
     return io.TextIOWrapper(io.FileIO("/dev/full", "w"))
+
+
+class _Terminal(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+def terminal() -> io.TextIOWrapper:
+    return _Terminal(io.FileIO(1, "w", closefd=False), encoding="utf-8", line_buffering=True)
+
+
+def escapes() -> Iterator[Case]:
+    """A model that says what a terminal acts on, on a terminal."""
+
+    def prepare(here: Path) -> None:
+        shutil.copytree(here.parent / "llama", here / "m")
+        escape = {"type": "Replace", "pattern": {"Regex": "."}, "content": "\x1b[2J\x07"}
+        edit(here / "m" / "tokenizer.json", lambda fields: {**fields, "decoder": escape})
+
+    def check(seen: Seen) -> str | None:
+        return "it is printed as it is" if {"\x1b", "\x07"} & set(seen.out) else None
+
+    arguments = ("--prompt=def f(x):", "--model={here}/m", "--max_new_tokens=4", "--device=cpu")
+    yield Case(
+        "generate", "terminal", "escapes", arguments, done(check), prepare, lambda here: standard("stdout", terminal)
+    )
 
 
 def terminals() -> Iterator[Case]:
