@@ -29,8 +29,9 @@ class Seen:
 
     @property
     def sentence(self) -> str:
-        """The last line of stderr: above it may stand warnings, and bars, which go back to a line's begin."""
-        return re.split(r"[\n\r]|\x1b\[A", self.err.rstrip("\n"))[-1]
+        """The last line of stderr with something on it: bars go back to a line's begin, and leave blanks."""
+        lines = re.split(r"[\n\r]|\x1b\[A", self.err)
+        return next((line for line in reversed(lines) if line.strip()), "")
 
 
 Check = Callable[[Seen], str | None]
