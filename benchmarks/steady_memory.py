@@ -36,6 +36,7 @@ FIRST, MOST = 100, 1.05
 COUNTS = {"predict": 1000, "train": 5000}
 TINY = {
     "model_type": "llama",
+    "vocab_size": 300,
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 4,
