@@ -19,7 +19,7 @@ from bad_input_verdict import Case, done, refused
 from lskip.command_options import LoadingOptions
 
 load = LoadingOptions.load
-HANG, LONGEST = 3.0, 30.0  # seconds after which the planted hang is one, and any other
+HANG, LONGEST = 1.0, 30.0  # seconds after which the planted hang is one, and any other
 
 
 def fails(error: BaseException) -> Callable:

@@ -48,8 +48,8 @@ class Refused:
         if seen.code != 2:
             return f"exit code {seen.code}, not refused"
         sentence = seen.sentence
-        head = f"lskip {command}: error: "
-        if not sentence.startswith(head) or seen.err.count(": error: ") != 1:
+        heads = (f"lskip {command}: error: ", "lskip: error: ")  # the latter of the output, whatever the command
+        if not sentence.startswith(heads) or seen.err.count(": error: ") != 1:
             return f"not one sentence: {seen.err[-300:]!r}"
         said = sentence.replace(str(seen.here), "").replace(str(seen.here.parent), "")
         if len(said) > LONGEST_SENTENCE:
