@@ -82,7 +82,7 @@ PLANTS = {
     "other texts": (other_texts, ANSWERED, "wrong effect"),
     "a hang": (does(lambda: time.sleep(60)), ANSWERED, "hang"),
     "a crash": (does(lambda: os.kill(os.getpid(), signal.SIGSEGV)), ANSWERED, "crash"),
-    "1.5 GB": (does(lambda: b"x" * (1500 * 2**20)), ANSWERED, "memory"),
+    "1.2 GB": (does(lambda: b"x" * (1200 * 2**20)), ANSWERED, "memory"),
     "a stranger's code": (touches_mark, ANSWERED, "ran a stranger's code"),
     "a file that is left": (writes("left"), REFUSED, "left something behind"),
     "an input that is changed": (writes("prompts.txt"), REFUSED, "changed an input"),

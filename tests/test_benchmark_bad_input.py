@@ -14,11 +14,11 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory) -> dict:
-    """Of some 40 cases, forked from a process that has started no threads yet."""
+    """Of 30 cases and of what is planted, forked from a process that has started no threads yet."""
     folder = tmp_path_factory.mktemp("bad_input")
     command = [sys.executable, BENCHMARKS / "bad_input.py", "--out", folder / "out.json", "--folder", folder]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
-    more = ["--limit", "40", "--only", "generate", "--seed", "1"]
+    more = ["--limit", "30", "--only", "generate", "--seed", "4"]
     ran = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=300)
     assert (folder / "out.json").is_file(), ran.stderr[-3000:]
     return json.loads((folder / "out.json").read_text())
@@ -26,9 +26,9 @@ def record(tmp_path_factory) -> dict:
 
 @pytest.mark.kind("bad input of every kind: the seeded fuzz")
 def test_bad_input_is_refused_by_name_or_has_its_effect(record):
-    assert record["cases"] == 40
+    assert record["cases"] == 30
     assert [(case["case"], case["wrong"]) for case in record["wrong"]] == []
-    assert sum(record["commands"]["generate"].values()) == 40
+    assert sum(record["commands"]["generate"].values()) == 30
 
 
 @pytest.mark.kind("bad input of every kind: the seeded fuzz")
