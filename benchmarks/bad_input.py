@@ -8,7 +8,7 @@ lines, the texts of transformers, the text that a run was trained on. In every c
 gigabyte, nothing is called that a file names (it would leave a file MARK), inputs stay, and what is refused leaves
 nothing behind.
 
-Each case runs in a process forked from this one, which has imported everything and computes nothing; Linux and macOS.
+Each case runs in a process forked from this one, which has imported what they need and computes nothing. Linux.
 First come cases whose faults are planted in lskip: the program ends with 3 where it does not see one of them. It ends
 with 1 where a case is wrong, or where an option of the command line is one that no table of these cases knows.
 """
@@ -29,7 +29,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREA
 
 import torch
 from bad_input_cases import all_cases, chosen, options_without_cases
-from bad_input_child import KINDS, Verdict, import_everything, in_child, run_case
+from bad_input_child import KINDS, Verdict, import_for, in_child, run_case
 from bad_input_place import make_place
 from bad_input_planted import PLANTS, missed_plants
 from bad_input_verdict import Case
@@ -47,12 +47,12 @@ console = Console(width=140)
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    import_everything()
+    cases = chosen(all_cases(options.seed), options.only, options.limit, options.seed)
+    import_for({case.command for case in cases})
     place = Path(tempfile.mkdtemp(prefix="bad_input_", dir=options.folder))
     try:
         in_child(lambda: make_place(place), place / "place.log")
         missed = {} if options.no_plants else missed_plants(place)
-        cases = chosen(all_cases(options.seed), options.only, options.limit, options.seed)
         verdicts = run_all(cases, place, options.hang_seconds, options.keep)
         unknown = in_child(options_without_cases, place / "options.log")
     finally:

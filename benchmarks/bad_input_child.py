@@ -1,8 +1,9 @@
-"""One case of bad_input.py in a process of its own, forked from one that has imported everything."""
+"""One case of bad_input.py in a process of its own, forked from one that has imported what it needs."""
 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import resource
@@ -27,17 +28,13 @@ MOST_MEBIBYTES = 1000  # that it may use beyond what its parent does
 LARGEST_KEPT = 8 * 2**20  # bytes of a file that are looked at for changes
 
 
-LAZY = (
-    *(
-        "lm_eval.evaluator",
-        "lm_eval.tasks",
-        "lskip.evaluation.lm_eval_adapter",
-        "matplotlib.pyplot",
-        "matplotlib.image",
-    ),
-    *("tensorboard.backend.event_processing.event_accumulator", "torch.utils.tensorboard", "jinja2", "peft", "gguf"),
-    *("transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2", "pyarrow.parquet"),
-)
+ALWAYS = ("lskip.training_cli", "jinja2", "gguf", "transformers.models.llama.modeling_llama")
+LAZY = {
+    "evaluate": ("lm_eval.evaluator", "lm_eval.tasks", "lskip.evaluation.lm_eval_adapter"),
+    "compare": ("tensorboard.backend.event_processing.event_accumulator", "matplotlib.pyplot"),
+    "inspect": ("matplotlib.image", "torch.utils.tensorboard"),
+    "fit": ("peft", "pyarrow.parquet", "transformers.models.gpt2.modeling_gpt2"),
+}
 # how the sentence on what is wrong begins -> kind
 KINDS = {
     "traceback": "traceback",
@@ -70,10 +67,13 @@ class Verdict:
         return next((kind for start, kind in KINDS.items() if self.wrong.startswith(start)), "sentence")
 
 
-def import_everything() -> None:
-    """What commands import when they run, so that each forked process has it."""
-    for name in {*MODULES.values(), "lskip.training_cli", *LAZY}:
+def import_for(commands: set[str]) -> None:
+    """What these commands import when they run, so that each forked process has it."""
+    used = {MODULES[command] for command in commands & MODULES.keys()}
+    for name in {*used, *ALWAYS, *(name for command in commands for name in LAZY.get(command, ()))}:
         import_module(name)
+    gc.collect()
+    gc.freeze()  # what is there needs not be looked through in every child
 
 
 def in_child(act: Callable[[], Any], log: Path) -> Any:
