@@ -25,7 +25,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+# What is forked should have one thread: these begin others when they are imported.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
 
 import torch
 from bad_input_cases import all_cases, chosen, options_without_cases

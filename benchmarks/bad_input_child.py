@@ -124,20 +124,20 @@ def _own_mebibytes() -> int:
 
 def _wait(child: int, end: float) -> resource.struct_rusage | None:
     """What the child used; None for one that had to be killed."""
-    asked = False
+    asked = killed = False
     while True:
         done, _, usage = os.wait4(child, os.WNOHANG)
-        if done:
-            _kill_group(child)  # what it has started
-            return usage
         now = time.perf_counter()
+        if done or now > end + 10:
+            _kill_group(child)  # what it has started
+            return None if killed else usage
         if now > end and not asked:
             os.kill(child, signal.SIGUSR1)  # it writes where it is
             asked = True
-        if now > end + 0.5:
+        if now > end + 0.5 and not killed:
             _kill_group(child)
-            os.waitpid(child, 0)
-            return None
+            os.kill(child, signal.SIGKILL)
+            killed = True
         time.sleep(0.005)
 
 
