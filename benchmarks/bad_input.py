@@ -40,10 +40,12 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from lskip.commands import MODULES
 from lskip.output_files import write_json
 
 HANG = 30.0  # seconds
 LIMIT = 900  # cases
+COMMANDS = {*MODULES, "fit", "validate", "test", "configs"}
 console = Console(width=140)
 
 
@@ -102,8 +104,13 @@ def in_words(case: Case, here: Path, longest: int = 100) -> str:
     return f"lskip {shlex.join(cut)}".encode("unicode_escape").decode()
 
 
+def command_of(case: Case) -> str:
+    """Its command; one word for all that are none."""
+    return case.command if case.command in COMMANDS else "none"
+
+
 def print_outcome(cases: list[Case], verdicts: list[Verdict], missed: dict[str, str], unknown: list[str]) -> None:
-    for name, of in (("command", lambda case: case.command), ("kind", lambda case: case.kind)):
+    for name, of in (("command", command_of), ("kind", lambda case: case.kind)):
         console.print(table_of(name, of, cases, verdicts))
     seconds, mebibytes = (max((getattr(v, key) for v in verdicts), default=0) for key in ("seconds", "mebibytes"))
     right = sum(verdict.wrong is None for verdict in verdicts)
@@ -135,7 +142,7 @@ def record_of(
         name: {
             group: dict(Counter(v.kind for c, v in pairs if of(c) == group)) for group in dict.fromkeys(map(of, cases))
         }
-        for name, of in (("commands", lambda case: case.command), ("kinds", lambda case: case.kind))
+        for name, of in (("commands", command_of), ("kinds", lambda case: case.kind))
     }
     return {
         **environment(torch.device("cpu")),
