@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     place = Path(tempfile.mkdtemp(prefix="bad_input_", dir=options.folder))
     try:
         in_child(lambda: make_place(place), place / "place.log")
-        missed = {} if options.no_plants else missed_plants(place)
+        missed = None if options.no_plants else missed_plants(place)
         verdicts = run_all(cases, place, options.hang_seconds, options.keep)
         unknown = in_child(options_without_cases, place / "options.log")
     finally:
@@ -109,14 +109,17 @@ def command_of(case: Case) -> str:
     return case.command if case.command in COMMANDS else "none"
 
 
-def print_outcome(cases: list[Case], verdicts: list[Verdict], missed: dict[str, str], unknown: list[str]) -> None:
+def print_outcome(
+    cases: list[Case], verdicts: list[Verdict], missed: dict[str, str] | None, unknown: list[str]
+) -> None:
     for name, of in (("command", command_of), ("kind", lambda case: case.kind)):
         console.print(table_of(name, of, cases, verdicts))
     seconds, mebibytes = (max((getattr(v, key) for v in verdicts), default=0) for key in ("seconds", "mebibytes"))
     right = sum(verdict.wrong is None for verdict in verdicts)
     console.print(f"{right} of {len(cases)} right; the slowest took {seconds:.1f} s, the largest {mebibytes} MiB")
-    console.print(f"planted faults: {len(PLANTS) - len(missed)} of {len(PLANTS)} seen", highlight=False)
-    for name, seen in missed.items():
+    if missed is not None:
+        console.print(f"planted faults: {len(PLANTS) - len(missed)} of {len(PLANTS)} seen", highlight=False)
+    for name, seen in (missed or {}).items():
         console.print(f"planted and not seen: {name} ({seen})", markup=False)
     for name in unknown:
         console.print(f"no table says what may be given to {name}", markup=False)
@@ -134,7 +137,11 @@ def table_of(name: str, of: Callable[[Case], str], cases: list[Case], verdicts: 
 
 
 def record_of(
-    options: argparse.Namespace, cases: list[Case], verdicts: list[Verdict], missed: dict[str, str], unknown: list[str]
+    options: argparse.Namespace,
+    cases: list[Case],
+    verdicts: list[Verdict],
+    missed: dict[str, str] | None,
+    unknown: list[str],
 ) -> dict:
     """What is written: where it was run, every count, and every case that is wrong."""
     pairs = list(zip(cases, verdicts, strict=True))
@@ -150,7 +157,7 @@ def record_of(
         "only": options.only,
         "cases": len(cases),
         "right": sum(verdict.wrong is None for verdict in verdicts),
-        "planted": {"seen": len(PLANTS) - len(missed), "missed": missed},
+        "planted": None if missed is None else {"seen": len(PLANTS) - len(missed), "missed": missed},
         "options_without_cases": unknown,
         "slowest_seconds": round(max((verdict.seconds for verdict in verdicts), default=0), 1),
         **counts,
