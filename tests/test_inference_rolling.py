@@ -38,8 +38,9 @@ def few_rows_a_pass(monkeypatch):
 
 
 def set_rows_of_a_pass(monkeypatch, rows):
-    for module in (engine, batch, rolling):
+    for module in (engine, rolling):
         monkeypatch.setattr(module, "PREFILL_ROWS", rows)
+    monkeypatch.setattr(batch, "LONGEST_DRAFT", rows - 1)
 
 
 def test_what_slots_hold():

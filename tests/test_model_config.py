@@ -214,7 +214,7 @@ def test_a_family_that_is_not_covered_is_said_by_every_command(tmp_path, capsys,
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "clip"}')
     (tmp_path / "tasks.jsonl").write_text('{"prompt": "def f", "reference": "x"}\n')
-    (tmp_path / "prompts.txt").write_text("def f\n")
+    (tmp_path / "prompts.txt").write_text("".join(f"def f{i}\n" for i in range(200)))  # enough for adapt
     (tmp_path / "data.jsonl").write_text('{"text": "def f"}\n')
     name, *options = COMMANDS[command]
     options = [option.replace("{place}", str(tmp_path)) for option in options]

@@ -91,7 +91,7 @@ def test_nothing_is_run_and_nobody_is_asked(evil, monkeypatch, file, entries):
 def test_every_command_leaves_it_alone(evil, tmp_path, monkeypatch, capsys, way):
     folder, name_it, mark = evil
     name_it("tokenizer_config.json", **TOKENIZER)
-    (tmp_path / "prompts.txt").write_text("def f\n")
+    (tmp_path / "prompts.txt").write_text("".join(f"def f{i}\n" for i in range(200)))  # enough for adapt
     (tmp_path / "tasks.jsonl").write_text('{"prompt": "def f", "reference": "x"}\n')
     (tmp_path / "data.jsonl").write_text('{"text": "def f(x): return x"}\n')
     monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\ny\n"))

@@ -172,7 +172,7 @@ def test_nothing_gets_in_by_the_arguments_of_a_class(config, place, capsys):
 
 def test_what_is_allowed_still_is(place, capsys):
     allowed = {
-        "optimizer": {"class_path": "SGD", "init_args": {"lr": 0.1}},
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
         "lr_scheduler": "torch.optim.lr_scheduler.ConstantLR",
         "trainer": {"callbacks": [{"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss"}}]},
         "data": {"class_path": "TextData", "init_args": {"source": "nowhere.txt"}},

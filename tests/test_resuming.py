@@ -116,9 +116,9 @@ def test_the_optimizer_goes_by_the_command_line_and_config_yaml_says_so(go_on, p
 
 
 ALTERED = {
-    "F20 SGD": (["--optimizer=SGD", "--optimizer.lr=0.1"], "optimizer: 'torch.optim.SGD', but"),
-    "B35 Adagrad": (["--optimizer=Adagrad"], "optimizer: 'torch.optim.Adagrad', but"),
-    "Adam": (["--optimizer=Adam"], "optimizer: 'torch.optim.Adam', but"),
+    "F20 SGD": (["--optimizer=torch.optim.SGD", "--optimizer.lr=0.1"], "optimizer: 'torch.optim.SGD', but"),
+    "B35 Adagrad": (["--optimizer=torch.optim.Adagrad"], "optimizer: 'torch.optim.Adagrad', but"),
+    "Adam": (["--optimizer=torch.optim.Adam"], "optimizer: 'torch.optim.Adam', but"),
     "B35 source": (["--data.source={place}/other.jsonl"], "data.source: "),
     "B35 tokenizer": (["--data.tokenizer={place}/none"], "data.tokenizer: "),
     "split": (["--data.val_fraction=0.2"], "data.val_fraction: 0.2, but this run has 0.05"),
@@ -180,7 +180,7 @@ def test_what_the_run_was_is_known_without_the_other(place, tmp_path, capsys, kn
     if known == "by config.yaml":
         shutil.copy(place / "run" / "config.yaml", tmp_path / "old")
     resume = [f"--run_folder={tmp_path / 'new'}", f"--ckpt_path={path}"]
-    assert fit(place, "run", *resume, "--optimizer=SGD", "--optimizer.lr=0.1") == 2
+    assert fit(place, "run", *resume, "--optimizer=torch.optim.SGD", "--optimizer.lr=0.1") == 2
     assert "error: optimizer: " in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
     if known == "by config.yaml":
