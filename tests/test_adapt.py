@@ -186,7 +186,7 @@ def test_training_ends_when_its_time_is_up(run):
     assert 1.2 <= metrics["seconds"] < 10 and metrics["steps"] > 1
 
 
-TOLD = "adapt says before hours of answering what is wrong"
+TOLD = "B20 B40 told before anything is read"
 WRONG = {
     "B40 lr 1e30": ({"lr": 1e30}, r"lr: 1e\+30 is not a number above 0, at most 1"),
     "B20 lr -1": ({"lr": -1}, "lr: -1 is not a number above 0"),
@@ -225,7 +225,7 @@ def test_too_few_prompts_are_told_before_they_are_answered(tmp_path, monkeypatch
         adapt(str(tmp_path / "out"), AdapterData(prompts=str(tmp_path / "few.txt")), AdapterTraining(), device="cpu")
 
 
-@pytest.mark.kind("NaN is noticed", "B1")
+@pytest.mark.kind("K8 what is not finite", "B1")
 def test_an_adapter_that_is_not_finite_is_not_saved(tmp_path, frozen):
     adapter = ExitAdapter(frozen, AdapterShape(2))
     save_atomically(adapter, tmp_path)
@@ -238,7 +238,7 @@ def test_an_adapter_that_is_not_finite_is_not_saved(tmp_path, frozen):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.json", "adapter.safetensors"]
 
 
-@pytest.mark.kind("two writers")
+@pytest.mark.kind("B5 B13 two writers")
 def test_two_that_train_into_one_folder_are_kept_apart(run, tmp_path, monkeypatch):
     monkeypatch.setattr(adapt_module, "load_model", None)
     refused = pytest.raises(ValueError, match=r"output: '.*out' is being written by another process")
@@ -246,7 +246,7 @@ def test_two_that_train_into_one_folder_are_kept_apart(run, tmp_path, monkeypatc
         run("out")
 
 
-@pytest.mark.kind("work is not lost where results cannot be written", "B11")
+@pytest.mark.kind("B11 B27 full disks, and places that cannot be written", "B11")
 def test_a_place_that_cannot_be_written_is_told_before_the_model_is_loaded(run, tmp_path, monkeypatch):
     def refuse(**where):
         raise OSError(errno.EROFS, "Read-only file system")
@@ -257,7 +257,7 @@ def test_a_place_that_cannot_be_written_is_told_before_the_model_is_loaded(run, 
         run("out")
 
 
-@pytest.mark.kind("work is not lost where results cannot be written", "B24")
+@pytest.mark.kind("B11 B27 full disks, and places that cannot be written", "B24")
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, type("Terminated", (KeyboardInterrupt,), {})])
 def test_who_interrupts_the_answering_is_told_how_to_go_on(run, tmp_path, monkeypatch, kind):
     def interrupt(*arguments):

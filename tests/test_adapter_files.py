@@ -67,7 +67,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.kind("B18 damaged caches of evaluation")
+@pytest.mark.kind("B18 damaged caches and files")
 @pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
 def test_damaged_files_are_named(saved, change):
     model, folder = saved

@@ -92,7 +92,7 @@ def killed_at(count: int, monkeypatch, part: type, name: str):
     ("part", "name", "counts", "left"),
     [
         pytest.param(StateCache, "add", [21], 60, id="B25 within the first group"),
-        pytest.param(StateCache, "add", [40, 9], 32, id="B25 within the second group, twice"),
+        pytest.param(StateCache, "add", [40, 9], 32, id="within the second group, twice"),
         pytest.param(RowStore, "append", [59], 32, id="between the parts of a row"),
         pytest.param(RowStore, "append", [57], 60, id="before a group counts as answered"),
     ],
@@ -112,7 +112,7 @@ def test_a_kill_changes_no_bit_and_loses_a_group_at_most(record, asked, monkeypa
             assert row.keys() == expected.keys() and all(torch.equal(row[part], expected[part]) for part in row)
 
 
-@pytest.mark.kind("adapt says before hours of answering what is wrong")
+@pytest.mark.kind("B20 B40 told before anything is read")
 def test_prompts_of_which_none_is_held_out_are_not_answered(record, asked):
     with pytest.raises(ValueError, match=r"answers: of .* answers within 24 tokens none is held out"):
         record([prompt for prompt in PROMPTS if not is_held_out(prompt.content)])

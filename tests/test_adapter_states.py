@@ -68,7 +68,7 @@ def test_three_in_a_hundred_prompts_are_held_out():
     assert is_held_out([{"role": "user", "content": "a"}]) == is_held_out([{"content": "a", "role": "user"}])
 
 
-@pytest.mark.kind("K12 which files are read, and as what: tasks and answers")
+@pytest.mark.kind("K12 which files are read, and as what")
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -247,7 +247,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.kind("B18 damaged caches of evaluation")
+@pytest.mark.kind("B18 damaged caches and files")
 @pytest.mark.parametrize(("damage", "warned"), DAMAGE.values(), ids=DAMAGE)
 def test_damaged_states_are_computed_again(tmp_path, tiny_model, rows, capsys, damage, warned):
     model = tiny_model()

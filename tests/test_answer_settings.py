@@ -119,7 +119,7 @@ def test_a_model_whose_files_have_changed_is_another(tmp_path, models, command, 
     assert "whose files have changed" in capsys.readouterr().err
 
 
-@pytest.mark.kind("B5 two processes write one file")
+@pytest.mark.kind("B5 B13 two writers")
 @pytest.mark.parametrize("flags", [pytest.param([], id="B5"), ["--overwrite=true"], ["--resume=true"]])
 def test_what_another_process_writes_is_left_alone(tmp_path, models, command, capsys, flags):
     (tmp_path / "link.jsonl").symlink_to("out.jsonl")
@@ -131,7 +131,7 @@ def test_what_another_process_writes_is_left_alone(tmp_path, models, command, ca
     assert main([*command, f"--model={models}/a", *BASE, *flags]) == 0
 
 
-@pytest.mark.kind("B24 a signal ends a command without a word")
+@pytest.mark.kind("B24 signals")
 @pytest.mark.parametrize("count", [pytest.param(3, id="B24"), 1, 5])
 def test_sigterm_ends_predict_as_ctrl_c_does(tmp_path, models, command, capsys, monkeypatch, count):
     stop_after(monkeypatch, count, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -143,7 +143,7 @@ def test_sigterm_ends_predict_as_ctrl_c_does(tmp_path, models, command, capsys, 
     assert len(rows(tmp_path)) == 8
 
 
-@pytest.mark.kind("B27 a full disk")
+@pytest.mark.kind("B11 B27 full disks, and places that cannot be written")
 @pytest.mark.parametrize("size", [pytest.param(1000, id="B27"), 700, 1300])
 def test_what_was_written_before_the_disk_was_full_stays(tmp_path, models, command, capsys, size):
     command = [*command, f"--model={models}/a", *BASE]

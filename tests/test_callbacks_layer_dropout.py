@@ -65,7 +65,7 @@ def test_growing_over_a_run_of_unknown_length_is_refused_before_the_first_step(t
     assert [rate[3] for rate in rates] == [0.2] * 3
 
 
-@pytest.mark.kind("M9 runs of one step", "M9")
+@pytest.mark.kind("M a new user's first hour", "M9")
 def test_one_layer_or_one_step_drops_nothing_where_a_rate_grows(tiny_model, tmp_path):
     """It begins at 0, and the only layer or step is the first."""
     one_layer = tiny_model(num_hidden_layers=1)

@@ -10,7 +10,7 @@ from lskip.callbacks import LayerMetrics, RunHparams
 from lskip.module import LayerSkipModule
 from lskip.run_logger import RunLogger
 
-KIND = "M5 TensorBoard"
+KIND = "M a new user's first hour"
 
 
 class Watch(Callback):

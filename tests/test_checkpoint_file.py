@@ -10,7 +10,7 @@ import torch
 
 from lskip.checkpoint_file import WholeFiles, remove_leftovers
 
-KIND = "disks that are full or cannot be written"
+KIND = "B11 B27 full disks, and places that cannot be written"
 
 
 def write(path, value: float, size: int = 100_000) -> None:
@@ -78,7 +78,7 @@ def test_where_there_was_none_none_is_spoken_of(tmp_path, no_file_above_64_kib):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.kind("what kills leave", "B26")
+@pytest.mark.kind("B26 what kills leave", "B26")
 def test_nothing_is_written_elsewhere(tmp_path, monkeypatch):
     """As after a kill in the middle of a checkpoint: its beginning lies beside its place, and nowhere else."""
     other, run = tmp_path / "tmp", tmp_path / "run"
@@ -96,7 +96,7 @@ def test_nothing_is_written_elsewhere(tmp_path, monkeypatch):
     assert seen == [([], [".last.ckpt.partial"])] and not list(run.iterdir())
 
 
-@pytest.mark.kind("what kills leave")
+@pytest.mark.kind("B26 what kills leave")
 @pytest.mark.parametrize("name", [".last.ckpt.partial", "last.partial", ".config.yaml.partial"])
 def test_what_a_killed_run_left_goes(path, name):
     (path.parent / name).write_bytes(b"half")

@@ -15,7 +15,7 @@ from lskip.export import export
 from lskip.pretrained import load_config, load_model, load_tokenizer
 
 K5 = "K5 tokenizers of more than plain files"
-B36 = "damaged and foreign checkpoints"
+B36 = "B36 damaged and foreign checkpoints"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 TEMPLATES = {
     "F15 default and tool_use": {"default": TEMPLATE, "tool_use": TEMPLATE + "tools", "rag": TEMPLATE + "documents"},

@@ -144,7 +144,7 @@ def talker(tmp_path_factory, tiny_tokenizer) -> Path:
     return folder
 
 
-ESCAPES = "B34 what a model says reaches the terminal raw"
+ESCAPES = "B34 names and words of strangers"
 SAYS = ["--max_new_tokens=60", "--temperature=1"]
 
 
@@ -166,7 +166,7 @@ def test_a_terminal_is_shown_what_a_file_is_given(talker, capsys, monkeypatch, s
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown) and shown == printable(raw)
 
 
-@pytest.mark.kind("generate reads standard input and writes JSON")
+@pytest.mark.kind("M a new user's first hour")
 @pytest.mark.parametrize("data", [b"def f", b"def f\n", b"def f\r\n", b"\xef\xbb\xbfdef f\n"])
 def test_a_prompt_from_standard_input(talker, capsys, monkeypatch, data):
     command = [f"--model={talker}", "--max_new_tokens=9"]
@@ -177,7 +177,7 @@ def test_a_prompt_from_standard_input(talker, capsys, monkeypatch, data):
     assert capsys.readouterr().out == expected
 
 
-@pytest.mark.kind("generate reads standard input and writes JSON")
+@pytest.mark.kind("M a new user's first hour")
 @pytest.mark.parametrize(
     ("data", "words"), [(b"", "prompt: is empty"), (b"\n", "prompt: is empty"), (b"caf\xe9", "prompt: .* not UTF-8")]
 )
@@ -187,7 +187,7 @@ def test_standard_input_without_a_prompt(talker, capsys, monkeypatch, data, word
     assert re.search(words, capsys.readouterr().err)
 
 
-@pytest.mark.kind("generate reads standard input and writes JSON")
+@pytest.mark.kind("M a new user's first hour")
 @pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 3}], ids=["plain", "drafted"])
 def test_an_answer_as_json(talker, capsys, drafts):
     flags = [f"--{name}={value}" for name, value in drafts.items()]
@@ -199,7 +199,7 @@ def test_an_answer_as_json(talker, capsys, drafts):
     assert (said["acceptance_rate"] is None) == (not drafts) and said["seconds"] > 0
 
 
-LATE = "M what can be known is said before the model is loaded"
+LATE = "M a new user's first hour"
 
 
 @pytest.mark.kind(LATE)

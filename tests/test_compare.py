@@ -143,7 +143,7 @@ def test_a_folder_in_place_of_an_event_file(runs, capsys):
     assert "runs: 'odd/events.out.tfevents.1' is not a file" in capsys.readouterr().err
 
 
-@pytest.mark.kind("NaN is noticed")
+@pytest.mark.kind("K8 what is not finite")
 def test_layers_that_say_no_numbers_agree_in_nothing(runs, capsys):
     write_events(runs / "broken", (9, [float("nan")] * 12, [1.0] * 12, 1.0))
     assert main(["compare", "broken", "skipping"]) == 0
@@ -151,7 +151,7 @@ def test_layers_that_say_no_numbers_agree_in_nothing(runs, capsys):
     assert printed.count("- (NaN)") == 2 and "1.00" not in printed
 
 
-@pytest.mark.kind("names of strangers are shown, not carried out")
+@pytest.mark.kind("B34 names and words of strangers")
 @pytest.mark.parametrize(
     "name",
     ["a$b$c", "_run", "[red]x", ":smile:", "日本", "$\\frac$", "n" * 200, "B34 x\x1b]0;t\x07", "<script>"],
@@ -166,7 +166,7 @@ def test_a_run_of_any_name(runs, capsys, name):
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()][1] == "b"
 
 
-@pytest.mark.kind("a new user's first hour: tune, inspect, compare, evaluate")
+@pytest.mark.kind("M a new user's first hour")
 @pytest.mark.parametrize("perplexities", [[600.0, 2900.0], [3.1, 8.5], [1.0, 4e5], [2.0, 9e4], [1.0, 1e30]])
 def test_the_log_axis_says_plain_numbers(perplexities):
     figure = perplexity_figure({"a": LayerReport(perplexities, [1.0, 1.0], 1.0)})
@@ -177,7 +177,7 @@ def test_the_log_axis_says_plain_numbers(perplexities):
     assert 2 <= len(ticks) <= 25 and all(float(label) for label in labels if label)
 
 
-@pytest.mark.kind("a new user's first hour: tune, inspect, compare, evaluate")
+@pytest.mark.kind("M a new user's first hour")
 def test_a_run_that_was_validated_alone_has_its_checkpoints_steps(runs, capsys):
     write_events(runs / "late" / "validate", LAST)
     (runs / "late" / "checkpoints").mkdir()
@@ -187,7 +187,7 @@ def test_a_run_that_was_validated_alone_has_its_checkpoints_steps(runs, capsys):
     assert "240" in capsys.readouterr().out
 
 
-@pytest.mark.kind("work is not lost where results cannot be written", "B27")
+@pytest.mark.kind("B11 B27 full disks, and places that cannot be written", "B27")
 def test_on_a_full_disk_the_table_is_shown(runs, capsys, monkeypatch):
     def refuse(path, content):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))

@@ -35,7 +35,7 @@ BAD = {
 }
 
 
-@pytest.mark.kind("B32 B41 what a config is")
+@pytest.mark.kind("B31 B32 YAML that bombs, runs or does not parse")
 @pytest.mark.parametrize("command", ["fit", "generate"])
 @pytest.mark.parametrize(("content", "words"), BAD.values(), ids=BAD)
 def test_what_is_no_config_is_one_sentence_at_once(content, words, command, tmp_path, monkeypatch, capsys):
@@ -54,7 +54,7 @@ def test_what_is_no_config_is_one_sentence_at_once(content, words, command, tmp_
     assert time.perf_counter() - began < 20  # once with the imports
 
 
-@pytest.mark.kind("B32 B41 what a config is")
+@pytest.mark.kind("B31 B32 YAML that bombs, runs or does not parse")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -89,7 +89,7 @@ def test_a_pipe_is_read_once(tmp_path, capsys):
 # Those that come with lskip.
 
 
-@pytest.mark.kind("M1 configs outside a checkout", "M1")
+@pytest.mark.kind("M a new user's first hour", "M1")
 @pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml", "configs/quickstart.yaml", "recipes/small"])
 def test_a_config_by_its_name(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -108,7 +108,7 @@ def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch, capsys):
     assert "max_stps" in capsys.readouterr().err
 
 
-@pytest.mark.kind("M1 configs outside a checkout", "M1")
+@pytest.mark.kind("M a new user's first hour", "M1")
 def test_configs_are_listed_and_copied_never_over_a_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["configs"]) == 0

@@ -16,8 +16,8 @@ from test_data import data_maker, write_jsonl
 
 from lskip.data.cache import cached_folder, remove_litter
 
-DAMAGED = "B18 damaged caches"
-LITTER = "B26 litter of kills"
+DAMAGED = "B18 damaged caches and files"
+LITTER = "B26 what kills leave"
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def small_files():
     signal.signal(signal.SIGXFSZ, handler)
 
 
-@pytest.mark.kind("B27 full disk")
+@pytest.mark.kind("B11 B27 full disks, and places that cannot be written")
 @pytest.mark.parametrize(
     ("size", "done", "folder"),
     [
@@ -274,7 +274,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(whole, make, tmp_path, s
     assert everything(make()) == whole[1]
 
 
-@pytest.mark.kind("B20 told before anything is read")
+@pytest.mark.kind("B20 B40 told before anything is read")
 @pytest.mark.parametrize("place", ["file", "below a file", "/proc/lskip", "nul", "too long"])
 def test_a_cache_that_cannot_be_written(make, tmp_path, monkeypatch, place):
     (tmp_path / "file").write_text("")

@@ -257,7 +257,7 @@ def test_a_template_that_changes_the_first_words(byte_level):
         scored(tokenizer, [assistant("abc")])
 
 
-@pytest.mark.kind("B38 templates that do not end")
+@pytest.mark.kind("B38 templates and tokenizers that do not end")
 @pytest.mark.parametrize(
     "template",
     [

@@ -87,7 +87,7 @@ def test_a_hub_name_goes_to_load_dataset(text_data, monkeypatch):
 # Bad input
 
 
-@pytest.mark.kind("B20 told before anything is read", "B20", "B41", "B47")
+@pytest.mark.kind("B20 B40 told before anything is read", "B20", "B41", "B47")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -41,7 +41,7 @@ def more_special(plain) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-@pytest.mark.kind("K4 the data's tokenizer against the model's")
+@pytest.mark.kind("K4 the data's tokenizer is not the model's")
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -75,7 +75,7 @@ def test_what_differs_is_said(plain, change, words):
     assert same_tokens(other, plain) and same_tokens(other, change(plain)) is None
 
 
-@pytest.mark.kind("K4 the data's tokenizer against the model's")
+@pytest.mark.kind("K4 the data's tokenizer is not the model's")
 def test_what_does_not_change_tokens_is_no_difference(plain, tmp_path):
     padded = deepcopy(plain)
     padded.pad_token, padded.chat_template = "!", "{{ messages }}"

@@ -14,7 +14,7 @@ from lskip.inference import TextGenerator
 from lskip.inference.text import encode_prompt
 
 MESSAGES = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
-REFUSED = "K10 a chat template that refuses, fails or does not end"
+REFUSED = "K10 mistakes of the user that arrive as other exceptions"
 
 
 def with_template(tokenizer, template):
@@ -72,7 +72,7 @@ def test_a_fault_of_lskips_own_is_not_the_templates(tiny_tokenizer, monkeypatch)
         encode_prompt("x", tiny_tokenizer, None, 300)
 
 
-@pytest.mark.kind("K10 text that no tokenizer takes")
+@pytest.mark.kind("K10 mistakes of the user that arrive as other exceptions")
 @pytest.mark.parametrize("prompt", [pytest.param("b \ud83d", id="F32"), "\udce9t\u00e9", "\udfff\ud800"])
 def test_half_a_character_is_refused(tiny_tokenizer, prompt):
     chatty = with_template(tiny_tokenizer, "{% for m in messages %}{{ m.content }}{% endfor %}")
@@ -81,7 +81,7 @@ def test_half_a_character_is_refused(tiny_tokenizer, prompt):
             encode_prompt(prompt, tokenizer, None, 300)
 
 
-@pytest.mark.kind("K10 text that no tokenizer takes", "B38")
+@pytest.mark.kind("K10 mistakes of the user that arrive as other exceptions", "B38")
 def test_a_tokenizer_that_panics_is_a_sentence(tiny_tokenizer):
     tokenizer = deepcopy(tiny_tokenizer)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
@@ -89,7 +89,7 @@ def test_a_tokenizer_that_panics_is_a_sentence(tiny_tokenizer):
         encode_prompt("a" * 30 + "b", tokenizer, None, 300)
 
 
-ENDS = "K15 a tokenizer that ends what it encodes"
+ENDS = "K15 special tokens around and inside text"
 
 
 def ending(kind: str, single: str):
@@ -120,7 +120,7 @@ def test_a_prompt_stays_open(kind, single, before):
     assert open_ended(tokenizer, ["a b</s>", "a b"]) == [before + spelled, before + plain]
 
 
-LONG = "B21 a long line is tokenized before its length is looked at"
+LONG = "B21 one long line"
 
 
 @pytest.mark.kind(LONG)

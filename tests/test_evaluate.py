@@ -103,7 +103,7 @@ def test_a_second_call_does_not_stumble_over_the_first(folder, capsys):
     assert "results: results_model_2026-01-01_00-00-02.json" in capsys.readouterr().out
 
 
-LOST = "work is not lost where results cannot be written"
+LOST = "B11 B27 full disks, and places that cannot be written"
 
 
 @pytest.mark.kind(LOST, "B27")
@@ -134,7 +134,7 @@ def test_ctrl_c_says_which_exits_are_kept(folder, capsys, monkeypatch):
     assert list(json.loads((folder / "kept.json").read_text())["results"]) == ["1"]
 
 
-@pytest.mark.kind("two writers")
+@pytest.mark.kind("B5 B13 two writers")
 def test_two_evaluations_are_kept_apart(folder, capsys, monkeypatch):
     monkeypatch.setattr(module, "load_model", None)
     with only_writer(folder / "o.json", "output"):
@@ -142,7 +142,7 @@ def test_two_evaluations_are_kept_apart(folder, capsys, monkeypatch):
     assert "is being written by another process" in capsys.readouterr().err
 
 
-@pytest.mark.kind("NaN is noticed", "B1")
+@pytest.mark.kind("K8 what is not finite", "B1")
 @pytest.mark.parametrize("command", ["evaluate", "inspect"])
 def test_a_model_that_says_no_numbers_is_refused_with_the_layer(folder, tiny_model, capsys, command):
     model = tiny_model()
@@ -173,7 +173,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.kind("bad tasks and options of evaluate")
+@pytest.mark.kind("B41 sentences that name field, value and what is allowed")
 @pytest.mark.parametrize(("fields", "said"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_task_of_your_own_is_told_in_a_sentence(folder, capsys, fields, said):
     task = json.loads((folder / "tasks" / "questions.yaml").read_text()) | {"task": "broken"} | fields
@@ -183,7 +183,7 @@ def test_a_broken_task_of_your_own_is_told_in_a_sentence(folder, capsys, fields,
     assert not list(folder.glob("results*"))
 
 
-@pytest.mark.kind("bad tasks and options of evaluate", "B9")
+@pytest.mark.kind("B41 sentences that name field, value and what is allowed", "B9")
 def test_a_chat_template_that_refuses_is_told(folder, tiny_tokenizer, capsys):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = "{{ raise_exception('no users here') }}"
@@ -192,13 +192,13 @@ def test_a_chat_template_that_refuses_is_told(folder, tiny_tokenizer, capsys):
     assert "tasks: a template cannot be filled in (no users here)" in capsys.readouterr().err
 
 
-@pytest.mark.kind("bad tasks and options of evaluate")
+@pytest.mark.kind("B41 sentences that name field, value and what is allowed")
 def test_more_worked_examples_than_there_are(folder, capsys):
     assert run("--num_fewshot=1000") == 2
     assert "num_fewshot: is more than a task has worked examples" in capsys.readouterr().err
 
 
-@pytest.mark.kind("bad tasks and options of evaluate")
+@pytest.mark.kind("B41 sentences that name field, value and what is allowed")
 def test_a_perplexity_beyond_a_float_is_told(folder, tiny_model, capsys):
     model = tiny_model()
     model.model.norm.weight.data.mul_(3e4)
@@ -207,7 +207,7 @@ def test_a_perplexity_beyond_a_float_is_told(folder, tiny_model, capsys):
     assert "exits: the perplexity of exit 4 is more than a float holds" in capsys.readouterr().err
 
 
-@pytest.mark.kind("names of strangers are shown, not carried out")
+@pytest.mark.kind("B34 names and words of strangers")
 @pytest.mark.parametrize("name", ["[red]x[/red]", "[/]", ":smile:", "a\x1b[2J", "</script>"])
 def test_a_table_shows_any_name(capsys, name):
     plain_console().print(results_table({"8": {name: {"acc,none": 0.5}}}))
@@ -234,7 +234,7 @@ def test_results_table_by_hand(capsys):
     assert not any("alias" in line for line in lines)
 
 
-@pytest.mark.kind("bad tasks and options of evaluate")
+@pytest.mark.kind("B41 sentences that name field, value and what is allowed")
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

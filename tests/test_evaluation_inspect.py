@@ -126,7 +126,7 @@ def arguments(tmp_path, model_folder, text_file) -> list[str]:
     return ["inspect", f"--model={model_folder}", *more]
 
 
-LOST = "work is not lost where results cannot be written"
+LOST = "B11 B27 full disks, and places that cannot be written"
 
 
 @pytest.mark.kind(LOST, "B27")
@@ -175,7 +175,7 @@ def test_ctrl_c_says_that_nothing_is_written(tmp_path, model_folder, text_file, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.kind("two writers")
+@pytest.mark.kind("B5 B13 two writers")
 def test_two_reports_are_kept_apart(tmp_path, model_folder, text_file, capsys, monkeypatch):
     monkeypatch.setattr(command, "load_model", None)
     with only_writer(tmp_path / "out", "output"):
@@ -183,7 +183,7 @@ def test_two_reports_are_kept_apart(tmp_path, model_folder, text_file, capsys, m
     assert "is being written by another process" in capsys.readouterr().err
 
 
-@pytest.mark.kind("names of strangers are shown, not carried out")
+@pytest.mark.kind("B34 names and words of strangers")
 @pytest.mark.parametrize("name", ["[red]a[", "$a$b$", "<b>&'\"", "B34 x\x1b]0;t\x07"])
 def test_a_model_of_any_name(tmp_path, model_folder, text_file, capsys, name):
     model_folder.rename(tmp_path / name)
@@ -195,7 +195,7 @@ def test_a_model_of_any_name(tmp_path, model_folder, text_file, capsys, name):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["model"] == str(tmp_path / name)
 
 
-@pytest.mark.kind("B29 a config of another kind of model")
+@pytest.mark.kind("B17 B29 nonsense in a model's config")
 @pytest.mark.parametrize(
     "config",
     [

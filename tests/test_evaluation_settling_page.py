@@ -199,7 +199,7 @@ BOX = "(r => [r.left, r.top, r.right, r.bottom])(document.querySelector('%s').ge
 
 
 @needs_browser
-@pytest.mark.kind("a new user's first hour: tune, inspect, compare, evaluate")
+@pytest.mark.kind("M a new user's first hour")
 @pytest.mark.parametrize(
     ("width", "num_layers"),
     [
@@ -247,7 +247,7 @@ def test_a_colour_for_each_layer(num_layers):
     assert len(set(colors)) == num_layers and all(re.fullmatch("#[0-9a-f]{6}", color) for color in colors)
 
 
-@pytest.mark.kind("names of strangers are shown, not carried out")
+@pytest.mark.kind("B34 names and words of strangers")
 @pytest.mark.parametrize(
     "title",
     ["</script><script>x</script>", "a & b", "'\"", "<!--", "\u2028", "B34 \x1b]0;t\x07", "\ud83d", "__SETTLING__"],

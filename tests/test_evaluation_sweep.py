@@ -233,7 +233,7 @@ def test_a_figure_is_drawn_of_any_times(speedups):
     assert image_of(sweep_figure("T", "m", records), dpi=40).startswith(b"\x89PNG")
 
 
-@pytest.mark.kind("names of strangers are shown, not carried out")
+@pytest.mark.kind("B34 names and words of strangers")
 @pytest.mark.parametrize("name", ["a$b$", "$x", "_run", "x\x1b]0;t\x07", "日本", "n" * 5000, "$\\frac$", "</script>"])
 def test_a_figure_shows_any_name(name):
     figure = sweep_figure(name, name, [record_of(Cell("ngram", None, 2), 1.0)])
@@ -264,7 +264,7 @@ GARBLED = {
 }
 
 
-@pytest.mark.kind("B18 damaged caches of evaluation")
+@pytest.mark.kind("B18 damaged caches and files")
 @pytest.mark.parametrize("garble", GARBLED.values(), ids=GARBLED)
 def test_a_garbled_line_is_named_and_loses_no_other(place, whole, capsys, monkeypatch, tmp_path, garble):
     monkeypatch.setattr(sweep_module, "Generators", None)
@@ -278,7 +278,7 @@ def test_a_garbled_line_is_named_and_loses_no_other(place, whole, capsys, monkey
     assert file.read_bytes() == before
 
 
-@pytest.mark.kind("two writers")
+@pytest.mark.kind("B5 B13 two writers")
 def test_two_sweeps_are_kept_apart(place, whole, capsys, monkeypatch):
     monkeypatch.setattr(sweep_module, "Generators", None)
     with only_writer(place / "whole", "output"):
@@ -286,7 +286,7 @@ def test_two_sweeps_are_kept_apart(place, whole, capsys, monkeypatch):
     assert "is being written by another process" in capsys.readouterr().err
 
 
-@pytest.mark.kind("work is not lost where results cannot be written", "B27")
+@pytest.mark.kind("B11 B27 full disks, and places that cannot be written", "B27")
 def test_a_full_disk_keeps_the_finished_cells(place, whole, monkeypatch, capsys):
     records = [json.loads(line) for line in lines_of(place)[1:]]
     monkeypatch.setattr(sweep_module, "measure_cell", lambda g, cell, *more: record_named(records, str(cell)))
@@ -311,14 +311,14 @@ def record_named(records: list[dict], name: str) -> dict:
     return next(each["record"] for each in records if each["part"] == name)
 
 
-@pytest.mark.kind("work is not lost where results cannot be written", "B48")
+@pytest.mark.kind("B11 B27 full disks, and places that cannot be written", "B48")
 def test_a_refused_sweep_leaves_nothing(place, capsys):
     assert main(arguments(place, "none", "--task.max_new_tokens=500")) == 2
     assert "none leaves 500 tokens" in capsys.readouterr().err
     assert not (place / "none").exists()
 
 
-@pytest.mark.kind("a new user's first hour: tune, inspect, compare, evaluate")
+@pytest.mark.kind("M a new user's first hour")
 @pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "narrow terminal"])
 def test_no_name_is_cut_in_a_table(capsys, monkeypatch, terminal):
     if terminal:
@@ -331,7 +331,7 @@ def test_no_name_is_cut_in_a_table(capsys, monkeypatch, terminal):
     assert "…" not in printed and (terminal or ("int8_dynamic" in printed and "ConfidenceDraft" in printed))
 
 
-@pytest.mark.kind("a new user's first hour: tune, inspect, compare, evaluate")
+@pytest.mark.kind("M a new user's first hour")
 @pytest.mark.parametrize("exits", ["", "last,", "8;16", "-1", "9" * 5000, "first"])
 def test_exits_that_are_none_are_told(exits):
     with pytest.raises(ValueError, match=r"exits: '.*' is not a layer's number or last; write them like 8,16,last"):

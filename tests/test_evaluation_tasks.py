@@ -150,7 +150,7 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.kind("K12 which files are read, and as what: tasks and answers")
+@pytest.mark.kind("K12 which files are read, and as what")
 @pytest.mark.parametrize(("content", "said"), BAD_FILES.values(), ids=BAD_FILES)
 def test_a_bad_file_of_a_local_task_is_told(tmp_path, content, said):
     (tmp_path / "mine.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -158,7 +158,7 @@ def test_a_bad_file_of_a_local_task_is_told(tmp_path, content, said):
         LocalTask(str(tmp_path / "mine.jsonl"))
 
 
-@pytest.mark.kind("K12 which files are read, and as what: tasks and answers")
+@pytest.mark.kind("K12 which files are read, and as what")
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -174,7 +174,7 @@ def test_a_file_of_any_editor_is_read(tmp_path, name, content):
     assert list(LocalTask(str(tmp_path / name)).examples()) == [Example("a", "b")]
 
 
-@pytest.mark.kind("K12 which files are read, and as what: tasks and answers")
+@pytest.mark.kind("K12 which files are read, and as what")
 @pytest.mark.parametrize("name", ["mine.txt", "mine.json", "mine.jsonl.gz"])
 def test_other_kinds_of_files_are_refused_by_name(tmp_path, name):
     (tmp_path / name).write_text(GOOD)

@@ -109,7 +109,7 @@ def one_cell(place, monkeypatch):
     return ["tune", f"--model={place}/model", *task, "--num_prompts=1", "--drafts=[ngram]"]
 
 
-LOST = "work is not lost where results cannot be written"
+LOST = "B11 B27 full disks, and places that cannot be written"
 
 
 @pytest.mark.kind(LOST, "B11")
@@ -145,7 +145,7 @@ def test_a_damaged_file_of_tuned_tasks_is_told_before_a_model_is_loaded(place, o
     assert "remove it, and tune again" in capsys.readouterr().err
 
 
-@pytest.mark.kind("a new user's first hour: tune, inspect, compare, evaluate", "M3")
+@pytest.mark.kind("M a new user's first hour", "M3")
 @pytest.mark.parametrize(
     ("drafts", "said"), [("[layers]", "not tried: int4, ngram, which need no training"), ("[ngram,int4]", "")]
 )
@@ -171,7 +171,7 @@ def quick(cell: Cell) -> dict:
     return slow(cell) | {"times": {"speedup": 1.5, "speedups": [1.5]}}
 
 
-@pytest.mark.kind("NaN is noticed")
+@pytest.mark.kind("K8 what is not finite")
 def test_a_model_whose_logits_are_nan_is_refused_before_anything_is_measured(place, capsys):
     model = make_model()
     model.model.norm.weight.data.fill_(float("nan"))

@@ -134,7 +134,7 @@ DAMAGED = {
 }
 
 
-@pytest.mark.kind("B18 damaged caches of evaluation")
+@pytest.mark.kind("B18 damaged caches and files")
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_a_file_of_something_else_is_told(tmp_path, content):
     (tmp_path / "tuned.json").write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -142,13 +142,13 @@ def test_a_file_of_something_else_is_told(tmp_path, content):
         read_tuned(tmp_path / "tuned.json")
 
 
-@pytest.mark.kind("B18 damaged caches of evaluation")
+@pytest.mark.kind("B18 damaged caches and files")
 def test_a_folder_in_its_place_is_told(tmp_path):
     with pytest.raises(ValueError, match="Is a directory; remove it, and tune again"):
         read_tuned(tmp_path)
 
 
-@pytest.mark.kind("B18 damaged caches of evaluation")
+@pytest.mark.kind("B18 damaged caches and files")
 def test_what_was_tuned_for_another_model_or_with_an_adapter_that_is_gone_is_told(folder, tmp_path):
     save_tuned(folder / "tuned.json", "deep", LAYERS | ON_CPU | {"exit_layer": 9})
     save_tuned(folder / "tuned.json", "gone", LAYERS | ON_CPU | {"exit_adapter": str(tmp_path / "gone")})
@@ -167,7 +167,7 @@ def test_an_adapter_is_the_same_by_every_name(tmp_path, monkeypatch, folder):
     assert options_of(folder, "adapted", {"exit_adapter": "mine"})["draft"] == "layers"
 
 
-@pytest.mark.kind("two writers")
+@pytest.mark.kind("B5 B13 two writers")
 def test_two_that_save_at_once_keep_each_others_tasks(tmp_path):
     path = tmp_path / "tuned.json"
     with ThreadPoolExecutor(4) as pool:

@@ -285,7 +285,7 @@ SAVE = "transformers.modeling_utils.PreTrainedModel.save_pretrained"
 FULL = OSError(28, "No space left on device")
 
 
-@pytest.mark.kind("full disk")
+@pytest.mark.kind("B11 B27 full disks, and places that cannot be written")
 @pytest.mark.parametrize(
     ("place", "error"),
     [
@@ -314,7 +314,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, checkpoint, mo
     assert not list((tmp_path / "here").iterdir())
 
 
-@pytest.mark.kind("full disk")
+@pytest.mark.kind("B11 B27 full disks, and places that cannot be written")
 @pytest.mark.parametrize("kind", ["read-only", "file", "link", "full folder"])
 def test_the_place_is_tried_before_the_model_is_read(tmp_path, monkeypatch, kind):
     monkeypatch.setattr("lskip.export.load_config", lambda *_: pytest.fail("the model was read first"))

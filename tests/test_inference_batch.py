@@ -179,7 +179,7 @@ def test_an_index_of_ngrams_is_gone_with_its_text(tiny_model):
             assert sum(type(each) is NgramIndex and bool(each.text) for each in gc.get_objects()) <= 8
 
 
-NOT_FINITE = "K8 answers from logits that are not finite"
+NOT_FINITE = "K8 what is not finite"
 
 
 @pytest.mark.kind(NOT_FINITE)
@@ -204,7 +204,7 @@ def test_a_model_whose_logits_are_none_answers_nothing(tiny_model, part, value):
             list(generator.generate_batch(PROMPTS, 2, **drafts))
 
 
-SIZES = "B16 sizes without bounds, in decoding"
+SIZES = "B15 B16 sizes without bounds"
 
 
 @pytest.mark.kind(SIZES)

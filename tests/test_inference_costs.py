@@ -320,7 +320,7 @@ DAMAGED = {
 }
 
 
-@pytest.mark.kind("B18 damaged caches of evaluation")
+@pytest.mark.kind("B18 damaged caches and files")
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_file_is_named_before_a_model_is_loaded(tmp_path, monkeypatch, content):
     monkeypatch.setattr("lskip.pretrained.load_model", None)
@@ -330,13 +330,13 @@ def test_a_damaged_file_is_named_before_a_model_is_loaded(tmp_path, monkeypatch,
         load_generator("smollm2", costs_file=str(path))
 
 
-@pytest.mark.kind("B18 damaged caches of evaluation", "B41")
+@pytest.mark.kind("B18 damaged caches and files", "B41")
 def test_a_folder_for_a_costs_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"costs_file: '?/.*Is a directory; remove it"):
         load_generator("smollm2", costs_file=str(tmp_path))
 
 
-@pytest.mark.kind("work is not lost where results cannot be written", "B11")
+@pytest.mark.kind("B11 B27 full disks, and places that cannot be written", "B11")
 def test_costs_that_cannot_be_kept_stop_nothing(clock, tmp_path, monkeypatch, capsys):
     def refuse(path, content):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
@@ -347,7 +347,7 @@ def test_costs_that_cannot_be_kept_stop_nothing(clock, tmp_path, monkeypatch, ca
     assert "warning: costs_file: is not kept" in capsys.readouterr().err
 
 
-@pytest.mark.kind("work is not lost where results cannot be written")
+@pytest.mark.kind("B11 B27 full disks, and places that cannot be written")
 def test_a_place_where_no_costs_can_be_kept_is_told_before_a_model_is_loaded(tmp_path, monkeypatch):
     def refuse(**where):
         raise OSError(errno.EROFS, "Read-only file system")
@@ -357,7 +357,7 @@ def test_a_place_where_no_costs_can_be_kept_is_told_before_a_model_is_loaded(tmp
         load_generator("smollm2", costs_file=str(tmp_path / "costs.json"))
 
 
-@pytest.mark.kind("two writers")
+@pytest.mark.kind("B5 B13 two writers")
 def test_two_that_measure_at_once_leave_a_whole_file(tmp_path):
     content = {"device": "cpu", "costs": GOOD}
     with ThreadPoolExecutor(8) as pool:

@@ -172,7 +172,7 @@ def test_defaults_come_from_the_generation_config():
         assert read_defaults(nothing, [], "cpu").settings == GenerationSettings()
 
 
-IGNORED = "K11 generation_config settings without effect"
+IGNORED = "K11 generation_config.json"
 CONFIGS = [
     pytest.param({"no_repeat_ngram_size": 2}, id="F37 no_repeat_ngram_size"),
     pytest.param({"bad_words_ids": [[5], [35], [0, 190]]}, id="bad_words_ids"),
@@ -234,7 +234,7 @@ def test_what_lskip_does_not_go_by_is_named(tiny_model, capsys, says, words):
     assert all(word in said for word in words) and said.count("warning:") == bool(words)
 
 
-REFUSED = "K11 generation_config settings out of range"
+REFUSED = "K11 generation_config.json"
 
 
 @pytest.mark.kind(REFUSED)
@@ -285,7 +285,7 @@ def test_a_shorter_text_than_the_models_least_is_no_contradiction(tiny_model):
     assert len(TextGenerator(model).generate(PROMPT, max_new_tokens=2).token_ids) == 2
 
 
-@pytest.mark.kind("K10 end tokens that are none")
+@pytest.mark.kind("K10 mistakes of the user that arrive as other exceptions")
 @pytest.mark.parametrize(
     ("ends", "expected"),
     [

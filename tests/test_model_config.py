@@ -16,8 +16,8 @@ from lskip.model_config import parameter_count, with_layers
 from lskip.pretrained import load_config, load_model
 
 K7 = "K7 fields that do nothing"
-B17 = "nonsense in a model's config"
-B16 = "sizes without bounds"
+B17 = "B17 B29 nonsense in a model's config"
+B16 = "B15 B16 sizes without bounds"
 
 # What stands for each of Llama's fields, and differs from what `tiny` has and from every default.
 CHANGED = {

@@ -12,7 +12,7 @@ from test_export import save
 from lskip.cli import main
 from lskip.pretrained import load_model, load_tokenizer
 
-B3 = "code that comes with a model"
+B3 = "B3 code that comes with a model"
 EVIL = "import pathlib\n\npathlib.Path({mark!r}).touch()\n\n\nclass Evil:\n    pass\n"
 
 
@@ -143,7 +143,7 @@ def test_an_adapter_of_peft_is_refused(evil):
         load_model(str(folder))
 
 
-@pytest.mark.kind("B38 tokenizers that bomb", "B38")
+@pytest.mark.kind("B38 templates and tokenizers that do not end", "B38")
 def test_what_tokenizers_panics_with_is_one_sentence(tmp_path, tiny_tokenizer):
     class PanicException(BaseException):  # pyo3's: what Rust panics with is no Exception
         pass
@@ -166,7 +166,7 @@ BOMBS = {
 }
 
 
-@pytest.mark.kind("B38 tokenizers that bomb")
+@pytest.mark.kind("B38 templates and tokenizers that do not end")
 @pytest.mark.parametrize("content", BOMBS.values(), ids=list(BOMBS))
 def test_a_tokenizer_that_cannot_be_read_is_one_sentence(evil, content):
     folder, name_it, _ = evil

@@ -181,7 +181,7 @@ def test_what_is_allowed_still_is(place, capsys):
     assert "source: no file or folder 'nowhere.txt'" in sentence
 
 
-@pytest.mark.kind("null where nothing may be null")
+@pytest.mark.kind("B20 B40 told before anything is read")
 @pytest.mark.parametrize(
     "field",
     ["run_folder", "optimizer", "position_share", "trainer.max_steps", "data.block_size", "early_exit_loss.curriculum"],

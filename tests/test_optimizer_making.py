@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler
 from lskip.module import LayerSkipModule
 from lskip.optimization import WarmupCosine
 
-KIND = "told before the data are read"
+KIND = "B20 B40 told before anything is read"
 
 OPTIMIZERS = {
     "B20 lr": (partial(optim.AdamW, lr=-1.0), "optimizer.lr: -1.0 is not a number from 0 up"),

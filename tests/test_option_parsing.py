@@ -40,13 +40,13 @@ LISTS = {
 }
 
 
-@pytest.mark.kind("lists are written one way everywhere")
+@pytest.mark.kind("M a new user's first hour")
 @pytest.mark.parametrize(("options", "name", "value"), LISTS.values(), ids=LISTS)
 def test_a_list_in_every_spelling(options, name, value, given):
     assert given(*SWEEP, *options)[name] == value
 
 
-@pytest.mark.kind("lists are written one way everywhere")
+@pytest.mark.kind("M a new user's first hour")
 @pytest.mark.parametrize(
     ("words", "value"),
     [
@@ -60,7 +60,7 @@ def test_a_list_of_texts(words, value, given):
     assert given("generate", "--prompt=x", "--stop_strings", *words)["decoding"].stop_strings == value
 
 
-@pytest.mark.kind("lists are written one way everywhere")
+@pytest.mark.kind("M a new user's first hour")
 @pytest.mark.parametrize("words", [["2", "3"], ["2,3"], ["[2,3]"], ["2, 3"]])
 def test_a_list_among_the_arguments_of_a_class(words, capsys):
     chosen = ["--early_exit_loss.curriculum=ChosenExits", "--early_exit_loss.curriculum.exit_layers", *words]
@@ -123,7 +123,7 @@ MODULES = {
 }
 
 
-@pytest.mark.kind("H2 the import error's own words")
+@pytest.mark.kind("H2 own classes from the working directory")
 @pytest.mark.parametrize(("case", "source", "words"), [(case, *value) for case, value in MODULES.items()], ids=MODULES)
 def test_what_is_wrong_with_an_own_module_is_said(case, source, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

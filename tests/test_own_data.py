@@ -126,7 +126,7 @@ STRANGE = {
 }
 
 
-@pytest.mark.kind("B31 a run's config.yaml")
+@pytest.mark.kind("B31 run folders of strangers")
 @pytest.mark.parametrize(("content", "words"), STRANGE.values(), ids=STRANGE)
 def test_a_strange_config_of_a_run_is_one_sentence(content, words, run, capsys):
     Path("run/config.yaml").replace("config.kept")
@@ -141,7 +141,7 @@ def test_a_strange_config_of_a_run_is_one_sentence(content, words, run, capsys):
     Path("run/config.yaml").unlink(missing_ok=True)
 
 
-@pytest.mark.kind("M2 fit says what it did", "M2")
+@pytest.mark.kind("M a new user's first hour", "M2")
 def test_fit_ends_with_the_layers_the_folder_and_the_next_command(tmp_path, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     folder = tmp_path / "a run"
@@ -153,7 +153,7 @@ def test_fit_ends_with_the_layers_the_folder_and_the_next_command(tmp_path, plac
     assert not yaml.safe_load((folder / "config.yaml").read_text())["ckpt_path"]
 
 
-@pytest.mark.kind("M2 fit says what it did", "M2")
+@pytest.mark.kind("M a new user's first hour", "M2")
 def test_the_bar_of_a_run_that_goes_on_begins_where_it_was(tmp_path, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     command = ["fit", f"--model={json.dumps(make_config())}", f"--run_folder={tmp_path / 'r'}", *FIT]

@@ -131,7 +131,7 @@ def installed(tmp_path: Path) -> Path:
     return packages
 
 
-@pytest.mark.kind("H2 M1 an installed lskip in a folder of one's own", "H2", "M1")
+@pytest.mark.kind("H2 own classes from the working directory", "H2", "M1")
 @pytest.mark.skipif(int(version("setuptools").split(".")[0]) < 77, reason="too old to build lskip without a download")
 def test_own_classes_train_in_an_empty_folder_from_an_installed_wheel(tmp_path, folder):
     packages = installed(tmp_path)
@@ -150,7 +150,7 @@ def test_own_classes_train_in_an_empty_folder_from_an_installed_wheel(tmp_path, 
     assert left == {"cache", "docs.jsonl", "own.yaml", "run"}
 
 
-@pytest.mark.kind("H2 M1 an installed lskip in a folder of one's own", "H2")
+@pytest.mark.kind("H2 own classes from the working directory", "H2")
 def test_python_m_lskip_finds_own_classes_and_no_strangers_libraries(folder):
     failed = run_in(folder, "-m", "lskip", "validate", "--config", "own.yaml", "--data=mine.Gone", packages=ROOT)
     assert failed.stderr == "lskip validate: error: data: 'mine.Gone': module 'mine' has no attribute 'Gone'\n"

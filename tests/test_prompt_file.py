@@ -249,7 +249,7 @@ def test_putting_in_order_keeps_the_rest_of_a_file(tmp_path):
     assert not Path("/dev/null").is_file()
 
 
-READ = "K16 prompts: which files are read, and as what"
+READ = "K16 a byte order mark, and how files of prompts are written"
 ONE = '{"prompt": "def f"}\n'
 
 
@@ -325,7 +325,7 @@ def test_a_line_that_cannot_be_carried_through_is_refused_before_any_work(tmp_pa
     assert not (tmp_path / "o.jsonl").exists()
 
 
-@pytest.mark.kind("predict reads standard input")
+@pytest.mark.kind("M a new user's first hour")
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
@@ -341,7 +341,7 @@ def test_standard_input_holds_prompts(monkeypatch, name, data, expected):
     assert [prompt.content for prompt in read_prompts(Path(name))] == expected
 
 
-@pytest.mark.kind("predict reads standard input")
+@pytest.mark.kind("M a new user's first hour")
 @pytest.mark.parametrize(("data", "word"), [(b"", "no prompt"), (b"\xff", "UTF-8"), (b'{"prompt": 5}', "line 1")])
 def test_standard_input_that_holds_none(monkeypatch, data, word):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
@@ -349,7 +349,7 @@ def test_standard_input_that_holds_none(monkeypatch, data, word):
         read_prompts(Path("-"))
 
 
-PLACES = "B27 an output that cannot be written is found out before the work"
+PLACES = "B11 B27 full disks, and places that cannot be written"
 
 
 @pytest.mark.kind(PLACES)

@@ -130,7 +130,7 @@ def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
     raise AssertionError("the run made no checkpoint")
 
 
-@pytest.mark.kind("signals", "B24", "M13")
+@pytest.mark.kind("B24 signals", "B24", "M13")
 @pytest.mark.parametrize(("kind", "step"), [(signal.SIGTERM, 4), (signal.SIGKILL, EPOCH + 4)])
 def test_an_interrupted_run_goes_on(tmp_path, arguments, kind, step):
     twice = ("--trainer.max_epochs=2", "--checkpoint.every_n_train_steps=4")

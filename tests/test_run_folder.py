@@ -69,7 +69,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.kind("what is refused leaves nothing")
+@pytest.mark.kind("B48 what is refused leaves nothing")
 @pytest.mark.parametrize(("command", "more", "said"), REFUSED.values(), ids=REFUSED)
 def test_a_refused_command_leaves_no_folder(run, tmp_path, command, more, said):
     code, sentence = run(command, *(part.format(tmp=tmp_path) for part in more))
@@ -77,7 +77,7 @@ def test_a_refused_command_leaves_no_folder(run, tmp_path, command, more, said):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.kind("what is refused leaves nothing")
+@pytest.mark.kind("B48 what is refused leaves nothing")
 def test_what_was_there_before_stays(run, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
@@ -88,7 +88,7 @@ def test_what_was_there_before_stays(run, tmp_path):
 GROWING = ("--layer_dropout=LayerDropout", "--layer_dropout.time=Exponential", "--early_exit_loss.curriculum=Gradual")
 
 
-@pytest.mark.kind("M9 runs of one step")
+@pytest.mark.kind("M a new user's first hour")
 @pytest.mark.parametrize(
     "more",
     [
@@ -103,19 +103,19 @@ def test_fast_dev_run_works_and_writes_nothing(run, tmp_path, more):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.kind("M9 runs of one step")
+@pytest.mark.kind("M a new user's first hour")
 def test_a_run_of_one_step_is_a_run(run, tmp_path):
     assert run("fit", *GROWING, "--trainer.max_steps=1")[0] == 0
     assert saved_step(tmp_path) == 1
 
 
-@pytest.mark.kind("what is refused leaves nothing", "F65")
+@pytest.mark.kind("B48 what is refused leaves nothing", "F65")
 def test_a_run_without_checkpoints_keeps_none(run, tmp_path):
     assert run("fit", "--trainer.enable_checkpointing=false", "--trainer.max_steps=1")[0] == 0
     assert not (tmp_path / "run" / "checkpoints").exists() and (tmp_path / "run" / "config.yaml").exists()
 
 
-@pytest.mark.kind("two writers")
+@pytest.mark.kind("B5 B13 two writers")
 @pytest.mark.parametrize(
     ("command", "locked"),
     [("fit", "run/checkpoints"), ("validate", "run/validate"), ("test", "run/test")],
@@ -129,7 +129,7 @@ def test_a_second_one_at_the_same_folder_is_refused(run, tmp_path, command, lock
     assert not (tmp_path / locked).exists()
 
 
-@pytest.mark.kind("two writers")
+@pytest.mark.kind("B5 B13 two writers")
 def test_it_is_free_again_after_an_end_of_any_kind(tmp_path):
     for error in (ValueError, KeyboardInterrupt, Terminated, KeyError):
         with pytest.raises(error), run_place(tmp_path / "run", tmp_path / "run" / "checkpoints"):
@@ -138,13 +138,13 @@ def test_it_is_free_again_after_an_end_of_any_kind(tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.kind("two writers")
+@pytest.mark.kind("B5 B13 two writers")
 def test_reading_goes_on_while_a_run_writes(run, tmp_path, place):
     with run_place(tmp_path / "run", tmp_path / "run" / "checkpoints"):
         assert run("validate", f"--model={place / 'model'}")[0] == 0
 
 
-FULL = "disks that are full or cannot be written"
+FULL = "B11 B27 full disks, and places that cannot be written"
 
 
 @pytest.mark.kind(FULL, "B27")
@@ -210,7 +210,7 @@ def test_a_copy_of_the_models_is_the_models(run, place, tmp_path, tiny_tokenizer
     assert run("fit", *more)[0] == 0
 
 
-SIGNALS = "signals"
+SIGNALS = "B24 signals"
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def test_constant_is_one_everywhere_and_needs_no_total():
     assert not schedule.needs_total
 
 
-@pytest.mark.kind("M9 runs of one step", "M9")
+@pytest.mark.kind("M a new user's first hour", "M9")
 @pytest.mark.parametrize("schedule", [Exponential(), Linear()])
 def test_the_only_layer_or_step_is_the_first(schedule):
     """The formulas divide by zero there, and are 0 at the first of every larger number."""

@@ -10,7 +10,7 @@ from lskip.callbacks import LayerMetrics
 from lskip.module import LayerSkipModule
 from lskip.trainer_checks import check_monitors, check_trainer
 
-KIND = "numbers of the trainer"
+KIND = "B20 B40 told before anything is read"
 
 REFUSED = {
     "B40 max_steps": {"max_steps": 0},
@@ -88,7 +88,7 @@ def checked(tiny_model, tmp_path):
     return call
 
 
-@pytest.mark.kind("what is watched is measured")
+@pytest.mark.kind("K18 messages that point elsewhere")
 @pytest.mark.parametrize(("callback", "settings", "said"), WATCHED.values(), ids=WATCHED)
 def test_what_nothing_measures_is_not_watched(checked, callback, settings, said):
     with pytest.raises(ValueError, match=f"trainer.callbacks: {type(callback).__name__} watches .*{said}"):

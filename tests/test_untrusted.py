@@ -11,7 +11,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
-@pytest.mark.kind("YAML that bombs, runs or does not parse")
+@pytest.mark.kind("B31 B32 YAML that bombs, runs or does not parse")
 @pytest.mark.parametrize(
     "text",
     [

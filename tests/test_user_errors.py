@@ -84,7 +84,7 @@ def test_errors_of_libraries_are_sentences():
     assert is_users_mistake(HfHubHTTPError.__new__(HfHubHTTPError))
 
 
-@pytest.mark.kind("K10 whose fault an error is")
+@pytest.mark.kind("K10 mistakes of the user that arrive as other exceptions")
 @pytest.mark.parametrize(
     ("source", "module", "is_users"),
     [
@@ -110,7 +110,7 @@ def test_whose_line_raised_decides(source, module, is_users):
         assert "\n" not in one_line(error)
 
 
-@pytest.mark.kind("K10 whose fault an error is")
+@pytest.mark.kind("K10 mistakes of the user that arrive as other exceptions")
 @pytest.mark.parametrize("error", [KeyError("planted"), AttributeError("planted"), TypeError("x"), IndexError("x")])
 def test_a_fault_of_lskip_shows_its_traceback(error, monkeypatch):
     def broken(arguments):
@@ -148,7 +148,7 @@ class Full(io.StringIO):
         return self.file.fileno()
 
 
-@pytest.mark.kind("B45 streams that cannot be written, arguments that are no text")
+@pytest.mark.kind("B45 small tracebacks")
 @pytest.mark.parametrize("held", [pytest.param(True, id="B45 full"), pytest.param(False, id="full, not buffered")])
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["configs"]])
 def test_an_output_on_a_full_disk_is_one_sentence(arguments, held, tmp_path, monkeypatch, capsys):
@@ -158,13 +158,13 @@ def test_an_output_on_a_full_disk_is_one_sentence(arguments, held, tmp_path, mon
     assert errors.count("\n") == 1 and "No space left on device" in errors
 
 
-@pytest.mark.kind("B45 streams that cannot be written, arguments that are no text")
+@pytest.mark.kind("B45 small tracebacks")
 def test_errors_on_a_full_disk_are_no_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Full(tmp_path / "err", False))
     assert main(["generat"]) == 2
 
 
-@pytest.mark.kind("B45 streams that cannot be written, arguments that are no text")
+@pytest.mark.kind("B45 small tracebacks")
 @pytest.mark.parametrize("descriptor", [pytest.param(1, id="closed output"), pytest.param(2, id="closed errors")])
 def test_closed_streams(descriptor):
     process = start(
@@ -174,7 +174,7 @@ def test_closed_streams(descriptor):
     assert process.returncode == 2 and "Traceback" not in output + errors
 
 
-@pytest.mark.kind("B45 streams that cannot be written, arguments that are no text")
+@pytest.mark.kind("B45 small tracebacks")
 @pytest.mark.parametrize("command", ["fit", "generate", "configs"])
 @pytest.mark.parametrize("bad", [pytest.param("\udcff", id="F32 no UTF-8"), pytest.param("a\0b", id="NUL")])
 @pytest.mark.parametrize("option", ["--prompt", "--model", "--data.source", "--config"])
