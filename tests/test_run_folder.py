@@ -1,6 +1,7 @@
 """A run's folder: one writer, nothing left of what never began, nothing begun that cannot be saved."""
 
 import errno
+import copy
 import json
 import os
 import shutil
@@ -26,8 +27,9 @@ def place(tmp_path_factory, tiny_tokenizer):
     (folder / "corpus.jsonl").write_text("\n".join(texts))
     make_model().save_pretrained(folder / "model")
     tiny_tokenizer.save_pretrained(folder / "model")
-    tiny_tokenizer.add_special_tokens({"additional_special_tokens": ["<a>", "<b>", "<c>"]})
-    tiny_tokenizer.save_pretrained(folder / "three_more")
+    three_more = copy.deepcopy(tiny_tokenizer)
+    three_more.add_special_tokens({"additional_special_tokens": ["<a>", "<b>", "<c>"]})
+    three_more.save_pretrained(folder / "three_more")
     return folder
 
 
