@@ -1,7 +1,7 @@
 """A run's folder: one writer, nothing left of what never began, nothing begun that cannot be saved."""
 
-import errno
 import copy
+import errno
 import json
 import os
 import shutil
