@@ -162,6 +162,66 @@ def test_thoughts(byte_level, message, expected):
     assert scored(tokenizer_of(byte_level, CHATML), [user("hi"), message]) == expected + "<|im_end|>"
 
 
+# What a template writes otherwise once others follow: the thought of the last turn, and the end of the whole.
+LAST_THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n"
+    "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content.split('</think>')[-1].lstrip('\n') }}"
+    "{% for call in m.tool_calls or [] %}\n<call>{{ call | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    + PROMPT
+    + "<|im_start|>assistant\n{% endif %}"
+)
+PHI_3 = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    + PROMPT
+    + "<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
+)
+BY_LINES = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    + PROMPT
+    + "assistant: {% else %}{{ eos_token }}{% endif %}"
+)
+END = "<|im_end|>"
+# template, conversation, what is scored
+LAST_IS_OTHER = {
+    "Phi-3": (PHI_3, "two turns", "yo<|end|>no\nmore<|end|>\n</s>"),
+    "Phi-3 as the user said": (PHI_3, "as the user said", "yes<|end|>yes<|end|>\n</s>"),
+    "Phi-3 words of the marker": (
+        PHI_3, [user("hi"), assistant("end|>"), user("x"), assistant("d")], "end|><|end|>d<|end|>\n</s>"
+    ),
+    "Phi-3 assistant first": (PHI_3, "assistant first, then more", "Welcome!<|end|>yo<|end|>\n</s>"),
+    "Phi-3 ends with the user": (PHI_3, "ends with the user", "yo<|end|>"),
+    "Phi-3 two assistant turns": (PHI_3, "two assistant turns", "one<|end|>two<|end|>\n</s>"),
+    "Qwen 3": (LAST_THINKS, "two turns", f"yo{END}no\nmore{END}"),
+    "Qwen 3 ends with the user": (LAST_THINKS, "ends with the user", f"yo{END}"),
+    "Qwen 3 nothing said": (LAST_THINKS, [user("a"), assistant(""), user("b"), assistant("c")], f"{END}c{END}"),
+    "Qwen 3 thoughts in the words": (
+        LAST_THINKS, [user("a"), assistant("<think>\nb\n</think>\n\nc"), user("d"), assistant("e")], f"c{END}e{END}"
+    ),
+    "Qwen 3 thoughts in a field": (
+        LAST_THINKS,
+        [user("a"), assistant("c", reasoning_content="b"), user("d"), assistant("f", reasoning_content="e")],
+        f"c{END}<think>\ne\n</think>\n\nf{END}",
+    ),
+    "Qwen 3 calls": (
+        LAST_THINKS,
+        [user("a"), assistant("", tool_calls=[{"name": "b"}]), {"role": "tool", "content": "c"}, assistant("d")],
+        f'<call>{{"name": "b"}}</call>{END}d{END}',
+    ),
+    "a line a turn": (BY_LINES, "two turns", "yo\nno\nmore\n</s>"),
+}  # fmt: skip
+
+
+@pytest.mark.kind(KIND)
+@pytest.mark.parametrize(("template", "messages", "expected"), LAST_IS_OTHER.values(), ids=list(LAST_IS_OTHER))
+def test_a_template_that_writes_the_last_turn_otherwise(byte_level, template, messages, expected):
+    tokenizer = tokenizer_of(byte_level, template)
+    messages = CONVERSATIONS[messages] if isinstance(messages, str) else messages
+    assert scored(tokenizer, messages) == expected
+    # What is read is the conversation as the template writes it, for all its turns.
+    ids = ChatEncoder(tokenizer, 600)({"messages": [json.dumps(messages)]})["input_ids"][0].tolist()
+    assert tokenizer.decode(ids).startswith(tokenizer.apply_chat_template(messages, tokenize=False))
+
+
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": {"type": "number"}}}}]
 WITH_TOOLS = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}"
@@ -179,6 +239,21 @@ def test_tools_are_written_into_the_prompt(byte_level, tmp_path, tiny_tokenizer)
     rows = [{"messages": [user(f"{i}"), *CALL[1:]], "tools": TOOLS if i % 2 else json.dumps(TOOLS)} for i in range(60)]
     batch = data_maker(tmp_path, tokenizer)(rows, block_size=300).blocks("train")
     assert all('"name": "add"' in tokenizer.decode(ids).split("<|im_end|>")[0] for ids in batch["input_ids"])
+
+
+@pytest.mark.kind(KIND)
+@pytest.mark.parametrize("content", ["", None], ids=["no words", "null beside a call"])
+def test_calls_and_tools_are_written_in_the_order_of_their_keys(byte_level, tmp_path, content):
+    """As they are for an answer: `apply_chat_template` writes them as they come."""
+    tokenizer = tokenizer_of(byte_level, WITH_TOOLS)
+    tools = [{"type": "function", "function": {"name": "add", "description": "b", "parameters": {"y": {}, "a": {}}}}]
+    call = {"type": "function", "function": {"name": "add", "arguments": {"y": 2, "a": {"d": 1, "c": 2}}}}
+    rows = [{"messages": [user(f"{i}"), assistant("", tool_calls=[call])], "tools": tools} for i in range(3)]
+    expected = {tokenizer.apply_chat_template(row["messages"], tools, tokenize=False) for row in rows}
+    stored = [{**row, "messages": [row["messages"][0], {**row["messages"][1], "content": content}]} for row in rows]
+    make = data_maker(tmp_path, tokenizer)
+    ids = make(stored, block_size=500, val_fraction=0, test_fraction=0).blocks("train")["input_ids"]
+    assert {tokenizer.decode(row).replace("</s>", "") for row in ids} == expected
 
 
 @pytest.mark.kind(KIND)
@@ -236,10 +311,14 @@ def test_a_conversation_without_the_assistant_is_left_out(byte_level, tmp_path):
         pytest.param("{{ 1 / 0 }}", "refuses a conversation: division by zero", id="division"),
         pytest.param("{{ messages[0].content + 1 }}", "refuses a conversation: can only concatenate", id="type"),
         pytest.param("{{ messages.__class__.__mro__ }}", "refuses a conversation", id="sandbox"),
-        pytest.param("{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}", "rewrites", id="rewrites"),
+        pytest.param("{% for m in messages[-2:] %}{{ m.content }}{% endfor %}", "rewrites", id="leaves out a turn"),
+        pytest.param(
+            "{% for m in messages %}{{ m.content if loop.last else m.content | length }}{% endfor %}", "rewrites",
+            id="rewrites",
+        ),
         pytest.param({"rag": CHATML}, "none of them is named 'default'", id="no default among several"),
     ],
-)
+)  # fmt: skip
 def test_a_template_that_cannot_be_used(byte_level, tmp_path, template, words):
     rows = [{"messages": CONVERSATIONS["two turns"]}, {"messages": CONVERSATIONS["one turn"]}]
     data = data_maker(tmp_path, tokenizer_of(byte_level, template))(rows, val_fraction=0, test_fraction=0)

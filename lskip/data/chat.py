@@ -48,7 +48,8 @@ def conversation_tokens(
     if not any(message["role"] == "assistant" for message in messages):
         return [], []
     spelled: list[str] = []
-    chat = Chat(tokenizer, with_stand_ins(messages, special, spelled), with_stand_ins(tools, special, spelled), place)
+    messages, tools = (with_stand_ins(each, special, spelled) for each in (messages, tools))
+    chat = Chat(tokenizer, messages, tools, place, special)
     text, spans = chat.marked() if GENERATION_MARKER.search(chat.template) else chat.found()
     return encode_spans(tokenizer, text, spans, spelled, limit)
 
@@ -65,6 +66,7 @@ class Chat:
     messages: list[dict]
     tools: list[dict] | None
     place: str
+    special: re.Pattern | None = None
 
     def __post_init__(self):
         self.template = self.tokenizer.get_chat_template(tools=self.tools)
@@ -82,29 +84,57 @@ class Chat:
         return text, [self._span(turn, text) for turn in turns]
 
     def _span(self, turn: int, text: str) -> tuple[int, int]:
-        through = self._text(self.messages[: turn + 1])
-        if not text.startswith(through):
+        messages = self.messages[: turn + 1]
+        through, content = self._text(messages), self.messages[turn]["content"].strip()
+        if text.startswith(through):
+            start = self._start(turn, through, messages, content)
+            return start, start + marker_end(through[start:], content)
+        # As the last turn it is written otherwise: behind an empty thought (Qwen 3), or with an end of text (Phi-3).
+        words, tail = self._words(turn, text, self.messages, content), self._tail(turn, messages)
+        if words is None or not through.endswith(tail):
             raise self._hidden(f"its chat template rewrites earlier turns (message {turn})")
-        content = self.messages[turn]["content"].strip()
+        rest, tail = text[words[1] :], tail if content else tail.lstrip()
+        end = words[1] + marker_end(rest[: common_of_tokens(rest, tail, self.special)], "")
+        return self._start(turn, text, self.messages, content), end
+
+    def _start(self, turn: int, text: str, messages: list[dict], content: str) -> int:
+        """Where a turn begins that is scored: behind the prompt for it, or where the template's own words end."""
         # The first turn has nothing to be rendered before it: templates put a system prompt of their own there.
         before = self._text(self.messages[:turn], prompt=True) if turn else None
-        if before is not None and not through.startswith(before):
+        if before is not None and not text.startswith(before):
             before = None
-        if before is None or not content or not through[len(before) :].lstrip().startswith(content):
-            start = self._start_of_words(turn, through, content)
-            if start is None and before is None:
+        if before is not None and content and text[len(before) :].lstrip().startswith(content):
+            return len(before)
+        words = self._words(turn, text, messages, content)
+        if before is None:
+            if words is None:
                 raise self._hidden(f"its chat template changes what is said (message {turn})")
-            before = before if start is None else through[:start]
-        return len(before), len(before) + marker_end(through[len(before) :], content)
+            return words[0]
+        return len(before) if words is None or self._thinks(turn, text[len(before) : words[0]]) else words[0]
 
-    def _start_of_words(self, turn: int, through: str, content: str) -> int | None:
-        """Where the assistant's words begin, if they stand where other words would."""
-        message = self.messages[turn]
-        first, second = (self._text([*self.messages[:turn], {**message, "content": words}]) for words in PROBES)
+    def _thinks(self, turn: int, text: str) -> bool:
+        """Whether a text holds what the assistant says in a field of its own, such as reasoning_content."""
+        fields = {name: said for name, said in self.messages[turn].items() if name not in ("role", "content")}
+        return any(isinstance(said, str) and said.strip() and said.strip() in text for said in fields.values())
+
+    def _words(self, turn: int, text: str, messages: list[dict], content: str) -> tuple[int, int] | None:
+        """Where the assistant's words begin and end, if they stand where other words would."""
+        first, second = self._probed(turn, messages)
         start = common(first, second)
-        end = len(through) - common(first[start:][::-1], second[start:][::-1])
-        stands = through[:start] == first[:start] and start <= end and through[start:end].strip() in content
-        return start if stands else None
+        end = len(text) - common(first[start:][::-1], second[start:][::-1])
+        end = end if content else max(start, end)
+        stands = first != second and text[:start] == first[:start] and start <= end
+        return (start, end) if stands and text[start:end].strip() in content else None
+
+    def _tail(self, turn: int, messages: list[dict]) -> str:
+        """What stands behind the words of a turn, whatever they are."""
+        first, second = self._probed(turn, messages)
+        return first[len(first) - common(first[::-1], second[::-1]) :]
+
+    def _probed(self, turn: int, messages: list[dict]) -> list[str]:
+        """The conversation with each of the PROBES as the words of a turn."""
+        turns = ({**messages[turn], "content": words} for words in PROBES)
+        return [self._text([*messages[:turn], each, *messages[turn + 1 :]]) for each in turns]
 
     def _text(self, messages: list[dict], prompt: bool = False) -> str:
         return self._rendered(messages, prompt)[0]
@@ -135,6 +165,13 @@ class Chat:
 def common(a: str, b: str) -> int:
     """The length of what two texts begin with."""
     return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def common_of_tokens(a: str, b: str, special: re.Pattern | None) -> int:
+    """The length of what two texts begin with, without a special token that is cut there."""
+    end = common(a, b)
+    cut = (each.start() for each in special.finditer(a) if each.start() < end < each.end()) if special else ()
+    return next(iter(cut), end)
 
 
 def marker_end(turn: str, content: str) -> int:

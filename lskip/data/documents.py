@@ -16,7 +16,7 @@ NOT_CONTENT = ("digest", "place")  # columns of a document
 LOOKED_AT = 100  # rows that tell the columns: not each has to have all of them
 GROUP = 16  # hex digits of a sha256 that decide on the split
 CONTENT = 64  # hex digits of a digest that come from the content; those of a group's place follow
-VERSION = 2  # raise it when a change here makes cached documents differ
+VERSION = 3  # raise it when a change here makes cached documents differ
 
 
 def first_columns(rows: Iterable[dict], source: str) -> list[str]:

@@ -86,12 +86,16 @@ def message_of(turn: dict, place: str) -> dict:
 
 
 def conversation_json(messages: list, tools, place: str) -> str:
-    """Canonical JSON of one conversation: keys sorted, keys without a value left out; with its tools, if it has any."""
+    """JSON of one conversation: a message's keys sorted, those without a value left out; with its tools, if it has any.
+
+    Calls and tools keep the order of their keys, in which a template writes them.
+    """
     if not isinstance(messages, list) or not all(is_message(message) for message in messages):
         raise ValueError(f"source: {place}: 'messages' must be a list of {{role, content}} with text in both")
-    present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    messages = [{**message, "content": message.get("content") or ""} for message in messages]
+    present = [{key: value for key, value in sorted(message.items()) if value is not None} for message in messages]
     tools = tools_of(tools, place)
-    return json.dumps({"messages": present, "tools": tools} if tools else present, ensure_ascii=False, sort_keys=True)
+    return json.dumps({"messages": present, "tools": tools} if tools else present, ensure_ascii=False)
 
 
 def tools_of(tools, place: str) -> list[dict] | None:
@@ -109,4 +113,9 @@ def tools_of(tools, place: str) -> list[dict] | None:
 
 
 def is_message(message) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+    """Whether it has text in role and content; whoever calls a tool (OpenAI's way) may have no content beside it."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    return isinstance(message.get("content"), str) or (
+        message.get("content") is None and bool(message.get("tool_calls"))
+    )
