@@ -54,8 +54,28 @@ VICUNA = (
     "A chat. {% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} {% else %}ASSISTANT: {{ m.content }}"
     "</s>{% endif %}{% endfor %}" + PROMPT + "ASSISTANT: {% endif %}"
 )
+# The thought is empty in the last turn alone, and what is said before a later question is without its own.
+QWEN_3_LATER = (
+    "{% set ns = namespace(asked=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.asked = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{% set words = m.content %}"
+    "{% set thought = m.reasoning_content or '' %}{% if '</think>' in words %}"
+    "{% set thought = words.split('</think>')[0].split('<think>')[1].strip('\n') %}"
+    "{% set words = words.split('</think>')[1].lstrip('\n') %}{% endif %}"
+    "{% if m.role == 'assistant' and loop.index0 > ns.asked and (loop.last or thought) %}"
+    "<think>\n{{ thought }}\n</think>\n\n{% endif %}{{ words }}"
+    "{% for call in m.tool_calls or [] %}{{ '\n' if words else '' }}<call>{{ call | tojson }}</call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}" + PROMPT + "<|im_start|>assistant\n{% endif %}"
+)
+# A token more ends the conversation.
+PHI_3 = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    + PROMPT
+    + "<|im_start|>assistant\n{% else %}</s>{% endif %}"
+)
 # name -> (template, what ends a turn)
 TEMPLATES = {
+    "Qwen 3, later turns": (QWEN_3_LATER, "<|im_end|>"),
+    "Phi-3": (PHI_3, "<|end|>"),
     "ChatML": (CHATML, "<|im_end|>"),
     "Llama 2": (LLAMA_2, " </s>"),
     "Llama 3": (LLAMA_3, "<|eot|>"),
@@ -129,6 +149,7 @@ def test_the_assistants_words_and_what_ends_them(byte_level, name, case):
         return
     words = [message["content"] for message in messages if message["role"] == "assistant"]
     found = scored(tokenizer, messages)
+    found = found.removesuffix("\n</s>")  # of Phi-3
     # Llama 2 and Mistral write a space between prompt and answer, which the model has to write too.
     assert found.replace(" ", "") == "".join(word + end for word in words).replace(" ", "")
     assert all(word in found for word in words)
@@ -222,6 +243,21 @@ def test_a_template_that_writes_the_last_turn_otherwise(byte_level, template, me
     assert tokenizer.decode(ids).startswith(tokenizer.apply_chat_template(messages, tokenize=False))
 
 
+@pytest.mark.kind(KIND)
+@pytest.mark.parametrize(
+    ("message", "alone"),
+    [
+        pytest.param(assistant("<think>\nwell\n</think>\n\nyo"), "<think>\nwell\n</think>\n\nyo", id="in the words"),
+        pytest.param(assistant("yo", reasoning_content="well"), "<think>\nwell\n</think>\n\nyo", id="in a field"),
+        pytest.param(assistant("yo"), "yo", id="none, though an empty one is written"),
+    ],
+)
+def test_thoughts_that_an_earlier_turn_loses(byte_level, message, alone):
+    tokenizer = tokenizer_of(byte_level, QWEN_3_LATER)
+    assert scored(tokenizer, [user("hi"), message]) == alone + "<|im_end|>"
+    assert scored(tokenizer, [user("hi"), message, user("and?"), message]) == "yo<|im_end|>" + alone + "<|im_end|>"
+
+
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": {"type": "number"}}}}]
 WITH_TOOLS = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}"
@@ -239,6 +275,44 @@ def test_tools_are_written_into_the_prompt(byte_level, tmp_path, tiny_tokenizer)
     rows = [{"messages": [user(f"{i}"), *CALL[1:]], "tools": TOOLS if i % 2 else json.dumps(TOOLS)} for i in range(60)]
     batch = data_maker(tmp_path, tokenizer)(rows, block_size=300).blocks("train")
     assert all('"name": "add"' in tokenizer.decode(ids).split("<|im_end|>")[0] for ids in batch["input_ids"])
+
+
+# Llama 3.1's, Mistral's: a message that calls a tool says nothing else.
+CALL_ALONE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}{{ m.tool_calls[0].name }}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}" + PROMPT + "<|im_start|>assistant\n{% endif %}"
+)
+TOOL = {"role": "tool", "content": "4"}
+
+
+@pytest.mark.kind(KIND)
+@pytest.mark.parametrize("words", ["", "Let me see"])
+def test_a_call_instead_of_words(byte_level, words):
+    messages = [user("2+2"), {**CALL[1], "content": words}, TOOL, assistant("It is 4")]
+    assert scored(tokenizer_of(byte_level, CALL_ALONE), messages) == "add<|im_end|>It is 4<|im_end|>"
+
+
+@pytest.mark.kind(KIND)
+@pytest.mark.parametrize(("words", "said"), [("", "{call}"), ("Let me see", "Let me see\n{call}")])
+def test_a_call_in_an_earlier_turn(byte_level, words, said):
+    messages = [user("2+2"), {**CALL[1], "content": words}, TOOL, assistant("It is 4")]
+    call = said.format(call='<call>{"name": "add", "arguments": {"a": 2}}</call><|im_end|>')
+    assert scored(tokenizer_of(byte_level, QWEN_3_LATER), messages) == call + "It is 4<|im_end|>"
+
+
+@pytest.mark.kind(KIND)
+def test_a_call_that_is_written_otherwise_in_an_earlier_turn(byte_level):
+    call = "{{ m.content }}{% if m.tool_calls %}[{{ 'add' if loop.last else 'add 1' }}]{% endif %}"
+    tokenizer = tokenizer_of(byte_level, CHATML.replace("{{ m.content }}", call))
+    with pytest.raises(ValueError, match=r"rewrites earlier turns \(message 1\)"):
+        scored(tokenizer, [user("2+2"), CALL[1], TOOL, assistant("It is 4")])
+
+
+@pytest.mark.kind(KIND)
+def test_words_that_a_template_does_not_write(byte_level):
+    template = CHATML.replace("{{ m.content }}", "{% if m.role == 'user' %}{{ m.content }}{% endif %}")
+    with pytest.raises(ValueError, match=r"changes what is said \(message 1\)"):
+        scored(tokenizer_of(byte_level, template), [user("hi"), assistant("yo")])
 
 
 @pytest.mark.kind(KIND)

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from itertools import chain
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -13,6 +14,7 @@ GENERATION_MARKER = re.compile(r"\{%-?\s*generation\b")
 SECONDS = 10  # that a template may take for one conversation
 # Two contents that differ in every character: where two renderings differ is where the content stands.
 PROBES = ("qjxzqjxzqj", "WVKYWVKYWV")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what the assistant said before its words, where it is apart
 STAND_IN = 0x100000  # the first of the private characters that stand for special tokens which a message spells
 
 
@@ -48,8 +50,8 @@ def conversation_tokens(
     if not any(message["role"] == "assistant" for message in messages):
         return [], []
     spelled: list[str] = []
-    messages, tools = (with_stand_ins(each, special, spelled) for each in (messages, tools))
-    chat = Chat(tokenizer, messages, tools, place, special)
+    plain = (with_stand_ins(each, special, spelled) for each in (messages, tools))
+    chat = Chat(tokenizer, *plain, place, special)
     text, spans = chat.marked() if GENERATION_MARKER.search(chat.template) else chat.found()
     return encode_spans(tokenizer, text, spans, spelled, limit)
 
@@ -66,7 +68,7 @@ class Chat:
     messages: list[dict]
     tools: list[dict] | None
     place: str
-    special: re.Pattern | None = None
+    special: re.Pattern | None
 
     def __post_init__(self):
         self.template = self.tokenizer.get_chat_template(tools=self.tools)
@@ -84,57 +86,63 @@ class Chat:
         return text, [self._span(turn, text) for turn in turns]
 
     def _span(self, turn: int, text: str) -> tuple[int, int]:
-        messages = self.messages[: turn + 1]
-        through, content = self._text(messages), self.messages[turn]["content"].strip()
-        if text.startswith(through):
-            start = self._start(turn, through, messages, content)
-            return start, start + marker_end(through[start:], content)
-        # As the last turn it is written otherwise: behind an empty thought (Qwen 3), or with an end of text (Phi-3).
-        words, tail = self._words(turn, text, self.messages, content), self._tail(turn, messages)
-        if words is None or not through.endswith(tail):
-            raise self._hidden(f"its chat template rewrites earlier turns (message {turn})")
-        rest, tail = text[words[1] :], tail if content else tail.lstrip()
-        end = words[1] + marker_end(rest[: common_of_tokens(rest, tail, self.special)], "")
-        return self._start(turn, text, self.messages, content), end
-
-    def _start(self, turn: int, text: str, messages: list[dict], content: str) -> int:
-        """Where a turn begins that is scored: behind the prompt for it, or where the template's own words end."""
+        through = self._text(self.messages[: turn + 1])
+        if not text.startswith(through):
+            return self._span_of_rewritten(turn, text, through)
+        content = self.messages[turn]["content"].strip()
         # The first turn has nothing to be rendered before it: templates put a system prompt of their own there.
         before = self._text(self.messages[:turn], prompt=True) if turn else None
-        if before is not None and not text.startswith(before):
+        if before is not None and not through.startswith(before):
             before = None
-        if before is not None and content and text[len(before) :].lstrip().startswith(content):
-            return len(before)
-        words = self._words(turn, text, messages, content)
-        if before is None:
-            if words is None:
+        if before is None or not self._begins(turn, through[len(before) :]):
+            around = self._around(turn, self.messages[: turn + 1])
+            if around is not None and stands_between(*around, through, content):
+                before = around[0]
+            elif before is None or (around is None and content and not self.messages[turn].get("tool_calls")):
                 raise self._hidden(f"its chat template changes what is said (message {turn})")
-            return words[0]
-        return len(before) if words is None or self._thinks(turn, text[len(before) : words[0]]) else words[0]
+        return len(before), len(before) + marker_end(through[len(before) :], content)
 
-    def _thinks(self, turn: int, text: str) -> bool:
-        """Whether a text holds what the assistant says in a field of its own, such as reasoning_content."""
-        fields = {name: said for name, said in self.messages[turn].items() if name not in ("role", "content")}
-        return any(isinstance(said, str) and said.strip() and said.strip() in text for said in fields.values())
+    def _begins(self, turn: int, written: str) -> bool:
+        """Whether `written`, behind a generation prompt, begins with what the message says: its words or a thought."""
+        message = self.messages[turn]
+        thoughts = [message[name].strip() for name in THOUGHTS if isinstance(message.get(name), str)]
+        words = message["content"].strip()
+        return bool(words and written.lstrip().startswith(words)) or any(
+            thought and thought in written for thought in thoughts
+        )
 
-    def _words(self, turn: int, text: str, messages: list[dict], content: str) -> tuple[int, int] | None:
-        """Where the assistant's words begin and end, if they stand where other words would."""
-        first, second = self._probed(turn, messages)
+    def _span_of_rewritten(self, turn: int, text: str, through: str) -> tuple[int, int]:
+        """The span of a turn that is written otherwise once more follows, if its words and what ends them stay.
+
+        Qwen 3 begins the last turn alone with an empty thought, and leaves out the thoughts of those before it; Phi-3
+        ends the last one with one token more.
+        """
+        rewritten = self._hidden(f"its chat template rewrites earlier turns (message {turn})")
+        content = self.messages[turn]["content"].strip()
+        around, alone = (self._around(turn, messages) for messages in (self.messages, self.messages[: turn + 1]))
+        if around is None or alone is None or not stands_between(*around, text, content):
+            raise rewritten
+        start = end = len(around[0])
+        behind = through[len(alone[0]) :]  # what is written instead of words: calls of tools look otherwise beside some
+        if content:
+            end, behind = len(text) - len(around[1]), alone[1]
+        length = common_marks(text[end:], behind, self.special)
+        marker, rest = text[end : end + length], behind[length:]
+        marker = marker.rstrip() or marker  # a template of lines has nothing but their ends
+        if not marker or (self.special.sub("", rest) if self.special else rest).strip():
+            raise rewritten
+        return start, end + len(marker)
+
+    def _around(self, turn: int, messages: list[dict]) -> tuple[str, str] | None:
+        """What stands before and behind the words of a turn, whatever they are; None: they are not written."""
+        first, second = (
+            self._text([*messages[:turn], {**messages[turn], "content": words}, *messages[turn + 1 :]])
+            for words in PROBES
+        )
         start = common(first, second)
-        end = len(text) - common(first[start:][::-1], second[start:][::-1])
-        end = end if content else max(start, end)
-        stands = first != second and text[:start] == first[:start] and start <= end
-        return (start, end) if stands and text[start:end].strip() in content else None
-
-    def _tail(self, turn: int, messages: list[dict]) -> str:
-        """What stands behind the words of a turn, whatever they are."""
-        first, second = self._probed(turn, messages)
-        return first[len(first) - common(first[::-1], second[::-1]) :]
-
-    def _probed(self, turn: int, messages: list[dict]) -> list[str]:
-        """The conversation with each of the PROBES as the words of a turn."""
-        turns = ({**messages[turn], "content": words} for words in PROBES)
-        return [self._text([*messages[:turn], each, *messages[turn + 1 :]]) for each in turns]
+        if first == second:
+            return None
+        return first[:start], first[len(first) - common(first[start:][::-1], second[start:][::-1]) :]
 
     def _text(self, messages: list[dict], prompt: bool = False) -> str:
         return self._rendered(messages, prompt)[0]
@@ -167,11 +175,19 @@ def common(a: str, b: str) -> int:
     return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def common_of_tokens(a: str, b: str, special: re.Pattern | None) -> int:
-    """The length of what two texts begin with, without a special token that is cut there."""
-    end = common(a, b)
-    cut = (each.start() for each in special.finditer(a) if each.start() < end < each.end()) if special else ()
-    return next(iter(cut), end)
+def stands_between(head: str, tail: str, text: str, content: str) -> bool:
+    """Whether `text` has nothing but words of `content` between what it begins and ends with."""
+    end = len(text) - len(tail)
+    return text.startswith(head) and (not content or (len(head) <= end and text[len(head) : end].strip() in content))
+
+
+def common_marks(a: str, b: str, special: re.Pattern | None) -> int:
+    """The length of what two texts begin with, without the part of a special token that both have."""
+    length = common(a, b)
+    for mark in chain.from_iterable(special.finditer(text) for text in (a, b) if special):
+        if mark.start() < length < mark.end():
+            length = mark.start()
+    return length
 
 
 def marker_end(turn: str, content: str) -> int:
