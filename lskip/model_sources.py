@@ -18,15 +18,17 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model lies: its kind (gguf, checkpoint, folder or hub) and its path or hub name."""
+    """Where a model lies: its kind (gguf, checkpoint, folder or hub), its path or hub name, and the path for
+    transformers where that is another."""
 
     kind: str
     place: str
+    link: str = ""
 
     def transformers_arguments(self) -> dict:
         """The arguments by which transformers' `from_pretrained` finds it."""
         if self.kind == "gguf":
-            path = Path(self.place)
+            path = Path(self.link or self.place)
             return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         return {"pretrained_model_name_or_path": self.place}
 
