@@ -25,7 +25,6 @@ from lskip.command_options import DecodingOptions, LoadingOptions
 from lskip.evaluation.tuned import tuned_options
 from lskip.inference import Generation, GenerationSettings
 from lskip.inference.drafting import DraftPolicy
-from lskip.interrupts import ended_by_sigterm
 from lskip.prompt_file import Prompt, read_prompts, read_standard_input
 from lskip.untrusted import MAX_BYTES, printable
 
@@ -58,7 +57,7 @@ def predict(
     settings = decoding.settings()
     check_whole("batch_size", batch_size, 1)
     asked = read_prompts(Path(prompts))
-    with ended_by_sigterm(""), answer_place(Path(output), Path(prompts)) as path:
+    with answer_place(Path(output), Path(prompts)) as path:
         answered, mode = start_output(path, asked, overwrite, resume)
         _check_exit(decoding, loading)
         how = answer_settings(decoding, loading)
@@ -145,14 +144,13 @@ def generate(
     prompt = _prompt_text(prompt)
     _check_exit(decoding, loading)
     interrupt = None
-    with ended_by_sigterm(""):
-        stream = loading.load().stream(prompt, **settings)
-        try:
-            for piece in stream:
-                if not json:
-                    _show(piece)
-        except KeyboardInterrupt as pressed:
-            interrupt = pressed
+    stream = loading.load().stream(prompt, **settings)
+    try:
+        for piece in stream:
+            if not json:
+                _show(piece)
+    except KeyboardInterrupt as pressed:
+        interrupt = pressed
     if json:
         _show_json(prompt, stream.generation)
     else:

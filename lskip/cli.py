@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from lskip import __version__
+from lskip.interrupts import ended_by_sigterm
 from lskip.user_errors import is_users_mistake, one_line
 
 HELP = """usage: lskip COMMAND [options]
@@ -74,9 +75,10 @@ def _outcome(arguments: list[str], of_process: bool) -> int:
     _be_quiet()
     try:
         _check_text(arguments)
-        run = _command(command)
-        with _own_modules():
-            run(arguments)
+        with ended_by_sigterm(""):
+            run = _command(command)
+            with _own_modules():
+                run(arguments)
     except KeyboardInterrupt as interrupt:
         if of_process:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience changes nothing from here on

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lskip.checks import check_unicode
 from lskip.untrusted import parse_json
 
 ENDINGS = (".jsonl", ".ndjson")  # what such files are called, in capitals too
@@ -36,12 +37,25 @@ def read_json_lines(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any
 
 def _fields(data: bytes, where: str) -> dict[str, Any]:
     try:
-        text = data.decode("utf-8")
+        return parse_line(data.decode("utf-8"), where)
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8 text (byte {error.start})") from error
-    fields = parse_json(text, where)
+
+
+def parse_line(text: str, where: str) -> dict[str, Any]:
+    """The fields of a line; ValueError if it is no JSON object, or says something twice."""
+    fields = parse_json(text, where, _each_once)
     if not isinstance(fields, dict):
         raise ValueError(f"{where} is no object, like {{…}}")
+    return fields
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two prompts in one line only the last would be answered."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
     return fields
 
 
@@ -52,7 +66,8 @@ def text_of(fields: dict[str, Any], name: str, where: str) -> str:
     value = fields[name]
     if not isinstance(value, str):
         raise ValueError(f"{where}: {name}: {json.dumps(value)[:60]} is not a text")
-    return _whole(value, name, where)
+    check_unicode(f"{where}: {name}", value)
+    return value
 
 
 def asked_of(fields: dict[str, Any], where: str) -> str | list[dict[str, Any]]:
@@ -68,19 +83,9 @@ def asked_of(fields: dict[str, Any], where: str) -> str | list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise ValueError(f"{where}: messages: not a list of objects with texts role and content")
     for message in messages:
-        _whole(message["content"], "messages", where)
+        check_unicode(f"{where}: messages", message["content"])
     return messages
 
 
 def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-
-
-def _whole(text: str, name: str, where: str) -> str:
-    """Refuses half of a surrogate pair, which JSON can spell and no tokenizer can read."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise ValueError(f"{where}: {name}: {half} is half of a character, cut off") from error
-    return text

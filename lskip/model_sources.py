@@ -9,23 +9,26 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from lskip.hub import hub_lacks
+
 ALLOWED = "smollm2, a .gguf file, a run folder, a .ckpt file, a folder with config.json, or a hub name owner/name"
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-_HUB_SECONDS = 5  # to hear whether the hub has a model, before anything is fetched
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model lies: its kind (gguf, checkpoint, folder or hub) and its path or hub name."""
+    """Where a model lies: its kind (gguf, checkpoint, folder or hub), its path or hub name, and the path for
+    transformers where that is another."""
 
     kind: str
     place: str
+    link: str = ""
 
     def transformers_arguments(self) -> dict:
         """The arguments by which transformers' `from_pretrained` finds it."""
         if self.kind == "gguf":
-            path = Path(self.place)
+            path = Path(self.link or self.place)
             return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         return {"pretrained_model_name_or_path": self.place}
 
@@ -104,36 +107,16 @@ def _holds_model(path: Path) -> bool:
 
 
 def ask_hub(name: str, field: str = "model") -> None:
-    """ValueError unless the hub, or what was fetched from it before, has the model. It is asked once, for seconds.
+    """ValueError unless the hub, or what was fetched from it before, has the model."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    transformers asks five times and longer, also about a folder's misspelled name.
-    """
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
-
-    reason = None
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return
-        HfApi().model_info(name, timeout=_HUB_SECONDS)
-    except (RepositoryNotFoundError, HFValidationError):
+        reason = hub_lacks(name, "model")
+    except HFValidationError:
         reason = "no such name there"
-    except GatedRepoError:
-        reason = "access to it must be asked for there"
-    except OfflineModeIsEnabled:
-        reason = "HF_HUB_OFFLINE is set"
-    except (HfHubHTTPError, OSError) as error:
-        reason = f"the hub does not answer: {type(error).__name__}"
-    except Exception as error:  # of the HTTP client, which is another from version to version
-        if not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
-            raise
-        reason = f"the hub does not answer: {type(error).__name__}"
     if reason is not None:
         hint = _near(Path(name).expanduser())
         raise ValueError(f"{field}: {name!r} is not here and not on the hub ({reason}){hint}; allowed are {ALLOWED}")

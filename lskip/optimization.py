@@ -81,11 +81,15 @@ class WarmupCosine(LRScheduler):
         self.total_steps = total_steps
         super().__init__(optimizer)
 
+    @property
+    def stage_steps(self) -> int | None:
+        """Optimizer steps of a stage; None: not known."""
+        return None if self.total_steps is None else math.ceil(self.total_steps / self.stages)
+
     def factor(self, step: int) -> float:
         """The share of the full rate at optimizer step `step` (0-based)."""
-        length = self.total_steps
+        length = self.stage_steps
         if length is not None and self.stages > 1:
-            length = math.ceil(length / self.stages)
             step %= length
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -92,7 +93,7 @@ def load_tokenizer(source: str, field: str = "model") -> PreTrainedTokenizerBase
         path = Path(found.place)
         tokenizer = _saved_tokenizer(read_checkpoint(path, field)["lskip"], path, field)
     elif found.kind == "gguf":
-        with _gguf(found, field) as facts:
+        with _gguf(found, field) as (found, facts):
             tokenizer = _gguf_tokenizer(found, facts, field)
     elif found.has_tokenizer():
         tokenizer = _read_tokenizer(found, field)
@@ -108,7 +109,7 @@ def load_config(source: str) -> PreTrainedConfig:
         path = Path(found.place)
         return build_config(read_checkpoint(path)["lskip"]["config"], f"model: {str(path)!r}: config: ")
     if found.kind == "gguf":
-        with _gguf(found) as facts:
+        with _gguf(found) as (found, facts):
             return _gguf_config(found, facts)
     return _read_config(found)
 
@@ -197,17 +198,22 @@ def _tie(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _gguf(found: Source, field: str = "model") -> Iterator[Facts]:
-    """What a GGUF file says, checked; inside it is parsed no more."""
-    with parsed_once():
+def _gguf(found: Source, field: str = "model") -> Iterator[tuple[Source, Facts]]:
+    """Where to read a GGUF file, and what it says, checked; inside it is parsed no more.
+
+    It is read from a folder of its own: transformers mixes in what else lies beside it, another tokenizer's files too.
+    """
+    with parsed_once(), tempfile.TemporaryDirectory(prefix="lskip-") as alone:
+        link = Path(alone, "model.gguf")
+        link.symlink_to(Path(found.place).absolute())
         with foreign(f"{field}: {found.place!r}"):
-            facts = read_facts(found.place)
+            facts = replace(read_facts(str(link)), place=found.place)
         check_facts(facts)
-        yield facts
+        yield replace(found, link=str(link)), facts
 
 
 def _from_gguf(found: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    with _gguf(found) as facts:
+    with _gguf(found) as (found, facts):
         config = _gguf_config(found, facts)
         check_tensors(config, facts)
         model = _from_files(found, dtype, config)
@@ -228,6 +234,7 @@ def _gguf_tokenizer(found: Source, facts: Facts, field: str = "model") -> PreTra
     if facts.values.get("tokenizer.ggml.model") in (None, "none", "no_vocab"):
         return None
     tokenizer = _read_tokenizer(found, field)
+    tokenizer.name_or_path = found.place
     settle_tokenizer(tokenizer, facts)
     return tokenizer
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from lskip.checks import check_unicode
 from lskip.inference import GenerationSettings, TextGenerator
+from lskip.json_lines import ENDINGS, asked_of, parse_line
 from lskip.untrusted import parse_json, read_text
 
 WRITTEN = ("line", "text", "tokens", "seconds", "acceptance_rate", "tokens_per_round", "finish_reason", "seed")
-JSON_LINES = (".jsonl", ".ndjson")
 STANDARD_INPUT = ("-", "/dev/stdin")
 MAX_BYTES = 2**30  # of a file of prompts, which is read whole
 
@@ -70,11 +70,11 @@ def _read(path: Path) -> tuple[str, bool | None]:
     if str(path) in STANDARD_INPUT:
         return read_standard_input("prompts", MAX_BYTES), None
     kind = path.suffix.lower()
-    if kind not in (".txt", *JSON_LINES):
+    if kind not in (".txt", *ENDINGS):
         raise ValueError(f"prompts: '{path}' is neither a .txt nor a .jsonl file, nor - for standard input")
     if not path.is_file():
         raise FileNotFoundError(f"prompts: there is no file '{path}'")
-    return read_text(path, "prompts", MAX_BYTES), kind in JSON_LINES
+    return read_text(path, "prompts", MAX_BYTES), kind in ENDINGS
 
 
 def read_standard_input(field: str, max_bytes: int) -> str:
@@ -100,61 +100,21 @@ def _begins_with_json(line: str) -> bool:
 
 def _parse_json(line: int, text: str) -> dict:
     where = f"prompts: line {line}"
-    fields = parse_json(text, where)
-    try:
-        if wrong := _what_is_wrong(fields) or _what_is_said_twice(text):
-            raise ValueError(wrong)
-        for name, value in fields.items():
-            _check_writable(name, value)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    fields = parse_line(text, where)
+    asked_of(fields, where)
+    for name, value in fields.items():
+        if name in WRITTEN:
+            raise ValueError(f"{where}: the key {name!r} is taken: it is what predict writes")
+        _check_writable(f"{where}: {name}", name, value)
     return fields
 
 
-def _what_is_wrong(fields) -> str | None:
-    if not isinstance(fields, dict):
-        return 'not an object like {"prompt": "…"} or {"messages": […]}'
-    if ("prompt" in fields) == ("messages" in fields):
-        return "needs either the key 'prompt' or the key 'messages'"
-    for name in WRITTEN:
-        if name in fields:
-            return f"the key {name!r} is taken: it is what predict writes"
-    if "prompt" in fields:
-        good = isinstance(fields["prompt"], str) and fields["prompt"].strip()
-        return None if good else f"prompt: {fields['prompt']!r} is not a text, or is empty"
-    return None if _are_messages(fields["messages"]) else "messages: not a list of objects with texts role and content"
-
-
-def _are_messages(messages) -> bool:
-    return (
-        isinstance(messages, list)
-        and len(messages) > 0
-        and all(isinstance(message, dict) for message in messages)
-        and all(isinstance(message.get(key), str) for message in messages for key in ("role", "content"))
-    )
-
-
-def _what_is_said_twice(text: str) -> str | None:
-    """Of two prompts in one line only the last would be answered."""
-    twice: list[str] = []
-
-    def fields_of(pairs: list[tuple]) -> dict:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice.append(next(name for name in names if names.count(name) > 1))
-        return fields
-
-    json.loads(text, object_pairs_hook=fields_of)
-    return f"the key {twice[0]!r} is there twice" if twice else None
-
-
-def _check_writable(name: str, value) -> None:
+def _check_writable(where: str, name: str, value) -> None:
     """ValueError for what could not be carried through: found out now, not when answers have been computed."""
     try:
         text = json.dumps([[[[[[[[{name: value}]]]]]]]], ensure_ascii=False, allow_nan=False)
     except RecursionError as error:
-        raise ValueError(f"{name}: too deeply nested") from error
+        raise ValueError(f"{where}: too deeply nested") from error
     except ValueError as error:
-        raise ValueError(f"{name}: a number that is not finite, which JSON has no word for") from error
-    check_unicode(name, text)
+        raise ValueError(f"{where}: a number that is not finite, which JSON has no word for") from error
+    check_unicode(where, text)

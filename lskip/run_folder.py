@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 
@@ -58,6 +59,8 @@ def _remove(folder: Path, made: list[Path]) -> None:
 class RunConfig(SaveConfigCallback):
     """Writes config.yaml when training begins: not of a run that was refused, or over that of one which stays as it is.
 
+    Of `validate` and `test` when they have measured: it says on what.
+
     Args:
         folder: where.
         settings: parser and config, as LightningCLI passes them.
@@ -71,6 +74,16 @@ class RunConfig(SaveConfigCallback):
         pass
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._write(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
             path = self.folder / CONFIG_FILE
             partial = partial_of(path)

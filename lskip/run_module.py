@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lskip.callbacks.finite_steps import FiniteSteps
@@ -70,6 +72,8 @@ class RunModule(LightningModule):
         scheduler = make_schedule(self.lr_scheduler, optimizer, self.total_steps)
         if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
             scheduler.total_steps = self.total_steps
+        if not self.trainer.fast_dev_run:
+            _warn_of_warmup(scheduler)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
@@ -125,3 +129,13 @@ class RunModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self._resumed_random_state = checkpoint.get("random_state")
+
+
+def _warn_of_warmup(scheduler: LRScheduler) -> None:
+    steps = scheduler.stage_steps if isinstance(scheduler, WarmupCosine) else None
+    if steps is not None and steps <= scheduler.warmup_steps:
+        share = steps / (scheduler.warmup_steps + 1)
+        rank_zero_warn(
+            f"lr_scheduler.warmup_steps: {scheduler.warmup_steps}, but there are {steps} steps: the learning rate "
+            f"comes to {share:.0%} of the optimizer's, and ends there"
+        )

@@ -50,6 +50,7 @@ from lskip.step_bar import StepBar
 from lskip.targets import ExitTarget
 from lskip.trainer_checks import check_monitors, check_trainer, watched_is_measured
 from lskip.trainer_manners import interruptible, quiet_lightning
+from lskip.training_help import explain_options
 from lskip.untrusted import parse_yaml
 from lskip.usage_errors import innermost
 
@@ -137,14 +138,12 @@ class LayerSkipCLI(LightningCLI):
             "--run_folder", type=str, default="runs/fit", help="where checkpoints, TensorBoard files and config go"
         )
         parser.add_class_arguments(self.trainer_class, "trainer", fail_untyped=False, instantiate=False)
-        for action in parser._actions:
-            if action.dest == "trainer.max_epochs":
-                action.help = "epochs at most; null: 1, or as many as max_steps or max_time take where one is set"
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **settings) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **settings)
         if subcommand != "fit":
             parser.set_defaults(verbose=False)  # the table of layers says it better
+        explain_options(parser, subcommand)
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
@@ -263,8 +262,6 @@ class LayerSkipCLI(LightningCLI):
         checkpoint = [RunCheckpoint(self.folder / LAST_CHECKPOINT.parent, **built.checkpoint)]
         if settings["enable_checkpointing"] is False:
             checkpoint = []
-        if self.subcommand != "fit":
-            self.save_config_callback = None
         hparams = [RunHparams(run_settings(self._settings.as_dict()))] if self.subcommand == "fit" else []
         bar = [StepBar()] if self.subcommand == "fit" and _wants_bar(settings) else []
         return self._instantiate_trainer(settings, [*methods, LayerMetrics(), *hparams, *checkpoint, *bar])

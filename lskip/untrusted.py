@@ -9,7 +9,7 @@ import json
 import signal
 import threading
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,16 +38,20 @@ def read_text(path: Path, field: str, max_bytes: int = MAX_BYTES) -> str:
         raise ValueError(f"{field}: '{path}' is not UTF-8 text (byte {error.start})") from error
 
 
-def parse_json(text: str, where: str) -> Any:
-    """Return what a JSON text says; `where` begins the sentence of the ValueError if it is none."""
+def parse_json(text: str, where: str, object_of: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Return what a JSON text says; `where` begins the sentence of the ValueError if it is none.
+
+    Args:
+        object_of: makes an object of its keys and values, and may raise ValueError; None: the last value of a key.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=object_of)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text.strip() else ""
         raise ValueError(f"{where} is not JSON ({error.msg} at {line}column {error.colno})") from error
     except RecursionError as error:
         raise ValueError(f"{where} is not JSON that is read (too deeply nested)") from error
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number of thousands of digits, or object_of's
         raise ValueError(f"{where} is not JSON that is read ({error})") from error
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -237,3 +238,36 @@ def test_help_and_errors_of_the_real_process(tmp_path):
     failed = run_python("generate", "--prompt=x", "--model=missing.ckpt", folder=tmp_path)
     assert failed.returncode == 2
     assert failed.stderr == "lskip generate: error: model: there is no file or folder 'missing.ckpt'\n"
+
+
+LOCAL = ["--task=LocalTask", "--task.path={}/task.jsonl"]
+# command -> its options, and what takes its time there
+LONG = {
+    "generate": (["--prompt=def"], "lskip.command_options.load_generator", ""),
+    "export": (["--output={}/e"], "lskip.export.load_model", ""),
+    "inspect": (["--output={}/i", "--block_size=16"], "lskip.evaluation.inspect.load_model", "begins anew"),
+    "sweep": ([*LOCAL, "--output={}/s"], "lskip.evaluation.sweep.measure_cell", "0 of 8 cells are done; go on with"),
+    "tune": (LOCAL, "lskip.evaluation.tune.forecast", "begins anew"),
+    "compare": (["{}"], "lskip.evaluation.compare.read_run", ""),
+}
+
+
+@pytest.mark.kind("B24 signals")
+@pytest.mark.parametrize("command", LONG)
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+def test_every_command_ends_by_sigterm_as_by_ctrl_c(
+    tmp_path, monkeypatch, capsys, tiny_model, tiny_tokenizer, command, sent, code
+):
+    options, slow, said = LONG[command]
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "task.jsonl").write_text('{"prompt": "def f", "reference": "(x)"}\n')
+    before = {path.name for path in (*tmp_path.iterdir(), *(tmp_path / "model").iterdir())}
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    monkeypatch.setattr(slow, lambda *arguments, **more: os.kill(os.getpid(), sent))
+    model = [] if command == "compare" else [f"--model={tmp_path}/model"]
+    assert main([command, *(option.format(tmp_path) for option in options), *model]) == code
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert sentence.startswith(f"lskip {command}: interrupted") and said in sentence
+    assert {path.name for path in (*tmp_path.iterdir(), *(tmp_path / "model").iterdir())} == before
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers

@@ -8,6 +8,7 @@ from test_data import data_maker, split_by_hand, texts
 
 from lskip.data import TextData
 from lskip.data.corpora import installed_package_files, read_texts, standard_library_files
+from lskip.data.sources import open_source
 
 
 @pytest.fixture
@@ -74,6 +75,7 @@ def test_a_hub_name_goes_to_load_dataset(text_data, monkeypatch):
         return Dataset.from_dict({"text": texts()})
 
     monkeypatch.setattr("lskip.data.sources.load_dataset", hub)
+    monkeypatch.setattr("lskip.data.sources.hub_lacks", lambda name, kind: None)
     for source in ("org/name", "org/name:config", "name:config:validation", "name::validation"):
         assert len(text_data(source=source).documents("val")) > 0
     assert asked == [
@@ -136,6 +138,42 @@ def test_a_missing_path_is_no_hub_lookup(source, monkeypatch):
     monkeypatch.setattr("lskip.data.sources.load_dataset", None)
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         TextData(source=source)
+
+
+@pytest.mark.parametrize(
+    ("source", "meant"),
+    [("corpus.json", "corpus.jsonl"), ("sub/corpus.jsonl", "sub/corpora.jsonl"), ("stdlb", "stdlib")],
+)
+def test_a_misspelled_source_names_the_near_one(text_data, tmp_path, monkeypatch, source, meant):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    for name in ("corpus.jsonl", "sub/corpora.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}')
+    with pytest.raises((ValueError, OSError), match=f"^source: .*did you mean '{meant}'"):
+        text_data(source=source).setup("fit")
+
+
+@pytest.mark.parametrize("name", ["owner/name", "plain"])
+@pytest.mark.parametrize("cache", [None, "datasets", "hub"])
+def test_the_hub_is_asked_once_for_a_data_set_that_is_not_here(tmp_path, monkeypatch, name, cache):
+    asked, loaded = [], []
+
+    def refuse(self, repo, *, repo_type, timeout):
+        asked.append((repo, repo_type, timeout))
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", refuse)
+    monkeypatch.setattr("lskip.data.sources.load_dataset", lambda path, **_: loaded.append(path) or [])
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    if cache:  # as the two libraries name the folders
+        by = {"datasets": name.replace("/", "___"), "hub": "datasets--" + name.replace("/", "--")}
+        (tmp_path / cache / by[cache]).mkdir(parents=True)
+        open_source(f"{name}:config:train", streaming=True)
+    else:
+        with pytest.raises(ValueError, match=f"cannot load '{name}:config:train', which is no local path"):
+            open_source(f"{name}:config:train", streaming=True)
+    assert asked == ([] if cache else [(name, "dataset", 5)]) and loaded == ([name] if cache else [])
 
 
 def test_an_unreachable_hub_name_is_one_sentence(text_data):
@@ -246,6 +284,16 @@ def test_an_empty_split(text_data, rows, fractions, empty, group, own):
         with pytest.raises(ValueError, match=f"^{words.get(split, 'test_fraction: ')}") as refused:
             load()
         assert "\n" not in str(refused.value)
+
+
+@pytest.mark.kind(EMPTY)
+def test_pairs_that_are_longer_than_a_row(text_data):
+    rows = [{"prompt": "return x + 1\n" * 9 + str(i), "completion": "done"} for i in range(40)]
+    data = text_data(rows)
+    with pytest.warns(UserWarning, match="nothing scored within block_size=16"):
+        data.setup("fit")
+    with pytest.raises(ValueError, match=r"^block_size: in none of the \d+ val examples .* 16 tokens$"):
+        data.val_dataloader()
 
 
 @pytest.mark.kind(EMPTY)

@@ -139,8 +139,9 @@ BAD_FILES = {
     "a list": (f"{GOOD}\n[1]", "line 2 of .* is no object"),
     "F32 half a character": (
         f'{GOOD}\n{{"prompt": "a \\ud83d", "reference": "b"}}',
-        r"line 2 .*: prompt: \\ud83d is half",
+        r"line 2 .*: prompt: holds '\\ud83d', half a character",
     ),
+    "two references": (f'{GOOD[:-1]}, "reference": "c"}}', r"line 1 of .*\(the key 'reference' is there twice\)"),
     "B41 5000 digits": (f'{GOOD}\n{{"prompt": "a", "reference": {"9" * 5000}}}', r"line 2 of .*\(Exceeds the limit"),
     "deep": ('{"prompt": ' + "[" * 100_000, r"line 1 of .*\(too deeply nested\)"),
     "B41 Latin-1": (f"{GOOD}\n".encode() + b'{"prompt": "caf\xe9"}', r"line 2 of .* is not UTF-8 text \(byte 15\)"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model
-from test_gguf_file import TEXTS, byte_level
+from test_gguf_file import TEXTS, byte_level, smollm_words
 from tokenizers import Regex, pre_tokenizers
 
 from lskip.gguf_file import write_gguf
@@ -176,6 +176,25 @@ def test_where_a_text_begins_and_ends(written, keys, begins, ends):
     tokenizer = load_tokenizer(written(**keys))
     ids = tokenizer("def f")["input_ids"]
     assert (ids[0] == tokenizer.bos_token_id, ids[-1] == tokenizer.eos_token_id) == (begins, ends)
+
+
+@pytest.mark.kind(K2)
+def test_what_lies_beside_a_file_changes_nothing(written):
+    path = Path(written())
+    model, alone = load_model(str(path))
+    others = byte_level(smollm_words(), bos_token="<|other|>")
+    others.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    others.save_pretrained(path.parent)
+    make_model().save_pretrained(path.parent)
+    (path.parent / "generation_config.json").write_text('{"temperature": 0.3, "do_sample": true, "eos_token_id": 5}')
+    again, tokenizer = load_model(str(path))
+    for each in (tokenizer, load_tokenizer(str(path))):
+        assert (each.bos_token, each.eos_token, each.chat_template) == ("<|begin|>", "<|endoftext|>", None)
+        assert each.name_or_path == str(path)
+        for text in TEXTS:
+            assert each(text)["input_ids"] == alone(text)["input_ids"]
+    assert again.generation_config.to_dict() == model.generation_config.to_dict()
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.kind(K2)

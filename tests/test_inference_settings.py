@@ -164,12 +164,12 @@ def test_defaults_come_from_the_generation_config():
     config = GenerationConfig(
         do_sample=True, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, repetition_penalty=1.3, stop_strings="end"
     )
-    ours = read_defaults(config, [], "cpu").settings
+    ours = read_defaults(config, [], "cpu", 300).settings
     assert (ours.temperature, ours.top_k, ours.top_p, ours.min_p) == (0.5, 7, 0.9, 0.1)
     assert (ours.repetition_penalty, ours.stop_strings) == (1.3, ("end",))
-    assert read_defaults(GenerationConfig(stop_strings=["a", "b"]), [], "cpu").settings.stop_strings == ("a", "b")
+    assert read_defaults(GenerationConfig(stop_strings=["a", "b"]), [], "cpu", 300).settings.stop_strings == ("a", "b")
     for nothing in (GenerationConfig(), None):
-        assert read_defaults(nothing, [], "cpu").settings == GenerationSettings()
+        assert read_defaults(nothing, [], "cpu", 300).settings == GenerationSettings()
 
 
 IGNORED = "K11 generation_config.json"
@@ -221,6 +221,11 @@ def test_rules_of_sampling_leave_the_tokens_that_transformers_leaves(tiny_model,
         pytest.param({"sequence_bias": [[[5], 2.0]]}, ["sequence_bias"], id="bias"),
         pytest.param({"forced_eos_token_id": 3, "penalty_alpha": 0.6}, ["forced_eos", "penalty_alpha"], id="forced"),
         pytest.param({"encoder_repetition_penalty": 1.2, "max_length": 50}, ["encoder_rep", "max_length"], id="length"),
+        pytest.param(
+            {"forced_eos_token_id": 0, "max_time": 0.0}, ["token_id: 0", "max_time: 0.0"], id="a 0 that counts"
+        ),
+        pytest.param({"guidance_scale": 0.0}, ["guidance_scale: 0.0"], id="no guidance"),
+        pytest.param({"penalty_alpha": 0.0, "begin_suppress_tokens": []}, [], id="a 0 that is nothing"),
         pytest.param({"num_beams": 1, "use_cache": False, "renormalize_logits": True, "max_length": 20}, [], id="none"),
         pytest.param({}, [], id="an empty one"),
     ],
@@ -266,7 +271,11 @@ def test_a_setting_of_the_model_that_is_not_allowed_is_named_and_can_be_overridd
 
 @pytest.mark.kind(REFUSED)
 @pytest.mark.parametrize(
-    "says", [{"no_repeat_ngram_size": -2}, {"no_repeat_ngram_size": "two"}, {"bad_words_ids": [5]}]
+    "says",
+    [
+        *({"no_repeat_ngram_size": -2}, {"no_repeat_ngram_size": "two"}),
+        *({"bad_words_ids": [5]}, {"bad_words_ids": [[5, 300]]}, {"bad_words_ids": [["a"]]}),
+    ],
 )
 def test_a_rule_of_the_model_that_is_none(tiny_model, says):
     model = tiny_model("llama")

@@ -70,7 +70,7 @@ def test_the_hub_is_asked_once_and_not_for_long(monkeypatch, name, offline):
         raise unreachable("no network")
 
     if not offline:
-        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+        monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", refuse)
     started = time.monotonic()
     with pytest.raises(ValueError, match=rf"^model: '{name}' is not here and not on the hub.*allowed are smollm2"):
         load_config(name)

@@ -1,8 +1,14 @@
 """Warm-up and cosine, against numbers worked by hand."""
 
+import warnings
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
+from conftest import make_config
 
+from lskip.module import LayerSkipModule
 from lskip.optimization import WarmupCosine
 
 
@@ -53,3 +59,20 @@ def test_a_resumed_schedule_goes_on_and_stretches_with_a_longer_run():
 def test_numbers_out_of_range_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
         rates(1, **settings)
+
+
+@pytest.mark.parametrize(("warmup", "steps", "stages"), [(3, 4, 1), (3, 3, 1), (3, 7, 2), (3, 6, 2), (0, 1, 1)])
+def test_a_warmup_that_is_longer_than_the_run_is_told(warmup, steps, stages):
+    rate = 8.0
+    module = LayerSkipModule(
+        make_config(),
+        optimizer=partial(torch.optim.SGD, lr=rate),
+        lr_scheduler=partial(WarmupCosine, warmup_steps=warmup, stages=stages),
+    )
+    module.trainer = SimpleNamespace(estimated_stepping_batches=steps, fast_dev_run=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        schedule = module.configure_optimizers()["lr_scheduler"]["scheduler"]
+    highest = max(schedule.factor(step) for step in range(steps))
+    told = [str(warning.message) for warning in caught if "warmup_steps" in str(warning.message)]
+    assert [f"comes to {highest:.0%} of" in each for each in told] == [True] * (highest < 1)

@@ -88,6 +88,13 @@ def test_compare_of_a_run_that_was_validated_alone_has_its_numbers(run, capsys, 
         assert main(["compare", "run"]) == 0
         shown = capsys.readouterr().out
         assert expected in shown and "docs.jsonl" in shown
+        Path("others.jsonl").write_text("\n".join(json.dumps({"body": f"class C{i}: pass\n" * 9}) for i in range(60)))
+        assert main([*command[1:], "--data.source=others.jsonl", *QUIET]) == 0
+        others = perplexity(capsys.readouterr().out)
+        assert main(["compare", "run"]) == 0
+        shown = capsys.readouterr().out
+        assert others in shown and "others.jsonl" in shown and others != expected
+        assert expected not in shown and "docs.jsonl" not in shown
     finally:
         for path in fit_events:
             (path.parent / f"kept.{path.name}").rename(path)

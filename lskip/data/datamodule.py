@@ -242,6 +242,11 @@ class TextData(LightningDataModule):
         """ValueError when a held-out split has no row at all."""
         if not len(self.blocks(split)):
             documents = self._corpus.documents(split)
+            if len(documents) and self._corpus.kind != "text":
+                raise ValueError(
+                    f"block_size: in none of the {len(documents)} {split} examples is anything scored within "
+                    f"{self.block_size} tokens"
+                )
             fraction = self.fractions[0 if split == "val" else 1]
             of = "" if self._corpus.size is None else f" of {self._corpus.size}"
             raise ValueError(

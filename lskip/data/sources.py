@@ -1,17 +1,21 @@
 """What `source` can name: an embedded corpus, a local file or folder, a dataset of the Hugging Face hub."""
 
+import difflib
 import hashlib
 import importlib.util
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import IterableDataset, load_dataset
+from datasets import IterableDataset, config, load_dataset
+from huggingface_hub import constants
 
 from lskip.data.corpora import EMBEDDED, read_texts
 from lskip.data.files import check_is_read, folder_files, kind_of
 from lskip.data.json_rows import read_json
+from lskip.hub import hub_lacks
 
 NAMES = (*EMBEDDED, "home_assistant")
 EXTENSION = re.compile(r"\.[A-Za-z]\w*$")
@@ -37,8 +41,17 @@ def local_path(source: str) -> Path | None:
         raise ValueError(f"source: {source[:80]!r} cannot be looked up ({reason})") from error
     name = source.split(":")[0]
     if source.startswith((".", "/", "~")) or "\\" in source or name.count("/") > 1 or EXTENSION.search(name):
-        raise FileNotFoundError(f"source: no file or folder '{source}' (looked for {path.absolute()})")
+        raise FileNotFoundError(f"source: no file or folder '{source}' (looked for {path.absolute()}){_near(path)}")
     return None
+
+
+def _near(path: Path) -> str:
+    """A hint at the name that was meant: an embedded corpus, or what lies in the same folder."""
+    names = list(NAMES) if path.parent == Path() else []
+    if path.parent.is_dir():
+        names += os.listdir(path.parent)
+    close = difflib.get_close_matches(path.name, names, 1)
+    return f"; did you mean '{path.with_name(close[0])}'?" if close else ""
 
 
 def open_source(source: str, streaming: bool) -> tuple[Rows, str]:
@@ -108,9 +121,17 @@ class FileRows:
 
 def open_hub(source: str, streaming: bool) -> tuple[Rows, str]:
     """`name`, `name:config` or `name:config:split` (`name::split`); the split is "train" if none is named."""
-    name, config, split = [*source.split(":", 2), "", ""][:3]
-    rows = load(source, name, streaming, name=config or None, split=split or "train")
+    name, subset, split = [*source.split(":", 2), "", ""][:3]
+    if not _was_fetched(name) and (reason := hub_lacks(name, "dataset")) is not None:
+        place = f"which is no local path and not one of {list(NAMES)}"
+        raise ValueError(f"source: cannot load '{source}', {place}, from the hub ({reason}){_near(Path(name))}")
+    rows = load(source, name, streaming, name=subset or None, split=split or "train")
     return rows, "" if streaming else rows._fingerprint
+
+
+def _was_fetched(name: str) -> bool:
+    caches = (Path(config.HF_DATASETS_CACHE), "___"), (Path(constants.HF_HUB_CACHE), "--")
+    return any((cache / f"{'datasets--' * (by == '--')}{name.replace('/', by)}").exists() for cache, by in caches)
 
 
 def load(source: str, builder: str, streaming: bool, split: str = "train", **arguments) -> Rows:
@@ -120,8 +141,7 @@ def load(source: str, builder: str, streaming: bool, split: str = "train", **arg
         return rows
     except Exception as error:  # network, unknown name, config or split, bad JSON: each its own unrelated type
         cause = first_line(error.__cause__ or error)
-        place = "" if builder == "parquet" else f", which is no local path and not one of {list(NAMES)}"
-        raise ValueError(f"source: cannot load '{source}'{place}: {cause}") from error
+        raise ValueError(f"source: cannot load '{source}': {cause}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -65,12 +65,20 @@ def _describe(summary: RunSummary) -> dict[str, str]:
         "dropout p_max": _method(summary, "layer_dropout", "p_max"),
         "dropout depth, time": _method(summary, "layer_dropout", "depth", "time"),
         "data": Path(str(summary.settings.get("data.source", "?"))).name,
-        "steps": "?" if summary.steps is None else str(summary.steps),
+        "steps": _steps(summary),
         "last layer's perplexity": f"{report.perplexity[-1]:.4g}",
         "middle layer's perplexity": f"{report.perplexity[middle - 1]:.4g} (layer {middle})",
         "middle layer's agreement": f"{report.agreement[middle - 1]:.2f}" if told else NOT_TOLD,
         "layers_needed": f"{report.layers_needed:.1f} of {len(report.perplexity)}" if told else NOT_TOLD,
     }
+
+
+def _steps(summary: RunSummary) -> str:
+    """Steps that were validated; of how many, where the run went on without."""
+    if summary.steps is None:
+        return "?"
+    on = summary.trained is not None and summary.trained > summary.steps
+    return f"{summary.steps} of {summary.trained}" if on else str(summary.steps)
 
 
 def _method(summary: RunSummary, method: str, *arguments: str) -> str:

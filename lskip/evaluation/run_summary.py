@@ -17,15 +17,17 @@ class RunSummary:
     """One run.
 
     Attributes:
-        settings: as run_settings; empty for a run that left no config.yaml.
+        settings: as run_settings, with the data that the report is of; empty for a run that left no config.yaml.
         steps: optimizer steps before the last validation; of the checkpoint, where that was `lskip validate`. None: it
             is not known.
         report: of that validation.
+        trained: optimizer steps of the checkpoint; None: it is not known.
     """
 
     settings: dict[str, str | float | int | bool]
     steps: int | None
     report: LayerReport
+    trained: int | None = None
 
     @property
     def middle_layer(self) -> int:
@@ -44,11 +46,19 @@ def read_run(folder: Path) -> RunSummary:
         raise FileNotFoundError(f"runs: there is no folder '{folder}'")
     settings = _settings(folder / "config.yaml")
     if (measured := last_validation(folder)) is not None:
-        return RunSummary(settings, *measured)
+        return RunSummary(settings, *measured, trained=_steps_of(folder))
     if (measured := last_validation(folder / "validate")) is not None:
-        return RunSummary(settings, _steps_of(folder), measured[1])
+        return RunSummary(_with_data_of(settings, folder / "validate"), _steps_of(folder), measured[1])
     command = f"lskip validate --model {folder}"
     raise ValueError(f"runs: '{folder}' has no numbers of its layers; this makes them: {command}")
+
+
+def _with_data_of(settings: dict, folder: Path) -> dict:
+    """Return the settings with the data that `lskip validate` read, which may be others than the run's own."""
+    read = {key: value for key, value in _settings(folder / "config.yaml").items() if key.startswith("data.")}
+    if not settings or not read:
+        return settings
+    return {key: value for key, value in settings.items() if not key.startswith("data.")} | read
 
 
 def _settings(path: Path) -> dict[str, str | float | int | bool]:

@@ -96,7 +96,7 @@ class TextGenerator:
             raise ValueError(f"exit_adapter: was made for another model ({exit_adapter.made_for})")
         self.tokenizer, self.costs_file = tokenizer, costs_file
         self.eos_ids = end_tokens(model, tokenizer)
-        self.model_defaults = read_defaults(model.generation_config, self.eos_ids, decoder.device)
+        self.model_defaults = read_defaults(model.generation_config, self.eos_ids, decoder.device, decoder.vocab_size)
         if ignored := ignored_by_lskip(model.generation_config):
             print(f"warning: generation_config: lskip does not go by {', '.join(ignored)}", file=sys.stderr)
         self.num_layers, self.vocab_size = decoder.num_layers, decoder.vocab_size

@@ -29,6 +29,7 @@ IGNORED = (
     *("length_penalty", "diversity_penalty", "num_beam_groups"),
 )
 OFF = {"length_penalty": 1.0, "encoder_repetition_penalty": 1.0, "guidance_scale": 1, "num_beams": 1, "max_length": 20}
+OFF |= {"penalty_alpha": 0, "token_healing": False}
 
 
 @dataclass
@@ -62,11 +63,13 @@ class ModelDefaults:
         return self.settings.changed(**settings)
 
 
-def read_defaults(config: GenerationConfig | None, eos_ids: Iterable[int], device: torch.device) -> ModelDefaults:
+def read_defaults(
+    config: GenerationConfig | None, eos_ids: Iterable[int], device: torch.device, vocab_size: int
+) -> ModelDefaults:
     """What `config` asks for.
 
     Raises:
-        ValueError: a rule for tokens that is none.
+        ValueError: a rule for tokens that is none, or for tokens that there are not.
     """
     if config is None:
         return ModelDefaults()
@@ -79,7 +82,7 @@ def read_defaults(config: GenerationConfig | None, eos_ids: Iterable[int], devic
     # With the conditions and in the order of transformers' `generate`.
     by_text = rules(
         ("no_repeat_ngram_size", lambda size: size > 0, NoRepeatNGramLogitsProcessor),
-        ("bad_words_ids", lambda words: True, lambda words: NoBadWordsLogitsProcessor(words, ends)),
+        ("bad_words_ids", lambda words: True, lambda words: _bad_words(words, ends, vocab_size)),
         ("suppress_tokens", lambda tokens: True, lambda tokens: SuppressTokensLogitsProcessor(tokens, device)),
     )
     warpers = rules(
@@ -94,7 +97,8 @@ def ignored_by_lskip(config: GenerationConfig | None) -> list[str]:
     """Names and values of what `config` sets and lskip does not go by."""
     usual = GenerationConfig._get_default_generation_params() | OFF
     set_here = {name: getattr(config, name, None) for name in IGNORED}
-    return [f"{name}: {value!r}" for name, value in set_here.items() if value and value != usual.get(name)]
+    # 0 may mean something: the token of that id, no seconds, no guidance.
+    return [f"{name}: {value!r}" for name, value in set_here.items() if value not in (None, [], usual.get(name))]
 
 
 def _given(config: GenerationConfig, name: str, default: Any) -> Any:
@@ -110,6 +114,13 @@ def _rule(config: GenerationConfig, name: str, matters, make) -> LogitsProcessor
         return make(value) if matters(value) else None
     except (ValueError, TypeError) as error:
         raise ValueError(f"generation_config.{name}: {value!r} (it comes with the model) is not allowed") from error
+
+
+def _bad_words(words: list[list[int]], ends: list[int] | None, vocab_size: int) -> LogitsProcessor:
+    rule = NoBadWordsLogitsProcessor(words, ends)
+    if any(token >= vocab_size for word in words for token in word):
+        raise ValueError  # transformers would tell while decoding
+    return rule
 
 
 def _settings(config: GenerationConfig) -> tuple[GenerationSettings, dict[str, str]]:
