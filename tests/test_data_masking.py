@@ -130,11 +130,9 @@ def test_messages_from_a_file(text_data, chat_tokenizer):
     assert {chat_tokenizer(None).decode(row) for row in scored} == {"yo\nbye\n"}
 
 
-def test_a_template_that_writes_the_last_turn_otherwise(chat_tokenizer):
-    tokenizer = chat_tokenizer(LAST_ONLY)
-    row = ChatEncoder(tokenizer, 20)({"messages": [json.dumps(CONVERSATION)]})
-    assert spelled(tokenizer, row["input_ids"][0]) == "heyyook!bye" + "$" * 9
-    assert spelled(tokenizer, row["labels"][0]) == "...yo...bye" + "." * 9
+def test_a_template_that_rewrites_history_is_refused(chat_tokenizer):
+    with pytest.raises(ValueError, match="rewrites earlier turns"):
+        ChatEncoder(chat_tokenizer(LAST_ONLY), 60)({"messages": [json.dumps(CONVERSATION)]})
 
 
 def test_a_template_that_refuses_a_conversation(chat_tokenizer):
