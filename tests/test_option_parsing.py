@@ -1,6 +1,7 @@
 """Options to values: lists in every spelling, and sentences that name field, value and what is allowed."""
 
 import pytest
+import yaml
 
 from lskip import commands
 from lskip.cli import main
@@ -141,3 +142,44 @@ def test_what_is_wrong_with_an_own_module_is_said(case, source, words, tmp_path,
         assert main(command.split()) == 2
         sentence = capsys.readouterr().err
         assert f"{module}.Own" in sentence and words in sentence and sentence.count("\n") == 1, sentence
+
+
+OWN_DATA = """
+from lskip.data import TextData
+
+
+class OwnData(TextData):
+    def __init__(self, source: str = "stdlib", batch_size: int = 3, block_size: int = 7, seed: int = 0):
+        super().__init__(source, batch_size=batch_size, block_size=block_size, seed=seed)
+"""
+# options -> an argument and its value in the place of the default class's
+OTHER_CLASSES = {
+    "decay of SGD": (["--optimizer=torch.optim.SGD"], "optimizer", {"weight_decay": 0.0, "lr": 3e-4}),
+    "decay of Adam": (["--optimizer=torch.optim.Adam", "--optimizer.lr=1"], "optimizer", {"weight_decay": 0.0, "lr": 1}),
+    "from a config": (["--config=other.yaml"], "optimizer", {"weight_decay": 0.0, "lr": 0.5}),
+    "from a config by a flag": (["--config=all.yaml", "--optimizer=torch.optim.SGD"], "optimizer", {"weight_decay": 0.0}),
+    "set before": (["--optimizer.weight_decay=0.01", "--optimizer=torch.optim.Adam"], "optimizer", {"weight_decay": 0.01}),
+    "set to another": (["--optimizer.weight_decay=1", "--optimizer=torch.optim.Adam"], "optimizer", {"weight_decay": 1}),
+    "own data": (["--data=own_data_of_tests.OwnData"], "data", {"batch_size": 3, "block_size": 7}),
+    "own data, in part": (
+        ["--data=own_data_of_tests.OwnData", "--data.batch_size=5"], "data", {"batch_size": 5, "block_size": 7}
+    ),
+    "own data, set before": (
+        ["--data.batch_size=16", "--data=own_data_of_tests.OwnData"], "data", {"batch_size": 16, "block_size": 7}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.kind("H2 own classes from the working directory")
+@pytest.mark.parametrize(("options", "field", "expected"), OTHER_CLASSES.values(), ids=list(OTHER_CLASSES))
+def test_a_class_in_the_place_of_another_has_its_own_defaults(options, field, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_data_of_tests.py").write_text(OWN_DATA)
+    (tmp_path / "other.yaml").write_text("optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.5}}")
+    every = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1, "weight_decay": 0.01}}
+    (tmp_path / "all.yaml").write_text(yaml.dump({"optimizer": every}))  # as a run's config.yaml says it
+    with pytest.raises(SystemExit):
+        main(["fit", "--model=x", *options, "--print_config"])
+    arguments = yaml.safe_load(capsys.readouterr().out)[field]["init_args"]
+    assert {name: arguments[name] for name in expected} == expected
