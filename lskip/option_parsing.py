@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from jsonargparse import ArgumentParser, Namespace
 
 from lskip.named_classes import check_classes
-from lskip.usage_errors import explain, import_trouble
+from lskip.usage_errors import explain, field_of, import_trouble
 
-_WANTS_LIST = re.compile(r"Expected a <class '(?:list|tuple)'>")
+_WANTS_LIST = re.compile(r"Expected (?:a )?<class '(?:list|tuple)'>")  # without a where that is the value itself
 _NAMES_AND_COMMAS = ("--exits", "--tasks")  # texts that the commands take apart
 _OF_TEXTS = re.compile(r"list\[(?:str|typing\.Any)\]")
 
@@ -85,12 +85,12 @@ def _takes_list(option: str, known: dict[str, argparse.Action]) -> bool:
 
 def _with_list(arguments: list[str], report: str) -> list[str] | None:
     """Return the arguments with the value that a report wants to be a list as one; None where no argument is it."""
-    value = re.findall(r"(?:Got value|Given value|val=)[: ]*['\"]?([^\n]*?)['\"]?\)?(?:\. Got value.*)?$", report, re.M)
-    if not _WANTS_LIST.search(report) or not value or value[-1][:1] in ("[", "{", ""):
-        return None
-    for at, argument in enumerate(arguments):
-        option, equals, given = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-        if given in value and given:
+    option = f"--{field_of(report)}"
+    for at, argument in enumerate(arguments if _WANTS_LIST.search(report) else []):
+        name, equals, given = argument.partition("=")
+        end = at + (1 if equals else 2)
+        given = given if equals else "".join(arguments[at + 1 : end])
+        if name == option and given[:1] not in ("[", "{", ""):
             parts = [given] if _OF_TEXTS.search(report) else given.split(",")
-            return [*arguments[:at], f"{option}{equals}{json.dumps(parts)}", *arguments[at + 1 :]]
+            return [*arguments[:at], f"{option}={json.dumps(parts)}", *arguments[end:]]
     return None

@@ -54,10 +54,24 @@ def test_a_list_in_every_spelling(options, name, value, given):
         pytest.param(["a, b"], ["a, b"], id="a comma is text"),
         pytest.param(["a", "b,c"], ["a", "b,c"], id="several texts"),
         pytest.param(['["a","\\n"]'], ["a", "\n"], id="JSON"),
+        pytest.param(["a"], ["a"], id="a word of the parser's own"),
+        pytest.param(["#"], ["#"], id="a comment of YAML"),
+        pytest.param(["\n# "], ["\n# "], id="a comment in the next line"),
+        pytest.param(["\n"], ["\n"], id="a newline"),
+        pytest.param(["5"], ["5"], id="what another option has too"),
+        pytest.param(['["5","null","a: b","[x]"]'], ["5", "null", "a: b", "[x]"], id="texts that look like values"),
+        pytest.param(["5", "true"], ["5", "true"], id="words that look like values"),
     ],
 )
 def test_a_list_of_texts(words, value, given):
-    assert given("generate", "--prompt=x", "--stop_strings", *words)["decoding"].stop_strings == value
+    options = ("--prompt=a", "--max_new_tokens=5", "--stop_strings", *words)
+    assert given("generate", *options)["decoding"].stop_strings == value
+
+
+@pytest.mark.kind("M a new user's first hour")
+@pytest.mark.parametrize("text", ["# A title", "#", "\n# x", "a # b", "5", "2024-01-01", "[1]", "{a: b}", "a: b"])
+def test_a_text_that_yaml_would_take_for_something_else(text, given):
+    assert given("inspect", "--output=x", f"--text={text}")["text"] == text
 
 
 @pytest.mark.kind("M a new user's first hour")
@@ -77,6 +91,9 @@ SENTENCES = {
     "B41 logger": (f"{FIT} --trainer.logger=foo", "trainer.logger: 'foo' CSVLogger TensorBoardLogger"),
     "B41 trainer.foo": (f"{FIT} --trainer.foo=1", "trainer.foo: there is no such option"),
     "B41 stop_strings": ('generate --prompt=x --stop_strings={"a":1}', "stop_strings: 'a' is not a list"),
+    "a text is no list of numbers": ("sweep --task=StdlibCode --output=x --rounds=2 --exit_layers=a", "list of whole"),
+    "numbers are no texts": ("generate --prompt=x --stop_strings=[5]", "stop_strings: '[5]' is not a list of texts"),
+    "a word of the parser's own": ("generate --prompt=x --draft=a", "draft: 'a' layers ngram"),
     "B41 costs_file": ("generate --prompt=x --costs_file=.", "costs_file: '.' folder"),
     "F65 ReduceLROnPlateau": (
         f"{FIT} --lr_scheduler=ReduceLROnPlateau",
