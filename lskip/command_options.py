@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lskip.inference import GenerationSettings, TextGenerator, load_generator
 from lskip.inference.drafting import DraftPolicy
@@ -91,7 +91,7 @@ class DecodingOptions:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_strings: list[Any] | None = None  # of texts: GenerationSettings says so in a plain sentence
+    stop_strings: list[str] | None = None
     seed: int | None = 0
     chat: bool | None = None
 

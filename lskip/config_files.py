@@ -35,6 +35,8 @@ def _checked(compose, loader: yaml.SafeLoader) -> yaml.Node | None:
         check_nodes(document)
     except RecursionError as error:
         raise yaml.YAMLError("too deeply nested") from error
+    if document is None:  # of an option, such as `--text "# A title"`, it is then a text
+        raise yaml.YAMLError("it is empty")
     return document
 
 

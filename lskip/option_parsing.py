@@ -6,13 +6,16 @@ import argparse
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, _typehints
+from jsonargparse._required import iter_required_keys
+from jsonargparse._typehints import ActionTypeHint
 
 from lskip.named_classes import check_classes
-from lskip.usage_errors import explain, import_trouble
+from lskip.usage_errors import explain, field_of, import_trouble
 
-_WANTS_LIST = re.compile(r"Expected a <class '(?:list|tuple)'>")
+_WANTS_LIST = re.compile(r"Expected (?:a )?<class '(?:list|tuple)'>")  # without a where that is the value itself
 _NAMES_AND_COMMAS = ("--exits", "--tasks")  # texts that the commands take apart
 _OF_TEXTS = re.compile(r"list\[(?:str|typing\.Any)\]")
 
@@ -34,7 +37,8 @@ def parse_options(
     arguments = list(_join_words(arguments, command))
     for _ in range(len(arguments) + 1):
         try:
-            values = parser.parse_args(arguments)
+            with _own_defaults(arguments):
+                values = parser.parse_args(arguments)
             break
         except argparse.ArgumentError as error:
             if (spelled := _with_list(arguments, str(error))) is None:
@@ -49,6 +53,36 @@ def parse_options(
             raise ValueError(sentence) from error
     check_classes(command, values if command is parser else values[values.subcommand])
     return values
+
+
+@contextmanager
+def _own_defaults(arguments: list[str]) -> Iterator[None]:
+    """Let a class that is named in the place of another have its own defaults.
+
+    The parser hands on all arguments that both take: AdamW's weight decay to SGD, the batch size of TextData to data of
+    somebody's own. Here what was the other's default stays behind, unless one of `arguments` sets it.
+    """
+    discard = _typehints.discard_init_args_on_class_path_change
+    named = {argument.partition("=")[0].rpartition(".")[2] for argument in arguments if argument.startswith("--")}
+
+    def discard_defaults(parser_or_action, before, value):
+        if isinstance(before, Namespace) and before.get("init_args") and before["class_path"] != value["class_path"]:
+            old, new = (_class_parser(each["class_path"]) for each in (before, value))
+            defaults = vars(old.get_defaults())
+            for name in set(vars(before["init_args"])) - named - set(iter_required_keys(new)):
+                if name in defaults and before["init_args"][name] == defaults[name]:
+                    before["init_args"].pop(name)
+        discard(parser_or_action, before, value)
+
+    _typehints.discard_init_args_on_class_path_change = discard_defaults
+    try:
+        yield
+    finally:
+        _typehints.discard_init_args_on_class_path_change = discard
+
+
+def _class_parser(path: str) -> ArgumentParser:
+    return ActionTypeHint.get_class_parser(path, {"fail_untyped": False})
 
 
 def _root(error: BaseException) -> BaseException:
@@ -85,12 +119,12 @@ def _takes_list(option: str, known: dict[str, argparse.Action]) -> bool:
 
 def _with_list(arguments: list[str], report: str) -> list[str] | None:
     """Return the arguments with the value that a report wants to be a list as one; None where no argument is it."""
-    value = re.findall(r"(?:Got value|Given value|val=)[: ]*['\"]?([^\n]*?)['\"]?\)?(?:\. Got value.*)?$", report, re.M)
-    if not _WANTS_LIST.search(report) or not value or value[-1][:1] in ("[", "{", ""):
-        return None
-    for at, argument in enumerate(arguments):
-        option, equals, given = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-        if given in value and given:
+    option = f"--{field_of(report)}"
+    for at, argument in enumerate(arguments if _WANTS_LIST.search(report) else []):
+        name, equals, given = argument.partition("=")
+        end = at + (1 if equals else 2)
+        given = given if equals else "".join(arguments[at + 1 : end])
+        if name == option and given[:1] not in ("[", "{", ""):
             parts = [given] if _OF_TEXTS.search(report) else given.split(",")
-            return [*arguments[:at], f"{option}{equals}{json.dumps(parts)}", *arguments[at + 1 :]]
+            return [*arguments[:at], f"{option}={json.dumps(parts)}", *arguments[end:]]
     return None

@@ -9,6 +9,7 @@ import json
 import signal
 import threading
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +62,9 @@ def parse_yaml(text: str, where: str, loader: type = yaml.SafeLoader) -> Any:
     A few hundred bytes of aliases may stand for billions of values: they are counted before any is made.
     """
     try:
-        check_nodes(yaml.compose(text, Loader=loader))
+        document = yaml.compose(text, Loader=loader)
+        check_nodes(document)
+        _check_keys(document, set())
         return yaml.load(text, Loader=loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
@@ -71,7 +74,7 @@ def parse_yaml(text: str, where: str, loader: type = yaml.SafeLoader) -> Any:
         raise ValueError(f"{where} is not plain YAML ({' '.join(str(error).split())[:100]})") from error
     except RecursionError as error:
         raise ValueError(f"{where} is not YAML that is read (too deeply nested)") from error
-    except (ValueError, OverflowError) as error:  # a date of month 13, a number of thousands of digits
+    except (ValueError, OverflowError) as error:  # a key twice, a date of month 13, a number of thousands of digits
         raise ValueError(f"{where} is not YAML that is read ({error})") from error
 
 
@@ -97,6 +100,22 @@ def _count_nodes(node: yaml.Node, known: dict[int, int], depth: int) -> int:
         raise ValueError(f"its aliases stand for more than {MAX_NODES} values")
     known[id(node)] = count
     return count
+
+
+def _check_keys(node: yaml.Node | None, seen: set[int]) -> None:
+    """ValueError for a key that a mapping has twice: of two values the loaders would take the last, without a word."""
+    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+        return
+    seen.add(id(node))
+    parts = node.value
+    if isinstance(node, yaml.MappingNode):
+        keys = Counter((key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for (tag, name), count in keys.most_common(1):
+            if count > 1 and tag != "tag:yaml.org,2002:merge":
+                raise ValueError(f"the key {name!r} is there twice")
+        parts = [value for _, value in node.value]
+    for part in parts:
+        _check_keys(part, seen)
 
 
 def printable(text: str, keep: str = "\n\t") -> str:

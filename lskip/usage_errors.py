@@ -25,7 +25,7 @@ _KINDS = {
 # What jsonargparse says of each type that might have been meant, and of no use to anybody.
 _NOISE = re.compile(
     r"Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Expected a path but .*"
-    r"|Expected an? <class '(NoneType|collections\.abc\.\w+)'>|Given value(?: type)?: .*|\. Got value: .*"
+    r"|Expected (an? )?<class '(NoneType|collections\.abc\.\w+)'>|Given value(?: type)?: .*|\. Got value: .*"
     r"|Type \S.* expects a function or a callable class: |Subclass types expect one of:|- an? (class path|dict) .*"
     r"|Parser key \"[\w.]+\":?|Problem with given class_path '[\w.]+':"
 )
@@ -40,7 +40,7 @@ def explain(report: str, parser: ArgumentParser, choices: dict[str, type]) -> st
         choices: last part of a field's name -> base class of what may be chosen there.
     """
     report = re.sub(r"Subcommand '\w+' does not accept option '([^']+)'", r"unrecognized arguments: --\1", report)
-    field = _field(report)
+    field = field_of(report)
     inside = f"{field}." if field else ""
     if group := re.search(r"Unable to load config ([\"'].*[\"'])$", report, re.M):
         return f"{field}: {group[1]} is not options and their values"
@@ -62,7 +62,8 @@ def explain(report: str, parser: ArgumentParser, choices: dict[str, type]) -> st
     return f"{field}: {text}" if field else text
 
 
-def _field(report: str) -> str:
+def field_of(report: str) -> str:
+    """Return the whole name of the field that a report is about."""
     keys = re.findall(r'Parser key "([\w.]+)"', report)
     return ".".join(key for key, before in zip(keys, [None, *keys], strict=False) if key != before)
 
@@ -162,10 +163,14 @@ def class_names(base: type) -> Iterable[str]:
 
 def _allowed(report: str, base: type | None) -> str:
     """Return what a report says was expected: one of some words, a number …"""
-    words = [word for group in re.findall(r"Expected a typing\.Literal\[(.*?)\]", report) for word in group.split(", ")]
+    words = [
+        word for group in re.findall(r"Expected (?:a )?typing\.Literal\[(.*?)\]", report) for word in group.split(", ")
+    ]
     words = list(dict.fromkeys(word.strip("'") for word in words))
-    expected = re.findall(r"Expected an? (?:<class ')?(?:pathlib\.)?(\w+)", report)
+    expected = re.findall(r"Expected (?:an? )?(?:<class ')?(?:pathlib\.)?(\w+)", report)
     kinds = [_KINDS[kind] for kind in dict.fromkeys(expected) if kind in _KINDS]
+    if item := re.search(r"Subtypes: \[list\[(int|str)\]", report):
+        kinds = [{"int": "a list of whole numbers", "str": "a list of texts"}[item[1]]]
     if length := re.search(r"Expected a tuple with (\d+) elements", report):
         kinds = [f"a list of {length[1]}"]
     if words:
@@ -220,7 +225,7 @@ def _unknown_argument(field: str, name: str, report: str) -> str:
     path = re.findall(r"given class_path '([\w.]+)'", report)
     owner = pydoc.locate(path[-1]) if path else None
     if owner is None:
-        return f"{field}.{name}: there is no such option"
+        return f"{field}.{name}: there is no such option".lstrip(".")
     known = list(inspect.signature(owner).parameters)
     takes = f"{owner.__name__} takes {', '.join(known)}" if known else f"{owner.__name__} takes none"
     if len(takes) > 150:

@@ -26,6 +26,8 @@ BAD = {
     "aliases in a text": (f"seed: '{BOMB}'\nseed_everything: '{BOMB}'", "seed"),
     "deep": ("model: " + "[" * 5000, "config 'c.yaml' depth"),
     "itself": ("config: c.yaml", "loop c.yaml"),
+    "a key twice": ("model: a\nmodel: b", "config 'c.yaml' 'model' twice"),
+    "comments alone": ("# a\n", "config 'c.yaml'"),
     "no names": ("1: 2", "config 'c.yaml'"),
     "a config that is none": ("config: 5", "config: 5"),
     "a NUL": ('model: "a\\0b"', "model: NUL"),

@@ -1,6 +1,7 @@
 """Options to values: lists in every spelling, and sentences that name field, value and what is allowed."""
 
 import pytest
+import yaml
 
 from lskip import commands
 from lskip.cli import main
@@ -54,10 +55,24 @@ def test_a_list_in_every_spelling(options, name, value, given):
         pytest.param(["a, b"], ["a, b"], id="a comma is text"),
         pytest.param(["a", "b,c"], ["a", "b,c"], id="several texts"),
         pytest.param(['["a","\\n"]'], ["a", "\n"], id="JSON"),
+        pytest.param(["a"], ["a"], id="a word of the parser's own"),
+        pytest.param(["#"], ["#"], id="a comment of YAML"),
+        pytest.param(["\n# "], ["\n# "], id="a comment in the next line"),
+        pytest.param(["\n"], ["\n"], id="a newline"),
+        pytest.param(["5"], ["5"], id="what another option has too"),
+        pytest.param(['["5","null","a: b","[x]"]'], ["5", "null", "a: b", "[x]"], id="texts that look like values"),
+        pytest.param(["5", "true"], ["5", "true"], id="words that look like values"),
     ],
 )
 def test_a_list_of_texts(words, value, given):
-    assert given("generate", "--prompt=x", "--stop_strings", *words)["decoding"].stop_strings == value
+    options = ("--prompt=a", "--max_new_tokens=5", "--stop_strings", *words)
+    assert given("generate", *options)["decoding"].stop_strings == value
+
+
+@pytest.mark.kind("M a new user's first hour")
+@pytest.mark.parametrize("text", ["# A title", "#", "\n# x", "a # b", "5", "2024-01-01", "[1]", "{a: b}", "a: b"])
+def test_a_text_that_yaml_would_take_for_something_else(text, given):
+    assert given("inspect", "--output=x", f"--text={text}")["text"] == text
 
 
 @pytest.mark.kind("M a new user's first hour")
@@ -77,6 +92,9 @@ SENTENCES = {
     "B41 logger": (f"{FIT} --trainer.logger=foo", "trainer.logger: 'foo' CSVLogger TensorBoardLogger"),
     "B41 trainer.foo": (f"{FIT} --trainer.foo=1", "trainer.foo: there is no such option"),
     "B41 stop_strings": ('generate --prompt=x --stop_strings={"a":1}', "stop_strings: 'a' is not a list"),
+    "a text is no list of numbers": ("sweep --task=StdlibCode --output=x --rounds=2 --exit_layers=a", "list of whole"),
+    "numbers are no texts": ("generate --prompt=x --stop_strings=[5]", "stop_strings: '[5]' is not a list of texts"),
+    "a word of the parser's own": ("generate --prompt=x --draft=a", "draft: 'a' layers ngram"),
     "B41 costs_file": ("generate --prompt=x --costs_file=.", "costs_file: '.' folder"),
     "F65 ReduceLROnPlateau": (
         f"{FIT} --lr_scheduler=ReduceLROnPlateau",
@@ -141,3 +159,44 @@ def test_what_is_wrong_with_an_own_module_is_said(case, source, words, tmp_path,
         assert main(command.split()) == 2
         sentence = capsys.readouterr().err
         assert f"{module}.Own" in sentence and words in sentence and sentence.count("\n") == 1, sentence
+
+
+OWN_DATA = """
+from lskip.data import TextData
+
+
+class OwnData(TextData):
+    def __init__(self, source: str = "stdlib", batch_size: int = 3, block_size: int = 7, seed: int = 0):
+        super().__init__(source, batch_size=batch_size, block_size=block_size, seed=seed)
+"""
+# options -> an argument and its value in the place of the default class's
+OTHER_CLASSES = {
+    "decay of SGD": (["--optimizer=torch.optim.SGD"], "optimizer", {"weight_decay": 0.0, "lr": 3e-4}),
+    "decay of Adam": (["--optimizer=torch.optim.Adam", "--optimizer.lr=1"], "optimizer", {"weight_decay": 0.0, "lr": 1}),
+    "from a config": (["--config=other.yaml"], "optimizer", {"weight_decay": 0.0, "lr": 0.5}),
+    "from a config by a flag": (["--config=all.yaml", "--optimizer=torch.optim.SGD"], "optimizer", {"weight_decay": 0.0}),
+    "set before": (["--optimizer.weight_decay=0.01", "--optimizer=torch.optim.Adam"], "optimizer", {"weight_decay": 0.01}),
+    "set to another": (["--optimizer.weight_decay=1", "--optimizer=torch.optim.Adam"], "optimizer", {"weight_decay": 1}),
+    "own data": (["--data=own_data_of_tests.OwnData"], "data", {"batch_size": 3, "block_size": 7}),
+    "own data, in part": (
+        ["--data=own_data_of_tests.OwnData", "--data.batch_size=5"], "data", {"batch_size": 5, "block_size": 7}
+    ),
+    "own data, set before": (
+        ["--data.batch_size=16", "--data=own_data_of_tests.OwnData"], "data", {"batch_size": 16, "block_size": 7}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.kind("H2 own classes from the working directory")
+@pytest.mark.parametrize(("options", "field", "expected"), OTHER_CLASSES.values(), ids=list(OTHER_CLASSES))
+def test_a_class_in_the_place_of_another_has_its_own_defaults(options, field, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_data_of_tests.py").write_text(OWN_DATA)
+    (tmp_path / "other.yaml").write_text("optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.5}}")
+    every = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1, "weight_decay": 0.01}}
+    (tmp_path / "all.yaml").write_text(yaml.dump({"optimizer": every}))  # as a run's config.yaml says it
+    with pytest.raises(SystemExit):
+        main(["fit", "--model=x", *options, "--print_config"])
+    arguments = yaml.safe_load(capsys.readouterr().out)[field]["init_args"]
+    assert {name: arguments[name] for name in expected} == expected

@@ -23,6 +23,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         pytest.param("[" * 5000, id="deep"),
         pytest.param("2024-13-45: 1", id="no such date"),
         pytest.param("a: " + "9" * 5000, id="a number of 5000 digits"),
+        pytest.param("a: 1\nb: [{c: 1, c: 1}]", id="a key twice"),
     ],
 )
 def test_what_is_no_plain_yaml_is_one_sentence_and_takes_no_time(text):
@@ -39,6 +40,7 @@ def test_plain_yaml_is_what_pyyaml_says(content):
 
 def test_aliases_within_bounds_are_kept():
     assert parse_yaml("a: &a {x: 1}\nb: *a\n", "here") == {"a": {"x": 1}, "b": {"x": 1}}
+    assert parse_yaml("a: &a {1: 1}\nb: {<<: *a, '1': 2}\n", "here")["b"] == {1: 1, "1": 2}
 
 
 @pytest.mark.parametrize("text", ['{"a": ', "[" * 100_000, "9" * 5000, ""])
