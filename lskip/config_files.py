@@ -15,6 +15,7 @@ from jsonargparse._loaders_dumpers import get_yaml_default_loader
 from jsonargparse._paths import Path as PathOption
 
 from lskip.untrusted import check_nodes, parse_yaml, read_text
+from lskip.user_paths import user_path
 
 CONFIG_HELP = "YAML file with the options below, or the name of one of `lskip configs`; later ones win"
 
@@ -82,7 +83,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def config_file(name: str) -> Path:
     """Return where a config is: a file, or else one that comes with lskip. ValueError, OSError: it is neither."""
-    path = Path(name).expanduser()
+    path = user_path(name, "config")
     if path.is_dir():
         raise IsADirectoryError(f"config: '{path}' is a folder")
     return path if path.exists() else shipped_config(name)

@@ -24,6 +24,7 @@ from lskip.decoder import BlockInputs, Decoder
 from lskip.model_config import with_layers
 from lskip.output_files import write_json
 from lskip.untrusted import parse_json, read_text
+from lskip.user_paths import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -150,7 +151,7 @@ def find_adapter(name: str, field: str = "exit_adapter") -> Path:
     Raises:
         FileNotFoundError: there is no such folder.
     """
-    folder = SHIPPED.get(name, Path(name))
+    folder = SHIPPED.get(name) or user_path(name, field)
     if not folder.is_dir():
         raise FileNotFoundError(f"{field}: there is no folder '{name}'")
     return folder

@@ -52,6 +52,7 @@ from lskip.trainer_checks import check_monitors, check_trainer, watched_is_measu
 from lskip.trainer_manners import interruptible, quiet_lightning
 from lskip.untrusted import parse_yaml
 from lskip.usage_errors import innermost
+from lskip.user_paths import user_path
 
 _METHODS = {"layer_dropout": LayerDropout, "early_exit_loss": EarlyExitLoss}
 # What an error message lists where a class was misspelled. Short names work for whatever is imported here.
@@ -168,7 +169,7 @@ class LayerSkipCLI(LightningCLI):
             # A mapping that is none, or a list: it would be taken for a name.
             parse_yaml(config.model, "model: the value")
             raise ValueError(f"model: {config.model[:40]!r} is neither a name nor a transformers config")
-        self.folder = Path(config.run_folder).expanduser()
+        self.folder = user_path(config.run_folder, "run_folder")
         if isinstance(config.model, dict):
             # A flag like --model.hidden_size 64 arrives as text.
             config.model = {key: _plain(value) for key, value in config.model.items()}
@@ -187,7 +188,7 @@ class LayerSkipCLI(LightningCLI):
         self.ckpt_path, self.resumed = None, None
         if config.ckpt_path is None:
             return
-        path = self.folder / LAST_CHECKPOINT if config.ckpt_path == "last" else Path(config.ckpt_path).expanduser()
+        path = self.folder / LAST_CHECKPOINT if config.ckpt_path == "last" else user_path(config.ckpt_path, "ckpt_path")
         if not path.is_file():
             raise FileNotFoundError(f"ckpt_path: {config.ckpt_path!r}: there is no file '{path}'")
         self.ckpt_path, self.resumed = str(path), read_checkpoint(path, "ckpt_path", whole=True)

@@ -27,6 +27,7 @@ from lskip.plain_console import plain_console, plain_table
 from lskip.pretrained import load_model
 from lskip.trained_exits import load_trained_exits
 from lskip.user_errors import one_line
+from lskip.user_paths import user_path
 
 if TYPE_CHECKING:
     from lskip.evaluation.lm_eval_adapter import ExitModel
@@ -72,7 +73,7 @@ def evaluate(
     named, asked_exits = [name.strip() for name in tasks.split(",") if name.strip()], exit_names(exits)
     _check_numbers(batch_size, num_fewshot, limit)
     check_choice("dtype", dtype, DTYPES)
-    path = _free(Path(output or name_of(model)), overwrite)
+    path = _free(user_path(name_of(model) if output is None else output, "output"), overwrite)
     _require_lm_eval()
     place, exit_layers = resolve_device(device), exit_layers_of(asked_exits, layers_of(model))
     with only_writer(path, "output"):
@@ -93,7 +94,7 @@ def evaluate(
 
 def name_of(model: str) -> str:
     """What a file of results is called where nobody has said: after the model and the time, as no other is."""
-    name = re.sub(r"[^\w.-]+", "-", Path(model).resolve().name)
+    name = re.sub(r"[^\w.-]+", "-", user_path(model, "model").resolve().name)
     return f"results_{name}_{datetime.now():%Y-%m-%d_%H-%M-%S}.json"
 
 
@@ -176,7 +177,7 @@ def _load_tasks(names: list[str], include_path: str | None, num_fewshot: int | N
     """The tasks and groups of these names as lm-eval takes them, their data read."""
     from lm_eval.tasks import TaskManager
 
-    if include_path is not None and not Path(include_path).is_dir():
+    if include_path is not None and not user_path(include_path, "include_path").is_dir():
         raise FileNotFoundError(f"include_path: there is no folder '{include_path}'")
     manager = _own_tasks(names, include_path) or TaskManager(include_path=include_path)
     unknown = [name for name in names if name not in manager.all_tasks]

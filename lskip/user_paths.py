@@ -1,0 +1,28 @@
+"""Paths as a user writes them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def user_path(text: str | os.PathLike, field: str) -> Path:
+    """Return the path that `text` means, with the home folder in place of ~ or ~name. Nothing needs to be there.
+
+    Raises:
+        ValueError: nothing can be there: nobody has that home, a name is too long, links lead in a ring.
+    """
+    text = os.fspath(text)
+    shown = repr(text if len(text) <= 80 else f"{text[:79]}…")
+    if not text:
+        raise ValueError(f"{field}: is empty, where a file or a folder is named")
+    try:
+        path = Path(text).expanduser()
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise ValueError(f"{field}: {shown} is no path here ({error.strerror})") from error
+    except (RuntimeError, ValueError) as error:  # nobody's home; a NUL
+        raise ValueError(f"{field}: {shown} is no path ({error})") from error
+    return path
