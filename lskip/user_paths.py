@@ -16,13 +16,15 @@ def user_path(text: str | os.PathLike, field: str) -> Path:
     shown = repr(text if len(text) <= 80 else f"{text[:79]}…")
     if not text:
         raise ValueError(f"{field}: is empty, where a file or a folder is named")
+    home = os.path.expanduser(text)  # not Path's, for which ./~ is a home too
+    if home == text and text.startswith("~"):
+        raise ValueError(f"{field}: {shown} is no path: nobody has that home")
     try:
-        path = Path(text).expanduser()
-        os.stat(path)
+        os.stat(home)
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
         raise ValueError(f"{field}: {shown} is no path here ({error.strerror})") from error
-    except (RuntimeError, ValueError) as error:  # nobody's home; a NUL
+    except ValueError as error:  # a NUL
         raise ValueError(f"{field}: {shown} is no path ({error})") from error
-    return path
+    return Path(home)

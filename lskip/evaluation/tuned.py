@@ -58,8 +58,11 @@ def _is_found(found: Any) -> bool:
         GenerationSettings(**{name: found[name] for name in DECODING})
     except ValueError:
         return False
-    weights = found["draft_weights"] in (None, *get_args(DraftWeights))
-    return weights and isinstance(found["exit_adapter"], str | None) and isinstance(found["device"], str)
+    weights, adapter = found["draft_weights"], found["exit_adapter"]
+    if weights not in (None, *get_args(DraftWeights)) or not isinstance(adapter, str | None):
+        return False
+    missing = {"weights": weights is None, "adapter": adapter is None}
+    return isinstance(found["device"], str) and not missing.get(found["draft"])
 
 
 def adapter_place(name: str) -> str:
