@@ -184,7 +184,13 @@ def _generation_config(values: object, where: str) -> GenerationConfig:
 
 def _read_tokenizer(found: Source, field: str = "model") -> PreTrainedTokenizerBase:
     with foreign(f"{field}: the tokenizer in {found.place!r}"):
-        return AutoTokenizer.from_pretrained(**found.transformers_arguments(), trust_remote_code=False)
+        return _tried(AutoTokenizer.from_pretrained(**found.transformers_arguments(), trust_remote_code=False))
+
+
+def _tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer once it has read a text: what its settings break shows only then."""
+    tokenizer("a")
+    return tokenizer
 
 
 def _tie(model: PreTrainedModel) -> None:
@@ -281,4 +287,4 @@ def _saved_tokenizer(saved: dict, path: Path, field: str = "model") -> PreTraine
         return None
     with tempfile.TemporaryDirectory() as folder, foreign(f"{field}: the tokenizer in {str(path)!r}"):
         unpack_tokenizer(saved["tokenizer"], Path(folder))
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return _tried(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
