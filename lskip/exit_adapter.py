@@ -151,12 +151,18 @@ def find_adapter(name: str, field: str = "exit_adapter") -> Path:
         field: what names it, for the message.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: there is no such folder, or none with an adapter.
     """
     folder = SHIPPED.get(name) or user_path(name, field)
     if not folder.is_dir():
         raise FileNotFoundError(f"{field}: there is no folder '{name}'")
+    _check_holds(folder, field)
     return folder
+
+
+def _check_holds(folder: Path, field: str) -> None:
+    if not (folder / SHAPE_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+        raise FileNotFoundError(f"{field}: '{folder}' holds no {SHAPE_FILE} with {WEIGHTS_FILE}")
 
 
 def load_adapter(folder: Path, model: PreTrainedModel, expected: AdapterShape | None = None) -> ExitAdapter:
@@ -166,8 +172,7 @@ def load_adapter(folder: Path, model: PreTrainedModel, expected: AdapterShape | 
         FileNotFoundError: no adapter in `folder`.
         ValueError: it is of another model or not of the expected shape, or the files are damaged.
     """
-    if not (folder / SHAPE_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
-        raise FileNotFoundError(f"exit_adapter: '{folder}' holds no {SHAPE_FILE} with {WEIGHTS_FILE}")
+    _check_holds(folder, "exit_adapter")
     with foreign(f"exit_adapter: '{folder}'"):  # whatever the files say
         description = parse_json(read_text(folder / SHAPE_FILE, "exit_adapter"), SHAPE_FILE)
         made_for, shape = description.pop("model"), AdapterShape(**description)
