@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -113,11 +114,17 @@ def _check_content(content: dict[str, Any], parser: ArgumentParser) -> None:
             raise ValueError(f"config: {value!r} is not the name of a file")
         if names.get(name) and not isinstance(value, dict | str):
             raise ValueError(f"{name}: {'null' if value is None else repr(value)} is not options and their values")
-        if _has_nul(value):
-            raise ValueError(f"{name}: a NUL in a text is not allowed")
+        for field in _with_nul(name, value):
+            raise ValueError(f"{field}: a NUL in a text is not allowed")
 
 
-def _has_nul(value: Any) -> bool:
+def _with_nul(name: str, value: Any) -> Iterator[str]:
+    """Yield the whole names of the fields that hold a NUL."""
     if isinstance(value, dict):
-        return any(_has_nul(part) for pair in value.items() for part in pair)
-    return any(_has_nul(part) for part in value) if isinstance(value, list) else "\0" in str(value)
+        for key, part in value.items():
+            yield from _with_nul(f"{name}.{key}", part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _with_nul(name, part)
+    if "\0" in name or (isinstance(value, str) and "\0" in value):
+        yield name

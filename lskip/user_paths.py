@@ -27,4 +27,5 @@ def user_path(text: str | os.PathLike, field: str) -> Path:
         raise ValueError(f"{field}: {shown} is no path here ({error.strerror})") from error
     except ValueError as error:  # a NUL
         raise ValueError(f"{field}: {shown} is no path ({error})") from error
-    return Path(home)
+    # Below Lightning zip::x would be read as a chain of file systems, and nothing written; a whole path is a path.
+    return Path(home).absolute() if "::" in home else Path(home)

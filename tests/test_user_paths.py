@@ -34,6 +34,18 @@ def test_home_is_put_in_and_nothing_needs_to_be_there(tmp_path, monkeypatch):
     assert str(user_path("./~", "place")) == "~"
 
 
+@pytest.mark.kind(KIND)
+def test_what_fsspec_would_read_as_a_chain_of_file_systems_is_a_name(tmp_path, monkeypatch):
+    from fsspec.core import url_to_fs
+    from fsspec.implementations.local import LocalFileSystem
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("zip::e", "d::e", "simplecache::file", "x::zip"):
+        for path in (name, f"{tmp_path}/{name}"):
+            files, _ = url_to_fs(str(user_path(path, "place") / "checkpoints"))
+            assert user_path(path, "place") == tmp_path / name and isinstance(files, LocalFileSystem)
+
+
 OPTIONS = {
     "generate": ("--prompt=x", "--model"),
     "generate, an adapter": ("--prompt=x", "--num_speculations=2", "--exit_adapter"),
