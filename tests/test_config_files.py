@@ -31,6 +31,7 @@ BAD = {
     "no names": ("1: 2", "config 'c.yaml'"),
     "a config that is none": ("config: 5", "config: 5"),
     "a NUL": ('model: "a\\0b"', "model: NUL"),
+    "a NUL deep inside": ('data: {source: ["a\\0b"]}', "data.source: NUL"),
     "a group that is empty": ("trainr: {}", "trainr"),
     "escapes": ('"\\e[2J": 1', "there is no such option"),
     "larger than is read": (None, "config c.yaml' MiB"),
