@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lskip.inference import GenerationSettings, TextGenerator, load_generator
 from lskip.inference.drafting import DraftPolicy
