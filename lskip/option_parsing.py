@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 from collections.abc import Iterator
 
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse._util import import_object
 
 from lskip.named_classes import check_classes
 from lskip.usage_errors import explain, import_trouble
@@ -49,6 +51,37 @@ def parse_options(
             raise ValueError(sentence) from error
     check_classes(command, values if command is parser else values[values.subcommand])
     return values
+
+
+def parse_own_defaults(
+    parser: ArgumentParser,
+    arguments: list[str],
+    command: ArgumentParser,
+    choices: dict[str, type],
+    default: dict[str, dict],
+) -> Namespace:
+    """Return what parse_options does, where a class in place of the `default` of a field has defaults of its own.
+
+    Parsed once, it would be left all arguments of the default that it takes too: AdamW's weight decay in SGD.
+
+    Args:
+        default: field -> {class_path, init_args}. Of its arguments another class keeps those that are numbers there
+            (a learning rate), unless it is named.
+    """
+    asked = [argument for argument in arguments if not argument.startswith("--print_config")]
+    values = parse_options(parser, asked, command, choices)
+    (field, spec), own = next(iter(default.items())), values[values.subcommand]
+    path = own[field].class_path
+    takes = inspect.signature(import_object(path)).parameters
+    kept = {name: value for name, value in spec["init_args"].items() if _is_number(takes.get(name))}
+    command.set_defaults({field: {"class_path": path, "init_args": kept}})
+    if asked == arguments and path == spec["class_path"]:
+        return values
+    return parse_options(parser, arguments, command, choices)
+
+
+def _is_number(argument: inspect.Parameter | None) -> bool:
+    return argument is not None and isinstance(argument.default, int | float)
 
 
 def _root(error: BaseException) -> BaseException:

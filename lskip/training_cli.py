@@ -32,7 +32,7 @@ from lskip.interrupts import ended_by_sigterm
 from lskip.low_rank import LowRank
 from lskip.module import LayerSkipModule
 from lskip.named_classes import restrict_imports
-from lskip.option_parsing import parse_options
+from lskip.option_parsing import parse_own_defaults
 from lskip.own_data import with_own_data
 from lskip.pretrained import LAST_CHECKPOINT, load_tokenizer, read_checkpoint
 from lskip.resuming import (
@@ -53,6 +53,7 @@ from lskip.trainer_manners import interruptible, quiet_lightning
 from lskip.untrusted import parse_yaml
 from lskip.usage_errors import innermost
 
+_OPTIMIZER = {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-4}}}
 _METHODS = {"layer_dropout": LayerDropout, "early_exit_loss": EarlyExitLoss}
 # What an error message lists where a class was misspelled. Short names work for whatever is imported here.
 _CHOICES = {
@@ -127,7 +128,7 @@ class LayerSkipCLI(LightningCLI):
         self._module_arguments = parser.add_class_arguments(
             LayerSkipModule, skip={"model", "tokenizer", "seed"}, fail_untyped=False
         )
-        parser.set_defaults({"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-4}}})
+        parser.set_defaults(_OPTIMIZER)
         parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False, required=False)
         parser.set_defaults({"data": {"class_path": f"lskip.data.{TextData.__name__}"}})
         for key, method in _METHODS.items():
@@ -148,9 +149,8 @@ class LayerSkipCLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
-        if args[0] != "fit":
-            args = with_own_data(args)
-        self.config = parse_options(parser, args, self._subcommand_parsers[args[0]], _CHOICES)
+        args = args if args[0] == "fit" else with_own_data(args)
+        self.config = parse_own_defaults(parser, args, self._subcommand_parsers[args[0]], _CHOICES, _OPTIMIZER)
         seed = self.config[args[0]].seed_everything
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise ValueError(f"seed_everything: {seed} is not a whole number from 0 to {2**32 - 1}")

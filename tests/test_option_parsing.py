@@ -1,6 +1,10 @@
 """Options to values: lists in every spelling, and sentences that name field, value and what is allowed."""
 
+import inspect
+
 import pytest
+import yaml
+from jsonargparse._util import import_object
 
 from lskip import commands
 from lskip.cli import main
@@ -141,3 +145,35 @@ def test_what_is_wrong_with_an_own_module_is_said(case, source, words, tmp_path,
         assert main(command.split()) == 2
         sentence = capsys.readouterr().err
         assert f"{module}.Own" in sentence and words in sentence and sentence.count("\n") == 1, sentence
+
+
+OPTIMIZERS = ["torch.optim.SGD", "torch.optim.RMSprop", "torch.optim.Adam", "transformers.Adafactor"]
+
+
+def printed_optimizer(capsys, *options: str) -> dict:
+    """The optimizer's arguments, as --print_config has them."""
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--model=smollm2", *options, "--print_config"])
+    assert not ended.value.code
+    return yaml.safe_load(capsys.readouterr().out)["optimizer"]["init_args"]
+
+
+@pytest.mark.kind("own: defaults of one class in another")
+@pytest.mark.parametrize("path", OPTIMIZERS)
+def test_another_optimizer_has_its_own_defaults(path, capsys):
+    """AdamW's weight decay of 0.01 and its eps were in every optimizer whose arguments have these names."""
+    arguments = printed_optimizer(capsys, f"--optimizer={path}")
+    own = inspect.signature(import_object(path)).parameters
+    rate = 3e-4 if own["lr"].default else None  # lskip's, where one is needed
+    expected = {name: argument.default for name, argument in own.items() if name != "params"} | {"lr": rate}
+    assert {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()} == {
+        name: expected[name] for name in arguments
+    }
+
+
+def test_what_is_said_of_one_optimizer_stays_in_another(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text(
+        "optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.5, betas: [0, 0.2]}}"
+    )
+    arguments = printed_optimizer(capsys, f"--config={tmp_path}/a.yaml", "--optimizer=torch.optim.Adam")
+    assert (arguments["lr"], arguments["betas"], arguments["weight_decay"]) == (0.5, [0, 0.2], 0)
