@@ -15,6 +15,7 @@ ROLES = {
     **{name: "tool" for name in ("tool", "observation", "function_response")},
     "system": "system",
 }
+UNSCORED = {"weight": 0, "loss": False, "train": False}  # what says that a turn is not to be learned (OpenAI, Axolotl)
 # As in Stanford Alpaca's train.py (https://github.com/tatsu-lab/stanford_alpaca); the output follows at once.
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -58,7 +59,17 @@ def content_of(row: dict, kind: str, text_column: str | None, place: str) -> lis
     messages = row.get("messages")
     if messages is None and row.get("conversations") is not None:
         messages = messages_of(row["conversations"], place)
-    return [messages if messages in (None, []) else conversation_json(messages, row.get("tools"), place)]
+    if messages in (None, []):
+        return [messages]
+    return [conversation_json(with_system(messages, row.get("system")), row.get("tools"), place)]
+
+
+def with_system(messages, system):
+    """Return messages, with the system prompt that has a column of its own (LLaMA-Factory's ShareGPT) before them."""
+    known = isinstance(messages, list) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
+    if not isinstance(messages, list) or known or not isinstance(system, str) or not system.strip():
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def pair_of(row: dict, place: str) -> tuple:
@@ -87,8 +98,14 @@ def message_of(turn: dict, place: str) -> dict:
 
 def conversation_json(messages: list, tools, place: str) -> str:
     """Canonical JSON of one conversation: keys sorted, keys without a value left out; with its tools, if it has any."""
+    messages = [with_content(message) for message in messages] if isinstance(messages, list) else messages
     if not isinstance(messages, list) or not all(is_message(message) for message in messages):
         raise ValueError(f"source: {place}: 'messages' must be a list of {{role, content}} with text in both")
+    for name, none in UNSCORED.items():
+        if any(message.get(name) is not None and message[name] == none for message in messages):
+            raise ValueError(
+                f"source: {place}: '{name}' {none!r} of a message is not read; all assistant turns are scored"
+            )
     present = [{key: value for key, value in message.items() if value is not None} for message in messages]
     tools = tools_of(tools, place)
     return json.dumps({"messages": present, "tools": tools} if tools else present, ensure_ascii=False, sort_keys=True)
@@ -106,6 +123,12 @@ def tools_of(tools, place: str) -> list[dict] | None:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"source: {place}: 'tools' must be a list of objects, or the JSON text of one")
     return tools
+
+
+def with_content(message):
+    """Return a message; one that calls tools and says nothing, as OpenAI writes it, with empty content."""
+    calls = isinstance(message, dict) and message.get("tool_calls") and message.get("content") is None
+    return {**message, "content": ""} if calls else message
 
 
 def is_message(message) -> bool:
