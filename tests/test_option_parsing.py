@@ -150,19 +150,19 @@ def test_what_is_wrong_with_an_own_module_is_said(case, source, words, tmp_path,
 OPTIMIZERS = ["torch.optim.SGD", "torch.optim.RMSprop", "torch.optim.Adam", "transformers.Adafactor"]
 
 
-def printed_optimizer(capsys, *options: str) -> dict:
-    """The optimizer's arguments, as --print_config has them."""
+def printed(capsys, *options: str) -> dict:
+    """What --print_config says."""
     with pytest.raises(SystemExit) as ended:
         main(["fit", "--model=smollm2", *options, "--print_config"])
     assert not ended.value.code
-    return yaml.safe_load(capsys.readouterr().out)["optimizer"]["init_args"]
+    return yaml.safe_load(capsys.readouterr().out)
 
 
 @pytest.mark.kind("own: defaults of one class in another")
 @pytest.mark.parametrize("path", OPTIMIZERS)
 def test_another_optimizer_has_its_own_defaults(path, capsys):
     """AdamW's weight decay of 0.01 and its eps were in every optimizer whose arguments have these names."""
-    arguments = printed_optimizer(capsys, f"--optimizer={path}")
+    arguments = printed(capsys, f"--optimizer={path}")["optimizer"]["init_args"]
     own = inspect.signature(import_object(path)).parameters
     rate = 3e-4 if own["lr"].default else None  # lskip's, where one is needed
     expected = {name: argument.default for name, argument in own.items() if name != "params"} | {"lr": rate}
@@ -175,5 +175,13 @@ def test_what_is_said_of_one_optimizer_stays_in_another(tmp_path, capsys):
     (tmp_path / "a.yaml").write_text(
         "optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.5, betas: [0, 0.2]}}"
     )
-    arguments = printed_optimizer(capsys, f"--config={tmp_path}/a.yaml", "--optimizer=torch.optim.Adam")
+    options = [f"--config={tmp_path}/a.yaml", "--optimizer=torch.optim.Adam"]
+    arguments = printed(capsys, *options)["optimizer"]["init_args"]
     assert (arguments["lr"], arguments["betas"], arguments["weight_decay"]) == (0.5, [0, 0.2], 0)
+
+
+def test_a_default_that_is_an_enum_is_written_as_its_text(capsys):
+    """Timer's `interval`: a run died where it wrote its config.yaml."""
+    spec = "[{class_path: lightning.pytorch.callbacks.Timer, init_args: {duration: '00:00:05:00'}}]"
+    (timer,) = printed(capsys, f"--trainer.callbacks={spec}")["trainer"]["callbacks"]
+    assert timer["init_args"]["interval"] == "step"
