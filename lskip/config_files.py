@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator
+from enum import Enum
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,11 @@ CONFIG_HELP = "YAML file with the options below, or the name of one of `lskip co
 
 
 def bound_yaml() -> None:
-    """Let the parser of options take no YAML that unfolds without end, in a file or in an option's value."""
+    """Let the parser of options take no YAML that unfolds without end, in a file or in an option's value.
+
+    And write a default that is an enum (as of Lightning's Timer), which it would not, as the text that stands for it.
+    """
+    yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, each: dumper.represent_data(each.value))
     loader = get_yaml_default_loader()
     if "get_single_node" not in vars(loader):
         compose = loader.get_single_node

@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder
 
 from lskip.callbacks.layer_metrics import LayerMetrics
 
@@ -99,7 +99,13 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
 
 
 def check_monitors(trainer: Trainer, module: LightningModule) -> None:
-    """ValueError where a callback watches a number that nothing measures; others look when there is a new one."""
+    """ValueError where a callback watches a number that nothing measures; others look when there is a new one.
+
+    And for those that try out a setting by steps before the run, which has it elsewhere.
+    """
+    for kind, name in ((LearningRateFinder, "optimizer.lr"), (BatchSizeFinder, "data.batch_size")):
+        if any(isinstance(callback, kind) for callback in trainer.callbacks):
+            raise ValueError(f"trainer.callbacks: {kind.__name__} is not supported; set {name}")
     watching = [each for each in trainer.callbacks if isinstance(getattr(each, "monitor", None), str)]
     known = _logged(trainer, module)
     for callback in watching:

@@ -148,8 +148,7 @@ class LayerSkipCLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
-        if args[0] != "fit":
-            args = with_own_data(args)
+        args = args if args[0] == "fit" else with_own_data(args)
         self.config = parse_options(parser, args, self._subcommand_parsers[args[0]], _CHOICES)
         seed = self.config[args[0]].seed_everything
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:

@@ -83,6 +83,12 @@ def test_rows_of_a_file(text_data, tmp_path, name, content, streaming):
         pytest.param({"a.ndjson": LINES, "deep/B.JSONL": LINES, "c.json": LIST}, None, id="three spellings of rows"),
         pytest.param({"a.jsonl": LINES, "b.csv": b"a,b"}, "1 files left out, such as b.csv", id="csv beside rows"),
         pytest.param({"x.jsonl/d.jsonl": LINES}, None, id="a folder named x.jsonl"),
+        pytest.param(
+            {"train.jsonl": LINES, "test.jsonl": b""},
+            "1 files of other splits are read as well, such as test",
+            id="splits",
+        ),
+        pytest.param({"train-0.jsonl": LINES, "testing.jsonl": b""}, None, id="no split"),
         pytest.param({"a.jsonl": LINES, "b.jsonl": b""}, None, id="an empty file"),
     ],
 )
@@ -131,6 +137,16 @@ def test_a_file_that_is_refused(text_data, tmp_path, name, content, words, strea
     ("files", "words"),
     [
         pytest.param({"data-0.arrow": b"\0", "state.json.lock": b"\0", "b.zip": b"a"}, "no", id="nothing that is read"),
+        pytest.param(
+            {"data-0-of-1.arrow": b"\0", "dataset_info.json": b"{}", "state.json": b"{}"},
+            "no text files",
+            id="save_to_disk",
+        ),
+        pytest.param(
+            {"dataset_dict.json": b'{"splits": []}', "train/data-0.arrow": b"\0", "train/state.json": b"{}"},
+            "no text files",
+            id="save_to_disk of splits",
+        ),
         pytest.param({"a.gz": b"a", "b.csv": b"a,b"}, r"no text files, such as a.gz", id="packed and csv alone"),
         pytest.param({"a.txt": b"\xe9", "b.txt": b"\xe8"}, "no documents", id="all of it Latin-1"),
     ],

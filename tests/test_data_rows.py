@@ -181,6 +181,26 @@ def test_sharegpt(text_data, turns):
 
 
 @pytest.mark.kind("M11 data that a new user has")
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_a_system_prompt_in_a_column_of_its_own(text_data, column):
+    for own in ([], [{"role": "system", "content": "Be kind."}]):
+        turns = [*own, {"role": "user", "content": "hey"}, {"role": "assistant", "content": "yo"}]
+        rows = [{column: [*turns, {"role": "user", "content": f"{i}"}], "system": "Be brief."} for i in range(60)]
+        for text in text_data(rows).documents("train")["messages"]:
+            said = [message["content"] for message in json.loads(text)]
+            assert said[:3] == [own[0]["content"] if own else "Be brief.", "hey", "yo"]
+
+
+@pytest.mark.kind("M11 data that a new user has")
+@pytest.mark.parametrize("content", [{}, {"content": None}], ids=["left out", "null"])
+def test_a_call_of_a_tool_as_openai_writes_it(text_data, content):
+    call = {"role": "assistant", **content, "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+    rows = [{"messages": [{"role": "user", "content": f"{i}"}, call]} for i in range(60)]
+    for text in text_data(rows).documents("train")["messages"]:
+        assert json.loads(text)[1] == {**call, "content": ""}
+
+
+@pytest.mark.kind("M11 data that a new user has")
 @pytest.mark.parametrize(
     ("row", "words"),
     [
@@ -190,6 +210,14 @@ def test_sharegpt(text_data, turns):
         pytest.param({"instruction": "a"}, "has the columns .*instruction", id="Alpaca without output"),
         pytest.param(
             {"conversations": [{"from": "alien", "value": "a"}]}, "line 1: 'alien' .* human", id="unknown role"
+        ),
+        pytest.param(
+            {"messages": [{"role": "assistant", "content": "a", "weight": 0}]},
+            "line 1: 'weight' 0 .* not read",
+            id="weight",
+        ),
+        pytest.param(
+            {"conversations": [{"from": "gpt", "value": "a", "loss": False}]}, "line 1: 'loss' False", id="loss"
         ),
         pytest.param({"conversations": "a"}, "line 1: 'messages' must be a list", id="no list"),
         pytest.param({"conversations": [{"from": "gpt"}]}, "line 1: 'messages' must be a list", id="no value"),

@@ -1,7 +1,10 @@
 """Options to values: lists in every spelling, and sentences that name field, value and what is allowed."""
 
+import inspect
+
 import pytest
 import yaml
+from jsonargparse._util import import_object
 
 from lskip import commands
 from lskip.cli import main
@@ -201,3 +204,43 @@ def test_a_class_in_the_place_of_another_has_its_own_defaults(options, field, ex
         main(["fit", "--model=x", *options, "--print_config"])
     arguments = yaml.safe_load(capsys.readouterr().out)[field]["init_args"]
     assert {name: arguments[name] for name in expected} == expected
+
+
+OPTIMIZERS = ["torch.optim.SGD", "torch.optim.RMSprop", "torch.optim.Adam", "transformers.Adafactor"]
+
+
+def printed(capsys, *options: str) -> dict:
+    """What --print_config says."""
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--model=smollm2", *options, "--print_config"])
+    assert not ended.value.code
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.kind("own: defaults of one class in another")
+@pytest.mark.parametrize("path", OPTIMIZERS)
+def test_another_optimizer_has_its_own_defaults(path, capsys):
+    """AdamW's weight decay of 0.01 and its eps were in every optimizer whose arguments have these names."""
+    arguments = printed(capsys, f"--optimizer={path}")["optimizer"]["init_args"]
+    own = inspect.signature(import_object(path)).parameters
+    rate = 3e-4 if own["lr"].default else None  # lskip's, where one is needed
+    expected = {name: argument.default for name, argument in own.items() if name != "params"} | {"lr": rate}
+    assert {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()} == {
+        name: expected[name] for name in arguments
+    }
+
+
+def test_what_is_said_of_one_optimizer_stays_in_another(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text(
+        "optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.5, betas: [0, 0.2]}}"
+    )
+    options = [f"--config={tmp_path}/a.yaml", "--optimizer=torch.optim.Adam"]
+    arguments = printed(capsys, *options)["optimizer"]["init_args"]
+    assert (arguments["lr"], arguments["betas"], arguments["weight_decay"]) == (0.5, [0, 0.2], 0)
+
+
+def test_a_default_that_is_an_enum_is_written_as_its_text(capsys):
+    """Timer's `interval`: a run died where it wrote its config.yaml."""
+    spec = "[{class_path: lightning.pytorch.callbacks.Timer, init_args: {duration: '00:00:05:00'}}]"
+    (timer,) = printed(capsys, f"--trainer.callbacks={spec}")["trainer"]["callbacks"]
+    assert timer["init_args"]["interval"] == "step"

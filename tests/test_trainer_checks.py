@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import pytest
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder, ModelCheckpoint
 
 from lskip.callbacks import LayerMetrics
 from lskip.module import LayerSkipModule
@@ -105,3 +105,14 @@ def test_what_nothing_measures_is_not_watched(checked, callback, settings, said)
 def test_what_is_measured_is(checked):
     checked(EarlyStopping("val/loss"), ModelCheckpoint(monitor="val/agreement/layer_02"), EarlyStopping("train/loss"))
     checked(EarlyStopping("mine"), Own())
+
+
+@pytest.mark.kind(KIND)
+@pytest.mark.parametrize(
+    ("callback", "field"), [(LearningRateFinder(), "optimizer.lr"), (BatchSizeFinder(), "data.batch_size")]
+)
+def test_what_tries_steps_before_the_run(checked, callback, field):
+    with pytest.raises(
+        ValueError, match=f"^trainer.callbacks: {type(callback).__name__} is not supported; set {field}"
+    ):
+        checked(callback)

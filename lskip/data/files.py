@@ -4,6 +4,7 @@ import codecs
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count, islice
@@ -17,7 +18,8 @@ PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", "
 NOT_READ = (*PACKED, ".csv", ".tsv", ".xls", ".xlsx", ".arrow", ".feather", ".pdf", ".rtf", ".doc", ".docx", ".odt")
 READ = ".txt, .jsonl, .ndjson, .json, .parquet or any file of UTF-8 text"
 # What a data set is described by, where it is cloned from a hub.
-CARDS = ("readme", "license", "licence", "citation", "dataset_info", "dataset_infos", "state")
+CARDS = ("readme", "license", "licence", "citation", "dataset_info", "dataset_infos", "dataset_dict", "state")
+HELD_OUT = re.compile(r"(test|validation|valid|val|dev|eval)\b", re.ASCII)  # how the files of other splits begin
 BOMS = {  # in this order: the mark of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -86,10 +88,14 @@ def folder_files(folder: Path) -> tuple[list[Path], str]:
     else:
         kept, kind = [file for file in files if kinds[file] == "text" or file.suffix.lower() == ".json"], "text"
         say(folder, "files of rows are read as text", set(kept) & set(rows))
+    if set(kept) <= cards and None in kinds.values():
+        kept = []  # what save_to_disk writes beside its .arrow
     left_out = set(files) - set(kept)
     if not kept:
         raise ValueError(f"source: '{folder}' holds no text files{an_example(left_out)}")
     say(folder, "files left out", left_out)
+    if any(file.name.startswith("train") for file in kept):
+        say(folder, "files of other splits are read as well", {file for file in kept if HELD_OUT.match(file.name)})
     return kept, kind
 
 

@@ -15,6 +15,7 @@ ROLES = {
     **{name: "tool" for name in ("tool", "observation", "function_response")},
     "system": "system",
 }
+UNSCORED = {"weight": 0, "loss": False, "train": False}  # what says that a turn is not to be learned (OpenAI, Axolotl)
 # As in Stanford Alpaca's train.py (https://github.com/tatsu-lab/stanford_alpaca); the output follows at once.
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -58,7 +59,17 @@ def content_of(row: dict, kind: str, text_column: str | None, place: str) -> lis
     messages = row.get("messages")
     if messages is None and row.get("conversations") is not None:
         messages = messages_of(row["conversations"], place)
-    return [messages if messages in (None, []) else conversation_json(messages, row.get("tools"), place)]
+    if messages in (None, []):
+        return [messages]
+    return [conversation_json(with_system(messages, row.get("system")), row.get("tools"), place)]
+
+
+def with_system(messages, system):
+    """Return messages, with the system prompt that has a column of its own (LLaMA-Factory's ShareGPT) before them."""
+    known = isinstance(messages, list) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
+    if not isinstance(messages, list) or known or not isinstance(system, str) or not system.strip():
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def pair_of(row: dict, place: str) -> tuple:
@@ -92,6 +103,11 @@ def conversation_json(messages: list, tools, place: str) -> str:
     """
     if not isinstance(messages, list) or not all(is_message(message) for message in messages):
         raise ValueError(f"source: {place}: 'messages' must be a list of {{role, content}} with text in both")
+    for name, none in UNSCORED.items():
+        if any(message.get(name) is not None and message[name] == none for message in messages):
+            raise ValueError(
+                f"source: {place}: '{name}' {none!r} of a message is not read; all assistant turns are scored"
+            )
     messages = [{**message, "content": message.get("content") or ""} for message in messages]
     present = [{key: value for key, value in sorted(message.items()) if value is not None} for message in messages]
     tools = tools_of(tools, place)
