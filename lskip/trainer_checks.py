@@ -10,7 +10,8 @@ from numbers import Real
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lskip.callbacks.layer_metrics import LayerMetrics
 
@@ -91,6 +92,36 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
             continue  # a time
         if not holds(value):
             raise ValueError(f"trainer.{name}: {value!r} is not {allowed}")
+
+
+@contextmanager
+def settings_named(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Put the name of the setting in front of what Lightning says where it refuses one."""
+    try:
+        yield
+    except (MisconfigurationException, ValueError) as error:
+        raise ValueError(_with_name(settings, str(error))) from error
+
+
+def _with_name(settings: Mapping[str, Any], words: str) -> str:
+    given = {name: value for name, value in settings.items() if isinstance(value, str) and value != "auto"}
+    of_value = [name for name, value in given.items() if value.lower() in words.lower()]
+    of_name = [name for name in given if f"`{name}`" in words]
+    for name in of_value + of_name:
+        return f"trainer.{name}: {given[name]!r}: {words}"
+    return f"trainer: {words}"
+
+
+# They train on a part of the run before it begins, and set what lskip sets itself.
+_FINDERS = (BatchSizeFinder, LearningRateFinder)
+
+
+def check_callbacks(trainer: Trainer) -> None:
+    """ValueError for callbacks that cannot do here what they are for."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, _FINDERS):
+            name = type(callback).__name__
+            raise ValueError(f"trainer.callbacks: {name} does not work here; try short runs with --trainer.max_steps")
 
 
 def check_monitors(trainer: Trainer, module: LightningModule) -> None:

@@ -4,11 +4,11 @@ import math
 
 import pytest
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder, ModelCheckpoint
 
 from lskip.callbacks import LayerMetrics
 from lskip.module import LayerSkipModule
-from lskip.trainer_checks import check_monitors, check_trainer
+from lskip.trainer_checks import check_callbacks, check_monitors, check_trainer, settings_named
 
 KIND = "B20 B40 told before anything is read"
 
@@ -51,6 +51,35 @@ def test_what_no_training_can_be_meant_by(settings):
     with pytest.raises(ValueError) as refusal:
         check_trainer(settings)
     assert str(refusal.value).startswith(f"trainer.{name}: {value!r} is not ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "begins"),
+    [
+        ({"accelerator": "gpu", "strategy": "auto"}, "trainer.accelerator: 'gpu': "),
+        ({"accelerator": "cpu", "strategy": "ddpp"}, "trainer.strategy: 'ddpp': "),
+        ({"accelerator": "cpu", "profiler": "fancy"}, "trainer.profiler: 'fancy': "),
+        ({"accelerator": "cpu", "fast_dev_run": 2, "barebones": True}, "trainer: "),
+    ],
+)
+def test_what_lightning_refuses_is_named(settings, begins, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ValueError) as refusal, settings_named(settings):
+        Trainer(**settings, logger=False)
+    assert str(refusal.value).startswith(begins)
+
+
+@pytest.mark.parametrize("finder", [BatchSizeFinder, LearningRateFinder])
+def test_callbacks_that_cannot_work_are_refused(finder):
+    trainer = Trainer(accelerator="cpu", callbacks=[finder()], logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=rf"^trainer\.callbacks: {finder.__name__} "):
+        check_callbacks(trainer)
+
+
+def test_a_fault_keeps_its_kind():
+    with pytest.raises(KeyError), settings_named({"accelerator": "cpu"}):
+        raise KeyError("planted")
 
 
 def test_what_can_be_passes():
