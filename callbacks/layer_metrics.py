@@ -18,10 +18,12 @@ class LayerMetrics(Callback):
 
     Attributes:
         report: the LayerReport of the last validation; None before the first.
+        step: optimizer steps before it.
     """
 
     def __init__(self) -> None:
         self.report: LayerReport | None = None
+        self.step = 0
         self._metric: LayerReportMetric | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -36,7 +38,7 @@ class LayerMetrics(Callback):
         self._metric.update(outputs)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.report = self._metric.compute()
+        self.report, self.step = self._metric.compute(), trainer.global_step
         if not trainer.sanity_checking:
             self._publish(trainer, pl_module, "val")
 

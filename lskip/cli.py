@@ -77,7 +77,7 @@ def _outcome(arguments: list[str], of_process: bool) -> int:
         _check_text(arguments)
         with ended_by_sigterm(""):
             run = _command(command)
-            with _own_modules():
+            with _own_modules(), _plain_warnings():
                 run(arguments)
     except KeyboardInterrupt as interrupt:
         if of_process:
@@ -164,11 +164,25 @@ def _be_quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show a warning as one line, without the line of code that says it."""
+    with_code = warnings.formatwarning
+    if os.environ.get("LSKIP_TRACEBACK") != "1":
+        warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = with_code
+
+
 _HINTS = (
     ".*does not have many workers.*",  # blocks are ready made: workers would only copy them
     ".*your dataloader is not resumable.*",  # TextData is: its position follows from the batches done
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*exists and is not empty.*",
+    ".*Total length of `.*` across ranks is zero.*",  # data.val_fraction: 0 asks for that
+    ".*is not supported by the model summary.*",
     ".*isinstance\\(treespec, LeafSpec\\).*",
     ".*torch\\.jit\\..* is deprecated.*",  # the fused blocks are compiled by it
 )

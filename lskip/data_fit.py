@@ -21,6 +21,12 @@ def let_data_fit_model(config: Namespace) -> None:
         arguments["tokenizer"] = config.model
 
 
+def check_tokenizer_is_there(data: LightningDataModule | None, model: dict | str) -> None:
+    """Of a model from scratch, whose weights take long to draw. Other models are looked up first themselves."""
+    if isinstance(model, dict) and isinstance(data, TextData) and data.tokenizer_source is not None:
+        _ = data.tokenizer
+
+
 def check_rows_fit(data: LightningDataModule | None, module: LayerSkipModule) -> None:
     """What the first step would refuse, before the text is tokenized."""
     length, context = getattr(data, "block_size", 0), module.decoder.context_length

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from lskip.callbacks import LayerMetrics
@@ -22,6 +23,8 @@ def print_end(trainer: Trainer, folder: Path) -> None:
     if metrics.report is not None and "val/layers_needed" in trainer.callback_metrics:
         print_layers(metrics.report, Console(), "Layers at the last validation")
     steps = f"{trainer.global_step} step{'s' * (trainer.global_step != 1)}"
+    if metrics.report is not None and 0 < metrics.step < trainer.global_step:
+        steps += f", validated after step {metrics.step}"
     if trainer.fast_dev_run:
         print(f"run: {steps} of fast_dev_run, of which nothing is kept")
         return
@@ -32,4 +35,5 @@ def print_end(trainer: Trainer, folder: Path) -> None:
     print(f"run: {steps}, in {run}")
     print(f'next: lskip generate --model {run} --prompt "…"')
     print(f"      lskip validate --model {run}")
-    print(f"      tensorboard --logdir {run}")
+    if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+        print(f"      tensorboard --logdir {run}")

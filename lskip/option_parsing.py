@@ -40,7 +40,7 @@ def parse_options(
         _put_int_first(action)
     for _ in range(len(arguments) + 1):
         try:
-            with _own_defaults(arguments):
+            with _own_defaults(arguments, command):
                 values = parser.parse_args(arguments)
             break
         except argparse.ArgumentError as error:
@@ -60,21 +60,26 @@ def parse_options(
 
 
 @contextmanager
-def _own_defaults(arguments: list[str]) -> Iterator[None]:
+def _own_defaults(arguments: list[str], command: ArgumentParser) -> Iterator[None]:
     """Let a class that is named in the place of another have its own defaults.
 
     The parser hands on all arguments that both take: AdamW's weight decay to SGD, the batch size of TextData to data of
-    somebody's own. Here what was the other's default stays behind, unless one of `arguments` sets it.
+    somebody's own. Here what was the other's default stays behind, unless one of `arguments` sets it. A learning rate of
+    lskip's does where the class finds its own (Adafactor, whose default is None).
     """
     discard = _typehints.discard_init_args_on_class_path_change
+    preset = command.get_defaults().get("optimizer")
+    rate = preset["init_args"]["lr"] if preset else None
     named = {argument.partition("=")[0].rpartition(".")[2] for argument in arguments if argument.startswith("--")}
 
     def discard_defaults(parser_or_action, before, value):
         if isinstance(before, Namespace) and before.get("init_args") and before["class_path"] != value["class_path"]:
             old, new = (_class_parser(each["class_path"]) for each in (before, value))
-            defaults = vars(old.get_defaults())
+            defaults, own = vars(old.get_defaults()), vars(new.get_defaults())
             for name in set(vars(before["init_args"])) - named - set(iter_required_keys(new)):
-                if name in defaults and before["init_args"][name] == defaults[name]:
+                value_before = before["init_args"][name]
+                not_asked = name == "lr" and value_before == rate and own.get(name, 0) is None
+                if not_asked or (name in defaults and value_before == defaults[name]):
                     before["init_args"].pop(name)
         discard(parser_or_action, before, value)
 

@@ -134,8 +134,9 @@ class RunModule(LightningModule):
 def _warn_of_warmup(scheduler: LRScheduler) -> None:
     steps = scheduler.stage_steps if isinstance(scheduler, WarmupCosine) else None
     if steps is not None and steps <= scheduler.warmup_steps:
+        of = "the run" if scheduler.stages == 1 else "a stage"
         share = steps / (scheduler.warmup_steps + 1)
         rank_zero_warn(
-            f"lr_scheduler.warmup_steps: {scheduler.warmup_steps}, but there are {steps} steps: the learning rate "
-            f"comes to {share:.0%} of the optimizer's, and ends there"
+            f"lr_scheduler.warmup_steps: {scheduler.warmup_steps}, but {of} ends at step {steps}: the learning rate "
+            f"comes to {share:.0%} of the optimizer's"
         )

@@ -21,7 +21,7 @@ def run_configs(arguments: list[str]) -> None:
     match arguments[1:]:
         case []:
             print("\n".join(_listed()))
-        case ["-h" | "--help"]:
+        case ["-h" | "--help"] | ["copy", "-h" | "--help"]:
             print(USAGE)
         case ["copy", name]:
             copy_config(name, Path())

@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lskip.callbacks.layer_metrics import LayerMetrics
 
@@ -98,14 +99,37 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"trainer.{name}: {value!r} is not {allowed}")
 
 
-def check_monitors(trainer: Trainer, module: LightningModule) -> None:
-    """ValueError where a callback watches a number that nothing measures; others look when there is a new one.
+@contextmanager
+def settings_named(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Put the name of the setting in front of what Lightning says where it refuses one."""
+    try:
+        yield
+    except (MisconfigurationException, ValueError) as error:
+        raise ValueError(_with_name(settings, str(error))) from error
 
-    And for those that try out a setting by steps before the run, which has it elsewhere.
-    """
-    for kind, name in ((LearningRateFinder, "optimizer.lr"), (BatchSizeFinder, "data.batch_size")):
+
+def _with_name(settings: Mapping[str, Any], words: str) -> str:
+    given = {name: value for name, value in settings.items() if isinstance(value, str) and value != "auto"}
+    of_value = [name for name, value in given.items() if value.lower() in words.lower()]
+    of_name = [name for name in given if f"`{name}`" in words]
+    for name in of_value + of_name:
+        return f"trainer.{name}: {given[name]!r}: {words}"
+    return f"trainer: {words}"
+
+
+# They train on a part of the run before it begins, and set what stands elsewhere here.
+_FINDERS = ((LearningRateFinder, "optimizer.lr"), (BatchSizeFinder, "data.batch_size"))
+
+
+def check_callbacks(trainer: Trainer) -> None:
+    """ValueError for callbacks that cannot do here what they are for."""
+    for kind, name in _FINDERS:
         if any(isinstance(callback, kind) for callback in trainer.callbacks):
             raise ValueError(f"trainer.callbacks: {kind.__name__} is not supported; set {name}")
+
+
+def check_monitors(trainer: Trainer, module: LightningModule) -> None:
+    """ValueError where a callback watches a number that nothing measures; others look when there is a new one."""
     watching = [each for each in trainer.callbacks if isinstance(getattr(each, "monitor", None), str)]
     known = _logged(trainer, module)
     for callback in watching:

@@ -13,9 +13,10 @@ from lightning.pytorch import Trainer
 
 
 def quiet_lightning() -> None:
-    """Not its tips and lists of accelerators."""
+    """Not its tips and lists of accelerators; what a profiler found is asked for."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
 
 
 @contextmanager

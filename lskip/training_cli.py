@@ -25,7 +25,7 @@ from lskip.callbacks.run_hparams import RunHparams
 from lskip.config_files import CONFIG_HELP, ConfigFile, bound_yaml
 from lskip.curricula import ExitCurriculum
 from lskip.data import TextData
-from lskip.data_fit import check_rows_fit, check_tokens_fit, let_data_fit_model
+from lskip.data_fit import check_rows_fit, check_tokenizer_is_there, check_tokens_fit, let_data_fit_model
 from lskip.evaluation.run_settings import run_settings
 from lskip.fit_report import print_end
 from lskip.interrupts import ended_by_sigterm
@@ -48,7 +48,7 @@ from lskip.run_logger import RunLogger
 from lskip.schedules import Schedule
 from lskip.step_bar import StepBar, wants_bar
 from lskip.targets import ExitTarget
-from lskip.trainer_checks import check_monitors, check_trainer, watched_is_measured
+from lskip.trainer_checks import check_callbacks, check_monitors, check_trainer, settings_named, watched_is_measured
 from lskip.trainer_manners import how_to_go_on, interruptible, quiet_lightning
 from lskip.training_help import explain_options
 from lskip.untrusted import parse_yaml
@@ -221,6 +221,7 @@ class LayerSkipCLI(LightningCLI):
             raise ValueError(innermost(str(error))) from error
         built = self.config_init[self.subcommand]
         self.datamodule = built.data
+        check_tokenizer_is_there(built.data, built.model)
         seed = 0 if built.seed_everything is False else built.seed_everything
         arguments = {name: built[name] for name in self._module_arguments}
         self.model = LayerSkipModule(built.model, seed=seed, **arguments)
@@ -244,6 +245,7 @@ class LayerSkipCLI(LightningCLI):
         """What would only be noticed once the text has been tokenized, or after the first steps."""
         steps = self.trainer.max_steps
         self.model.check_training(steps if steps > 0 else None)
+        check_callbacks(self.trainer)
         check_monitors(self.trainer, self.model)
         for callback in self.trainer.callbacks:
             if hasattr(callback, "check_layers"):
@@ -265,7 +267,8 @@ class LayerSkipCLI(LightningCLI):
             checkpoint = []
         hparams = [RunHparams(run_settings(self._settings.as_dict()))] if self.subcommand == "fit" else []
         bar = [StepBar()] if self.subcommand == "fit" and wants_bar(settings) else []
-        return self._instantiate_trainer(settings, [*methods, LayerMetrics(), *hparams, *checkpoint, *bar])
+        with settings_named(settings):
+            return self._instantiate_trainer(settings, [*methods, LayerMetrics(), *hparams, *checkpoint, *bar])
 
     def _tensorboard(self) -> RunLogger:
         folder = self.folder if self.subcommand == "fit" else self.folder / self.subcommand

@@ -6,7 +6,8 @@ import difflib
 import inspect
 import pydoc
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import get_args
 
 from jsonargparse import ArgumentParser
 from jsonargparse._common import ImportDenied
@@ -46,6 +47,8 @@ def explain(report: str, parser: ArgumentParser, choices: dict[str, type]) -> st
         return f"{field}: {group[1]} is not options and their values"
     if missing := re.search(r"arguments are required: (?:\w+\.)?([\w.]+)|Option '([\w.]+)' is required", report):
         return f"{inside}{missing[1] or missing[2]}: must be given"
+    if nothing := re.search(r"argument (?:-\w/)?--([\w.]+)[^:]*: expected (?:at least )?one argument", report):
+        return f"{nothing[1]}: a value is missing"
     if unknown := re.search(r"unrecognized arguments: (\S+)", report):
         return _unknown_option(field, unknown[1], parser)
     if refused := re.search(r"Option '([^']+)' is not accepted", report):
@@ -185,6 +188,8 @@ def _last_value(report: str) -> str | None:
     values = re.findall(r"(?:import path string|Got value|Given value): ([^\n]*?)(?:\. Got value.*)?$", report, re.M)
     values = [value for value in values if not value.startswith(("NestedArg(", "Namespace("))]
     plain = [value for value in values if not value.startswith("{")] or values
+    if len(plain) > 1 and plain[-1].startswith("[") and not plain[0].startswith("[") and plain[0] in plain[-1]:
+        return plain[0]  # of a list, the one that is wrong
     return None if not plain else plain[-1] if len(plain[-1]) <= 80 else f"{plain[-1][:79]}…"
 
 
@@ -199,12 +204,22 @@ def _unknown_option(field: str, text: str, parser: ArgumentParser) -> str:
     name = text.lstrip("-").split("=")[0]
     full = f"{field}.{name}" if field else name
     elsewhere = [f"task.{name}"] if "task" in known and not _is_text(parser, "task") and name in _TASK_ARGUMENTS else []
-    elsewhere += [option for option in known if option.endswith(f".{name}")]
+    elsewhere += [option for option in [*known, *_inside_classes(parser)] if option.endswith(f".{name}")]
     hint = f"; did you mean {elsewhere[0]}?" if elsewhere else _hint_beside(full, known)
     return f"{full}: there is no such option{hint}"
 
 
 _TASK_ARGUMENTS = ("max_new_tokens", "prompt_characters", "path", "metrics", "stop_strings", "chat")
+
+
+def _inside_classes(parser: ArgumentParser) -> Iterator[str]:
+    """Yield the options that are arguments of a class: of the one that a field has where none is named."""
+    for action in parser._actions:
+        default = getattr(action.default, "get", lambda key: None)("class_path")
+        kinds = [pydoc.locate(default)] if default else get_args(getattr(action, "_typehint", None))
+        for kind in kinds if "." not in action.dest else ():
+            if inspect.isclass(kind) and kind.__module__ != "builtins":
+                yield from (f"{action.dest}.{argument}" for argument in inspect.signature(kind).parameters)
 
 
 def _is_text(parser: ArgumentParser, name: str) -> bool:

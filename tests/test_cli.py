@@ -231,6 +231,17 @@ def run_python(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
+def test_a_warning_is_one_line(corpus, tiny_config, tmp_path):
+    run = run_python(
+        *("fit", f"--model={json.dumps(tiny_config())}", f"--data.source={corpus}", "--data.block_size=16"),
+        *("--data.cache_dir=cache", "--data.val_fraction=0", "--trainer.max_steps=2", "--trainer.accelerator=cpu"),
+        folder=tmp_path,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "warning: lr_scheduler.warmup_steps: 100, but the run ends at step 2: " in run.stderr
+    assert "UserWarning" not in run.stderr and ".py:" not in run.stderr
+
+
 def test_help_and_errors_of_the_real_process(tmp_path):
     helped = run_python("--help", folder=tmp_path)
     assert helped.returncode == 0

@@ -116,6 +116,15 @@ SENTENCES = {
     "a list for a class": ("generate --prompt=x --draft_policy=[1]", "draft_policy: '[1]' class DraftPolicy"),
     "a group": (f"{FIT} --checkpoint=x", "checkpoint: 'x' options and their values"),
     "a list for the model": ("fit --model=[1,2]", "model: '[1,2]' neither"),
+    "an argument of the data": (f"{FIT} --block_size=32", "block_size: did you mean data.block_size?"),
+    "of the optimizer": (f"{FIT} --lr=0.1", "lr: did you mean optimizer.lr?"),
+    "of the schedule": (f"{FIT} --warmup_steps=3", "did you mean lr_scheduler.warmup_steps?"),
+    "of a method": (f"{FIT} --p_max=0.1", "did you mean layer_dropout.p_max?"),
+    "one of a list": ("sweep --task=StdlibCode --output=x --drafts=layers,layrs", "drafts: 'layrs' layers ngram"),
+    "a number of a list": ("sweep --task=StdlibCode --output=x --num_speculations=2,x", "'x' is not a whole number"),
+    "no value": ("sweep --task=StdlibCode --output", "output: a value is missing"),
+    "no value of a class": (f"{FIT} --data.source", "data: a value is missing"),
+    "no value of the config": ("fit --config", "config: a value is missing"),
     "a mapping cut off": ("fit --model={model_type:", "model: YAML"),
 }
 

@@ -160,6 +160,18 @@ def test_fit_ends_with_the_layers_the_folder_and_the_next_command(tmp_path, plac
     assert not yaml.safe_load((folder / "config.yaml").read_text())["ckpt_path"]
 
 
+def test_fit_says_at_which_step_it_was_validated_and_no_logs_that_are_not_there(tmp_path, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    command = ["fit", f"--model={json.dumps(make_config())}", f"--run_folder={tmp_path / 'run'}", *FIT]
+    assert main([*command, "--trainer.max_steps=6", "--trainer.logger=false"]) == 0
+    output = capsys.readouterr().out
+    assert (
+        "run: 6 steps, validated after step 4, in " in output
+        and "lskip validate" in output
+        and "tensorboard" not in output
+    )
+
+
 @pytest.mark.kind("M a new user's first hour", "M2")
 def test_the_bar_of_a_run_that_goes_on_begins_where_it_was(tmp_path, place, monkeypatch, capsys):
     monkeypatch.chdir(place)

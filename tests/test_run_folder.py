@@ -10,6 +10,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+import yaml
 from conftest import make_config, make_model
 
 from lskip.cli import main
@@ -299,3 +300,14 @@ def test_what_is_saved_within_a_validation_goes_on_as_if_nothing_had_been(run, r
         for name in ("whole", "run")
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_config_of_a_callback_whose_default_is_an_enumeration(run, tmp_path):
+    timer = {"class_path": "Timer", "init_args": {"duration": "00:01:00:00"}}
+    assert run("fit", "--trainer.max_steps=2", f"--trainer.callbacks={json.dumps([timer])}")[0] == 0
+    config = tmp_path / "run" / "config.yaml"
+    (saved,) = yaml.safe_load(config.read_text())["trainer"]["callbacks"]
+    assert saved["init_args"] == {**timer["init_args"], "interval": "step", "verbose": True}
+    assert main(["fit", f"--config={config}", f"--run_folder={tmp_path / 'again'}"]) == 0
+    (again,) = yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())["trainer"]["callbacks"]
+    assert again == saved

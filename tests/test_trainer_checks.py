@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, Learning
 
 from lskip.callbacks import LayerMetrics
 from lskip.module import LayerSkipModule
-from lskip.trainer_checks import check_monitors, check_trainer
+from lskip.trainer_checks import check_callbacks, check_monitors, check_trainer, settings_named
 
 KIND = "B20 B40 told before anything is read"
 
@@ -56,6 +56,35 @@ def test_what_no_training_can_be_meant_by(settings):
     with pytest.raises(ValueError) as refusal:
         check_trainer(settings)
     assert str(refusal.value).startswith(f"trainer.{name}: {value!r} is not ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "begins"),
+    [
+        ({"accelerator": "gpu", "strategy": "auto"}, "trainer.accelerator: 'gpu': "),
+        ({"accelerator": "cpu", "strategy": "ddpp"}, "trainer.strategy: 'ddpp': "),
+        ({"accelerator": "cpu", "profiler": "fancy"}, "trainer.profiler: 'fancy': "),
+        ({"accelerator": "cpu", "fast_dev_run": 2, "barebones": True}, "trainer: "),
+    ],
+)
+def test_what_lightning_refuses_is_named(settings, begins, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ValueError) as refusal, settings_named(settings):
+        Trainer(**settings, logger=False)
+    assert str(refusal.value).startswith(begins)
+
+
+@pytest.mark.parametrize("finder", [BatchSizeFinder, LearningRateFinder])
+def test_callbacks_that_cannot_work_are_refused(finder):
+    trainer = Trainer(accelerator="cpu", callbacks=[finder()], logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=rf"^trainer\.callbacks: {finder.__name__} "):
+        check_callbacks(trainer)
+
+
+def test_a_fault_keeps_its_kind():
+    with pytest.raises(KeyError), settings_named({"accelerator": "cpu"}):
+        raise KeyError("planted")
 
 
 def test_what_can_be_passes():
@@ -105,14 +134,3 @@ def test_what_nothing_measures_is_not_watched(checked, callback, settings, said)
 def test_what_is_measured_is(checked):
     checked(EarlyStopping("val/loss"), ModelCheckpoint(monitor="val/agreement/layer_02"), EarlyStopping("train/loss"))
     checked(EarlyStopping("mine"), Own())
-
-
-@pytest.mark.kind(KIND)
-@pytest.mark.parametrize(
-    ("callback", "field"), [(LearningRateFinder(), "optimizer.lr"), (BatchSizeFinder(), "data.batch_size")]
-)
-def test_what_tries_steps_before_the_run(checked, callback, field):
-    with pytest.raises(
-        ValueError, match=f"^trainer.callbacks: {type(callback).__name__} is not supported; set {field}"
-    ):
-        checked(callback)

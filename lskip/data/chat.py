@@ -21,7 +21,8 @@ STAND_IN = 0x100000  # the first of the private characters that stand for specia
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """ValueError when `tokenizer` cannot render messages."""
     if not tokenizer.chat_template:
-        raise ValueError("tokenizer: has no chat template, which 'messages' need; name an instruct model's tokenizer")
+        example = "--data.tokenizer smollm2"
+        raise ValueError(f"tokenizer: has no chat template, which 'messages' need; name an instruct model's: {example}")
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         names = ", ".join(sorted(tokenizer.chat_template))
         raise ValueError(f"tokenizer: has several chat templates ({names}), and none of them is named 'default'")

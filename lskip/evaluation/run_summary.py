@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def read_run(folder: Path) -> RunSummary:
         return RunSummary(settings, *measured, trained=_steps_of(folder))
     if (measured := last_validation(folder / "validate")) is not None:
         return RunSummary(_with_data_of(settings, folder / "validate"), _steps_of(folder), measured[1])
-    command = f"lskip validate --model {folder}"
+    command = f"lskip validate --model {shlex.quote(str(folder))}"
     raise ValueError(f"runs: '{folder}' has no numbers of its layers; this makes them: {command}")
 
 
