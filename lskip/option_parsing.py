@@ -64,8 +64,8 @@ def _own_defaults(arguments: list[str], command: ArgumentParser) -> Iterator[Non
     """Let a class that is named in the place of another have its own defaults.
 
     The parser hands on all arguments that both take: AdamW's weight decay to SGD, the batch size of TextData to data of
-    somebody's own. Here what was the other's default stays behind, unless one of `arguments` sets it. A learning rate of
-    lskip's does where the class finds its own (Adafactor, whose default is None).
+    somebody's own. Here what was the other's default stays behind, unless one of `arguments` sets it. A learning rate
+    of lskip's does where the class finds its own (Adafactor, whose default is None).
     """
     discard = _typehints.discard_init_args_on_class_path_change
     preset = command.get_defaults().get("optimizer")

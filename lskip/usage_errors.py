@@ -188,8 +188,9 @@ def _last_value(report: str) -> str | None:
     values = re.findall(r"(?:import path string|Got value|Given value): ([^\n]*?)(?:\. Got value.*)?$", report, re.M)
     values = [value for value in values if not value.startswith(("NestedArg(", "Namespace("))]
     plain = [value for value in values if not value.startswith("{")] or values
-    if len(plain) > 1 and plain[-1].startswith("[") and not plain[0].startswith("[") and plain[0] in plain[-1]:
-        return plain[0]  # of a list, the one that is wrong
+    of_list = len(plain) > 1 and plain[-1].startswith("[") and not plain[0].startswith("[") and plain[0] in plain[-1]
+    if of_list and "Subtypes: [list[str]" not in report:
+        return plain[0]  # the one that is wrong; of texts, 5 would seem to be one
     return None if not plain else plain[-1] if len(plain[-1]) <= 80 else f"{plain[-1][:79]}…"
 
 
