@@ -40,7 +40,8 @@ from lskip.output_files import output_folder, write_json
 from lskip.pretrained import load_model
 from lskip.prompt_file import Prompt
 from lskip.step_bar import StepBar
-from lskip.trainer_manners import interruptible, quiet_lightning
+from lskip.trainer_manners import how_to_go_on, interruptible, quiet_lightning
+from lskip.user_paths import user_path
 
 METRICS_FILE = "metrics.json"
 CHECKPOINT = Path("training") / "last.ckpt"  # not where a run of `fit` has its own: an adapter is no model
@@ -91,7 +92,7 @@ def adapt(
     if vocabulary is not None:
         check_whole("vocabulary", vocabulary, 16)
     _check_lengths(training, data.block_size)
-    place, folder, prompts = resolve_device(device), Path(output), data.read_prompts()
+    place, folder, prompts = resolve_device(device), user_path(output, "output"), data.read_prompts()
     _check_files(folder, start, resume)
     if prompts is not None:
         _check_enough([is_held_out(prompt.content) for prompt in prompts], training.batch_size)
@@ -132,7 +133,7 @@ def _adapt(
     module = AdapterModule(adapter, *chosen)
     timer = TimeBudget(training.max_minutes)
     trainer = _trainer(folder, training, timer, place, resume)
-    with interruptible(trainer, folder / CHECKPOINT, "--resume true"):
+    with interruptible(trainer, lambda: how_to_go_on(trainer, folder / CHECKPOINT, "--resume true")):
         trainer.fit(module, datamodule=batches, ckpt_path=folder / CHECKPOINT if resume else None, weights_only=True)
     module.to(place)  # from where Lightning has taken it
     spent = {"steps": trainer.global_step, "seconds": round(timer.time_elapsed(), 1)}

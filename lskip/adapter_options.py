@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lskip.checks import check_choice, check_real, check_whole
+from lskip.data.arguments import check_cache
 from lskip.prompt_file import Prompt, read_prompts
+from lskip.user_paths import user_path
 
 Precision = Literal["32-true", "bf16-mixed"]
 DEFAULT_STEPS = 2000
@@ -32,7 +34,7 @@ class AdapterData:
             ~/.cache/lskip.
 
     Raises:
-        ValueError: both prompts and answers, or neither; a number out of its range.
+        ValueError: both prompts and answers, or neither; a number out of its range; a cache_dir that can be none.
     """
 
     prompts: str | None = None
@@ -49,15 +51,16 @@ class AdapterData:
         for name in ("max_new_tokens", "answers_at_once"):
             check_whole(name, getattr(self, name), 1)
         check_whole("block_size", self.block_size, 2)
+        check_cache(self.cache_dir)
 
     @property
     def cache(self) -> Path:
         """The folder for states."""
-        return Path(self.cache_dir or "~/.cache/lskip").expanduser() / "adapter_states"
+        return check_cache(self.cache_dir) / "adapter_states"
 
     @property
     def answer_files(self) -> list[Path]:
-        return [Path(path) for path in self.answers or ()]
+        return [user_path(path, "answers") for path in self.answers or ()]
 
     def read_prompts(self) -> list[Prompt] | None:
         """The prompts, or None where there are answers.
@@ -69,7 +72,7 @@ class AdapterData:
         for path in self.answer_files:
             if not path.is_file():
                 raise FileNotFoundError(f"answers: there is no file '{path}'")
-        return None if self.prompts is None else read_prompts(Path(self.prompts))
+        return None if self.prompts is None else read_prompts(user_path(self.prompts, "prompts"))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
-from lskip.output_files import only_writer
+from lskip.output_files import hidden_beside, only_writer
 from lskip.prompt_file import Prompt
 
 
@@ -165,7 +165,7 @@ def put_in_order(path: Path) -> None:
     path = path.resolve()  # a link stays one
     lines = path.read_bytes().split(b"\n")[:-1]
     lines.sort(key=lambda line: json.loads(line)["line"])
-    partial = path.with_name(f".{path.name}.partial")
+    partial = hidden_beside(path, "partial")
     try:
         partial.write_bytes(b"\n".join([*lines, b""]))
         shutil.copymode(path, partial)

@@ -13,7 +13,7 @@ import torch
 from lskip.answer_file import rows_of
 from lskip.command_options import DecodingOptions, LoadingOptions
 from lskip.inference import GenerationSettings, TextGenerator
-from lskip.output_files import write_json
+from lskip.output_files import hidden_beside, write_json
 from lskip.prompt_file import Prompt
 from lskip.untrusted import parse_json, read_text
 
@@ -32,7 +32,7 @@ def answer_settings(decoding: DecodingOptions, loading: LoadingOptions) -> dict[
 
 def settings_path(output: Path) -> Path:
     """Where the settings of an output are kept: hidden, beside it."""
-    return output.with_name(f".{output.name}.settings.json")
+    return hidden_beside(output, "settings.json")
 
 
 def check_same_settings(output: Path, settings: dict[str, Any]) -> bool:

@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -28,6 +27,7 @@ from lskip.inference.drafting import DraftPolicy
 from lskip.interrupts import ended_by_sigterm
 from lskip.prompt_file import Prompt, read_prompts, read_standard_input
 from lskip.untrusted import MAX_BYTES, printable
+from lskip.user_paths import user_path
 
 
 def predict(
@@ -57,8 +57,8 @@ def predict(
     decoding, loading = tuned_options(task, decoding, loading)
     settings = decoding.settings()
     check_whole("batch_size", batch_size, 1)
-    asked = read_prompts(Path(prompts))
-    with ended_by_sigterm(""), answer_place(Path(output), Path(prompts)) as path:
+    asked = read_prompts(user_path(prompts, "prompts"))
+    with ended_by_sigterm(""), answer_place(user_path(output, "output"), user_path(prompts, "prompts")) as path:
         answered, mode = start_output(path, asked, overwrite, resume)
         _check_exit(decoding, loading)
         how = answer_settings(decoding, loading)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from lskip.inference import GenerationSettings, TextGenerator, load_generator
 from lskip.inference.drafting import DraftPolicy
 from lskip.inference.exits import ExitCriterion
+from lskip.user_paths import user_path
 
 DraftWeights = Literal["int8", "int4", "int8_dynamic"]  # quantized.DRAFT_FORMS, in words that the parser reads
 
@@ -46,7 +46,7 @@ class LoadingOptions:
 
     def load(self, batch_size: int = 1) -> TextGenerator:
         """For so many texts at a time. ValueError, OSError: as load_generator, or a costs_file that can be none."""
-        if self.costs_file is not None and Path(self.costs_file).is_dir():
+        if self.costs_file is not None and user_path(self.costs_file, "costs_file").is_dir():
             raise IsADirectoryError(f"costs_file: '{self.costs_file}' is a folder, not a JSON file")
         return load_generator(**vars(self), batch_size=batch_size)
 

@@ -30,9 +30,10 @@ from lskip.finite import check_finite_weights
 from lskip.foreign import first_line, quietly
 from lskip.model_card import NUM_SPECULATIONS, model_card
 from lskip.model_config import with_layers
-from lskip.output_files import only_writer
+from lskip.output_files import hidden_beside, only_writer
 from lskip.pretrained import GENERATION_FILE, find_source, load_config, load_model, load_tokenizer
 from lskip.trained_exits import load_trained_exits
+from lskip.user_paths import user_path
 
 DRAFT_FOLDER, GGUF_FILE, CARD_FILE = "draft", "model.gguf", "README.md"
 
@@ -66,7 +67,7 @@ def export(
         ValueError: `output` holds something or cannot be written, the model has fewer layers, or GGUF cannot hold
             it. FileNotFoundError: no such model.
     """
-    folder = Path(os.path.abspath(output))
+    folder = Path(os.path.abspath(user_path(output, "output")))
     with _partial(folder) as partial:
         config = load_config(model)
         _check_drafts(config, exit_layer, num_speculations, draft)
@@ -164,7 +165,7 @@ def _partial(folder: Path) -> Iterator[Path]:
     """The folder to write into first, beside the one asked for; nothing of it is left."""
     if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"output: '{folder}' exists and is not an empty folder")
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = hidden_beside(folder, "partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder.parent).close()

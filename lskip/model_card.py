@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
 from lskip.pretrained import is_run
+from lskip.user_paths import user_path
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NUM_SPECULATIONS = 4  # where nothing is recommended
@@ -50,7 +51,7 @@ def model_card(
 
 def run_folder(source: str) -> Path | None:
     """The run of `lskip fit` that `source`, a run or a checkpoint, belongs to; None: it is something else."""
-    path = Path(source).expanduser()
+    path = user_path(source, "model")
     if is_run(path):
         return path
     return path.parent.parent if path.suffix == ".ckpt" and path.parent.name == "checkpoints" else None

@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from lskip.user_paths import user_path
+
 ALLOWED = "smollm2, a .gguf file, a run folder, a .ckpt file, a folder with config.json, or a hub name owner/name"
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -47,7 +49,7 @@ def find_source(source: str, field: str = "model") -> Source:
         raise ValueError(f"{field}: {source!r} is no model; allowed are {ALLOWED}")
     if source == "smollm2":
         return Source("gguf", str(_smollm2_file(field)))
-    path = Path(source).expanduser()
+    path = user_path(source, field)
     if path.is_dir():
         return _find_in_folder(path, field)
     if path.suffix in (".gguf", ".ckpt") and path.is_file():
@@ -135,5 +137,5 @@ def ask_hub(name: str, field: str = "model") -> None:
             raise
         reason = f"the hub does not answer: {type(error).__name__}"
     if reason is not None:
-        hint = _near(Path(name).expanduser())
+        hint = _near(user_path(name, field))
         raise ValueError(f"{field}: {name!r} is not here and not on the hub ({reason}){hint}; allowed are {ALLOWED}")

@@ -6,12 +6,22 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryFile
 from threading import get_ident
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+
+def hidden_beside(path: Path, end: str) -> Path:
+    """Return a name in the folder of `path` for what belongs to it: of a long name, which more would not fit into, a
+    part and a digest."""
+    name = path.name
+    if len(os.fsencode(name)) > 200:
+        name = f"{name[:30]}…{sha256(os.fsencode(name)).hexdigest()[:16]}"
+    return path.with_name(f".{name}.{end}")
 
 
 def make_writable(folder: Path, field: str = "output") -> None:
@@ -39,7 +49,7 @@ def only_writer(path: Path, field: str, wait: float = 0) -> Iterator[None]:
     if path.exists() and not (path.is_file() or path.is_dir()):
         yield  # a pipe, or /dev/null
         return
-    place = path.with_name(f".{path.name}.lock")
+    place = hidden_beside(path, "lock")
     lock = FileLock(place)
     try:
         lock.acquire(timeout=wait)
@@ -87,7 +97,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     if path.exists() and not path.is_file():
         path.write_bytes(content)
         return
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{get_ident()}.partial")  # a second writer has its own
+    partial = hidden_beside(path, f"{os.getpid()}-{get_ident()}.partial")  # a second writer has its own
     try:
         partial.write_bytes(content)
         os.replace(partial, path)

@@ -10,6 +10,7 @@ from typing import Any
 from lskip.config_files import config_file, read_config
 from lskip.pretrained import is_run
 from lskip.untrusted import printable
+from lskip.user_paths import user_path
 
 
 def with_own_data(arguments: list[str]) -> list[str]:
@@ -37,15 +38,15 @@ def with_own_data(arguments: list[str]) -> list[str]:
 
 def run_of(model: Any) -> Path | None:
     """Return the folder of the run that `model` names: itself, or the one that a checkpoint lies in; None: no run's."""
-    if not isinstance(model, str) or not model or "\0" in model:
+    if not isinstance(model, str) or not model:
         return None
-    path = Path(model).expanduser()
+    try:
+        path = user_path(model, "model")
+    except ValueError:  # too long for a name: a mapping; what is wrong with a path is said when it is read
+        return None
     if path.suffix == ".ckpt" and path.absolute().parent.name == "checkpoints":
         return path.parent.parent
-    try:
-        return path if is_run(path) else None
-    except OSError:  # too long for a name: a mapping
-        return None
+    return path if is_run(path) else None
 
 
 def _data_of(run: Path, has_source: bool) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from lskip.config_files import shipped_config, shipped_configs
+from lskip.user_paths import user_path
 
 USAGE = """usage: lskip configs                    the configs that come with lskip: --config takes their names
        lskip configs copy NAME [DEST]   a copy to change: into a folder, or as a file of another name"""
@@ -25,7 +26,7 @@ def run_configs(arguments: list[str]) -> None:
         case ["copy", name]:
             copy_config(name, Path())
         case ["copy", name, place]:
-            copy_config(name, Path(place).expanduser())
+            copy_config(name, user_path(place, "DEST"))
         case others:
             raise ValueError(f"{' '.join(others)!r} is not understood; there are: lskip configs, and: copy NAME [DEST]")
 

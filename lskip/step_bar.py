@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -84,3 +85,10 @@ class StepBar(ProgressBar):
         if self._training is not None:
             self._training.close()
             self._training = None
+
+
+def wants_bar(settings: dict[str, Any]) -> bool:
+    """Return whether a Trainer of these arguments is to show the bar: it may have another, or none."""
+    given = settings["callbacks"] if isinstance(settings["callbacks"], list) else [settings["callbacks"]]
+    own = any(isinstance(callback, ProgressBar) for callback in given)
+    return settings["enable_progress_bar"] is not False and not settings["barebones"] and not own

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,15 +19,14 @@ def quiet_lightning() -> None:
 
 
 @contextmanager
-def interruptible(trainer: Trainer, checkpoint: Path, flag: str) -> Iterator[None]:
-    """Around Trainer.fit: a signal does not end the process with Lightning's exit code, and it is said how to go on.
+def interruptible(trainer: Trainer, advice: Callable[[], str]) -> Iterator[None]:
+    """Around what a Trainer does: a signal does not end the process with Lightning's exit code, and without a word.
 
     Args:
-        checkpoint: what the run goes on from, if it is there.
-        flag: how the command is told to.
+        advice: what is said then: how to go on.
 
     Raises:
-        KeyboardInterrupt: of the kind that interrupted training, with the step, the step that is saved and the advice.
+        KeyboardInterrupt: of the kind that interrupted it, with the advice.
     """
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -36,12 +35,19 @@ def interruptible(trainer: Trainer, checkpoint: Path, flag: str) -> Iterator[Non
         if not trainer.interrupted:
             raise
         kind = type(end.__context__) if isinstance(end.__context__, KeyboardInterrupt) else KeyboardInterrupt
-        raise kind(_after(trainer.global_step, checkpoint, flag)) from None
+        raise kind(advice()) from None
     finally:
         signal.signal(signal.SIGINT, handler)
 
 
-def _after(step: int, checkpoint: Path, flag: str) -> str:
+def how_to_go_on(trainer: Trainer, checkpoint: Path, flag: str) -> str:
+    """Return the step that training was interrupted at, the step that is saved, and the advice.
+
+    Args:
+        checkpoint: what the run goes on from, if it is there.
+        flag: how the command is told to.
+    """
+    step = trainer.global_step
     place = f"after step {step}" if step else "before the first step"
     if not checkpoint.is_file():
         return f" {place}; nothing was saved yet"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import lightning.pytorch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
@@ -46,12 +46,13 @@ from lskip.resuming import (
 from lskip.run_folder import RunConfig, check_room, refuse_existing_run, run_place
 from lskip.run_logger import RunLogger
 from lskip.schedules import Schedule
-from lskip.step_bar import StepBar
+from lskip.step_bar import StepBar, wants_bar
 from lskip.targets import ExitTarget
 from lskip.trainer_checks import check_monitors, check_trainer, watched_is_measured
-from lskip.trainer_manners import interruptible, quiet_lightning
+from lskip.trainer_manners import how_to_go_on, interruptible, quiet_lightning
 from lskip.untrusted import parse_yaml
 from lskip.usage_errors import innermost
+from lskip.user_paths import user_path
 
 _METHODS = {"layer_dropout": LayerDropout, "early_exit_loss": EarlyExitLoss}
 # What an error message lists where a class was misspelled. Short names work for whatever is imported here.
@@ -168,10 +169,11 @@ class LayerSkipCLI(LightningCLI):
             # A mapping that is none, or a list: it would be taken for a name.
             parse_yaml(config.model, "model: the value")
             raise ValueError(f"model: {config.model[:40]!r} is neither a name nor a transformers config")
-        self.folder = Path(config.run_folder).expanduser()
+        self.folder = user_path(config.run_folder, "run_folder")
         if isinstance(config.model, dict):
             # A flag like --model.hidden_size 64 arrives as text.
-            config.model = {key: _plain(value) for key, value in config.model.items()}
+            plain = {key: parse_yaml(value, "model") for key, value in config.model.items() if isinstance(value, str)}
+            config.model = {**config.model, **plain}
         check_trainer(config.trainer)
         self._resolve_checkpoint(config)
         if self.subcommand == "fit":
@@ -187,7 +189,7 @@ class LayerSkipCLI(LightningCLI):
         self.ckpt_path, self.resumed = None, None
         if config.ckpt_path is None:
             return
-        path = self.folder / LAST_CHECKPOINT if config.ckpt_path == "last" else Path(config.ckpt_path).expanduser()
+        path = self.folder / LAST_CHECKPOINT if config.ckpt_path == "last" else user_path(config.ckpt_path, "ckpt_path")
         if not path.is_file():
             raise FileNotFoundError(f"ckpt_path: {config.ckpt_path!r}: there is no file '{path}'")
         self.ckpt_path, self.resumed = str(path), read_checkpoint(path, "ckpt_path", whole=True)
@@ -266,7 +268,7 @@ class LayerSkipCLI(LightningCLI):
         if self.subcommand != "fit":
             self.save_config_callback = None
         hparams = [RunHparams(run_settings(self._settings.as_dict()))] if self.subcommand == "fit" else []
-        bar = [StepBar()] if self.subcommand == "fit" and _wants_bar(settings) else []
+        bar = [StepBar()] if self.subcommand == "fit" and wants_bar(settings) else []
         return self._instantiate_trainer(settings, [*methods, LayerMetrics(), *hparams, *checkpoint, *bar])
 
     def _tensorboard(self) -> RunLogger:
@@ -284,16 +286,15 @@ class LayerSkipCLI(LightningCLI):
         """Trainer.fit, and how to go on after Ctrl-C."""
         if self.resumed is not None and self.trainer.is_global_zero:
             print(goes_on(self.resumed["global_step"], self.changes, self.trainer.max_steps))
-        with interruptible(self.trainer, self.folder / LAST_CHECKPOINT, "--ckpt_path last"), watched_is_measured():
+        saved = self.folder / LAST_CHECKPOINT
+        advice = partial(how_to_go_on, self.trainer, saved, "--ckpt_path last")
+        with interruptible(self.trainer, advice), watched_is_measured():
             self.trainer.fit(model, **arguments)
         print_end(self.trainer, self.folder)
 
+    def validate(self, model: LayerSkipModule, **arguments) -> None:
+        """Trainer.validate, or test."""
+        with interruptible(self.trainer, lambda: " before all is measured; the same command begins anew"):
+            getattr(self.trainer, self.subcommand)(model, **arguments)
 
-def _plain(value: Any) -> Any:
-    return parse_yaml(value, "model") if isinstance(value, str) else value
-
-
-def _wants_bar(settings: dict[str, Any]) -> bool:
-    given = settings["callbacks"] if isinstance(settings["callbacks"], list) else [settings["callbacks"]]
-    own = any(isinstance(callback, ProgressBar) for callback in given)
-    return settings["enable_progress_bar"] is not False and not settings["barebones"] and not own
+    test = validate

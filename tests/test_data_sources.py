@@ -107,7 +107,7 @@ def test_a_hub_name_goes_to_load_dataset(text_data, monkeypatch):
         ({"tokenizer": 5}, "tokenizer: 5 is neither"),
         ({"tokenizer": " "}, "tokenizer: ' '"),
         ({"source": "a\0b"}, "source: 'a.x00b' names no text"),
-        ({"source": "x" * 5000}, "source: 'xxx.* cannot be looked up .File name too long"),
+        ({"source": "x" * 5000}, "source: 'xxx.* is no path here .File name too long"),
         ({"source": ""}, "source"),
         ({"source": 3}, "source: 3"),
         ({"block_size": 1}, "block_size: 1 is not a whole number of at least 2"),

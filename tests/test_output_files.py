@@ -65,3 +65,14 @@ def test_what_is_no_plain_file_stays_what_it_is(tmp_path, kind):
         assert os.read(reader, 100) == b"after"
         assert (tmp_path / "pipe").is_fifo() and place.is_symlink() == (kind != "pipe")
         os.close(reader)
+
+
+@pytest.mark.kind("B41 a path that is none")
+def test_the_longest_names_that_a_disk_takes_are_written_and_locked(tmp_path):
+    """What stands beside a file while it is written has a name no longer than that."""
+    paths = [tmp_path / ("é" * 120 + name) for name in ("a" * 14, "b" * 14)]  # 254 bytes each
+    with only_writer(paths[0], "output"), only_writer(paths[1], "output"):
+        for path in paths:
+            write_bytes(path, path.name.encode())
+    assert sorted(tmp_path.iterdir()) == paths
+    assert [path.read_bytes() for path in paths] == [path.name.encode() for path in paths]

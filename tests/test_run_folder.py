@@ -263,6 +263,17 @@ def test_a_signal_ends_a_run_and_the_message_is_true(run, raised, tmp_path, stop
 
 
 @pytest.mark.kind(SIGNALS)
+@pytest.mark.parametrize(("command", "signum", "code"), [("validate", INT, 130), ("test", TERM, 143)])
+def test_a_signal_ends_a_measurement_with_a_word(run, raised, command, signum, code):
+    step = {"validate": "validation_step", "test": "test_step"}[command]
+    raised(LayerSkipModule, step, 1, signum)
+    before = signal.getsignal(INT)
+    got, sentence = run(command)
+    assert got == code and sentence.startswith(f"lskip {command}: interrupted before all is measured")
+    assert signal.getsignal(INT) == before
+
+
+@pytest.mark.kind(SIGNALS)
 def test_what_is_saved_within_a_validation_goes_on_as_if_nothing_had_been(run, raised, tmp_path, monkeypatch):
     """Also in the middle of an accumulated step, with dropout in the model: its micro-batches are drawn once more."""
     settings = (

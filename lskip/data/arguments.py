@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lskip.data.documents import SPLITS
 from lskip.data.sources import NAMES, check_packages, local_path
+from lskip.user_paths import user_path
 
 MOST_WORKERS = 128  # processes; thousands would be started one after the other before anything is said
 MOST_TOKENS = 2**24  # in a row, and rows in a batch
@@ -49,13 +50,10 @@ def check_text_column(text_column) -> None:
 
 def check_cache(cache_dir) -> Path:
     """Return the folder for caches. ValueError if it is none, or could not be written: nothing is made yet."""
-    if cache_dir is not None and (not isinstance(cache_dir, str | os.PathLike) or "\0" in os.fspath(cache_dir)):
+    if cache_dir is not None and (not isinstance(cache_dir, str | os.PathLike)):
         raise ValueError(f"cache_dir: {cache_dir!r} is no folder, nor null")
-    try:
-        folder = Path(cache_dir or "~/.cache/lskip").expanduser().absolute()
-        there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
-    except (OSError, RuntimeError) as error:  # a name that is too long, nobody's home
-        raise ValueError(f"cache_dir: {cache_dir!r} is no folder that can be made ({error})") from error
+    folder = user_path(cache_dir or "~/.cache/lskip", "cache_dir").absolute()
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"cache_dir: cannot write '{folder}' ('{there}' is no folder that can be written)")
     return folder

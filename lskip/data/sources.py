@@ -12,6 +12,7 @@ from datasets import IterableDataset, load_dataset
 from lskip.data.corpora import EMBEDDED, read_texts
 from lskip.data.files import check_is_read, folder_files, kind_of
 from lskip.data.json_rows import read_json
+from lskip.user_paths import user_path
 
 NAMES = (*EMBEDDED, "home_assistant")
 EXTENSION = re.compile(r"\.[A-Za-z]\w*$")
@@ -28,13 +29,9 @@ def local_path(source: str) -> Path | None:
     """
     if source in NAMES:
         return None
-    try:
-        path = Path(source).expanduser()
-        if path.exists():
-            return path
-    except (OSError, RuntimeError) as error:  # a name that is too long, nobody's home
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise ValueError(f"source: {source[:80]!r} cannot be looked up ({reason})") from error
+    path = user_path(source, "source")
+    if path.exists():
+        return path
     name = source.split(":")[0]
     if source.startswith((".", "/", "~")) or "\\" in source or name.count("/") > 1 or EXTENSION.search(name):
         raise FileNotFoundError(f"source: no file or folder '{source}' (looked for {path.absolute()})")

@@ -11,6 +11,7 @@ from lskip.evaluation.run_summary import RunSummary, read_run
 from lskip.layer_figure import LONGEST, image_of, perplexity_figure
 from lskip.output_files import make_writable, write_bytes
 from lskip.plain_console import plain_console, plain_table
+from lskip.user_paths import user_path
 
 IMAGES = (".png", ".svg", ".pdf")
 NOT_TOLD = "- (NaN)"  # layers whose losses are no numbers seem to agree
@@ -23,8 +24,9 @@ def compare(runs: list[str], /, figure: str = "compare.png") -> None:
         runs: run folders of `lskip fit`.
         figure: image file to write.
     """
-    path = _image(Path(figure))
-    summaries = {name: read_run(Path(folder).expanduser()) for name, folder in zip(_names(runs), runs, strict=True)}
+    path = _image(user_path(figure, "figure"))
+    folders = [user_path(run, "runs") for run in runs]
+    summaries = {name: read_run(folder) for name, folder in zip(_names(runs, folders), folders, strict=True)}
     console = plain_console()
     console.print(runs_table(summaries))
     drawing = perplexity_figure({name: summary.report for name, summary in summaries.items()})
@@ -81,9 +83,9 @@ def _method(summary: RunSummary, method: str, *arguments: str) -> str:
     return " ".join(str(value) for value in given if value is not None) or "-"
 
 
-def _names(runs: list[str]) -> list[str]:
+def _names(runs: list[str], folders: list[Path]) -> list[str]:
     """The folders' own names where they tell the runs apart, else their paths."""
-    paths = [Path(run).expanduser().resolve() for run in runs]
+    paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
         raise ValueError(f"runs: one is named twice: {', '.join(runs)}")
     names = [path.name for path in paths]

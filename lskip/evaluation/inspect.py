@@ -33,6 +33,7 @@ from lskip.layer_figure import image_of
 from lskip.output_files import output_folder
 from lskip.plain_console import plain_console
 from lskip.pretrained import load_config, load_model
+from lskip.user_paths import user_path
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES = get_args(DType)
@@ -71,7 +72,7 @@ def inspect(
     if text == "":
         raise ValueError("text: is empty; give some text, or null for the beginning of the data")
     check_choice("dtype", dtype, DTYPES)
-    folder = _free(Path(output), overwrite)
+    folder = _free(user_path(output, "output"), overwrite)
     place, documents = resolve_device(device), data_options.open()
     _check_model(load_config(model), data_options.block_size)
     with output_folder(folder), _told_when_interrupted():

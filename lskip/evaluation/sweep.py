@@ -29,6 +29,7 @@ from lskip.inference.text import decode_text
 from lskip.layer_figure import image_of
 from lskip.output_files import output_folder, write_bytes, write_json
 from lskip.plain_console import plain_console, plain_table
+from lskip.user_paths import user_path
 
 NUM_SPECULATIONS = (2, 4, 6, 8)
 
@@ -99,7 +100,7 @@ def sweep(
     num_layers = layers_of(loading.model)
     cells = grid(drafts, exit_layers, num_speculations, policies, num_layers)
     parts: list[Part] = [*cells, *map(FixedExit, exit_layers_of(asked_exits, num_layers))]
-    shared, folder = {**describe(task, loading), **counts}, Path(output)
+    shared, folder = {**describe(task, loading), **counts}, user_path(output, "output")
     with output_folder(folder):
         file = SweepFile(folder / "cells.jsonl", shared, resume, overwrite)
         measure_missing(parts, file, task, loading, counts)

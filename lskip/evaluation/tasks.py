@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from lskip.checks import check_texts, check_whole
 from lskip.json_lines import ENDINGS, asked_of, read_json_lines, text_of
+from lskip.user_paths import user_path
 
 
 class Example(NamedTuple):
@@ -132,7 +133,7 @@ class LocalTask(Task):
         super().__init__(max_new_tokens)
         from lskip.evaluation.task_scores import check_metrics
 
-        self.path, self.chat = Path(path), chat
+        self.path, self.chat = user_path(path, "path"), chat
         self.metrics = self.metrics if metrics is None else tuple(metrics)
         check_metrics(self.metrics)
         check_texts("stop_strings", stop_strings or ())

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache, cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lskip.checks import check_whole
@@ -31,6 +30,7 @@ from lskip.inference.settings import GenerationSettings
 from lskip.inference.steps import build_draft_step, build_step
 from lskip.inference.stopping import end_tokens, stop_rule
 from lskip.inference.text import TextPieces, decode_text, encode_prompt
+from lskip.user_paths import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -228,7 +228,7 @@ class TextGenerator:
         """What passes of this model cost on this machine: from `costs_file`, or measured, which takes seconds."""
         adapter_step = None if self.adapter_step is None else self.adapter_step.step
         if self.costs_file is not None:
-            return keep_costs(Path(self.costs_file), self.step, self.draft_step, adapter_step)
+            return keep_costs(user_path(self.costs_file, "costs_file"), self.step, self.draft_step, adapter_step)
         return measure_costs(self.step, self.draft_step, adapter_step=adapter_step)
 
     def memory(self) -> dict[str, int]:

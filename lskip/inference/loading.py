@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
 
@@ -12,6 +11,7 @@ from lskip.decoder import Decoder
 from lskip.exit_adapter import find_adapter, load_adapter
 from lskip.inference.costs_file import check_costs_file
 from lskip.inference.generator import TextGenerator
+from lskip.user_paths import user_path
 
 
 def load_generator(
@@ -47,7 +47,7 @@ def load_generator(
     check_whole("batch_size", batch_size, 1)
     folder = None if exit_adapter is None else find_adapter(exit_adapter)
     if costs_file is not None:
-        check_costs_file(Path(costs_file))
+        check_costs_file(user_path(costs_file, "costs_file"))
     place = resolve_device(device)
     if compiled and place.type == "cpu":
         print("warning: compiled: is meant for GPUs; on a CPU compiling takes minutes", file=sys.stderr)
