@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lskip.checks import check_whole
 from lskip.decoder import BlockInputs, Decoder
+from lskip.foreign import foreign
 from lskip.model_config import with_layers
 from lskip.output_files import write_json
 from lskip.untrusted import parse_json, read_text
+from lskip.user_paths import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,6 +53,8 @@ class AdapterShape:
     def __post_init__(self):
         for name in ("exit_layer", "num_blocks"):
             check_whole(name, getattr(self, name), 1)
+        if not isinstance(self.joins_last_state, bool):
+            raise ValueError(f"joins_last_state: {self.joins_last_state!r} is not true or false")
 
 
 class ExitAdapter(nn.Module):
@@ -148,12 +151,18 @@ def find_adapter(name: str, field: str = "exit_adapter") -> Path:
         field: what names it, for the message.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: there is no such folder, or none with an adapter.
     """
-    folder = SHIPPED.get(name, Path(name))
+    folder = SHIPPED.get(name) or user_path(name, field)
     if not folder.is_dir():
         raise FileNotFoundError(f"{field}: there is no folder '{name}'")
+    _check_holds(folder, field)
     return folder
+
+
+def _check_holds(folder: Path, field: str) -> None:
+    if not (folder / SHAPE_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+        raise FileNotFoundError(f"{field}: '{folder}' holds no {SHAPE_FILE} with {WEIGHTS_FILE}")
 
 
 def load_adapter(folder: Path, model: PreTrainedModel, expected: AdapterShape | None = None) -> ExitAdapter:
@@ -163,24 +172,25 @@ def load_adapter(folder: Path, model: PreTrainedModel, expected: AdapterShape | 
         FileNotFoundError: no adapter in `folder`.
         ValueError: it is of another model or not of the expected shape, or the files are damaged.
     """
-    if not (folder / SHAPE_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
-        raise FileNotFoundError(f"exit_adapter: '{folder}' holds no {SHAPE_FILE} with {WEIGHTS_FILE}")
-    try:
+    _check_holds(folder, "exit_adapter")
+    with foreign(f"exit_adapter: '{folder}'"):  # whatever the files say
         description = parse_json(read_text(folder / SHAPE_FILE, "exit_adapter"), SHAPE_FILE)
         made_for, shape = description.pop("model"), AdapterShape(**description)
         weights = load_file(folder / WEIGHTS_FILE)
         token_ids = weights.pop("token_ids").long()
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:  # whatever the files say
-        raise ValueError(f"exit_adapter: '{folder}' could not be read ({error})") from error
-    if not all(part.isfinite().all() for part in weights.values()):
+    if not all(part.float().isfinite().all() for part in weights.values()):
         raise ValueError(f"exit_adapter: the weights in '{folder}' are not finite (NaN or infinity): it says nothing")
     if made_for != fingerprint(Decoder(model)):
         raise ValueError(f"exit_adapter: '{folder}' was made for another model ({made_for})")
     if expected not in (None, shape):
         raise ValueError(f"exit_adapter: '{folder}' is of another shape ({shape}, not {expected})")
-    if not len(token_ids) or token_ids.min() < 0 or token_ids.max() >= made_for["vocab_size"]:
+    known = torch.arange(made_for["vocab_size"])
+    if token_ids.dim() != 1 or not len(token_ids) or not torch.isin(token_ids, known).all():
         raise ValueError(f"exit_adapter: the words in '{folder}' are none of the model's")
-    adapter = ExitAdapter(model, shape, token_ids)
+    try:
+        adapter = ExitAdapter(model, shape, token_ids)
+    except ValueError as error:
+        raise ValueError(f"exit_adapter: '{folder}' is of no such model ({error})") from error
     try:
         missing, unexpected = adapter.load_state_dict(weights, strict=False)
     except RuntimeError as error:  # of another size

@@ -1,6 +1,7 @@
 """The two files of an exit adapter: what is damaged or of another model is told in a sentence that names the folder."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -39,6 +40,20 @@ def write(name: str, content: bytes):
     return lambda folder: (folder / name).write_bytes(content)
 
 
+def words(change):
+    return weigh(lambda part: part, change)
+
+
+def weigh(change, of_words=lambda ids: ids):
+    def act(folder):
+        weights = load_file(folder / "adapter.safetensors")
+        ids = of_words(weights.pop("token_ids"))
+        weights = {name: change(part).contiguous() for name, part in weights.items()}
+        save_file({**weights, "token_ids": ids.contiguous()}, folder / "adapter.safetensors")
+
+    return act
+
+
 def drop(folder) -> None:
     weights = load_file(folder / "adapter.safetensors")
     del weights["token_ids"]
@@ -54,6 +69,9 @@ DAMAGE = {
     "B1 NaN": fill(float("nan")),
     "infinity": fill(float("inf")),
     "no token_ids": drop,
+    "token_ids in two dimensions": words(lambda ids: ids[None]),
+    "token_ids beyond the vocabulary": words(lambda ids: ids + 10**6),
+    "weights of eight bits": weigh(lambda part: (part.float() * math.nan).to(torch.float8_e4m3fn)),
     "shape cut": write("adapter.json", b'{"exit_layer": 2'),
     "shape a list": write("adapter.json", b"[]"),
     "shape a number": write("adapter.json", b"5"),
@@ -63,6 +81,9 @@ DAMAGE = {
     "no exit_layer": say(exit_layer=None),
     "an exit_layer in words": say(exit_layer="two"),
     "an exit_layer below 1": say(exit_layer=-1),
+    "an exit_layer beyond the model": say(exit_layer=99),
+    "more blocks than the model": say(num_blocks=10**9),
+    "joins in words": say(joins_last_state="no"),
     "of another model": say(model={"num_layers": 4}),
 }
 

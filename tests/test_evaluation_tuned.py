@@ -97,7 +97,7 @@ def test_an_unknown_task_is_told_those_there_are(folder, capsys):
 
 
 def test_where_tuned_tasks_are_kept(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuned, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(tuned, "CACHE", str(tmp_path / "cache"))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "last.ckpt").touch()
     (tmp_path / "m.gguf").touch()
@@ -129,6 +129,8 @@ DAMAGED = {
     "another draft": json.dumps({"a": LAYERS | ON_CPU | {"draft": "magic"}}),
     "other weights": json.dumps({"a": WEIGHTS | ON_CPU | {"draft_weights": "int1"}}),
     "an adapter that is a list": json.dumps({"a": LAYERS | ON_CPU | {"exit_adapter": ["x"]}}),
+    "an adapter's draft without one": json.dumps({"a": LAYERS | ON_CPU | {"draft": "adapter"}}),
+    "a draft of weights without any": json.dumps({"a": WEIGHTS | ON_CPU | {"draft_weights": None}}),
     "5000 digits": '{"a": ' + "9" * 5000 + "}",
     "garbage": b"\x80\x02\xff",
 }
@@ -157,10 +159,15 @@ def test_what_was_tuned_for_another_model_or_with_an_adapter_that_is_gone_is_tol
     with pytest.raises(FileNotFoundError, match=r"task: 'gone' was tuned with an exit_adapter: there is no folder"):
         options_of(folder, "gone")
     assert options_of(folder, "gone", draft="ngram")["exit_adapter"] is None
+    (tmp_path / "gone").mkdir()  # what it held is gone
+    with pytest.raises(FileNotFoundError, match=r"task: 'gone' was tuned with an exit_adapter: .* holds no adapter"):
+        options_of(folder, "gone")
 
 
 def test_an_adapter_is_the_same_by_every_name(tmp_path, monkeypatch, folder):
     (tmp_path / "mine").mkdir()
+    for name in ("adapter.json", "adapter.safetensors"):
+        (tmp_path / "mine" / name).touch()
     save_tuned(folder / "tuned.json", "adapted", LAYERS | ON_CPU | {"exit_adapter": str(tmp_path / "mine")})
     monkeypatch.chdir(tmp_path)
     assert options_of(folder, "adapted", {"exit_adapter": "mine"})["num_speculations"] == 4

@@ -12,9 +12,10 @@ from lskip.inference import GenerationSettings
 from lskip.output_files import make_writable, only_writer, write_json
 from lskip.untrusted import parse_json, read_text
 from lskip.user_errors import one_line
+from lskip.user_paths import user_path
 
 FILE = "tuned.json"
-CACHE = Path("~/.cache/lskip/tuned")
+CACHE = "~/.cache/lskip/tuned"
 DECODING = ("exit_layer", "num_speculations", "draft")  # what a task sets, of DecodingOptions and LoadingOptions
 LOADING = ("draft_weights", "exit_adapter")
 WAIT = 60  # seconds for another process to save its task in the same file
@@ -32,7 +33,7 @@ def tuned_path(model: str) -> Path:
     if found.kind == "folder":
         return Path(found.place) / FILE
     if found.kind == "hub" or model == "smollm2":
-        return CACHE.expanduser() / f"{model.replace('/', '--')}.json"
+        return user_path(CACHE, "task") / f"{model.replace('/', '--')}.json"
     return Path(found.place).with_suffix(f".{FILE}")
 
 
@@ -57,13 +58,16 @@ def _is_found(found: Any) -> bool:
         GenerationSettings(**{name: found[name] for name in DECODING})
     except ValueError:
         return False
-    weights = found["draft_weights"] in (None, *get_args(DraftWeights))
-    return weights and isinstance(found["exit_adapter"], str | None) and isinstance(found["device"], str)
+    weights, adapter = found["draft_weights"], found["exit_adapter"]
+    if weights not in (None, *get_args(DraftWeights)) or not isinstance(adapter, str | None):
+        return False
+    missing = {"weights": weights is None, "adapter": adapter is None}
+    return isinstance(found["device"], str) and not missing.get(found["draft"])
 
 
 def adapter_place(name: str) -> str:
     """What names an exit adapter from every folder: its whole path, or the name of one that comes with lskip."""
-    return name if name in SHIPPED else str(Path(name).resolve())
+    return name if name in SHIPPED else str(user_path(name, "exit_adapter").resolve())
 
 
 def check_place(path: Path) -> None:
