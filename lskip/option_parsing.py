@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 from collections.abc import Iterator
+from typing import Union, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -32,6 +33,8 @@ def parse_options(
         ValueError: one sentence on what is wrong.
     """
     arguments = list(_join_words(arguments, command))
+    for action in command._actions:
+        _put_int_first(action)
     for _ in range(len(arguments) + 1):
         try:
             values = parser.parse_args(arguments)
@@ -41,6 +44,7 @@ def parse_options(
                 root = _root(error)
                 # The parser takes a KeyError for one of its own.
                 trouble = import_trouble(root) if isinstance(root, KeyError | TypeError) else None
+                trouble = trouble or _endless_number(arguments, str(error))
                 raise ValueError(trouble or explain(str(error), command, choices)) from error
             arguments = spelled
         except Exception as error:
@@ -49,6 +53,28 @@ def parse_options(
             raise ValueError(sentence) from error
     check_classes(command, values if command is parser else values[values.subcommand])
     return values
+
+
+def _put_int_first(action: argparse.Action) -> None:
+    """Let an option of whole numbers or others read 2 as 2 rather than as 2.0, which the Trainer takes for a share.
+
+    Python keeps one Optional[Union[…]] of the same types, in the order of whoever was the first to write it.
+    """
+    kinds = get_args(getattr(action, "_typehint", None))
+    if int in kinds and float in kinds:
+        action._typehint = Union[tuple(sorted(kinds, key=lambda kind: kind is not int))]  # noqa: UP007
+
+
+def _endless_number(arguments: list[str], report: str) -> str | None:
+    """Return the sentence on a number of more digits than Python reads, of which a report may name the group alone."""
+    if "integer string conversion" not in report:
+        return None
+    for at, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        value = value if equals else "".join(arguments[at + 1 : at + 2])
+        if re.fullmatch(r"[+-]?\d{1000,}", value):
+            return f"{option.lstrip('-')}: a number of {len(value)} digits is more than is read"
+    return None
 
 
 def _root(error: BaseException) -> BaseException:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from numbers import Real
 from typing import Any
 
@@ -41,15 +41,20 @@ def _is_device(value: Any) -> bool:
 
 
 def _is_time(value: Any) -> bool:
-    """Above nothing; whether it is a time at all Lightning says."""
-    if isinstance(value, dict):
-        return any(part > 0 for part in value.values())
-    return not isinstance(value, str) or re.fullmatch(r"[0:]+", value) is None
+    if isinstance(value, str):
+        if (parts := re.fullmatch(r"\s*(\d+):(\d\d):(\d\d):(\d\d)\s*", value)) is None:
+            return False
+        value = dict(zip(("days", "hours", "minutes", "seconds"), map(int, parts.groups()), strict=True))
+    try:
+        return (timedelta(**value) if isinstance(value, dict) else value) > timedelta()
+    except (TypeError, ValueError, OverflowError):  # a unit that there is none of, a number beyond all time
+        return False
 
 
 _SOME: Rule = ("a whole number from 1 up, or a share above 0 and at most 1", _is_some)
 _SOME_OR_NONE: Rule = ("a whole number from 0 up, or a share from 0 to 1", lambda value: value == 0 or _is_some(value))
-_FROM_0: Rule = ("a number from 0 up", lambda value: isinstance(value, Real) and 0 <= value < math.inf)
+# Infinity is how torch is told to measure norms and to clip none of them.
+_FROM_0: Rule = ("a number from 0 up", lambda value: isinstance(value, Real) and value >= 0)
 RULES: dict[str, Rule] = {
     "max_steps": _whole_from(1, -1),
     "max_epochs": _whole_from(1, -1),

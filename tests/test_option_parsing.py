@@ -1,9 +1,13 @@
 """Options to values: lists in every spelling, and sentences that name field, value and what is allowed."""
 
+from typing import Optional, Union
+
 import pytest
+from jsonargparse import ArgumentParser
 
 from lskip import commands
 from lskip.cli import main
+from lskip.option_parsing import parse_options
 
 
 @pytest.fixture
@@ -141,3 +145,13 @@ def test_what_is_wrong_with_an_own_module_is_said(case, source, words, tmp_path,
         assert main(command.split()) == 2
         sentence = capsys.readouterr().err
         assert f"{module}.Own" in sentence and words in sentence and sentence.count("\n") == 1, sentence
+
+
+@pytest.mark.kind("M a new user's first hour")
+@pytest.mark.parametrize(("text", "value"), [("2", 2), ("1", 1), ("1.0", 1.0), ("0.5", 0.5), ("null", None)])
+def test_a_whole_number_is_one_whoever_first_wrote_the_type(text, value):
+    """Of Optional[Union[…]] Python keeps the one that was written first, with its order: 1 is one batch, 1.0 is all."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--limit", type=Optional[Union[float, int]], default=None)  # noqa: UP007, UP045
+    found = parse_options(parser, [f"--limit={text}"], parser, {}).limit
+    assert found == value and type(found) is type(value)

@@ -1,6 +1,7 @@
 """Numbers of the Trainer that mean no training, by the field's full name; and numbers that nothing measures."""
 
 import math
+from datetime import timedelta
 
 import pytest
 from lightning.pytorch import Callback, Trainer
@@ -23,7 +24,7 @@ REFUSED = {
     "limit_val_batches": {"limit_val_batches": -0.5},
     "B40 gradient_clip_val": {"gradient_clip_val": -1},
     "gradient_clip_val nan": {"gradient_clip_val": math.nan},
-    "gradient_clip_val inf": {"gradient_clip_val": math.inf},
+    "gradient_clip_val -inf": {"gradient_clip_val": -math.inf},
     "gradient_clip_algorithm": {"gradient_clip_algorithm": "median"},
     "B40 log_every_n_steps": {"log_every_n_steps": -1},
     "B20 accumulate_grad_batches": {"accumulate_grad_batches": 0},
@@ -39,6 +40,10 @@ REFUSED = {
     "devices, none": {"devices": []},
     "max_time": {"max_time": "00:00:00:00"},
     "max_time, a mapping": {"max_time": {"hours": 0}},
+    "max_time, a unit": {"max_time": {"hors": 1}},
+    "max_time, none": {"max_time": ""},
+    "max_time, a word": {"max_time": "os.system"},
+    "max_time, beyond": {"max_time": "9999999999:00:00:00"},
     "fast_dev_run": {"fast_dev_run": -1},
     "overfit_batches": {"overfit_batches": -1},
 }
@@ -63,6 +68,8 @@ def test_what_can_be_passes():
     )
     for devices in (1, "2", -1, [0, 2], "0,1"):
         check_trainer({"devices": devices, "fast_dev_run": 3, "val_check_interval": 0.25})
+    for time in ("00:01:00:00", {"hours": 1}, timedelta(minutes=1)):
+        check_trainer({"max_time": time, "gradient_clip_val": math.inf})
 
 
 class Own(Callback):
