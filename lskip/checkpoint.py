@@ -91,6 +91,9 @@ def read_checkpoint(path: Path, field: str = "model", whole: bool = False) -> di
             raise ValueError(f"{field}: {str(path)!r} is not a checkpoint of lskip (its {name!r} is no mapping)")
     if not isinstance(checkpoint["lskip"].get("config"), dict):
         raise ValueError(f"{field}: {str(path)!r} is not a checkpoint of lskip (its 'config' is no mapping)")
+    for key, part in checkpoint["state_dict"].items():
+        if not isinstance(key, str) or not isinstance(part, Tensor):
+            raise ValueError(f"{field}: {str(path)!r} is not a checkpoint of lskip ({key!r:.50} is no weight)")
     verify(checkpoint if whole else {}, path, field)
     return checkpoint
 

@@ -30,6 +30,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lskip.checkpoint import read_checkpoint, unpack_tokenizer, verify
 from lskip.foreign import first_line, foreign, quietly
+from lskip.generation_values import check_kinds
 from lskip.gguf_facts import (
     Facts,
     check_facts,
@@ -44,7 +45,7 @@ from lskip.low_rank import merged
 from lskip.model_config import build_config, check_memory, check_weights_hold, make_config
 from lskip.model_sources import LAST_CHECKPOINT, Source, ask_hub, find_source, is_run
 from lskip.untrusted import parse_json, read_text
-from lskip.weights_report import check_report
+from lskip.weights_report import check_report, check_types, types_in
 
 __all__ = [
     "LAST_CHECKPOINT",
@@ -148,6 +149,8 @@ def _from_files(found: Source, dtype: torch.dtype, config: PreTrainedConfig) -> 
             **found.transformers_arguments(), **arguments, ignore_mismatched_sizes=True
         )
     check_report(report, model, found.place)
+    if found.kind == "hub":
+        check_kinds(model.generation_config.to_dict(), f"model: {found.place!r}: {GENERATION_FILE}")
     _tie(model)
     return model
 
@@ -159,6 +162,10 @@ def _check_folder(folder: Path, config: PreTrainedConfig) -> None:
     files = [path for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind)]
     if files:
         check_weights_hold(config, sum(path.stat().st_size for path in files), str(folder))
+    for file in files:
+        with foreign(f"model: {str(folder)!r}"):
+            types = types_in(file)
+        check_types(types, str(file))
     if (folder / GENERATION_FILE).is_file():
         where = f"model: '{folder / GENERATION_FILE}'"
         _generation_config(parse_json(read_text(folder / GENERATION_FILE, "model"), where), where)
@@ -168,6 +175,7 @@ def _generation_config(values: object, where: str) -> GenerationConfig:
     """ValueError with `where` in front unless these are settings for `generate`."""
     if not isinstance(values, dict):
         raise ValueError(f"{where} is not a mapping")
+    check_kinds(values, where)
     try:
         return GenerationConfig.from_dict(values)
     except (ValueError, TypeError, AttributeError) as error:
@@ -176,7 +184,13 @@ def _generation_config(values: object, where: str) -> GenerationConfig:
 
 def _read_tokenizer(found: Source, field: str = "model") -> PreTrainedTokenizerBase:
     with foreign(f"{field}: the tokenizer in {found.place!r}"):
-        return AutoTokenizer.from_pretrained(**found.transformers_arguments(), trust_remote_code=False)
+        return _tried(AutoTokenizer.from_pretrained(**found.transformers_arguments(), trust_remote_code=False))
+
+
+def _tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer once it has read a text: what its settings break shows only then."""
+    tokenizer("a")
+    return tokenizer
 
 
 def _tie(model: PreTrainedModel) -> None:
@@ -255,6 +269,7 @@ def _from_checkpoint(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, P
         weights = merged(weights, saved["low_rank_scale"])
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    check_types({name: part.dtype for name, part in weights.items()}, str(path))
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -272,4 +287,4 @@ def _saved_tokenizer(saved: dict, path: Path, field: str = "model") -> PreTraine
         return None
     with tempfile.TemporaryDirectory() as folder, foreign(f"{field}: the tokenizer in {str(path)!r}"):
         unpack_tokenizer(saved["tokenizer"], Path(folder))
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return _tried(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))

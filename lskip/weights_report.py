@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 
+import torch
+from safetensors import safe_open
+from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 _WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DataParallel"}  # prefix -> what saved it
 _TABLES = re.compile(r"rotary_emb\.|\.(attn|attention)\.(masked_)?bias$")  # buffers that models once saved
+_WHOLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)
+_SAFETENSORS = dict(zip(("I8", "U8", "I16", "I32", "I64", "BOOL"), _WHOLE, strict=True))
 logger = logging.getLogger(__name__)
 
 
@@ -42,6 +48,23 @@ def check_report(report: dict, model: PreTrainedModel, place: str) -> None:
             f"model: the weights in {place!r} do not fit its config ({str(report['error_msgs'][0])[:100]})"
         )
     _check_unexpected(unexpected, model, place)
+
+
+def types_in(file: Path) -> dict[str, torch.dtype]:
+    """Return the type of each tensor in a .safetensors or .bin file, by its name; what is no tensor has none."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            return {name: _SAFETENSORS.get(opened.get_slice(name).get_dtype()) for name in opened.keys()}  # noqa: SIM118
+    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return {name: part.dtype for name, part in saved.items() if isinstance(part, Tensor)}
+
+
+def check_types(types: dict[str, torch.dtype], place: str) -> None:
+    """ValueError for weights of whole numbers, which would be read as if they were real ones: they are packed ones."""
+    for name, dtype in types.items():
+        if dtype in _WHOLE and name.endswith((".weight", ".bias")) and not _TABLES.search(name):
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(f"model: the weights in {place!r} are no real numbers: {name} is {kind}")
 
 
 def _check_unexpected(names: list[str], model: PreTrainedModel, place: str) -> None:

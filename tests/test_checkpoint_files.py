@@ -139,6 +139,8 @@ FILES = {
     "of another program": (torch_file(state_dict={}), "no entry 'lskip'"),
     "lskip is no mapping": (torch_file(lskip=5, state_dict={}), "'lskip' is no mapping"),
     "no weights": (torch_file(lskip={"config": {}}), "'state_dict' is no mapping"),
+    "weights of a text": (torch_file(lskip={"config": {}}, state_dict={"model.x": "y"}), "'model.x' is no weight"),
+    "weights of no name": (torch_file(lskip={"config": {}}, state_dict={5: torch.ones(1)}), "5 is no weight"),
     "no config": (torch_file(lskip={}, state_dict={}), "'config' is no mapping"),
     "config without a family": (torch_file(lskip={"config": {}}, state_dict={}), "the family None"),
     "no file": (lambda path: None, "there is no file"),
@@ -161,7 +163,9 @@ def test_a_file_that_is_no_checkpoint(tmp_path, write, words):
 
 
 @pytest.mark.kind(B36)
-@pytest.mark.parametrize("settings", [5, {"max_new_tokens": -4}, {"cache_implementation": "nope"}])
+@pytest.mark.parametrize(
+    "settings", [5, {"max_new_tokens": -4}, {"temperature": "hot"}, {"cache_implementation": "nope"}]
+)
 def test_settings_in_a_checkpoint_that_are_none(tmp_path, settings):
     path = save(tmp_path / "a.ckpt", make_model(), None)
     checkpoint = torch.load(path)

@@ -1,5 +1,7 @@
 """Where a model lies by its name: what is meant by a misspelled one, and nothing that waits for a network."""
 
+import json
+import math
 import time
 
 import pytest
@@ -90,3 +92,35 @@ def test_settings_for_generate_that_are_none_are_not_passed_over(tmp_path, text)
     with pytest.raises(ValueError, match=r"^model: '.*generation_config\.json' is not") as caught:
         load_model(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+NO_SETTINGS = [
+    ("temperature", math.nan),
+    ("temperature", "hot"),
+    ("top_p", "x"),
+    ("top_k", []),
+    ("top_k", 1.5),
+    ("max_new_tokens", math.nan),
+    ("eos_token_id", [[0]]),
+    ("eos_token_id", "x"),
+    ("stop_strings", [5]),
+    ("do_sample", "yes"),
+]
+
+
+@pytest.mark.kind("K11 generation_config.json")
+@pytest.mark.parametrize(("field", "value"), NO_SETTINGS, ids=str)
+def test_a_setting_that_no_model_can_mean_is_named(tmp_path, field, value):
+    """Also where nothing is generated: a training would end in a model that nobody can use."""
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({field: value}))
+    with pytest.raises(ValueError, match=rf"^model: '.*generation_config\.json': {field}: .* is not "):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.kind("K11 generation_config.json")
+def test_settings_that_mean_something_elsewhere_are_left_to_whoever_decodes(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    settings = {"top_k": -1, "temperature": 1, "max_new_tokens": 20, "eos_token_id": [0, 299], "stop_strings": "x"}
+    (tmp_path / "generation_config.json").write_text(json.dumps({**settings, "do_sample": None}))
+    assert load_model(str(tmp_path))[0].generation_config.top_k == -1

@@ -1,5 +1,6 @@
 """Every kind of `--model`: the loaded model computes what the saved one did, and a wrong one gets one sentence."""
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -171,3 +172,19 @@ def test_a_model_without_a_tokenizer(tmp_path, tiny_model):
         assert load_model(str(source))[1] is None
         with pytest.raises(ValueError, match="has no tokenizer"):
             load_tokenizer(str(source))
+
+
+@pytest.mark.kind("B36 damaged and foreign checkpoints")
+@pytest.mark.parametrize("of_run", [False, True])
+def test_a_tokenizer_that_cannot_read_a_text_is_told_when_it_is_loaded(tmp_path, tiny_model, tiny_tokenizer, of_run):
+    broken = copy.deepcopy(tiny_tokenizer)
+    broken.model_max_length = "x"
+    if of_run:
+        place = save_checkpoint(tmp_path / "a.ckpt", tiny_model(), broken)
+    else:
+        place = tmp_path / "model"
+        tiny_model().save_pretrained(place)
+        broken.save_pretrained(place)
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ValueError, match=rf"^model: the tokenizer in '{place}' could not be read .*'str'"):
+            load(str(place))

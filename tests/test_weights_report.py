@@ -44,6 +44,8 @@ INPUTS = {
     "config with biases": (dict, {"attention_bias": True}, "lack 'model.layers.0.self_attn.k_proj.bias'"),
     "shape of a norm": (also(model__norm__weight=torch.ones(16)), {}, "model.norm.weight is (16,), not (32,)"),
     "config of another width": (dict, {"intermediate_size": 60}, "down_proj.weight is (32, 64), not (32, 60)"),
+    "whole numbers": (lambda weights: {name: part.int() for name, part in weights.items()}, {}, "weight is int32"),
+    "bytes": (also(model__norm__weight=torch.ones(32, dtype=torch.uint8)), {}, "model.norm.weight is uint8"),
     "config of another vocabulary": (dict, {"vocab_size": 299}, "embed_tokens.weight is (300, 32), not (299, 32)"),
 }  # fmt: skip
 
