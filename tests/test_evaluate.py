@@ -162,6 +162,10 @@ BROKEN = {
     "no such metric": ({"metric_list": [{"metric": "nope"}]}, "tasks: broken cannot be read by lm-eval"),
     "no such data": ({"dataset_kwargs": {"data_files": "/no.jsonl"}}, "tasks: broken cannot be read by lm-eval"),
     "no such kind": ({"output_type": "nope"}, "tasks: broken cannot be read by lm-eval"),
+    "no kind": ({"output_type": None}, "tasks: broken cannot be read by lm-eval (UnboundLocalError"),
+    "a number for a name": ({"task": 5}, "tasks: broken cannot be read by lm-eval (TypeError"),
+    "worked examples below 0": ({"num_fewshot": -1}, "tasks: broken: num_fewshot: -1 is not a whole number"),
+    "worked examples that there are not": ({"num_fewshot": 10**6}, "tasks: num_fewshot: is more than"),
     "no such hub data set": ({"dataset_path": "no_owner/none"}, "tasks: broken cannot be read by lm-eval"),
     "a temperature in words": (
         {

@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.util
+import itertools
 import json
 import logging
 import random
 import re
+import traceback
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +29,7 @@ from lskip.plain_console import plain_console, plain_table
 from lskip.pretrained import load_model
 from lskip.trained_exits import load_trained_exits
 from lskip.user_errors import one_line
+from lskip.user_paths import user_path
 
 if TYPE_CHECKING:
     from lskip.evaluation.lm_eval_adapter import ExitModel
@@ -72,7 +75,7 @@ def evaluate(
     named, asked_exits = [name.strip() for name in tasks.split(",") if name.strip()], exit_names(exits)
     _check_numbers(batch_size, num_fewshot, limit)
     check_choice("dtype", dtype, DTYPES)
-    path = _free(Path(output or name_of(model)), overwrite)
+    path = _free(user_path(name_of(model) if output is None else output, "output"), overwrite)
     _require_lm_eval()
     place, exit_layers = resolve_device(device), exit_layers_of(asked_exits, layers_of(model))
     with only_writer(path, "output"):
@@ -93,7 +96,7 @@ def evaluate(
 
 def name_of(model: str) -> str:
     """What a file of results is called where nobody has said: after the model and the time, as no other is."""
-    name = re.sub(r"[^\w.-]+", "-", Path(model).resolve().name)
+    name = re.sub(r"[^\w.-]+", "-", user_path(model, "model").resolve().name)
     return f"results_{name}_{datetime.now():%Y-%m-%d_%H-%M-%S}.json"
 
 
@@ -176,9 +179,12 @@ def _load_tasks(names: list[str], include_path: str | None, num_fewshot: int | N
     """The tasks and groups of these names as lm-eval takes them, their data read."""
     from lm_eval.tasks import TaskManager
 
-    if include_path is not None and not Path(include_path).is_dir():
+    if include_path is not None and not user_path(include_path, "include_path").is_dir():
         raise FileNotFoundError(f"include_path: there is no folder '{include_path}'")
-    manager = _own_tasks(names, include_path) or TaskManager(include_path=include_path)
+    try:
+        manager = _own_tasks(names, include_path) or TaskManager(include_path=include_path)
+    except Exception as error:  # whatever a task's file leads to; nothing of lskip runs in there, nor below
+        raise _unreadable(names, error) from error
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown or not names:
         said = f"tasks: {', '.join(unknown) or 'none'} is not a task of lm-eval-harness or of include_path"
@@ -187,14 +193,27 @@ def _load_tasks(names: list[str], include_path: str | None, num_fewshot: int | N
     random.seed(SEED)  # tasks may draw from it while they read their data
     try:
         loaded = manager.load(names)
-    except Exception as error:  # whatever lm-eval and datasets make of a task file; nothing of lskip runs in there
-        said = f"{type(error).__name__}: {error}"
-        raise ValueError(f"tasks: {', '.join(names)} cannot be read by lm-eval ({said})") from error
-    for task in loaded["tasks"].values():
+    except Exception as error:
+        raise _unreadable(names, error) from error
+    for name, task in loaded["tasks"].items():
         own = task.get_config("num_fewshot")
+        if own is not None:
+            check_whole(f"tasks: {name}: num_fewshot", own, 0)
         if own != 0:  # a task that says 0 means it, whatever is asked for: so does lm-eval
             task.set_config("num_fewshot", (own or 0) if num_fewshot is None else num_fewshot)
     return loaded
+
+
+def _unreadable(names: list[str], error: Exception) -> ValueError:
+    said = f"{type(error).__name__}: {error}"
+    return ValueError(f"tasks: {', '.join(names)} cannot be read by lm-eval ({said})")
+
+
+def _runs_lskip(error: Exception) -> bool:
+    """Return whether lm-eval had called lskip, a model's scores, when this was raised: then it may be lskip's fault."""
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    below = itertools.dropwhile(lambda name: not name.startswith("lm_eval."), modules)
+    return any(name.startswith("lskip.") for name in below)
 
 
 def _own_tasks(names: list[str], include_path: str | None):
@@ -228,13 +247,16 @@ def _evaluate_exit(model: ExitModel, tasks: dict, options: dict) -> dict[str, di
 
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(SEED)  # the same examples for every exit
+    sampled = {"bootstrap_iters": BOOTSTRAP_SAMPLES, "log_samples": False}
     try:
-        return evaluate_model(model, tasks, bootstrap_iters=BOOTSTRAP_SAMPLES, log_samples=False, **options)["results"]
+        return evaluate_model(model, tasks, **sampled, **options)["results"]
     except TemplateError as error:
         raise ValueError(f"tasks: a template cannot be filled in ({error})") from error
-    except OverflowError as error:  # the exponential of a mean loss
-        raise ValueError(f"exits: the perplexity of exit {model.exit_layer} is more than a float holds") from error
-    except ValueError as error:
-        if "larger than population" not in str(error):
+    except Exception as error:
+        if "math range error" in str(error):  # the exponential of a mean loss
+            raise ValueError(f"exits: the perplexity of exit {model.exit_layer} is more than a float holds") from error
+        if "larger than population" in str(error):
+            raise ValueError("tasks: num_fewshot: is more than a task has worked examples") from error
+        if _runs_lskip(error):
             raise
-        raise ValueError("num_fewshot: is more than a task has worked examples") from error
+        raise _unreadable(list(tasks["tasks"]), error) from error
