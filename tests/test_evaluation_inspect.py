@@ -82,7 +82,7 @@ def test_of_a_pair_the_page_leaves_out_what_fills_the_block(tmp_path, model_fold
 
 
 REFUSED = {
-    "--data=nowhere.txt": "data: source: no file or folder 'nowhere.txt'",
+    "--data=nowhere.txt": "data: no file or folder 'nowhere.txt'",
     "--block_size=1": "block_size: 1 is not a whole number from 2 up",
     "--block_size=129": "block_size: 129 is more than the 128 tokens that the model can read",
     "--text_tokens=1": "text_tokens: 1 is not a whole number from 2 up",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pydoc_data.topics import topics
@@ -58,12 +59,19 @@ class DataOptions:
         """The documents; ValueError or FileNotFoundError, one sentence, if they cannot be read."""
         if self.data == TOPICS:
             return Documents("text", [{"text": "\n\n".join(topics[name] for name in sorted(topics))}], self.split)
-        try:
+        with _named_data():
             check_source(self.data)
             rows, _ = open_source(self.data, streaming=True)
             return Documents(record_kind(first_columns(rows, self.data), None, self.data), rows, self.split)
-        except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"data: {error}") from error
+
+
+@contextmanager
+def _named_data() -> Iterator[None]:
+    """Around what reads: a ValueError or FileNotFoundError names the option, which is called source in `fit`."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"data: {str(error).removeprefix('source: ')}") from error
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,8 @@ class Documents:
         if self.kind == "chat":
             check_chat_template(tokenizer)
         encoder = ENCODERS[self.kind](check_tokenizer(tokenizer), options.block_size)
-        rows = list(islice(encoded_rows(encoder, self._records()), options.num_blocks))
+        with _named_data():
+            rows = list(islice(encoded_rows(encoder, self._records()), options.num_blocks))
         if not rows:
             raise ValueError(f"data: {options.name} does not fill one block_size of {options.block_size} tokens")
         size = options.batch_size
