@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from jsonargparse._loaders_dumpers import get_yaml_default_loader
 from jsonargparse._paths import Path as PathOption
 
 from lskip.untrusted import check_nodes, parse_yaml, read_text
+from lskip.user_paths import user_path
 
 CONFIG_HELP = "YAML file with the options below, or the name of one of `lskip configs`; later ones win"
 
@@ -41,7 +43,11 @@ def _checked(compose, loader: yaml.SafeLoader) -> yaml.Node | None:
 @lru_cache
 def _text_of(path: str) -> str:
     # Once a command: a pipe (`--config <(…)`) can be read once.
-    return read_text(Path(path), "config")
+    try:
+        return read_text(Path(path), "config")
+    except OSError as error:
+        # The parser reads whatever file a value names, and takes the value for a text where a ValueError says no.
+        raise ValueError(f"config: '{path}' cannot be read ({error.strerror})") from error
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -71,7 +77,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Return the options in a YAML file, numbers as the command line reads them.
 
     Raises:
-        ValueError: one sentence with the file's name. OSError: it cannot be read.
+        ValueError: one sentence with the file's name.
     """
     content = parse_yaml(_text_of(os.path.abspath(path)), f"config: '{path}'", get_yaml_default_loader())
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -82,7 +88,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def config_file(name: str) -> Path:
     """Return where a config is: a file, or else one that comes with lskip. ValueError, OSError: it is neither."""
-    path = Path(name).expanduser()
+    path = user_path(name, "config")
     if path.is_dir():
         raise IsADirectoryError(f"config: '{path}' is a folder")
     return path if path.exists() else shipped_config(name)
@@ -112,11 +118,17 @@ def _check_content(content: dict[str, Any], parser: ArgumentParser) -> None:
             raise ValueError(f"config: {value!r} is not the name of a file")
         if names.get(name) and not isinstance(value, dict | str):
             raise ValueError(f"{name}: {'null' if value is None else repr(value)} is not options and their values")
-        if _has_nul(value):
-            raise ValueError(f"{name}: a NUL in a text is not allowed")
+        for field in _with_nul(name, value):
+            raise ValueError(f"{field}: a NUL in a text is not allowed")
 
 
-def _has_nul(value: Any) -> bool:
+def _with_nul(name: str, value: Any) -> Iterator[str]:
+    """Yield the whole names of the fields that hold a NUL."""
     if isinstance(value, dict):
-        return any(_has_nul(part) for pair in value.items() for part in pair)
-    return any(_has_nul(part) for part in value) if isinstance(value, list) else "\0" in str(value)
+        for key, part in value.items():
+            yield from _with_nul(f"{name}.{key}", part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _with_nul(name, part)
+    if "\0" in name or (isinstance(value, str) and "\0" in value):
+        yield name
