@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -62,16 +63,25 @@ CONFIG_EITHER = {
     "num_hidden_layers": [2],
 }
 GENERATION = {
-    "temperature": ["hot", -1, NAN, [1], {}],
-    "top_p": [2, -1, NAN, "x", 0],
-    "top_k": ["x", 1.5, [], -7],
-    "min_p": [2, -1, "x"],
-    "repetition_penalty": [0, -1, NAN, "x"],
-    "max_new_tokens": [0, -1, "x", 1.5, NAN],
+    "temperature": ["hot", NAN, [1], {}],
+    "top_p": [NAN, "x"],
+    "top_k": ["x", 1.5, []],
+    "min_p": ["x"],
+    "repetition_penalty": [NAN, "x"],
+    "max_new_tokens": ["x", 1.5, NAN],
     "stop_strings": [5, [5], [""], {"a": 1}],
     "eos_token_id": ["x", [[0]]],
 }
+# Beyond what lskip goes by: whoever decodes is told, who may name another; nobody else is held up.
+GENERATION_RANGE = {
+    "top_p": [2, -1, 0],
+    "top_k": [-7, -1],
+    "min_p": [2, -1],
+    "repetition_penalty": [0, -1],
+}
 GENERATION_EITHER = {
+    "temperature": [-1],
+    "max_new_tokens": [0, -1],
     "do_sample": ["x", 5],
     "max_length": [0, -1, "x"],
     "min_new_tokens": [10**6, -1, "x"],
@@ -112,6 +122,9 @@ def cases(random: Random) -> Iterator[Case]:
     yield from fields("config.json", "config field", CONFIG_EITHER, either(done(), refused("model")), 1, random)
     yield from fields("generation_config.json", "generation field", GENERATION, refused("generation_config"), 2, random)
     told = either(done(), refused("generation_config"))
+    for case in fields("generation_config.json", "generation field", GENERATION_RANGE, told, 2, random):
+        decodes = case.command in ("generate", "predict", "sweep")
+        yield replace(case, right=refused("generation_config")) if decodes else case
     yield from fields("generation_config.json", "generation field", GENERATION_EITHER, told, 1, random)
     yield from whole_files(random)
 

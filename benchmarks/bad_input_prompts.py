@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -251,12 +252,9 @@ def outputs(random: Random) -> Iterator[Case]:
     for _ in range(4):
         text = (first + second).encode()
         cut = random.randrange(1, len(text))
-        right = either(refused("output|resume"), done(answers(numbered(PROMPTS), model=None)))
-        yield case(
-            "resume",
-            f"cut at byte {cut}",
-            right,
-            writes("out.jsonl", text[:cut]),
-            "{place}/prompts.txt",
-            "--resume=true",
-        )
+        whole = text[: text.rfind(b"\n", 0, cut) + 1]  # half a line at the end is nobody's answer, and goes
+        stays = lambda seen, w=whole: None if (seen.here / "out.jsonl").read_bytes() == w else "lines are lost"  # noqa: E731
+        right = either(refused("output|resume", check=stays), done(answers(numbered(PROMPTS), model=None)))
+        begun = writes("out.jsonl", text[:cut])
+        found = case("resume", f"cut at byte {cut}", right, begun, "{place}/prompts.txt", "--resume=true")
+        yield replace(found, leaves=("out.jsonl",))

@@ -27,7 +27,8 @@ def cases(random: Random) -> Iterator[Case]:
 def harness(random: Random) -> Iterator[Case]:
     """A task of lm-eval in a folder of one's own, something about it wrong."""
     changed = {
-        "doc_to_text": ["{{nope.x}}", "{% if %}", "{{question", 5, "{% for i in range(10**8) %}x{% endfor %}"],
+        # (What a task of one's own computes takes its time: lm-eval runs functions that it names, too.)
+        "doc_to_text": ["{{nope.x}}", "{% if %}", "{{question", 5, "{% for i in range(10**5) %}x{% endfor %}"],
         "doc_to_target": ["{{nope}}", "nobody"],
         "doc_to_choice": ["{{nope}}", [], "x", ["a", "a"]],
         "output_type": ["nope", None],
