@@ -239,7 +239,8 @@ def by_hand() -> Iterator[Case]:
 
 def bad_value(command: str, option: str, kind: str, value: str) -> Case:
     what = f"{option}={value[:60]!r}"
-    return Case(command, kind, what, arguments(command, option, value), refused(option), odd_files, makes=MAKES)
+    named = "runs|not UTF-8" if option == "runs" else option  # a word that is no text is told before what it is
+    return Case(command, kind, what, arguments(command, option, value), refused(named), odd_files, makes=MAKES)
 
 
 def good_value(command: str, option: str, value: str) -> Case:

@@ -41,6 +41,7 @@ from lskip.pretrained import load_model
 from lskip.prompt_file import Prompt
 from lskip.step_bar import StepBar
 from lskip.trainer_manners import how_to_go_on, interruptible, quiet_lightning
+from lskip.untrusted import printable
 from lskip.user_paths import user_path
 
 METRICS_FILE = "metrics.json"
@@ -293,4 +294,4 @@ def _finish(folder: Path, module: AdapterModule, metrics: dict) -> None:
     rounds = ", ".join(f"{value:.2f} at d = {d}" for d, value in metrics["tokens_per_round"].items())
     print(f"draft_agreement {metrics['draft_agreement']:.3f} (by draft step: {steps})")
     print(f"tokens_per_round {rounds}, on {metrics['answers']['held_out']} held-out answers")
-    print(f"adapter: {folder}")
+    print(printable(f"adapter: {folder}", keep=""))

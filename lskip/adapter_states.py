@@ -22,6 +22,7 @@ from lskip.adapter_answers import AnswerRow
 from lskip.data.loading import ResumableLoader, ResumableSampler
 from lskip.decoder import Decoder
 from lskip.row_store import RowStore
+from lskip.untrusted import printable
 
 SPLITS = ("train", "held_out")
 GREEDY_SHARE = 0.98  # of an answer's tokens: so many are the model's likeliest if nothing was sampled
@@ -130,7 +131,7 @@ class StateCache:
             for store in stores:
                 if damaged := store.forget_damaged(digests):
                     said = f"{damaged} rows are damaged, and computed again"
-                    print(f"warning: cache_dir: '{store.folder}': {said}", file=sys.stderr)
+                    print(printable(f"warning: cache_dir: '{store.folder}': {said}", keep=""), file=sys.stderr)
         missing = {split: self._missing(split, side) for split, side in sides.items()}
         tokens = sum(len(row.token_ids) for groups in missing.values() for group in groups for row in group)
         with tqdm(total=tokens, unit="token", unit_scale=True, desc="states", disable=not tokens) as bar:

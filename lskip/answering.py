@@ -77,7 +77,7 @@ def predict(
                 said = _write_answers(file, asked, outcomes, len(answered))
         put_in_order(path)
         forget_settings(path)
-    print(f"{len(asked)} answers in '{output}' ({said})", file=sys.stderr)
+    print(printable(f"{len(asked)} answers in '{output}' ({said})", keep=""), file=sys.stderr)
 
 
 def _check_exit(decoding: DecodingOptions, loading: LoadingOptions) -> None:

@@ -50,7 +50,11 @@ def _checked(compose, loader: yaml.SafeLoader) -> yaml.Node | None:
 @lru_cache
 def _text_of(path: str) -> str:
     # Once a command: a pipe (`--config <(…)`) can be read once.
-    return read_text(Path(path), "config")
+    try:
+        return read_text(Path(path), "config")
+    except OSError as error:
+        # The parser reads whatever file a value names, and takes the value for a text where a ValueError says no.
+        raise ValueError(f"config: '{path}' cannot be read ({error.strerror})") from error
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -80,7 +84,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Return the options in a YAML file, numbers as the command line reads them.
 
     Raises:
-        ValueError: one sentence with the file's name. OSError: it cannot be read.
+        ValueError: one sentence with the file's name.
     """
     content = parse_yaml(_text_of(os.path.abspath(path)), f"config: '{path}'", get_yaml_default_loader())
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

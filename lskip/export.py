@@ -33,6 +33,7 @@ from lskip.model_config import with_layers
 from lskip.output_files import hidden_beside, only_writer
 from lskip.pretrained import GENERATION_FILE, find_source, load_config, load_model, load_tokenizer
 from lskip.trained_exits import load_trained_exits
+from lskip.untrusted import printable
 from lskip.user_paths import user_path
 
 DRAFT_FOLDER, GGUF_FILE, CARD_FILE = "draft", "model.gguf", "README.md"
@@ -91,7 +92,8 @@ def export(
             # Only a whole model ever stands under the name that was asked for.
             os.replace(partial, folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"{folder}: {size / 1e6:,.1f} MB; decode with it: lskip generate --model {folder} --prompt …")
+    advice = f"decode with it: lskip generate --model {folder} --prompt …"
+    print(printable(f"{folder}: {size / 1e6:,.1f} MB; {advice}", keep=""))
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:

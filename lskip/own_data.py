@@ -61,7 +61,8 @@ def _data_of(run: Path, has_source: bool) -> dict[str, Any] | None:
     arguments = data.get("init_args")
     source = arguments.get("source", "") if isinstance(arguments, dict) else ""
     if not has_source:
-        print(f"data: as in {path}{printable(f' (source {source})', keep='') if source else ''}", file=sys.stderr)
+        said = f" (source {source})" if source else ""
+        print(printable(f"data: as in {path}{said}", keep=""), file=sys.stderr)
     return data
 
 

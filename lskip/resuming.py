@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from lskip.run_folder import CONFIG_FILE
-from lskip.untrusted import parse_yaml, read_text
+from lskip.untrusted import parse_yaml, printable, read_text
 
 KEPT = "a run that goes on keeps its data, tokenizer, model and optimizer; for another one there is --run_folder"
 # Of the data only these may change: how much of it is read at a time, and what nothing is learned from.
@@ -100,7 +100,7 @@ def goes_on(step: int, changes: list[str], max_steps: int) -> str:
     if 0 < max_steps <= step:
         return f"the run is at step {step} already, of trainer.max_steps {max_steps}: there is nothing to train"
     otherwise = f" with {', '.join(changes)}" if changes else ""
-    return f"goes on after step {step}{otherwise}"
+    return printable(f"goes on after step {step}{otherwise}", keep="")
 
 
 def check_same_model(checkpoint: dict, config: PreTrainedConfig) -> None:

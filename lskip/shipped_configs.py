@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from lskip.config_files import shipped_config, shipped_configs
+from lskip.untrusted import printable
 from lskip.user_paths import user_path
 
 USAGE = """usage: lskip configs                    the configs that come with lskip: --config takes their names
@@ -38,7 +39,7 @@ def copy_config(name: str, place: Path) -> None:
     if target.exists():
         raise FileExistsError(f"DEST: '{target}' exists already")
     shutil.copyfile(source, target)
-    print(f"config: {target}")
+    print(printable(f"config: {target}", keep=""))
 
 
 def _listed() -> list[str]:

@@ -285,8 +285,7 @@ class LayerSkipCLI(LightningCLI):
         """Trainer.fit, and how to go on after Ctrl-C."""
         if self.resumed is not None and self.trainer.is_global_zero:
             print(goes_on(self.resumed["global_step"], self.changes, self.trainer.max_steps))
-        saved = self.folder / LAST_CHECKPOINT
-        advice = partial(how_to_go_on, self.trainer, saved, "--ckpt_path last")
+        advice = partial(how_to_go_on, self.trainer, self.folder / LAST_CHECKPOINT, "--ckpt_path last")
         with interruptible(self.trainer, advice), watched_is_measured():
             self.trainer.fit(model, **arguments)
         print_end(self.trainer, self.folder)

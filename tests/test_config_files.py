@@ -70,6 +70,8 @@ def test_what_is_no_config_is_one_sentence_at_once(content, words, command, tmp_
         pytest.param(["fit", "--config", "memory://c.yaml"], "config: no file", id="a file system of its own"),
         pytest.param(["fit", "--model=x", "--trainer", "http://127.0.0.1:1/c.yaml"], "trainer: http", id="a group's"),
         pytest.param(["fit", "--config", "."], "config: folder", id="B41 a folder"),
+        pytest.param(["fit", "--config=/proc/self/mem"], "config: cannot be read", id="what cannot be read"),
+        pytest.param(["fit", "--model=x", "--optimizer=/proc/self/mem"], "optimizer: class kind", id="nor a class's"),
         pytest.param(["fit", "--config", "quikstart"], "config: quickstart", id="M1 misspelled"),
     ],
 )

@@ -336,3 +336,10 @@ def test_it_says_what_it_wrote(tmp_path, checkpoint, capsys, monkeypatch):
     export(str(checkpoint[0]), "mine")
     line = capsys.readouterr().out
     assert line.count("\n") == 1 and f"lskip generate --model {tmp_path / 'mine'}" in line and " MB" in line
+
+
+@pytest.mark.kind("B34 names and words of strangers")
+def test_a_folder_with_escapes_in_its_name_moves_no_cursor(tmp_path, checkpoint, capsys):
+    export(str(checkpoint[0]), str(tmp_path / "d\x1b[2Je"))
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "d\\x1b[2Je" in printed

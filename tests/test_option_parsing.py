@@ -1,13 +1,16 @@
 """Options to values: lists in every spelling, and sentences that name field, value and what is allowed."""
 
 import inspect
+from typing import Optional, Union
 
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
 from jsonargparse._util import import_object
 
 from lskip import commands
 from lskip.cli import main
+from lskip.option_parsing import parse_options
 
 
 @pytest.fixture
@@ -253,3 +256,13 @@ def test_a_default_that_is_an_enum_is_written_as_its_text(capsys):
     spec = "[{class_path: lightning.pytorch.callbacks.Timer, init_args: {duration: '00:00:05:00'}}]"
     (timer,) = printed(capsys, f"--trainer.callbacks={spec}")["trainer"]["callbacks"]
     assert timer["init_args"]["interval"] == "step"
+
+
+@pytest.mark.kind("M a new user's first hour")
+@pytest.mark.parametrize(("text", "value"), [("2", 2), ("1", 1), ("1.0", 1.0), ("0.5", 0.5), ("null", None)])
+def test_a_whole_number_is_one_whoever_first_wrote_the_type(text, value):
+    """Of Optional[Union[…]] Python keeps the one that was written first, with its order: 1 is one batch, 1.0 is all."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--limit", type=Optional[Union[float, int]], default=None)  # noqa: UP007, UP045
+    found = parse_options(parser, [f"--limit={text}"], parser, {}).limit
+    assert found == value and type(found) is type(value)

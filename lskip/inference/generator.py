@@ -30,6 +30,7 @@ from lskip.inference.settings import GenerationSettings
 from lskip.inference.steps import build_draft_step, build_step
 from lskip.inference.stopping import end_tokens, stop_rule
 from lskip.inference.text import TextPieces, decode_text, encode_prompt
+from lskip.untrusted import printable
 from lskip.user_paths import user_path
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ class TextGenerator:
         self.eos_ids = end_tokens(model, tokenizer)
         self.model_defaults = read_defaults(model.generation_config, self.eos_ids, decoder.device, decoder.vocab_size)
         if ignored := ignored_by_lskip(model.generation_config):
-            print(f"warning: generation_config: lskip does not go by {', '.join(ignored)}", file=sys.stderr)
+            said = f"warning: generation_config: lskip does not go by {', '.join(ignored)}"
+            print(printable(said, keep=""), file=sys.stderr)
         self.num_layers, self.vocab_size = decoder.num_layers, decoder.vocab_size
         self.context_length = decoder.context_length
         # First, since building `step` may take the model apart.
