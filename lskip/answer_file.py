@@ -66,6 +66,8 @@ def start_output(path: Path, prompts: list[Prompt], overwrite: bool, resume: boo
 
 
 def _check_writable(path: Path) -> None:
+    if path.is_fifo():
+        return  # who reads a named pipe would take the end of this for the end of all
     with _named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab", buffering=0) as file:

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -396,3 +397,15 @@ def test_an_output_behind_a_link_that_leads_nowhere_yet(tmp_path, model_folder):
     base = ["predict", f"--prompts={tmp_path}/prompts.txt", f"--model={model_folder}", "--max_new_tokens=2"]
     assert main([*base, f"--output={tmp_path}/link.jsonl"]) == 0
     assert (tmp_path / "link.jsonl").is_symlink() and len(answers(tmp_path / "real.jsonl")) == 1
+
+
+@pytest.mark.kind("links, pipes and devices stay what they are")
+def test_an_output_that_is_a_named_pipe_is_written_once(tmp_path, model_folder):
+    (tmp_path / "prompts.txt").write_text("def f\nx\n")
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as reader:
+        got = reader.submit((tmp_path / "pipe").read_text)  # to the first end
+        base = ["predict", f"--prompts={tmp_path}/prompts.txt", f"--model={model_folder}", "--max_new_tokens=2"]
+        assert main([*base, f"--output={tmp_path}/pipe"]) == 0
+        assert [json.loads(line)["prompt"] for line in got.result(20).splitlines()] == ["def f", "x"]
+    assert (tmp_path / "pipe").is_fifo()
