@@ -143,7 +143,12 @@ class AnswerFile:
             self._file.close()
 
     def write(self, row: dict) -> None:
-        """Adds a line. ValueError: there is no place left for it; what was written before stays."""
+        """Adds a line.
+
+        Raises:
+            ValueError: there is no place left for it; what was written before stays.
+            BrokenPipeError: who read a pipe has gone, as `| head` does.
+        """
         line = memoryview(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         try:
             if self._file is None:
@@ -151,6 +156,8 @@ class AnswerFile:
                 self.begun()
             while line:
                 line = line[self._file.write(line) :]
+        except BrokenPipeError:
+            raise
         except OSError as error:
             advice = "what was written stays; go on with --resume true"
             raise ValueError(f"output: cannot write '{self.path}' ({error.strerror}); {advice}") from error
