@@ -66,6 +66,8 @@ def start_output(path: Path, prompts: list[Prompt], overwrite: bool, resume: boo
 
 
 def _check_writable(path: Path) -> None:
+    if path.is_fifo():
+        return  # who reads a named pipe would take the end of this for the end of all
     with _named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab", buffering=0) as file:
@@ -141,7 +143,12 @@ class AnswerFile:
             self._file.close()
 
     def write(self, row: dict) -> None:
-        """Adds a line. ValueError: there is no place left for it; what was written before stays."""
+        """Adds a line.
+
+        Raises:
+            ValueError: there is no place left for it; what was written before stays.
+            BrokenPipeError: who read a pipe has gone, as `| head` does.
+        """
         line = memoryview(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         try:
             if self._file is None:
@@ -149,6 +156,8 @@ class AnswerFile:
                 self.begun()
             while line:
                 line = line[self._file.write(line) :]
+        except BrokenPipeError:
+            raise
         except OSError as error:
             advice = "what was written stays; go on with --resume true"
             raise ValueError(f"output: cannot write '{self.path}' ({error.strerror}); {advice}") from error

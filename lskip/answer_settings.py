@@ -18,7 +18,8 @@ from lskip.prompt_file import Prompt
 from lskip.untrusted import parse_json, read_text
 
 LOADING = ("dtype", "draft_weights", "exit_adapter", "bit_exact")  # of LoadingOptions; others only decide the speed
-KINDS = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
+KINDS = (".safetensors", ".bin", ".model", ".jinja")
+NAMED = ("config", "token", "vocab", "merges", "template", "index")  # .json and .txt; others are no part of a model
 CHECKED_TOKENS = 32
 PIECES, PIECE = 16, 2**16  # of a file that are read to tell it from others
 
@@ -49,7 +50,8 @@ def check_same_settings(output: Path, settings: dict[str, Any]) -> bool:
     except ValueError:
         begun = None
     if not isinstance(begun, dict) or begun.keys() != settings.keys():
-        raise ValueError(f"output: '{path}' does not say how '{output}' was begun; replace both by --overwrite true")
+        advice = "remove it to have the answers looked at, or replace both by --overwrite true"
+        raise ValueError(f"output: '{path}' does not say how '{output}' was begun; {advice}")
     if begun["model_files"] != settings["model_files"]:
         was = begun["model"] if begun["model"] != settings["model"] else "the same, whose files have changed"
         raise ValueError(f"model: {settings['model']!r}, but '{output}' was begun with {was}; {ADVICE}")
@@ -137,7 +139,8 @@ def _files(place: Path) -> Iterator[Path]:
         yield place
         return
     for path in sorted(place.iterdir()):
-        if path.suffix in KINDS and path.is_file() and path.name != "tuned.json":
+        named = path.suffix in (".json", ".txt") and any(word in path.name for word in NAMED)
+        if (named or path.suffix in KINDS) and path.is_file():
             yield path
 
 

@@ -114,6 +114,9 @@ def test_a_model_whose_files_have_changed_is_another(tmp_path, models, command, 
     shutil.copytree(models / "a", tmp_path / "model")
     stop_after(monkeypatch, 3)
     assert main([*command, f"--model={tmp_path}/model", *BASE]) == 130
+    (tmp_path / "model" / "costs.json").write_text("{}")  # as --costs_file makes it: no part of the model
+    stop_after(monkeypatch, 1)
+    assert main([*command, f"--model={tmp_path}/model", *BASE, "--resume=true"]) == 130
     shutil.copy(models / "b" / "model.safetensors", tmp_path / "model")
     assert main([*command, f"--model={tmp_path}/model", *BASE, "--resume=true"]) == 2
     assert "whose files have changed" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -336,3 +337,25 @@ def test_no_name_is_cut_in_a_table(capsys, monkeypatch, terminal):
 def test_exits_that_are_none_are_told(exits):
     with pytest.raises(ValueError, match=r"exits: '.*' is not a layer's number or last; write them like 8,16,last"):
         exit_names(exits)
+
+
+@pytest.mark.kind("B6 predict goes on with other settings, another model or another seed")
+@pytest.mark.parametrize(("file", "name"), [("model/model.safetensors", "model_files"), ("adds.jsonl", "task.content")])
+def test_a_sweep_goes_on_with_the_files_it_was_begun_with(place, whole, capsys, tmp_path, file, name):
+    """What has the same name as before may not be the same."""
+    for part in ("model", "whole"):
+        shutil.copytree(place / part, tmp_path / part)
+    shutil.copy(place / "adds.jsonl", tmp_path)
+    (tmp_path / "whole" / "cells.jsonl").unlink()
+    assert main(arguments(tmp_path, "whole")) == 0
+    (tmp_path / "model" / "results.json").write_text("{}")  # is no part of the model
+    assert main(arguments(tmp_path, "whole", "--resume=true")) == 0
+    before = (tmp_path / "whole" / "cells.jsonl").read_bytes()
+    if file == "adds.jsonl":
+        (tmp_path / file).write_text((tmp_path / file).read_text().replace("def f1", "def g1"))
+    else:
+        make_model(seed=1, eos_token_id=None).save_pretrained(tmp_path / "model")
+    assert main(arguments(tmp_path, "whole", "--resume=true")) == 2
+    said = capsys.readouterr().err
+    assert f"{name}: " in said and "but the sweep in" in said
+    assert (tmp_path / "whole" / "cells.jsonl").read_bytes() == before

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from conftest import make_model
 from transformers import AutoModelForCausalLM
 
 from lskip import command_options, commands
-from lskip.answer_file import put_in_order, start_output
+from lskip.answer_file import AnswerFile, put_in_order, start_output
 from lskip.cli import main
 from lskip.inference import TextGenerator
 from lskip.pretrained import load_model
@@ -396,3 +397,25 @@ def test_an_output_behind_a_link_that_leads_nowhere_yet(tmp_path, model_folder):
     base = ["predict", f"--prompts={tmp_path}/prompts.txt", f"--model={model_folder}", "--max_new_tokens=2"]
     assert main([*base, f"--output={tmp_path}/link.jsonl"]) == 0
     assert (tmp_path / "link.jsonl").is_symlink() and len(answers(tmp_path / "real.jsonl")) == 1
+
+
+@pytest.mark.kind("links, pipes and devices stay what they are")
+def test_an_output_that_is_a_named_pipe_is_written_once(tmp_path, model_folder):
+    (tmp_path / "prompts.txt").write_text("def f\nx\n")
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as reader:
+        got = reader.submit((tmp_path / "pipe").read_text)  # to the first end
+        base = ["predict", f"--prompts={tmp_path}/prompts.txt", f"--model={model_folder}", "--max_new_tokens=2"]
+        assert main([*base, f"--output={tmp_path}/pipe"]) == 0
+        assert [json.loads(line)["prompt"] for line in got.result(20).splitlines()] == ["def f", "x"]
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_reader_that_goes_early_is_no_mistake(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with AnswerFile(tmp_path / "pipe", "w", lambda: None) as file:
+        file.write({"line": 1})
+        os.close(reader)
+        with pytest.raises(BrokenPipeError):  # the command line then ends with 141, without a word
+            file.write({"line": 2})

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
+from lskip.answer_settings import digest_of
 from lskip.checks import check_whole
 from lskip.command_options import LoadingOptions
 from lskip.evaluation import embedded_tasks, hub_tasks  # noqa: F401 (their classes are what --task can name)
@@ -110,7 +111,7 @@ def sweep(
 def describe(task: Task, loading: LoadingOptions) -> dict[str, Any]:
     """What all cells of a sweep have in common, in plain types."""
     options = {f"task.{name}": str(value) for name, value in vars(task).items() if not name.startswith("_")}
-    return {"task": task.name, **options, **asdict(loading)}
+    return {"task": task.name, **options, **asdict(loading), "model_files": digest_of(loading.model)}
 
 
 def measure_missing(

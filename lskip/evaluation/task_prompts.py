@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -32,6 +33,8 @@ def prompts_of(task: Task, generator: TextGenerator, count: int) -> list[Prompt]
     settings, found, looked = task.settings(), [], 0
     for example in islice(task.examples(), LOOKED_AT * count):
         looked += 1
+        if isinstance(example.prompt, str) and len(example.prompt) > (generator.most_characters or math.inf):
+            continue  # to tokenize it would take hundreds of bytes a character
         try:
             ids = encode_prompt(example.prompt, generator.tokenizer, task.chat, generator.vocab_size)
         except ValueError as error:  # a chat template that refuses the messages, or is missing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,6 +140,8 @@ class LocalTask(Task):
         check_texts("stop_strings", stop_strings or ())
         self.stop_strings = tuple(stop_strings or ())
         self._examples = read_examples(self.path)
+        # A sweep goes on with the same examples alone.
+        self.content = hashlib.sha256(repr(self._examples).encode()).hexdigest()[:16]
 
     @property
     def name(self) -> str:
