@@ -153,13 +153,14 @@ class OwnData(TextData):
         super().__init__(source, batch_size=batch_size, block_size=block_size, seed=seed)
 """
 # options -> an argument and its value in the place of the default class's
+SGD, ADAM = "--optimizer=torch.optim.SGD", "--optimizer=torch.optim.Adam"
 OTHER_CLASSES = {
-    "decay of SGD": (["--optimizer=torch.optim.SGD"], "optimizer", {"weight_decay": 0.0, "lr": 3e-4}),
-    "decay of Adam": (["--optimizer=torch.optim.Adam", "--optimizer.lr=1"], "optimizer", {"weight_decay": 0.0, "lr": 1}),
+    "decay of SGD": ([SGD], "optimizer", {"weight_decay": 0.0, "lr": 3e-4}),
+    "decay of Adam": ([ADAM, "--optimizer.lr=1"], "optimizer", {"weight_decay": 0.0, "lr": 1}),
     "from a config": (["--config=other.yaml"], "optimizer", {"weight_decay": 0.0, "lr": 0.5}),
-    "from a config by a flag": (["--config=all.yaml", "--optimizer=torch.optim.SGD"], "optimizer", {"weight_decay": 0.0}),
-    "set before": (["--optimizer.weight_decay=0.01", "--optimizer=torch.optim.Adam"], "optimizer", {"weight_decay": 0.01}),
-    "set to another": (["--optimizer.weight_decay=1", "--optimizer=torch.optim.Adam"], "optimizer", {"weight_decay": 1}),
+    "from a config by a flag": (["--config=all.yaml", SGD], "optimizer", {"weight_decay": 0.0}),
+    "set before": (["--optimizer.weight_decay=0.01", ADAM], "optimizer", {"weight_decay": 0.01}),
+    "set to another": (["--optimizer.weight_decay=1", ADAM], "optimizer", {"weight_decay": 1}),
     "own data": (["--data=own_data_of_tests.OwnData"], "data", {"batch_size": 3, "block_size": 7}),
     "own data, in part": (
         ["--data=own_data_of_tests.OwnData", "--data.batch_size=5"], "data", {"batch_size": 5, "block_size": 7}
