@@ -74,8 +74,13 @@ class RunConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             path = self.folder / CONFIG_FILE
             partial = partial_of(path)
-            self.parser.save(self.config, partial, skip_none=False, overwrite=True, multifile=False)
-            os.replace(partial, path)
+            try:
+                self.parser.save(self.config, partial, skip_none=False, overwrite=True, multifile=False)
+                os.replace(partial, path)
+            except OSError as error:
+                raise ValueError(f"run_folder: cannot write '{path}' ({error.strerror})") from error
+            finally:
+                partial.unlink(missing_ok=True)
 
 
 def refuse_existing_run(folder: Path) -> None:
