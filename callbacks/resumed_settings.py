@@ -5,8 +5,11 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from lskip.optimizer_making import state_of
 
 # What a schedule writes into the optimizer's groups, and what it counts as it goes: no settings.
 _OF_SCHEDULE = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
@@ -32,10 +35,17 @@ class ResumedSettings(Callback):
             return
         self._checkpoint = checkpoint
         before, now = checkpoint.get("lskip", {}).get("rows"), rows_of(trainer)
-        if before and now and before != now:
-            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-            for part in ("total", "current"):
-                progress[part] = _rescaled(progress[part], _tokens(before), _tokens(now))
+        if before and now:
+            self._rescale(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"], before, now)
+            if before.get("documents", now.get("documents")) != now.get("documents"):
+                step = checkpoint["global_step"]
+                rank_zero_warn(f"data.source: its training documents are not those that the run read up to step {step}")
+
+    def _rescale(self, progress: dict[str, dict], before: dict[str, Any], now: dict[str, Any]) -> None:
+        by_tokens = now.get("documents", {}).get("kind", "text") == "text"
+        sizes = [_size(rows, by_tokens) for rows in (before, now)]
+        for part in ("total", "current") if sizes[0] != sizes[1] else ():
+            progress[part] = _rescaled(progress[part], *sizes)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Optimizer and schedule are made by now, and their state is about to be restored from this very mapping.
@@ -47,21 +57,24 @@ class ResumedSettings(Callback):
             self._checkpoint = None
 
 
-def rows_of(trainer: Trainer) -> dict[str, int] | None:
-    """Return how much a micro-batch reads: rows, tokens in a row, devices; None where the data do not say."""
+def rows_of(trainer: Trainer) -> dict[str, Any] | None:
+    """Return how much a micro-batch reads (rows, tokens in a row, devices), and of what; None where it is not known."""
     data = trainer.datamodule
     names = ("batch_size", "block_size")
     if not all(isinstance(getattr(data, name, None), int) for name in names):
         return None
-    return {**{name: getattr(data, name) for name in names}, "devices": trainer.world_size}
+    rows = {**{name: getattr(data, name) for name in names}, "devices": trainer.world_size}
+    documents = getattr(data, "training_documents", None)
+    return rows if documents is None else {**rows, "documents": documents}
 
 
-def _tokens(rows: dict[str, int]) -> int:
-    return rows["batch_size"] * rows["block_size"] * rows["devices"]
+def _size(rows: dict[str, Any], by_tokens: bool) -> int:
+    """How much of the data a micro-batch reads: tokens, or where each row is an example, however long, rows."""
+    return rows["batch_size"] * rows["devices"] * (rows["block_size"] if by_tokens else 1)
 
 
 def _rescaled(progress: dict[str, int], before: int, now: int) -> dict[str, int]:
-    """Lightning's counts of micro-batches, for others that read `now` tokens each where those read `before`."""
+    """Lightning's counts of micro-batches, for others that read `now` each where those read `before`."""
     done = progress["processed"] * before // now
     return {name: max(done + count - progress["processed"], 0) for name, count in progress.items()}
 
@@ -84,6 +97,8 @@ def renew(checkpoint: dict, optimizer: Optimizer, schedulers: list[LRScheduler],
     same_schedule = len(saved) == len(schedulers) and all(map(_same_schedule, saved, schedulers))
     moved = ("params", "lr") if schedulers else ("params",)
     same_settings = all(map(lambda old, new: _same(old, new, moved), state["param_groups"], optimizer.param_groups))
+    if not same_settings:
+        _check_state(state["state"], optimizer)
     if same_schedule and same_settings and (of_same_length or not schedulers):
         return
     for scheduler in schedulers:
@@ -103,6 +118,15 @@ def _check_kind(groups: list[dict], optimizer: Optimizer) -> None:
     missing = set(optimizer.defaults) - set(groups[0])
     if unknown and missing:
         raise ValueError(f"optimizer: {name} takes {sorted(missing)}, the checkpoint's optimizer {sorted(unknown)}")
+
+
+def _check_state(states: dict[int, dict], optimizer: Optimizer) -> None:
+    """ValueError where the new settings (amsgrad, centered …) need what the checkpoint does not hold of a weight."""
+    saved = {name for state in states.values() for name in state}
+    # Where nothing is kept, as of SGD without momentum, the optimizer begins by itself.
+    if saved and (missing := state_of(optimizer) - saved):
+        name = type(optimizer).__name__
+        raise ValueError(f"optimizer: {name} so set goes by {', '.join(sorted(missing))}, which this run has not kept")
 
 
 def _same(old: dict[str, Any], new: dict[str, Any], but: tuple[str, ...]) -> bool:

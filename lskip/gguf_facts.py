@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import decoders, normalizers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lskip.model_config import MAX_LAYERS, without_memory
 
+MARK = "\u2581"  # what stands for a space in sentencepiece's tokens
 logger = logging.getLogger(__name__)
 
 # Those that both llama.cpp and transformers read, and whose family lskip covers.
@@ -202,6 +204,8 @@ def _named(names: list[str]) -> str:
 def settle_tokenizer(tokenizer: PreTrainedTokenizerBase, facts: Facts) -> None:
     """Let a tokenizer cut a text as llama.cpp does; what transformers does not take from the file is put right."""
     words = facts.values.get("tokenizer.ggml.pre")
+    if facts.values.get("tokenizer.ggml.model") == "llama":
+        _settle_spaces(tokenizer, facts.values.get("tokenizer.ggml.add_space_prefix", True))
     if facts.values.get("tokenizer.ggml.model") != "gpt2":
         return
     if words in DIGITS:  # transformers cuts as GPT-2 does: "x  3" would become other tokens
@@ -211,6 +215,19 @@ def settle_tokenizer(tokenizer: PreTrainedTokenizerBase, facts: Facts) -> None:
         tokenizer.backend_tokenizer.model.ignore_merges = True
         if tokenizer.bos_token is not None and "tokenizer.ggml.add_bos_token" not in facts.values:
             tokenizer.add_bos_token = True
+
+
+def _settle_spaces(tokenizer: PreTrainedTokenizerBase, prefix: bool) -> None:
+    """As sentencepiece marks spaces: one more before each text, even one that begins with a space; or none.
+
+    transformers adds it where there is no space yet, whatever the file says.
+    """
+    backend = tokenizer.backend_tokenizer
+    steps = [normalizers.Replace(" ", MARK)]
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(MARK), *steps] if prefix else steps)
+    backend.pre_tokenizer = None
+    parts = [decoders.Replace(MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if prefix else parts)
 
 
 def end_tokens(facts: Facts) -> list[int]:

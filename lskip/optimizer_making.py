@@ -9,8 +9,11 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch.optim import Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+
+from lskip.foreign import first_line
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
@@ -42,9 +45,33 @@ def make_optimizer(make: OptimizerCallable, groups: list[dict]) -> Optimizer:
             raise ValueError(f"optimizer.{key}: {value} is not a finite number")
     if _needed(optimizer.step):
         raise ValueError(f"optimizer: {name} computes the loss several times a step, which is not done here")
+    if optimizer.defaults.get("differentiable"):
+        raise ValueError("optimizer.differentiable: true is for gradients through a step, which nobody takes here")
     if isinstance(optimizer, SparseAdam):
         raise ValueError(f"optimizer: {name} takes sparse gradients, a language model's are dense")
     return optimizer
+
+
+def state_of(optimizer: Optimizer) -> set[str]:
+    """Return the names of what an optimizer, as it is set, keeps of each weight: by a step of another one like it.
+
+    Empty where no other one can be made.
+
+    Raises:
+        ValueError: it cannot make a step.
+    """
+    group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    tiny = torch.zeros(2, 2, device=optimizer.param_groups[0]["params"][0].device, requires_grad=True)
+    tiny.grad = torch.zeros_like(tiny)
+    try:
+        twin = type(optimizer)([{**group, "params": [tiny]}])
+    except _REFUSALS:  # somebody's own, that takes more
+        return set()
+    try:
+        twin.step()
+    except _REFUSALS as error:
+        raise ValueError(f"optimizer: {type(optimizer).__name__} cannot make a step ({first_line(error)})") from error
+    return set(twin.state[tiny])
 
 
 def make_schedule(make: LRSchedulerCallable, optimizer: Optimizer, total_steps: int | None) -> LRScheduler:

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from lskip.data.tokenizer import same_tokens
+from lskip.pretrained import load_tokenizer
 from lskip.run_folder import CONFIG_FILE
+from lskip.run_module import RunModule
 from lskip.untrusted import parse_yaml, printable, read_text
 
 KEPT = "a run that goes on keeps its data, tokenizer, model and optimizer; for another one there is --run_folder"
@@ -103,12 +106,35 @@ def goes_on(step: int, changes: list[str], max_steps: int) -> str:
     return printable(f"goes on after step {step}{otherwise}", keep="")
 
 
+def take_up(checkpoint: dict, module: RunModule, path: str) -> None:
+    """Let a module go on from a checkpoint: it is the model of that run, and has its tokenizer.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    check_weights_fit(checkpoint, module, path)
+    check_same_model(checkpoint, module.model.config)
+    if not checkpoint["lskip"]["tokenizer"]:
+        return
+    tokenizer = load_tokenizer(path, "ckpt_path")
+    if module.tokenizer is None:
+        module.adopt_tokenizer(tokenizer)
+    else:
+        check_same_tokenizer(tokenizer, module.tokenizer)
+
+
 def check_same_model(checkpoint: dict, config: PreTrainedConfig) -> None:
     """ValueError where the model's config is not the one that the checkpoint's weights were trained under."""
     before, now = checkpoint["lskip"]["config"], json.loads(config.to_json_string(use_diff=False))
     for key in sorted(before.keys() & now.keys() - set(_NO_SHAPE)):
         if before[key] != now[key]:
             raise ValueError(f"model.{key}: {now[key]!r}, but this run has {before[key]!r}; {KEPT}")
+
+
+def check_same_tokenizer(before: PreTrainedTokenizerBase, now: PreTrainedTokenizerBase) -> None:
+    """ValueError where the model's tokenizer is another than that of the run: by name, or in its own folder."""
+    if (differing := same_tokens(now, before)) is not None:
+        raise ValueError(f"model: the tokenizer in {now.name_or_path!r} is not this run's ({differing}); {KEPT}")
 
 
 def check_weights_fit(checkpoint: dict, module: nn.Module, path: str) -> None:

@@ -6,11 +6,8 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from enum import Enum
 from pathlib import Path
-from typing import Any
 
-from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
@@ -90,19 +87,13 @@ class RunConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             path = self.folder / CONFIG_FILE
             partial = partial_of(path)
-            self.parser.save(_without_enums(self.config), partial, skip_none=False, overwrite=True, multifile=False)
-            os.replace(partial, path)
-
-
-def _without_enums(value: Any) -> Any:
-    """Return a copy with the values of enumerations in their place: callbacks have some as defaults, YAML has none."""
-    if isinstance(value, Namespace):
-        return Namespace({key: _without_enums(part) for key, part in vars(value).items()})
-    if isinstance(value, dict):
-        return {key: _without_enums(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_without_enums(part) for part in value]
-    return value.value if isinstance(value, Enum) else value
+            try:
+                self.parser.save(self.config, partial, skip_none=False, overwrite=True, multifile=False)
+                os.replace(partial, path)
+            except OSError as error:
+                raise ValueError(f"run_folder: cannot write '{path}' ({error.strerror})") from error
+            finally:
+                partial.unlink(missing_ok=True)
 
 
 def refuse_existing_run(folder: Path) -> None:

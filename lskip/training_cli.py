@@ -34,14 +34,13 @@ from lskip.module import LayerSkipModule
 from lskip.named_classes import restrict_imports
 from lskip.option_parsing import parse_options
 from lskip.own_data import with_own_data
-from lskip.pretrained import LAST_CHECKPOINT, load_tokenizer, read_checkpoint
+from lskip.pretrained import LAST_CHECKPOINT, read_checkpoint
 from lskip.resuming import (
     changed_settings,
-    check_same_model,
-    check_weights_fit,
     goes_on,
     settings_before,
     settings_of,
+    take_up,
 )
 from lskip.run_folder import RunConfig, check_room, refuse_existing_run, run_place
 from lskip.run_logger import RunLogger
@@ -227,19 +226,12 @@ class LayerSkipCLI(LightningCLI):
         self.model = LayerSkipModule(built.model, seed=seed, **arguments)
         self.model.settings = settings_of(self._settings.as_dict())
         if self.resumed is not None:
-            self._take_up()
+            take_up(self.resumed, self.model, self.ckpt_path)
         check_rows_fit(self.datamodule, self.model)
         check_tokens_fit(self.datamodule, self.model)
         self.trainer = self.instantiate_trainer()
         if self.subcommand == "fit":
             self._check_before_data()
-
-    def _take_up(self) -> None:
-        """The model is the one of the checkpoint, and so is its tokenizer."""
-        check_weights_fit(self.resumed, self.model, self.ckpt_path)
-        check_same_model(self.resumed, self.model.model.config)
-        if self.model.tokenizer is None and self.resumed["lskip"]["tokenizer"]:
-            self.model.adopt_tokenizer(load_tokenizer(self.ckpt_path))
 
     def _check_before_data(self) -> None:
         """What would only be noticed once the text has been tokenized, or after the first steps."""

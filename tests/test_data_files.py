@@ -47,6 +47,9 @@ def documents(data) -> set[str]:
         pytest.param("d.jsonl", LIST, id="a list in a .jsonl"),
         pytest.param("d.json", LINES.replace(b"}", b"\n}"), id="objects over several lines"),
         pytest.param("d.jsonl", LINES.replace(b"\n", b"\r\n\r\n"), id="blank lines and carriage returns"),
+        pytest.param("d.json", LIST[:-1] + b"]\n" + LIST, id="two lists in a .json"),
+        pytest.param("d.jsonl", b"[" + LINES.replace(b"\n", b"]\n[")[:-1], id="a list a line"),
+        pytest.param("d.json", codecs.BOM_UTF8 + LIST + codecs.BOM_UTF8 + LIST, id="K16 joined lists"),
         pytest.param("d.jsonl", codecs.BOM_UTF8 + LINES, id="K16 byte order mark"),
         pytest.param("d.jsonl", codecs.BOM_UTF8 + LINES[:0] + LINES + codecs.BOM_UTF8 + LINES, id="K16 joined files"),
         pytest.param("d.json", codecs.BOM_UTF8 + LIST, id="K16 byte order mark before a list"),
@@ -272,6 +275,17 @@ def test_a_line_beyond_the_bound_is_refused(tmp_path, monkeypatch):
     (tmp_path / "d.jsonl").write_text('{"text": "short"}\n{"text": "' + "x" * 2000 + '"}\n')
     with pytest.raises(ValueError, match=r"d.jsonl': line 2 is longer than 1,000 characters"):
         list(read_json([str(tmp_path / "d.jsonl")]))
+
+
+@pytest.mark.kind("B21 one long line")
+@pytest.mark.parametrize("size", [501, 600, 2000])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_its_bound_holds_for_characters_of_several_bytes(tmp_path, monkeypatch, size, encoding):
+    """Where they are cut it is neither two lines nor no text."""
+    monkeypatch.setattr("lskip.data.files.LONGEST", 500)
+    (tmp_path / "d.txt").write_text("é" * size + "\nend\n", encoding=encoding)
+    with pytest.raises(ValueError, match=r"d.txt': line 1 is longer than 500 characters"):
+        list(read_texts([str(tmp_path / "d.txt")], lone=True))
 
 
 @pytest.mark.kind("B21 one long line")

@@ -98,6 +98,8 @@ def test_what_is_wrong_is_named_with_its_line(text_data, tmp_path, line, words, 
         pytest.param('[{"text": "a"},\n{"text": "b"}\n', "ends inside its list", id="cut behind an element"),
         pytest.param('[{"text": "a"},\n{"text": "b', "line 2 is not JSON", id="cut in an element"),
         pytest.param('["a", "b"]', "line 1: str is no object", id="list of texts"),
+        pytest.param('[{"text": "a"}]\n{"text": "b"}', r"line 2 is not JSON \('{' behind", id="behind a list"),
+        pytest.param('{\n"text": "a"}\n]\n{"text": "b"}', r"line 3 is not JSON \('\]' behind the rows\)", id="no list"),
     ],
 )
 def test_what_is_wrong_in_a_list(text_data, tmp_path, text, words):

@@ -4,6 +4,7 @@ The ways to cut text into words are those of llama.cpp's llama-vocab.cpp, writte
 """
 
 import logging
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,54 @@ def test_where_a_text_begins_and_ends(written, keys, begins, ends):
     tokenizer = load_tokenizer(written(**keys))
     ids = tokenizer("def f")["input_ids"]
     assert (ids[0] == tokenizer.bos_token_id, ids[-1] == tokenizer.eos_token_id) == (begins, ends)
+
+
+BYTES = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+PIECES = [*"▁abcde12", "▁a", "ab", "▁ab", "bc", "abc", "de", "▁d", "cd", "▁▁", "ea", "12"]
+SCORES = dict(zip(PIECES, np.random.default_rng(0).permutation(len(PIECES)) - len(PIECES), strict=True))
+
+
+def by_scores(text: str, prefix: bool) -> list[str]:
+    """llama.cpp's llm_tokenizer_spm: neighbours are joined, the best score first; what is no piece becomes bytes."""
+    parts = list(("▁" if prefix and text else "") + text.replace(" ", "▁"))
+    while True:
+        pairs = [(SCORES.get(a + b, -999), -at) for at, (a, b) in enumerate(pairwise(parts))]
+        score, at = max(pairs, default=(-999, 0))
+        if score == -999:
+            break
+        parts[-at : 2 - at] = ["".join(parts[-at : 2 - at])]
+    return [piece for part in parts for piece in ([part] if part in SCORES else byte_names(part))]
+
+
+def byte_names(part: str) -> list[str]:
+    return [f"<0x{byte:02X}>" for byte in part.encode()]
+
+
+@pytest.mark.kind(K2)
+@pytest.mark.parametrize(
+    ("keys", "begins", "prefix"),
+    [
+        pytest.param({}, True, True, id="as llama.cpp takes it where nothing is said"),
+        pytest.param({"tokenizer.ggml.add_space_prefix": True}, True, True, id="space before a text"),
+        pytest.param({"tokenizer.ggml.add_space_prefix": False}, True, False, id="no space before a text"),
+        pytest.param({"tokenizer.ggml.add_bos_token": False}, False, True, id="no token before a text"),
+    ],
+)
+def test_spaces_of_sentencepiece(written, keys, begins, prefix):
+    vocabulary = [*BYTES, *PIECES]
+    own = {
+        "model": "llama",
+        "tokens": vocabulary,
+        "scores": [*[0.0] * len(BYTES), *(float(SCORES[piece]) for piece in PIECES)],
+        "token_type": [2, 3, 3, *[6] * 256, *[1] * len(PIECES)],
+        **{"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    }
+    keys = {**{f"tokenizer.ggml.{name}": value for name, value in own.items()}, **keys}
+    tokenizer = load_tokenizer(written(tokenizer=None, model=make_model(vocab_size=len(vocabulary)), **keys))
+    for text in ["abc", "a b", " a", "  ab", "   ", "ab  cd ", "é a", "1 12", "", "a\nb", " eab de abcd", "bcd\n ab"]:
+        expected = ["<s>"] * begins + by_scores(text, prefix)
+        assert tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"]) == expected, text
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
 
 
 @pytest.mark.kind(K2)

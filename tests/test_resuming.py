@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,31 @@ def test_what_may_not_is_told_and_nothing_is_touched(go_on, place, more, said):
     assert "Traceback" not in output
 
 
+# optimizer, what it is told from step 4 on -> what is said, where it cannot go on
+OTHER_STATE = {
+    "amsgrad": ("AdamW", ["amsgrad=true"], "optimizer: AdamW so set goes by max_exp_avg_sq, which this run has"),
+    "centered": ("RMSprop", ["centered=true"], "optimizer: RMSprop so set goes by grad_avg, which"),
+    "momentum": ("RMSprop", ["momentum=0.9"], "optimizer: RMSprop so set goes by momentum_buffer, which"),
+    "on a GPU alone": ("AdamW", ["capturable=true"], "optimizer: AdamW cannot make a step (If capturable=True"),
+    "differentiable": ("AdamW", ["differentiable=true"], "optimizer.differentiable: true is"),
+    "momentum that begins": ("SGD", ["momentum=0.9", "nesterov=true"], None),
+    "another decay": ("Adagrad", ["lr_decay=0.1"], None),
+    "fused": ("Adam", ["fused=true"], None),
+}  # fmt: skip
+
+
+@pytest.mark.kind(KIND)
+@pytest.mark.parametrize(("kind", "flags", "said"), OTHER_STATE.values(), ids=list(OTHER_STATE))
+def test_settings_by_which_an_optimizer_keeps_more_of_each_weight(place, tmp_path, capsys, kind, flags, said):
+    optimizer = (f"--optimizer=torch.optim.{kind}", "--optimizer.lr=1e-3", f"--run_folder={tmp_path / 'run'}")
+    assert fit(place, "run", *optimizer, "--trainer.max_steps=4", "--trainer.limit_val_batches=0") == 0
+    capsys.readouterr()
+    code = fit(place, "run", *optimizer, "--ckpt_path=last", *(f"--optimizer.{flag}" for flag in flags))
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert (code, checkpoint["global_step"]) == ((0, 6) if said is None else (2, 4))
+    assert said is None or said in capsys.readouterr().err
+
+
 @pytest.mark.kind(KIND, "B35")
 @pytest.mark.parametrize(
     ("more", "done"),
@@ -219,3 +245,74 @@ def test_data_whose_tokenizer_comes_out_otherwise_are_told(place, go_on, capsys)
         path.write_text(text)
     assert code == 2 and "data.tokenizer: " in output and "is not the model's" in output
     assert checkpoint["global_step"] == 4
+
+
+def words(text: str):
+    """A tokenizer of as many entries as every other of these, with merges of its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    more = {"special_tokens": ["<|endoftext|>"], "initial_alphabet": alphabet, "show_progress": False}
+    bpe.train_from_iterator([text] * 4, trainers.BpeTrainer(vocab_size=265, **more))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+
+
+@pytest.fixture
+def own_model(place, tmp_path, tiny_model):
+    """Function (more, **arguments) -> exit code of a fit of a model with a tokenizer; (tmp_path / run, / model)."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    words("def f(x): return x").save_pretrained(tmp_path / "model")
+
+    def run(*more: str, model="model", steps=4) -> int:
+        fixed = (f"--model={tmp_path / model}", f"--run_folder={tmp_path / 'run'}", "--trainer.limit_val_batches=0")
+        return fit(place, "run", *fixed, f"--trainer.max_steps={steps}", *more)
+
+    return run
+
+
+@pytest.mark.kind(KIND)
+@pytest.mark.parametrize("name", ["model", "other"], ids=["its folder has another", "another model's"])
+def test_another_tokenizer_of_the_same_size_is_told(own_model, tmp_path, capsys, name):
+    """Its tokens mean something else than those that the run has learned."""
+    assert own_model() == 0
+    if name != "model":
+        shutil.copytree(tmp_path / "model", tmp_path / name)
+    words("while (yes) { no++; }").save_pretrained(tmp_path / name)
+    assert own_model("--ckpt_path=last", model=name, steps=6) == 2
+    assert f"model: the tokenizer in '{tmp_path / name}' is not this run's (entry " in capsys.readouterr().err
+
+
+@pytest.mark.kind(KIND)
+def test_data_that_were_changed_meanwhile_are_told(own_model, place, tmp_path):
+    """The run goes on: a corpus may have grown."""
+    source = tmp_path / "data.jsonl"
+    shutil.copy(place / "corpus.jsonl", source)
+    assert own_model(f"--data.source={source}") == 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="data.source")
+        assert own_model(f"--data.source={source}", "--ckpt_path=last", steps=5) == 0
+    source.write_text("\n".join(source.read_text().splitlines()[:40]))
+    with pytest.warns(UserWarning, match=r"data\.source: its training documents are not those .* up to step 5"):
+        assert own_model(f"--data.source={source}", "--ckpt_path=last", steps=6) == 0
+
+
+@pytest.mark.kind(KIND, "B35")
+@pytest.mark.parametrize(
+    ("more", "done"), [(["--data.block_size=64"], 4), (["--data.batch_size=2"], 8)], ids=["longer", "fewer"]
+)
+def test_pairs_go_on_where_they_were_however_long_a_row_may_be(own_model, tmp_path, monkeypatch, more, done):
+    """A row is an example: of another block_size there are as many."""
+    from lskip.module import LayerSkipModule
+
+    rows = [json.dumps({"prompt": f"def f{i}(x):", "completion": f"x + {i}"}) for i in range(80)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
+    data = (f"--data.source={tmp_path / 'pairs.jsonl'}", "--data.block_size=32")
+    assert own_model(*data) == 0
+    numbers = []
+    original = LayerSkipModule.early_exit_loss
+    monkeypatch.setattr(LayerSkipModule, "early_exit_loss", lambda *args: numbers.append(args[2]) or original(*args))
+    assert own_model(*data, *more, "--ckpt_path=last", steps=6) == 0
+    assert numbers == [done, done + 1]

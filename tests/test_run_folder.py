@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import make_config, make_model
+from lightning.pytorch.cli import LightningArgumentParser
 
 from lskip.cli import main
 from lskip.data import TextData
@@ -165,6 +166,22 @@ def test_a_disk_that_is_full_in_the_middle_of_a_run(run, tmp_path, monkeypatch):
     folder = tmp_path / "run" / "checkpoints"
     assert code == 2 and f"checkpoint: cannot write '{folder / 'last.ckpt'}' (No space left on device)" in sentence
     assert saved_step(tmp_path) == 4 and os.listdir(folder) == ["last.ckpt"]
+
+
+@pytest.mark.kind(FULL)
+@pytest.mark.parametrize("when", ["written", "moved to its place"])
+def test_a_disk_that_is_full_when_the_run_begins(run, tmp_path, monkeypatch, when):
+    """Where config.yaml cannot be written: it is named, and nothing half is left."""
+
+    def full(*arguments, **more):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    kind, name = (LightningArgumentParser, "save") if when == "written" else (os, "replace")
+    monkeypatch.setattr(kind, name, full)
+    code, sentence = run("fit", "--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--trainer.logger=false")
+    place = tmp_path / "run" / "config.yaml"
+    assert code == 2 and f"run_folder: cannot write '{place}' (No space left on device)" in sentence
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.kind(FULL)

@@ -128,6 +128,9 @@ class TextData(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.cache = check_cache(cache_dir)
+        self.training_documents: dict[str, str] | None = (
+            None  # their kind and a hash of them; None: not read, or streamed
+        )
         self._blocks: dict[str, Dataset] = {}
 
     # What Lightning calls
@@ -223,7 +226,10 @@ class TextData(LightningDataModule):
 
     def _encoded(self, split: str) -> Dataset:
         documents, encoder = self._corpus.documents(split), self._make_encoder()
-        key = content_key(self._corpus.kind, documents, tokenizer_key(self.tokenizer), self.block_size)
+        content = content_key(documents)
+        if split == "train":
+            self.training_documents = {"kind": self._corpus.kind, "sha256": content}
+        key = content_key(self._corpus.kind, content, tokenizer_key(self.tokenizer), self.block_size)
         blocks = encode_documents(documents, encoder, self.cache / "blocks" / key, split)
         if self._corpus.kind != "text" and len(blocks) < len(documents):
             rank_zero_warn(

@@ -148,15 +148,17 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
         NotTextError: a line that is not text. ValueError: one that is too long.
     """
     with opened(path) as file:
-        read = decoded(file) if file.encoding.startswith("utf-8") else file.readline
+        read = in_bytes if file.encoding.startswith("utf-8") else in_characters
+        if file.encoding == "utf-8-sig":
+            file.buffer.seek(len(codecs.BOM_UTF8))
         for number in count(1):
             try:
-                line = read(LONGEST + 1)
+                line, is_long = read(file, LONGEST + 1)
             except UnicodeError as error:
                 raise NotTextError(f"source: '{path}' is not UTF-8 text (line {number})") from error
             if "\0" in line:
                 raise NotTextError(f"source: '{path}' is not text (NUL bytes in line {number})")
-            if len(line) > LONGEST:
+            if is_long:
                 raise ValueError(f"source: '{path}': line {number} is longer than {LONGEST:,} characters, cut it first")
             if number == 1 and line.startswith(LFS_POINTER):
                 raise ValueError(f"source: '{path}' is not here, only Git LFS's note of it; run: git lfs pull")
@@ -165,8 +167,14 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def decoded(file: io.TextIOWrapper):
-    """A readline that decodes no more than its line: an error then tells which."""
-    if file.encoding == "utf-8-sig":
-        file.buffer.seek(len(codecs.BOM_UTF8))
-    return lambda limit: file.buffer.readline(limit).decode("utf-8")
+def in_characters(file: io.TextIOWrapper, limit: int) -> tuple[str, bool]:
+    """Read a line; whether there is more of it."""
+    line = file.readline(limit)
+    return line, len(line) >= limit
+
+
+def in_bytes(file: io.TextIOWrapper, limit: int) -> tuple[str, bool]:
+    """As `in_characters`, but decode no more than the line: an error then tells which."""
+    line = file.buffer.readline(limit)
+    is_long = len(line) >= limit  # then perhaps cut within a character
+    return line.decode("utf-8", errors="ignore" if is_long else "strict"), is_long

@@ -12,7 +12,7 @@ from lskip.untrusted import parse_json
 
 CHUNK = 2**20  # characters
 DECODER = json.JSONDecoder()
-SEPARATORS = re.compile(r"[\s,]*")
+SEPARATORS = re.compile(r"[\s,\ufeff]*")  # a byte order mark in the middle, where files were joined
 SHORT = 16  # what is wrong so near the end of what was read may be right with more of it
 
 
@@ -51,15 +51,23 @@ def lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def listed(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the line that each value of a file begins in, and the value."""
+    """Yield the line that each value of a file begins in, and the value; one list may follow the other (joined files).
+
+    Raises:
+        ValueError: what is not JSON, or stands outside of the lists.
+    """
     with opened(path) as file:
         text = JsonText(file, path)
         is_list = text.peek() == "["
-        text.place += is_list
-        while text.peek() not in ("", "]"):
-            yield text.line, text.value()
-        if is_list and text.peek() != "]":
-            raise ValueError(f"source: '{path}' ends inside its list (line {text.line})")
+        while text.peek() == ("[" if is_list else "{"):
+            text.place += is_list
+            while text.peek() not in ("", "]"):
+                yield text.line, text.value()
+            if is_list and text.peek() != "]":
+                raise ValueError(f"source: '{path}' ends inside its list (line {text.line})")
+            text.place += is_list
+        if text.peek():
+            raise ValueError(f"source: '{path}' line {text.line} is not JSON ({text.peek()!r} behind the rows)")
 
 
 class JsonText:
