@@ -77,7 +77,7 @@ def test_three_in_a_hundred_prompts_are_held_out():
         ('{"prompt": 5, "text": "x"}', "line 1 of .*: prompt: 5 is not a text"),
         ('{"text": "x"}', "line 1 of .*: needs either the key 'prompt'"),
         ('{"messages": [{"role": "user", "content": "x"}], "text": "y"}', "line 1 of .*: prompt: chat messages need"),
-        ('{"prompt": "x", "text": "\\ud83d"}', r"line 1 of .*: text: \\ud83d is half of a character"),
+        ('{"prompt": "x", "text": "\\ud83d"}', r"line 1 of .*: text: holds .\\ud83d., half a character"),
         ('{"prompt": "x", "text": "y", "seed": ' + "9" * 5000 + "}", "line 1 of .*Exceeds the limit"),
         ('{"prompt": "x", "text": ""}', "of 0 answers within 40 tokens none"),
         ('{"prompt": "x", "text": "y"}', "of 1 answers within 40 tokens none is held out"),
