@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import signal
 import sys
@@ -162,6 +163,9 @@ def _be_quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for message in _HINTS:
         warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(
+        logging.ERROR
+    )  # products of 4 bits, which nothing here asks for
 
 
 @contextmanager
