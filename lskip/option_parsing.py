@@ -133,7 +133,8 @@ def _join_words(arguments: list[str], parser: ArgumentParser) -> Iterator[str]:
         option, equals, value = arguments[at].partition("=")
         words = [value] * bool(equals) + arguments[at + 1 : end]
         if option in _NAMES_AND_COMMAS and words:
-            yield f"{option}={','.join(words).strip('[]').replace(' ', '')}"
+            names = ",".join(words).replace(" ", "")
+            yield f"{option}={names[1:-1] if names[:1] == '[' and names[-1:] == ']' else names}"
         elif len(words) > 1 and option.startswith("--") and _takes_list(option, known):
             yield f"{option}={json.dumps(words)}"
         else:

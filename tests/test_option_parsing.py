@@ -125,6 +125,7 @@ SENTENCES = {
     "of a method": (f"{FIT} --p_max=0.1", "did you mean layer_dropout.p_max?"),
     "one of a list": ("sweep --task=StdlibCode --output=x --drafts=layers,layrs", "drafts: 'layrs' layers ngram"),
     "a number of a list": ("sweep --task=StdlibCode --output=x --num_speculations=2,x", "'x' is not a whole number"),
+    "a list in a list": ("sweep --task=StdlibCode --output=x --exits=[[2]]", "exits: '[2]' 8,16,last"),
     "no value": ("sweep --task=StdlibCode --output", "output: a value is missing"),
     "no value of a class": (f"{FIT} --data.source", "data: a value is missing"),
     "no value of the config": ("fit --config", "config: a value is missing"),
