@@ -12,10 +12,14 @@ def check_whole(name: str, value, lowest: int) -> None:
         raise ValueError(f"{name}: {value!r} is not a whole number from {lowest} up")
 
 
+def is_real(value) -> bool:
+    """Return whether `value` is a finite number that a float holds: of whole ones not every one is."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def check_real(name: str, value, allowed: str, holds) -> None:
     """ValueError unless `value` is a finite number for which `holds`."""
-    number = isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    if not number or not holds(value):
+    if not is_real(value) or not holds(value):
         raise ValueError(f"{name}: {value!r} is not a number {allowed}")
 
 

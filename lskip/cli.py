@@ -163,9 +163,8 @@ def _be_quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for message in _HINTS:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("bitsandbytes.backends.cpu").setLevel(
-        logging.ERROR
-    )  # products of 4 bits, which nothing here asks for
+    # It misses a package for products of 4 bits, which nothing here asks for.
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from numbers import Real
 from typing import Any
+
+from lskip.checks import is_real
 
 _WHOLE = (
     *("max_new_tokens", "min_new_tokens", "max_length", "min_length", "top_k", "num_beams", "num_return_sequences"),
@@ -31,12 +31,8 @@ def check_kinds(values: Mapping[str, Any], where: str) -> None:
                 raise ValueError(f"{where}: {name}: {value!r:.60} is not {allowed}")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _is_whole(value: Any) -> bool:
-    return _is_number(value) and value == int(value)
+    return is_real(value) and value == int(value)
 
 
 def _are_tokens(value: Any) -> bool:
@@ -49,7 +45,7 @@ def _are_texts(value: Any) -> bool:
 
 _KINDS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (_WHOLE, "a whole number", _is_whole),
-    (_NUMBERS, "a number", _is_number),
+    (_NUMBERS, "a number", is_real),
     (_TOKENS, "a token, or a list of tokens", _are_tokens),
     (("stop_strings",), "a text, or a list of texts, none of them empty", _are_texts),
     (("do_sample",), "true or false", lambda value: isinstance(value, bool)),

@@ -46,7 +46,7 @@ from lskip.low_rank import merged
 from lskip.model_config import build_config, check_memory, check_weights_hold, make_config
 from lskip.model_sources import LAST_CHECKPOINT, Source, ask_hub, find_source, is_run
 from lskip.untrusted import parse_json, read_text
-from lskip.weights_report import check_report, check_types, types_in
+from lskip.weights_report import check_report, check_types, types_in, weights_files
 
 __all__ = [
     "LAST_CHECKPOINT",
@@ -163,7 +163,7 @@ def _check_folder(folder: Path, config: PreTrainedConfig) -> None:
     files = [path for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind)]
     if files:
         check_weights_hold(config, sum(path.stat().st_size for path in files), str(folder))
-    for file in files:
+    for file in weights_files(folder):
         with foreign(f"model: {str(folder)!r}"):
             types = types_in(file)
         check_types(types, str(file))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -50,12 +51,18 @@ def check_report(report: dict, model: PreTrainedModel, place: str) -> None:
     _check_unexpected(unexpected, model, place)
 
 
+def weights_files(folder: Path) -> list[Path]:
+    """Return the files that transformers reads a model's weights from: training_args.bin is none of them."""
+    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
 def types_in(file: Path) -> dict[str, torch.dtype]:
     """Return the type of each tensor in a .safetensors or .bin file, by its name; what is no tensor has none."""
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as opened:
             return {name: _SAFETENSORS.get(opened.get_slice(name).get_dtype()) for name in opened.keys()}  # noqa: SIM118
-    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    # Files of torch before 1.6 are no zip and cannot be mapped.
+    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
     return {name: part.dtype for name, part in saved.items() if isinstance(part, Tensor)}
 
 

@@ -122,3 +122,16 @@ def test_shards(tmp_path, damage):
     with pytest.raises((ValueError, OSError), match=r"^model: ") as caught:
         load_model(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.kind(K3)
+@pytest.mark.parametrize("legacy", [False, True], ids=["safetensors", "a .bin of before torch 1.6"])
+def test_what_a_trainer_leaves_beside_the_weights_is_not_read(tmp_path, legacy):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    torch.save({"arguments": KeyError}, tmp_path / "training_args.bin")  # as transformers' Trainer writes: no weights
+    if legacy:
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    with torch.no_grad():
+        assert torch.equal(load_model(str(tmp_path))[0](IDS).logits, model(IDS).logits)

@@ -128,9 +128,8 @@ class TextData(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.cache = check_cache(cache_dir)
-        self.training_documents: dict[str, str] | None = (
-            None  # their kind and a hash of them; None: not read, or streamed
-        )
+        # Their kind and a hash of them; None: not read, or streamed.
+        self.training_documents: dict[str, str] | None = None
         self._blocks: dict[str, Dataset] = {}
 
     # What Lightning calls
