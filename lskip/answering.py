@@ -56,8 +56,9 @@ def predict(
     decoding, loading = tuned_options(task, decoding, loading)
     settings = decoding.settings()
     check_whole("batch_size", batch_size, 1)
-    asked = read_prompts(user_path(prompts, "prompts"))
-    with answer_place(user_path(output, "output"), user_path(prompts, "prompts")) as path:
+    source = user_path(prompts, "prompts")
+    asked = read_prompts(source)
+    with answer_place(user_path(output, "output"), source) as path:
         answered, mode = start_output(path, asked, overwrite, resume)
         _check_exit(decoding, loading)
         how = answer_settings(decoding, loading)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from lskip.hub import hub_lacks
-from lskip.user_paths import user_path
+from lskip.user_paths import near, user_path
 
 ALLOWED = "smollm2, a .gguf file, a run folder, a .ckpt file, a folder with config.json, or a hub name owner/name"
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
@@ -58,7 +56,9 @@ def find_source(source: str, field: str = "model") -> Source:
         return Source("gguf" if path.suffix == ".gguf" else "checkpoint", str(path))
     if path.suffix in (".gguf", ".ckpt") or (path.parent != Path() and path.parent.is_dir() and not path.exists()):
         # A folder named like the owner is here: this is a misspelled path, not a name on the hub.
-        raise FileNotFoundError(f"{field}: there is no file or folder {source!r}{_near(path)}")
+        raise FileNotFoundError(
+            f"{field}: there is no file or folder {source!r}{near(path, ['smollm2'], _holds_model)}"
+        )
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
         raise ValueError(f"{field}: {source!r} is no model that lskip can read; allowed are {ALLOWED}")
     return Source("hub", source)
@@ -94,15 +94,6 @@ def _smollm2_file(field: str) -> Path:
     return files[0]
 
 
-def _near(path: Path) -> str:
-    """A hint at the name that was meant: `smollm2`, or what lies in the same folder."""
-    names = ["smollm2"] if path.parent == Path() else []
-    if path.parent.is_dir():
-        names += [entry.name for entry in os.scandir(path.parent) if _holds_model(Path(entry))]
-    close = difflib.get_close_matches(path.name, names, 1)
-    return f"; did you mean '{path.with_name(close[0])}'?" if close else ""
-
-
 def _holds_model(path: Path) -> bool:
     return path.suffix in (".gguf", ".ckpt") or (path / "config.json").is_file() or is_run(path)
 
@@ -119,5 +110,5 @@ def ask_hub(name: str, field: str = "model") -> None:
     except HFValidationError:
         reason = "no such name there"
     if reason is not None:
-        hint = _near(user_path(name, field))
+        hint = near(user_path(name, field), ["smollm2"], _holds_model)
         raise ValueError(f"{field}: {name!r} is not here and not on the hub ({reason}){hint}; allowed are {ALLOWED}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -29,3 +31,16 @@ def user_path(text: str | os.PathLike, field: str) -> Path:
         raise ValueError(f"{field}: {shown} is no path ({error})") from error
     # Below Lightning zip::x would be read as a chain of file systems, and nothing written; a whole path is a path.
     return Path(home).absolute() if "::" in home else Path(home)
+
+
+def near(path: Path, others: Iterable[str], holds: Callable[[Path], bool] = lambda entry: True) -> str:
+    """Return a hint at the name that was meant: what lies in the same folder, or one of `others`, which are no paths.
+
+    Args:
+        holds: whether what lies there can be meant.
+    """
+    names = list(others) if path.parent == Path() else []
+    if path.parent.is_dir():
+        names += [entry.name for entry in path.parent.iterdir() if holds(entry)]
+    close = difflib.get_close_matches(path.name, names, 1)
+    return f"; did you mean '{path.with_name(close[0])}'?" if close else ""

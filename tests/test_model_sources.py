@@ -102,6 +102,8 @@ NO_SETTINGS = [
     ("top_k", 1.5),
     ("max_new_tokens", math.nan),
     ("eos_token_id", [[0]]),
+    ("top_k", 10**400),
+    ("temperature", 10**400),
     ("eos_token_id", "x"),
     ("stop_strings", [5]),
     ("do_sample", "yes"),

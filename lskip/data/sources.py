@@ -1,9 +1,7 @@
 """What `source` can name: an embedded corpus, a local file or folder, a dataset of the Hugging Face hub."""
 
-import difflib
 import hashlib
 import importlib.util
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from lskip.data.corpora import EMBEDDED, read_texts
 from lskip.data.files import check_is_read, folder_files, kind_of
 from lskip.data.json_rows import read_json
 from lskip.hub import hub_lacks
-from lskip.user_paths import user_path
+from lskip.user_paths import near, user_path
 
 NAMES = (*EMBEDDED, "home_assistant")
 EXTENSION = re.compile(r"\.[A-Za-z]\w*$")
@@ -38,17 +36,10 @@ def local_path(source: str) -> Path | None:
         return path
     name = source.split(":")[0]
     if source.startswith((".", "/", "~")) or "\\" in source or name.count("/") > 1 or EXTENSION.search(name):
-        raise FileNotFoundError(f"source: no file or folder '{source}' (looked for {path.absolute()}){_near(path)}")
+        raise FileNotFoundError(
+            f"source: no file or folder '{source}' (looked for {path.absolute()}){near(path, NAMES)}"
+        )
     return None
-
-
-def _near(path: Path) -> str:
-    """A hint at the name that was meant: an embedded corpus, or what lies in the same folder."""
-    names = list(NAMES) if path.parent == Path() else []
-    if path.parent.is_dir():
-        names += os.listdir(path.parent)
-    close = difflib.get_close_matches(path.name, names, 1)
-    return f"; did you mean '{path.with_name(close[0])}'?" if close else ""
 
 
 def open_source(source: str, streaming: bool) -> tuple[Rows, str]:
@@ -121,7 +112,7 @@ def open_hub(source: str, streaming: bool) -> tuple[Rows, str]:
     name, subset, split = [*source.split(":", 2), "", ""][:3]
     if not _was_fetched(name) and (reason := hub_lacks(name, "dataset")) is not None:
         place = f"which is no local path and not one of {list(NAMES)}"
-        raise ValueError(f"source: cannot load '{source}', {place}, from the hub ({reason}){_near(Path(name))}")
+        raise ValueError(f"source: cannot load '{source}', {place}, from the hub ({reason}){near(Path(name), NAMES)}")
     rows = load(source, name, streaming, name=subset or None, split=split or "train")
     return rows, "" if streaming else rows._fingerprint
 
