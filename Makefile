@@ -18,7 +18,7 @@ install: .venv/installed
 	touch $@
 
 demo: install
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python -m benchmarks.demo.run
 
 # Some 12 hours of a core, at the pace of its first 300 steps: stop it with Ctrl-C, and the same command goes on.
 retrofit: install

@@ -4,8 +4,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
-from lskip.layer_figure import perplexity_figure, print_layers
-from lskip.readout import LayerReport, LayerReportMetric, Readout
+from lskip.evaluation.layers.figure import perplexity_figure, print_layers
+from lskip.models.readout import LayerReport, LayerReportMetric, Readout
 
 
 class LayerMetrics(Callback):

@@ -6,10 +6,10 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from lskip.checkpoint import random_state
-from lskip.checkpoint_file import WholeFiles, remove_leftovers
-from lskip.checks import check_whole
-from lskip.interrupts import FirstSignal, interrupt
+from lskip.models.checkpoint import random_state
+from lskip.training.checkpoint_file import WholeFiles, remove_leftovers
+from lskip.utils.checks import check_whole
+from lskip.utils.interrupts import FirstSignal, interrupt
 
 
 class RunCheckpoint(Checkpoint):

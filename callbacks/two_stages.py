@@ -2,7 +2,7 @@
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lskip.checks import check_real
+from lskip.utils.checks import check_real
 
 
 class TwoStages(Callback):

@@ -1,6 +1,6 @@
 """Which exits are supervised at a step: C(t, l) of arXiv 2404.16710, section 4.2."""
 
-from lskip.checks import check_whole
+from lskip.utils.checks import check_whole
 
 
 class ExitCurriculum:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lskip.decoder import BlockInputs
-from lskip.transfer import to_device
+from lskip.models.decoder import BlockInputs
+from lskip.utils.devices import to_device
 
 
 def draw_dropped(seed: int, micro_batch: int, block: int, batch_size: int, drop_rate: float) -> Tensor:

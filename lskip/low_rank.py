@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from lskip.checks import check_real, check_whole
-from lskip.decoder import Decoder
+from lskip.models.decoder import Decoder
+from lskip.utils.checks import check_real, check_whole
 
 
 class LowRank:
@@ -53,17 +52,3 @@ class LowRank:
         config = LoraConfig(r=self.rank, lora_alpha=self.scale * self.rank, target_modules=names)
         model.requires_grad_(False)
         inject_adapter_in_model(config, model)
-
-
-def merged(weights: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """A state dict with factors -> that of the ordinary model which computes the same."""
-    plain = {name.replace(".base_layer.", "."): value for name, value in weights.items() if ".lora_" not in name}
-    for name, factor in weights.items():
-        if name.endswith(".lora_A.default.weight"):
-            place = name.removesuffix(".lora_A.default.weight")
-            other = weights[f"{place}.lora_B.default.weight"]
-            weight = plain[f"{place}.weight"]
-            # In float32 at least: the product is small beside the weight.
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            plain[f"{place}.weight"] = (weight.to(wide) + scale * (other.to(wide) @ factor.to(wide))).to(weight.dtype)
-    return plain

@@ -10,23 +10,23 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lskip.accumulation import AccumulatedTokens
-from lskip.checks import check_real
-from lskip.decoder import Decoder
-from lskip.exit_rows import ExitRows, sampled_positions
-from lskip.finite import check_finite_weights
 from lskip.layer_dropout import draw_dropped, run_kept_rows
-from lskip.layer_vector import LayerVector
-from lskip.lessons import Lessons
 from lskip.losses import head_loss
 from lskip.low_rank import LowRank
+from lskip.models.decoder import Decoder
+from lskip.models.exit_heads import trained_exits
+from lskip.models.pretrained import load_model
+from lskip.models.readout import Readout, read_exits, scored_positions
 from lskip.optimization import WarmupCosine
-from lskip.optimizer_making import LRSchedulerCallable, OptimizerCallable
-from lskip.pretrained import load_model
-from lskip.readout import Readout, read_exits, scored_positions
-from lskip.run_module import RunModule
 from lskip.targets import ExitTarget, Labels
-from lskip.trained_exits import trained_exits
+from lskip.training.accumulation import AccumulatedTokens
+from lskip.training.exit_rows import ExitRows, sampled_positions
+from lskip.training.layer_vector import LayerVector
+from lskip.training.optimizer_making import LRSchedulerCallable, OptimizerCallable
+from lskip.training.run_module import RunModule
+from lskip.training.teachers import Lessons
+from lskip.utils.checks import check_real
+from lskip.utils.finite import check_finite_weights
 
 
 class LayerSkipModule(RunModule):

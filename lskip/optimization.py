@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lskip.checks import check_whole
+from lskip.utils.checks import check_whole
 
 
 def parameter_groups(module: nn.Module) -> list[dict]:

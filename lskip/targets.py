@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lskip.checks import check_real, check_whole
+from lskip.utils.checks import check_real, check_whole
 
 
 class ExitTarget:

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lskip.checks import check_whole
-from lskip.inference.exits import ExitCriterion
-from lskip.learned_exit import closeness
+from lskip.inference.exit_criteria import ExitCriterion
+from lskip.models.exit_heads import closeness
 from lskip.module import LayerSkipModule
+from lskip.utils.checks import check_whole
 
 
 @dataclass(frozen=True)

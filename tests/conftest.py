@@ -6,7 +6,6 @@ And `--kinds FILE`: a table of the faults that tests keep away, by their mark `k
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("LSKIP_TEST_CUDA", ""))
@@ -17,9 +16,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lskip.inference import convolved
-from lskip.inference.form_choice import obstacle_to
-from lskip.inference.weights import Halved
+from lskip.inference.layers import convolved
+from lskip.inference.layers.linear import Halved
+from lskip.inference.layers.linear_choice import obstacle_to
 
 HALVED_WORKS = obstacle_to(Halved, torch.ones(8, 8)) is None
 # Another of its kernels' users: drafts that are left out where it is missing.
@@ -113,19 +112,16 @@ def tiny_convolutions(monkeypatch):
 def quick_costs(monkeypatch):
     """Costs are measured for seconds; here nobody looks at times."""
     from lskip.inference import generator
-    from lskip.inference.costs import measure_costs
+    from lskip.inference.drafting.costs import measure_costs
 
     monkeypatch.setattr(generator, "measure_costs", lambda *steps, **more: measure_costs(*steps, seconds=0.05, **more))
 
 
 @pytest.fixture(scope="module")
-def benchmarks_importable():
-    """As `python benchmarks/NAME.py` does it; what such a program sets for the whole process is put back."""
-    folder = str(Path(__file__).parent.parent / "benchmarks")
+def process_settings():
+    """Puts back what a benchmark sets for its whole process."""
     threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
-    sys.path.insert(0, folder)
     yield
-    sys.path.remove(folder)
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity(verbosity)
     transformers.logging.enable_progress_bar()

@@ -10,14 +10,14 @@ import json
 
 import pytest
 import torch
-from conftest import make_model
 
-from lskip.cli import main
-from lskip.exit_adapter import AdapterShape, ExitAdapter
+from lskip.cli.main import main
 from lskip.inference import ConfidenceDraft, CostAwareDraft, TextGenerator
-from lskip.inference.exits import Entropy, Margin, Saturation
+from lskip.inference.exit_criteria import Entropy, Margin, Saturation
+from lskip.models.exit_adapter import AdapterShape, ExitAdapter
 from lskip.module import LayerSkipModule
 from lskip.targets import Anchored, Labels, SelfDistillation
+from tests.conftest import make_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lskip.decoder import Decoder
 from lskip.layer_dropout import draw_dropped, run_kept_rows
+from lskip.models.decoder import Decoder
 
 # Block 0 on rows that each have positions, and so rotary embeddings and a mask, of their own.
 POSITIONS = torch.arange(9)[None] + torch.tensor([[0], [3], [20], [41]])

@@ -8,10 +8,10 @@ import torch
 
 pytest.importorskip("peft")
 
-from lskip.cli import main
+from lskip.cli.main import main
 from lskip.low_rank import LowRank, merged
+from lskip.models.pretrained import load_model
 from lskip.module import LayerSkipModule
-from lskip.pretrained import load_model
 
 
 def random_ids():

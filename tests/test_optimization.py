@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_config
 
 from lskip.module import LayerSkipModule
 from lskip.optimization import WarmupCosine
+from tests.conftest import make_config
 
 
 def rates(steps, **settings):

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lskip.data.documents import SPLITS
 from lskip.data.sources import NAMES, check_packages, local_path
-from lskip.user_paths import user_path
+from lskip.utils.user_paths import user_path
 
 MOST_WORKERS = 128  # processes; thousands would be started one after the other before anything is said
 MOST_TOKENS = 2**24  # in a row, and rows in a batch

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lskip.data.text_tokens import cut_text, encode_plain
-from lskip.untrusted import time_limit
+from lskip.utils.untrusted import time_limit
 
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\b")
 SECONDS = 10  # that a template may take for one conversation

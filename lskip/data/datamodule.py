@@ -32,7 +32,7 @@ from lskip.data.packing import ENCODERS, NOT_SCORED, collate, encode_documents
 from lskip.data.sources import open_source
 from lskip.data.streaming import StreamedBlocks, StreamedCorpus, StreamLoader
 from lskip.data.tokenizer import SMALLEST_VOCABULARY, check_tokenizer, tokenizer_key, trained_tokenizer
-from lskip.output_files import make_writable
+from lskip.utils.output_files import make_writable
 
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 
@@ -65,8 +65,8 @@ class TextData(LightningDataModule):
             most of its files are; the rest is left out with a warning), or else a dataset of the Hugging Face hub
             as name, name:config or name:config:split. A .txt is cut at blank lines into documents of at least 4000
             characters; one that is named alone and has no blank line holds a document a line.
-        tokenizer: what lskip.pretrained.load_tokenizer takes (smollm2, a folder, a hub name ...), or a tokenizer;
-            null trains a byte-level BPE on the training split.
+        tokenizer: what load_tokenizer (lskip.models.pretrained) takes (smollm2, a folder, a hub name ...), or a
+            tokenizer; null trains a byte-level BPE on the training split.
         vocab_size: entries of the tokenizer that is trained; not used when `tokenizer` is given.
         block_size: tokens in a row.
         batch_size: rows in a batch, on each device.
@@ -174,7 +174,7 @@ class TextData(LightningDataModule):
             folder = self.cache / "tokenizers" / content_key("bpe", training, self.vocab_size)
             tokenizer = trained_tokenizer(texts_of(training), self.vocab_size, folder)
         elif isinstance(tokenizer, str):
-            from lskip.pretrained import load_tokenizer  # brings the whole model zoo: only when asked for
+            from lskip.models.pretrained import load_tokenizer  # brings the whole model zoo: only when asked for
 
             tokenizer = load_tokenizer(tokenizer, "tokenizer")
         return check_tokenizer(tokenizer)

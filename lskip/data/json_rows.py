@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from lskip.data.corpora import PLACE
 from lskip.data.files import LONGEST, NotTextError, numbered_lines, opened
-from lskip.untrusted import parse_json
+from lskip.utils.untrusted import parse_json
 
 CHUNK = 2**20  # characters
 DECODER = json.JSONDecoder()

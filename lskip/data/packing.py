@@ -16,7 +16,7 @@ from lskip.data.cache import cached_folder
 from lskip.data.chat import conversation_tokens
 from lskip.data.stored_rows import grouped, open_rows, write_rows
 from lskip.data.text_tokens import PIECE, special_pattern, text_runs
-from lskip.encoding import added_around
+from lskip.models.encoding import added_around
 
 NOT_SCORED = -100
 READ_AHEAD = 64  # documents that are tokenized together, at most

@@ -13,8 +13,8 @@ from huggingface_hub import constants
 from lskip.data.corpora import EMBEDDED, read_texts
 from lskip.data.files import check_is_read, folder_files, kind_of
 from lskip.data.json_rows import read_json
-from lskip.hub import hub_lacks
-from lskip.user_paths import near, user_path
+from lskip.utils.hub import hub_lacks
+from lskip.utils.user_paths import near, user_path
 
 NAMES = (*EMBEDDED, "home_assistant")
 EXTENSION = re.compile(r"\.[A-Za-z]\w*$")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase
 
-from lskip.encoding import encode
+from lskip.models.encoding import encode
 
 PIECE = 2**18  # characters that are tokenized at once: each takes some 350 bytes meanwhile
 WINDOW = 64  # characters on each side of a cut that show whether it changes tokens

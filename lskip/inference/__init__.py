@@ -1,8 +1,8 @@
 """Decoding: autoregressive, from a fixed exit, or self-speculative, behind one object. No Lightning in here."""
 
-from lskip.inference.cost_aware import CostAwareDraft
-from lskip.inference.drafting import ConfidenceDraft, CriterionDraft, FixedDraft
-from lskip.inference.exits import Entropy, LearnedExit, Margin, Saturation
+from lskip.inference.drafting.cost_aware import CostAwareDraft
+from lskip.inference.drafting.policies import ConfidenceDraft, CriterionDraft, FixedDraft
+from lskip.inference.exit_criteria import Entropy, LearnedExit, Margin, Saturation
 from lskip.inference.generation import Generation, TextStream
 from lskip.inference.generator import TextGenerator
 from lskip.inference.loading import load_generator

@@ -10,33 +10,33 @@ from copy import deepcopy
 from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING
 
-from lskip.checks import check_whole
-from lskip.decoder import Decoder
-from lskip.encoding import longest_text
-from lskip.exit_adapter import ExitAdapter, fingerprint
-from lskip.heap import trim_heap
-from lskip.inference.adapter import AdapterStep
-from lskip.inference.batch import Batch, Text, bound, full_depth, longest_draft
-from lskip.inference.costs import Costs, measure_costs
-from lskip.inference.costs_file import keep_costs
-from lskip.inference.drafting import drafts_of
-from lskip.inference.form_choice import mix_for
+from lskip.inference.decoding.batch import Batch, Text, bound, full_depth, longest_draft
+from lskip.inference.decoding.sampling import TokenChooser
+from lskip.inference.decoding.state_recorder import StateRecorder
+from lskip.inference.drafting.adapter import AdapterStep
+from lskip.inference.drafting.costs import Costs, measure_costs
+from lskip.inference.drafting.costs_file import keep_costs
+from lskip.inference.drafting.policies import drafts_of
 from lskip.inference.generation import Generation, TextStream
+from lskip.inference.layers.linear_choice import mix_for
+from lskip.inference.layers.lm_head import screened_head
 from lskip.inference.model_defaults import ignored_by_lskip, read_defaults
-from lskip.inference.recording import StateRecorder
-from lskip.inference.sampling import TokenChooser
-from lskip.inference.screened_head import screened_head
+from lskip.inference.runners.build import build_draft_step, build_step
 from lskip.inference.settings import GenerationSettings
-from lskip.inference.steps import build_draft_step, build_step
 from lskip.inference.stopping import end_tokens, stop_rule
 from lskip.inference.text import TextPieces, decode_text, encode_prompt
-from lskip.untrusted import printable
-from lskip.user_paths import user_path
+from lskip.models.decoder import Decoder
+from lskip.models.encoding import longest_text
+from lskip.models.exit_adapter import ExitAdapter, fingerprint
+from lskip.utils.checks import check_whole
+from lskip.utils.devices import trim_heap
+from lskip.utils.untrusted import printable
+from lskip.utils.user_paths import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lskip.trained_exits import TrainedExits
+    from lskip.models.exit_heads import TrainedExits
 
 
 class TextGenerator:

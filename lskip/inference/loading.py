@@ -6,12 +6,12 @@ import sys
 
 import torch
 
-from lskip.checks import check_whole
-from lskip.decoder import Decoder
-from lskip.exit_adapter import find_adapter, load_adapter
-from lskip.inference.costs_file import check_costs_file
+from lskip.inference.drafting.costs_file import check_costs_file
 from lskip.inference.generator import TextGenerator
-from lskip.user_paths import user_path
+from lskip.models.decoder import Decoder
+from lskip.models.exit_adapter import find_adapter, load_adapter
+from lskip.utils.checks import check_whole
+from lskip.utils.user_paths import user_path
 
 
 def load_generator(
@@ -39,8 +39,8 @@ def load_generator(
         ValueError, FileNotFoundError: what is wrong with an argument, or that there is no such model.
     """
     # These bring the GGUF reader and the hub client: only when loading.
-    from lskip.pretrained import load_model
-    from lskip.trained_exits import load_trained_exits
+    from lskip.models.exit_heads import load_trained_exits
+    from lskip.models.pretrained import load_model
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: {dtype!r} is not one of float32, bfloat16, float16")

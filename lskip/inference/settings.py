@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from lskip.checks import check_choice, check_parts, check_real, check_texts, check_unicode, check_whole
+from lskip.utils.checks import check_choice, check_parts, check_real, check_texts, check_unicode, check_whole
 
 if TYPE_CHECKING:
-    from lskip.inference.drafting import DraftPolicy
-    from lskip.inference.exits import ExitCriterion
+    from lskip.inference.drafting.policies import DraftPolicy
+    from lskip.inference.exit_criteria import ExitCriterion
 
 ACCEPTANCES = ("shared_noise", "rejection")
 DRAFT_KINDS = ("layers", "weights", "ngram", "adapter")

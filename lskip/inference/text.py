@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lskip.encoding import encode, open_ended, render_chat
+from lskip.models.encoding import encode, open_ended, render_chat
 
 UNFINISHED = "\ufffd"  # what a tokenizer prints for bytes that are not a character yet
 LONGEST_HELD = 256  # tokens: what is no character after so many is none

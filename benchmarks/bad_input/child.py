@@ -1,0 +1,217 @@
+"""One case of bad_input.py in a process of its own, forked from one that has imported what it needs."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bad_input.verdict import Case, Seen, judge
+from lskip.cli.commands import MODULES
+from lskip.cli.main import main
+
+MEMORY = 3 * 2**30  # bytes of addresses that a case may take beyond what is there when it begins
+MOST_MEBIBYTES = 1000  # that it may use beyond what its parent does
+LARGEST_KEPT = 8 * 2**20  # bytes of a file that are looked at for changes
+
+
+ALWAYS = ("lskip.cli.fit", "jinja2", "gguf", "transformers.models.llama.modeling_llama")
+LAZY = {
+    "evaluate": ("lm_eval.evaluator", "lm_eval.tasks", "lskip.evaluation.lm_eval.adapter"),
+    "compare": ("tensorboard.backend.event_processing.event_accumulator", "matplotlib.pyplot"),
+    "inspect": ("matplotlib.image", "torch.utils.tensorboard"),
+    "fit": ("peft", "pyarrow.parquet", "transformers.models.gpt2.modeling_gpt2"),
+}
+# how the sentence on what is wrong begins -> kind
+KINDS = {
+    "traceback": "traceback",
+    "hang": "hang",
+    "crash": "crash",
+    "memory": "memory",
+    "exit code 0": "not refused",
+    "exit code": "refused what is right",
+    "wrong effect": "wrong effect",
+    "ran": "ran a stranger's code",
+    "left": "left something behind",
+    "changed": "changed an input",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of a case: None where all is right; else what is wrong, and its kind."""
+
+    wrong: str | None
+    seconds: float
+    mebibytes: int
+    said: str
+
+    @property
+    def kind(self) -> str:
+        """right, or one of the others, by what is wrong."""
+        if self.wrong is None:
+            return "right"
+        return next((kind for start, kind in KINDS.items() if self.wrong.startswith(start)), "sentence")
+
+
+def import_for(commands: set[str]) -> None:
+    """What these commands import when they run, so that each forked process has it."""
+    used = {MODULES[command] for command in commands & MODULES.keys()}
+    for name in {*used, *ALWAYS, *(name for command in commands for name in LAZY.get(command, ()))}:
+        import_module(name)
+    gc.collect()
+    gc.freeze()  # what is there needs not be looked through in every child
+
+
+def in_child(act: Callable[[], Any], log: Path) -> Any:
+    """What `act` gives, as JSON has it, computed in a process of its own. RuntimeError with the log if it fails."""
+    answer = log.with_suffix(".json")
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            for stream in (1, 2):
+                os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+            answer.write_text(json.dumps(act()))
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    if os.waitpid(child, 0)[1] != 0:
+        raise RuntimeError(f"bad_input: nothing to try bad input on:\n{_read(log)[-3000:]}")
+    return json.loads(answer.read_text())
+
+
+def run_case(case: Case, here: Path, seconds: float) -> Verdict:
+    """Runs a case in a child; one that takes longer than `seconds` is killed."""
+    here.mkdir()
+    report = here.parent / f"{here.name}.json"
+    began = time.perf_counter()
+    child = os.fork()
+    if child == 0:
+        _become_the_case(case, here, report)
+    usage = _wait(child, began + seconds)
+    spent = time.perf_counter() - began
+    error = _read(here.parent / f"{here.name}.err")
+    mebibytes = 0 if usage is None else usage.ru_maxrss // 1024
+    if usage is None:
+        return Verdict(f"hang: {_where(error)}", spent, mebibytes, error[-600:])
+    if not report.exists():
+        return Verdict(f"crash: {error[-300:]!r}", spent, mebibytes, error[-600:])
+    found, most = json.loads(report.read_text()), MOST_MEBIBYTES + _own_mebibytes()
+    wrong = found["wrong"] or (f"memory: {mebibytes} MiB" if mebibytes > most else None)
+    return Verdict(wrong, spent, mebibytes, found["said"])
+
+
+def _own_mebibytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2**20
+
+
+def _wait(child: int, end: float) -> resource.struct_rusage | None:
+    """What the child used; None for one that had to be killed."""
+    asked = killed = False
+    while True:
+        done, _, usage = os.wait4(child, os.WNOHANG)
+        now = time.perf_counter()
+        if done or now > end + 10:
+            _kill_group(child)  # what it has started
+            return None if killed else usage
+        if now > end and not asked:
+            os.kill(child, signal.SIGUSR1)  # it writes where it is
+            asked = True
+        if now > end + 0.5 and not killed:
+            _kill_group(child)
+            os.kill(child, signal.SIGKILL)
+            killed = True
+        time.sleep(0.005)
+
+
+def _kill_group(child: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(child, signal.SIGKILL)
+
+
+def _where(error: str) -> str:
+    """The innermost line of lskip in a stack that faulthandler wrote."""
+    lines = [line.strip() for line in error.splitlines() if "/lskip/" in line and "File" in line]
+    return lines[0] if lines else error[-200:]
+
+
+def _become_the_case(case: Case, here: Path, report: Path) -> None:
+    """Never returns."""
+    try:
+        os.setpgid(0, 0)
+        out, err = (here.parent / f"{here.name}.{name}" for name in ("out", "err"))
+        for path, stream in ((out, 1), (err, 2)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.stdout, sys.stderr = (open(stream, "w", encoding="utf-8", closefd=False) for stream in (1, 2))  # noqa: SIM115
+        faulthandler.register(signal.SIGUSR1, all_threads=False)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.chdir(here)
+        case.prepare(here)
+        before = contents(here)
+        _limit_memory()
+        code = _exit_code(case, here)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        seen = Seen(code, _read(out), _read(err), here)
+        wrong = judge(case, seen, before, contents(here))
+        report.write_text(json.dumps({"wrong": wrong, "said": seen.sentence[-600:]}))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(0)
+
+
+def _exit_code(case: Case, here: Path) -> int | None:
+    code = None
+    try:
+        with case.around(here):
+            code = main(case.command_line(here))
+    except SystemExit as left:
+        return left.code if isinstance(left.code, int) else int(left.code is not None)
+    except BaseException as error:
+        if code is None or not isinstance(error, KeyboardInterrupt):  # a signal that came too late
+            traceback.print_exc()
+            return None
+    return code
+
+
+def _limit_memory() -> None:
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What every file below a folder holds, by its path in it; links are what they point to, and folders are b"/"."""
+    found = {}
+    for parent, folders, names in os.walk(folder):
+        base = Path(parent)
+        found |= {str((base / name).relative_to(folder)): b"/" for name in folders}
+        for name in names:
+            path = base / name
+            if path.is_symlink():
+                found[str(path.relative_to(folder))] = os.fsencode(os.readlink(path))
+            elif path.is_file() and path.stat().st_size <= LARGEST_KEPT:
+                found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
+
+
+def _read(path: Path) -> str:
+    return path.read_bytes().decode("utf-8", errors="replace") if path.exists() else ""

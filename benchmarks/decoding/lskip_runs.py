@@ -1,0 +1,143 @@
+"""lskip's own methods, as the decoding benchmark runs them."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Collection
+from copy import copy
+from functools import partial
+from statistics import mean
+
+from transformers import PreTrainedModel
+
+from benchmarks.decoding.runs import PROMPT, Run
+from benchmarks.decoding.settings import ADAPTER, DRAFTS, OWN_WEIGHTS, Setting
+from lskip.evaluation.sweep.cells import remember_rounds
+from lskip.inference import Generation, TextGenerator
+from lskip.inference.drafting.cost_aware import CostAwareDraft
+from lskip.inference.drafting.costs import Costs
+from lskip.inference.drafting.draft import Draft, DraftPlan
+from lskip.inference.drafting.policies import ConfidenceDraft, FixedDraft
+from lskip.models.exit_adapter import ExitAdapter
+
+POLICY_CLASSES = {"fixed": FixedDraft, "confidence": ConfidenceDraft, "cost_aware": CostAwareDraft}
+
+
+class Generators:
+    """One model, ready for decoding with each kind of draft weights in batches of each size."""
+
+    def __init__(self, model: PreTrainedModel, release: bool = False, exit_adapter: ExitAdapter | None = None):
+        """
+        Args:
+            release: convert the model instead of copying it; then there can be one generator only.
+            exit_adapter: of the draft "adapter".
+        """
+        self.model, self.release, self.exit_adapter = model, release, exit_adapter
+        self.made: dict[tuple[str | None, int], TextGenerator] = {}
+        self.costs: dict[TextGenerator, list[Costs]] = defaultdict(list)  # measured again and again
+
+    def drafting_with(self, draft_weights: str | None, batch: int = 1) -> TextGenerator:
+        """Raises ValueError where such weights do not work."""
+        if (draft_weights, batch) not in self.made:
+            if draft_weights == OWN_WEIGHTS:
+                made = copy(self.drafting_with(None, batch))
+                made.draft_step = copy(made.step)
+                vars(made).pop("costs", None)  # measured without a draft step
+            elif draft_weights == ADAPTER:
+                made = self._convert(batch, exit_adapter=self.exit_adapter)
+            else:
+                made = self._convert(batch, draft_weights=draft_weights)
+            self.made[draft_weights, batch] = made
+        return self.made[draft_weights, batch]
+
+    def _convert(self, batch: int, **drafting) -> TextGenerator:
+        return TextGenerator(self.model, release_model=self.release, batch_size=batch, **drafting)
+
+    def measure_costs(self, batches: Collection[int]) -> None:
+        """Of generators for these, once more: a machine that others share is faster at one moment than at another."""
+        for (_, batch), made in self.made.items():
+            if batch in batches:
+                vars(made).pop("costs", None)
+                self.costs[made].append(made.costs)
+
+    def by_name(self) -> dict[str, TextGenerator]:
+        """As files name them."""
+        return {
+            f"{weights or 'none'}{f', batch {batch}' if batch > 1 else ''}": made
+            for (weights, batch), made in self.made.items()
+        }
+
+
+class Lskip:
+    """`autoregressive`, `control`, `fixed_exit` and `self_speculative`."""
+
+    def __init__(self, generators: Generators, setting: Setting):
+        source = DRAFTS.get(setting.draft)
+        self.setting, self.costs = setting, generators.costs
+        self.generator = generators.drafting_with(source.draft_weights if source else None, setting.batch)
+        self.arguments = {"temperature": 0.0, "exit_layer": setting.exit_layer}
+        self.rounds: list[tuple[DraftPlan, int]] = []
+        if source is not None:
+            policy = POLICY_CLASSES[setting.policy]()  # one for all prompts: it learns
+            remember_rounds(policy, self.rounds)
+            self.arguments |= {
+                "draft": source.draft,
+                "draft_policy": policy,
+                "num_speculations": setting.num_speculations,
+            }
+        self.generator.settings(**self.arguments)  # ValueError now rather than in an hour
+
+    def run(self, prompts: list[list[int]], max_new_tokens: int) -> Run:
+        self.rounds.clear()
+        arguments = {**self.arguments, "max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens}
+        begin = time.perf_counter()
+        if self.setting.batch == 1:
+            generations = [self.generator.generate(prompt, **arguments) for prompt in prompts]
+        else:
+            ended = self.generator.generate_batch(prompts, batch_size=self.setting.batch, **arguments)
+            generations = [generation for _, generation in sorted(ended, key=lambda pair: pair[0])]
+        seconds = time.perf_counter() - begin
+        lanes = min(self.setting.batch, len(prompts))
+        steps = sum(len(generation.token_ids) - 1 for generation in generations) / lanes
+        planned = partial(self._planned, rounds=list(self.rounds), steps=steps, lanes=lanes)
+        return run_of(generations, seconds)._replace(planned=planned)
+
+    def _planned(self, rounds: list[tuple[DraftPlan, int]], steps: float, lanes: int) -> float:
+        """Seconds that the cost model gives the rounds, which brought what `steps` bring undrafted.
+
+        The mean by all costs that were measured.
+        """
+        measured = self.costs[self.generator] or [self.generator.costs]
+        return mean(self._by(costs, rounds, steps, lanes) for costs in measured)
+
+    def _by(self, costs: Costs, rounds: list[tuple[DraftPlan, int]], steps: float, lanes: int) -> float:
+        if self.setting.draft is not None:
+            return sum(costs.round(plan, lanes) for plan, lanes in rounds)
+        if self.setting.exit_layer is None:
+            return steps * costs.plain(lanes)
+        # A token of a fixed exit is what a drafted one is.
+        return steps * costs.draft_step(Draft("layers", self.setting.exit_layer), lanes)
+
+
+def run_of(generations: list[Generation], seconds: float) -> Run:
+    """What some texts took together; it knows no plan."""
+    return Run(
+        texts=[generation.token_ids for generation in generations],
+        seconds=seconds,
+        rounds=sum(generation.rounds for generation in generations),
+        drafted=sum(generation.drafted for generation in generations),
+        accepted=sum(generation.accepted for generation in generations),
+        accepted_counts=sum((generation.accepted_counts for generation in generations), Counter()),
+    )
+
+
+class PromptPass:
+    """The prompts' own passes: generating the first token and no more."""
+
+    def __init__(self, generators: Generators, batch: int = 1):
+        self.setting = Setting(PROMPT, "", batch=batch)
+        self.autoregressive = Lskip(generators, self.setting)
+
+    def run(self, prompts: list[list[int]], max_new_tokens: int) -> Run:
+        return self.autoregressive.run(prompts, 1)

@@ -1,0 +1,226 @@
+"""Training of an exit adapter on the drafts that it would make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, Timer
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lskip.adapters.unroll import drafted_at, report, unrolled_states
+from lskip.losses import rows_at_once
+from lskip.models.exit_adapter import ExitAdapter
+from lskip.optimization import WarmupCosine
+from lskip.training.finite_steps import FiniteSteps
+from lskip.training.resumed_settings import ResumedSettings
+
+MEASURED_STEPS = 6  # draft steps that validation looks at, at least
+
+
+def step_weights(num_steps: int, decay: float) -> list[float]:
+    """decay^(j-1) for j = 1, 2, …, over their sum."""
+    weights = [decay**step for step in range(num_steps)]
+    return [weight / sum(weights) for weight in weights]
+
+
+def draft_loss(states: Tensor, last_states: Tensor, head_weight: Tensor, row_weights: Tensor) -> Tensor:
+    """Σ row_weights · CE(softmax(last_states head^T), softmax(states head^T)), to differentiate by `states` alone.
+
+    Logits of a few rows at a time. As in `head_loss` the gradient is made in the forward pass, and products run in
+    autocast's dtype.
+
+    Args:
+        states: [N, D], the adapter's.
+        last_states: [N, D], the frozen model's at the same positions.
+        head_weight: [W, D].
+        row_weights: [N].
+    """
+    return _DraftLoss.apply(states, last_states, head_weight, row_weights)
+
+
+class _DraftLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states, last_states, head_weight, row_weights):
+        device = states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head_weight.dtype
+        total_dtype = torch.promote_types(states.dtype, torch.float32)
+        weight, grad = head_weight.to(dtype), torch.empty_like(states)
+        total = torch.zeros((), dtype=total_dtype, device=states.device)
+        count = rows_at_once(len(head_weight), states.device)
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(states), count):
+                part = slice(start, start + count)
+                targets = (last_states[part].to(dtype) @ weight.T).to(total_dtype).softmax(-1)
+                logits = (states[part].to(dtype) @ weight.T).to(total_dtype)
+                log_total = logits.logsumexp(-1)
+                losses = log_total - (logits * targets).sum(-1)
+                total += (losses * row_weights[part]).sum()
+                grad_logits = logits.sub_(log_total[:, None]).exp_().sub_(targets).mul_(row_weights[part, None])
+                grad[part] = grad_logits.to(dtype) @ weight
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total):
+        (grad,) = ctx.saved_tensors
+        return grad * grad_total.to(grad.dtype), None, None, None
+
+
+class AdapterModule(LightningModule):
+    """Trains an ExitAdapter to say what the frozen model's last layer says.
+
+    A batch is {"exit_states" [B, S, D], "last_states" [B, S, D] after the final norm, "scored" [B, S] bool}, padded
+    at the right, and to validate on "choices" [B, S], the model's own likeliest next tokens. The loss is the
+    cross-entropy over the adapter's words between its distribution and the last layer's, a mean over the scored
+    positions of each draft step, and over the steps with weights decay^(j-1).
+
+    Args:
+        adapter: in float32.
+        unroll: draft steps to train on. Without the last layer's state as an input all steps are alike: 1.
+        decay: weight of a draft step against the one before, above 0.
+        unroll_every: steps after the first are trained on the rounds that begin at one position of so many, others in
+            each optimizer step: on all, each would cost as much as the first, to tell much the same.
+        lr: the full learning rate of AdamW.
+        warmup_steps: optimizer steps until that.
+        clip: norm that gradients are cut to.
+    """
+
+    def __init__(
+        self,
+        adapter: ExitAdapter,
+        unroll: int = 3,
+        decay: float = 0.8,
+        unroll_every: int = 3,
+        lr: float = 1e-3,
+        warmup_steps: int = 50,
+        clip: float = 1.0,
+    ):
+        super().__init__()
+        self.adapter = adapter
+        self.unroll = unroll if adapter.shape.joins_last_state else 1
+        self.decay, self.unroll_every = decay, unroll_every
+        self.lr, self.warmup_steps, self.clip = lr, warmup_steps, clip
+        self.finite_steps = FiniteSteps()
+        self.tokens_seen = 0  # scored positions, each as often as it was trained on
+        self._hits: list[Tensor] = []
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.tokens_seen += int(batch["scored"].sum())
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Of one batch, in nats a token; 0 where nothing is scored."""
+        scored, last_states = batch["scored"], batch["last_states"]
+        everywhere = torch.arange(scored.shape[1], device=scored.device)
+        starts = everywhere[self.global_step % self.unroll_every :: self.unroll_every]
+        states, wanted, weights = [], [], []
+        share = step_weights(self.unroll, self.decay)
+        for step, unrolled in enumerate(self._unrolled(batch, self.unroll, starts), start=1):
+            places, counted = drafted_at(scored, everywhere if step == 1 else starts, step)
+            where = counted.flatten().nonzero().squeeze(1)
+            states.append(unrolled.flatten(0, 1).index_select(0, where))
+            wanted.append(last_states[:, places].flatten(0, 1).index_select(0, where))
+            dtype = torch.promote_types(unrolled.dtype, torch.float32)
+            weights.append(torch.full_like(where, share[step - 1] / max(len(where), 1), dtype=dtype))
+        return draft_loss(torch.cat(states), torch.cat(wanted), self.adapter.body.lm_head.weight, torch.cat(weights))
+
+    def _unrolled(self, batch: dict[str, Tensor], num_steps: int, starts: Tensor | None = None) -> Iterator[Tensor]:
+        parts = [batch[name].to(self.adapter.join.weight.dtype) for name in ("exit_states", "last_states")]
+        return unrolled_states(self.adapter, *parts, num_steps, starts)
+
+    # Validation: is each draft step's word the model's own next token, and what follows for a round.
+
+    def hits(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        """For each row bool [A, J]: at its A scored positions, whether draft step j says what the model does."""
+        scored, choices, head = batch["scored"], batch["choices"], self.adapter.body.lm_head
+        right = []
+        for later, states in enumerate(self._unrolled(batch, max(self.unroll, MEASURED_STEPS))):
+            states = F.pad(states, (0, 0, later, 0))[:, : scored.shape[1]]  # from the start of a round to its own place
+            words = self.adapter.token_ids[head(states[scored]).argmax(-1)]
+            right.append(words == choices[scored])
+        return list(torch.stack(right, 1).cpu().split(scored.sum(1).tolist()))
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._hits += self.hits(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        values, self._hits = report(self._hits), []
+        self.log("val/draft_agreement", values["draft_agreement"], prog_bar=True)
+        told = {step: value for step, value in enumerate(values["agreement"], start=1) if value is not None}
+        self.log_dict({f"val/agreement/step_{step}": value for step, value in told.items()})
+        self.log_dict({f"val/tokens_per_round/d_{d}": value for d, value in values["tokens_per_round"].items()})
+
+    # The optimizer. Clipping here, since Lightning's refuses fused optimizers in mixed precision.
+
+    def configure_optimizers(self) -> dict:
+        parameters = self.adapter.trained_parameters()
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+        steps = self.trainer.max_steps if self.trainer.max_steps > 0 else None
+        schedule = WarmupCosine(optimizer, self.warmup_steps, final=0.05, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        norm = torch.nn.utils.clip_grad_norm_(self.adapter.trained_parameters(), self.clip)
+        self.finite_steps.admits(self.trainer, self, norm)
+        self.log("train/gradient_norm", norm)
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [self.finite_steps, ResumedSettings()]
+
+    # A checkpoint goes with one adapter; its words are no part of the weights.
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["adapter"] = {**self._identity(), "tokens_seen": self.tokens_seen}
+        self.finite_steps.check_saved(self.trainer, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        saved = dict(checkpoint["adapter"])
+        self.tokens_seen = saved.pop("tokens_seen")
+        if saved != self._identity():
+            raise ValueError("resume: the checkpoint is of another adapter (its model, shape or words differ)")
+
+    def _identity(self) -> dict:
+        shape = self.adapter.shape
+        return {**vars(shape), "model": self.adapter.made_for, "token_ids": self.adapter.token_ids.tolist()}
+
+
+class TimeBudget(Timer):
+    """Counts the time of training, over interruptions too; with a limit it ends it, the learning rate decayed."""
+
+    def __init__(self, max_minutes: float | None):
+        super().__init__(None if max_minutes is None else timedelta(minutes=max_minutes), verbose=False)
+        self.max_seconds = None if max_minutes is None else 60 * max_minutes
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: AdapterModule, batch, batch_idx: int) -> None:
+        if self.max_seconds is None:
+            return
+        # The schedule counts steps: it is told how many there will be at the pace so far.
+        steps = trainer.global_step * self.max_seconds / max(self.time_elapsed(), 1e-3)
+        limit = trainer.max_steps if trainer.max_steps > 0 else steps
+        pl_module.lr_schedulers().total_steps = max(min(steps, limit), 1)
+
+
+class AveragedWeights(EMAWeightAveraging):
+    """Lightning's, but the average replaces the weights only after the last checkpoint, which must hold both.
+
+    Where training ends before the average begins, the weights stay.
+    """
+
+    def __init__(self, decay: float, first_step: int, device: torch.device | None = None):
+        """device: where the average is kept; None: where the module is when training is set up, the CPU as a rule."""
+        super().__init__(device, use_buffers=False, decay=decay, update_starting_at_step=first_step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: AdapterModule) -> None:
+        pass
+
+    def on_fit_end(self, trainer: Trainer, pl_module: AdapterModule) -> None:
+        if self._average_model.n_averaged > 0:
+            super().on_train_end(trainer, pl_module)

@@ -1,0 +1,118 @@
+"""Answers that a model writes for an exit adapter to be trained on, their states kept on the way."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lskip.adapters.answers import AnswerRow, digest_of, in_order, is_held_out
+from lskip.adapters.states import StateCache
+from lskip.inference import TextGenerator
+from lskip.inference.layers.linear import Packed
+from lskip.inference.layers.linear_choice import obstacle_to
+from lskip.inference.prompt_file import Prompt
+from lskip.inference.text import encode_prompt
+from lskip.models.decoder import Decoder
+
+GROUP = 4  # times the texts that are answered together: what a kill loses at most, and a few idle places at its end
+
+
+def record_answers(
+    cache: StateCache,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    block_size: int,
+    max_new_tokens: int,
+    batch_size: int,
+    chat: bool | None = None,
+) -> list[AnswerRow]:
+    """Greedy answers as `read_answers` gives them, their states in `cache`; what it has is not written again.
+
+    Args:
+        cache: entered.
+        model: the one that `cache` is of.
+        prompts: those that leave no room in block_size are left out.
+        max_new_tokens: of an answer, at most.
+        batch_size: prompts that are answered together.
+        chat: whether texts go through the chat template; None: where the model has one.
+
+    Raises:
+        ValueError: no prompt, or none of a side of the split, leaves room for an answer.
+    """
+    asked: dict[int, tuple[list[int], bool]] = {}
+    for prompt in prompts:
+        ids = _encoded(prompt, model, tokenizer, chat)
+        if len(ids) < block_size:
+            asked[digest_of([max_new_tokens, *ids])] = ids, is_held_out(prompt.content)
+    # All of what in_order asks for is known before hours of answering.
+    in_order([row_of(*each, [], block_size) for each in asked.values()], block_size)
+    if damaged := cache.answers.forget_damaged(asked):
+        print(
+            f"warning: cache_dir: '{cache.answers.folder}': {damaged} damaged answers are given again", file=sys.stderr
+        )
+    missing = [digest for digest in asked if digest not in cache.answers]
+    if missing:
+        limits = {"max_new_tokens": max_new_tokens, "block_size": block_size, "batch_size": batch_size}
+        _answer(cache, model, tokenizer, {digest: asked[digest] for digest in missing}, **limits)
+    tokens = cache.answers.mapped("token_ids")[:, 0]
+    answers = {digest: tokens[cache.answers.place(digest)].tolist() for digest in asked}
+    return in_order([row_of(*asked[digest], answer, block_size) for digest, answer in answers.items()], block_size)
+
+
+def _encoded(
+    prompt: Prompt, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: bool | None
+) -> list[int]:
+    try:
+        return encode_prompt(prompt.content, tokenizer, chat, model.config.vocab_size)
+    except ValueError as error:  # a chat template that refuses the messages, or is missing
+        raise ValueError(f"prompts: line {prompt.line}: {error}") from error
+
+
+def _answer(
+    cache: StateCache,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: dict[int, tuple[list[int], bool]],
+    max_new_tokens: int,
+    block_size: int,
+    batch_size: int,
+) -> None:
+    """Answers prompts group by group, and counts those of a group as answered all at once.
+
+    A text's states depend, in their last bits, on the texts beside it. A group that a kill has cut short is answered
+    again as a whole, and those after it are the same as ever: so are all states, whenever a run was stopped.
+    """
+    generator = TextGenerator(model, tokenizer, weights=_weights_for(model), batch_size=batch_size)
+    settings = {"states_at": cache.exit_layer, "max_new_tokens": max_new_tokens, "temperature": 0.0}
+    digests = list(asked)
+    with tqdm(total=len(digests), desc="answers") as bar:
+        for start in range(0, len(digests), GROUP * batch_size):
+            group = digests[start : start + GROUP * batch_size]
+            answers: dict[int, np.ndarray] = {}
+            for index, generation in generator.generate_batch(
+                [asked[digest][0] for digest in group], batch_size, **settings
+            ):
+                row = row_of(*asked[group[index]], generation.token_ids, block_size)
+                cache.add(row, *generation.states[:, : len(row.token_ids)])
+                answers[group[index]] = np.array(generation.token_ids, np.int32)[:, None]
+                bar.update()
+            cache.answers.append(list(answers), [{"token_ids": answer} for answer in answers.values()])
+
+
+def _weights_for(model: PreTrainedModel) -> str:
+    """How weights are held: never by a timing, as "auto" may in float32, since forms differ in their last bits."""
+    matrix = next(part for part in Decoder(model).blocks[0].parameters() if part.dim() == 2)
+    if matrix.dtype != torch.float32:
+        return "auto"
+    return "packed" if obstacle_to(Packed, matrix.detach()) is None else "plain"
+
+
+def row_of(prompt: list[int], held_out: bool, answer: list[int], block_size: int) -> AnswerRow:
+    """A prompt with its answer, cut to block_size tokens."""
+    return AnswerRow(tuple([*prompt, *answer][:block_size]), len(prompt), held_out)

@@ -1,0 +1,76 @@
+"""Every command but those of Lightning as a function, and how its arguments become options of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from importlib import import_module
+from inspect import signature
+from typing import get_type_hints
+
+from docstring_parser import parse as parse_docstring
+from jsonargparse import ArgumentParser
+
+from lskip.cli.config_files import CONFIG_HELP, ConfigFile, bound_yaml
+from lskip.cli.errors import innermost
+from lskip.cli.named_classes import restrict_imports
+from lskip.cli.option_parsing import parse_options
+from lskip.evaluation.tasks.task import Task
+from lskip.inference.drafting.policies import DraftPolicy
+from lskip.inference.exit_criteria import ExitCriterion
+
+# Where a command's function is; imported when it runs, since some bring Lightning and others must not wait for it.
+MODULES = {
+    "predict": "lskip.cli.generate",
+    "generate": "lskip.cli.generate",
+    "adapt": "lskip.adapters.adapt",
+    "export": "lskip.export.to_hf",
+    "sweep": "lskip.evaluation.sweep.sweep",
+    "tune": "lskip.evaluation.sweep.tune",
+    "evaluate": "lskip.evaluation.lm_eval.evaluate",
+    "compare": "lskip.evaluation.runs.compare",
+    "inspect": "lskip.evaluation.layers.inspect",
+}
+_CLASSES = {"draft_policy": DraftPolicy, "exit_criterion": ExitCriterion, "criterion": ExitCriterion, "task": Task}
+
+
+def run_command(arguments: list[str]) -> None:
+    """Run one of MODULES: the first argument says which, the others are its options.
+
+    Lists that the function takes by position alone are given so on the command line too.
+    """
+    name, *options = arguments
+    bound_yaml()
+    restrict_imports()
+    command = command_named(name)
+    parser = ArgumentParser(prog=f"lskip {name}", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action=ConfigFile, help=CONFIG_HELP)
+    lists = [key for key, part in signature(command).parameters.items() if part.kind is part.POSITIONAL_ONLY]
+    described = {part.arg_name: part.description for part in parse_docstring(command.__doc__).params}
+    for key in lists:
+        parser.add_argument(key, nargs="+", help=described[key])
+    # Arguments that stand for a group of options.
+    groups = {key: kind for key, kind in get_type_hints(command).items() if is_dataclass(kind)}
+    plain = parser.add_function_arguments(command, skip={*groups, *lists})
+    members = {key: parser.add_class_arguments(kind) for key, kind in groups.items()}
+    values = _parse(parser, options)
+    given = {key: kind(**{member: values[member] for member in members[key]}) for key, kind in groups.items()}
+    command(*(values[key] for key in lists), **{key: values[key] for key in plain}, **given)
+
+
+def command_named(name: str) -> Callable[..., None]:
+    """The function that runs a command."""
+    return getattr(import_module(MODULES[name]), name)
+
+
+def _parse(parser: ArgumentParser, options: list[str]):
+    """The options' values, classes among them built.
+
+    Raises:
+        ValueError: one sentence on what is wrong with them.
+    """
+    values = parse_options(parser, options, parser, _CLASSES)
+    try:
+        return parser.instantiate_classes(values)
+    except ValueError as error:
+        raise ValueError(innermost(str(error))) from error

@@ -1,0 +1,296 @@
+"""`lskip fit`, `validate` and `test`: LightningCLI over a LayerSkipModule whose arguments are at the top level."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.strategies import Strategy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lskip.callbacks import EarlyExitLoss, LayerDropout, LayerMetrics
+from lskip.callbacks.run_checkpoint import RunCheckpoint
+from lskip.callbacks.run_hparams import RunHparams
+from lskip.cli.config_files import CONFIG_HELP, ConfigFile, bound_yaml
+from lskip.cli.errors import innermost
+from lskip.cli.named_classes import restrict_imports
+from lskip.cli.option_parsing import parse_options
+from lskip.cli.runs.data_fit import check_rows_fit, check_tokenizer_is_there, check_tokens_fit, let_data_fit_model
+from lskip.cli.runs.fit_help import explain_options
+from lskip.cli.runs.fit_report import print_end
+from lskip.cli.runs.own_data import with_own_data
+from lskip.cli.runs.resuming import (
+    changed_settings,
+    goes_on,
+    settings_before,
+    settings_of,
+    take_up,
+)
+from lskip.cli.runs.run_folder import RunConfig, check_room, refuse_existing_run, run_place
+from lskip.cli.runs.run_logger import RunLogger
+from lskip.cli.runs.trainer_checks import (
+    check_callbacks,
+    check_monitors,
+    check_trainer,
+    settings_named,
+    watched_is_measured,
+)
+from lskip.curricula import ExitCurriculum
+from lskip.data import TextData
+from lskip.evaluation.runs.settings import run_settings
+from lskip.low_rank import LowRank
+from lskip.models.pretrained import LAST_CHECKPOINT, read_checkpoint
+from lskip.module import LayerSkipModule
+from lskip.schedules import Schedule
+from lskip.targets import ExitTarget
+from lskip.training.step_bar import StepBar, wants_bar
+from lskip.training.trainer_manners import how_to_go_on, interruptible, quiet_lightning
+from lskip.utils.interrupts import ended_by_sigterm
+from lskip.utils.untrusted import parse_yaml
+from lskip.utils.user_paths import user_path
+
+_METHODS = {"layer_dropout": LayerDropout, "early_exit_loss": EarlyExitLoss}
+# What an error message lists where a class was misspelled. Short names work for whatever is imported here.
+_CHOICES = {
+    **_METHODS,
+    "curriculum": ExitCurriculum,
+    "depth": Schedule,
+    "time": Schedule,
+    "exit_target": ExitTarget,
+    "data": LightningDataModule,
+    "optimizer": Optimizer,
+    "lr_scheduler": LRScheduler,
+    "callbacks": Callback,
+    "logger": Logger,
+    "strategy": Strategy,
+    "accelerator": Accelerator,
+    "profiler": Profiler,
+    "low_rank": LowRank,
+}
+
+
+def run_training(arguments: list[str]) -> None:
+    """Run `fit`, `validate` or `test`: the first argument says which."""
+    quiet_lightning()
+    bound_yaml()
+    restrict_imports()
+    with ended_by_sigterm(" by SIGTERM before it began; nothing is lost"):
+        LayerSkipCLI(arguments)
+
+
+class LayerSkipCLI(LightningCLI):
+    """Parses one YAML or flags, checks what can be checked cheaply, builds, and hands over to the Trainer.
+
+    The top level holds `model`, the other arguments of LayerSkipModule, `data` (TextData unless a class_path
+    says otherwise), `layer_dropout`, `early_exit_loss` (both off unless named), `checkpoint`, `run_folder` and
+    `trainer`.
+
+    Raises:
+        ValueError, OSError, MisconfigurationException: the user's mistakes.
+    """
+
+    def __init__(self, args: list[str]):
+        self._command = args[0]
+        parser_kwargs = {"exit_on_error": False, "allow_abbrev": False}
+        with ExitStack() as self.held:
+            super().__init__(
+                seed_everything_default=0,
+                parser_kwargs={**parser_kwargs, self._command: dict(parser_kwargs)},
+                save_config_callback=RunConfig,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                args=args,
+            )
+
+    # What the command line knows.
+
+    def init_parser(self, **settings) -> LightningArgumentParser:
+        parser = self.parser_class(dump_header=[f"lightning.pytorch=={lightning.pytorch.__version__}"], **settings)
+        parser.add_argument("-c", "--config", action=ConfigFile, help=CONFIG_HELP)
+        return parser
+
+    def subcommands(self) -> dict[str, set[str]]:
+        return {self._command: LightningCLI.subcommands()[self._command]}  # a parser of each takes its time
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--model",
+            type=dict[str, Any] | str,
+            required=True,
+            help="smollm2, a run folder, a checkpoint, a folder, a hub name, a .gguf file, "
+            "or a transformers config (model_type and its fields) to start from scratch",
+        )
+        self._module_arguments = parser.add_class_arguments(
+            LayerSkipModule, skip={"model", "tokenizer", "seed"}, fail_untyped=False
+        )
+        parser.set_defaults({"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-4}}})
+        parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False, required=False)
+        parser.set_defaults({"data": {"class_path": f"lskip.data.{TextData.__name__}"}})
+        for key, method in _METHODS.items():
+            parser.add_subclass_arguments(method, key, fail_untyped=False, required=False)
+        parser.add_class_arguments(RunCheckpoint, "checkpoint", skip={"folder"}, instantiate=False)
+        parser.add_argument(
+            "--run_folder", type=str, default="runs/fit", help="where checkpoints, TensorBoard files and config go"
+        )
+        parser.add_class_arguments(self.trainer_class, "trainer", fail_untyped=False, instantiate=False)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **settings) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **settings)
+        if subcommand != "fit":
+            parser.set_defaults(verbose=False)  # the table of layers says it better
+        explain_options(parser, subcommand)
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        args = args if args[0] == "fit" else with_own_data(args)
+        self.config = parse_options(parser, args, self._subcommand_parsers[args[0]], _CHOICES)
+        seed = self.config[args[0]].seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise ValueError(f"seed_everything: {seed} is not a whole number from 0 to {2**32 - 1}")
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: what a checkpoint was trained with never overrides what the command line says."""
+
+    # Checks that cost nothing, before the model is loaded.
+
+    def before_instantiate_classes(self) -> None:
+        config = self._settings
+        if config.get("weights_only") is False:
+            raise ValueError("weights_only: false is not allowed: a checkpoint's own code is never run")
+        if isinstance(config.model, str) and config.model.lstrip()[:1] in ("{", "["):
+            # A mapping that is none, or a list: it would be taken for a name.
+            parse_yaml(config.model, "model: the value")
+            raise ValueError(f"model: {config.model[:40]!r} is neither a name nor a transformers config")
+        self.folder = user_path(config.run_folder, "run_folder")
+        if isinstance(config.model, dict):
+            # A flag like --model.hidden_size 64 arrives as text.
+            plain = {key: parse_yaml(value, "model") for key, value in config.model.items() if isinstance(value, str)}
+            config.model = {**config.model, **plain}
+        check_trainer(config.trainer)
+        self._resolve_checkpoint(config)
+        if self.subcommand == "fit":
+            self._continue_run()
+        if not config.trainer.fast_dev_run:  # which writes nothing
+            self._take_folder()
+
+    @property
+    def _settings(self) -> Namespace:
+        return self.config[self.subcommand]
+
+    def _resolve_checkpoint(self, config: Namespace) -> None:
+        self.ckpt_path, self.resumed = None, None
+        if config.ckpt_path is None:
+            return
+        path = self.folder / LAST_CHECKPOINT if config.ckpt_path == "last" else user_path(config.ckpt_path, "ckpt_path")
+        if not path.is_file():
+            raise FileNotFoundError(f"ckpt_path: {config.ckpt_path!r}: there is no file '{path}'")
+        self.ckpt_path, self.resumed = str(path), read_checkpoint(path, "ckpt_path", whole=True)
+        config.ckpt_path = None  # config.yaml says what the run is, not how often it was continued
+
+    def _continue_run(self) -> None:
+        """What a run that goes on does otherwise than before; and that nothing else is the case with this folder."""
+        if self.resumed is None:
+            if not self._settings.trainer.fast_dev_run:
+                refuse_existing_run(self.folder)
+            return
+        if "optimizer_states" not in self.resumed:
+            raise ValueError(f"ckpt_path: {self.ckpt_path!r} holds weights alone; begin with them by --model")
+        before, now = settings_before(self.resumed, Path(self.ckpt_path)), settings_of(self._settings.as_dict())
+        self.changes = changed_settings(before, now, self.resumed)
+
+    def _take_folder(self) -> None:
+        fit = self.subcommand == "fit"
+        folder = self.folder if fit else self.folder / self.subcommand
+        self.held.enter_context(run_place(folder, folder / LAST_CHECKPOINT.parent if fit else folder))
+        self.save_config_kwargs = {"folder": folder}
+
+    # Building.
+
+    def instantiate_classes(self) -> None:
+        config = copy.deepcopy(self.config)
+        let_data_fit_model(config[self.subcommand])
+        try:
+            self.config_init = self.parser.instantiate_classes(config)
+        except ValueError as error:
+            raise ValueError(innermost(str(error))) from error
+        built = self.config_init[self.subcommand]
+        self.datamodule = built.data
+        check_tokenizer_is_there(built.data, built.model)
+        seed = 0 if built.seed_everything is False else built.seed_everything
+        arguments = {name: built[name] for name in self._module_arguments}
+        self.model = LayerSkipModule(built.model, seed=seed, **arguments)
+        self.model.settings = settings_of(self._settings.as_dict())
+        if self.resumed is not None:
+            take_up(self.resumed, self.model, self.ckpt_path)
+        check_rows_fit(self.datamodule, self.model)
+        check_tokens_fit(self.datamodule, self.model)
+        self.trainer = self.instantiate_trainer()
+        if self.subcommand == "fit":
+            self._check_before_data()
+
+    def _check_before_data(self) -> None:
+        """What would only be noticed once the text has been tokenized, or after the first steps."""
+        steps = self.trainer.max_steps
+        self.model.check_training(steps if steps > 0 else None)
+        check_callbacks(self.trainer)
+        check_monitors(self.trainer, self.model)
+        for callback in self.trainer.callbacks:
+            if hasattr(callback, "check_layers"):
+                callback.check_layers(self.model)
+        if not self.trainer.fast_dev_run:
+            check_room(self.folder, self.model, self.ckpt_path)
+
+    def instantiate_trainer(self, **arguments) -> Trainer:
+        built = self.config_init[self.subcommand]
+        settings = {**built.trainer, **arguments}
+        if settings["logger"] in (None, True):
+            settings["logger"] = self._tensorboard()
+        if settings["max_epochs"] is None and settings["max_steps"] == -1 and settings["max_time"] is None:
+            settings["max_epochs"] = 1
+        settings["default_root_dir"] = settings["default_root_dir"] or str(self.folder)
+        methods = [built[key] for key in _METHODS if built[key] is not None]
+        checkpoint = [RunCheckpoint(self.folder / LAST_CHECKPOINT.parent, **built.checkpoint)]
+        if settings["enable_checkpointing"] is False:
+            checkpoint = []
+        hparams = [RunHparams(run_settings(self._settings.as_dict()))] if self.subcommand == "fit" else []
+        bar = [StepBar()] if self.subcommand == "fit" and wants_bar(settings) else []
+        with settings_named(settings):
+            return self._instantiate_trainer(settings, [*methods, LayerMetrics(), *hparams, *checkpoint, *bar])
+
+    def _tensorboard(self) -> RunLogger:
+        folder = self.folder if self.subcommand == "fit" else self.folder / self.subcommand
+        # What an interrupted run logged beyond its last checkpoint is hidden, since it is logged anew.
+        purge_step = None if self.resumed is None else self.resumed["global_step"] + 1
+        return RunLogger(folder, name="", version="", purge_step=purge_step)
+
+    # Running.
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": self.ckpt_path}
+
+    def fit(self, model: LayerSkipModule, **arguments) -> None:
+        """Trainer.fit, and how to go on after Ctrl-C."""
+        if self.resumed is not None and self.trainer.is_global_zero:
+            print(goes_on(self.resumed["global_step"], self.changes, self.trainer.max_steps))
+        advice = partial(how_to_go_on, self.trainer, self.folder / LAST_CHECKPOINT, "--ckpt_path last")
+        with interruptible(self.trainer, advice), watched_is_measured():
+            self.trainer.fit(model, **arguments)
+        print_end(self.trainer, self.folder)
+
+    def validate(self, model: LayerSkipModule, **arguments) -> None:
+        """Trainer.validate, or test."""
+        with interruptible(self.trainer, lambda: " before all is measured; the same command begins anew"):
+            getattr(self.trainer, self.subcommand)(model, **arguments)
+
+    test = validate

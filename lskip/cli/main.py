@@ -1,0 +1,191 @@
+"""The command line: `lskip` and `python -m lskip`. Finds the command, runs it, and turns errors into one line."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from lskip import __version__
+from lskip.utils.interrupts import ended_by_sigterm
+from lskip.utils.user_errors import is_users_mistake, one_line
+
+HELP = """usage: lskip COMMAND [options]
+
+  fit        train with layer dropout and early exit loss
+  validate   perplexity and agreement of every layer on held-out text
+  test       the same on the test split
+  predict    answer a file of prompts, one JSON line each
+  generate   answer one prompt, streamed
+  sweep      speed-up of every way to draft on the prompts of a task: table, figure, advice
+  tune       the best way to draft for a task, in minutes; --task goes by it
+  inspect    what every layer would say, by depth and token by token: table, figure, page
+  adapt      train an exit adapter for a model that stays as it is
+  export     a run as a transformers folder, its draft, and GGUF files
+  evaluate   every exit on the tasks of lm-eval-harness
+  compare    runs side by side, and their perplexity by depth
+  configs    the configs that come with lskip: a list, a copy
+
+`lskip COMMAND --help` shows the options, `lskip fit … --print_config` the whole configuration.
+`lskip --version` says which this is. Set LSKIP_TRACEBACK=1 to see where an error comes from.
+"""
+_TRAINING = ("fit", "validate", "test")
+_PLAIN = ("predict", "generate", "export", "adapt", "sweep", "tune", "evaluate", "compare", "inspect")
+COMMANDS = (*_TRAINING, *_PLAIN, "configs")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for the user's mistakes, 130 after Ctrl-C, 143 after SIGTERM.
+
+    Args:
+        arguments: of the command line; None: those of this process, which then ends with the command.
+    """
+    of_process = arguments is None
+    arguments = sys.argv[1:] if of_process else list(arguments)
+    _open_closed_streams()
+    try:
+        code = _outcome(arguments, of_process)
+    except KeyboardInterrupt:
+        code = 130  # a second Ctrl-C, while the first was told of
+    except OSError as error:
+        code = _complain_of_output(error)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # At the end of the process Python would try, and tell, again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code or _complain_of_output(error)
+    return code
+
+
+def _outcome(arguments: list[str], of_process: bool) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0 if arguments else 2
+    command = arguments[0]
+    if command == "--version":
+        print(f"lskip {__version__}")
+        return 0
+    if command not in COMMANDS:
+        return _complain("", f"{command!r} is not one of {', '.join(COMMANDS)}{_hint(command)}")
+    _be_quiet()
+    try:
+        _check_text(arguments)
+        with ended_by_sigterm(""):
+            run = _command(command)
+            with _own_modules(), _plain_warnings():
+                run(arguments)
+    except KeyboardInterrupt as interrupt:
+        if of_process:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience changes nothing from here on
+        _complain(command, f"interrupted{interrupt}", "")
+        return getattr(interrupt, "exit_code", 130)
+    except BrokenPipeError:
+        raise
+    except BaseException as error:  # some libraries' errors are no Exception
+        if os.environ.get("LSKIP_TRACEBACK") == "1" or not is_users_mistake(error):
+            raise
+        return _complain(command, one_line(error))
+    return 0
+
+
+def _complain(command: str, sentence: str, kind: str = "error: ") -> int:
+    with suppress(OSError):
+        print(f"{f'lskip {command}'.rstrip()}: {kind}{sentence}", file=sys.stderr)
+    return 2
+
+
+def _hint(command: str) -> str:
+    close = difflib.get_close_matches(command, COMMANDS, 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _check_text(arguments: list[str]) -> None:
+    for argument in arguments:
+        if "\0" in argument or any("\ud800" <= character <= "\udfff" for character in argument):
+            raise ValueError(f"{argument.partition('=')[0]!r}: not UTF-8 text, or with a NUL in it")
+
+
+def _command(name: str) -> Callable[[list[str]], None]:
+    """Return the function that runs a command. With it come the libraries that it needs."""
+    if name == "configs":
+        from lskip.cli.shipped_configs import run_configs
+
+        return run_configs
+    if name in _TRAINING:
+        from lskip.cli.fit import run_training
+
+        return run_training
+    from lskip.cli.commands import command_named, run_command
+
+    command_named(name)
+    return run_command
+
+
+@contextmanager
+def _own_modules() -> Iterator[None]:
+    """Let classes be named by the modules of the working directory.
+
+    It comes last, after the libraries have been imported: what a stranger has put there stands in for none of them.
+    """
+    folder = os.path.abspath(os.curdir)
+    known = folder in sys.path
+    if not known:
+        sys.path.append(folder)
+    try:
+        yield
+    finally:
+        if not known:
+            sys.path.remove(folder)
+
+
+def _open_closed_streams() -> None:
+    # `lskip … >&-`: libraries write to what is then None.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+
+
+def _complain_of_output(error: OSError) -> int:
+    if isinstance(error, BrokenPipeError):
+        return 141  # the reader has gone (`lskip generate … | head`): nothing is left to do or to say
+    return _complain("", f"standard output: {error.strerror}")
+
+
+def _be_quiet() -> None:
+    """Silence hints that no user of this command line can act on; real warnings stay."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for message in _HINTS:
+        warnings.filterwarnings("ignore", message=message)
+    # It misses a package for products of 4 bits, which nothing here asks for.
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show a warning as one line, without the line of code that says it."""
+    with_code = warnings.formatwarning
+    if os.environ.get("LSKIP_TRACEBACK") != "1":
+        warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = with_code
+
+
+_HINTS = (
+    ".*does not have many workers.*",  # blocks are ready made: workers would only copy them
+    ".*your dataloader is not resumable.*",  # TextData is: its position follows from the batches done
+    ".*The number of training batches .* is smaller than the logging interval.*",
+    ".*exists and is not empty.*",
+    ".*Total length of `.*` across ranks is zero.*",  # data.val_fraction: 0 asks for that
+    ".*is not supported by the model summary.*",
+    ".*isinstance\\(treespec, LeafSpec\\).*",
+    ".*torch\\.jit\\..* is deprecated.*",  # the fused blocks are compiled by it
+)

@@ -1,0 +1,121 @@
+"""What decides the answers of `lskip predict`, kept beside them: a run goes on only as it was begun."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lskip.cli.predict_output import rows_of
+from lskip.inference import GenerationSettings, TextGenerator
+from lskip.inference.options import DecodingOptions, LoadingOptions
+from lskip.inference.prompt_file import Prompt
+from lskip.models.reading.sources import digest_of
+from lskip.utils.output_files import hidden_beside, write_json
+from lskip.utils.untrusted import parse_json, read_text
+
+LOADING = ("dtype", "draft_weights", "exit_adapter", "bit_exact")  # of LoadingOptions; others only decide the speed
+CHECKED_TOKENS = 32
+
+
+def answer_settings(decoding: DecodingOptions, loading: LoadingOptions) -> dict[str, Any]:
+    """What decides answers, in plain types."""
+    said = {each.name: _plain(getattr(decoding, each.name)) for each in fields(decoding)}
+    said |= {name: getattr(loading, name) for name in LOADING}
+    return {"model": loading.model, "model_files": digest_of(loading.model), **said}
+
+
+def settings_path(output: Path) -> Path:
+    """Where the settings of an output are kept: hidden, beside it."""
+    return hidden_beside(output, "settings.json")
+
+
+def check_same_settings(output: Path, settings: dict[str, Any]) -> bool:
+    """Whether `output` was begun with these settings; False: nobody knows, since they were not kept.
+
+    Raises:
+        ValueError: with others; it names the first that differs.
+    """
+    path = settings_path(output)
+    if not path.is_file():
+        return False
+    try:
+        begun = parse_json(read_text(path, "output"), "")
+    except ValueError:
+        begun = None
+    if not isinstance(begun, dict) or begun.keys() != settings.keys():
+        advice = "remove it to have the answers looked at, or replace both by --overwrite true"
+        raise ValueError(f"output: '{path}' does not say how '{output}' was begun; {advice}")
+    if begun["model_files"] != settings["model_files"]:
+        was = begun["model"] if begun["model"] != settings["model"] else "the same, whose files have changed"
+        raise ValueError(f"model: {settings['model']!r}, but '{output}' was begun with {was}; {ADVICE}")
+    for name, value in settings.items():
+        if name != "model" and begun[name] != value:
+            raise ValueError(f"{name}: {value!r}, but '{output}' was begun with {begun[name]!r}; {ADVICE}")
+    return True
+
+
+ADVICE = "name the same, replace it by --overwrite true, or name another output"
+
+
+def forget_settings(output: Path) -> None:
+    """Takes away what only an unfinished output needs."""
+    if output.is_file():
+        settings_path(output).unlink(missing_ok=True)
+
+
+def keep_settings(output: Path, settings: dict[str, Any]) -> None:
+    """Writes them beside the output, if that is a file that one can go on with."""
+    if output.is_file():
+        write_json(settings_path(output), settings)
+
+
+def check_answers(output: Path, prompts: list[Prompt], decoding: DecodingOptions) -> None:
+    """ValueError for lines of `output` that show that these settings did not make them."""
+    index_of = {prompt.line: index for index, prompt in enumerate(prompts)}
+    for number, row in enumerate(rows_of(output), start=1):
+        most, seed = decoding.max_new_tokens, decoding.seed
+        expected = {} if seed is None else {"seed": (seed + index_of[row["line"]]) % 2**64}
+        if most is not None and (row.get("finish_reason") == "length" or row.get("tokens", 0) > most):
+            expected["tokens"] = most
+        for name, value in expected.items():
+            if row.get(name, value) != value:
+                setting = "max_new_tokens" if name == "tokens" else name
+                said = f"line {number} of '{output}' has {name} {row[name]}"
+                raise ValueError(f"{setting}: {getattr(decoding, setting)}, but {said}; {ADVICE}")
+
+
+def check_by_answering(
+    output: Path, prompts: list[Prompt], generator: TextGenerator, settings: GenerationSettings
+) -> None:
+    """ValueError unless the model gives the first answer of `output` again, or how it begins.
+
+    Only where it would for certain: not in types so coarse that texts part, nor where the text depends on the drafts.
+    """
+    first = next(rows_of(output))
+    exact = generator.step.dtype is torch.float32 and settings.acceptance != "rejection"
+    if not exact or (settings.temperature > 0 and settings.seed is None) or "text" not in first:
+        return
+    asked = next(prompt for prompt in prompts if prompt.line == first["line"])
+    tokens = min(settings.max_new_tokens, CHECKED_TOKENS)
+    plain = {
+        "max_new_tokens": tokens,
+        "min_new_tokens": min(settings.min_new_tokens, tokens),
+        "seed": first.get("seed"),
+    }
+    (again,) = (one for _, one in generator.generate_batch([asked.content], 1, **{**vars(settings), **plain}))
+    same = again.text == first["text"] if again.finish_reason != "length" else first["text"].startswith(again.text)
+    if not same or (tokens == settings.max_new_tokens and again.text != first["text"]):
+        raise ValueError(f"output: line 1 of '{output}' is not what this model answers with these settings; {ADVICE}")
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it; of a policy or criterion its class and the numbers that it was made with."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    made_with = {name: part for name, part in vars(value).items() if isinstance(part, bool | int | float | str)}
+    return {"class": type(value).__name__, **{name: made_with[name] for name in sorted(made_with) if name[0] != "_"}}

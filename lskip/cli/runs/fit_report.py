@@ -1,0 +1,39 @@
+"""What `lskip fit` says at its end: the layers at the last validation, where the run is, and what to do with it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+
+from lskip.callbacks import LayerMetrics
+from lskip.evaluation.layers.figure import print_layers
+from lskip.models.pretrained import is_run
+from lskip.utils.untrusted import printable
+
+
+def print_end(trainer: Trainer, folder: Path) -> None:
+    """Print the end of a run that has been trained; in the first of several processes."""
+    if not trainer.is_global_zero:
+        return
+    metrics = next(each for each in trainer.callbacks if isinstance(each, LayerMetrics))
+    if metrics.report is not None and "val/layers_needed" in trainer.callback_metrics:
+        print_layers(metrics.report, Console(), "Layers at the last validation")
+    steps = f"{trainer.global_step} step{'s' * (trainer.global_step != 1)}"
+    if metrics.report is not None and 0 < metrics.step < trainer.global_step:
+        steps += f", validated after step {metrics.step}"
+    if trainer.fast_dev_run:
+        print(f"run: {steps} of fast_dev_run, of which nothing is kept")
+        return
+    if not is_run(folder):  # trainer.enable_checkpointing: false
+        print(f"run: {steps}, of which nothing is kept")
+        return
+    run = shlex.quote(printable(str(folder), keep=""))
+    print(f"run: {steps}, in {run}")
+    print(f'next: lskip generate --model {run} --prompt "…"')
+    print(f"      lskip validate --model {run}")
+    if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+        print(f"      tensorboard --logdir {run}")

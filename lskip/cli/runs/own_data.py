@@ -1,0 +1,76 @@
+"""`validate` and `test` of a run read what it was trained on, unless they are told otherwise."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lskip.cli.config_files import config_file, read_config
+from lskip.models.pretrained import is_run
+from lskip.utils.untrusted import printable
+from lskip.utils.user_paths import user_path
+
+
+def with_own_data(arguments: list[str]) -> list[str]:
+    """Return the arguments of `validate` or `test`, with the data and the folder of the run that is their model.
+
+    Nothing is added where the model is no run. Data of a `--config` and flags win over the run's.
+
+    Raises:
+        ValueError: the run does not say what it was trained on, and neither do the arguments. OSError: unreadable.
+    """
+    configs = [read_config(config_file(name)) for name in _values(arguments, "-c", "--config") if name[:1] != "{"]
+    named = [*(config.get("model") for config in configs), *_values(arguments, "--model")]
+    run = run_of(named[-1]) if named else None
+    if run is None:
+        return arguments
+    own: dict[str, Any] = {}
+    if not any("data" in config for config in configs) and not _values(arguments, "--data", "--data.class_path"):
+        own["data"] = _data_of(run, bool(_values(arguments, "--data.source", "--data.init_args.source")))
+    if not any("run_folder" in config for config in configs) and not _values(arguments, "--run_folder"):
+        own["run_folder"] = str(run)
+    # In front: what comes later wins.
+    own = {key: value for key, value in own.items() if value is not None}
+    return [arguments[0], f"--config={json.dumps(own)}", *arguments[1:]] if own else arguments
+
+
+def run_of(model: Any) -> Path | None:
+    """Return the folder of the run that `model` names: itself, or the one that a checkpoint lies in; None: no run's."""
+    if not isinstance(model, str) or not model:
+        return None
+    try:
+        path = user_path(model, "model")
+    except ValueError:  # too long for a name: a mapping; what is wrong with a path is said when it is read
+        return None
+    if path.suffix == ".ckpt" and path.absolute().parent.name == "checkpoints":
+        return path.parent.parent
+    return path if is_run(path) else None
+
+
+def _data_of(run: Path, has_source: bool) -> dict[str, Any] | None:
+    path = run / "config.yaml"
+    if not path.is_file():
+        if has_source:
+            return None
+        raise ValueError(f"data: '{run}' has no config.yaml that says what it was trained on; give --data.source")
+    data = read_config(path).get("data")
+    if not isinstance(data, dict):
+        raise ValueError(f"data: '{path}' does not say what the run was trained on; give --data.source")
+    arguments = data.get("init_args")
+    source = arguments.get("source", "") if isinstance(arguments, dict) else ""
+    if not has_source:
+        said = f" (source {source})" if source else ""
+        print(printable(f"data: as in {path}{said}", keep=""), file=sys.stderr)
+    return data
+
+
+def _values(arguments: list[str], *options: str) -> list[str]:
+    """Return the values that the arguments give to one of `options`, in their order."""
+    found = []
+    for at, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in options:
+            found.append(value if equals else "".join(arguments[at + 1 : at + 2]))
+    return found

@@ -1,0 +1,124 @@
+"""The folder of a run while a command works on it: made, kept from a second one, and gone again if nothing began."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import nn
+
+from lskip.training.checkpoint_file import partial_of, remove_leftovers
+from lskip.utils.output_files import make_writable, only_writer
+from lskip.models.pretrained import LAST_CHECKPOINT
+
+CONFIG_FILE = "config.yaml"
+_LEFT_BY_LOGGER = ("events.out.tfevents.*", "hparams.yaml")
+
+
+@contextmanager
+def run_place(folder: Path, locked: Path) -> Iterator[None]:
+    """Make `folder`, and keep `locked`, it or a part of it, to this process and those that it starts.
+
+    Where what is done within fails before it has begun (`config.yaml` of a run is written then), the folders that were
+    made for it are removed again.
+
+    Raises:
+        ValueError: it cannot be written, or another process is at it.
+    """
+    first = getattr(rank_zero_only, "rank", 0) == 0
+    made = [place for place in (folder, *folder.parents) if not place.exists()] if first else []
+    make_writable(folder, "run_folder")
+    try:
+        with only_writer(locked, "run_folder") if first else nullcontext():
+            if first:
+                remove_leftovers(folder)
+            yield
+    except BaseException:
+        if made and not (folder / CONFIG_FILE).exists():
+            _remove(folder, made)
+        raise
+
+
+def _remove(folder: Path, made: list[Path]) -> None:
+    for pattern in _LEFT_BY_LOGGER:
+        for path in folder.glob(pattern):
+            path.unlink()
+    for place in made:
+        if any(place.iterdir()):
+            return
+        place.rmdir()
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes config.yaml when training begins: not of a run that was refused, or over that of one which stays as it is.
+
+    Of `validate` and `test` when they have measured: it says on what.
+
+    Args:
+        folder: where.
+        settings: parser and config, as LightningCLI passes them.
+    """
+
+    def __init__(self, *settings, folder: Path):
+        super().__init__(*settings, overwrite=True)
+        self.folder = folder
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pass
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._write(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero:
+            path = self.folder / CONFIG_FILE
+            partial = partial_of(path)
+            try:
+                self.parser.save(self.config, partial, skip_none=False, overwrite=True, multifile=False)
+                os.replace(partial, path)
+            except OSError as error:
+                raise ValueError(f"run_folder: cannot write '{path}' ({error.strerror})") from error
+            finally:
+                partial.unlink(missing_ok=True)
+
+
+def refuse_existing_run(folder: Path) -> None:
+    """ValueError where a run begins in a folder that holds one."""
+    if any((folder / LAST_CHECKPOINT.parent).glob("*.ckpt")):
+        raise ValueError(
+            f"run_folder: '{folder}' holds a run; continue it with --ckpt_path last, or choose another --run_folder"
+        )
+
+
+def check_room(folder: Path, module: nn.Module, before: str | None) -> None:
+    """ValueError where the disk has no room for one checkpoint more.
+
+    Args:
+        folder: on the disk; it is there.
+        module: whose weights are the least that a checkpoint takes.
+        before: the checkpoint that the run goes on from, whose size is about that of the next; or None.
+    """
+    size = sum(part.numel() * part.element_size() for part in module.parameters())
+    size = max(size, Path(before).stat().st_size if before else 0)
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        sizes = f"takes {_mebibytes(size)} at least, and {_mebibytes(free)} are free"
+        raise ValueError(f"run_folder: '{folder}' has no room for a checkpoint, which {sizes}")
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

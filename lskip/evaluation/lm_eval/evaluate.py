@@ -1,0 +1,262 @@
+"""`lskip evaluate`: what every exit scores on the tasks of lm-eval-harness."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.util
+import itertools
+import json
+import logging
+import random
+import re
+import traceback
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from rich.table import Table
+
+from lskip.inference import TextGenerator
+from lskip.inference.loading import resolve_device
+from lskip.models.decoder import Decoder
+from lskip.models.exit_heads import load_trained_exits
+from lskip.models.exit_names import exit_layers_of, exit_names, layers_of
+from lskip.models.pretrained import load_model
+from lskip.utils.checks import check_choice, check_real, check_whole
+from lskip.utils.console import plain_console, plain_table
+from lskip.utils.output_files import make_writable, only_writer, write_bytes
+from lskip.utils.user_errors import one_line
+from lskip.utils.user_paths import user_path
+
+if TYPE_CHECKING:
+    from lskip.evaluation.lm_eval.adapter import ExitModel
+
+DType = Literal["float32", "bfloat16", "float16"]
+DTYPES = get_args(DType)
+BOOTSTRAP_SAMPLES = 1000  # for the standard errors that lm-eval draws; its own default takes minutes an exit
+SEED = 1234  # lm-eval's default: of worked examples
+
+
+def evaluate(
+    tasks: str,
+    model: str = "smollm2",
+    exits: str = "last",
+    output: str | None = None,
+    include_path: str | None = None,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    chat: bool = False,
+    dtype: DType = "float32",
+    device: str = "auto",
+    overwrite: bool = False,
+    confirm_run_unsafe_code: bool = False,
+) -> None:
+    """Score exits on tasks of lm-eval-harness, all exits from one forward pass: a table and a JSON file.
+
+    Args:
+        tasks: names of lm-eval-harness, tasks or groups, with commas between: hellaswag,arc_easy.
+        model: a run folder, a checkpoint, an exported or downloaded folder, a hub name, a .gguf file, smollm2.
+        exits: exit layers with commas between, 1 to the model's layers or last: 8,16,last.
+        output: JSON file to write, anew after each exit; null: results_MODEL_TIME.json in this folder.
+        include_path: folder with task files of your own.
+        limit: documents of each task that are used: a number, or below 1 their share; null: all.
+        num_fewshot: worked examples before each question; null: as the task says.
+        batch_size: texts that are run together.
+        chat: put questions into the tokenizer's chat template.
+        dtype: of the weights in memory.
+        device: cpu, cuda …; auto takes a GPU where there is one.
+        overwrite: replace an existing output.
+        confirm_run_unsafe_code: let tasks that run what the model writes (HumanEval, MBPP) do so, on this machine.
+    """
+    named, asked_exits = [name.strip() for name in tasks.split(",") if name.strip()], exit_names(exits)
+    _check_numbers(batch_size, num_fewshot, limit)
+    check_choice("dtype", dtype, DTYPES)
+    path = _free(user_path(name_of(model) if output is None else output, "output"), overwrite)
+    _require_lm_eval()
+    place, exit_layers = resolve_device(device), exit_layers_of(asked_exits, layers_of(model))
+    with only_writer(path, "output"):
+        loaded = _load_tasks(named, include_path, num_fewshot)
+        options = {
+            "limit": limit if limit is None or limit < 1 else int(limit),
+            "apply_chat_template": chat,
+            "confirm_run_unsafe_code": confirm_run_unsafe_code,
+        }
+        models = _exit_models(model, exit_layers, batch_size, getattr(torch, dtype), place)
+        if chat and models[0].tokenizer.chat_template is None:
+            raise ValueError("chat: true needs a chat template, and the model's tokenizer has none")
+        record = {"model": model, "dtype": dtype, "tasks": named, "num_fewshot": num_fewshot, **options}
+        results = _evaluate_all(models, loaded, options, path, record | {"lm_eval": version("lm-eval")})
+    plain_console().print(results_table(results))
+    plain_console().print(f"results: {path}", soft_wrap=True)
+
+
+def name_of(model: str) -> str:
+    """What a file of results is called where nobody has said: after the model and the time, as no other is."""
+    name = re.sub(r"[^\w.-]+", "-", user_path(model, "model").resolve().name)
+    return f"results_{name}_{datetime.now():%Y-%m-%d_%H-%M-%S}.json"
+
+
+def _evaluate_all(models: list[ExitModel], tasks: dict, options: dict, path: Path, record: dict) -> dict[str, dict]:
+    """Exit layer -> what lm-eval reports, written after each exit: what is scored is not lost when the next one fails.
+
+    Raises:
+        ValueError: an exit that says no numbers, or a full disk (the table of what is scored is printed).
+    """
+    results: dict[str, dict] = {}
+    for model in models:
+        try:
+            results[str(model.exit_layer)] = _evaluate_exit(model, tasks, options)
+        except KeyboardInterrupt as pressed:  # or what stands for another signal
+            kept = f"exits {', '.join(results)} are in '{path}'" if results else "nothing is scored yet"
+            raise type(pressed)(f"; {kept}") from None
+        try:
+            write_bytes(path, (json.dumps(record | {"results": results}, indent=2, default=str) + "\n").encode())
+        except OSError as error:
+            plain_console().print(results_table(results))
+            raise ValueError(
+                f"output: could not be written ({one_line(error)}); what is scored stands above"
+            ) from error
+    return results
+
+
+def results_table(results: dict[str, dict[str, dict]]) -> Table:
+    """One line a task and metric, one column an exit; standard errors after ±.
+
+    Args:
+        results: exit layer -> task -> what lm-eval reports ("acc,none", "acc_stderr,none" …).
+    """
+    exits = (f"exit {exit_layer}" for exit_layer in results)
+    table = plain_table("task", "metric", *exits, title="Exits on tasks", right=2)
+    for task, scores in next(iter(results.values())).items():
+        for metric in filter(_is_metric, scores):
+            cells = [_cell(found[task], metric) for found in results.values()]
+            table.add_row(task, metric.removesuffix(",none"), *cells)
+    return table
+
+
+def _is_metric(name: str) -> bool:
+    return "," in name and "_stderr," not in name
+
+
+def _cell(scores: dict, metric: str) -> str:
+    error = scores.get(metric.replace(",", "_stderr,", 1))
+    value = f"{scores[metric]:.4g}" if isinstance(scores[metric], float) else str(scores[metric])
+    return f"{value} ± {error:.2g}" if isinstance(error, float) else value
+
+
+def _check_numbers(batch_size: int, num_fewshot: int | None, limit: float | None) -> None:
+    check_whole("batch_size", batch_size, 1)
+    if num_fewshot is not None:
+        check_whole("num_fewshot", num_fewshot, 0)
+    if limit is not None:
+        allowed = "above 0, and whole from 1 to 2**31"
+        check_real("limit", limit, allowed, lambda value: 0 < value <= 2**31 and (value < 1 or value == int(value)))
+
+
+def _free(path: Path, overwrite: bool) -> Path:
+    """The path; ValueError, FileNotFoundError where it holds something already, or cannot be written."""
+    if path.is_dir():
+        raise ValueError(f"output: '{path}' is a folder; name a file")
+    if path.exists() and not overwrite:
+        raise ValueError(f"output: '{path}' exists; replace it with --overwrite true, or name another file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"output: there is no folder '{path.parent}'")
+    make_writable(path.parent)
+    return path
+
+
+def _require_lm_eval() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("tasks: come from lm-eval-harness, which is not installed: pip install lm-eval accelerate")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def _load_tasks(names: list[str], include_path: str | None, num_fewshot: int | None) -> dict:
+    """The tasks and groups of these names as lm-eval takes them, their data read."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None and not user_path(include_path, "include_path").is_dir():
+        raise FileNotFoundError(f"include_path: there is no folder '{include_path}'")
+    try:
+        manager = _own_tasks(names, include_path) or TaskManager(include_path=include_path)
+    except Exception as error:  # whatever a task's file leads to; nothing of lskip runs in there, nor below
+        raise _unreadable(names, error) from error
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown or not names:
+        said = f"tasks: {', '.join(unknown) or 'none'} is not a task of lm-eval-harness or of include_path"
+        close = difflib.get_close_matches(unknown[0], manager.all_tasks, 3) if unknown else []
+        raise ValueError(f"{said}; did you mean {' or '.join(close)}?" if close else said)
+    random.seed(SEED)  # tasks may draw from it while they read their data
+    try:
+        loaded = manager.load(names)
+    except Exception as error:
+        raise _unreadable(names, error) from error
+    for name, task in loaded["tasks"].items():
+        own = task.get_config("num_fewshot")
+        if own is not None:
+            check_whole(f"tasks: {name}: num_fewshot", own, 0)
+        if own != 0:  # a task that says 0 means it, whatever is asked for: so does lm-eval
+            task.set_config("num_fewshot", (own or 0) if num_fewshot is None else num_fewshot)
+    return loaded
+
+
+def _unreadable(names: list[str], error: Exception) -> ValueError:
+    said = f"{type(error).__name__}: {error}"
+    return ValueError(f"tasks: {', '.join(names)} cannot be read by lm-eval ({said})")
+
+
+def _runs_lskip(error: Exception) -> bool:
+    """Return whether lm-eval had called lskip, a model's scores, when this was raised: then it may be lskip's fault."""
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    below = itertools.dropwhile(lambda name: not name.startswith("lm_eval."), modules)
+    return any(name.startswith("lskip.") for name in below)
+
+
+def _own_tasks(names: list[str], include_path: str | None):
+    """A TaskManager of include_path alone, where that has all tasks: to read lm-eval's own takes up to a minute."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path is None:
+        return None
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    return manager if set(names) <= set(manager.all_subtasks) else None
+
+
+def _exit_models(
+    source: str, exit_layers: list[int], batch_size: int, dtype: torch.dtype, place: torch.device
+) -> list[ExitModel]:
+    from lskip.evaluation.lm_eval.adapter import ExitModel, ExitScorer
+
+    loaded, tokenizer = load_model(source, dtype)
+    if tokenizer is None:
+        raise ValueError(f"model: {source!r} has no tokenizer, which tasks need")
+    decoder = Decoder(loaded.eval().to(place))
+    trained = load_trained_exits(source, decoder)
+    scorer = ExitScorer(decoder, exit_layers, batch_size, trained)
+    generator = functools.cache(lambda: TextGenerator(loaded, tokenizer, trained_exits=trained))
+    return [ExitModel(exit_layer, scorer, generator, tokenizer) for exit_layer in exit_layers]
+
+
+def _evaluate_exit(model: ExitModel, tasks: dict, options: dict) -> dict[str, dict]:
+    from jinja2 import TemplateError
+    from lm_eval.evaluator import evaluate as evaluate_model
+
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(SEED)  # the same examples for every exit
+    sampled = {"bootstrap_iters": BOOTSTRAP_SAMPLES, "log_samples": False}
+    try:
+        return evaluate_model(model, tasks, **sampled, **options)["results"]
+    except TemplateError as error:
+        raise ValueError(f"tasks: a template cannot be filled in ({error})") from error
+    except Exception as error:
+        if "math range error" in str(error):  # the exponential of a mean loss
+            raise ValueError(f"exits: the perplexity of exit {model.exit_layer} is more than a float holds") from error
+        if "larger than population" in str(error):
+            raise ValueError("tasks: num_fewshot: is more than a task has worked examples") from error
+        if _runs_lskip(error):
+            raise
+        raise _unreadable(list(tasks["tasks"]), error) from error

@@ -1,0 +1,82 @@
+"""A run in short: what it was asked to do, and every layer at its last validation, from the files that it left."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from lskip.evaluation.runs.events import last_validation
+from lskip.evaluation.runs.settings import run_settings
+from lskip.models.pretrained import LAST_CHECKPOINT, read_checkpoint
+from lskip.models.readout import LayerReport
+from lskip.utils.untrusted import parse_yaml, read_text
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run.
+
+    Attributes:
+        settings: as run_settings, with the data that the report is of; empty for a run that left no config.yaml.
+        steps: optimizer steps before the last validation; of the checkpoint, where that was `lskip validate`. None: it
+            is not known.
+        report: of that validation.
+        trained: optimizer steps of the checkpoint; None: it is not known.
+    """
+
+    settings: dict[str, str | float | int | bool]
+    steps: int | None
+    report: LayerReport
+    trained: int | None = None
+
+    @property
+    def middle_layer(self) -> int:
+        """1-based, half the layers rounded up."""
+        return (len(self.report.perplexity) + 1) // 2
+
+
+def read_run(folder: Path) -> RunSummary:
+    """The run in `folder`: its last validation while training, or else the last `lskip validate` with this run_folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: no validation has left numbers of its layers there.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"runs: there is no folder '{folder}'")
+    settings = _settings(folder / "config.yaml")
+    if (measured := last_validation(folder)) is not None:
+        return RunSummary(settings, *measured, trained=_steps_of(folder))
+    if (measured := last_validation(folder / "validate")) is not None:
+        return RunSummary(_with_data_of(settings, folder / "validate"), _steps_of(folder), measured[1])
+    command = f"lskip validate --model {shlex.quote(str(folder))}"
+    raise ValueError(f"runs: '{folder}' has no numbers of its layers; this makes them: {command}")
+
+
+def _with_data_of(settings: dict, folder: Path) -> dict:
+    """Return the settings with the data that `lskip validate` read, which may be others than the run's own."""
+    read = {key: value for key, value in _settings(folder / "config.yaml").items() if key.startswith("data.")}
+    if not settings or not read:
+        return settings
+    return {key: value for key, value in settings.items() if not key.startswith("data.")} | read
+
+
+def _settings(path: Path) -> dict[str, str | float | int | bool]:
+    if not path.is_file():
+        return {}
+    config = parse_yaml(read_text(path, "runs"), f"runs: '{path}'")
+    if not isinstance(config, dict):
+        raise ValueError(f"runs: '{path}' is not the config of a run")
+    return run_settings(config)
+
+
+def _steps_of(folder: Path) -> int | None:
+    """Of a run's checkpoint; None where there is none that can be read."""
+    path = folder / LAST_CHECKPOINT
+    if not path.is_file():
+        return None
+    try:
+        return int(read_checkpoint(path)["global_step"])
+    except ValueError:
+        return None

@@ -1,0 +1,51 @@
+"""What to set for a task, of the cells that were measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lskip.evaluation.sweep.grid import Cell
+
+PAYS = 1.02  # speed-up from which drafting is advised: less is what neighbours on the machine make of a timing
+TURNS = 0.75  # share of the turns in which it must have been faster, for the same reason
+
+
+def best_cell(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The record of the fastest cell; None where none pays. One of which nothing was accepted was lucky."""
+    paying = [record for record in records if record["acceptance_rate"] and pays(record["times"])]
+    return max(paying, key=lambda record: record["times"]["speedup"], default=None)
+
+
+def pays(times: dict[str, Any]) -> bool:
+    """Whether it is surely faster. A clock that stood still (no number, or infinity) is no proof."""
+    faster = sum(speedup > 1 for speedup in times["speedups"])
+    return PAYS <= times["speedup"] < math.inf and faster >= TURNS * len(times["speedups"])
+
+
+def advice(task: str, records: Sequence[dict[str, Any]]) -> str:
+    """One sentence: what to use for this task, or not to draft."""
+    best = best_cell(records)
+    if best is None:
+        measured = [speedup for record in records if math.isfinite(speedup := record["times"]["speedup"])]
+        most = f"at most {max(measured):.2f}x" if measured else "no time could be measured"
+        return f"do not draft for {task}: of {len(records)} settings none is surely faster ({most})"
+    speedup, rate = best["times"]["speedup"], best["acceptance_rate"]
+    return (
+        f"use {', '.join(flags(cell_of(best)))} for {task}: {speedup:.2f}x autoregressive, acceptance_rate {rate:.2f},"
+        f" tokens_per_round {best['tokens_per_round']:.2f}"
+    )
+
+
+def cell_of(record: dict[str, Any]) -> Cell:
+    return Cell(**{name: record[name] for name in Cell.__dataclass_fields__})
+
+
+def flags(cell: Cell) -> list[str]:
+    """A cell in the options of generate and predict."""
+    given = {"exit_layer": cell.exit_layer, "num_speculations": cell.num_speculations}
+    given |= {"draft": cell.settings()["draft"], "draft_weights": cell.draft_weights}
+    if cell.policy != "FixedDraft":
+        given["draft_policy"] = cell.policy
+    return [f"{name}={value}" for name, value in given.items() if value is not None]

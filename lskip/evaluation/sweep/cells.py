@@ -1,0 +1,151 @@
+"""One cell of a sweep: a way to draft, timed against autoregressive decoding of the same prompts, turn by turn."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from statistics import median
+from typing import Any, NamedTuple
+
+from lskip.evaluation.sweep.grid import Cell
+from lskip.evaluation.tasks.prompts import Prompt
+from lskip.inference import ConfidenceDraft, CostAwareDraft, FixedDraft, Generation, TextGenerator
+from lskip.inference.drafting.costs import Costs
+from lskip.inference.drafting.draft import DraftPlan
+from lskip.inference.drafting.policies import DraftPolicy
+from lskip.inference.options import LoadingOptions
+
+POLICIES = {kind.__name__: kind for kind in (FixedDraft, ConfidenceDraft, CostAwareDraft)}
+WARM_UP_TOKENS = 16
+
+
+class Generators:
+    """The model as it decodes alone, and beside it one that drafts: never more than these two are held.
+
+    Drafts of the model's own layers and n-grams need no second one.
+    """
+
+    def __init__(self, loading: LoadingOptions):
+        self.loading = replace(loading, exit_adapter=None)
+        self.exit_adapter = loading.exit_adapter
+        self.plain = self.loading.load()
+        self._held: tuple[str, TextGenerator] | None = None
+
+    def drafting(self, cell: Cell) -> TextGenerator:
+        """Raises ValueError where such a draft does not work."""
+        if cell.draft in ("layers", "ngram"):
+            self._held = None
+            return self.plain
+        if self._held is None or self._held[0] != cell.draft:
+            self._held = None  # first, so that its memory is free for the next
+            adapter = self.exit_adapter if cell.draft == "adapter" else None
+            loading = replace(self.loading, draft_weights=cell.draft_weights, exit_adapter=adapter)
+            self._held = cell.draft, loading.load()
+        return self._held[1]
+
+
+class Pair(NamedTuple):
+    """One prompt's turn: its own pass alone, the autoregressive answer, the drafted one."""
+
+    first_token: Generation
+    plain: Generation
+    drafted: Generation
+
+
+def measure_cell(generators: Generators, cell: Cell, prompts: Sequence[Prompt], rounds: int) -> dict[str, Any]:
+    """A cell's record. Everything but what is in "times" is the same whenever it is measured, with FixedDraft.
+
+    Args:
+        rounds: how often each prompt is answered, each time by both, who begins changing from turn to turn.
+
+    Returns:
+        The cell's fields; "tokens"; "acceptance_rate"; "tokens_per_round", the prompt's own pass being one of them;
+        "accepted_counts"; "mismatches": prompts whose text is not the autoregressive one; "times", of `times_of`.
+    """
+    generator, policy = generators.drafting(cell), POLICIES[cell.policy]()
+    planned: list[tuple[DraftPlan, int]] = []
+    remember_rounds(policy, planned)
+    drafting = {**cell.settings(), "draft_policy": policy}
+    _warm_up(generators.plain, generator, prompts[0], drafting)
+    planned.clear()
+    pairs = [
+        _pair(generators.plain, generator, prompt, drafting, drafted_first=(turn + number) % 2 == 1)
+        for turn in range(rounds)
+        for number, prompt in enumerate(prompts)
+    ]
+    texts = [pair.drafted for pair in pairs]
+    drafted = sum(text.drafted for text in texts)
+    differ = {number % len(prompts) for number, p in enumerate(pairs) if p.plain.token_ids != p.drafted.token_ids}
+    counts = sum((text.accepted_counts for text in texts), Counter())
+    return {
+        **asdict(cell),
+        "tokens": sum(len(text.token_ids) for text in texts),
+        "acceptance_rate": sum(text.accepted for text in texts) / drafted if drafted else None,
+        "tokens_per_round": sum(len(text.token_ids) for text in texts) / sum(text.rounds for text in texts),
+        "accepted_counts": {str(count): number for count, number in sorted(counts.items())},
+        "mismatches": len(differ),
+        "times": times_of(pairs, generators.plain.costs, generator.costs, planned),
+    }
+
+
+def _warm_up(plain: TextGenerator, drafting: TextGenerator, prompt: Prompt, settings: dict[str, Any]) -> None:
+    """Both once: the first passes pay for what is made on demand."""
+    few = {**prompt.settings, "max_new_tokens": min(WARM_UP_TOKENS, prompt.settings["max_new_tokens"])}
+    plain.generate(prompt.ids, **few)
+    drafting.generate(prompt.ids, **few, **settings)
+
+
+def _pair(
+    plain: TextGenerator, drafting: TextGenerator, prompt: Prompt, settings: dict[str, Any], drafted_first: bool
+) -> Pair:
+    runs: list[Callable[[], Generation]] = [
+        lambda: plain.generate(prompt.ids, **prompt.settings),
+        lambda: drafting.generate(prompt.ids, **prompt.settings, **settings),
+    ]
+    first_token = plain.generate(prompt.ids, **{**prompt.settings, "max_new_tokens": 1})
+    if drafted_first:
+        drafted, own = runs[1](), runs[0]()
+        return Pair(first_token, own, drafted)
+    return Pair(first_token, runs[0](), runs[1]())
+
+
+def times_of(
+    pairs: Sequence[Pair], plain: Costs, drafting: Costs, planned: list[tuple[DraftPlan, int]]
+) -> dict[str, Any]:
+    """What depends on the clock, and what the costs of either side say; their weights' forms may differ.
+
+    Returns:
+        "speedup": the median over all turns of autoregressive seconds over drafted seconds, the prompt's pass in
+        both; "speedups": each of them; "tokens_per_second", "autoregressive_tokens_per_second"; "share_of_ideal":
+        measured over what the cost model gives the rounds that were planned, the prompt's pass
+        left out. None where a text has one token. NaN for a turn of which the clock saw nothing.
+    """
+    speedups = [pair.plain.seconds / (pair.drafted.seconds or math.nan) for pair in pairs]
+    gained = [
+        (pair.plain.seconds - pair.first_token.seconds) / (pair.drafted.seconds - pair.first_token.seconds)
+        for pair in pairs
+        if min(pair.plain.seconds, pair.drafted.seconds) > pair.first_token.seconds
+    ]
+    tokens = sum(len(pair.plain.token_ids) - 1 for pair in pairs)
+    predicted = sum(drafting.round(plan, lanes) for plan, lanes in planned)
+    ideal = tokens * plain.plain(1) / predicted if predicted else None
+    return {
+        "speedup": median([speedup for speedup in speedups if math.isfinite(speedup)] or [math.nan]),
+        "tokens_per_second": median(pair.drafted.tokens_per_second for pair in pairs),
+        "autoregressive_tokens_per_second": median(pair.plain.tokens_per_second for pair in pairs),
+        "share_of_ideal": median(gained) / ideal if gained and ideal else None,
+        "speedups": [round(speedup, 4) for speedup in speedups],
+    }
+
+
+def remember_rounds(policy: DraftPolicy, rounds: list[tuple[DraftPlan, int]]) -> None:
+    """Makes `policy` append to `rounds` what each round drafted and in how many lanes, besides learning from it."""
+    learn = policy.learn
+
+    def learn_and_remember(plan: DraftPlan, drafted: int, accepted: list[int], *more) -> None:
+        rounds.append((DraftPlan(plan.draft, drafted), len(accepted)))
+        learn(plan, drafted, accepted, *more)
+
+    policy.learn = learn_and_remember

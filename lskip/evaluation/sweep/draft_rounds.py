@@ -1,0 +1,113 @@
+"""What drafts would bring along a model's own text, told without decoding."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from lskip.inference.drafting.ngrams import NgramIndex
+from lskip.inference.layers.kv_cache import PREFILL_ROWS
+from lskip.inference.runners.base import Step
+from lskip.losses import rows_at_once
+
+
+class DraftRound(NamedTuple):
+    """A round that did not happen: tokens that it would have drafted, and how many of them are the model's own."""
+
+    drafted: int
+    accepted: int
+
+
+class OwnText(NamedTuple):
+    """A prompt and the model's greedy answer.
+
+    Attributes:
+        prompt, answer: token ids.
+        max_new_tokens: up to which it might have gone on: near that, rounds draft less.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    max_new_tokens: int
+
+
+@torch.inference_mode()
+def exit_predictions(step: Step, text: OwnText, vocab_size: int) -> torch.Tensor:
+    """[L, N]: what each exit, first to last, takes for each of the N tokens of the answer, given all before it.
+
+    One pass: the exit that drafts sees the model's own tokens only, up to the first that it gets wrong, so that
+    these are the very tokens it would draft.
+    """
+    ids = torch.tensor([text.prompt + text.answer[:-1]], device=step.device)
+    cache, first = step.new_cache(1, ids.shape[1]), len(text.prompt) - 1
+    columns = []
+    for start in range(0, ids.shape[1], PREFILL_ROWS):
+        x, layers = step.embed(ids[:, start : start + PREFILL_ROWS], [start]), []
+        for block in range(step.num_layers):
+            x = step.run(x, cache, [start], block, block + 1)
+            if start + x.shape[1] > first:  # else the piece is of the prompt alone
+                layers.append(_decode(step, x[0, max(first - start, 0) :], rows_at_once(vocab_size, step.device)))
+        columns += [torch.stack(layers)] if layers else []
+    return torch.cat(columns, 1)
+
+
+def _decode(step: Step, states: torch.Tensor, rows: int) -> torch.Tensor:
+    """[N, D] -> [N]."""
+    return torch.cat([step.decode(part[None])[0].argmax(-1) for part in states.split(rows)])
+
+
+def rounds_of_exit(text: OwnText, hits: Sequence[bool], num_speculations: int) -> list[DraftRound]:
+    """The rounds after the prompt's own pass, drafted by an exit.
+
+    Args:
+        hits: for each token of the answer, whether the exit takes it for the next one.
+    """
+
+    def right(done: int, most: int) -> DraftRound:
+        return DraftRound(most, leading(hits[done : done + most]))
+
+    return _rounds(text, num_speculations, right)
+
+
+def rounds_of_ngrams(text: OwnText, num_speculations: int) -> list[DraftRound]:
+    """The same, drafted by what followed the same n-grams earlier. A round that finds none drafts nothing."""
+    index = NgramIndex()
+
+    def right(done: int, most: int) -> DraftRound:
+        known = text.prompt + text.answer[:done]
+        index.push(known[len(index.text) :])
+        guess, own = index.guess(most), text.answer[done : done + most]
+        return DraftRound(len(guess), leading([a == b for a, b in zip(guess, own, strict=False)]))
+
+    return _rounds(text, num_speculations, right)
+
+
+def leading(hits: Sequence[bool]) -> int:
+    """How many are true before the first that is not."""
+    return next((place for place, hit in enumerate(hits) if not hit), len(hits))
+
+
+def _rounds(text: OwnText, num_speculations: int, right: Callable[[int, int], DraftRound]) -> list[DraftRound]:
+    done, rounds = 1, []  # the prompt's pass has brought the first token
+    while done < len(text.answer):
+        # No more than the text may still get, its last token being the model's own: as lskip.inference.decoding.batch.
+        rounds.append(right(done, min(num_speculations, text.max_new_tokens - done - 1)))
+        done += rounds[-1].accepted + 1
+    return rounds
+
+
+def shorter_rounds(accepted_counts: Counter[int], num_speculations: int) -> list[DraftRound]:
+    """About the rounds of a draft that were measured with more tokens, had it drafted only so many.
+
+    Each round keeps its place: what a shorter one would have left for the next is taken to fare alike.
+    """
+    counts = ((min(accepted, num_speculations), rounds) for accepted, rounds in accepted_counts.items())
+    return [DraftRound(num_speculations, accepted) for accepted, rounds in counts for _ in range(rounds)]
+
+
+def tokens_of(rounds: Iterable[DraftRound]) -> int:
+    """Tokens that they bring, each its accepted ones and the model's own."""
+    return sum(each.accepted + 1 for each in rounds)

@@ -1,0 +1,127 @@
+"""The cells of a sweep: what drafts, with how many blocks, how many tokens, by which policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from lskip.inference.options import DraftWeights, LoadingOptions
+from lskip.models.exit_adapter import find_adapter
+from lskip.utils.checks import check_choice, check_whole
+
+DraftName = Literal["layers", DraftWeights, "ngram", "adapter"]
+PolicyName = Literal["FixedDraft", "ConfidenceDraft", "CostAwareDraft"]
+DRAFT_WEIGHTS = get_args(DraftWeights)
+DRAFTS = get_args(DraftName)
+SHARES = (1 / 6, 1 / 4, 1 / 3, 1 / 2)  # of the layers: where drafts exit when nothing is said
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a cell sets.
+
+    Attributes:
+        draft: layers, ngram or adapter as `--draft`; a name in DRAFT_WEIGHTS: draft "weights" of these `draft_weights`.
+        exit_layer: blocks that draft; None: not for this draft to say (ngram, adapter), or all blocks (DRAFT_WEIGHTS).
+        num_speculations: tokens drafted, at most where another policy than FixedDraft decides.
+        policy: the name of a DraftPolicy.
+    """
+
+    draft: str
+    exit_layer: int | None
+    num_speculations: int
+    policy: str = "FixedDraft"
+
+    def __str__(self) -> str:
+        exit_layer = "" if self.exit_layer is None else f" exit_layer={self.exit_layer}"
+        policy = "" if self.policy == "FixedDraft" else f" {self.policy}"
+        return f"{self.draft}{exit_layer} num_speculations={self.num_speculations}{policy}"
+
+    @property
+    def draft_weights(self) -> str | None:
+        return self.draft if self.draft in DRAFT_WEIGHTS else None
+
+    def settings(self) -> dict[str, Any]:
+        """GenerationSettings that carry it out."""
+        return {
+            "draft": "weights" if self.draft_weights else self.draft,
+            "exit_layer": self.exit_layer,
+            "num_speculations": self.num_speculations,
+        }
+
+
+def grid(
+    drafts: Sequence[str],
+    exit_layers: Sequence[int] | None,
+    num_speculations: Sequence[int],
+    policies: Sequence[str],
+    num_layers: int,
+) -> list[Cell]:
+    """All cells, those of one draft side by side.
+
+    Args:
+        exit_layers: for drafts that exit; the last layer stands for drafts of all blocks, which rounded weights make.
+            None: SHARES of the layers, and all blocks for rounded weights.
+
+    Raises:
+        ValueError: no cell is left of these values, or an exit_layer is beyond the model.
+    """
+    cells = []
+    for draft in dict.fromkeys(drafts):
+        for exit_layer in exits_of(draft, exit_layers, num_layers):
+            cells += [Cell(draft, exit_layer, count, policy) for policy in policies for count in num_speculations]
+    if not cells:
+        raise ValueError(
+            f"exit_layers: {list(exit_layers or ())} leaves no layer from 1 to {num_layers - 1} to draft with"
+        )
+    return cells
+
+
+def exits_of(draft: str, exit_layers: Sequence[int] | None, num_layers: int) -> list[int | None]:
+    """What a draft's cells have for exit_layer."""
+    for exit_layer in exit_layers or ():
+        if exit_layer > num_layers:
+            raise ValueError(f"exit_layers: {exit_layer} is not from 1 to {num_layers}, the model's layers")
+    if draft in ("ngram", "adapter") or (draft in DRAFT_WEIGHTS and exit_layers is None):
+        return [None]
+    given = sorted({max(1, round(share * num_layers)) for share in SHARES} if exit_layers is None else set(exit_layers))
+    if draft in DRAFT_WEIGHTS:
+        return [None if exit_layer == num_layers else exit_layer for exit_layer in given]
+    return [exit_layer for exit_layer in given if exit_layer < num_layers]
+
+
+def check_grid(
+    drafts: Sequence[str],
+    exit_layers: Sequence[int] | None,
+    num_speculations: Sequence[int],
+    policies: Sequence[str],
+    loading: LoadingOptions,
+) -> None:
+    """What can be known before a model is loaded.
+
+    Raises:
+        ValueError: an empty list or a value that no model allows, or loading options that a grid sets itself.
+        FileNotFoundError: no such exit_adapter.
+    """
+    lists = {"drafts": drafts, "exit_layers": exit_layers, "num_speculations": num_speculations, "policies": policies}
+    for name, values in lists.items():
+        if values is not None and not values:
+            raise ValueError(f"{name}: is an empty list; name at least one value")
+    for exit_layer in exit_layers or ():
+        check_whole("exit_layers", exit_layer, 1)
+    for count in num_speculations:
+        check_whole("num_speculations", count, 1)
+    for name, given, choices in (("drafts", drafts, DRAFTS), ("policies", policies, get_args(PolicyName))):
+        for value in given:
+            check_choice(name, value, choices)
+    if loading.draft_weights is not None:
+        raise ValueError(f"draft_weights: {loading.draft_weights!r} is set by the grid here; use drafts [int8, int4]")
+    if loading.costs_file is not None:
+        raise ValueError("costs_file: is not for a grid, which measures the costs of each draft anew; leave it out")
+    if ("adapter" in drafts) != (loading.exit_adapter is not None):
+        raise ValueError(
+            f"exit_adapter: is {loading.exit_adapter!r}; the draft 'adapter' needs one, no other takes one"
+        )
+    if loading.exit_adapter is not None:
+        find_adapter(loading.exit_adapter)

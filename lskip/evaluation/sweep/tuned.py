@@ -1,0 +1,142 @@
+"""What `lskip tune` found, kept beside the model by task, and `--task` of generate and predict that goes by it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+from lskip.inference import GenerationSettings
+from lskip.inference.options import DecodingOptions, DraftWeights, LoadingOptions
+from lskip.models.exit_adapter import SHIPPED, find_adapter
+from lskip.utils.output_files import make_writable, only_writer, write_json
+from lskip.utils.untrusted import parse_json, read_text
+from lskip.utils.user_errors import one_line
+from lskip.utils.user_paths import user_path
+
+FILE = "tuned.json"
+CACHE = "~/.cache/lskip/tuned"
+DECODING = ("exit_layer", "num_speculations", "draft")  # what a task sets, of DecodingOptions and LoadingOptions
+LOADING = ("draft_weights", "exit_adapter")
+WAIT = 60  # seconds for another process to save its task in the same file
+
+
+def tuned_path(model: str) -> Path:
+    """Where the tuned tasks of a model are: beside its checkpoint or in its folder; ~/.cache/lskip for all others.
+
+    Raises:
+        ValueError, FileNotFoundError: there is no such model.
+    """
+    from lskip.models.pretrained import find_source  # brings the GGUF reader and the hub client: only when asked
+
+    found = find_source(model)
+    if found.kind == "folder":
+        return Path(found.place) / FILE
+    if found.kind == "hub" or model == "smollm2":
+        return user_path(CACHE, "task") / f"{model.replace('/', '--')}.json"
+    return Path(found.place).with_suffix(f".{FILE}")
+
+
+def read_tuned(path: Path) -> dict[str, dict[str, Any]]:
+    """Task -> what was found; nothing where no task was tuned. ValueError for a file that holds something else."""
+    if not path.exists():
+        return {}
+    try:
+        tasks = parse_json(read_text(path, "task"), f"task: '{path}'")
+    except (ValueError, OSError) as error:  # OSError: a folder
+        raise ValueError(f"{one_line(error)}; remove it, and tune again") from error
+    if not isinstance(tasks, dict) or not all(map(_is_found, tasks.values())):
+        raise ValueError(f"task: '{path}' does not hold what lskip tune writes; remove it, and tune again")
+    return tasks
+
+
+def _is_found(found: Any) -> bool:
+    """Whether it is what tune saves of a task, as far as it is used."""
+    if not isinstance(found, dict) or not {*DECODING, *LOADING, "device"} <= set(found):
+        return False
+    try:
+        GenerationSettings(**{name: found[name] for name in DECODING})
+    except ValueError:
+        return False
+    weights, adapter = found["draft_weights"], found["exit_adapter"]
+    if weights not in (None, *get_args(DraftWeights)) or not isinstance(adapter, str | None):
+        return False
+    missing = {"weights": weights is None, "adapter": adapter is None}
+    return isinstance(found["device"], str) and not missing.get(found["draft"])
+
+
+def adapter_place(name: str) -> str:
+    """What names an exit adapter from every folder: its whole path, or the name of one that comes with lskip."""
+    return name if name in SHIPPED else str(user_path(name, "exit_adapter").resolve())
+
+
+def check_place(path: Path) -> None:
+    """ValueError, before anything is measured, where no task can be saved."""
+    read_tuned(path)
+    make_writable(path.parent, "model: what is tuned is kept beside it")
+
+
+def save_tuned(path: Path, task: str, found: dict[str, Any]) -> None:
+    """Puts a task among those that the file holds, all at once; another process may be at it too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with only_writer(path, "task", WAIT):
+        write_json(path, read_tuned(path) | {task: found})
+
+
+def tuned_options(
+    task: str | None, decoding: DecodingOptions, loading: LoadingOptions
+) -> tuple[DecodingOptions, LoadingOptions]:
+    """The options with what a task sets in place of what the user has left open.
+
+    A user who says that nothing drafts (num_speculations 0, an exit_criterion), or that something else does, gets
+    no draft of the task's.
+
+    Raises:
+        ValueError: no such task was tuned for this model (it lists those that were), or on another kind of device.
+    """
+    if task is None:
+        return decoding, loading
+    path = tuned_path(loading.model)
+    tasks = read_tuned(path)
+    if task not in tasks:
+        known = f"tuned are {', '.join(tasks)}" if tasks else "none is tuned yet"
+        advice = f"lskip tune --model {loading.model} --task {task}, or --task LocalTask --task.path {task}.jsonl"
+        raise ValueError(f"task: {task!r} is not tuned for {loading.model} ({known}); run: {advice}")
+    found = tasks[task]
+    from lskip.inference.loading import resolve_device  # brings torch: only when asked
+
+    here = resolve_device("auto").type if loading.device == "auto" else loading.device.partition(":")[0]
+    if here != found["device"]:
+        raise ValueError(f"task: {task!r} was tuned on {found['device']!r}, not on {here!r}; tune it there")
+    if decoding.num_speculations == 0 or decoding.exit_criterion is not None:
+        return decoding, loading
+    if _drafts_otherwise(found, decoding, loading):
+        found = dict.fromkeys(found) | {"num_speculations": found["num_speculations"]}
+    _check_found(task, found, loading.model)
+    return _filled(decoding, found, DECODING), _filled(loading, found, LOADING)
+
+
+def _check_found(task: str, found: dict[str, Any], model: str) -> None:
+    """ValueError, FileNotFoundError where the model has no such layer, or the adapter is gone."""
+    from lskip.models.pretrained import find_source, load_config
+
+    if found["exit_adapter"] is not None:
+        find_adapter(found["exit_adapter"], f"task: {task!r} was tuned with an exit_adapter")
+    exit_layer = found["exit_layer"]
+    if exit_layer is None or find_source(model).kind not in ("folder", "checkpoint"):
+        return  # of others the file goes by their name
+    if exit_layer > (layers := load_config(model).num_hidden_layers):
+        raise ValueError(f"task: {task!r} was tuned for another model: exit_layer {exit_layer} of {layers}; tune again")
+
+
+def _drafts_otherwise(found: dict[str, Any], decoding: DecodingOptions, loading: LoadingOptions) -> bool:
+    """Whether the user names another draft than the task's."""
+    mine, theirs = loading.exit_adapter, found["exit_adapter"]
+    if mine is not None and (theirs is None or adapter_place(mine) != adapter_place(theirs)):
+        return True
+    named = {"draft": decoding.draft, "draft_weights": loading.draft_weights}
+    return any(value is not None and value != found[name] for name, value in named.items())
+
+
+def _filled(options, found: dict[str, Any], names: tuple[str, ...]):
+    return replace(options, **{name: found[name] for name in names if getattr(options, name) is None})

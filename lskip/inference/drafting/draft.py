@@ -1,0 +1,27 @@
+"""What a round drafts: from which source, and how many tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Draft(NamedTuple):
+    """A source of drafted tokens."""
+
+    # "layers" (the model's first blocks), "adapter" (those and an exit adapter), "weights" (blocks in rounded weights),
+    # or "ngram" (the text)
+    kind: str
+    exit_layer: int  # how many blocks draft; 0 for "ngram"
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.exit_layer}" if self.exit_layer else self.kind
+
+
+class DraftPlan(NamedTuple):
+    """What a round drafts: `num_speculations` tokens in each lane, from `draft`."""
+
+    draft: Draft | None
+    num_speculations: int
+
+
+PLAIN = DraftPlan(None, 0)  # a round that drafts nothing

@@ -1,0 +1,153 @@
+"""Exit criteria: whether a token has gone deep enough (DeeBERT, CALM, BERxiT)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from copy import copy
+from math import log
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lskip.utils.checks import check_real, check_whole
+
+if TYPE_CHECKING:
+    from lskip.models.exit_heads import ExitCertainty
+
+Logits = Callable[[], Tensor]
+
+
+class ExitCriterion(ABC):
+    """Decides after a block which lanes go no deeper. Subclass it for a criterion of your own.
+
+    Attributes:
+        first: the first exit_layer at which it looks. EarlyExitLoss does not train the exit after block 1 (e(0) = 0).
+        every: it looks again after so many blocks.
+        reads_probabilities: whether it needs a choice among tokens or classes; a regression has none.
+        compares_blocks: whether it looks at `before`, which a draft does not have.
+    """
+
+    first = 2
+    every = 1
+    reads_probabilities = False
+    compares_blocks = False
+
+    def __init__(self, first: int = 2, every: int = 1):
+        """Raises:
+        ValueError: not whole numbers from 1 up.
+        """
+        check_whole("first", first, 1)
+        check_whole("every", every, 1)
+        self.first, self.every = first, every
+
+    def looks_at(self, exit_layer: int) -> bool:
+        """Whether `exits` is asked there. At the last layer that may run it is not: every lane exits."""
+        return exit_layer >= self.first and (exit_layer - self.first) % self.every == 0
+
+    def bound(self, certainty: ExitCertainty | None) -> ExitCriterion:
+        """Itself for a model that learned this judge (None: the model has none)."""
+        return self
+
+    @abstractmethod
+    def exits(self, exit_layer: int, before: Tensor, after: Tensor, logits: Logits) -> Tensor:
+        """Which lanes exit here. Each answer must come of the lane's own row, so that texts do not meet.
+
+        Args:
+            exit_layer: blocks that have run.
+            before, after: [A, D], the states that went into the last of them and came out. A lane that has exited
+                shows the state that it exited with; what is said of it does not matter.
+            logits: decodes `after` to [A, V], before temperature and the like. It costs a head product at the first
+                call, and nothing if the token is chosen here.
+
+        Returns:
+            bool [A].
+        """
+
+
+class Entropy(ExitCriterion):
+    """Exit where H(softmax(z)) / ln V < threshold: 0 is certainty, 1 the uniform distribution.
+
+    DeeBERT (Xin et al., arXiv 2004.12993), divided by ln V, so that a threshold carries between vocabularies.
+    """
+
+    reads_probabilities = True
+
+    def __init__(self, threshold: float, first: int = 2, every: int = 1):
+        """threshold: in [0, 1]; at 0 no token exits. The rest as in ExitCriterion."""
+        super().__init__(first, every)
+        check_real("threshold", threshold, "from 0 to 1", lambda value: 0 <= value <= 1)
+        self.threshold = float(threshold)
+
+    def exits(self, exit_layer: int, before: Tensor, after: Tensor, logits: Logits) -> Tensor:
+        z = logits().float()
+        return torch.special.entr(z.softmax(-1)).sum(-1) / log(z.shape[-1]) < self.threshold
+
+
+class Margin(ExitCriterion):
+    """Exit where the likeliest token's probability is at least `threshold` above the second's.
+
+    CALM's softmax response (arXiv 2207.07061).
+    """
+
+    reads_probabilities = True
+
+    def __init__(self, threshold: float, first: int = 2, every: int = 1):
+        """threshold: in [0, 1]; at 0 every token exits at `first`. The rest as in ExitCriterion."""
+        super().__init__(first, every)
+        check_real("threshold", threshold, "from 0 to 1", lambda value: 0 <= value <= 1)
+        self.threshold = float(threshold)
+
+    def exits(self, exit_layer: int, before: Tensor, after: Tensor, logits: Logits) -> Tensor:
+        likeliest, second = logits().float().softmax(-1).topk(2, -1).values.unbind(-1)
+        return likeliest - second >= self.threshold
+
+
+class Saturation(ExitCriterion):
+    """Exit where the last block has hardly turned the state: cos(x_l, x_{l+1}) >= threshold.
+
+    CALM's hidden-state saturation (arXiv 2207.07061). Only the exit that is taken is decoded.
+    """
+
+    compares_blocks = True
+
+    def __init__(self, threshold: float, first: int = 2, every: int = 1):
+        """threshold: in [-1, 1]. The rest as in ExitCriterion."""
+        super().__init__(first, every)
+        check_real("threshold", threshold, "from -1 to 1", lambda value: -1 <= value <= 1)
+        self.threshold = float(threshold)
+
+    def exits(self, exit_layer: int, before: Tensor, after: Tensor, logits: Logits) -> Tensor:
+        return F.cosine_similarity(before.float(), after.float(), dim=-1) >= self.threshold
+
+
+class LearnedExit(ExitCriterion):
+    """Exit where the model's own judge says that the exit is right: u = sigmoid(w · h + b) >= threshold.
+
+    BERxiT's learning to exit (Xin et al., EACL 2021). It needs a model that was trained with learned_exit: true. Only
+    the exit that is taken is decoded.
+    """
+
+    def __init__(self, threshold: float, first: int = 2, every: int = 1):
+        """threshold: in [0, 1]; at 0 every token exits at `first`. The rest as in ExitCriterion."""
+        super().__init__(first, every)
+        check_real("threshold", threshold, "from 0 to 1", lambda value: 0 <= value <= 1)
+        self.threshold = float(threshold)
+        self.certainty: ExitCertainty | None = None
+
+    def bound(self, certainty: ExitCertainty | None) -> LearnedExit:
+        """A copy that asks this judge.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if certainty is None:
+            raise ValueError("exit_criterion: LearnedExit needs a model that was trained with learned_exit: true")
+        known = copy(self)
+        known.certainty = certainty
+        return known
+
+    def exits(self, exit_layer: int, before: Tensor, after: Tensor, logits: Logits) -> Tensor:
+        return self.certainty(after) >= self.threshold

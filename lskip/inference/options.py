@@ -1,0 +1,111 @@
+"""What the commands that decode have in common: which model, and how a prompt is continued."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lskip.inference import GenerationSettings, TextGenerator, load_generator
+from lskip.inference.drafting.policies import DraftPolicy
+from lskip.inference.exit_criteria import ExitCriterion
+from lskip.utils.user_paths import user_path
+
+DraftWeights = Literal["int8", "int4", "int8_dynamic"]  # quantized.DRAFT_FORMS, in words that the parser reads
+
+
+@dataclass(frozen=True)
+class LoadingOptions:
+    """Which model, and how it is held.
+
+    Attributes:
+        model: a run folder, a checkpoint, an exported or downloaded folder, a hub name, a .gguf file, smollm2.
+        dtype: of the weights in memory.
+        weights: how they are held while decoding; auto takes what is fastest on this machine. halved: in 16 bits,
+            computed in float32, where that changes no number, as for bfloat16 checkpoints.
+        draft_weights: a copy of the model in int8 or int4 that may draft (int8_dynamic: states are rounded too, faster
+            for several texts at a time); null: none.
+        device: cpu, cuda …; auto takes a GPU where there is one.
+        bit_exact: a text is the same to the bit alone, in any batch, with and without drafts, in bfloat16 too;
+            costs some speed. null: in bfloat16 on a CPU that has bfloat16 products.
+        compiled: run the blocks through torch.compile; for GPUs.
+        costs_file: JSON file that keeps what a pass costs on this machine, which CostAwareDraft goes by; made where
+            there is none. null: measured each time, which takes seconds.
+        exit_adapter: folder of an exit adapter that was trained for this model, or smollm2, the one that comes with
+            lskip; with num_speculations it drafts. null: none.
+    """
+
+    model: str = "smollm2"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    weights: Literal["auto", "plain", "packed", "transposed", "halved"] = "auto"
+    draft_weights: DraftWeights | None = None
+    device: str = "auto"
+    bit_exact: bool | None = None
+    compiled: bool = False
+    costs_file: str | None = None
+    exit_adapter: str | None = None
+
+    def load(self, batch_size: int = 1) -> TextGenerator:
+        """For so many texts at a time. ValueError, OSError: as load_generator, or a costs_file that can be none."""
+        if self.costs_file is not None and user_path(self.costs_file, "costs_file").is_dir():
+            raise IsADirectoryError(f"costs_file: '{self.costs_file}' is a folder, not a JSON file")
+        return load_generator(**vars(self), batch_size=batch_size)
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How a prompt is continued.
+
+    Attributes:
+        max_new_tokens: tokens to generate at most; null takes the model's default.
+        exit_layer: blocks that run before a token is read off, 1 to the model's layers; null runs all.
+        exit_criterion: stops each token at the first layer that is sure enough (Entropy, Margin, Saturation,
+            LearnedExit; another text, not verified); null: none.
+        num_speculations: tokens drafted, at most, before the whole model verifies them; 0 does not draft. null: what
+            the task is tuned to, else 0.
+        draft: what drafts: layers (the first exit_layer blocks), weights (the draft_weights), ngram (what followed
+            the same tokens earlier in the text) or adapter (the exit_adapter); null: the exit_adapter, else the
+            draft_weights, else the layers.
+        draft_policy: decides round by round how many tokens are drafted, and by what; null: num_speculations always.
+        acceptance: which drafted tokens are kept when sampling; shared_noise gives the same text as without drafts,
+            rejection keeps more of them.
+        temperature: 0 takes the likeliest token; null takes the model's default.
+        top_k: sample among so many likeliest tokens; null takes the model's default.
+        top_p: sample among the likeliest that together reach this probability; null takes the model's default.
+        min_p: sample among those with at least this share of the likeliest one's probability; null takes the
+            model's default.
+        repetition_penalty: above 1 makes tokens that were there before less likely; null takes the model's default.
+        stop_strings: a list of texts, each of which ends the answer where it appears; null takes the model's default.
+        seed: of sampling; null: another one each time.
+        chat: whether a plain prompt goes through the chat template; null: when the model has one.
+    """
+
+    max_new_tokens: int | None = None
+    exit_layer: int | None = None
+    exit_criterion: ExitCriterion | None = None
+    num_speculations: int | None = None
+    draft: Literal["layers", "weights", "ngram", "adapter"] | None = None
+    draft_policy: DraftPolicy | None = None
+    acceptance: Literal["shared_noise", "rejection"] = "shared_noise"
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop_strings: list[str] | None = None
+    seed: int | None = 0
+    chat: bool | None = None
+
+    def settings(self) -> dict:
+        """Generation settings; what is null is left to the model.
+
+        Raises:
+            ValueError: a value that no model allows, before any model is loaded.
+        """
+        settings = {name: value for name, value in vars(self).items() if value is not None}
+        GenerationSettings(**settings)
+        for name in ("draft", "draft_policy"):
+            if name in settings and not self.num_speculations:
+                raise ValueError(
+                    f"num_speculations: 0 drafts nothing, but {name} is given; say how many tokens at most"
+                )
+        return settings

@@ -1,0 +1,184 @@
+"""The weights of Llama-like blocks as the lean step uses them, made from a model's own."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from lskip.inference.layers.attention import Heads, Part
+from lskip.inference.layers.block_functions import block_functions, norm
+from lskip.inference.layers.linear import Form, Plain, hold
+from lskip.models.decoder import Decoder
+
+# Families whose blocks are made of the parts that `Block` lists.
+LEAN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Rotary embeddings whose frequencies do not depend on how long the text is.
+FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+class Block:
+    """A block of the model, made ready for a few rows at a time.
+
+    Attributes:
+        qkv: D -> (H + 2 KV) head_dim; q and k rows in rotary pairs.
+        output: H head_dim -> D.
+        gate_up: D -> 2 I.
+        down: I -> D.
+        window: how far its attention sees.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        window: int | None,
+        heads: Heads,
+        form: Form,
+        dtype: torch.dtype,
+        width: int,
+        without_python: bool,
+    ):
+        """Converts the weights of the model's `layer`.
+
+        Args:
+            form: how its matrices are held.
+            dtype: of states between the products.
+            width: rows that bits are to be kept for; 1: any.
+            without_python: run it in TorchScript.
+        """
+        attention, mlp, self.window = layer.self_attn, layer.mlp, window
+        device = attention.q_proj.weight.device
+        orders = pair_order(heads.queries, heads.size, device), pair_order(heads.keys, heads.size, device), None
+        self.qkv = fuse(form, (attention.q_proj, attention.k_proj, attention.v_proj), orders)
+        self.output = fuse(form, (attention.o_proj,))
+        self.gate_up = fuse(form, (mlp.gate_proj, mlp.up_proj))
+        self.down = fuse(form, (mlp.down_proj,))
+        attention_norm, mlp_norm = Norm(layer.input_layernorm, dtype), Norm(layer.post_attention_layernorm, dtype)
+        inner_dtype = form.inner_dtype or attention.q_proj.weight.dtype
+        self.functions = block_functions(tuple(type(matrix) for matrix in self.matrices), without_python)
+        self.held = (
+            (tuple(heads), attention_norm.eps, width, dtype, inner_dtype),
+            (attention_norm.weight, mlp_norm.weight, qk_norm(attention, heads), attention_norm.floor),
+            *(matrix.held for matrix in self.matrices),
+        )
+
+    @property
+    def matrices(self) -> tuple[Plain, Plain, Plain, Plain]:
+        return self.qkv, self.output, self.gate_up, self.down
+
+    def project(self, x: Tensor, turns: Tensor) -> Tensor:
+        """x [N, D] -> [A n, H + 2 KV, head_dim], as the cache and attention take them."""
+        return self.functions.project(x, turns, self.held)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x [N, D] + what its rows attended to [A n, H head_dim], + MLP."""
+        return self.functions.finish(x, attended, self.held)
+
+
+class Stack:
+    """Blocks one after another, in one call where they are held in the same forms: to enter TorchScript costs 30 µs."""
+
+    def __init__(self, blocks: list[Block]):
+        self._runs, first = [], 0
+        for functions, alike in groupby(blocks, lambda block: block.functions):
+            held = [block.held for block in alike]
+            self._runs.append((first, first + len(held), functions.stack(held)))
+            first += len(held)
+
+    def __call__(self, x: Tensor, turns: Tensor, parts: list[Part], lanes: int, first: int) -> Tensor:
+        """x [N, D] through as many blocks from `first` on as there are `parts`, their own of the cache."""
+        last = first + len(parts)
+        for begin, end, run in self._runs:
+            low, high = max(first, begin), min(last, end)
+            if low < high:
+                x = run(x, turns, parts[low - first : high - first], lanes, low - begin)
+        return x
+
+
+class Norm:
+    """An RMS norm, its weight as `norm` likes to be given it."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype):
+        """dtype: of the states."""
+        self.eps, self.weight, self.floor = module.variance_epsilon, module.weight.detach().to(dtype), None
+        if self.weight.device.type == "cpu" and dtype == torch.float32:
+            self.floor = torch.tensor((len(self.weight) * self.eps) ** 0.5)
+            self.weight = self.weight * len(self.weight) ** 0.5
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return norm(x, self.weight, self.floor, self.eps)
+
+
+def pair_order(heads: int, size: int, device: torch.device) -> Tensor:
+    """[heads size]: the row that each reordered row of q or k comes from, so that rotary pairs are side by side."""
+    rows = torch.arange(heads * size, device=device)
+    return rows.view(heads, 2, -1).transpose(1, 2).reshape(-1)
+
+
+def qk_norm(attention: nn.Module, heads: Heads) -> Tensor | None:
+    """[H + KV, head_dim]: Qwen3's norm weights of every head, in the order of `pair_order`."""
+    if not hasattr(attention, "q_norm"):
+        return None
+    q, k = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
+    order = pair_order(1, heads.size, q.device)
+    return torch.cat([q[order].expand(heads.queries, -1), k[order].expand(heads.keys, -1)])
+
+
+def fuse(form: Form, parts: tuple[nn.Linear, ...], orders: tuple[Tensor | None, ...] = ()):
+    """One product in place of several on the same input, the rows of each part reordered where an order is given."""
+    orders = orders or (None,) * len(parts)
+
+    def joined(name: str) -> Tensor:
+        tensors = [getattr(part, name).detach() for part in parts]
+        ordered = [t if order is None else t[order] for t, order in zip(tensors, orders, strict=True)]
+        return torch.cat(ordered) if len(ordered) > 1 else ordered[0]
+
+    return hold(form, joined("weight"), None if parts[0].bias is None else joined("bias"))
+
+
+def obstacle(decoder: Decoder) -> str | None:
+    """Why the lean step cannot stand in for this model's own blocks; None when it can."""
+    config, block = decoder.config, decoder.blocks[0]
+    if config.model_type not in LEAN_FAMILIES:
+        return f"its family is {config.model_type}"
+    if config.hidden_act != "silu":
+        return f"its activation is {config.hidden_act}"
+    rope = getattr(decoder.rotary, "rope_type", None)
+    if rope not in FIXED_ROPE:
+        return f"its rotary embedding is of type {rope}"
+    if 2 * len(decoder.rotary.inv_freq) != block.self_attn.head_dim:
+        return "its rotary embedding turns a part of each head"
+    return unexpected_part(block)
+
+
+def sample_weights(decoder: Decoder, nbytes: int = 2**25) -> list[Tensor]:
+    """Matrices of the first blocks, fused as `Block` has them, about `nbytes` in all: more than caches hold."""
+    samples, size = [], 0
+    for layer in decoder.blocks:
+        attention, mlp = layer.self_attn, layer.mlp
+        fused = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
+        for parts in (fused[0], (attention.o_proj,), fused[1], (mlp.down_proj,)):
+            samples.append(torch.cat([part.weight.detach() for part in parts]))
+            size += samples[-1].nbytes
+        if size >= nbytes:
+            break
+    return samples
+
+
+EXPECTED = {
+    "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
+    "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"},
+    "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
+}
+
+
+def unexpected_part(layer: nn.Module) -> str | None:
+    """Names a module of a block that the lean step would leave out (an adapter, a quantized linear, a new norm)."""
+    for name, expected in EXPECTED.items():
+        for child, module in layer.get_submodule(name).named_children():
+            if child not in expected:
+                return f"its blocks have a part {child!r}"
+            if child.endswith("_proj") and type(module) is not nn.Linear:
+                return f"its {child} is a {type(module).__name__}"
+    return None

@@ -1,0 +1,98 @@
+"""The general path: any family that `Decoder` knows, through its own transformers blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lskip.inference.layers.attention import positions
+from lskip.inference.layers.kv_cache import KVCache
+from lskip.inference.layers.lm_head import Bar
+from lskip.inference.layers.rolling import RollingCache, held_positions, rolls
+from lskip.models.decoder import Decoder
+
+
+class CacheView:
+    """What a transformers block takes for its cache: writes into a KVCache at the positions of this pass."""
+
+    def __init__(self, cache: KVCache, starts: list[int], places: Tensor):
+        """places: [A, n], those positions."""
+        self.cache, self.stop, self.places, self.updates = cache, max(starts) + places.shape[1], places, 0
+        self.lanes = torch.arange(len(starts), device=places.device)[:, None]
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Keys and values [A, KV, n, head_dim] of the rows -> those of all slots, [A, KV, K, head_dim]."""
+        states = self.cache.states[layer_idx]
+        slots = states.shape[3]
+        # Only in a RollingCache may a block have fewer slots than a text has positions.
+        states[self.lanes, :, :, self.places % slots] = torch.stack([keys, values], 1).permute(0, 3, 1, 2, 4)
+        self.updates += 1
+        return states[: len(self.lanes), :, :, : min(self.stop, slots)].unbind(1)
+
+
+class ModuleStep:
+    """The same interface as LeanStep, for what that does not cover: the model's own modules do the work."""
+
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+        self.num_layers = decoder.num_layers
+        self.dtype, self.device = decoder.dtype, decoder.device
+        config = decoder.config
+        self.kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def new_cache(self, lanes: int, slots: int) -> KVCache:
+        """A cache for texts of up to `slots` positions."""
+        shape = lanes, slots, self.kv_heads, self.head_dim, self.dtype, self.device
+        windows = [self.decoder.window(index) for index in range(self.num_layers)]
+        if rolls(windows, slots):
+            return RollingCache.of_zeros(windows, *shape)
+        return KVCache.of_zeros(self.num_layers, *shape)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by part; a tied head is the embedding."""
+        embedding, head = self.decoder.embedding.weight, self.decoder.head_weight
+        blocks = [*self.decoder.blocks.parameters(), *self.decoder.blocks.buffers()]
+        return {
+            "blocks": sum(part.nbytes for part in blocks),
+            "head": 0 if head is embedding else head.nbytes,
+            "embedding": embedding.nbytes,
+        }
+
+    def embed(self, ids: Tensor, starts: list[int] | None = None) -> Tensor:
+        """[A, n] token ids -> [A, n, D]; those of lane a stand from starts[a] on, from 0 on where it is None."""
+        places = None if starts is None else positions(starts, ids.shape[1], ids.device)
+        return self.decoder.embed(ids, places)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The final norm of states [..., D]."""
+        return self.decoder.norm(x)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Exit states [..., D] -> logits [..., V]: final norm and head."""
+        return self.decoder.decode(x)
+
+    def likeliest(self, x: Tensor, bar: Bar | None = None) -> None:
+        """It has nothing faster than `decode`."""
+
+    def run(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> Tensor:
+        """Blocks `first` … `last`-1 on states x [A, n, D] of the cache's first A lanes, as LeanStep.run."""
+        rows = x.shape[1]
+        places = positions(starts, rows, x.device)
+        view = CacheView(cache, starts, places)
+        inputs = self.decoder.block_inputs(x, places, view, self._held(cache, starts, rows))
+        for index in range(first, last):
+            x = self.decoder.block(index, x, inputs)
+        # Blocks take **kwargs: a cache under another name would be ignored without a word.
+        assert view.updates == last - first, "the blocks did not use the cache"
+        return x
+
+    def _held(self, cache: KVCache, starts: list[int], rows: int) -> dict[int | None, Tensor]:
+        """By window: the position that each slot holds."""
+        slots = {self.decoder.window(index): cache.states[index].shape[3] for index in range(self.num_layers)}
+        return {window: held_positions(starts, rows, size, self.device) for window, size in slots.items()}
+
+    def fill(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> None:
+        """Writes the keys and values that blocks `first` … `last`-1 make of x [A, n, D], as LeanStep.fill."""
+        for index in range(first, last):  # each from the exit's state, so one at a time
+            self.run(x, cache, starts, index, index + 1)

@@ -1,0 +1,161 @@
+"""What a checkpoint holds besides weights: the model's config and tokenizer, and the random state. Plain types only."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lskip.utils.foreign import first_line
+
+
+def pack_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict:
+    """{"config", "generation_config", "tokenizer": {path: content}}: all that rebuilds the model but its weights.
+
+    Plain strings and numbers (and bytes, where a tokenizer has a binary file), so that a checkpoint loads with
+    `weights_only` and works away from its folder.
+    """
+    generation = model.generation_config
+    return {
+        "config": json.loads(model.config.to_json_string(use_diff=False)),
+        "generation_config": {} if generation is None else json.loads(generation.to_json_string()),
+        "tokenizer": {} if tokenizer is None else _pack_tokenizer(tokenizer),
+    }
+
+
+def _pack_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        # Folders too: further chat templates lie in one.
+        paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): _content(path) for path in paths}
+
+
+def _content(path: Path) -> str | bytes:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:  # a vocabulary of sentencepiece
+        return data
+
+
+def unpack_tokenizer(files: dict[str, str | bytes], folder: Path) -> None:
+    """Write the files that `pack_model` read, into `folder` and nowhere else.
+
+    Raises:
+        ValueError: they are no such files.
+    """
+    if not isinstance(files, dict):
+        raise ValueError("is not a mapping of files")
+    for name, content in files.items():
+        parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+        if not parts or ".." in parts or name.startswith("/") or not isinstance(content, str | bytes):
+            raise ValueError(f"{name!r} is no file of a tokenizer")
+        path = folder.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def read_checkpoint(path: Path, field: str = "model", whole: bool = False) -> dict:
+    """A checkpoint of lskip, its tensors mapped from the file.
+
+    Args:
+        field: what names it, for the message.
+        whole: compare every tensor with its checksum, for whoever goes on with the run. Else `verify` does that for
+            those that are used: the optimizer's are twice the weights.
+
+    Raises:
+        ValueError: it is none, or damaged.
+    """
+    if path.stat().st_size == 0:
+        raise ValueError(f"{field}: {str(path)!r} is not a readable checkpoint (it is empty)")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except PermissionError:
+        raise
+    except Exception as error:
+        # Zip, pickle, end of file, runtime: what torch raises depends on where the file is damaged.
+        raise ValueError(f"{field}: {str(path)!r} is not a readable checkpoint ({first_line(error)})") from error
+    if not isinstance(checkpoint, dict) or "lskip" not in checkpoint:
+        raise ValueError(f"{field}: {str(path)!r} is not a checkpoint of lskip (it has no entry 'lskip')")
+    for name in ("lskip", "state_dict"):
+        if not isinstance(checkpoint.get(name), dict):
+            raise ValueError(f"{field}: {str(path)!r} is not a checkpoint of lskip (its {name!r} is no mapping)")
+    if not isinstance(checkpoint["lskip"].get("config"), dict):
+        raise ValueError(f"{field}: {str(path)!r} is not a checkpoint of lskip (its 'config' is no mapping)")
+    for key, part in checkpoint["state_dict"].items():
+        if not isinstance(key, str) or not isinstance(part, Tensor):
+            raise ValueError(f"{field}: {str(path)!r} is not a checkpoint of lskip ({key!r:.50} is no weight)")
+    verify(checkpoint if whole else {}, path, field)
+    return checkpoint
+
+
+def verify(tensors: Any, path: Path, field: str = "model") -> None:
+    """ValueError unless tensors mapped from a checkpoint are what was saved, by the checksums of the file.
+
+    It is a zip file and holds a checksum of each part, which nobody reads where tensors are mapped. This reads each
+    byte of `tensors` once (3 GB/s from memory), and all that is no tensor.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            parts = {(part.file_size, part.CRC) for part in file.infolist()}
+            for part in file.infolist():
+                if "/data/" not in part.filename:
+                    file.read(part)  # raises where the checksum is another
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
+        raise ValueError(f"{field}: {str(path)!r} is damaged ({first_line(error)})") from error
+    for name, tensor in _tensors(tensors):
+        data = tensor.untyped_storage()
+        content = torch.empty(0, dtype=torch.uint8).set_(data).numpy()
+        if data.nbytes() and (data.nbytes(), zlib.crc32(content)) not in parts:
+            raise ValueError(f"{field}: {str(path)!r} is damaged ({name} is not what was saved)")
+
+
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested containers, with its path; those of one storage once."""
+    seen, rest = set(), [(name, value)]
+    while rest:
+        name, value = rest.pop()
+        if isinstance(value, Tensor):
+            if (place := value.untyped_storage().data_ptr()) not in seen:
+                seen.add(place)
+                yield name, value
+        elif isinstance(value, dict):
+            rest += [(f"{name}.{key}" if name else str(key), part) for key, part in value.items()]
+        elif isinstance(value, list | tuple):
+            rest += [(f"{name}.{index}", part) for index, part in enumerate(value)]
+
+
+def merged_low_rank(weights: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """A state dict with factors -> that of the ordinary model which computes the same."""
+    plain = {name.replace(".base_layer.", "."): value for name, value in weights.items() if ".lora_" not in name}
+    for name, factor in weights.items():
+        if name.endswith(".lora_A.default.weight"):
+            place = name.removesuffix(".lora_A.default.weight")
+            other = weights[f"{place}.lora_B.default.weight"]
+            weight = plain[f"{place}.weight"]
+            # In float32 at least: the product is small beside the weight.
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            plain[f"{place}.weight"] = (weight.to(wide) + scale * (other.to(wide) @ factor.to(wide))).to(weight.dtype)
+    return plain
+
+
+def random_state() -> dict:
+    """Torch's random states of this process: what dropout inside a model draws from."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": devices}
+
+
+def restore_random_state(state: dict) -> None:
+    """Continue the streams that `random_state` saved; accelerators only where their number is the same."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([device.cpu() for device in state["cuda"]])

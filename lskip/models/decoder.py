@@ -1,0 +1,250 @@
+"""The one view of a transformers causal LM: the only file that knows how such a model is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lskip.models.families import family_of
+
+if TYPE_CHECKING:  # its import takes seconds: what refuses bad input does not wait for it
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What every block of one pass receives besides its states.
+
+    Attributes:
+        position_ids: [1 or B, Q], the position of each query token.
+        rotary: kind of attention (None: the same for all blocks) -> (cos, sin), each [1 or B, Q, head_dim]; empty
+            where positions are not rotary.
+        masks: window (None: full attention) -> additive mask [1 or B, 1, Q, K], or None for plain causal attention.
+        cache: a transformers-compatible cache, or None.
+    """
+
+    position_ids: Tensor
+    rotary: dict[str | None, tuple[Tensor, Tensor]]
+    masks: dict[int | None, Tensor | None]
+    cache: Any = None
+
+    def rows(self, kept: Tensor, batch_size: int) -> BlockInputs:
+        """The same for the rows `kept` of a batch of `batch_size`; what broadcasts over the batch stays whole."""
+
+        def cut(part: Tensor | None) -> Tensor | None:
+            batch_shaped = part is not None and batch_size > 1 and part.shape[0] == batch_size
+            return part.index_select(0, kept) if batch_shaped else part
+
+        return replace(
+            self,
+            position_ids=cut(self.position_ids),
+            rotary={kind: tuple(cut(part) for part in parts) for kind, parts in self.rotary.items()},
+            masks={window: cut(mask) for window, mask in self.masks.items()},
+        )
+
+
+class Decoder:
+    """Embed, blocks, norm and head of a causal LM, under one set of names for every family.
+
+    It holds no weights: modules are looked up in `model` at each call, so that wrapping (FSDP), moving or
+    casting the model is seen here too.
+
+    Raises:
+        ValueError: the model's family is not covered, or attention that takes other masks.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.family = family_of(model.config)
+        attention = model.config._attn_implementation
+        if attention not in ("sdpa", "eager"):
+            raise ValueError(f"attn_implementation: {attention!r} is not supported; allowed: sdpa, eager")
+        self.model = model
+        self.config = model.config
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model's positions are made for.
+
+        Phi-3's longrope turns all positions of a text that is longer than this by other angles: one that grows past
+        it would have to be run anew.
+        """
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            return rope["original_max_position_embeddings"]
+        return self.config.max_position_embeddings
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head_weight.dtype
+
+    @property
+    def embedding(self) -> nn.Module:
+        """Token ids -> [..., D] (OPT: what its project_in takes)."""
+        return self.model.get_input_embeddings()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self._part(self.family.blocks)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """Identity where the model has none."""
+        return self._part(self.family.norm) or nn.Identity()
+
+    @property
+    def rotary(self) -> nn.Module | None:
+        """Makes cosines and sines of positions; None where they are not rotary."""
+        return self._part(self.family.rotary)
+
+    @property
+    def head(self) -> nn.Module:
+        """The one head that decodes every exit."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D] (OPT: as wide as its project_out makes states)."""
+        return self.head.weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        return self.head.bias
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """c, where logits become c tanh(logits / c) (Gemma, arXiv 2408.00118 section 2); None: they stay."""
+        return getattr(self.config, "final_logit_softcapping", None)
+
+    def _part(self, path: str | None) -> nn.Module | None:
+        return None if path is None else attrgetter(path)(self.model.base_model)
+
+    def block_index(self, exit_layer: int) -> int:
+        """The 0-based index of the last block that runs when `exit_layer` blocks do.
+
+        Raises:
+            ValueError: not a whole number from 1 to the number of layers.
+        """
+        whole = isinstance(exit_layer, int) and not isinstance(exit_layer, bool)
+        if not whole or not 1 <= exit_layer <= self.num_layers:
+            raise ValueError(
+                f"exit_layer: {exit_layer!r} is not a whole number from 1 to {self.num_layers}, the model's layers"
+            )
+        return exit_layer - 1
+
+    def window(self, block: int) -> int | None:
+        """Keys that a query of this block sees, itself included; None when it sees all before it."""
+        if self._kind(block) not in (None, "sliding_attention"):
+            return None
+        return getattr(self.config, "sliding_window", None)
+
+    def _kind(self, block: int) -> str | None:
+        """Its kind of attention, where the config tells blocks apart."""
+        kinds = getattr(self.config, "layer_types", None)
+        return None if kinds is None else kinds[block]
+
+    def embed(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """[B, S] token ids -> [B, S, D], the input of block 0.
+
+        Args:
+            positions: [1 or B, S], for families that learn an embedding of them; 0 … S-1 when not given.
+        """
+        family, x = self.family, self.embedding(input_ids)
+        if (project := self._part(family.project_in)) is not None:
+            x = project(x)
+        if (learned := self._part(family.positions)) is not None:
+            if positions is None:
+                positions = torch.arange(x.shape[1], device=x.device)[None]
+            x = x + F.embedding(positions + family.first_position, learned.weight)
+        dropout = self._part(family.embedding_dropout)
+        return x if dropout is None else dropout(x)
+
+    def block_inputs(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        cache: Any = None,
+        held: dict[int | None, Tensor] | None = None,
+    ) -> BlockInputs:
+        """Positions and masks for one pass over x [B, Q, D].
+
+        Args:
+            x: states, for their shape, device and dtype.
+            positions: [1 or B, Q]; 0 … Q-1 when not given.
+            cache: where the blocks read and write keys and values.
+            held: window of a block -> [1 or B, K], the positions that its slots hold; needed with a cache. A query
+                then always gets an explicit mask: without one, scaled_dot_product_attention would cut a longer cache
+                to the first Q keys.
+        """
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None]
+        windows = {self.window(block) for block in range(self.num_layers)}
+        if cache is None:
+            held = dict.fromkeys(windows)
+        masks = {window: self._mask(positions, window, held[window], x.dtype) for window in windows}
+        return BlockInputs(positions, self._turns(x, positions), masks, cache)
+
+    def _turns(self, x: Tensor, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+        if self.rotary is None:
+            return {}
+        if not self.family.rotary_by_kind:
+            return {None: self.rotary(x, positions)}
+        return {kind: self.rotary(x, positions, kind) for kind in set(self.config.layer_types)}
+
+    def _mask(self, positions: Tensor, window: int | None, held: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        queries = positions.shape[1]
+        kernels_mask = held is None and self.config._attn_implementation == "sdpa"
+        if kernels_mask and (window is None or window >= queries):
+            return None  # plain causal attention: the kernels do it without a mask
+        keys = positions if held is None else held
+        distance = positions[:, None, :, None] - keys[:, None, None, :]  # [B, 1, Q, K]
+        visible = distance >= 0
+        if window is not None:
+            visible &= distance < window
+        # Additive, since eager attention takes no boolean mask.
+        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
+            ~visible, torch.finfo(dtype).min
+        )
+
+    def block(self, index: int, x: Tensor, inputs: BlockInputs) -> Tensor:
+        """Block `index` (0-based) on states [B, Q, D]: x + f(x), the residual included."""
+        arguments = {self.family.cache_argument: inputs.cache}
+        if inputs.rotary:
+            arguments["position_embeddings"] = inputs.rotary[self._kind(index) if self.family.rotary_by_kind else None]
+        return self.blocks[index](
+            x,
+            attention_mask=inputs.masks[self.window(index)],
+            position_ids=inputs.position_ids,
+            use_cache=inputs.cache is not None,
+            **arguments,
+        )
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The final norm, which stands before the head at every exit (with what a family puts between the two)."""
+        x, project = self.final_norm(x), self._part(self.family.project_out)
+        return x if project is None else project(x)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """g of the paper (section 4.2): an exit state [..., D] -> logits [..., V]."""
+        logits, cap = self.head(self.norm(x)), self.logit_softcap
+        return logits if cap is None else (logits / cap).tanh() * cap

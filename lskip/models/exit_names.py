@@ -1,0 +1,43 @@
+"""Exit layers as a user writes them: 8,16,last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lskip.models.families import family_of
+from lskip.models.pretrained import load_config
+
+
+def layers_of(model: str) -> int:
+    """How many layers a model has, its weights unread; ValueError, FileNotFoundError if it is none that lskip runs."""
+    config = load_config(model)
+    family_of(config)  # first: the config of another kind may not even say
+    return config.num_hidden_layers
+
+
+def exit_names(exits: str) -> list[str]:
+    """["8", "16", "last"] of "8,16,last".
+
+    Raises:
+        ValueError: one that is neither a number nor last.
+    """
+    names = [name.strip() for name in exits.split(",")]
+    for name in names:
+        if name != "last" and not (name.isdecimal() and len(name) < 10):
+            raise ValueError(f"exits: {name[:40]!r} is not a layer's number or last; write them like 8,16,last")
+    return names
+
+
+def exit_layers_of(names: Iterable[str], num_layers: int) -> list[int]:
+    """Exit layers, ascending and each once: ["8", "last"] -> [8, 30] in a model of 30 layers.
+
+    Raises:
+        ValueError: one that the model does not have.
+    """
+    layers = sorted({num_layers if name == "last" else int(name) for name in names})
+    for layer in layers:
+        if not 1 <= layer <= num_layers:
+            raise ValueError(
+                f"exits: {layer} is not a whole number from 1 to {num_layers}, the model's layers, or last"
+            )
+    return layers

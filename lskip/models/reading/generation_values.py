@@ -1,0 +1,52 @@
+"""What kind of value each field of a generation_config may hold, whoever wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lskip.utils.checks import is_real
+
+_WHOLE = (
+    *("max_new_tokens", "min_new_tokens", "max_length", "min_length", "top_k", "num_beams", "num_return_sequences"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_assistant_tokens", "assistant_early_exit"),
+)
+_NUMBERS = (
+    *("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty"),
+    *("encoder_repetition_penalty", "length_penalty", "diversity_penalty", "guidance_scale", "penalty_alpha"),
+)
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "forced_bos_token_id", "forced_eos_token_id")
+
+
+def check_kinds(values: Mapping[str, Any], where: str) -> None:
+    """ValueError, which begins with `where` and the field, for a value that no model can mean. null passes.
+
+    A number of the right kind that lskip does not go by (a top_k of -1, which elsewhere means all) is told where it is
+    used, since a user may name another.
+    """
+    for names, allowed, holds in _KINDS:
+        for name in names:
+            value = values.get(name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{where}: {name}: {value!r:.60} is not {allowed}")
+
+
+def _is_whole(value: Any) -> bool:
+    return is_real(value) and value == int(value)
+
+
+def _are_tokens(value: Any) -> bool:
+    return all(map(_is_whole, value)) if isinstance(value, list) else _is_whole(value)
+
+
+def _are_texts(value: Any) -> bool:
+    return all(isinstance(text, str) and text for text in (value if isinstance(value, list) else [value]))
+
+
+_KINDS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    (_WHOLE, "a whole number", _is_whole),
+    (_NUMBERS, "a number", is_real),
+    (_TOKENS, "a token, or a list of tokens", _are_tokens),
+    (("stop_strings",), "a text, or a list of texts, none of them empty", _are_texts),
+    (("do_sample",), "true or false", lambda value: isinstance(value, bool)),
+)

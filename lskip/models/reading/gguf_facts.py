@@ -1,0 +1,237 @@
+"""What a GGUF file says and transformers drops: mended where that is little, else refused by its name.
+
+transformers reads some of a file's facts and tensors and passes over the others: the model that comes of it is another
+than the one that llama.cpp runs, and nothing tells.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import decoders, normalizers
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from lskip.models.reading.model_config import MAX_LAYERS, without_memory
+
+MARK = "\u2581"  # what stands for a space in sentencepiece's tokens
+logger = logging.getLogger(__name__)
+
+# Those that both llama.cpp and transformers read, and whose family lskip covers.
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt2")
+# How a text is cut into words before byte-level BPE, by llama.cpp's names (llm_tokenizer_bpe in llama-vocab.cpp).
+DIGITS = {"smollm", "refact", "starcoder", "command-r", "codeshell", "exaone", "minerva-7b"}  # each digit, then GPT-2's
+_GPT2 = {"gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "mpt", "olmo", "jais", "trillion"}
+_LLAMA3 = {"llama3", "llama-v3", "llama-bpe", "falcon3"}  # these take a whole word first, and begin with a token
+_REGEXES = {"dbrx", "smaug-bpe", "tekken", "qwen2", "deepseek-r1-qwen", "gpt-4o", "llama4"}  # that transformers knows
+# Facts of a tokenizer that transformers reads, that lskip does, and that change no text.
+_TOKENIZER_FACTS = {
+    *("ggml.model", "ggml.pre", "ggml.tokens", "ggml.scores", "ggml.token_type", "ggml.merges", "chat_template"),
+    *("ggml.bos_token_id", "ggml.eos_token_id", "ggml.unknown_token_id", "ggml.padding_token_id"),
+    *("ggml.add_bos_token", "ggml.add_eos_token", "ggml.add_space_prefix", "ggml.eot_token_id", "ggml.eom_token_id"),
+    *("ggml.cls_token_id", "ggml.mask_token_id", "ggml.seperator_token_id", "ggml.token_type_count"),
+    *("ggml.fim_pre_token_id", "ggml.fim_suf_token_id", "ggml.fim_mid_token_id", "ggml.fim_pad_token_id"),
+    *("ggml.fim_rep_token_id", "ggml.fim_sep_token_id", "ggml.prefix_token_id", "ggml.suffix_token_id"),
+    *("ggml.middle_token_id", "huggingface.json"),
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A GGUF file without its numbers.
+
+    Attributes:
+        place: the file, for messages.
+        values: key -> value; of a list of more than 1,000 its length.
+        tensors: name -> number of its elements.
+    """
+
+    place: str
+    values: Mapping[str, Any]
+    tensors: Mapping[str, int]
+
+    @property
+    def architecture(self) -> str:
+        return self.values["general.architecture"]
+
+    def refuse(self, key: str, reason: str) -> ValueError:
+        return ValueError(f"model: {self.place!r} says {key} = {self.values.get(key)!r:.60}, {reason}")
+
+
+def read_facts(path: str) -> Facts:
+    """Raises what gguf raises where the file is none, or cut."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    values = {
+        key: field.contents() if len(field.data) <= 1000 else len(field.data) for key, field in reader.fields.items()
+    }
+    return Facts(path, values, {tensor.name: int(tensor.n_elements) for tensor in reader.tensors})
+
+
+def check_facts(facts: Facts) -> None:
+    """ValueError for a file that transformers would read as another model, as far as that is seen without a config."""
+    architecture = facts.values.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"model: {facts.place!r} is of architecture {architecture!r}; allowed: {', '.join(ARCHITECTURES)}"
+        )
+    if facts.values.get("general.type", "model") != "model":
+        raise facts.refuse("general.type", "not model")
+    if facts.values.get("split.count", 1) > 1:
+        raise facts.refuse("split.count", "and is one part of several: join them first (llama-gguf-split --merge)")
+    # What would divide by zero, or make a list for each layer, before a config could be looked at.
+    for name, most in (("block_count", MAX_LAYERS), ("embedding_length", 2**31), ("attention.head_count", 2**31)):
+        size = facts.values.get(f"{architecture}.{name}")
+        if not isinstance(size, int) or not 1 <= size <= most:
+            raise facts.refuse(f"{architecture}.{name}", f"not a whole number from 1 to {most}")
+    _check_tokenizer(facts)
+
+
+def _check_tokenizer(facts: Facts) -> None:
+    values = facts.values
+    kind, words = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre")
+    if kind not in ("gpt2", "llama", "no_vocab", "none", None):
+        raise facts.refuse("tokenizer.ggml.model", "which lskip does not read; allowed: gpt2, llama")
+    if kind == "gpt2" and words is None:
+        logger.warning(
+            "model: %r does not say how its text is cut into words: as GPT-2 does it is a guess", facts.place
+        )
+    elif kind == "gpt2" and words not in DIGITS | _GPT2 | _LLAMA3 | _REGEXES:
+        raise facts.refuse("tokenizer.ggml.pre", "a way to cut text into words that lskip does not know")
+    for key in values:
+        if key.startswith("tokenizer.") and key.removeprefix("tokenizer.") not in _TOKENIZER_FACTS:
+            raise facts.refuse(key, "which lskip does not read")
+
+
+def settle_config(config: PreTrainedConfig, facts: Facts) -> None:
+    """Put into a config what transformers left out of it.
+
+    Raises:
+        ValueError: the file says something else that the config does not stand for.
+    """
+    values, architecture = facts.values, facts.architecture
+    width = values.get(f"{architecture}.attention.key_length")
+    if width is not None and hasattr(config, "head_dim"):
+        config.head_dim = width
+    if config.model_type == "mistral":
+        config.sliding_window = None  # transformers takes a Llama of that name for one, and llama.cpp knows no window
+    stands_for = _stands_for(config)
+    for key, value in values.items():
+        if not key.startswith(f"{architecture}."):
+            continue
+        name = key.removeprefix(f"{architecture}.")
+        if name not in stands_for:
+            raise facts.refuse(key, "which lskip does not read")
+        if (meant := stands_for[name]) is not ANY and not _same(value, meant):
+            raise facts.refuse(key, f"which lskip does not read: the model would have {meant!r}")
+
+
+ANY = object()
+
+
+def _stands_for(config: PreTrainedConfig) -> dict[str, Any]:
+    """Facts of an architecture -> their value in a model of this config; ANY: they change nothing."""
+
+    def get(name: str, default: Any = None) -> Any:
+        return getattr(config, name, default)
+
+    rope = get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
+    width = get("head_dim") or config.hidden_size // config.num_attention_heads
+    return {
+        "context_length": config.max_position_embeddings,
+        "block_count": config.num_hidden_layers,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": get("intermediate_size") or get("n_inner") or 4 * config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": get("num_key_value_heads") or config.num_attention_heads,
+        "attention.key_length": width,
+        "attention.value_length": width,
+        "attention.layer_norm_rms_epsilon": get("rms_norm_eps"),
+        "attention.layer_norm_epsilon": get("layer_norm_epsilon"),
+        "attention.sliding_window": get("sliding_window"),
+        "attention.causal": True,
+        "attention.clamp_kqv": 0.0,
+        "attention.max_alibi_bias": 0.0,
+        "attn_logit_softcapping": get("attn_logit_softcapping"),
+        "final_logit_softcapping": get("final_logit_softcapping"),
+        "rope.freq_base": rope.get("rope_theta"),
+        "rope.dimension_count": int(width * rope.get("partial_rotary_factor", 1.0)),
+        "rope.scaling.type": "none",
+        "rope.scaling.factor": 1.0,
+        "rope.scaling.attn_factor": 1.0,
+        "rope.scaling.original_context_length": ANY,
+        "rope.scaling.finetuned": ANY,
+        "expert_count": 0,
+        "expert_used_count": 0,
+        "tensor_data_layout": ANY,
+    }
+
+
+def _same(value: Any, meant: Any) -> bool:
+    if isinstance(value, float) and isinstance(meant, int | float):
+        return math.isclose(value, meant, rel_tol=1e-6)  # the file holds 32 bits
+    return value == meant
+
+
+def check_tensors(config: PreTrainedConfig, facts: Facts) -> None:
+    """ValueError unless the file's tensors are the model's, in name and size: transformers takes what it knows."""
+    import gguf
+
+    model = without_memory(config)
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == facts.architecture)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    own = {names.get_name(name, (".weight", ".bias")): part.numel() for name, part in model.named_parameters()}
+    if more := sorted(facts.tensors.keys() - own.keys()):
+        raise ValueError(f"model: {facts.place!r} holds {_named(more)}, which lskip does not read")
+    if fewer := sorted(own.keys() - facts.tensors.keys()):
+        raise ValueError(f"model: {facts.place!r} lacks {_named(fewer)}")
+    for name, size in facts.tensors.items():
+        if size != own[name]:
+            raise ValueError(f"model: {name} in {facts.place!r} has {size} numbers, its sizes ask for {own[name]}")
+
+
+def _named(names: list[str]) -> str:
+    return f"tensor {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def settle_tokenizer(tokenizer: PreTrainedTokenizerBase, facts: Facts) -> None:
+    """Let a tokenizer cut a text as llama.cpp does; what transformers does not take from the file is put right."""
+    words = facts.values.get("tokenizer.ggml.pre")
+    if facts.values.get("tokenizer.ggml.model") == "llama":
+        _settle_spaces(tokenizer, facts.values.get("tokenizer.ggml.add_space_prefix", True))
+    if facts.values.get("tokenizer.ggml.model") != "gpt2":
+        return
+    if words in DIGITS:  # transformers cuts as GPT-2 does: "x  3" would become other tokens
+        steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)
+    if words in _LLAMA3 | {"tekken"}:
+        tokenizer.backend_tokenizer.model.ignore_merges = True
+        if tokenizer.bos_token is not None and "tokenizer.ggml.add_bos_token" not in facts.values:
+            tokenizer.add_bos_token = True
+
+
+def _settle_spaces(tokenizer: PreTrainedTokenizerBase, prefix: bool) -> None:
+    """As sentencepiece marks spaces: one more before each text, even one that begins with a space; or none.
+
+    transformers adds it where there is no space yet, whatever the file says.
+    """
+    backend = tokenizer.backend_tokenizer
+    steps = [normalizers.Replace(" ", MARK)]
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(MARK), *steps] if prefix else steps)
+    backend.pre_tokenizer = None
+    parts = [decoders.Replace(MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if prefix else parts)
+
+
+def end_tokens(facts: Facts) -> list[int]:
+    """Every token at which the file says that a text, a turn or a message ends."""
+    keys = ("eos_token_id", "eot_token_id", "eom_token_id")
+    found = [facts.values.get(f"tokenizer.ggml.{key}") for key in keys]
+    return list(dict.fromkeys(token for token in found if token is not None))

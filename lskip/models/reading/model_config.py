@@ -1,0 +1,256 @@
+"""A transformers config that somebody wrote, checked field by field before anything is built from it or read for it."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.initialization import no_init_weights
+
+from lskip.models.families import FAMILIES, check_family, family_of
+from lskip.models.reading.config_values import check_values
+
+MAX_LAYERS = 4096
+_ROPE_BEFORE_5 = ("rope_theta", "rope_scaling")  # transformers 5 has one field for both, rope_parameters
+# Names of code to fetch or to patch in, which is never done; Decoder takes care of attention.
+_CODE = ("auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation", "fusion_config")
+# The same thing under the names of several families (and of other programs), for a hint.
+_SYNONYMS = (
+    ("hidden_size", "n_embd", "d_model"),
+    ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
+    ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    ("num_key_value_heads", "n_kv_heads", "num_kv_heads"),
+    ("max_position_embeddings", "n_positions", "n_ctx", "context_length", "max_seq_len"),
+    ("hidden_act", "hidden_activation", "activation_function"),
+    ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
+    ("attention_dropout", "attn_pdrop"),
+    ("initializer_range", "init_std"),
+)
+
+
+def make_config(values: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedConfig:
+    """The transformers config for a mapping with `model_type`, from which a model can be made here.
+
+    Raises:
+        ValueError: an unknown family or field, a value that is not allowed, or a model larger than the memory.
+    """
+    family = values.get("model_type")
+    try:
+        kind = type(AutoConfig.for_model(family))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"model.model_type: {family!r} is no family of transformers; allowed: {', '.join(FAMILIES)}"
+        ) from error
+    check_family(family)
+    _refuse_unknown_fields(values, kind, dtype)
+    config = build_config(values, "model.", strict=True)
+    check_memory(config, dtype)
+    return config
+
+
+def build_config(values: Mapping[str, Any], prefix: str, strict: bool = False) -> PreTrainedConfig:
+    """The config that a mapping says, found to be one of which a model can be made.
+
+    Args:
+        prefix: stands before the name of a field in a message.
+        strict: also refuse what a model on a disk may have without harm: end tokens beyond its vocabulary, settings
+            of rotary positions that nothing reads.
+
+    Raises:
+        ValueError: one sentence with the field, its value and what is allowed.
+    """
+    check_family(values.get("model_type"))
+    if values["model_type"] == "mistral" and values.get("layer_types"):
+        raise ValueError(f"{prefix}layer_types: a mistral with kinds of layers is a ministral, which is not supported")
+    _check_layers(values, prefix)
+    check_values(values, prefix, strict)
+    _check_heads(values.get, values, prefix)
+    with _no_remarks(prefix) if strict else _any_remarks():
+        try:
+            config = AutoConfig.for_model(**{name: value for name, value in values.items() if name not in _CODE})
+        except Exception as error:  # transformers raises what a value led to: types, missing keys, divisions by zero
+            raise ValueError(_invalid(values, prefix, error)) from error
+    family = family_of(config)
+    _check_heads(lambda name: getattr(config, name, None), values, prefix)
+    if strict:
+        _check_rope_effect(config, values, family.rotary_by_kind, prefix)
+    parameter_count(config)  # that builds it, without memory
+    return config
+
+
+def with_layers(config: PreTrainedConfig, kept: slice) -> PreTrainedConfig:
+    """A copy of a config for some of its layers."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = len(range(config.num_hidden_layers)[kept])
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[kept]
+    return config
+
+
+def parameter_count(config: PreTrainedConfig) -> int:
+    """Parameters of the model that a config describes, however large, without its memory.
+
+    Raises:
+        ValueError: no model can be made of it.
+    """
+    counts = []
+    for layers in (1, 2):
+        few = with_layers(config, slice(layers))
+        try:
+            counts.append(sum(part.numel() for part in without_memory(few).parameters()))
+        except Exception as error:  # what a value of a stranger's leads to inside transformers and torch
+            kind = config.model_type
+            raise ValueError(f"model: no {kind} can be made of this config ({_short(error)})") from error
+        if few.num_hidden_layers == config.num_hidden_layers:
+            return counts[-1]
+    return counts[0] + (config.num_hidden_layers - 1) * (counts[1] - counts[0])
+
+
+def without_memory(config: PreTrainedConfig) -> torch.nn.Module:
+    """The modules of a model with their names and shapes, its weights on torch's meta device."""
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model.tie_weights()  # without initial values it is left out
+    return model
+
+
+def check_memory(config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """ValueError if the weights of such a model are larger than this machine's memory."""
+    size = parameter_count(config) * dtype.itemsize
+    if hasattr(os, "sysconf") and size > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        raise ValueError(
+            f"model: a {config.model_type} of these sizes has {size / 2**30:,.0f} GiB of weights, this machine "
+            f"{memory / 2**30:,.0f} GiB of memory"
+        )
+
+
+def check_weights_hold(config: PreTrainedConfig, most: int, place: str) -> None:
+    """ValueError if a config describes more parameters than the weights beside it can be, which are at `most` so many.
+
+    What is missing is found by name later on; this is for sizes that would first fill the memory.
+    """
+    if (count := parameter_count(config)) > most:
+        raise ValueError(
+            f"model: the config of {place!r} describes {count:,} parameters, its weights hold at most {most:,}"
+        )
+
+
+def _check_layers(values: Mapping[str, Any], prefix: str) -> None:
+    """Before a list of all layers is made."""
+    for name in ("num_hidden_layers", "n_layer"):
+        count = values.get(name)
+        if isinstance(count, int) and count > MAX_LAYERS:
+            raise ValueError(f"{prefix}{name}: {count} is not a whole number from 1 to {MAX_LAYERS}")
+
+
+def _check_heads(get: Callable[[str], Any], values: Mapping[str, Any], prefix: str) -> None:
+    """What fields say together, as far as `get` knows them."""
+    hidden, heads, pairs = (get(name) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    own_width = values.get("head_dim")
+    if hidden and heads and hidden % heads and own_width is None:
+        raise ValueError(f"{prefix}num_attention_heads: {heads} does not divide hidden_size, {hidden}")
+    if heads and pairs and heads % pairs:
+        raise ValueError(f"{prefix}num_key_value_heads: {pairs} does not divide num_attention_heads, {heads}")
+    padding, words = get("pad_token_id"), get("vocab_size")
+    if isinstance(padding, int) and words and padding >= words:
+        raise ValueError(f"{prefix}pad_token_id: {padding} is beyond the vocabulary of {words}; null: there is none")
+    if own_width and own_width % 2:
+        raise ValueError(f"{prefix}head_dim: {own_width} is odd; rotary positions turn pairs")
+
+
+def _check_rope_effect(config: PreTrainedConfig, values: Mapping[str, Any], by_kind: bool, prefix: str) -> None:
+    """Some families read the old name of a field, some have a mapping for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [part for kind, part in rope.items() if kind in config.layer_types] if by_kind else [rope]
+    given = {"rope_theta": {"rope_theta": values.get("rope_theta")}, "rope_scaling": values.get("rope_scaling") or {}}
+    for name, settings in given.items():
+        read = [all(part.get(key) == value for key, value in settings.items() if key != "type") for part in parts]
+        if values.get(name) is not None and not any(read):
+            raise ValueError(f"{prefix}{name}: has no effect in a {config.model_type}; give rope_parameters")
+    flat = [name for name in values.get("rope_parameters") or {} if by_kind and name not in config.layer_types]
+    if flat:
+        kinds = " and ".join(sorted(set(config.layer_types)))
+        raise ValueError(f"{prefix}rope_parameters.{flat[0]}: has no effect; give a mapping for {kinds}")
+
+
+def _refuse_unknown_fields(values: Mapping[str, Any], kind: type, dtype: torch.dtype) -> None:
+    """transformers keeps a field that it does not know and builds the default model: that would cost a training run."""
+    family = values["model_type"]
+    own = {field.name for field in fields(kind)}
+    allowed = own | {"model_type", "torch_dtype"} | set(kind.attribute_map) | set(FAMILIES[family].unnamed_fields)
+    if "rope_parameters" in own:
+        allowed |= set(_ROPE_BEFORE_5)
+    for name, value in values.items():
+        if name not in allowed:
+            raise ValueError(f"model.{name}: a {family} config has no field {name!r}{_meant(name, own | allowed)}")
+        made = str(dtype).removeprefix("torch.")
+        if name in ("dtype", "torch_dtype") and value is not None and str(value) not in (made, str(dtype)):
+            raise ValueError(f"model.{name}: {value!r} has no effect, a model is made in {made}; leave it out")
+        other = kind.attribute_map.get(name)
+        if other in values:
+            raise ValueError(f"model.{name}: is {other!r} in a {family} config, and that is given too")
+    if "rope_parameters" in values and (twice := sorted(set(_ROPE_BEFORE_5) & values.keys())):
+        raise ValueError(f"model.{twice[0]}: has no effect beside rope_parameters; put it in there")
+
+
+def _meant(name: str, allowed: set[str]) -> str:
+    same = next((group for group in _SYNONYMS if name in group), ())
+    close = [each for each in same if each in allowed] or difflib.get_close_matches(str(name), sorted(allowed), 1, 0.8)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+@contextmanager
+def _no_remarks(prefix: str) -> Iterator[None]:
+    """ValueError for what transformers would only remark on: unknown and missing settings of rotary positions."""
+    remarks: list[str] = []
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: remarks.append(record.getMessage())
+    logger = logging.getLogger("transformers.modeling_rope_utils")
+    before = logger.propagate, logger.level
+    logger.propagate = False
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(listener)
+    try:
+        yield
+    finally:
+        logger.removeHandler(listener)
+        logger.propagate = before[0]
+        logger.setLevel(before[1])
+    if remarks:
+        raise ValueError(f"{prefix}rope_parameters: {' '.join(remarks[0].split())[:200]}")
+
+
+@contextmanager
+def _any_remarks() -> Iterator[None]:
+    yield
+
+
+def _invalid(values: Mapping[str, Any], prefix: str, error: Exception) -> str:
+    """The sentence for what transformers says of a value; it names the field first, where it does."""
+    text = str(error)
+    if (named := re.search(r"[Ff]ield '(\w+)'", text)) and named[1] in values:
+        expected = re.search(r"expected .*?(?=, got)|an? .*", text)
+        hint = f" ({expected[0][:100]})" if expected else ""
+        return f"{prefix}{named[1]}: {values[named[1]]!r:.60} is not allowed{hint}"
+    quoted = [name for name in re.findall(r"`(\w+)`", text)]
+    if "rope_parameters" in quoted:
+        quoted.append("rope_scaling")
+    if field := next((name for name in quoted if name in values), None):
+        return f"{prefix}{field}: is not valid ({_short(error)})"
+    return f"model: this {values['model_type']} config is not valid ({_short(error)})"
+
+
+def _short(error: Exception, limit: int = 160) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if len(line.strip()) > 1] or [""]
+    text = f"{type(error).__name__}: {lines[-1]}"
+    return text if len(text) <= limit else text[: limit - 1] + "…"

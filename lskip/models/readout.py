@@ -1,0 +1,195 @@
+"""What every exit says about a text: losses and predictions, and the metric that sums them up by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torchmetrics import Metric
+
+from lskip.losses import rows_at_once
+from lskip.models.decoder import Decoder
+
+if TYPE_CHECKING:
+    from lskip.models.exit_heads import TrainedExits
+
+LogitsReader = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+
+class Readout(NamedTuple):
+    """Every exit on the same N scored positions.
+
+    Attributes:
+        losses: [exits, N], cross-entropy in nats, at least float32.
+        predictions: [exits, N], the most probable token.
+    """
+
+    losses: Tensor
+    predictions: Tensor
+
+
+def scored_positions(input_ids: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which states predict a scored token: (indices [N] into the B*S flattened positions, their targets [N]).
+
+    Args:
+        input_ids: [B, S].
+        labels: [B, S] aligned with input_ids as in transformers, -100 where not scored; None: all are.
+    """
+    labels = input_ids if labels is None else labels
+    targets = torch.full_like(labels, -100)
+    targets[:, :-1] = labels[:, 1:]  # the state at s predicts token s + 1; the last predicts nothing known
+    targets = targets.flatten()
+    positions = (targets != -100).nonzero().squeeze(1)
+    return positions, targets[positions]
+
+
+def read_exits(
+    decoder: Decoder,
+    input_ids: Tensor,
+    labels: Tensor | None,
+    exits: Sequence[int],
+    trained: TrainedExits | None = None,
+) -> Readout:
+    """Losses and predictions of each exit, by read_logits."""
+    return Readout(*read_logits(decoder, input_ids, labels, exits, score_logits, trained))
+
+
+def score_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return cross_entropy(logits, targets, reduction="none"), logits.argmax(-1)
+
+
+def read_logits(
+    decoder: Decoder,
+    input_ids: Tensor,
+    labels: Tensor | None,
+    exits: Sequence[int],
+    read: LogitsReader,
+    trained: TrainedExits | None = None,
+) -> list[Tensor]:
+    """One pass through the blocks that decodes each exit as it goes by and keeps what `read` makes of its logits.
+
+    Args:
+        exits: exit layers, 1-based, ascending.
+        read: (logits [n, V], at least float32; targets [n]) -> tensors [n, …].
+        trained: what the exits have of their own.
+
+    Returns:
+        Each tensor of `read` for all exits and all N scored positions: [exits, N, …].
+
+    Never more than a chunk of one exit's logits is alive.
+    """
+    return read_positions(decoder, input_ids, *scored_positions(input_ids, labels), exits, read, trained)
+
+
+def read_positions(
+    decoder: Decoder,
+    input_ids: Tensor,
+    positions: Tensor,
+    targets: Tensor,
+    exits: Sequence[int],
+    read: LogitsReader,
+    trained: TrainedExits | None = None,
+) -> list[Tensor]:
+    """read_logits for states that are named themselves.
+
+    Args:
+        positions: [N] into the B*S flattened states, in any order; a state may be named more than once.
+        targets: [N], the token to score there.
+    """
+    wanted = {decoder.block_index(exit_layer) for exit_layer in exits}
+    x = decoder.embed(input_ids)
+    inputs = decoder.block_inputs(x)
+    rows = []
+    for block in range(max(wanted) + 1):
+        x = decoder.block(block, x, inputs)
+        if block in wanted:
+            states = x.flatten(0, 1)[positions]
+            states = states if trained is None else trained.translate(block + 1, states)
+            rows.append(_read_in_chunks(decoder, states, targets, read))
+    return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+
+
+def _read_in_chunks(decoder: Decoder, states: Tensor, targets: Tensor, read: LogitsReader) -> list[Tensor]:
+    chunks = []
+    step = rows_at_once(decoder.vocab_size, states.device)
+    for start in range(0, max(len(states), 1), step):  # where nothing is scored: one chunk, empty
+        logits = decoder.decode(states[start : start + step])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        chunks.append(read(logits, targets[start : start + step]))
+    return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+
+
+class LayerReport(NamedTuple):
+    """Every layer of a model on a text.
+
+    Attributes:
+        perplexity: one a layer; inf where it exceeds what a float holds.
+        agreement: share of positions where the layer's argmax is the last layer's.
+        layers_needed: mean depth (in layers) after which the argmax no longer changes.
+
+    All three are NaN where logits are: the argmax of such says nothing, and of all layers the same.
+    """
+
+    perplexity: list[float]
+    agreement: list[float]
+    layers_needed: float
+
+    def layers(self) -> list[dict]:
+        """One record a layer, first to last: {"layer", "perplexity", "agreement"}."""
+        rows = enumerate(zip(self.perplexity, self.agreement, strict=True), start=1)
+        return [{"layer": n, "perplexity": ppl, "agreement": agree} for n, (ppl, agree) in rows]
+
+
+class LayerReportMetric(Metric):
+    """Accumulates readouts of all layers over batches and ranks into a LayerReport."""
+
+    full_state_update = False
+
+    def __init__(self, num_layers: int):
+        super().__init__()
+        # Counts are whole numbers, exact at any size; no float64, which Apple's GPUs lack.
+        self.add_state("loss", torch.zeros(num_layers), dist_reduce_fx="sum")
+        self.add_state("agree", torch.zeros(num_layers, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("needed", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, readout: Readout) -> None:
+        agree = readout.predictions == readout.predictions[-1]
+        self.loss += readout.losses.sum(1)
+        self.agree += agree.sum(1)
+        self.needed += settled_depth(agree).sum()
+        self.count += agree.shape[1]
+
+    def compute(self) -> LayerReport:
+        mean, agreement = (self.loss / self.count).tolist(), (self.agree / self.count).tolist()
+        unknown = [math.isnan(loss) for loss in mean]
+        return LayerReport(
+            perplexity=[math.inf if loss > 709 else math.exp(loss) for loss in mean],
+            agreement=[math.nan if unknown[n] or unknown[-1] else share for n, share in enumerate(agreement)],
+            layers_needed=math.nan if any(unknown) else (self.needed / self.count).item(),
+        )
+
+
+def settled_depth(agree: Tensor) -> Tensor:
+    """The depth (1-based) from which on every layer agrees with the last: bool [L, N] -> int [N]."""
+    still_agreeing = agree.flip(0).cumprod(0)  # from the last layer down: 1 until the first disagreement
+    return len(agree) + 1 - still_agreeing.sum(0)
+
+
+def first_depth(hits: Tensor) -> Tensor:
+    """The first depth (1-based) that hits, one more than there are where none does: bool [L, N] -> int [N]."""
+    return 1 + (hits.cumsum(0) == 0).sum(0)
+
+
+@torch.inference_mode()
+def report_layers(decoder: Decoder, batches: Iterable[Tensor]) -> LayerReport:
+    """All layers of a model on a text, in one pass: batches of token ids [B, S] -> report."""
+    metric = LayerReportMetric(decoder.num_layers).to(decoder.device)
+    for input_ids in batches:
+        layers = range(1, decoder.num_layers + 1)
+        metric.update(read_exits(decoder, input_ids.to(decoder.device), None, layers))
+    return metric.compute()

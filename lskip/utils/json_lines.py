@@ -1,0 +1,91 @@
+"""Files of one JSON object a line: read line by line, and what a line asks a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lskip.utils.checks import check_unicode
+from lskip.utils.untrusted import parse_json
+
+ENDINGS = (".jsonl", ".ndjson")  # what such files are called, in capitals too
+MAX_LINE = 4 * 2**20  # bytes; a text of them would take gigabytes to tokenize
+_BOM = b"\xef\xbb\xbf"
+
+
+def read_json_lines(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (where, fields) of every line that is not blank; `where` begins a sentence about that line.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is not UTF-8, no JSON object, or too long.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{field}: there is no file '{path}'")
+    with path.open("rb") as file:
+        for number, data in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
+            where = f"{field}: line {number} of '{path}'"
+            if number == 1:
+                data = data.removeprefix(_BOM)
+            if len(data) > MAX_LINE:
+                raise ValueError(f"{where} is longer than the {MAX_LINE // 2**20} MiB that are read")
+            if data.strip():
+                yield where, _fields(data, where)
+
+
+def _fields(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        return parse_line(data.decode("utf-8"), where)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 text (byte {error.start})") from error
+
+
+def parse_line(text: str, where: str) -> dict[str, Any]:
+    """The fields of a line; ValueError if it is no JSON object, or says something twice."""
+    fields = parse_json(text, where, _each_once)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where} is no object, like {{…}}")
+    return fields
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two prompts in one line only the last would be answered."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return fields
+
+
+def text_of(fields: dict[str, Any], name: str, where: str) -> str:
+    """The text that a line has under a name; ValueError if it has none."""
+    if name not in fields:
+        raise ValueError(f"{where}: {name}: is missing")
+    value = fields[name]
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {name}: {json.dumps(value)[:60]} is not a text")
+    check_unicode(f"{where}: {name}", value)
+    return value
+
+
+def asked_of(fields: dict[str, Any], where: str) -> str | list[dict[str, Any]]:
+    """What a line asks: its prompt, or its chat messages; ValueError if that is not one of them."""
+    if ("prompt" in fields) == ("messages" in fields):
+        raise ValueError(f"{where}: needs either the key 'prompt' or the key 'messages'")
+    if "prompt" in fields:
+        prompt = text_of(fields, "prompt", where)
+        if not prompt.strip():
+            raise ValueError(f"{where}: prompt: is empty")
+        return prompt
+    messages = fields["messages"]
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        raise ValueError(f"{where}: messages: not a list of objects with texts role and content")
+    for message in messages:
+        check_unicode(f"{where}: messages", message["content"])
+    return messages
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))

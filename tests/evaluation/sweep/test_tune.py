@@ -1,0 +1,187 @@
+"""`lskip tune`: the ranking by the cost model, by hand, and what is saved of a whole run."""
+
+import errno
+import json
+
+import pytest
+
+from lskip.cli.main import main
+from lskip.evaluation.sweep import tune as tune_module
+from lskip.evaluation.sweep.advice import advice, best_cell
+from lskip.evaluation.sweep.draft_rounds import DraftRound
+from lskip.evaluation.sweep.grid import Cell
+from lskip.evaluation.sweep.tune import Forecast, best_first, candidates, promised, worth_decoding
+from lskip.inference.drafting.costs import Costs, RowCosts
+from tests.conftest import make_model
+
+# A block costs 1 ms and the head 2 ms, however many rows: a plain step of 10 blocks 12 ms.
+COSTS = Costs(10, RowCosts((1, 64), (1e-3, 1e-3), (2e-3, 2e-3)))
+
+
+class Priced:
+    """Stands in for a generator of which only the costs are asked."""
+
+    costs, num_layers, adapter_step = COSTS, 10, None
+
+
+def test_a_forecast_by_hand():
+    """Rounds of 2 drafts at layer 3: 2 (3 + 2) + 3 + (7 + 2) = 22 ms; 3 + 1 tokens, for which plain steps take 48."""
+    rounds = [DraftRound(2, 2), DraftRound(2, 0)]
+    assert promised(Priced, Cell("layers", 3, 2), rounds) == (
+        Cell("layers", 3, 2),
+        pytest.approx(4 * 12 / (2 * 22)),
+        2.0,
+    )
+
+
+def test_a_round_that_drafts_nothing_costs_a_plain_step():
+    """N-grams cost nothing: 2 rounds of one plain step each, 4 tokens."""
+    rounds = [DraftRound(0, 0), DraftRound(3, 2)]
+    assert promised(Priced, Cell("ngram", None, 3), rounds).speedup == pytest.approx(4 * 12 / (2 * 12))
+    assert promised(Priced, Cell("ngram", None, 3), []).speedup == 1.0
+
+
+def test_the_best_of_each_draft_is_decoded_and_then_the_next_best():
+    cells = [Cell("layers", 2, d) for d in (1, 2, 3)] + [Cell("ngram", None, 2)]
+    ranked = [Forecast(cell, speedup, 2.0) for cell, speedup in zip(cells, (1.4, 1.3, 1.2, 0.9), strict=True)]
+    assert set(worth_decoding(ranked, 3)) == {cells[0], cells[1], cells[3]}
+    assert worth_decoding(ranked, 1) == [cells[0]]
+
+
+def test_every_exit_is_a_candidate_where_none_is_named():
+    cells = candidates(["layers", "int4"], None, [2], 5)
+    assert cells == [*(Cell("layers", exit_layer, 2) for exit_layer in (1, 2, 3, 4)), Cell("int4", None, 2)]
+    assert candidates(["layers"], [2, 3], [2], 5) == [Cell("layers", 2, 2), Cell("layers", 3, 2)]
+
+
+@pytest.fixture
+def place(tmp_path, tiny_tokenizer):
+    model = make_model(num_hidden_layers=6, eos_token_id=None)
+    for layer in model.model.layers[2:]:  # of six layers four do nothing: exit 2 is always right
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    lines = [{"prompt": f"def f{n}(a, b):", "reference": "return a + b"} for n in range(2)]
+    (tmp_path / "adds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def test_a_whole_run_finds_the_exit_that_is_always_right(place, monkeypatch, capsys):
+    """With costs that are set; what is measured is set too, so that no clock decides."""
+    row = RowCosts((1, 64), (1e-3, 1e-3), (1e-4, 1e-4))
+    monkeypatch.setattr("lskip.inference.generator.measure_costs", lambda *steps, **more: Costs(6, row))
+    measure, decoded = tune_module.measure_cell, []
+
+    def measured(generators, cell, prompts, rounds):
+        record = measure(generators, cell, prompts, rounds)
+        decoded.append(cell)
+        record["times"] |= {"speedup": 2.0 - len(decoded) / 10, "speedups": [2.0]}
+        return record
+
+    monkeypatch.setattr(tune_module, "measure_cell", measured)
+    task = ["--task=LocalTask", f"--task.path={place}/adds.jsonl", "--task.max_new_tokens=20"]
+    assert main(["tune", f"--model={place}/model", *task, "--num_prompts=2", "--decoded_cells=2"]) == 0
+    assert decoded[0].exit_layer == 2 and len(decoded) == 2
+    found = json.loads((place / "model" / "tuned.json").read_text())["adds"]
+    assert (found["exit_layer"], found["draft"], found["acceptance_rate"]) == (2, "layers", 1.0)
+    assert found["num_speculations"] == decoded[0].num_speculations > 3
+    assert "use exit_layer=2" in capsys.readouterr().out
+    assert main(["generate", f"--model={place}/model", "--prompt=def f", "--task=adds", "--max_new_tokens=9"]) == 0
+    assert "acceptance_rate 1.00" in capsys.readouterr().err
+
+
+def test_where_nothing_pays_it_is_saved_that_nothing_drafts(place, monkeypatch, capsys):
+    monkeypatch.setattr(tune_module, "measure_cell", lambda g, cell, p, r: slow(cell))
+    task = ["--task=LocalTask", f"--task.path={place}/adds.jsonl", "--task.max_new_tokens=6"]
+    assert main(["tune", f"--model={place}/model", *task, "--num_prompts=1", "--drafts=[ngram]"]) == 0
+    assert "do not draft for adds" in capsys.readouterr().out
+    found = json.loads((place / "model" / "tuned.json").read_text())["adds"]
+    assert (found["num_speculations"], found["draft"], found["speedup"]) == (0, None, 1.0)
+
+
+@pytest.fixture
+def one_cell(place, monkeypatch):
+    """The arguments of a run in which nothing is measured and nothing pays."""
+    monkeypatch.setattr(tune_module, "measure_cell", lambda g, cell, p, r: slow(cell))
+    monkeypatch.setattr(tune_module, "forecast", lambda g, cells, *more: [Forecast(cells[0], 1.0, 1.0)])
+    task = ["--task=LocalTask", f"--task.path={place}/adds.jsonl", "--task.max_new_tokens=6"]
+    return ["tune", f"--model={place}/model", *task, "--num_prompts=1", "--drafts=[ngram]"]
+
+
+LOST = "B11 B27 full disks, and places that cannot be written"
+
+
+@pytest.mark.kind(LOST, "B11")
+def test_a_model_that_nothing_can_be_kept_beside_is_told_before_it_is_loaded(one_cell, monkeypatch, capsys):
+    def refuse(**where):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("lskip.utils.output_files.TemporaryFile", refuse)
+    monkeypatch.setattr(tune_module, "Generators", None)
+    assert main(one_cell) == 2
+    assert "model: what is tuned is kept beside it: cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.kind(LOST, "B11")
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT], ids=errno.errorcode.get)
+def test_what_was_found_is_shown_even_if_it_cannot_be_saved(place, one_cell, monkeypatch, capsys, code):
+    def refuse(path, content):
+        raise OSError(code, "No", str(path))
+
+    monkeypatch.setattr("lskip.utils.output_files.Path.write_bytes", refuse)
+    assert main(one_cell) == 2
+    printed = capsys.readouterr()
+    assert "ngram" in printed.out and "do not draft for adds" in printed.out
+    assert "task: 'adds' could not be saved" in printed.err and "it stands above" in printed.err
+    assert not [path for path in (place / "model").iterdir() if "tuned" in path.name]
+
+
+@pytest.mark.kind(LOST)
+def test_a_damaged_file_of_tuned_tasks_is_told_before_a_model_is_loaded(place, one_cell, monkeypatch, capsys):
+    (place / "model" / "tuned.json").write_text("{")
+    monkeypatch.setattr(tune_module, "Generators", None)
+    assert main(one_cell) == 2
+    assert "remove it, and tune again" in capsys.readouterr().err
+
+
+@pytest.mark.kind("M a new user's first hour", "M3")
+@pytest.mark.parametrize(
+    ("drafts", "said"), [("[layers]", "not tried: int4, ngram, which need no training"), ("[ngram,int4]", "")]
+)
+def test_what_was_not_tried_and_needs_no_training_is_named(one_cell, capsys, drafts, said):
+    assert main([*one_cell, f"--drafts={drafts}"]) == 0
+    printed = capsys.readouterr().out
+    assert said in printed and ("not tried" in printed) == bool(said)
+
+
+@pytest.mark.kind("K17 metrics")
+@pytest.mark.parametrize("time", [float("nan"), float("inf")], ids=["NaN", "infinity"])
+def test_a_time_that_is_no_number_never_wins(time):
+    cells = [Cell("layers", 2, d) for d in (1, 2, 3)]
+    ranked = [Forecast(cell, speedup, 2.0) for cell, speedup in zip(cells, (time, 1.3, 1.2), strict=True)]
+    best = {**slow(cells[0]), "acceptance_rate": 1.0}
+    best["times"] |= {"speedup": time, "speedups": [time]}
+    assert best_cell([best]) is None and best_cell([best, quick(cells[1])])["num_speculations"] == 2
+    assert "no time could be measured" in advice("T", [best])
+    assert worth_decoding(best_first(ranked), 2) == cells[1:]
+
+
+def quick(cell: Cell) -> dict:
+    return slow(cell) | {"times": {"speedup": 1.5, "speedups": [1.5]}}
+
+
+@pytest.mark.kind("K8 what is not finite")
+def test_a_model_whose_logits_are_nan_is_refused_before_anything_is_measured(place, capsys):
+    model = make_model()
+    model.model.norm.weight.data.fill_(float("nan"))
+    model.save_pretrained(place / "model")
+    task = ["--task=LocalTask", f"--task.path={place}/adds.jsonl", "--task.max_new_tokens=6"]
+    for command in (["tune"], ["sweep", f"--output={place}/out"]):
+        assert main([*command, f"--model={place}/model", *task, "--exit_layers=[2]"]) == 2
+        assert "model:" in capsys.readouterr().err
+
+
+def slow(cell: Cell) -> dict:
+    times = {"speedup": 0.8, "speedups": [0.8], "tokens_per_second": 1.0, "share_of_ideal": None}
+    return {**vars(cell), "acceptance_rate": 0.1, "tokens_per_round": 1.1, "mismatches": 0, "times": times}

@@ -1,0 +1,289 @@
+"""A GGUF file holds the same model: tensor by tensor, through transformers, and through llama.cpp where it is.
+
+llama.cpp is looked for in this interpreter and in the one that LSKIP_LLAMA_CPP_PYTHON names.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Regex, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from lskip.data.tokenizer import train_bpe
+from lskip.export.to_gguf import obstacle, rotary_pairs, write_gguf
+from lskip.models.pretrained import load_model
+from tests.conftest import make_model
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("accelerate")
+
+IDS = torch.tensor([[5, 9, 77, 123, 44, 2, 9, 5, 31]])
+TEXTS = [
+    "def add(a, b):\n    return a + b\n\n\n# it's 2024,  33 x 4 = 132\n",
+    "\t tabs\tand   spaces  7\n \n\n  end  ",
+    "Größe: naïve café — 東京 🙂 we'll I'M you've\r\n",
+    "<|endoftext|>def f(x): <|endoftext|> 12",
+]
+TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def byte_level(pre_tokenizer=None, **special):
+    """A tokenizer as lskip trains it, with words cut by `pre_tokenizer` where it is given."""
+    bpe = train_bpe(["def add(a, b):\n    return a + b\n  \n for i in 1 22:\n\tit's 3 44 \n  7"] * 3, 330)
+    if pre_tokenizer is not None:
+        bpe.pre_tokenizer = pre_tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", **special)
+
+
+def smollm_words():
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+
+
+def saved_model(folder, dtype, **overrides):
+    """Through a folder, so that no buffer is rounded to `dtype`."""
+    make_model(**overrides).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def test_rotary_pairs_by_hand():
+    weight = np.arange(16).reshape(8, 2)  # two heads of 4 rows: first half 0 1, second half 2 3
+    assert rotary_pairs(weight, 2)[:, 0].tolist() == [0, 4, 2, 6, 8, 12, 10, 14]
+    assert (rotary_pairs(weight, 2)[:, 1] - rotary_pairs(weight, 2)[:, 0]).tolist() == [1] * 8
+
+
+@pytest.mark.parametrize("dtype", list(TYPES))
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_tensor_is_the_models(tmp_path, dtype, tied):
+    # heads x head_dim is not the hidden size
+    model = saved_model(tmp_path / "plain", dtype, head_dim=16, tie_word_embeddings=tied, num_hidden_layers=2)
+    write_gguf(model, tmp_path / "model.gguf")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    state = model.state_dict()
+    outside = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    inside = {
+        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    }  # fmt: skip
+    assert len(tensors) == (2 if tied else 3) + 2 * len(inside)
+    for name, tensor in tensors.items():
+        *block, last = name.removesuffix(".weight").split(".")
+        theirs = f"model.layers.{block[1]}.{inside[last]}" if block else outside[last]
+        weight = state[f"{theirs}.weight"]
+        kind = TYPES[dtype] if weight.ndim == 2 else "F32"
+        assert tensor.tensor_type.name == kind, name
+        bits = torch.from_numpy(np.ascontiguousarray(tensor.data).reshape(-1).view(np.uint8).copy())
+        written = bits.view(dtype if weight.ndim == 2 else torch.float32).reshape(weight.shape)
+        if last in ("attn_q", "attn_k"):
+            heads = 4 if last == "attn_q" else 2
+            # row 2 i of a head in the file is its row i in transformers, row 2 i + 1 its row i + 8
+            rows = [head * 16 + (i // 2 if i % 2 == 0 else i // 2 + 8) for head in range(heads) for i in range(16)]
+            weight = weight[rows]
+        assert torch.equal(written, weight.to(written.dtype)), name
+
+
+@pytest.mark.parametrize("dtype", list(TYPES))
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_reads_the_same_model(tmp_path, dtype, tied):
+    # a rotary base that is not the default
+    model = saved_model(tmp_path / "plain", dtype, head_dim=16, tie_word_embeddings=tied, rope_theta=5e3)
+    write_gguf(model, tmp_path / "model.gguf")
+    # In float32, where transformers computes with the file's weights whatever their type.
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf").eval()
+    with torch.inference_mode():
+        assert torch.equal(again(IDS).logits.float(), model.float()(IDS).logits)
+
+
+def test_a_file_is_parsed_once_whatever_is_read_of_it(tmp_path, monkeypatch):
+    model = saved_model(tmp_path / "plain", torch.float32)
+    write_gguf(model, path := tmp_path / "model.gguf", byte_level())
+    parsed, build = [], gguf.GGUFReader._build_fields
+    monkeypatch.setattr(gguf.GGUFReader, "_build_fields", lambda *args: parsed.append(1) or build(*args))
+    reader = gguf.GGUFReader
+    again, _ = load_model(str(path))
+    assert len(parsed) == 1
+    with torch.inference_mode():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="could not be read"):
+        load_model(str(path))
+    assert gguf.GGUFReader is reader  # others' calls are not remembered
+
+
+def contents(path) -> dict:
+    return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
+
+
+def test_metadata(tmp_path):
+    tokenizer = byte_level(pad_token="<|pad|>", unk_token="<|endoftext|>")
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.chat_template = "{{ messages }}"
+    model = make_model(vocab_size=340, rope_theta=5e3, num_hidden_layers=3, max_position_embeddings=64)
+    write_gguf(model, tmp_path / "model.gguf", tokenizer, "mine")
+    found = contents(tmp_path / "model.gguf")
+    assert found["general.architecture"] == "llama" and found["general.name"] == "mine"
+    assert found["general.file_type"] == 0
+    sizes = {
+        "vocab_size": 340, "context_length": 64, "embedding_length": 32, "block_count": 3, "feed_forward_length": 64,
+        "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 8,
+        "attention.value_length": 8, "rope.dimension_count": 8, "rope.freq_base": 5e3,
+    }  # fmt: skip
+    assert {key: found[f"llama.{key}"] for key in sizes} == sizes
+    assert found["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(model.config.rms_norm_eps)
+    words = {key.removeprefix("tokenizer."): value for key, value in found.items() if key.startswith("tokenizer.")}
+    tokens, kinds = words["ggml.tokens"], words["ggml.token_type"]
+    count = len(tokenizer)
+    assert tokens[:count] == tokenizer.convert_ids_to_tokens(range(count)) and len(tokens) == len(kinds) == 340
+    control, user, unused, normal = 3, 4, 5, 1
+    assert kinds[0] == control and kinds[tokenizer.pad_token_id] == control
+    assert kinds[tokenizer.convert_tokens_to_ids("<think>")] == user and set(kinds[count:]) == {unused}
+    assert set(kinds[1 : count - 2]) == {normal} and len(set(tokens)) == 340
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    assert words["ggml.merges"] == [f"{left} {right}" for left, right in rules["model"]["merges"]]
+    special = [words[f"ggml.{name}_token_id"] for name in ("bos", "eos", "unknown", "padding")]
+    assert special == [0, 0, 0, tokenizer.pad_token_id]
+    assert (words["ggml.model"], words["ggml.pre"]) == ("gpt2", "gpt-2")
+    assert words["ggml.add_bos_token"] is False and words["ggml.add_eos_token"] is False
+    assert words["chat_template"] == "{{ messages }}"
+
+
+def test_a_tokenizer_that_begins_every_text_says_so(tmp_path):
+    tokenizer = byte_level(bos_token="<|begin|>")
+    begin = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", begin)]
+    )
+    write_gguf(make_model(vocab_size=340), tmp_path / "model.gguf", tokenizer)
+    found = contents(tmp_path / "model.gguf")
+    assert found["tokenizer.ggml.bos_token_id"] == begin and found["tokenizer.ggml.add_bos_token"] is True
+
+
+def test_a_tokenizer_is_copied_from_a_gguf_file(tmp_path):
+    model = make_model(vocab_size=340)
+    write_gguf(model, tmp_path / "first.gguf", byte_level(smollm_words(), bos_token="<|endoftext|>"))
+    write_gguf(model, tmp_path / "second.gguf", tmp_path / "first.gguf")
+    first, second = contents(tmp_path / "first.gguf"), contents(tmp_path / "second.gguf")
+    assert first["tokenizer.ggml.pre"] == "smollm"
+    assert {key for key in first if key.startswith("tokenizer.")} == {
+        key for key in second if key.startswith("tokenizer.")
+    }
+    assert all(second[key] == value for key, value in first.items() if key != "general.name")
+
+
+def test_transformers_reads_the_same_tokenizer(tmp_path):
+    tokenizer = byte_level()
+    write_gguf(make_model(vocab_size=340), tmp_path / "model.gguf", tokenizer)
+    again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    for text in TEXTS:
+        assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert again.eos_token_id == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "reason"),
+    [
+        ("qwen3", {}, "its family is qwen3"),
+        ("llama", {"attention_bias": True}, "its linears have a bias"),
+        ("llama", {"hidden_act": "gelu"}, "its activation is gelu"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "of type linear"),
+    ],
+)
+def test_a_model_that_gguf_would_get_wrong_is_refused(tmp_path, family, overrides, reason):
+    with pytest.raises(ValueError, match=f"^model: cannot be written as GGUF .*{reason}"):
+        write_gguf(make_model(family, **overrides), tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_a_tokenizer_that_gguf_would_get_wrong_is_refused():
+    config = make_model(vocab_size=340).config
+    spaces = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\s"), "isolated"), pre_tokenizers.ByteLevel(use_regex=False)]
+    )
+    assert "cuts text" in obstacle(config, byte_level(spaces))
+    assert "cuts text" in obstacle(config, byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True)))
+    count = len(byte_level())
+    assert f"{count} entries, the model {count - 1}" in obstacle(make_model(vocab_size=count - 1).config, byte_level())
+    endless = byte_level()
+    endless.eos_token = None
+    assert "no end-of-text" in obstacle(config, endless)
+    assert obstacle(config, byte_level()) is None
+
+
+# In llama.cpp.
+
+LLAMA_CPP = """
+import json, sys, llama_cpp
+answers = []
+for request in json.load(sys.stdin):
+    model = llama_cpp.Llama(request["path"], n_ctx=256, n_threads=1, verbose=False)
+    ids = [model.tokenize(text.encode(), add_bos=False, special=True) for text in request["texts"]]
+    texts = [model.detokenize(row, special=True).decode() for row in ids]
+    greedy = []
+    for prompt in request["prompts"]:
+        model.reset()
+        tokens = []
+        for token in model.generate(prompt, temp=0.0):
+            tokens.append(token)
+            if len(tokens) == request["tokens"]:
+                break
+        greedy.append(tokens)
+    answers.append({"ids": ids, "texts": texts, "greedy": greedy})
+json.dump(answers, open(sys.argv[1], "w"))
+"""
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_python() -> str:
+    """An interpreter that has llama_cpp; skips where there is none."""
+    named = os.environ.get("LSKIP_LLAMA_CPP_PYTHON")
+    if named is None and importlib.util.find_spec("llama_cpp") is None:
+        pytest.skip("llama-cpp-python is not installed; LSKIP_LLAMA_CPP_PYTHON may name an interpreter that has it")
+    return named or sys.executable
+
+
+def test_llama_cpp_computes_and_tokenizes_the_same(tmp_path, llama_cpp_python):
+    tokenizers = {"gpt-2": byte_level(), "smollm": byte_level(smollm_words())}
+    prompts, tokens = [IDS[0].tolist(), [17, 250, 3]], 12
+    requests, models = [], []
+    for name, tokenizer in tokenizers.items():
+        model = make_model(vocab_size=340, head_dim=16, rope_theta=5e3, tie_word_embeddings=name == "gpt-2")
+        write_gguf(model, path := tmp_path / f"{name}.gguf", tokenizer)
+        requests.append({"path": str(path), "texts": TEXTS, "prompts": prompts, "tokens": tokens})
+        models.append(model)
+    answers = ask_llama_cpp(llama_cpp_python, tmp_path, requests)
+    for model, tokenizer, answer in zip(models, tokenizers.values(), answers, strict=True):
+        assert answer["ids"] == [tokenizer(text)["input_ids"] for text in TEXTS]
+        assert answer["texts"] == TEXTS
+        for prompt, greedy in zip(prompts, answer["greedy"], strict=True):
+            ids = torch.tensor([prompt])
+            expected = model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+            assert len(greedy) == tokens and greedy == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_llama_cpp_runs_what_has_16_bits(tmp_path, llama_cpp_python, dtype):
+    model = saved_model(tmp_path / "plain", dtype, vocab_size=340)
+    write_gguf(model, tmp_path / "model.gguf", byte_level())
+    prompt = IDS[0].tolist()
+    request = {"path": str(tmp_path / "model.gguf"), "texts": [], "prompts": [prompt], "tokens": 5}
+    (answer,) = ask_llama_cpp(llama_cpp_python, tmp_path, [request])
+    # It rounds the states to 16 bits as well: the first token is as far as that can be compared.
+    with torch.inference_mode():
+        assert answer["greedy"][0][0] == model.float()(IDS).logits[0, -1].argmax()
+
+
+def ask_llama_cpp(python, folder, requests) -> list[dict]:
+    subprocess.run(
+        [python, "-c", LLAMA_CPP, str(folder / "answers.json")],
+        input=json.dumps(requests), text=True, check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    return json.loads((folder / "answers.json").read_text())

@@ -1,0 +1,189 @@
+"""Rounds of draft and verify against slow references, and what they compute."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from lskip.inference import TextGenerator
+from lskip.inference.drafting.policies import FixedDraft
+from lskip.inference.runners.module_runner import ModuleStep
+from lskip.models.decoder import Decoder
+
+PROMPT = [7, 42, 99, 3, 250, 18, 77]
+FULL = {"max_new_tokens": 40, "min_new_tokens": 40}
+
+
+def damped(model, exit_layer, factor):
+    """What blocks from `exit_layer` on add, times `factor`: at 0 the draft is the model, at 0.5 it often agrees."""
+    for layer in model.model.layers[exit_layer:]:
+        layer.self_attn.o_proj.weight.data *= factor
+        layer.mlp.down_proj.weight.data *= factor
+    return model
+
+
+class NeverAccepting(ModuleStep):
+    """A step that ranks tokens the other way round wherever it decodes a state of block 2, the draft's exit."""
+
+    def run(self, x, cache, starts, first, last):
+        self.last = last
+        return super().run(x, cache, starts, first, last)
+
+    def decode(self, x):
+        logits = super().decode(x)
+        return -logits if self.last == 2 else logits
+
+
+@torch.inference_mode()
+def slow_reference(model, prompt, exit_layer, num_speculations, new_tokens):
+    """Self-speculation without any cache, every state recomputed: (tokens, accepted counts by round)."""
+
+    def best(tokens, last):
+        states = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+        x = states[last] if last == model.config.num_hidden_layers else model.model.norm(states[last])
+        return model.lm_head(x)[0].argmax(-1).tolist()
+
+    layers = model.config.num_hidden_layers
+    text, counts = [*prompt, best(prompt, layers)[-1]], [(0, 0)]  # the prompt's own pass brings the first token
+    while len(text) < len(prompt) + new_tokens:
+        room = min(num_speculations, len(prompt) + new_tokens - len(text) - 1)
+        drafted = []
+        for _ in range(room):
+            drafted.append(best(text + drafted, exit_layer)[-1])
+        own = best(text + drafted, layers)[len(text) - 1 :]
+        accepted = next((i for i in range(room) if drafted[i] != own[i]), room)
+        text += own[: accepted + 1]
+        counts.append((room, accepted))
+    return text[len(prompt) :], counts
+
+
+@pytest.mark.parametrize("weights", ["plain", "packed"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_self_speculation_equals_autoregressive(tiny_model, family, weights):
+    generator = TextGenerator(tiny_model(family, tie_word_embeddings=False), weights=weights)
+    truth = generator.generate(PROMPT, **FULL).token_ids
+    for exit_layer in (1, 2, 3):
+        for num_speculations in range(1, 7):
+            ours = generator.generate(PROMPT, exit_layer=exit_layer, num_speculations=num_speculations, **FULL)
+            assert ours.token_ids == truth, (exit_layer, num_speculations)
+
+
+def test_model_always_accepts(tiny_model):
+    generator = TextGenerator(damped(tiny_model("llama"), 2, 0.0))
+    truth = generator.generate(PROMPT, **FULL).token_ids
+    ours = generator.generate(PROMPT, exit_layer=2, num_speculations=4, **FULL)
+    assert ours.token_ids == truth
+    # 1 token from the prompt's pass, 7 rounds of 4 + 1, and the last 4 tokens by a draft of 3.
+    assert (ours.acceptance_rate, ours.rounds, ours.tokens_per_round) == (1.0, 9, 40 / 9)
+    assert ours.accepted_counts == Counter({4: 7, 3: 1})
+
+
+def test_model_never_accepts(tiny_model):
+    model = tiny_model("llama")
+    generator = TextGenerator(model)
+    truth = generator.generate(PROMPT, **FULL).token_ids
+    generator.step = NeverAccepting(Decoder(model))
+    ours = generator.generate(PROMPT, exit_layer=2, num_speculations=3, **FULL)
+    assert ours.token_ids == truth
+    assert (ours.acceptance_rate, ours.rounds, ours.tokens_per_round) == (0.0, 40, 1.0)
+
+
+@pytest.mark.parametrize("num_speculations", [1, 3, 6])
+@pytest.mark.parametrize("exit_layer", [2, 3])
+def test_model_sometimes_accepts_as_the_slow_reference(tiny_model, exit_layer, num_speculations):
+    model = damped(tiny_model("llama", tie_word_embeddings=False, eos_token_id=None), 2, 0.5)
+    tokens, counts = slow_reference(model, PROMPT, exit_layer, num_speculations, 40)
+    ours = TextGenerator(model).generate(
+        PROMPT, exit_layer=exit_layer, num_speculations=num_speculations, max_new_tokens=40
+    )
+    assert ours.token_ids == tokens
+    assert (ours.rounds, ours.drafted) == (len(counts), sum(drafted for drafted, _ in counts))
+    assert ours.accepted == sum(accepted for _, accepted in counts)
+    assert ours.accepted_counts == Counter(accepted for drafted, accepted in counts if drafted)
+    assert ours.tokens_per_round == pytest.approx(40 / len(counts))
+    # The test would see nothing if the text repeated one token, or if all drafts shared one fate.
+    assert len(set(tokens)) > 10 and 0.05 < ours.acceptance_rate < 0.95
+
+
+class Curious(FixedDraft):
+    """Asks for the margin of the first of two drafted tokens."""
+
+    def __init__(self):
+        self.margins, self.accepted = [], []
+
+    def goes_on(self, probabilities, margins=None):
+        self.margins.append(None if margins is None else margins()[0])
+        return True
+
+    def learn(self, plan, drafted, accepted, seconds=None):
+        self.accepted += accepted
+
+
+@torch.inference_mode()
+def test_margins_are_those_of_the_exit(tiny_model):
+    model, curious = tiny_model("llama"), Curious()
+    settings = {"exit_layer": 2, "num_speculations": 2, "draft_policy": curious}
+    tokens = TextGenerator(model).generate(PROMPT, **settings, **FULL).token_ids
+    length, expected = len(PROMPT) + 1, []
+    for accepted in curious.accepted[: len(curious.margins)]:
+        text = torch.tensor([[*PROMPT, *tokens][:length]])
+        state = model(text, output_hidden_states=True).hidden_states[2][0, -1]
+        logits = model.lm_head(model.model.norm(state))
+        logits[model.generation_config.eos_token_id] = -torch.inf  # FULL forbids the end
+        first, second = logits.topk(2).values
+        expected.append((first - second).item())
+        length += 1 + accepted
+    assert len(expected) > 10 and curious.margins == pytest.approx(expected, abs=1e-4)
+
+
+def test_margins_are_not_told_where_tokens_are_sampled(tiny_model):
+    curious = Curious()
+    settings = {"exit_layer": 2, "num_speculations": 2, "draft_policy": curious}
+    TextGenerator(tiny_model("llama")).generate(PROMPT, temperature=1.0, **settings, **FULL)
+    assert len(curious.margins) > 10 and set(curious.margins) == {None}
+
+
+@pytest.mark.parametrize("exit_layer", [1, 2, 3])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_fixed_exit_equals_a_model_cut_off_there(tiny_model, family, exit_layer):
+    model = tiny_model(family)
+    short = tiny_model(family, num_hidden_layers=exit_layer)
+    short.load_state_dict(model.state_dict(), strict=False)
+    truth = short.generate(torch.tensor([PROMPT]), max_new_tokens=25, min_new_tokens=25, do_sample=False)
+    ours = TextGenerator(model).generate(PROMPT, exit_layer=exit_layer, max_new_tokens=25, min_new_tokens=25)
+    assert ours.token_ids == truth[0, len(PROMPT) :].tolist()
+    assert (ours.drafted, ours.acceptance_rate, ours.tokens_per_round) == (0, None, 1.0)
+
+
+def test_nothing_is_computed_twice(tiny_model):
+    """Every block sees the prompt once, and in a round the pending token and the draft once."""
+    model, exit_layer, num_speculations = tiny_model("llama"), 2, 3
+    generator = TextGenerator(model)
+    generator.step = ModuleStep(Decoder(model))
+    seen = {block: [] for block in range(4)}
+    for block, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs, block=block: seen[block].extend(kwargs["position_ids"][0].tolist()),
+            with_kwargs=True,
+        )
+    ours = generator.generate(PROMPT, exit_layer=exit_layer, num_speculations=num_speculations, **FULL)
+    # The prompt's pass, and one row for each pending and each drafted token.
+    rows = len(PROMPT) + ours.drafted + ours.rounds - 1
+    assert [len(seen[block]) for block in range(4)] == [rows] * 4
+    # Only what was refused is ever computed again.
+    refused = ours.drafted - ours.accepted
+    for block in range(4):
+        assert len(seen[block]) - len(set(seen[block])) <= refused
+        assert seen[block][: len(PROMPT)] == list(range(len(PROMPT)))
+
+
+def test_upper_blocks_run_once_a_round(tiny_model):
+    model = tiny_model("llama")
+    generator = TextGenerator(model)
+    generator.step = ModuleStep(Decoder(model))
+    calls = Counter()
+    for block, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, block=block: calls.update([block]))
+    ours = generator.generate(PROMPT, exit_layer=1, num_speculations=4, **FULL)
+    assert [calls[block] for block in (1, 2, 3)] == [ours.rounds] * 3
+    assert calls[0] == ours.rounds + ours.drafted

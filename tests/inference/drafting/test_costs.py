@@ -1,0 +1,366 @@
+"""The cost model against equations worked by hand, and its measurement against steps whose time is known."""
+
+import errno
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from lskip.inference.drafting import costs as costs_module
+from lskip.inference.drafting.costs import ROWS, Costs, RowCosts, measure_costs
+from lskip.inference.drafting.costs_file import keep_costs, read_costs
+from lskip.inference.drafting.draft import Draft, DraftPlan
+from lskip.inference.layers.linear import Plain
+from lskip.inference.loading import load_generator
+from lskip.inference.runners.fused_runner import LeanStep
+from lskip.inference.runners.module_runner import ModuleStep
+from lskip.models.decoder import Decoder
+from lskip.utils.output_files import write_json
+
+LAYERS, WEIGHTS, NGRAM = Draft("layers", 3), Draft("weights", 8), Draft("ngram", 0)
+ADAPTER = Draft("adapter", 3)
+# block(n) = 1, 2, 4, 8 and head(n) = 10, 10, 30, 30 at n = 1, 2, 4, 8; the draft's are 1 and 5 throughout.
+COSTS = Costs(
+    10,
+    RowCosts((1, 2, 4, 8), (1.0, 2.0, 4.0, 8.0), (10.0, 10.0, 30.0, 30.0)),
+    RowCosts((1, 8), (1.0, 1.0), (5.0, 5.0)),
+)
+# With an adapter of 2 blocks, of which each takes .5 a row, and whose head takes 3.
+WITH_ADAPTER = Costs(10, COSTS.model, COSTS.draft, RowCosts((1, 8), (0.5, 4.0), (3.0, 3.0)), 2)
+
+
+def test_times_between_and_beyond_the_measured_ones():
+    times = RowCosts((1, 2, 4, 8), (1.0, 2.0, 6.0, 8.0), (10.0, 10.0, 30.0, 20.0))
+    assert [times.block_seconds(n) for n in (1, 2, 3, 4, 5, 7)] == [1, 2, 4, 6, 6.5, 7.5]
+    assert times.block_seconds(12) == 10  # on by (8 - 6) / (8 - 4) a row
+    assert times.head_seconds(100) == 20  # times that fell by chance do not fall below nothing
+    assert RowCosts((2, 4), (2.0, 3.0), (1.0, 1.0)).block_seconds(1) == 1.5
+    # By the upper half of the table, not by its last two, which chance may have set apart.
+    assert RowCosts((1, 4, 7, 8), (1.0, 4.0, 9.0, 8.0), (1.0,) * 4).block_seconds(10) == 10
+
+
+@pytest.mark.parametrize(
+    ("draft", "d", "lanes", "seconds"),
+    [
+        (LAYERS, 1, 1, (3 + 10) + 3 + (7 * 2 + 10)),  # d c(3, 1) + b(3, 1) + V_3(2)
+        (LAYERS, 3, 2, 3 * (3 * 2 + 10) + 3 * 2 + (7 * 8 + 30)),  # 8 rows in verification
+        (WEIGHTS, 3, 1, 3 * (8 + 5) + (10 * 4 + 30)),  # d c'(8, 1) + V_0(4)
+        (NGRAM, 3, 2, 10 * 8 + 30),  # V_0(8)
+        (LAYERS, 0, 2, 10 * 2 + 10),
+        (None, 0, 4, 10 * 4 + 30),
+    ],
+)
+def test_rounds_by_hand(draft, d, lanes, seconds):
+    assert COSTS.round(DraftPlan(draft, d), lanes) == seconds
+
+
+@pytest.mark.parametrize(
+    ("draft", "d", "lanes", "seconds"),
+    [
+        # d (3 block(1) + head_a(1)) + 2 (block_a(d + 2) + (d - 1) block_a(1)) + b(3, 1) + V_3(2)
+        (ADAPTER, 1, 1, (3 + 3) + 2 * 1.5 + 3 + (7 * 2 + 10)),
+        (ADAPTER, 3, 2, 3 * (3 * 2 + 3) + 2 * (5 + 2 * 1) + 3 * 2 + (7 * 8 + 30)),
+        # to the others it makes no difference
+        (WEIGHTS, 3, 1, 3 * (8 + 5) + (10 * 4 + 30)),
+        (NGRAM, 3, 2, 10 * 8 + 30),
+        (None, 0, 4, 10 * 4 + 30),
+    ],
+)
+def test_rounds_by_hand_with_an_adapter(draft, d, lanes, seconds):
+    assert WITH_ADAPTER.round(DraftPlan(draft, d), lanes) == seconds
+
+
+def test_parts_of_a_round():
+    assert COSTS.plain(1) == COSTS.verify(None, 1) == 20
+    assert [COSTS.draft_step(each, 2) for each in (LAYERS, WEIGHTS, NGRAM)] == [16, 13, 0]
+    assert [COSTS.lower(each, 2) for each in (LAYERS, WEIGHTS, NGRAM)] == [6, 0, 0]
+    assert [COSTS.verify(each, 2) for each in (LAYERS, WEIGHTS, NGRAM)] == [24, 30, 30]
+
+
+def test_ideal_speedup_by_hand():
+    # A round takes 40, a plain one 20, and brings 1.8 tokens in place of one.
+    assert COSTS.ideal_speedup(DraftPlan(LAYERS, 1), 1, 1.8) == pytest.approx(1.8 * 20 / 40)
+    assert COSTS.ideal_speedup(DraftPlan(None, 0), 1, 1.0) == 1
+
+
+def test_draft_weights_that_were_not_measured():
+    with pytest.raises(ValueError, match="costs: hold no times for draft weights"):
+        Costs(10, COSTS.model).round(DraftPlan(WEIGHTS, 1), 1)
+    with pytest.raises(ValueError, match="costs: hold no times for an exit adapter"):
+        COSTS.round(DraftPlan(ADAPTER, 1), 1)
+
+
+@pytest.mark.parametrize("costs", [COSTS, Costs(10, COSTS.model), WITH_ADAPTER])
+def test_json_round_trip(costs):
+    assert Costs.from_dict(json.loads(json.dumps(costs.to_dict()))) == costs
+    assert Costs.from_dict(costs.to_dict()) == costs
+
+
+def damaged(*path, value):
+    saved = json.loads(json.dumps(WITH_ADAPTER.to_dict()))
+    place = saved
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ([], "costs: .* num_layers, model, draft, adapter, adapter_blocks"),
+        ({"num_layers": 3}, "costs: .* num_layers, model, draft, adapter, adapter_blocks"),
+        (damaged("num_layers", value=0), "num_layers: 0 is not"),
+        (damaged("model", value=None), "model, draft or adapter: None is not"),
+        (damaged("draft", value={"rows": []}), "model, draft or adapter: .* rows, block, head"),
+        (damaged("adapter", value={}), "model, draft or adapter: .* rows, block, head"),
+        (damaged("adapter_blocks", value=0), "adapter_blocks: 0 is not"),
+        (damaged("model", "rows", value="1248"), "rows: '1248' is not a list"),
+        (damaged("model", "rows", 0, value="1"), "rows: '1' is not a whole number"),
+        (damaged("model", "rows", 1, value=1), "rows: .* ascending"),
+        (damaged("model", "block", value=[1.0]), "block: has 1 times for 4"),
+        (damaged("model", "head", 2, value=-1.0), "head: -1.0 is not a number of seconds"),
+        (damaged("model", "head", 2, value=float("nan")), "head: nan is not a number of seconds"),
+        (damaged("model", "head", 2, value=None), "head: None is not a number of seconds"),
+    ],
+)
+def test_damaged_files_are_refused_in_one_sentence(saved, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Costs.from_dict(saved)
+    assert str(caught.value).startswith("costs: ") and "\n" not in str(caught.value)
+
+
+class Clock:
+    """Stands in for perf_counter: time passes only where a fake step lets it."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class FakeStep:
+    """Takes `block` + `row` n seconds for a block over n rows and `head` for the head, on a clock of its own."""
+
+    num_layers, device = 5, torch.device("cpu")
+
+    def __init__(self, clock, block, row, head, name="model", log=None):
+        self.clock, self.block, self.row, self.head, self.name = clock, block, row, head, name
+        self.log = [] if log is None else log
+        self.hiccups = []  # numbers of runs that take 50 times as long
+
+    def new_cache(self, lanes, slots):
+        assert lanes == 1 and slots >= 128 + max(ROWS)
+        self.cache = object()
+        return self.cache
+
+    def embed(self, ids, starts):
+        assert ids.shape[0] == 1
+        return torch.zeros(*ids.shape, 4)
+
+    def run(self, x, cache, starts, first, last):
+        assert torch.is_inference_mode_enabled()
+        assert cache is self.cache and (starts, first, last) == ([128], 0, self.num_layers)
+        slow = 50 if len(self.log) in self.hiccups else 1
+        self.log.append((self.name, x.shape[1]))
+        self.clock.now += slow * self.num_layers * (self.block + self.row * x.shape[1])
+        return x
+
+    def likeliest(self, x):
+        self.clock.now += self.head
+        return x
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(costs_module, "perf_counter", made)
+    return made
+
+
+def test_measures_all_weights_as_they_are(clock):
+    adapter = FakeStep(clock, 2e-5, 1e-5, 2e-4)
+    costs = measure_costs(FakeStep(clock, 1e-4, 1e-5, 3e-4), FakeStep(clock, 5e-5, 2e-5, 1e-4), adapter_step=adapter)
+    assert (costs.num_layers, costs.adapter_blocks) == (5, 5)
+    assert costs.adapter.block_seconds(7) == pytest.approx(9e-5) and costs.adapter.head_seconds(7) == pytest.approx(
+        2e-4
+    )
+    assert costs.model.rows == costs.draft.rows == ROWS
+    for rows in (1, 7, 64, 100):
+        assert costs.model.block_seconds(rows) == pytest.approx(1e-4 + 1e-5 * rows)
+        assert costs.draft.block_seconds(rows) == pytest.approx(5e-5 + 2e-5 * rows)
+    assert costs.model.head_seconds(3) == pytest.approx(3e-4)
+    assert costs.draft.head_seconds(3) == pytest.approx(1e-4)
+    assert clock.now < 4
+    alone = measure_costs(FakeStep(clock, 1e-4, 1e-5, 3e-4), adapter_step=adapter)
+    assert alone.draft is None and alone.adapter is not None
+    alone = measure_costs(FakeStep(clock, 1e-4, 1e-5, 3e-4))
+    assert (alone.draft, alone.adapter, alone.adapter_blocks) == (None, None, 0)
+
+
+def test_rounds_are_interleaved_and_a_hiccup_does_not_count(clock):
+    log = []
+    model, draft = FakeStep(clock, 1e-4, 1e-5, 3e-4, "model", log), FakeStep(clock, 1e-4, 1e-5, 3e-4, "draft", log)
+    warm_up = 2 * (len(ROWS) + 1)
+    model.hiccups = [0, warm_up + 2, warm_up + 2 * len(ROWS) + 5]
+    costs = measure_costs(model, draft)
+    assert costs.model == costs.draft
+    one_round = [(name, rows) for name in ("model", "draft") for rows in ROWS]
+    assert log[warm_up:] == one_round * 9
+
+
+@pytest.mark.parametrize("block", [0.002, 0.01, 0.03])
+@pytest.mark.parametrize("with_draft", [False, True])
+def test_a_slow_model_is_measured_at_fewer_rows_and_in_time(clock, block, with_draft):
+    model = FakeStep(clock, block, block / 4, block)
+    draft = FakeStep(clock, block / 2, block / 8, block) if with_draft else None
+    costs = measure_costs(model, draft, seconds=4.0)
+    assert clock.now <= 4.0
+    assert 2 <= len(costs.model.rows) <= len(ROWS) and costs.model.rows == ROWS[: len(costs.model.rows)]
+    assert len(costs.model.rows) < len(ROWS) or block < 0.01
+    assert costs.model.block_seconds(64) == pytest.approx(block * 17)  # beyond the measured rows: on a line
+
+
+def test_a_very_slow_model_is_still_measured_at_two_rows(clock):
+    costs = measure_costs(FakeStep(clock, 1.0, 0.5, 1.0))
+    assert costs.model.rows == (1, 2)
+    assert costs.plain(1) == pytest.approx(5 * 1.5 + 1)
+
+
+def test_waits_for_a_device_around_each_timing(clock, monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waits.append)
+    step = FakeStep(clock, 1e-4, 1e-5, 3e-4)
+    measure_costs(step)
+    assert not waits
+    step.device = torch.device("meta")
+    calls = len(step.log)
+    measure_costs(step)
+    assert waits == [step.device] * 3 * (len(step.log) - calls)
+
+
+class StepWithLogits(FakeStep):
+    """Finds the likeliest token by logits, half of the head's time in making them and half in looking through them."""
+
+    def likeliest(self, x):
+        return None
+
+    def decode(self, x):
+        self.clock.now += self.head / 2
+        return self
+
+    def argmax(self, dim):
+        assert dim == -1
+        self.clock.now += self.head / 2
+
+
+def test_choosing_a_token_is_part_of_the_heads_time(clock):
+    costs = measure_costs(StepWithLogits(clock, 1e-4, 1e-5, 3e-4))
+    assert costs.model.head == pytest.approx([3e-4] * len(ROWS))
+
+
+@pytest.mark.parametrize("make_step", [lambda decoder: LeanStep(decoder, Plain), ModuleStep])
+def test_measures_real_steps(tiny_model, make_step):
+    step = make_step(Decoder(tiny_model("llama")))
+    costs = measure_costs(step, step, seconds=0.5)
+    assert costs.num_layers == 4
+    assert Costs.from_dict(costs.to_dict()) == costs
+    assert costs.round(DraftPlan(Draft("weights", 4), 2), 1) > costs.plain(1) > 0
+
+
+def test_costs_are_kept_in_a_file(clock, tmp_path):
+    path = tmp_path / "costs" / "here.json"
+    step = FakeStep(clock, 1e-4, 1e-5, 3e-4)
+    costs = keep_costs(path, step)
+    runs = len(step.log)
+    assert keep_costs(path, step) == costs
+    assert len(step.log) == runs  # read, not measured again
+    with pytest.raises(ValueError, match=r"costs_file: .* other draft_weights"):
+        keep_costs(path, step, step)
+    adapter, other = FakeStep(clock, 1e-5, 1e-6, 1e-5), tmp_path / "with_adapter.json"
+    with pytest.raises(ValueError, match=r"costs_file: .* another exit_adapter"):
+        keep_costs(path, step, None, adapter)
+    measured = keep_costs(other, step, None, adapter)
+    assert measured == keep_costs(other, step, None, adapter) and measured.adapter_blocks == 5
+    step.device = torch.device("meta")
+    with pytest.raises(ValueError, match=r"costs_file: .* measured on 'cpu', not on 'meta'"):
+        keep_costs(path, step)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"costs_file: .* is not JSON"):
+        keep_costs(path, step)
+
+
+GOOD = {"num_layers": 5, "model": {"rows": [1, 64], "block": [1e-4, 1e-3], "head": [1e-4, 1e-3]}}
+GOOD |= {"draft": None, "adapter": None, "adapter_blocks": 0}
+
+
+def with_times(*block) -> str:
+    costs = GOOD | {"model": GOOD["model"] | {"block": block}}
+    return json.dumps({"device": "cpu", "costs": costs})
+
+
+DAMAGED = {
+    "B18 cut": with_times(1e-4, 1e-3)[:60],
+    "garbage": b"\x80\x02\xff",
+    "a list": "[]",
+    "a number": "5",
+    "another table": '{"a": 1}',
+    "no costs": '{"device": "cpu", "costs": null}',
+    "NaN": with_times(1e-4, float("nan")),
+    "infinity": with_times(1e-4, float("inf")),
+    "negative": with_times(-1e-4, 1e-3),
+    "a text": with_times("fast", 1e-3),
+    "too few": with_times(1e-4),
+    "5000 digits": '{"device": ' + "9" * 5000 + "}",
+    "a device that is a number": json.dumps({"device": 5, "costs": GOOD}),
+    "rows in words": json.dumps({"device": "cpu", "costs": GOOD | {"model": GOOD["model"] | {"rows": ["a", "b"]}}}),
+    "no layers": json.dumps({"device": "cpu", "costs": GOOD | {"num_layers": 0}}),
+}
+
+
+@pytest.mark.kind("B18 damaged caches and files")
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_named_before_a_model_is_loaded(tmp_path, monkeypatch, content):
+    monkeypatch.setattr("lskip.models.pretrained.load_model", None)
+    path = tmp_path / "costs.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=r"costs_file: .*costs\.json'.*; remove it to measure again"):
+        load_generator("smollm2", costs_file=str(path))
+
+
+@pytest.mark.kind("B18 damaged caches and files", "B41")
+def test_a_folder_for_a_costs_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"costs_file: '?/.*Is a directory; remove it"):
+        load_generator("smollm2", costs_file=str(tmp_path))
+
+
+@pytest.mark.kind("B11 B27 full disks, and places that cannot be written", "B11")
+def test_costs_that_cannot_be_kept_stop_nothing(clock, tmp_path, monkeypatch, capsys):
+    def refuse(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("lskip.utils.output_files.Path.write_bytes", refuse)
+    costs = keep_costs(tmp_path / "costs.json", FakeStep(clock, 1e-4, 1e-5, 3e-4))
+    assert costs.num_layers == 5 and not list(tmp_path.iterdir())
+    assert "warning: costs_file: is not kept" in capsys.readouterr().err
+
+
+@pytest.mark.kind("B11 B27 full disks, and places that cannot be written")
+def test_a_place_where_no_costs_can_be_kept_is_told_before_a_model_is_loaded(tmp_path, monkeypatch):
+    def refuse(**where):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("lskip.utils.output_files.TemporaryFile", refuse)
+    with pytest.raises(ValueError, match=r"costs_file: cannot write '.*' \(Read-only file system\)"):
+        load_generator("smollm2", costs_file=str(tmp_path / "costs.json"))
+
+
+@pytest.mark.kind("B5 B13 two writers")
+def test_two_that_measure_at_once_leave_a_whole_file(tmp_path):
+    content = {"device": "cpu", "costs": GOOD}
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: write_json(tmp_path / "costs.json", content), range(200)))
+    assert read_costs(tmp_path / "costs.json")[0] == "cpu"
+    assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]

@@ -1,0 +1,123 @@
+"""Blocks in TorchScript against the same functions run by Python, and what happens where there is no TorchScript."""
+
+import pytest
+import torch
+
+from lskip.inference import TextGenerator
+from lskip.inference.layers.bagged import Bagged
+from lskip.inference.layers.block_functions import block_functions
+from lskip.inference.layers.convolved import Convolved
+from lskip.inference.layers.linear import (
+    EXACT_WIDTH,
+    Halved,
+    Mixed,
+    Packed,
+    PackedWide,
+    Plain,
+    Sliced,
+    Split,
+    Transposed,
+    scripted,
+)
+from lskip.inference.layers.quantized import BaggedInt8, DynamicInt8, Int4, Int8
+from lskip.inference.runners.fused_blocks import Stack
+from lskip.inference.runners.fused_runner import LeanStep
+from lskip.models.decoder import Decoder
+from tests.conftest import needs_halved
+
+FORMS = [
+    Plain,
+    Transposed,
+    Split,
+    Bagged,
+    Packed,
+    PackedWide,
+    Convolved,
+    Sliced,
+    Int8,
+    BaggedInt8,
+    Int4,
+    DynamicInt8,
+    pytest.param(Halved, marks=needs_halved),
+]
+
+
+def states_after(step, starts, rows):
+    """The rows' states and the whole cache, after a pass on random rows over a random cache."""
+    generator = torch.Generator().manual_seed(1)
+    cache = step.new_cache(len(starts), 16)
+    for part in cache.states:
+        part.normal_(generator=generator)
+    x = torch.randn(len(starts), rows, step.hidden_size, generator=generator)
+    return step.run(x, cache, starts, 0, step.num_layers), list(cache.states)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])  # qwen2 has biases, qwen3 more norms
+def test_torchscript_changes_no_bit(tiny_model, tiny_convolutions, family, form):
+    """Not in the first call, nor in later ones, which TorchScript would like to make faster."""
+    width = EXACT_WIDTH if form in (Sliced, Packed) else 1
+    model = tiny_model(family, hidden_size=64, head_dim=16)
+    for parameter in model.parameters():
+        parameter.data = parameter.bfloat16().float()  # what Halved can hold
+    step = LeanStep(Decoder(model), form, width=width)
+    inside, stack = [block.functions for block in step.blocks], step.stack
+    assert all(isinstance(each, torch.jit.ScriptFunction) for block in step.blocks for each in block.functions[1:])
+    assert [type(run) for _, _, run in stack._runs] == [torch.jit.RecursiveScriptModule]
+    with torch.inference_mode():
+        for starts, rows in (([0], 6), ([6], 1), ([5], 3), ([7], 1), ([3, 0, 5], 1), ([4, 1, 0], 4)):
+            fast = [states_after(step, starts, rows) for _ in range(4)]
+            for block in step.blocks:
+                block.functions = block_functions(tuple(map(type, block.matrices)), without_python=False)
+            step.stack = Stack(step.blocks)
+            slow = states_after(step, starts, rows)
+            step.stack = stack
+            for block, functions in zip(step.blocks, inside, strict=True):
+                block.functions = functions
+            for x, cache in fast:
+                assert torch.equal(x, slow[0])
+                assert all(map(torch.equal, cache, slow[1]))
+
+
+class PlainOrTransposed(Mixed):
+    """As where a single matrix cannot be held as the others are."""
+
+    def __call__(self, weight, bias=None):
+        return (Plain if weight[0, 0] > 0 else Transposed)(weight, bias)
+
+
+def test_blocks_need_not_be_held_alike(tiny_model):
+    model = tiny_model("llama", num_hidden_layers=5)
+    decoder = Decoder(model)
+    for layer, sign in zip(decoder.blocks, (1, 1, -1, -1, 1), strict=True):
+        for name, parameter in layer.named_parameters():
+            if name.endswith("proj.weight"):
+                parameter.data[0, 0] = sign * parameter.data[0, 0].abs()
+    mixed, plain = LeanStep(decoder, PlainOrTransposed({}, Plain)), LeanStep(decoder, Plain)
+    assert [run[:2] for run in mixed.stack._runs] == [(0, 2), (2, 4), (4, 5)]
+    for first in range(5):
+        for last in range(first, 6):
+            torch.manual_seed(0)
+            x = torch.randn(2, 3, mixed.hidden_size)
+            ends = [step.run(x, step.new_cache(2, 8), [0, 2], first, last) for step in (mixed, plain)]
+            torch.testing.assert_close(*ends)
+
+
+def test_without_torchscript_the_text_is_the_same(tiny_model, monkeypatch):
+    def write():
+        generator = TextGenerator(tiny_model(hidden_size=64), draft_weights="int8")
+        return generator, generator.generate([5, 6, 7], max_new_tokens=12, num_speculations=3).token_ids
+
+    def no_longer(function):
+        raise RuntimeError("torch.jit.script is gone")
+
+    _, expected = write()
+    monkeypatch.setattr(torch.jit, "script", no_longer)
+    scripted.cache_clear(), block_functions.cache_clear()
+    try:
+        generator, token_ids = write()
+        assert not isinstance(generator.step.blocks[0].functions.project, torch.jit.ScriptFunction)
+        assert not any(isinstance(run, torch.jit.ScriptModule) for _, _, run in generator.step.stack._runs)
+        assert token_ids == expected
+    finally:
+        scripted.cache_clear(), block_functions.cache_clear()

@@ -1,0 +1,185 @@
+"""Greedy text against transformers' `generate`, token by token in float32: whatever drafts, decides and runs beside it.
+
+The long version, over more models and prompts: `python -m benchmarks.decoding.correctness equality`.
+"""
+
+from __future__ import annotations
+
+from itertools import cycle, islice
+from random import Random
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from lskip.inference import TextGenerator
+from lskip.inference.drafting.cost_aware import CostAwareDraft
+from lskip.inference.drafting.costs import Costs, RowCosts
+from lskip.inference.drafting.policies import ConfidenceDraft, DraftPolicy, FixedDraft
+from lskip.inference.runners.fused_runner import LeanStep
+from lskip.inference.runners.module_runner import ModuleStep
+from lskip.models.exit_adapter import AdapterShape, ExitAdapter
+from tests.conftest import make_model
+
+LAYERS, CONTEXT = 6, 128
+FAMILIES = {
+    "llama": {},
+    "qwen3": {"tie_word_embeddings": False},
+    "mistral": {"sliding_window": 11},
+    "modules": {"family": "llama", "hidden_act": "gelu"},  # the lean step does not cover it
+}
+ROUNDING = 2e-5  # a likeliest token that is ahead by more than this is the same in any order of summation
+POLICIES = (FixedDraft, lambda: ConfidenceDraft(threshold=0.3), CostAwareDraft)
+
+
+class Reference(NamedTuple):
+    """Prompts, what `generate` makes of each, and by how much each token's logit was ahead of the second."""
+
+    prompts: list[list[int]]
+    texts: list[list[int]]
+    margins: list[list[float]]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.texts))
+
+
+class Way(NamedTuple):
+    """One way to decode: a generator's name, the texts side by side, settings, and a policy made for it."""
+
+    generator: str
+    batch_size: int
+    settings: dict
+    policy: DraftPolicy
+
+
+def make_case_model(family: str, seed: int, context: int = CONTEXT):
+    """A random model whose upper blocks add little, so that drafts are accepted sometimes; no token ends a text."""
+    overrides = {"num_hidden_layers": LAYERS, "max_position_embeddings": context, "eos_token_id": None}
+    overrides |= FAMILIES[family]
+    model = make_model(overrides.pop("family", family), seed, **overrides)
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.o_proj.weight.data *= 0.75**index
+        layer.mlp.down_proj.weight.data *= 0.75**index
+    return model
+
+
+def make_prompt(length: int, random: Random) -> list[int]:
+    """Random tokens, or a phrase of them over and over: something for n-grams to find."""
+    phrase = [random.randrange(1, 300) for _ in range(random.choice((3, 5, length, length)))]
+    return list(islice(cycle(phrase), length))
+
+
+@torch.inference_mode()
+def transformers_texts(model, prompts: list[list[int]], most: int, context: int = CONTEXT) -> Reference:
+    """Up to `most` tokens for each prompt, fewer where the context ends."""
+    texts, margins = [], []
+    for prompt in prompts:
+        room = min(most, context - len(prompt))
+        truth = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=room,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        likeliest, second = torch.cat(truth.logits).topk(2).values.unbind(1)
+        texts.append(truth.sequences[0, len(prompt) :].tolist())
+        margins.append((likeliest - second).tolist())
+    return Reference(prompts, texts, margins)
+
+
+def make_generators(model, family: str) -> dict[str, TextGenerator]:
+    """Every form of weights that the family can have, by name."""
+    adapter = ExitAdapter(model, AdapterShape(exit_layer=2))
+    if family == "modules":
+        return {"plain": TextGenerator(model), "adapter": TextGenerator(model, exit_adapter=adapter)}
+    generators = {form: TextGenerator(model, weights=form) for form in ("plain", "transposed", "packed")}
+    generators |= {form: TextGenerator(model, weights="plain", draft_weights=form) for form in ("int8", "int4")}
+    generators["bit_exact"] = TextGenerator(model, bit_exact=True)
+    generators["adapter"] = TextGenerator(model, weights="plain", draft_weights="int8", exit_adapter=adapter)
+    for generator in generators.values():
+        generator.costs = cheap_drafts(generator)
+    return generators
+
+
+def cheap_drafts(generator: TextGenerator) -> Costs:
+    """Made-up costs by which more rows are free and a draft's blocks cost little: every draft is worth a try."""
+    times = RowCosts((1, 64), (1.0, 1.01), (0.1, 0.11))
+    rounded = RowCosts((1, 64), (0.05, 0.06), (0.1, 0.11))
+    adapter = {} if generator.adapter_step is None else {"adapter": rounded, "adapter_blocks": 1}
+    return Costs(generator.num_layers, times, None if generator.draft_step is None else rounded, **adapter)
+
+
+def make_way(generators: dict[str, TextGenerator], exit_layer: int, num_speculations: int, random: Random) -> Way:
+    """That exit and draft length; what drafts, the policy and the batch are drawn."""
+    name = random.choice(list(generators))
+    draft = random.choice(("layers", "layers", "ngram", None))
+    if generators[name].adapter_step is not None:
+        exit_layer, draft = None, {"layers": "adapter"}.get(draft, draft)
+    if draft is None and generators[name].draft_step is not None and random.random() < 0.5:
+        exit_layer = None  # all rounded blocks draft
+    settings = {"exit_layer": exit_layer, "num_speculations": num_speculations, "draft": draft}
+    return Way(name, random.choice((1, 2, 3, 5, 8)), settings, random.choice(POLICIES)())
+
+
+def decode(generator: TextGenerator, prompts: list[list[int]], way: Way, most: int) -> list:
+    """The prompts' generations, in order."""
+    settings = {**way.settings, "draft_policy": way.policy, "max_new_tokens": most}
+    if way.batch_size == 1:
+        return [generator.generate(prompt, **settings) for prompt in prompts]
+    outcomes = list(generator.generate_batch(prompts, way.batch_size, **settings))
+    assert len(outcomes) == len(prompts)
+    return [one for _, one in sorted(outcomes, key=lambda pair: pair[0])]
+
+
+def mismatches(reference: Reference, texts: list[list[int]]) -> list[dict]:
+    """Where texts part from the reference (they differ in everything after it), and how close the decision was."""
+    found = []
+    for index, (truth, ours) in enumerate(zip(reference.texts, texts, strict=True)):
+        if truth != ours:
+            place = next((i for i, pair in enumerate(zip(truth, ours, strict=False)) if pair[0] != pair[1]), None)
+            margin = None if place is None else reference.margins[index][place]
+            found.append({"prompt_tokens": len(reference.prompts[index]), "token": place, "margin": margin})
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_equals_generate(family):
+    """Every draft length from 1 to 16, every exit, prompts of 1 token to the last but one position."""
+    model, random, most = make_case_model(family, seed=3), Random(family), 26
+    prompts = [make_prompt(length, random) for length in (1, 2, 9, 34, 61, 112, CONTEXT - 2, CONTEXT - 1)]
+    reference = transformers_texts(model, prompts, most)
+    # Rounding must not decide, or the test would depend on the machine: choose another seed.
+    assert min(map(min, reference.margins)) > ROUNDING
+    assert len({token for text in reference.texts for token in text}) > 40
+    generators, drafted, accepted = make_generators(model, family), 0, 0
+    assert isinstance(generators["plain"].step, ModuleStep if family == "modules" else LeanStep)
+    for num_speculations in range(1, 17, 2 if family == "modules" else 1):
+        way = make_way(generators, 1 + num_speculations % (LAYERS - 1), num_speculations, random)
+        ours = decode(generators[way.generator], prompts, way, most)
+        assert mismatches(reference, [one.token_ids for one in ours]) == [], way
+        assert [one.finish_reason for one in ours] == ["length"] * 5 + ["context"] * 3
+        drafted += sum(one.drafted for one in ours)
+        accepted += sum(one.accepted for one in ours)
+    # Nothing would be seen if no draft, or every one, were accepted.
+    assert drafted > 1000 and 0.05 < accepted / drafted < 0.95
+
+
+def test_policies_do_draft_and_change_their_minds():
+    """Without this, a policy that never drafts would pass all of the above."""
+    model = make_case_model("llama", seed=3)
+    generator = make_generators(model, "llama")["int8"]
+    for make_policy in POLICIES:
+        settings = {"exit_layer": 3, "num_speculations": 6, "draft_policy": make_policy(), "max_new_tokens": 100}
+        ours = generator.generate([7, 8, 9], **settings)
+        assert ours.drafted > 20
+        fixed = make_policy is FixedDraft
+        assert (ours.drafted / (ours.rounds - 1) > 5.5) == fixed  # the others draft fewer than they may
+
+
+def test_a_mismatch_is_found_with_its_margin():
+    reference = Reference([[1, 2], [3]], [[5, 6, 7], [8]], [[0.5, 0.25, 2.0], [1.0]])
+    assert mismatches(reference, [[5, 6, 7], [8]]) == []
+    assert mismatches(reference, [[5, 9, 7], [8]]) == [{"prompt_tokens": 2, "token": 1, "margin": 0.25}]
+    assert mismatches(reference, [[5, 6], [8]]) == [{"prompt_tokens": 2, "token": None, "margin": None}]

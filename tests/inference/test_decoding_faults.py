@@ -1,0 +1,214 @@
+"""Texts that join, stop, are cancelled and rolled back in random order, each against its own run alone.
+
+Alone is: one text, one token a round, nothing drafted, and no end; what would end it is worked out here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from random import Random
+
+import pytest
+import torch
+
+from lskip.inference import TextGenerator
+from lskip.inference.decoding.batch import Batch, Text
+from lskip.inference.decoding.sampling import TokenChooser
+from lskip.inference.drafting.cost_aware import CostAwareDraft
+from lskip.inference.drafting.costs import Costs, RowCosts
+from lskip.inference.drafting.draft import DraftPlan
+from lskip.inference.drafting.policies import ConfidenceDraft, DraftPolicy
+from lskip.inference.generation import Generation
+from lskip.inference.settings import GenerationSettings
+from lskip.inference.stopping import stop_rule
+from lskip.inference.text import decode_text
+from lskip.models.exit_adapter import AdapterShape, ExitAdapter
+from tests.conftest import make_model
+
+INTERLEAVINGS, LAYERS, VOCABULARY, LONGEST = 200, 4, 300, 24
+SLOTS = 2 * 20 + LONGEST - 1  # for the longest prompt, to the last one
+CHOICES = (
+    {},
+    {"repetition_penalty": 1.3},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_p": 0.9, "top_k": 40},
+    {"temperature": 1.5, "min_p": 0.05},
+)
+CHEAP = RowCosts((1, 64), (0.1, 0.11), (0.1, 0.11))
+COSTS = Costs(LAYERS, RowCosts((1, 64), (1.0, 1.01), (0.1, 0.11)), CHEAP, CHEAP, 1)
+EXIT = 2  # of the adapter
+
+
+class Whim(DraftPolicy):
+    """Another draft and another number of tokens every round, dropped at any token: all that a policy may do."""
+
+    def __init__(self, random: Random):
+        self.random = random
+
+    def plan(self, lanes, most, without=frozenset()) -> DraftPlan:
+        drafts = [None, *(draft for draft in self.drafts if draft not in without)]
+        return DraftPlan(self.random.choice(drafts), self.random.randint(0, min(most, self.num_speculations)))
+
+    def goes_on(self, probabilities, margins=None) -> bool:
+        assert all(0 <= probability <= 1 for probability in probabilities())
+        assert margins is None or all(margin >= 0 for margin in margins())
+        return self.random.random() < 0.8
+
+
+@dataclass(eq=False)
+class Solo:
+    """A prompt, how its tokens are chosen, and the first LONGEST of them, alone."""
+
+    prompt: list[int]
+    settings: GenerationSettings
+    seed: int
+    tokens: list[int]
+
+
+@dataclass(eq=False)
+class Joined:
+    """A text in the batch: the run alone that it must equal, and what may end it."""
+
+    solo: Solo
+    text: Text
+    eos_ids: tuple[int, ...]
+    got: list[int]  # what the rounds reported
+
+    def expected(self, tokenizer) -> tuple[list[int], str]:
+        """The text and its finish_reason, from the run alone and the definition of each ending."""
+        for count in range(1, self.text.stop.max_new_tokens + 1):
+            kept = self.solo.tokens[:count]
+            if kept[-1] in self.eos_ids:
+                return kept, "eos"
+            if any(part in tokenizer.decode(kept) for part in self.text.stop.stop_strings):
+                return kept, "stop_string"
+        return kept, "length"
+
+
+@pytest.fixture(scope="module")
+def generator():
+    """A model whose upper blocks add little, so that drafts are accepted sometimes; its draft weights in int8."""
+    model = make_model("llama", 5, eos_token_id=None, tie_word_embeddings=False)
+    for layer in model.model.layers[2:]:
+        layer.self_attn.o_proj.weight.data *= 0.4
+        layer.mlp.down_proj.weight.data *= 0.4
+    adapter = ExitAdapter(model, AdapterShape(EXIT))
+    return TextGenerator(model, weights="plain", draft_weights="int8", exit_adapter=adapter)
+
+
+@pytest.fixture(scope="module")
+def solos(generator) -> list[Solo]:
+    random, solos = Random(0), []
+    for index in range(40):
+        phrase = [random.randrange(1, VOCABULARY) for _ in range(random.choice((1, 4, 9, 20)))]
+        prompt = phrase * random.choice((1, 1, 2)) if len(phrase) > 1 else phrase
+        settings = {**CHOICES[index % len(CHOICES)], "max_new_tokens": LONGEST, "seed": index}
+        alone = generator.generate(prompt, **settings)
+        solos.append(Solo(prompt, GenerationSettings(**settings), index, alone.token_ids))
+    return solos
+
+
+def join(solo: Solo, random: Random, tokenizer) -> Joined:
+    """A text that ends by number, by one of its tokens, by a piece of what it says, or by whatever comes first."""
+    most = random.choice((random.randint(1, 3), LONGEST, LONGEST, random.randint(1, LONGEST)))
+    eos_ids = tuple(random.sample(range(VOCABULARY), 8)) if random.random() < 0.3 else ()
+    if random.random() < 0.3:
+        eos_ids += (random.choice(solo.tokens),)
+    stop_strings, said = (), decode_text(tokenizer, solo.tokens)
+    if said and random.random() < 0.4:
+        begin = random.randrange(len(said))
+        stop_strings = ("never said", said[begin : begin + random.randint(1, 4)])
+    stop = stop_rule(eos_ids, len(solo.prompt), most, 128, stop_strings, tokenizer)
+    chooser = TokenChooser(solo.settings, solo.seed, eos_ids, solo.prompt)
+    text = Text(list(solo.prompt), chooser, stop, Generation(prompt_tokens=len(solo.prompt), seed=solo.seed))
+    return Joined(solo, text, eos_ids, [])
+
+
+def random_settings(random: Random, with_adapter: bool) -> GenerationSettings:
+    """How the batch drafts, if it does."""
+    if random.random() < 0.1:
+        return GenerationSettings()
+    policy = random.choice((None, Whim(random), Whim(random), ConfidenceDraft(random.random()), CostAwareDraft()))
+    draft = random.choice(("adapter" if with_adapter else "layers", "weights", "ngram", None))
+    exit_layer = EXIT if with_adapter else random.randint(1, LAYERS - 1)
+    return GenerationSettings(
+        draft=draft, exit_layer=exit_layer, num_speculations=random.randint(1, 8), draft_policy=policy
+    )
+
+
+class Interleaving:
+    """One batch and what happens to it, at random."""
+
+    def __init__(self, generator: TextGenerator, solos: list[Solo], tokenizer, seed: int, with_adapter: bool):
+        self.random, self.solos, self.tokenizer = Random(seed), solos, tokenizer
+        lanes, settings = self.random.randint(1, 5), random_settings(self.random, with_adapter)
+        adapter = generator.adapter_step if with_adapter else None
+        self.batch = Batch(generator.step, generator.draft_step, settings, lanes, SLOTS, lambda: COSTS, adapter)
+        # Keys and values that others have left must not matter.
+        self.batch.cache.states.normal_()
+        if self.batch.adapter is not None:
+            self.batch.adapter.cache.states.normal_()
+        self.left = self.random.randint(2, 9)
+        self.joined: list[Joined] = []
+        self.cancelled: list[Joined] = []
+
+    def run(self) -> None:
+        while self.left or self.batch.busy:
+            happens = self.random.random()
+            if self.left and happens < 0.3:
+                self.left -= 1
+                self.joined.append(join(self.random.choice(self.solos), self.random, self.tokenizer))
+                self.batch.add(self.joined[-1].text)
+            elif self.joined and happens < 0.36:
+                self.cancel(self.random.choice(self.joined))
+            else:
+                self.round()
+
+    def cancel(self, one: Joined) -> None:
+        """Waiting, running or long gone."""
+        self.batch.cancel(one.text)
+        if not one.text.ended and one not in self.cancelled:
+            self.cancelled.append(one)
+        assert not any(text is one.text for text in (*self.batch.texts, *self.batch.waiting))
+
+    def round(self) -> None:
+        by_text = {id(one.text): one for one in self.joined}
+        for text, tokens in self.batch.round():
+            by_text[id(text)].got += tokens
+        for one in self.joined:
+            assert one.got == one.text.generation.token_ids == one.solo.tokens[: len(one.got)]
+        assert len(self.batch.texts) <= self.batch.cache.states.shape[1]
+        assert not any(text.ended for text in self.batch.texts)
+
+    def check(self) -> Counter[str]:
+        """What ended the texts."""
+        for one in self.joined:
+            generation = one.text.generation
+            if one in self.cancelled:
+                assert generation.finish_reason is None
+                assert len(one.got) < len(one.expected(self.tokenizer)[0])
+            else:
+                assert (generation.token_ids, generation.finish_reason) == one.expected(self.tokenizer)
+            assert generation.accepted <= generation.drafted
+        ends = Counter(str(one.text.generation.finish_reason) for one in self.joined)
+        drafted = sum(one.text.generation.drafted for one in self.joined)
+        accepted = sum(one.text.generation.accepted for one in self.joined)
+        return ends + Counter(drafted=drafted, rolled_back=drafted - accepted)
+
+
+@pytest.mark.parametrize(("with_adapter", "interleavings"), [(False, INTERLEAVINGS), (True, INTERLEAVINGS // 4)])
+def test_every_text_is_what_it_is_alone(generator, solos, tiny_tokenizer, with_adapter, interleavings):
+    happened = Counter()
+    torch.manual_seed(0)
+    for seed in range(interleavings):
+        interleaving = Interleaving(generator, solos, tiny_tokenizer, seed, with_adapter)
+        try:
+            interleaving.run()
+            happened += interleaving.check()
+        except AssertionError as error:
+            raise AssertionError(f"interleaving {seed}, {interleaving.batch.settings}: {error}") from error
+    # All of it did happen, often.
+    assert min(happened[end] for end in ("eos", "stop_string", "length", "None")) > interleavings / 4, happened
+    assert happened["rolled_back"] > 5 * interleavings, happened
+    assert happened["drafted"] - happened["rolled_back"] > 5 * interleavings, happened

@@ -1,0 +1,151 @@
+"""An interrupted run goes on as if nothing had happened: the same float32 weights, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lskip.callbacks.run_checkpoint import RunCheckpoint
+from lskip.cli.main import main
+
+EPOCH = 12  # optimizer steps, each of two micro-batches of four rows of 16 tokens
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    words = ["def", "return", "for", "in", "range", "if", "print", "x", "y", "1", "2", "(", ")", ":", "=", "+"]
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
+    texts = (" ".join(draw.choices(words, k=20)) for _ in range(600))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture
+def arguments(corpus, tiny_config):
+    """Function run folder, *more -> a `fit` with everything that could differ after an interruption."""
+    # attention_dropout draws from torch's own random stream, layer dropout from a stream of its own
+    model = json.dumps(tiny_config(attention_dropout=0.2))
+
+    def build(folder: Path, *more: str) -> list[str]:
+        return [
+            "fit",
+            f"--model={model}",
+            f"--run_folder={folder}",
+            f"--data.source={corpus}",
+            f"--data.cache_dir={corpus.parent / 'cache'}",
+            "--data.block_size=16",
+            "--data.batch_size=4",
+            "--data.max_val_blocks=8",
+            "--trainer.accelerator=cpu",
+            "--trainer.accumulate_grad_batches=2",
+            f"--trainer.limit_train_batches={2 * EPOCH}",
+            "--trainer.enable_progress_bar=false",
+            "--layer_dropout.p_max=0.5",
+            "--layer_dropout.depth=Constant",
+            "--early_exit_loss.curriculum=Rotational",
+            "--early_exit_loss.curriculum.period=2",
+            "--position_share=0.5",
+            "--lr_scheduler.warmup_steps=3",
+            *more,
+        ]
+
+    return build
+
+
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == step
+    return checkpoint["state_dict"]
+
+
+def assert_same(left: dict, right: dict) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+# Stops just before, at and after an epoch's end, and in its middle; checkpoints at steps of their own.
+@pytest.mark.parametrize("stop", [1, 5, EPOCH - 1, EPOCH, EPOCH + 1, EPOCH + 5])
+def test_a_stopped_run_goes_on(tmp_path, arguments, stop):
+    steady = ("--lr_scheduler=null", "--trainer.max_epochs=-1")  # nothing that depends on the number of steps
+    assert main(arguments(tmp_path / "whole", *steady, f"--trainer.max_steps={2 * EPOCH}")) == 0
+    assert main(arguments(tmp_path / "parts", *steady, f"--trainer.max_steps={stop}")) == 0
+    weights(tmp_path / "parts", stop)
+    rest = ("--ckpt_path=last", f"--trainer.max_steps={2 * EPOCH}")
+    assert main(arguments(tmp_path / "parts", *steady, *rest)) == 0
+    assert_same(weights(tmp_path / "whole", 2 * EPOCH), weights(tmp_path / "parts", 2 * EPOCH))
+
+
+def test_checkpoints_are_only_made_after_a_whole_step(tmp_path, arguments, monkeypatch):
+    """Half an accumulated gradient is in no checkpoint, so none may be saved with one: not even just resumed."""
+    saved = []
+    save = RunCheckpoint._save
+
+    def spy(self, trainer):
+        saved.append((trainer.global_step, trainer.fit_loop.epoch_loop.batch_progress.total.processed))
+        save(self, trainer)
+
+    often = ("--lr_scheduler=null", "--checkpoint.every_n_train_steps=4")
+    assert main(arguments(tmp_path / "run", *often, "--trainer.max_steps=4")) == 0
+    monkeypatch.setattr(RunCheckpoint, "_save", spy)
+    assert main(arguments(tmp_path / "run", *often, "--trainer.max_steps=10", "--ckpt_path=last")) == 0
+    assert saved == [(8, 16), (10, 20)]
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
+
+
+SLOW = """
+import time
+from lightning.pytorch import Callback
+
+
+class Slow(Callback):
+    def on_train_batch_start(self, *arguments):
+        time.sleep(0.05)
+"""
+
+
+def start(arguments: list[str], folder: Path) -> subprocess.Popen:
+    (folder / "slow_callback.py").write_text(SLOW)
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{root}"}
+    command = [sys.executable, "-m", "lskip", *arguments, "--trainer.callbacks+=slow_callback.Slow"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
+    path = folder / "checkpoints" / "last.ckpt"
+    for _ in range(1200):
+        assert process.poll() is None, process.communicate()
+        if path.exists() and torch.load(path, weights_only=True)["global_step"] >= step:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the run made no checkpoint")
+
+
+@pytest.mark.kind("B24 signals", "B24", "M13")
+@pytest.mark.parametrize(("kind", "step"), [(signal.SIGTERM, 4), (signal.SIGKILL, EPOCH + 4)])
+def test_an_interrupted_run_goes_on(tmp_path, arguments, kind, step):
+    twice = ("--trainer.max_epochs=2", "--checkpoint.every_n_train_steps=4")
+    gradual = ("--early_exit_loss.curriculum=Gradual", "--layer_dropout.time=Exponential")
+    parts = arguments(tmp_path / "parts", *twice, *gradual)
+    process = start(parts, tmp_path)
+    wait_for_step(process, tmp_path / "parts", step)
+    process.send_signal(kind)
+    output, errors = process.communicate(timeout=60)
+    stopped = torch.load(tmp_path / "parts" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert stopped < 2 * EPOCH
+    if kind == signal.SIGTERM:  # Ctrl-C and other moments: test_run_folder
+        assert process.returncode == 143
+        assert "Traceback" not in output + errors
+        assert errors.strip().endswith("--ckpt_path last") and f"after step {stopped}" in errors
+    assert main([*parts, "--ckpt_path=last"]) == 0
+    assert main(arguments(tmp_path / "whole", *twice, *gradual)) == 0
+    assert_same(weights(tmp_path / "whole", 2 * EPOCH), weights(tmp_path / "parts", 2 * EPOCH))
