@@ -22,7 +22,7 @@ from tests.conftest import make_model
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 PROMPTS = [[7, 42, 99, 3, 250, 18, 77, 42, 99, 3, 250], [5], [9, 8, 9, 8, 9, 8], [200, 11, 12], [4] * 18]
-# The lean step, with what each family adds to it; the last runs through its own modules.
+# The fused runner, with what each family adds to it; the last runs through its own modules.
 FAMILIES = {
     "llama": {},
     "qwen3": {"tie_word_embeddings": False},

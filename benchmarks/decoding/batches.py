@@ -22,7 +22,7 @@ def batch_settings(records: list[dict], batch_sizes: Iterable[int]) -> list[Sett
 
 
 def batch_groups(prompts: list[list[int]], batch_sizes: Iterable[int], repeats: int) -> Groups:
-    """The prompts, repeated until they fill the largest batch, so that no lane stands empty, `repeats` times."""
+    """The prompts, repeated until they fill the largest batch, so that no slot stands empty, `repeats` times."""
     largest = max(batch_sizes)
     count = -(-len(prompts) // largest) * largest
     return [list(islice(cycle(prompts), count))] * repeats

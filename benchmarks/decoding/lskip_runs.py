@@ -42,7 +42,7 @@ class Generators:
         if (draft_weights, batch) not in self.made:
             if draft_weights == OWN_WEIGHTS:
                 made = copy(self.drafting_with(None, batch))
-                made.draft_step = copy(made.step)
+                made.draft_runner = copy(made.runner)
                 vars(made).pop("costs", None)  # measured without a draft step
             elif draft_weights == ADAPTER:
                 made = self._convert(batch, exit_adapter=self.exit_adapter)
@@ -98,26 +98,26 @@ class Lskip:
             ended = self.generator.generate_batch(prompts, batch_size=self.setting.batch, **arguments)
             generations = [generation for _, generation in sorted(ended, key=lambda pair: pair[0])]
         seconds = time.perf_counter() - begin
-        lanes = min(self.setting.batch, len(prompts))
-        steps = sum(len(generation.token_ids) - 1 for generation in generations) / lanes
-        planned = partial(self._planned, rounds=list(self.rounds), steps=steps, lanes=lanes)
+        slots = min(self.setting.batch, len(prompts))
+        steps = sum(len(generation.token_ids) - 1 for generation in generations) / slots
+        planned = partial(self._planned, rounds=list(self.rounds), steps=steps, slots=slots)
         return run_of(generations, seconds)._replace(planned=planned)
 
-    def _planned(self, rounds: list[tuple[DraftPlan, int]], steps: float, lanes: int) -> float:
+    def _planned(self, rounds: list[tuple[DraftPlan, int]], steps: float, slots: int) -> float:
         """Seconds that the cost model gives the rounds, which brought what `steps` bring undrafted.
 
         The mean by all costs that were measured.
         """
         measured = self.costs[self.generator] or [self.generator.costs]
-        return mean(self._by(costs, rounds, steps, lanes) for costs in measured)
+        return mean(self._by(costs, rounds, steps, slots) for costs in measured)
 
-    def _by(self, costs: Costs, rounds: list[tuple[DraftPlan, int]], steps: float, lanes: int) -> float:
+    def _by(self, costs: Costs, rounds: list[tuple[DraftPlan, int]], steps: float, slots: int) -> float:
         if self.setting.draft is not None:
-            return sum(costs.round(plan, lanes) for plan, lanes in rounds)
+            return sum(costs.round(plan, slots) for plan, slots in rounds)
         if self.setting.exit_layer is None:
-            return steps * costs.plain(lanes)
+            return steps * costs.plain(slots)
         # A token of a fixed exit is what a drafted one is.
-        return steps * costs.draft_step(Draft("layers", self.setting.exit_layer), lanes)
+        return steps * costs.seconds_per_draft(Draft("layers", self.setting.exit_layer), slots)
 
 
 def run_of(generations: list[Generation], seconds: float) -> Run:

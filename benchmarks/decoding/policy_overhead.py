@@ -53,7 +53,7 @@ class UnderWay:
         self.texts = [generator.prepare(prompt, settings) for prompt in prompts]
         slots = max(map(len, prompts)) + max_new_tokens - 1
         costs, exits = (lambda: generator.costs), generator.trained_exits
-        steps = generator.step, generator.draft_step
+        steps = generator.runner, generator.draft_runner
         self.batch = Batch(*steps, settings, len(prompts), slots, costs, exits=exits)
         for text in self.texts:
             self.batch.add(text)

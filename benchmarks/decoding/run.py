@@ -174,7 +174,7 @@ def write_environment(job: Job, reference: dict) -> None:
         "prompts": len(job.prompts),
         "prompt_tokens": sum(map(len, job.prompts)),
         "distinct_3grams": distinct,
-        "weights": {name: held_as(made.step) for name, made in job.shared.generators.by_name().items()},
+        "weights": {name: held_as(made.runner) for name, made in job.shared.generators.by_name().items()},
         "llama_cpp": job.shared.llama_cpp.version if job.shared.llama_cpp else None,
     }
     write(job, "environment.json", content)
@@ -182,7 +182,7 @@ def write_environment(job: Job, reference: dict) -> None:
 
 
 def held_as(step) -> str:
-    """How the model's weights are held: LeanStep chooses a form for this machine, ModuleStep has none."""
+    """How the model's weights are held: FusedRunner chooses a form for this machine, ModuleRunner has none."""
     return step.form.__name__ if hasattr(step, "form") else "plain"
 
 

@@ -190,7 +190,7 @@ def answers(model, tokenizer, sizes: Sizes) -> dict:
     runs = {draft: every[1:] for draft, every in runs.items()}
     plain = runs.pop(None)
     return {
-        "weights": {draft or "autoregressive": generators[draft].step.form.__name__ for draft in settings},
+        "weights": {draft or "autoregressive": generators[draft].runner.form.__name__ for draft in settings},
         "tokens": sum(map(len, reference)),
         "distinct_3grams": distinct_3grams(reference),
         "generate_tokens_per_second": statistics.median(len(a) / s for a, s in zip(reference, seconds, strict=True)),

@@ -12,9 +12,9 @@ from benchmarks.predecessors.arms import Arm, Sizes
 from lskip.inference import TextGenerator
 from lskip.inference.decoding.batch import bound
 from lskip.inference.decoding.early_exit import exit_round
-from lskip.inference.decoding.engine import Lanes
+from lskip.inference.decoding.engine import Slots
 from lskip.inference.exit_criteria import ExitCriterion
-from lskip.inference.runners.base import Step
+from lskip.inference.runners.base import ModelRunner
 from lskip.models.exit_heads import TrainedExits
 from lskip.models.readout import read_exits
 from lskip.module import LayerSkipModule
@@ -48,20 +48,20 @@ class Given:
 
 @torch.inference_mode()
 def follow(
-    step: Step, exits: TrainedExits | None, texts: Tensor, context: int, criterion: ExitCriterion
+    runner: ModelRunner, exits: TrainedExits | None, texts: Tensor, context: int, criterion: ExitCriterion
 ) -> tuple[dict[str, float], float]:
     """Decodes given texts [A, context + n] token by token, each at the exit that the criterion takes.
 
     As in early exit without verification: the context goes through all blocks, and a token that exits leaves keys and
     values made of its exit state above. Returns the quality of n predictions a text, and the mean layers.
     """
-    full, chooser, depths = step.num_layers, Given(texts[:, context:]), []
-    cache, starts = step.new_cache(len(texts), texts.shape[1]), [0] * len(texts)
-    step.run(step.embed(texts[:, : context - 1], starts), cache, starts, 0, full)
+    full, chooser, depths = runner.num_layers, Given(texts[:, context:]), []
+    cache, starts = runner.new_cache(len(texts), texts.shape[1]), [0] * len(texts)
+    runner.run(runner.embed(texts[:, : context - 1], starts), cache, starts, 0, full)
     cache.lengths[:] = [context - 1] * len(texts)
-    lanes = Lanes(cache, texts[:, context - 1].clone())
+    slots = Slots(cache, texts[:, context - 1].clone())
     for _ in range(texts.shape[1] - context):
-        depths += exit_round(step, lanes, criterion, full, chooser, exits)[1]
+        depths += exit_round(runner, slots, criterion, full, chooser, exits)[1]
     return chooser.quality(), sum(depths) / len(depths)
 
 
@@ -81,7 +81,7 @@ def score_language(arm: Arm, module: LayerSkipModule, texts: Tensor, sizes: Size
     for criterion in arm.criteria:
         for threshold in criterion.thresholds:
             asked = bound(criterion.at(threshold, arm.first), generator.trained_exits)
-            found, depth = follow(generator.step, generator.trained_exits, texts, sizes.context, asked)
+            found, depth = follow(generator.runner, generator.trained_exits, texts, sizes.context, asked)
             yield point(criterion.name, threshold, depth, **found)
     yield from score_drafts(generator, texts, sizes, last)
 

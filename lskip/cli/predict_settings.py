@@ -95,7 +95,7 @@ def check_by_answering(
     Only where it would for certain: not in types so coarse that texts part, nor where the text depends on the drafts.
     """
     first = next(rows_of(output))
-    exact = generator.step.dtype is torch.float32 and settings.acceptance != "rejection"
+    exact = generator.runner.dtype is torch.float32 and settings.acceptance != "rejection"
     if not exact or (settings.temperature > 0 and settings.seed is None) or "text" not in first:
         return
     asked = next(prompt for prompt in prompts if prompt.line == first["line"])

@@ -21,7 +21,7 @@ Logits = Callable[[], Tensor]
 
 
 class ExitCriterion(ABC):
-    """Decides after a block which lanes go no deeper. Subclass it for a criterion of your own.
+    """Decides after a block which slots go no deeper. Subclass it for a criterion of your own.
 
     Attributes:
         first: the first exit_layer at which it looks. EarlyExitLoss does not train the exit after block 1 (e(0) = 0).
@@ -44,7 +44,7 @@ class ExitCriterion(ABC):
         self.first, self.every = first, every
 
     def looks_at(self, exit_layer: int) -> bool:
-        """Whether `exits` is asked there. At the last layer that may run it is not: every lane exits."""
+        """Whether `exits` is asked there. At the last layer that may run it is not: every slot exits."""
         return exit_layer >= self.first and (exit_layer - self.first) % self.every == 0
 
     def bound(self, certainty: ExitCertainty | None) -> ExitCriterion:
@@ -53,11 +53,11 @@ class ExitCriterion(ABC):
 
     @abstractmethod
     def exits(self, exit_layer: int, before: Tensor, after: Tensor, logits: Logits) -> Tensor:
-        """Which lanes exit here. Each answer must come of the lane's own row, so that texts do not meet.
+        """Which slots exit here. Each answer must come of the slot's own row, so that texts do not meet.
 
         Args:
             exit_layer: blocks that have run.
-            before, after: [A, D], the states that went into the last of them and came out. A lane that has exited
+            before, after: [A, D], the states that went into the last of them and came out. A slot that has exited
                 shows the state that it exited with; what is said of it does not matter.
             logits: decodes `after` to [A, V], before temperature and the like. It costs a head product at the first
                 call, and nothing if the token is chosen here.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lskip.inference.decoding.batch import Batch, Text, bound, full_depth, longest_draft
 from lskip.inference.decoding.sampling import TokenChooser
 from lskip.inference.decoding.state_recorder import StateRecorder
-from lskip.inference.drafting.adapter import AdapterStep
+from lskip.inference.drafting.adapter import AdapterRunner
 from lskip.inference.drafting.costs import Costs, measure_costs
 from lskip.inference.drafting.costs_file import keep_costs
 from lskip.inference.drafting.policies import drafts_of
@@ -21,7 +21,7 @@ from lskip.inference.generation import Generation, TextStream
 from lskip.inference.layers.linear_choice import mix_for
 from lskip.inference.layers.lm_head import screened_head
 from lskip.inference.model_defaults import ignored_by_lskip, read_defaults
-from lskip.inference.runners.build import build_draft_step, build_step
+from lskip.inference.runners.build import build_draft_runner, build_runner
 from lskip.inference.settings import GenerationSettings
 from lskip.inference.stopping import end_tokens, stop_rule
 from lskip.inference.text import TextPieces, decode_text, encode_prompt
@@ -44,9 +44,9 @@ class TextGenerator:
 
     Attributes:
         model_defaults: what the model's generation_config asks for.
-        step: how blocks are run (LeanStep or ModuleStep).
-        draft_step: the blocks that draft when they have weights of their own; None: `step` drafts.
-        adapter_step: the exit adapter that drafts behind `step`'s first blocks, or None.
+        runner: how blocks are run (FusedRunner or ModuleRunner).
+        draft_runner: the blocks that draft when they have weights of their own; None: `runner` drafts.
+        adapter_runner: the exit adapter that drafts behind `runner`'s first blocks, or None.
     """
 
     def __init__(
@@ -103,17 +103,17 @@ class TextGenerator:
             print(printable(said, keep=""), file=sys.stderr)
         self.num_layers, self.vocab_size = decoder.num_layers, decoder.vocab_size
         self.context_length = decoder.context_length
-        # First, since building `step` may take the model apart.
+        # First, since building `runner` may take the model apart.
         screen = cache(partial(screened_head, decoder))
-        self.draft_step = None
+        self.draft_runner = None
         if draft_weights is not None:
-            self.draft_step = build_draft_step(decoder, draft_weights, screen, batch_size)
-        self.adapter_step = None if exit_adapter is None else AdapterStep(exit_adapter)
+            self.draft_runner = build_draft_runner(decoder, draft_weights, screen, batch_size)
+        self.adapter_runner = None if exit_adapter is None else AdapterRunner(exit_adapter)
         mix = mix_for(batch_size, rounded=draft_weights is not None, adapter=exit_adapter is not None)
-        self.step = build_step(decoder, weights, release_model, mix, bit_exact, compiled, screen)
+        self.runner = build_runner(decoder, weights, release_model, mix, bit_exact, compiled, screen)
         self.trained_exits = deepcopy(trained_exits)
         if trained_exits is not None:
-            self.trained_exits.to(self.step.device, self.step.dtype)
+            self.trained_exits.to(self.runner.device, self.runner.dtype)
         trim_heap()  # converting has freed what it made on the way, the model's own blocks among it
 
     def generate(self, prompt, **settings) -> Generation:
@@ -168,9 +168,9 @@ class TextGenerator:
         if not 1 <= states_at <= self.num_layers:
             raise ValueError(f"states_at: {states_at} is not from 1 to {self.num_layers}")
         exits = settings.exit_criterion is not None or full_depth(settings, self.num_layers) < self.num_layers
-        if exits or self.adapter_step is not None:
+        if exits or self.adapter_runner is not None:
             raise ValueError("states_at: goes neither with an early exit nor with an exit_adapter")
-        drafts = drafts_of(settings, self.num_layers, self.draft_step is not None)
+        drafts = drafts_of(settings, self.num_layers, self.draft_runner is not None)
         deepest = max((draft.exit_layer for draft in drafts if draft.kind == "layers"), default=0)
         if deepest > states_at:  # verification goes on from there, and never passes states_at
             raise ValueError(f"states_at: {states_at} lies below layer {deepest}, which drafts")
@@ -196,8 +196,8 @@ class TextGenerator:
             ValueError: an unknown name, or a value that is not allowed (here).
         """
         chosen = self.model_defaults.changed(**settings)
-        adapter_exit = None if self.adapter_step is None else self.adapter_step.shape.exit_layer
-        chosen.check_layers(self.num_layers, self.draft_step is not None, adapter_exit)
+        adapter_exit = None if self.adapter_runner is None else self.adapter_runner.shape.exit_layer
+        chosen.check_layers(self.num_layers, self.draft_runner is not None, adapter_exit)
         for criterion in (chosen.exit_criterion, getattr(chosen.draft_policy, "criterion", None)):
             bound(criterion, self.trained_exits)
         if chosen.stop_strings and self.tokenizer is None:
@@ -228,20 +228,20 @@ class TextGenerator:
     @cached_property
     def costs(self) -> Costs:
         """What passes of this model cost on this machine: from `costs_file`, or measured, which takes seconds."""
-        adapter_step = None if self.adapter_step is None else self.adapter_step.step
+        adapter_runner = None if self.adapter_runner is None else self.adapter_runner.runner
         if self.costs_file is not None:
-            return keep_costs(user_path(self.costs_file, "costs_file"), self.step, self.draft_step, adapter_step)
-        return measure_costs(self.step, self.draft_step, adapter_step=adapter_step)
+            return keep_costs(user_path(self.costs_file, "costs_file"), self.runner, self.draft_runner, adapter_runner)
+        return measure_costs(self.runner, self.draft_runner, adapter_runner=adapter_runner)
 
     def memory(self) -> dict[str, int]:
         """Bytes by part: "blocks", "head", "embedding", "draft" for rounded weights, "adapter" for an exit adapter."""
-        parts = self.step.memory()
-        if self.draft_step is not None:
-            draft = self.draft_step.memory()
-            shared = self.draft_step.head is getattr(self.step, "screen", None)
+        parts = self.runner.memory()
+        if self.draft_runner is not None:
+            draft = self.draft_runner.memory()
+            shared = self.draft_runner.head is getattr(self.runner, "screen", None)
             parts["draft"] = draft["blocks"] + (0 if shared else draft["head"])
-        if self.adapter_step is not None:
-            parts["adapter"] = self.adapter_step.nbytes
+        if self.adapter_runner is not None:
+            parts["adapter"] = self.adapter_runner.nbytes
         return parts
 
     def _prepare_all(
@@ -258,7 +258,7 @@ class TextGenerator:
         return texts, chosen
 
     def _rounds(
-        self, texts: deque[Text], lanes: int, settings: GenerationSettings, states_at: int | None = None
+        self, texts: deque[Text], slots: int, settings: GenerationSettings, states_at: int | None = None
     ) -> Iterator[tuple[Text, list[int]]]:
         """Runs round after round until all texts have ended; yields what each round adds to each.
 
@@ -266,14 +266,16 @@ class TextGenerator:
         """
         if not texts:
             return
-        # A text's last token is never run, so it needs one slot less than it has tokens.
-        slots = max(len(text.prompt) + text.stop.max_new_tokens - 1 for text in texts)
-        lanes = min(lanes, len(texts))
+        # A text's last token is never run, so it needs one cell less than it has tokens.
+        cells = max(len(text.prompt) + text.stop.max_new_tokens - 1 for text in texts)
+        slots = min(slots, len(texts))
         costs, exits = (lambda: self.costs), self.trained_exits
         recorder = None
         if states_at is not None:  # room for the last token too, and for what is accepted beyond a text's end
-            recorder = StateRecorder.for_lanes(states_at, self.step, lanes, slots + 1 + longest_draft(settings))
-        batch = Batch(self.step, self.draft_step, settings, lanes, slots, costs, self.adapter_step, exits, recorder)
+            recorder = StateRecorder.for_slots(states_at, self.runner, slots, cells + 1 + longest_draft(settings))
+        batch = Batch(
+            self.runner, self.draft_runner, settings, slots, cells, costs, self.adapter_runner, exits, recorder
+        )
         while texts:
             batch.add(texts.popleft())
         while batch.busy:

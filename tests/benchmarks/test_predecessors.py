@@ -52,7 +52,7 @@ def test_following_a_text_that_never_exits_is_reading_it(tiny_model):
     texts = torch.randint(0, 300, (3, 14), generator=torch.Generator().manual_seed(2))
     logits = model(texts).logits[:, 5:-1].flatten(0, 1)
     own = texts[:, 6:].flatten()
-    step = TextGenerator(model, weights="plain").step
+    step = TextGenerator(model, weights="plain").runner
     quality, depth = follow(step, None, texts, 6, Margin(1.0))
     assert depth == 4
     assert quality["perplexity"] == pytest.approx(math.exp(torch.nn.functional.cross_entropy(logits, own)), rel=1e-4)
@@ -67,7 +67,7 @@ def test_following_a_text_that_always_exits_reads_the_exits_head(tiny_model):
     model, exits = tiny_model(eos_token_id=None), TrainedExits(4, 32, heads=True, certainty=False)
     exits.heads.maps[1].weight.data.neg_()
     texts = torch.randint(0, 300, (2, 9), generator=torch.Generator().manual_seed(2))
-    quality, depth = follow(TextGenerator(model, weights="plain").step, exits, texts, 2, Entropy(1.0, first=2))
+    quality, depth = follow(TextGenerator(model, weights="plain").runner, exits, texts, 2, Entropy(1.0, first=2))
     assert depth == 2
     first_two = model.model.layers[:2]
     states, positions = model.model.embed_tokens(texts), torch.arange(9)[None]

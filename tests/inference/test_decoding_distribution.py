@@ -17,8 +17,8 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 
 from lskip.inference import TextGenerator
 from lskip.inference.decoding import rejection
-from lskip.inference.drafting.adapter import AdapterStep
-from lskip.inference.runners.build import build_draft_step
+from lskip.inference.drafting.adapter import AdapterRunner
+from lskip.inference.runners.build import build_draft_runner
 from lskip.models.decoder import Decoder
 from lskip.models.exit_adapter import AdapterShape, ExitAdapter
 from tests.conftest import make_model
@@ -70,7 +70,7 @@ def five_words(seed: int):
 def make_generator() -> TextGenerator:
     """The model, and for its draft weights another model's, in int8: they agree with it no more than by chance."""
     generator = TextGenerator(five_words(5), weights="plain", draft_weights="int8")
-    generator.draft_step = build_draft_step(Decoder(five_words(9)), "int8")
+    generator.draft_runner = build_draft_runner(Decoder(five_words(9)), "int8")
     return generator
 
 
@@ -78,7 +78,7 @@ def with_adapter(generator: TextGenerator) -> TextGenerator:
     """The same with an exit adapter that knows three of the words, nothing of the others, and is not trained."""
     made = copy(generator)
     adapter = ExitAdapter(five_words(5), AdapterShape(EXIT), torch.tensor([0, 2, 3]))
-    made.adapter_step = AdapterStep(adapter)
+    made.adapter_runner = AdapterRunner(adapter)
     return made
 
 

@@ -16,8 +16,8 @@ from lskip.inference import TextGenerator
 from lskip.inference.drafting.cost_aware import CostAwareDraft
 from lskip.inference.drafting.costs import Costs, RowCosts
 from lskip.inference.drafting.policies import ConfidenceDraft, DraftPolicy, FixedDraft
-from lskip.inference.runners.fused_runner import LeanStep
-from lskip.inference.runners.module_runner import ModuleStep
+from lskip.inference.runners.fused_runner import FusedRunner
+from lskip.inference.runners.module_runner import ModuleRunner
 from lskip.models.exit_adapter import AdapterShape, ExitAdapter
 from tests.conftest import make_model
 
@@ -26,7 +26,7 @@ FAMILIES = {
     "llama": {},
     "qwen3": {"tie_word_embeddings": False},
     "mistral": {"sliding_window": 11},
-    "modules": {"family": "llama", "hidden_act": "gelu"},  # the lean step does not cover it
+    "modules": {"family": "llama", "hidden_act": "gelu"},  # the fused runner does not cover it
 }
 ROUNDING = 2e-5  # a likeliest token that is ahead by more than this is the same in any order of summation
 POLICIES = (FixedDraft, lambda: ConfidenceDraft(threshold=0.3), CostAwareDraft)
@@ -107,17 +107,17 @@ def cheap_drafts(generator: TextGenerator) -> Costs:
     """Made-up costs by which more rows are free and a draft's blocks cost little: every draft is worth a try."""
     times = RowCosts((1, 64), (1.0, 1.01), (0.1, 0.11))
     rounded = RowCosts((1, 64), (0.05, 0.06), (0.1, 0.11))
-    adapter = {} if generator.adapter_step is None else {"adapter": rounded, "adapter_blocks": 1}
-    return Costs(generator.num_layers, times, None if generator.draft_step is None else rounded, **adapter)
+    adapter = {} if generator.adapter_runner is None else {"adapter": rounded, "adapter_blocks": 1}
+    return Costs(generator.num_layers, times, None if generator.draft_runner is None else rounded, **adapter)
 
 
 def make_way(generators: dict[str, TextGenerator], exit_layer: int, num_speculations: int, random: Random) -> Way:
     """That exit and draft length; what drafts, the policy and the batch are drawn."""
     name = random.choice(list(generators))
     draft = random.choice(("layers", "layers", "ngram", None))
-    if generators[name].adapter_step is not None:
+    if generators[name].adapter_runner is not None:
         exit_layer, draft = None, {"layers": "adapter"}.get(draft, draft)
-    if draft is None and generators[name].draft_step is not None and random.random() < 0.5:
+    if draft is None and generators[name].draft_runner is not None and random.random() < 0.5:
         exit_layer = None  # all rounded blocks draft
     settings = {"exit_layer": exit_layer, "num_speculations": num_speculations, "draft": draft}
     return Way(name, random.choice((1, 2, 3, 5, 8)), settings, random.choice(POLICIES)())
@@ -154,7 +154,7 @@ def test_greedy_text_equals_generate(family):
     assert min(map(min, reference.margins)) > ROUNDING
     assert len({token for text in reference.texts for token in text}) > 40
     generators, drafted, accepted = make_generators(model, family), 0, 0
-    assert isinstance(generators["plain"].step, ModuleStep if family == "modules" else LeanStep)
+    assert isinstance(generators["plain"].runner, ModuleRunner if family == "modules" else FusedRunner)
     for num_speculations in range(1, 17, 2 if family == "modules" else 1):
         way = make_way(generators, 1 + num_speculations % (LAYERS - 1), num_speculations, random)
         ours = decode(generators[way.generator], prompts, way, most)

@@ -46,7 +46,7 @@ class Whim(DraftPolicy):
     def __init__(self, random: Random):
         self.random = random
 
-    def plan(self, lanes, most, without=frozenset()) -> DraftPlan:
+    def plan(self, slots, most, without=frozenset()) -> DraftPlan:
         drafts = [None, *(draft for draft in self.drafts if draft not in without)]
         return DraftPlan(self.random.choice(drafts), self.random.randint(0, min(most, self.num_speculations)))
 
@@ -142,9 +142,9 @@ class Interleaving:
 
     def __init__(self, generator: TextGenerator, solos: list[Solo], tokenizer, seed: int, with_adapter: bool):
         self.random, self.solos, self.tokenizer = Random(seed), solos, tokenizer
-        lanes, settings = self.random.randint(1, 5), random_settings(self.random, with_adapter)
-        adapter = generator.adapter_step if with_adapter else None
-        self.batch = Batch(generator.step, generator.draft_step, settings, lanes, SLOTS, lambda: COSTS, adapter)
+        slots, settings = self.random.randint(1, 5), random_settings(self.random, with_adapter)
+        adapter = generator.adapter_runner if with_adapter else None
+        self.batch = Batch(generator.runner, generator.draft_runner, settings, slots, SLOTS, lambda: COSTS, adapter)
         # Keys and values that others have left must not matter.
         self.batch.cache.states.normal_()
         if self.batch.adapter is not None:

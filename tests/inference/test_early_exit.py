@@ -12,8 +12,8 @@ from transformers import DynamicCache
 from lskip.inference import GenerationSettings, TextGenerator
 from lskip.inference.exit_criteria import Entropy, ExitCriterion, LearnedExit, Margin, Saturation
 from lskip.inference.layers.linear import Packed, Plain
-from lskip.inference.runners.fused_runner import LeanStep
-from lskip.inference.runners.module_runner import ModuleStep
+from lskip.inference.runners.fused_runner import FusedRunner
+from lskip.inference.runners.module_runner import ModuleRunner
 from lskip.models.decoder import Decoder
 from lskip.models.exit_heads import TrainedExits
 
@@ -21,10 +21,10 @@ PROMPT = [7, 42, 99, 3, 250, 18, 77]
 PROMPTS = [PROMPT, [5], [11, 12, 13] * 9, [200, 4, 61], [90] * 15]
 NEW = 40
 STEPS = {
-    "plain": lambda decoder: LeanStep(decoder, Plain),
-    "packed": lambda decoder: LeanStep(decoder, Packed),
-    "exact": lambda decoder: LeanStep(decoder, Packed, width=4),
-    "module": ModuleStep,
+    "plain": lambda decoder: FusedRunner(decoder, Plain),
+    "packed": lambda decoder: FusedRunner(decoder, Packed),
+    "exact": lambda decoder: FusedRunner(decoder, Packed, width=4),
+    "module": ModuleRunner,
 }
 
 
@@ -108,8 +108,8 @@ def test_tokens_and_depths_equal_the_slow_reference(tiny_model, family, name, lo
     tokens, depths = slow_reference(model, PROMPT, partial(exits, threshold=threshold), full=full or 4, **looks)
     settings = {"exit_criterion": criterion(threshold, **looks), "exit_layer": full, "max_new_tokens": NEW}
     generator = TextGenerator(model)
-    for build_step in STEPS.values():
-        generator.step = build_step(Decoder(model))
+    for build_runner in STEPS.values():
+        generator.runner = build_runner(Decoder(model))
         ours = generator.generate(PROMPT, **settings)
         assert ours.token_ids == tokens
         assert ours.layers_run == sum(depths)
@@ -153,11 +153,11 @@ def test_a_criterion_that_always_fires_is_the_fixed_exit(tiny_model, name, first
 @pytest.mark.parametrize("step", ["plain", "exact", "module"])
 @pytest.mark.parametrize("name", CRITERIA)
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_k": 30}], ids=["greedy", "sampled"])
-def test_a_batch_of_unequal_lanes_equals_solo(tiny_model, sampling, name, step):
-    """Three lanes for five prompts, so that lanes leave and join; neighbours exit at other depths."""
+def test_a_batch_of_unequal_slots_equals_solo(tiny_model, sampling, name, step):
+    """Three slots for five prompts, so that slots leave and join; neighbours exit at other depths."""
     model, (criterion, _, threshold) = build(tiny_model, "qwen3"), CRITERIA[name]
     generator = TextGenerator(model)
-    generator.step = STEPS[step](Decoder(model))
+    generator.runner = STEPS[step](Decoder(model))
     settings = {"exit_criterion": criterion(threshold), "max_new_tokens": NEW, "seed": 3, **sampling}
     together = dict(generator.generate_batch(PROMPTS, batch_size=3, **settings))
     for index, prompt in enumerate(PROMPTS):
@@ -176,7 +176,7 @@ class OnlyAtTwo(Margin):
         return super().exits(exit_layer, before, after, logits) & (exit_layer == 2)
 
 
-def test_a_lane_that_has_exited_is_not_called_back(tiny_model):
+def test_a_slot_that_has_exited_is_not_called_back(tiny_model):
     generator = TextGenerator(build(tiny_model))
     settings = {"exit_criterion": OnlyAtTwo(0.5), "max_new_tokens": NEW}
     alone = [generator.generate(prompt, **settings).token_ids for prompt in PROMPTS[:2]]
@@ -216,8 +216,8 @@ def test_learned_exit_equals_the_slow_reference(tiny_model):
 
     tokens, depths = slow_reference(model, PROMPT, certain)
     generator = TextGenerator(model, trained_exits=exits)
-    for build_step in STEPS.values():
-        generator.step = build_step(Decoder(model))
+    for build_runner in STEPS.values():
+        generator.runner = build_runner(Decoder(model))
         ours = generator.generate(PROMPT, exit_criterion=LearnedExit(0.55), max_new_tokens=NEW)
         assert (ours.token_ids, ours.layers_run) == (tokens, sum(depths))
     assert max(Counter(depths).values()) < 0.93 * len(depths)
@@ -228,7 +228,7 @@ def test_learned_exit_needs_a_judge(tiny_model):
         TextGenerator(build(tiny_model)).generate(PROMPT, exit_criterion=LearnedExit(0.5))
 
 
-class Counting(ModuleStep):
+class Counting(ModuleRunner):
     """Counts blocks that run or are filled, and decoded exits."""
 
     def __init__(self, decoder):
@@ -241,7 +241,7 @@ class Counting(ModuleStep):
 
     def fill(self, x, cache, starts, first, last):
         self.filled += range(first, last)
-        ModuleStep(self.decoder).fill(x, cache, starts, first, last)
+        ModuleRunner(self.decoder).fill(x, cache, starts, first, last)
 
     def decode(self, x):
         self.decoded += 1
@@ -253,7 +253,7 @@ class Counting(ModuleStep):
 def test_blocks_and_head_run_no_more_than_needed(tiny_model, name, bound):
     model, (criterion, _, threshold) = build(tiny_model), CRITERIA[name]
     generator, full = TextGenerator(model), bound or 4
-    step = generator.step = Counting(Decoder(model))
+    step = generator.runner = Counting(Decoder(model))
     ours = generator.generate(PROMPT, exit_criterion=criterion(threshold), exit_layer=bound, max_new_tokens=NEW)
     assert len(step.blocks) == full + ours.layers_run  # the prompt's pass, and what is counted
     assert len(step.blocks) + len(step.filled) == full * NEW and max(step.blocks + step.filled) < full
@@ -266,7 +266,7 @@ def test_blocks_and_head_run_no_more_than_needed(tiny_model, name, bound):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @torch.inference_mode()
 def test_fill_writes_what_the_blocks_would(tiny_model, family, step):
-    """Two lanes of three rows, blocks 1 and 2: the keys and values that transformers' blocks make of these states."""
+    """Two slots of three rows, blocks 1 and 2: the keys and values that transformers' blocks make of these states."""
     model = tiny_model(family)
     for parameter_name, parameter in model.named_parameters():
         if "bias" in parameter_name or "norm" in parameter_name:  # zeros and ones would hide a part left out
@@ -280,15 +280,15 @@ def test_fill_writes_what_the_blocks_would(tiny_model, family, step):
         run.run(x, ran, starts, block, block + 1)
     assert torch.equal(cache.states, ran.states)  # bit for bit what the block writes when it runs
     written = torch.zeros(4, 3, 16, dtype=torch.bool)
-    for lane, start in enumerate(starts):
+    for slot, start in enumerate(starts):
         positions = torch.arange(start, start + 3)
-        written[1:3, lane, positions] = True
+        written[1:3, slot, positions] = True
         for block in (1, 2):
-            keys, values = transformers_states(model, block, x[lane : lane + 1], positions[None])
-            if step != "module":  # LeanStep holds a key's two halves interleaved
+            keys, values = transformers_states(model, block, x[slot : slot + 1], positions[None])
+            if step != "module":  # FusedRunner holds a key's two halves interleaved
                 keys = keys.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-            assert torch.allclose(cache.states[block, lane, 0][:, positions].transpose(0, 1), keys, atol=1e-5)
-            assert torch.allclose(cache.states[block, lane, 1][:, positions].transpose(0, 1), values, atol=1e-5)
+            assert torch.allclose(cache.states[block, slot, 0][:, positions].transpose(0, 1), keys, atol=1e-5)
+            assert torch.allclose(cache.states[block, slot, 1][:, positions].transpose(0, 1), values, atol=1e-5)
     assert not cache.states.movedim(4, 2)[~written].any()
 
 

@@ -77,7 +77,7 @@ def test_bad_settings(settings, message):
 @pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS)
 def test_bad_settings_are_found_before_any_work(tiny_model, settings, message):
     generator = TextGenerator(tiny_model("llama"))
-    generator.step = None  # nothing may run before the check
+    generator.runner = None  # nothing may run before the check
     with pytest.raises(ValueError, match=message):
         generator.stream(PROMPT, **settings)
 
@@ -85,7 +85,7 @@ def test_bad_settings_are_found_before_any_work(tiny_model, settings, message):
 @pytest.mark.parametrize(("prompt", "message"), BAD_PROMPTS)
 def test_bad_prompts(tiny_model, prompt, message):
     generator = TextGenerator(tiny_model("llama"))
-    generator.step = None
+    generator.runner = None
     with pytest.raises(ValueError, match=message):
         generator.stream(prompt)
 

@@ -166,7 +166,7 @@ def test_self_speculative(family):
 
 @every_family
 def test_batch(family):
-    """Three prompts in two lanes: rows of unequal length, and one that joins later."""
+    """Three prompts in two slots: rows of unequal length, and one that joins later."""
     model = trained(family)
     expected = [text_of(model, prompt) for prompt in PROMPTS]
     for settings in ({}, {"exit_layer": 2, "num_speculations": 3}):

@@ -119,12 +119,12 @@ def test_a_run_decodes_with_what_its_export_decodes_with(place, ran, monkeypatch
     export(str(ran("plain")), str(folder))
     one, other = (load_generator(str(source), draft_weights=draft_weights) for source in (ran("plain"), folder))
     assert one.memory() == other.memory()
-    for part, again in ((one.step, other.step), (one.draft_step, other.draft_step)):
+    for part, again in ((one.runner, other.runner), (one.draft_runner, other.draft_runner)):
         assert type(part) is type(again)
         assert type(getattr(part, "head", None)) is type(getattr(again, "head", None))
         assert type(getattr(part, "screen", None)) is type(getattr(again, "screen", None))
     if draft_weights is not None and screened_head.keeps_bounds(torch.randn(300, 32)):
-        assert isinstance(one.draft_step.head, screened_head.ScreenedHead)
+        assert isinstance(one.draft_runner.head, screened_head.ScreenedHead)
 
 
 @pytest.mark.kind(K19, "M12")

@@ -129,7 +129,7 @@ def times_of(
         if min(pair.plain.seconds, pair.drafted.seconds) > pair.first_token.seconds
     ]
     tokens = sum(len(pair.plain.token_ids) - 1 for pair in pairs)
-    predicted = sum(drafting.round(plan, lanes) for plan, lanes in planned)
+    predicted = sum(drafting.round(plan, slots) for plan, slots in planned)
     ideal = tokens * plain.plain(1) / predicted if predicted else None
     return {
         "speedup": median([speedup for speedup in speedups if math.isfinite(speedup)] or [math.nan]),
@@ -141,7 +141,7 @@ def times_of(
 
 
 def remember_rounds(policy: DraftPolicy, rounds: list[tuple[DraftPlan, int]]) -> None:
-    """Makes `policy` append to `rounds` what each round drafted and in how many lanes, besides learning from it."""
+    """Makes `policy` append to `rounds` what each round drafted and in how many slots, besides learning from it."""
     learn = policy.learn
 
     def learn_and_remember(plan: DraftPlan, drafted: int, accepted: list[int], *more) -> None:

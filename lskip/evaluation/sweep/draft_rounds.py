@@ -10,7 +10,7 @@ import torch
 
 from lskip.inference.drafting.ngrams import NgramIndex
 from lskip.inference.layers.kv_cache import PREFILL_ROWS
-from lskip.inference.runners.base import Step
+from lskip.inference.runners.base import ModelRunner
 from lskip.losses import rows_at_once
 
 
@@ -35,28 +35,28 @@ class OwnText(NamedTuple):
 
 
 @torch.inference_mode()
-def exit_predictions(step: Step, text: OwnText, vocab_size: int) -> torch.Tensor:
+def exit_predictions(runner: ModelRunner, text: OwnText, vocab_size: int) -> torch.Tensor:
     """[L, N]: what each exit, first to last, takes for each of the N tokens of the answer, given all before it.
 
     One pass: the exit that drafts sees the model's own tokens only, up to the first that it gets wrong, so that
     these are the very tokens it would draft.
     """
-    ids = torch.tensor([text.prompt + text.answer[:-1]], device=step.device)
-    cache, first = step.new_cache(1, ids.shape[1]), len(text.prompt) - 1
+    ids = torch.tensor([text.prompt + text.answer[:-1]], device=runner.device)
+    cache, first = runner.new_cache(1, ids.shape[1]), len(text.prompt) - 1
     columns = []
     for start in range(0, ids.shape[1], PREFILL_ROWS):
-        x, layers = step.embed(ids[:, start : start + PREFILL_ROWS], [start]), []
-        for block in range(step.num_layers):
-            x = step.run(x, cache, [start], block, block + 1)
+        x, layers = runner.embed(ids[:, start : start + PREFILL_ROWS], [start]), []
+        for block in range(runner.num_layers):
+            x = runner.run(x, cache, [start], block, block + 1)
             if start + x.shape[1] > first:  # else the piece is of the prompt alone
-                layers.append(_decode(step, x[0, max(first - start, 0) :], rows_at_once(vocab_size, step.device)))
+                layers.append(_decode(runner, x[0, max(first - start, 0) :], rows_at_once(vocab_size, runner.device)))
         columns += [torch.stack(layers)] if layers else []
     return torch.cat(columns, 1)
 
 
-def _decode(step: Step, states: torch.Tensor, rows: int) -> torch.Tensor:
+def _decode(runner: ModelRunner, states: torch.Tensor, rows: int) -> torch.Tensor:
     """[N, D] -> [N]."""
-    return torch.cat([step.decode(part[None])[0].argmax(-1) for part in states.split(rows)])
+    return torch.cat([runner.decode(part[None])[0].argmax(-1) for part in states.split(rows)])
 
 
 def rounds_of_exit(text: OwnText, hits: Sequence[bool], num_speculations: int) -> list[DraftRound]:

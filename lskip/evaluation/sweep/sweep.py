@@ -19,7 +19,7 @@ from lskip.evaluation.sweep.cells import Generators, measure_cell
 from lskip.evaluation.sweep.figure import sweep_figure
 from lskip.evaluation.sweep.file import SweepFile
 from lskip.evaluation.sweep.grid import Cell, DraftName, PolicyName, check_grid, grid
-from lskip.evaluation.tasks import hub as hub_tasks  # noqa: F401 (their classes are what --task can name)
+from lskip.evaluation.tasks import embedded, hub  # noqa: F401 (their classes are what --task can name)
 from lskip.evaluation.tasks.prompts import prompts_of, texts_in_order
 from lskip.evaluation.tasks.scores import score
 from lskip.evaluation.tasks.task import Task

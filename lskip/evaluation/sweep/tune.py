@@ -180,7 +180,7 @@ def best_first(forecasts: Sequence[Forecast]) -> list[Forecast]:
 
 def hits_of(generator: TextGenerator, text: OwnText) -> list[list[bool]]:
     """By exit, first to last: for each token of the answer, whether the exit takes it."""
-    predictions = exit_predictions(generator.step, text, generator.vocab_size)
+    predictions = exit_predictions(generator.runner, text, generator.vocab_size)
     return (predictions.cpu() == torch.tensor(text.answer)).tolist()
 
 
@@ -211,7 +211,7 @@ def draft_of(generator: TextGenerator, cell: Cell) -> Draft:
     kind = cell.settings()["draft"]
     if kind == "ngram":
         return Draft(kind, 0)
-    exit_layer = generator.adapter_step.shape.exit_layer if kind == "adapter" else cell.exit_layer
+    exit_layer = generator.adapter_runner.shape.exit_layer if kind == "adapter" else cell.exit_layer
     return Draft(kind, exit_layer or generator.num_layers)
 
 

@@ -57,7 +57,7 @@ def prompts_of(task: Task, generator: TextGenerator, count: int) -> list[Prompt]
 @torch.inference_mode()
 def check_numbers(generator: TextGenerator, ids: list[int]) -> None:
     """ValueError where a model's logits are no numbers: its exits then all say the same, and seem to agree."""
-    step = generator.step
+    step = generator.runner
     last = torch.tensor([ids[-1:]], device=step.device)
     states = step.run(step.embed(last, [0]), step.new_cache(1, 1), [0], 0, step.num_layers)
     if not step.decode(states).isfinite().all():

@@ -1,4 +1,4 @@
-"""Texts come and go: a batch whose lanes are refilled from a queue while the others go on (continuous batching)."""
+"""Texts come and go: a batch whose slots are refilled from a queue while the others go on (continuous batching)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lskip.inference.decoding.early_exit import exit_round
 from lskip.inference.decoding.engine import (
     LONGEST_DRAFT,
     Drafted,
-    Lanes,
     Round,
+    Slots,
     check_logits,
     draft,
     nothing_drafted,
@@ -27,14 +27,14 @@ from lskip.inference.decoding.engine import (
 )
 from lskip.inference.decoding.sampling import TokenChooser
 from lskip.inference.decoding.state_recorder import StateRecorder
-from lskip.inference.drafting.adapter import AdapterLanes, AdapterStep
+from lskip.inference.drafting.adapter import AdapterRunner, AdapterSlots
 from lskip.inference.drafting.costs import Costs
 from lskip.inference.drafting.draft import PLAIN, DraftPlan
 from lskip.inference.drafting.ngrams import NgramIndex
 from lskip.inference.drafting.policies import DraftPolicy, FixedDraft, drafts_of
 from lskip.inference.exit_criteria import ExitCriterion, Logits
 from lskip.inference.generation import Generation
-from lskip.inference.runners.base import Step
+from lskip.inference.runners.base import ModelRunner
 from lskip.inference.runners.exit_head_runner import read_at
 from lskip.inference.settings import GenerationSettings
 from lskip.inference.stopping import StopRule
@@ -88,57 +88,57 @@ class Text:
 
 
 class Batch:
-    """Decodes any number of texts, at most so many at a time as there are lanes.
+    """Decodes any number of texts, at most so many at a time as there are slots.
 
-    Lanes 0 … A-1 of the cache are in use. A text that ends gives its lane to the last one's, whose keys and values
+    Slots 0 … A-1 of the cache are in use. A text that ends gives its slot to the last one's, whose keys and values
     move, once; then waiting texts join behind it, each prefilled by itself.
     """
 
     def __init__(
         self,
-        step: Step,
-        draft_step: Step | None,
+        runner: ModelRunner,
+        draft_runner: ModelRunner | None,
         settings: GenerationSettings,
-        lanes: int,
         slots: int,
+        cells: int,
         costs: Callable[[], Costs],
-        adapter: AdapterStep | None = None,
+        adapter: AdapterRunner | None = None,
         exits: TrainedExits | None = None,
         recorder: StateRecorder | None = None,
     ):
         """Args:
-        step: the model's blocks.
-        draft_step: the same in rounded weights, or None.
+        runner: the model's blocks.
+        draft_runner: the same in rounded weights, or None.
         settings: how to draft and how deep to go; how tokens are chosen is each text's own.
-        lanes: texts that are decoded at a time.
-        slots: positions that the longest text needs, its last token left out.
+        slots: texts that are decoded at a time.
+        cells: positions that the longest text needs, its last token left out.
         costs: measures what rounds cost, for a policy that asks.
         adapter: the model's exit adapter, or None.
         exits: what the model's exits have of their own, or None.
         recorder: keeps the states of each text for its Generation, where no adapter is; None: nobody does.
         """
-        self.step, self.draft_step, self.settings, self.exits = step, draft_step, settings, exits
-        self.full, num_speculations = full_depth(settings, step.num_layers), longest_draft(settings)
-        # A lane near its end drafts as many as the others: room for what it will not keep.
-        self.cache = step.new_cache(lanes, slots + (num_speculations if lanes > 1 else 0))
-        self.lanes = Lanes(self.cache, torch.empty(0, dtype=torch.long, device=step.device))
+        self.runner, self.draft_runner, self.settings, self.exits = runner, draft_runner, settings, exits
+        self.full, num_speculations = full_depth(settings, runner.num_layers), longest_draft(settings)
+        # A slot near its end drafts as many as the others: room for what it will not keep.
+        self.cache = runner.new_cache(slots, cells + (num_speculations if slots > 1 else 0))
+        self.slots = Slots(self.cache, torch.empty(0, dtype=torch.long, device=runner.device))
         self.texts: list[Text] = []
         self.waiting: deque[Text] = deque()
         self.policy: DraftPolicy = settings.draft_policy or FixedDraft()
         self.criterion = bound(settings.exit_criterion, exits)
         self.stops_draft = bound(getattr(self.policy, "criterion", None), exits)
-        self.reading = read_at(step, exits, self.full)
+        self.reading = read_at(runner, exits, self.full)
         exit_layer = None if adapter is None else adapter.shape.exit_layer
-        self.drafts = drafts_of(settings, step.num_layers, draft_step is not None, exit_layer)
-        self.recorder = self.lanes.observer = recorder
-        self.adapter: AdapterLanes | None = None
+        self.drafts = drafts_of(settings, runner.num_layers, draft_runner is not None, exit_layer)
+        self.recorder = self.slots.observer = recorder
+        self.adapter: AdapterSlots | None = None
         if any(draft.kind == "adapter" for draft in self.drafts):
-            self.adapter = self.lanes.observer = AdapterLanes.beside(self.cache, adapter)
+            self.adapter = self.slots.observer = AdapterSlots.beside(self.cache, adapter)
         if self.drafts:
             self.policy.begin(self.drafts, costs, num_speculations)
 
     def add(self, text: Text) -> None:
-        """Queues a text; it joins when a lane is free."""
+        """Queues a text; it joins when a slot is free."""
         self.waiting.append(text)
 
     @torch.inference_mode()
@@ -161,77 +161,77 @@ class Batch:
         if self.texts:
             for text, tokens in self._advance():
                 news[text] = news.get(text, []) + tokens
-        for lane in reversed(range(len(self.texts))):
-            if self.texts[lane].ended:
-                self._record(self.texts[lane], lane)
-                self._leave(lane)
+        for slot in reversed(range(len(self.texts))):
+            if self.texts[slot].ended:
+                self._record(self.texts[slot], slot)
+                self._leave(slot)
         return list(news.items())
 
     def _join(self) -> dict[Text, list[int]]:
-        """Prefills waiting texts into free lanes; the prompt's pass brings the first token."""
+        """Prefills waiting texts into free slots; the prompt's pass brings the first token."""
         news = {}
         while self.waiting and len(self.texts) < len(self.cache.lengths):
             text = self.waiting.popleft()
             text.began = time.perf_counter()
-            lane = len(self.texts)
-            observer = None if self.lanes.observer is None else self.lanes.observer.begin(lane)
-            logits = prefill(self.reading, self.cache.lane(lane), text.prompt, self.full, observer)
+            slot = len(self.texts)
+            observer = None if self.slots.observer is None else self.slots.observer.begin(slot)
+            logits = prefill(self.reading, self.cache.slot(slot), text.prompt, self.full, observer)
             check_logits(logits)
-            self.cache.lengths[lane] = len(text.prompt)
+            self.cache.lengths[slot] = len(text.prompt)
             none = torch.empty(1, 0, dtype=torch.long, device=logits.device)
-            _, token = BatchChooser([text.chooser]).settle(logits, none)
+            _, token = BatchChooser([text.chooser]).verify(logits, none)
             news[text] = text.add(token.tolist())
             if text.ended:
-                self._record(text, lane)
+                self._record(text, slot)
             else:
                 self.texts.append(text)
-                self.lanes.pending = torch.cat([self.lanes.pending, token])
+                self.slots.pending = torch.cat([self.slots.pending, token])
         return news
 
-    def _record(self, text: Text, lane: int) -> None:
-        """Gives a text that has ended its states, before another has its lane."""
+    def _record(self, text: Text, slot: int) -> None:
+        """Gives a text that has ended its states, before another has its slot."""
         if self.recorder is not None:
-            text.generation.states = self.recorder.of(lane, len(text.prompt) + len(text.generation.token_ids) - 1)
+            text.generation.states = self.recorder.of(slot, len(text.prompt) + len(text.generation.token_ids) - 1)
 
-    def _leave(self, lane: int) -> None:
+    def _leave(self, slot: int) -> None:
         last = len(self.texts) - 1
-        if lane != last:
-            self.cache.move(last, lane)
-            self.texts[lane] = self.texts[last]
-            self.lanes.pending[lane] = self.lanes.pending[last]
-            if self.lanes.observer is not None:
-                self.lanes.observer.move(last, lane)
+        if slot != last:
+            self.cache.move(last, slot)
+            self.texts[slot] = self.texts[last]
+            self.slots.pending[slot] = self.slots.pending[last]
+            if self.slots.observer is not None:
+                self.slots.observer.move(last, slot)
         self.texts.pop()
-        self.lanes.pending = self.lanes.pending[:last]
+        self.slots.pending = self.slots.pending[:last]
 
     def _advance(self) -> list[tuple[Text, list[int]]]:
         chooser = BatchChooser([text.chooser for text in self.texts])
         outcome = self._speculate(chooser) if self.criterion is None else self._exit(chooser)
-        return [self._take(lane, outcome) for lane in range(len(self.texts))]
+        return [self._take(slot, outcome) for slot in range(len(self.texts))]
 
     def _speculate(self, chooser: BatchChooser) -> Round:
         began = time.perf_counter()
         plan, drafted = self._draft(chooser)
-        outcome = verify(self.reading, self.lanes, drafted, self.full, chooser)
+        outcome = verify(self.reading, self.slots, drafted, self.full, chooser)
         if self.drafts:
             self.policy.learn(plan, max(outcome.drafted), outcome.accepted, time.perf_counter() - began)
         return outcome
 
     def _exit(self, chooser: BatchChooser) -> Round:
-        outcome, depths = exit_round(self.step, self.lanes, self.criterion, self.full, chooser, self.exits)
+        outcome, depths = exit_round(self.runner, self.slots, self.criterion, self.full, chooser, self.exits)
         for text, depth in zip(self.texts, depths, strict=True):
             text.generation.layers_run += depth
         return outcome
 
-    def _take(self, lane: int, outcome: Round) -> tuple[Text, list[int]]:
-        text = self.texts[lane]
+    def _take(self, slot: int, outcome: Round) -> tuple[Text, list[int]]:
+        text = self.texts[slot]
         # What was drafted beyond a text's last token was drafted for its neighbours.
-        drafted = min(outcome.drafted[lane], text.left - 1)
-        return text, text.add(outcome.tokens[lane], drafted, min(outcome.accepted[lane], drafted))
+        drafted = min(outcome.drafted[slot], text.left - 1)
+        return text, text.add(outcome.tokens[slot], drafted, min(outcome.accepted[slot], drafted))
 
     def _draft(self, chooser: BatchChooser) -> tuple[DraftPlan, Drafted]:
         """What the policy plans for this round, carried out."""
-        nothing = PLAIN, nothing_drafted(self.lanes)
+        nothing = PLAIN, nothing_drafted(self.slots)
         most = self._most()
         if not self.drafts or most < 1:
             return nothing
@@ -242,18 +242,18 @@ class Batch:
             plan = self.policy.plan(len(self.texts), most, without=frozenset([plan.draft]))
         if plan.draft is None or plan.num_speculations == 0:
             return nothing
-        step = self.draft_step if plan.draft.kind == "weights" else self.step
+        runner = self.draft_runner if plan.draft.kind == "weights" else self.runner
         exit_layer, goes_on = plan.draft.exit_layer, partial(self._goes_on, plan.draft.exit_layer)
         decode = self.adapter.reader() if plan.draft.kind == "adapter" else None
-        reading = read_at(step, self.exits, exit_layer)
-        drafted = draft(reading, self.lanes, exit_layer, plan.num_speculations, chooser, goes_on, decode)
+        reading = read_at(runner, self.exits, exit_layer)
+        drafted = draft(reading, self.slots, exit_layer, plan.num_speculations, chooser, goes_on, decode)
         # States of rounded weights are not the model's own: verification starts at the first block. Both share the
         # cache: drafts see the model's own keys and values, and verification writes over theirs.
-        return plan, drafted if step is self.step else Drafted(drafted.ids)
+        return plan, drafted if runner is self.runner else Drafted(drafted.ids)
 
     def _most(self) -> int:
-        """Tokens that a lane can be drafted: more than any text may still get is of no use, nor has it a slot."""
-        room = self.cache.slots - 1 - max(self.lanes.starts)
+        """Tokens that a slot can be drafted: more than any text may still get is of no use, nor has it a cell."""
+        room = self.cache.cells - 1 - max(self.slots.starts)
         return min(room, max(text.left for text in self.texts) - 1, LONGEST_DRAFT)
 
     def _goes_on(
@@ -273,7 +273,7 @@ class Batch:
         if not (longest := max(map(len, guesses))):
             return None
         filled = [guess + [0] * (longest - len(guess)) for guess in guesses]
-        ids = torch.tensor(filled, device=self.step.device)
+        ids = torch.tensor(filled, device=self.runner.device)
         return Drafted(ids, counts=[len(guess) for guess in guesses])
 
 
@@ -283,7 +283,7 @@ def bound(criterion: ExitCriterion | None, exits: TrainedExits | None) -> ExitCr
 
 
 def longest_draft(settings: GenerationSettings) -> int:
-    """Tokens that a round may draft in each lane at most."""
+    """Tokens that a round may draft in each slot at most."""
     return min(settings.num_speculations, LONGEST_DRAFT)
 
 

@@ -1,4 +1,4 @@
-"""Choosing the tokens of a round in all slots of a batch."""
+"""Choosing the tokens of a round in all cells of a batch."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from lskip.inference.decoding.sampling import TokenChooser
 
 
 class BatchChooser:
-    """Chooses the tokens of a round in all lanes.
+    """Chooses the tokens of a round in all slots.
 
     Attributes:
-        takes_likeliest: whether what is chosen is the argmax of logits, after `bar`.
+        takes_argmax: whether what is chosen is the argmax of logits, after `ban`.
     """
 
     def __init__(self, choosers: list[TokenChooser]):
-        """choosers: one a lane, in the order of the lanes."""
+        """choosers: one a slot, in the order of the slots."""
         self.choosers = choosers
-        self.takes_likeliest = all(chooser.takes_likeliest for chooser in choosers)
-        self._lanes = [RejectionChooser(chooser) if chooser.rejection else chooser for chooser in choosers]
+        self.takes_argmax = all(chooser.takes_argmax for chooser in choosers)
+        self._slots = [RejectionChooser(chooser) if chooser.rejection else chooser for chooser in choosers]
 
-    def bar(self, logits: Tensor, drafted: Tensor) -> None:
-        """Bars the end tokens of texts that are too short for one, in place. Arguments as in `settle` or `propose`."""
+    def ban(self, logits: Tensor, drafted: Tensor) -> None:
+        """Bars the end tokens of texts that are too short for one, in place. Arguments as in `verify` or `sample`."""
         for chooser, rows, ids in zip(self.choosers, logits, drafted, strict=True):
-            chooser.bar(rows, ids)
+            chooser.ban(rows, ids)
 
-    def propose(self, logits: Tensor, drafted: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, drafted: Tensor) -> Tensor:
         """The draft's next tokens [B], from its logits [B, 1, V] and the `drafted` [B, i] of this round so far.
 
         The logits may be written to.
         """
-        if self.takes_likeliest:
-            return self._likeliest(logits, drafted)[:, 0]
-        return torch.cat([lane.propose(*rows) for lane, *rows in zip(self._lanes, logits, drafted, strict=True)])
+        if self.takes_argmax:
+            return self._argmax(logits, drafted)[:, 0]
+        return torch.cat([slot.sample(*rows) for slot, *rows in zip(self._slots, logits, drafted, strict=True)])
 
-    def settle(self, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
+    def verify(self, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
         """What a verification brings.
 
         Args:
@@ -47,13 +47,13 @@ class BatchChooser:
         Returns:
             [B]: how many drafted tokens are kept; [B]: the model's own token after them.
         """
-        if self.takes_likeliest:
-            return keep_agreeing(self._likeliest(logits, drafted), drafted)
-        outcomes = [lane.settle(*rows) for lane, *rows in zip(self._lanes, logits, drafted, strict=True)]
+        if self.takes_argmax:
+            return keep_agreeing(self._argmax(logits, drafted), drafted)
+        outcomes = [slot.verify(*rows) for slot, *rows in zip(self._slots, logits, drafted, strict=True)]
         accepted, own = zip(*outcomes, strict=True)
         return torch.cat(accepted), torch.cat(own)
 
-    def _likeliest(self, logits: Tensor, drafted: Tensor) -> Tensor:
-        """One argmax for all lanes."""
-        self.bar(logits, drafted)
+    def _argmax(self, logits: Tensor, drafted: Tensor) -> Tensor:
+        """One argmax for all slots."""
+        self.ban(logits, drafted)
         return logits.argmax(-1)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lskip.inference.decoding.engine import Chooser, Lanes, Round, nothing_drafted
+from lskip.inference.decoding.engine import Chooser, Round, Slots, nothing_drafted
 from lskip.inference.exit_criteria import ExitCriterion, Logits
-from lskip.inference.runners.base import Step
+from lskip.inference.runners.base import ModelRunner
 from lskip.inference.runners.exit_head_runner import read_at
 
 if TYPE_CHECKING:
@@ -24,59 +24,59 @@ if TYPE_CHECKING:
 
 
 def exit_round(
-    step: Step,
-    lanes: Lanes,
+    runner: ModelRunner,
+    slots: Slots,
     criterion: ExitCriterion,
     full: int,
     chooser: Chooser,
     trained: TrainedExits | None = None,
 ) -> tuple[Round, list[int]]:
-    """Adds one token to each lane, chosen at its own exit: the last of `full` blocks where the criterion names none.
+    """Adds one token to each slot, chosen at its own exit: the last of `full` blocks where the criterion names none.
 
     Args:
         trained: what the exits have of their own.
 
     Returns:
-        The round, and the blocks that each lane's token ran.
+        The round, and the blocks that each slot's token ran.
     """
-    logits, depths = descend(step, lanes, criterion, full, trained)
-    _, lanes.pending = chooser.settle(logits()[:, None], nothing_drafted(lanes).ids)
-    tokens = lanes.pending.tolist()
-    for lane in range(len(tokens)):
-        lanes.cache.lengths[lane] += 1
+    logits, depths = descend(runner, slots, criterion, full, trained)
+    _, slots.pending = chooser.verify(logits()[:, None], nothing_drafted(slots).ids)
+    tokens = slots.pending.tolist()
+    for slot in range(len(tokens)):
+        slots.cache.lengths[slot] += 1
     nothing = [0] * len(tokens)
     return Round([[token] for token in tokens], nothing, nothing), depths
 
 
 def descend(
-    step: Step, lanes: Lanes, criterion: ExitCriterion, full: int, trained: TrainedExits | None = None
+    runner: ModelRunner, slots: Slots, criterion: ExitCriterion, full: int, trained: TrainedExits | None = None
 ) -> tuple[Logits, list[int]]:
     """Runs the pending tokens block by block until all have exited, and fills the cache above.
 
-    All lanes go through the blocks while one does: a few rows cost about what one does. One that has exited meets
+    All slots go through the blocks while one does: a few rows cost about what one does. One that has exited meets
     each with its exit state, of which the block's keys and values are made, and keeps that state.
 
     Returns:
-        Logits of the exits [A, V], and how many blocks each lane ran.
+        Logits of the exits [A, V], and how many blocks each slot ran.
     """
-    starts = lanes.starts
-    x = step.embed(lanes.pending[:, None], starts)
-    logits, depths = exit_logits(step, x), [full] * len(starts)
+    starts = slots.starts
+    x = runner.embed(slots.pending[:, None], starts)
+    logits, depths = exit_logits(runner, x), [full] * len(starts)
     gone = torch.zeros(len(starts), dtype=torch.bool, device=x.device)
     for exit_layer in range(1, full + 1):
-        before, x = x, step.run(x, lanes.cache, starts, exit_layer - 1, exit_layer)
+        before, x = x, runner.run(x, slots.cache, starts, exit_layer - 1, exit_layer)
         x = torch.where(gone[:, None, None], before, x)
-        logits = exit_logits(read_at(step, trained, exit_layer), x)
+        logits = exit_logits(read_at(runner, trained, exit_layer), x)
         if exit_layer == full or not criterion.looks_at(exit_layer):
             continue
         gone = gone | criterion.exits(exit_layer, before[:, 0], x[:, 0], logits)
         depths = [min(depth, exit_layer) if out else depth for depth, out in zip(depths, gone.tolist(), strict=True)]
         if max(depths) <= exit_layer:
-            step.fill(x, lanes.cache, starts, exit_layer, full)
+            runner.fill(x, slots.cache, starts, exit_layer, full)
             break
     return logits, depths
 
 
-def exit_logits(step: Step, x: Tensor) -> Logits:
+def exit_logits(runner: ModelRunner, x: Tensor) -> Logits:
     """Decodes x [A, 1, D] to [A, V] when first asked, and only then."""
-    return cache(lambda: step.decode(x)[:, 0])
+    return cache(lambda: runner.decode(x)[:, 0])

@@ -14,7 +14,7 @@ class RejectionChooser:
     """Chooses the tokens of one text, of which every one is an exact draw from the model's processed distribution.
 
     The draft draws x from its own processed distribution q. Verification keeps x with probability min(1, p(x) / q(x))
-    and, where it refuses first, draws from max(p - q, 0), normalized. What no `propose` of this round has drawn
+    and, where it refuses first, draws from max(p - q, 0), normalized. What no `sample` of this round has drawn
     (an n-gram draft) counts as q(x) = 1.
 
     The random numbers of a round depend on the seed, the position where it starts and their purpose. A token that is
@@ -24,21 +24,21 @@ class RejectionChooser:
     def __init__(self, chooser: TokenChooser):
         """chooser: holds the text and processes logits."""
         self.chooser = chooser
-        self._proposed: list[Tensor] = []
+        self._sampled: list[Tensor] = []
 
-    def propose(self, logits: Tensor, drafted: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, drafted: Tensor) -> Tensor:
         """logits [1, V] after the text and `drafted` [i] -> the draft's next token [1]."""
         index = len(drafted)
-        del self._proposed[index:]  # of a round that was given up
+        del self._sampled[index:]  # of a round that was given up
         scores = self.chooser.scores(logits, drafted)
-        self._proposed.append(scores.softmax(-1))
+        self._sampled.append(scores.softmax(-1))
         return (scores + self._noise(scores, Purpose.DRAFT, index)).argmax(-1)
 
-    def settle(self, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
+    def verify(self, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
         """logits [d+1, V], drafted [d] -> how many drafted tokens are kept [1], and the token after them [1]."""
         p = self.chooser.scores(logits, drafted).softmax(-1)
-        q = torch.cat(self._proposed) if self._proposed else one_hot(drafted, p.shape[1])
-        self._proposed = []
+        q = torch.cat(self._sampled) if self._sampled else one_hot(drafted, p.shape[1])
+        self._sampled = []
         assert len(q) == len(drafted), "a round's draft is either all proposed or not at all"
         source = random_source(self.chooser.seed, len(self.chooser.text), Purpose.ACCEPTANCE)
         uniforms = to_device(torch.from_numpy(source.random(len(drafted), dtype="float32")), p.device)

@@ -62,11 +62,11 @@ class TokenChooser:
         self._noise: dict[int, Tensor] = {}
 
     @property
-    def takes_likeliest(self) -> bool:
+    def takes_argmax(self) -> bool:
         """Whether `draw` is an argmax, but for barred end tokens."""
         return self.greedy and not self.by_text
 
-    def bar(self, logits: Tensor, drafted: Tensor) -> None:
+    def ban(self, logits: Tensor, drafted: Tensor) -> None:
         """Bars the end tokens where the text is too short for one, in place. Arguments as in `draw`."""
         if (rows := self.first_eos - self._first_position(logits, drafted)) > 0:
             for token in self.eos_ids:
@@ -87,9 +87,9 @@ class TokenChooser:
             scores = scores + self.noise(self._first_position(logits, drafted), scores)
         return scores.argmax(-1)
 
-    propose = draw
+    sample = draw
 
-    def settle(self, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
+    def verify(self, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
         """logits [d+1, V], drafted [d] -> how many drafted tokens are kept [1], and the token after them [1]."""
         return keep_agreeing(self.draw(logits, drafted)[None], drafted[None])
 
@@ -102,7 +102,7 @@ class TokenChooser:
             scores = torch.cat(rows)
         if self.eos_ids and first < self.first_eos:
             scores = scores.clone()
-            self.bar(scores, drafted)
+            self.ban(scores, drafted)
         return self.warpers(None, scores)
 
     def noise(self, first: int, like: Tensor) -> Tensor:

@@ -5,44 +5,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lskip.inference.runners.base import Step
+from lskip.inference.runners.base import ModelRunner
 
 
 class StateRecorder:
-    """Keeps, of every lane's text, the states after `exit_layer` blocks and after the final norm, in bfloat16.
+    """Keeps, of every slot's text, the states after `exit_layer` blocks and after the final norm, in bfloat16.
 
     Attributes:
-        states: [2, lanes, slots, D]: the exit's, the last layer's. On the CPU, where a batch has room for them.
+        states: [2, slots, cells, D]: the exit's, the last layer's. On the CPU, where a batch has room for them.
     """
 
     def __init__(self, exit_layer: int, states: Tensor):
         self.exit_layer, self.states = exit_layer, states
 
     @classmethod
-    def for_lanes(cls, exit_layer: int, step: Step, lanes: int, slots: int) -> StateRecorder:
-        """Room for `slots` positions of each text."""
-        width = step.embed(torch.zeros(1, 1, dtype=torch.long, device=step.device), [0]).shape[-1]
-        return cls(exit_layer, torch.zeros(2, lanes, slots, width, dtype=torch.bfloat16))
+    def for_slots(cls, exit_layer: int, runner: ModelRunner, slots: int, cells: int) -> StateRecorder:
+        """Room for `cells` positions of each text."""
+        width = runner.embed(torch.zeros(1, 1, dtype=torch.long, device=runner.device), [0]).shape[-1]
+        return cls(exit_layer, torch.zeros(2, slots, cells, width, dtype=torch.bfloat16))
 
-    def begin(self, lane: int) -> StateRecorder:
-        """A view of one lane, for a new text."""
-        return StateRecorder(self.exit_layer, self.states[:, lane : lane + 1])
+    def begin(self, slot: int) -> StateRecorder:
+        """A view of one slot, for a new text."""
+        return StateRecorder(self.exit_layer, self.states[:, slot : slot + 1])
 
     def observe(
         self, exit_states: Tensor, last_states: Tensor, starts: list[int], accepted: list[int] | None = None
     ) -> None:
-        """As AdapterLanes.observe."""
+        """As AdapterSlots.observe."""
         both = torch.stack([exit_states.bfloat16(), last_states.bfloat16()]).cpu()
-        for lane, start in enumerate(starts):
-            rows = both.shape[2] if accepted is None else 1 + accepted[lane]
-            self.states[:, lane, start : start + rows] = both[:, lane, :rows]
+        for slot, start in enumerate(starts):
+            rows = both.shape[2] if accepted is None else 1 + accepted[slot]
+            self.states[:, slot, start : start + rows] = both[:, slot, :rows]
 
     def move(self, source: int, target: int) -> None:
-        """Gives lane `target`, whose text has ended, what lane `source` holds."""
+        """Gives slot `target`, whose text has ended, what slot `source` holds."""
         self.states[:, target] = self.states[:, source]
 
-    def of(self, lane: int, length: int) -> Tensor:
+    def of(self, slot: int, length: int) -> Tensor:
         """[2, length + 1, D]: of a text of which `length` tokens have been run, zeros for its last, which was not."""
-        found = self.states[:, lane, : length + 1].clone()
+        found = self.states[:, slot, : length + 1].clone()
         found[:, length] = 0
         return found

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Record:
-    """How tokens of one draft fared when they were tested: each up to the first refusal of its lane's round."""
+    """How tokens of one draft fared when they were tested: each up to the first refusal of its slot's round."""
 
     accepted: float = 0.0  # older ones count less
     refused: float = 0.0

@@ -13,32 +13,32 @@ from lskip.inference.layers.linear import Form, Plain
 from lskip.inference.layers.linear_choice import STEPS_AND_VERIFICATION, choose_form, fastest
 from lskip.inference.layers.quantized import DynamicInt8, Int8, usable_forms
 from lskip.inference.runners.fused_blocks import obstacle, sample_weights
-from lskip.inference.runners.fused_runner import LeanStep
-from lskip.inference.runners.module_runner import ModuleStep
+from lskip.inference.runners.fused_runner import FusedRunner
+from lskip.inference.runners.module_runner import ModuleRunner
 from lskip.models.decoder import Decoder
 from lskip.models.exit_adapter import ExitAdapter, side_by_side
 from lskip.utils.devices import to_device
 
 if TYPE_CHECKING:
-    from lskip.inference.runners.base import Step
+    from lskip.inference.runners.base import ModelRunner
 
 
 ROWS_THAT_WAIT = 32  # a pass over so many costs little more than over one; and where batches are uneven, not too much
 
 
-class AdapterStep:
+class AdapterRunner:
     """An exit adapter made ready for decoding. It only drafts: where int8 works, its blocks and head are rounded.
 
     Attributes:
         shape: its AdapterShape.
-        step: runs its blocks, norm and head.
+        runner: runs its blocks, norm and head.
         token_ids: [W], the words that it knows; None: all.
     """
 
     def __init__(self, adapter: ExitAdapter):
         """Converts the weights; `adapter` is left as it is."""
         self.shape, self.hidden_size = adapter.shape, adapter.join.out_features
-        self.step = build_adapter_step(Decoder(adapter.body))
+        self.runner = build_adapter_runner(Decoder(adapter.body))
         self.vocab_size = adapter.made_for["vocab_size"]
         self.token_ids = None if len(adapter.token_ids) == self.vocab_size else adapter.token_ids
         weight, bias = adapter.join.weight.detach(), adapter.join.bias.detach()
@@ -48,13 +48,13 @@ class AdapterStep:
 
     def joined(self, exit_states: Tensor, last_states: Tensor | None) -> Tensor:
         """The input of its first block [A, n, D], from [A, n, D] each, as ExitAdapter.joined."""
-        last_states = None if last_states is None else last_states.to(self.step.dtype)
-        rows = side_by_side(exit_states.to(self.step.dtype), last_states).flatten(0, 1)
-        return self.join(rows.to(self.join_dtype)).to(self.step.dtype).view(exit_states.shape)
+        last_states = None if last_states is None else last_states.to(self.runner.dtype)
+        rows = side_by_side(exit_states.to(self.runner.dtype), last_states).flatten(0, 1)
+        return self.join(rows.to(self.join_dtype)).to(self.runner.dtype).view(exit_states.shape)
 
     def decode(self, x: Tensor) -> Tensor:
         """States of its last block [A, n, D] -> logits [A, n, V], -inf for words that it does not know."""
-        logits = self.step.decode(x)
+        logits = self.runner.decode(x)
         if self.token_ids is None:
             return logits
         everywhere = logits.new_full((*x.shape[:-1], self.vocab_size), float("-inf"))
@@ -63,11 +63,11 @@ class AdapterStep:
     @property
     def nbytes(self) -> int:
         """Bytes of all its weights."""
-        return sum(self.step.memory().values()) + self.join.nbytes
+        return sum(self.runner.memory().values()) + self.join.nbytes
 
 
-class AdapterLanes:
-    """What an adapter knows of the texts in a batch's lanes.
+class AdapterSlots:
+    """What an adapter knows of the texts in a batch's slots.
 
     Whatever drafts, it is shown every row that a text keeps (`observe`), so that it may draft at any time: row p of
     its own cache comes of the exit's state of token p and of the last layer's of token p-1. Rows wait until it drafts,
@@ -76,39 +76,39 @@ class AdapterLanes:
 
     Attributes:
         cache: of its own blocks; its lengths are the rows that have been through them.
-        waiting: per lane, the rows that have not.
-        exits: [lanes, ROWS_THAT_WAIT + 1, D], the exit's states of these.
+        waiting: per slot, the rows that have not.
+        exits: [slots, ROWS_THAT_WAIT + 1, D], the exit's states of these.
         before: the same shape, the last layer's states, after the final norm, of the tokens before them, and behind
             them of the token before the pending one; zeros where there is none. None where the adapter joins none.
     """
 
     def __init__(
-        self, adapter: AdapterStep, cache: KVCache, waiting: list[int], exits: Tensor, before: Tensor | None = None
+        self, adapter: AdapterRunner, cache: KVCache, waiting: list[int], exits: Tensor, before: Tensor | None = None
     ):
         self.adapter, self.cache, self.exit_layer = adapter, cache, adapter.shape.exit_layer
         self.waiting, self.exits, self.before = waiting, exits, before
-        self.lengths, self.lane = cache.lengths, 0  # of these lanes the first is so many behind the first in the lists
+        self.lengths, self.slot = cache.lengths, 0  # of these slots the first is so many behind the first in the lists
 
     @classmethod
-    def beside(cls, model_cache: KVCache, adapter: AdapterStep) -> AdapterLanes:
+    def beside(cls, model_cache: KVCache, adapter: AdapterRunner) -> AdapterSlots:
         """For the texts that the model has in `model_cache`, before there are any."""
-        lanes = len(model_cache.lengths)
-        # Lanes of which fewer rows wait go along with the others, beyond the ends of their texts.
-        cache = adapter.step.new_cache(lanes, model_cache.slots + (ROWS_THAT_WAIT + 1 if lanes > 1 else 0))
-        shape = lanes, ROWS_THAT_WAIT + 1, adapter.hidden_size
-        exits = torch.zeros(shape, dtype=adapter.step.dtype, device=adapter.step.device)
+        slots = len(model_cache.lengths)
+        # Slots of which fewer rows wait go along with the others, beyond the ends of their texts.
+        cache = adapter.runner.new_cache(slots, model_cache.cells + (ROWS_THAT_WAIT + 1 if slots > 1 else 0))
+        shape = slots, ROWS_THAT_WAIT + 1, adapter.hidden_size
+        exits = torch.zeros(shape, dtype=adapter.runner.dtype, device=adapter.runner.device)
         before = torch.zeros_like(exits) if adapter.shape.joins_last_state else None
-        return cls(adapter, cache, [0] * lanes, exits, before)
+        return cls(adapter, cache, [0] * slots, exits, before)
 
-    def begin(self, lane: int) -> AdapterLanes:
-        """A view of one lane's memory, for a new text."""
-        part = slice(lane, lane + 1)
-        self.lengths[lane] = self.waiting[lane] = 0
+    def begin(self, slot: int) -> AdapterSlots:
+        """A view of one slot's memory, for a new text."""
+        part = slice(slot, slot + 1)
+        self.lengths[slot] = self.waiting[slot] = 0
         before = None if self.before is None else self.before[part]
         if before is not None:
             before[:, 0] = 0
-        view = AdapterLanes(self.adapter, self.cache.lane(lane), self.waiting, self.exits[part], before)
-        view.lengths, view.lane = self.lengths, lane
+        view = AdapterSlots(self.adapter, self.cache.slot(slot), self.waiting, self.exits[part], before)
+        view.lengths, view.slot = self.lengths, slot
         return view
 
     def observe(
@@ -117,23 +117,23 @@ class AdapterLanes:
         """Takes in what the model has run and the texts keep.
 
         Args:
-            exit_states: [A, n, D] after `exit_layer` blocks; those of lane a stand from starts[a] on.
+            exit_states: [A, n, D] after `exit_layer` blocks; those of slot a stand from starts[a] on.
             last_states: [A, n, D] after the last block and the final norm.
-            accepted: lane a keeps its first row and so many more; None: all.
+            accepted: slot a keeps its first row and so many more; None: all.
         """
         kept = [exit_states.shape[1]] * len(starts) if accepted is None else [1 + count for count in accepted]
-        rows = max(kept)  # where another lane keeps more, a lane's row lies beyond its text, to be written over
+        rows = max(kept)  # where another slot keeps more, a slot's row lies beyond its text, to be written over
         if rows + max(self._waiting(len(starts))) > ROWS_THAT_WAIT:
             self._take_in(len(starts))
         if rows > ROWS_THAT_WAIT:
             self._pass_on(exit_states[:, :rows], last_states[:, :rows], kept)
             return
-        for lane, count in enumerate(kept):
-            first = self.waiting[self.lane + lane]
-            self.exits[lane, first : first + rows] = exit_states[lane, :rows]
+        for slot, count in enumerate(kept):
+            first = self.waiting[self.slot + slot]
+            self.exits[slot, first : first + rows] = exit_states[slot, :rows]
             if self.before is not None:
-                self.before[lane, first + 1 : first + 1 + rows] = last_states[lane, :rows]
-            self.waiting[self.lane + lane] += count
+                self.before[slot, first + 1 : first + 1 + rows] = last_states[slot, :rows]
+            self.waiting[self.slot + slot] += count
 
     def reader(self) -> Callable[[Tensor, list[int]], Tensor]:
         """Decodes a draft's exit states one after another: ([A, 1, D], starts) -> logits [A, 1, V].
@@ -147,8 +147,8 @@ class AdapterLanes:
             if x is None:
                 x = self._draft_first(exit_states)
             else:
-                before = adapter.step.norm(x) if adapter.shape.joins_last_state else None
-                x = adapter.step.run(
+                before = adapter.runner.norm(x) if adapter.shape.joins_last_state else None
+                x = adapter.runner.run(
                     adapter.joined(exit_states, before), self.cache, starts, 0, adapter.shape.num_blocks
                 )
             return adapter.decode(x)
@@ -157,21 +157,21 @@ class AdapterLanes:
 
     def _draft_first(self, exit_states: Tensor) -> Tensor:
         """The pending tokens' states after its blocks [A, 1, D]; all that waits goes with them."""
-        lanes = len(exit_states)
-        waiting = self._waiting(lanes)
+        slots = len(exit_states)
+        waiting = self._waiting(slots)
         device = exit_states.device
-        places = torch.arange(lanes, device=device), to_device(torch.tensor(waiting), device)
+        places = torch.arange(slots, device=device), to_device(torch.tensor(waiting), device)
         self.exits[places] = exit_states[:, 0].to(self.exits.dtype)
-        x = self._joined(lanes, 1 + max(waiting))
-        x = self.adapter.step.run(x, self.cache, self._lengths(lanes), 0, self.adapter.shape.num_blocks)
-        self._have_taken_in(lanes)
+        x = self._joined(slots, 1 + max(waiting))
+        x = self.adapter.runner.run(x, self.cache, self._lengths(slots), 0, self.adapter.shape.num_blocks)
+        self._have_taken_in(slots)
         return x[places][:, None]
 
-    def _take_in(self, lanes: int) -> None:
+    def _take_in(self, slots: int) -> None:
         """Nothing waits any more."""
-        if rows := max(self._waiting(lanes)):
-            self._fill(self._joined(lanes, rows))
-            self._have_taken_in(lanes)
+        if rows := max(self._waiting(slots)):
+            self._fill(self._joined(slots, rows))
+            self._have_taken_in(slots)
 
     def _pass_on(self, exit_states: Tensor, last_states: Tensor, kept: list[int]) -> None:
         """Takes in rows that are too many to wait, where none does."""
@@ -179,36 +179,36 @@ class AdapterLanes:
         if before is not None:
             before = torch.cat([before[: len(kept), :1], last_states[:, :-1].to(before.dtype)], 1)
         self._fill(self.adapter.joined(exit_states, before))
-        for lane, count in enumerate(kept):
-            self.lengths[self.lane + lane] += count
+        for slot, count in enumerate(kept):
+            self.lengths[self.slot + slot] += count
             if self.before is not None:
-                self.before[lane, 0] = last_states[lane, count - 1]
+                self.before[slot, 0] = last_states[slot, count - 1]
 
-    def _joined(self, lanes: int, rows: int) -> Tensor:
+    def _joined(self, slots: int, rows: int) -> Tensor:
         """The input of its first block for the first rows that wait [A, n, D]."""
-        before = None if self.before is None else self.before[:lanes, :rows]
-        return self.adapter.joined(self.exits[:lanes, :rows], before)
+        before = None if self.before is None else self.before[:slots, :rows]
+        return self.adapter.joined(self.exits[:slots, :rows], before)
 
     def _fill(self, x: Tensor) -> None:
         """Through its blocks, the input of the first given [A, n, D]; what the last one would give nobody reads."""
-        step, top, starts = self.adapter.step, self.adapter.shape.num_blocks - 1, self._lengths(len(x))
-        step.fill(step.run(x, self.cache, starts, 0, top), self.cache, starts, top, top + 1)
+        runner, top, starts = self.adapter.runner, self.adapter.shape.num_blocks - 1, self._lengths(len(x))
+        runner.fill(runner.run(x, self.cache, starts, 0, top), self.cache, starts, top, top + 1)
 
-    def _have_taken_in(self, lanes: int) -> None:
-        for lane, count in enumerate(self._waiting(lanes)):
+    def _have_taken_in(self, slots: int) -> None:
+        for slot, count in enumerate(self._waiting(slots)):
             if self.before is not None and count:
-                self.before[lane, 0] = self.before[lane, count]
-            self.lengths[self.lane + lane] += count
-            self.waiting[self.lane + lane] = 0
+                self.before[slot, 0] = self.before[slot, count]
+            self.lengths[self.slot + slot] += count
+            self.waiting[self.slot + slot] = 0
 
-    def _waiting(self, lanes: int) -> list[int]:
-        return self.waiting[self.lane : self.lane + lanes]
+    def _waiting(self, slots: int) -> list[int]:
+        return self.waiting[self.slot : self.slot + slots]
 
-    def _lengths(self, lanes: int) -> list[int]:
-        return self.lengths[self.lane : self.lane + lanes]
+    def _lengths(self, slots: int) -> list[int]:
+        return self.lengths[self.slot : self.slot + slots]
 
     def move(self, source: int, target: int) -> None:
-        """Gives lane `target`, whose text has ended, what lane `source` holds."""
+        """Gives slot `target`, whose text has ended, what slot `source` holds."""
         self.cache.move(source, target)
         self.waiting[target] = self.waiting[source]
         for states in (self.exits, self.before):
@@ -216,14 +216,14 @@ class AdapterLanes:
                 states[target] = states[source]
 
 
-def build_adapter_step(decoder: Decoder) -> Step:
-    """Its blocks and head: LeanStep, in int8 where that works here; else the modules themselves."""
+def build_adapter_runner(decoder: Decoder) -> ModelRunner:
+    """Its blocks and head: FusedRunner, in int8 where that works here; else the modules themselves."""
     if obstacle(decoder) is not None:
-        return ModuleStep(decoder)
-    step = LeanStep(decoder, choose_adapter_form(sample_weights(decoder)))
+        return ModuleRunner(decoder)
+    runner = FusedRunner(decoder, choose_adapter_form(sample_weights(decoder)))
     # It never embeds a token, and would keep the head's original for that; one row is for those who time it.
-    step.embedding = step.embedding[:1].clone()
-    return step
+    runner.embedding = runner.embedding[:1].clone()
+    return runner
 
 
 def choose_adapter_form(samples: list[Tensor]) -> Form:

@@ -25,8 +25,8 @@ class Underway(NamedTuple):
         is_try: whether it is to find out about a draft.
         in_vain: whether it drafts nothing, since of all drafts none promised to pay.
         speed: tokens that the best plan known brings in a plain step's time.
-        reach: by lane, the chance that all its tokens so far are accepted.
-        seen: of each token so far the margins, by lane.
+        reach: by slot, the chance that all its tokens so far are accepted.
+        seen: of each token so far the margins, by slot.
     """
 
     plan: DraftPlan
@@ -53,7 +53,7 @@ class CostAwareDraft(DraftPolicy):
     What may be lost is bounded, in plain steps: by `_patience` against plain decoding, whatever the reason, and by
     `_curiosity` against the best plan known, in tries. Both begin at ALLOWANCE, grow by `budget` of the time, and
     never exceed SAVINGS. A round that would overdraw them if all its tokens were refused is not planned. So by
-    these costs, and by what rounds took where they are timed, N tokens a lane take at most (1 + budget) N + ALLOWANCE
+    these costs, and by what rounds took where they are timed, N tokens a slot take at most (1 + budget) N + ALLOWANCE
     plain steps, whatever is accepted: by default never less than 0.97 x plain decoding's speed from 300 tokens on.
     (A later stretch may lose SAVINGS.)
     """
@@ -87,7 +87,7 @@ class CostAwareDraft(DraftPolicy):
         self._timed: dict[str, float] = {}  # kind of draft -> rounds of late
         self._since_plain = self.PLAIN_EVERY - 1  # timed rounds since a plain one
         self._has_just_drafted = False  # which has driven the model's weights out of caches: a plain round is slow then
-        self._resting = 0  # lanes of plain rounds that go without a plan
+        self._resting = 0  # slots of plain rounds that go without a plan
         self._rested: list[float | None] = []  # what these took, where they were timed
 
     def begin(self, drafts: Sequence[Draft], costs: Callable[[], Costs], num_speculations: int) -> None:
@@ -96,29 +96,29 @@ class CostAwareDraft(DraftPolicy):
         self._costs, self._resting = costs(), 0
         self._records = {draft: Record() for draft in self.drafts} | self._records
 
-    def plan(self, lanes: int, most: int, without: frozenset[Draft] = frozenset()) -> DraftPlan:
-        if lanes == self._resting:
+    def plan(self, slots: int, most: int, without: frozenset[Draft] = frozenset()) -> DraftPlan:
+        if slots == self._resting:
             return PLAIN
         self._under_way = NOTHING
         most = min(most, self.num_speculations)
         drafts = [draft for draft in self.drafts if draft not in without]
         if most < 1 or not drafts or self._since_plain >= self.PLAIN_EVERY:
             return PLAIN
-        offers = [(*self._offer(draft, self._records[draft].cautious, lanes, most), draft) for draft in drafts]
+        offers = [(*self._offer(draft, self._records[draft].cautious, slots, most), draft) for draft in drafts]
         best = max(offers)
         speed, count, used = best if best[0] >= self.MARGIN else (1.0, 0, None)
-        trial = self._trial([draft for draft in drafts if draft != used], lanes, most, speed)
+        trial = self._trial([draft for draft in drafts if draft != used], slots, most, speed)
         if trial is None and used in self._by_margin:
-            count = max(count, self._longest(used, lanes, most))
+            count = max(count, self._longest(used, slots, most))
         plan = trial or DraftPlan(used, count)
         in_vain = plan == PLAIN and not without
-        self._under_way = Underway(plan, trial is not None, in_vain, speed, [1.0] * lanes, [])
+        self._under_way = Underway(plan, trial is not None, in_vain, speed, [1.0] * slots, [])
         return plan
 
-    def _longest(self, draft: Draft, lanes: int, most: int) -> int:
+    def _longest(self, draft: Draft, slots: int, most: int) -> int:
         """The most tokens that patience allows for, should all of them be refused."""
         limit = (1 + self._patience) / self._ratio(draft.kind)
-        return len(list(takewhile(lambda steps: steps <= limit, self._steps(draft, lanes)[:most])))
+        return len(list(takewhile(lambda steps: steps <= limit, self._steps(draft, slots)[:most])))
 
     def goes_on(
         self, probabilities: Callable[[], list[float]], margins: Callable[[], list[float]] | None = None
@@ -138,26 +138,26 @@ class CostAwareDraft(DraftPolicy):
                 return True
         return False
 
-    def _trial(self, drafts: list[Draft], lanes: int, most: int, speed: float) -> DraftPlan | None:
+    def _trial(self, drafts: list[Draft], slots: int, most: int, speed: float) -> DraftPlan | None:
         """The least tested of `drafts` that might beat `speed`, with as many tokens as are likeliest to pay."""
         for draft in sorted(drafts, key=lambda draft: self._records[draft].tested):
             record = self._records[draft]
-            if self._offer(draft, record.hopeful, lanes, most)[0] < speed * self.MARGIN:
+            if self._offer(draft, record.hopeful, slots, most)[0] < speed * self.MARGIN:
                 continue
             # If all is refused, the round brings one token, for which the best plan takes 1 / speed.
-            count = self._offer(draft, record.likely, lanes, most, self._curiosity + 1 / speed)[1]
+            count = self._offer(draft, record.likely, slots, most, self._curiosity + 1 / speed)[1]
             if count:
                 return DraftPlan(draft, count)
         return None
 
-    def _offer(self, draft: Draft, chance: float, lanes: int, most: int, limit: float = math.inf) -> tuple[float, int]:
+    def _offer(self, draft: Draft, chance: float, slots: int, most: int, limit: float = math.inf) -> tuple[float, int]:
         """What a draft promises if each token is accepted with `chance`: its best speed over plain, and tokens for it.
 
         Rounds that cost more than `limit` plain steps, or more than patience allows, are left out: (0, 0) if all are.
         """
         ratio, limit = self._ratio(draft.kind), min(limit, 1 + self._patience)
         best, reached, tokens = (0.0, 0), 1.0, 1.0
-        for count, steps in enumerate(self._steps(draft, lanes)[:most], 1):
+        for count, steps in enumerate(self._steps(draft, slots)[:most], 1):
             reached *= chance
             tokens += reached
             steps *= ratio
@@ -165,51 +165,51 @@ class CostAwareDraft(DraftPolicy):
                 best = tokens / steps, count
         return best
 
-    def _steps(self, draft: Draft, lanes: int) -> list[float]:
+    def _steps(self, draft: Draft, slots: int) -> list[float]:
         """The cost of a round with 1, 2, ... num_speculations tokens in plain steps, as the table of costs has it."""
-        if (draft, lanes) not in self._tables:
-            rounds = [self._costs.round(DraftPlan(draft, 1 + d), lanes) for d in range(self.num_speculations)]
-            self._tables[draft, lanes] = [seconds / self._costs.plain(lanes) for seconds in rounds]
-        return self._tables[draft, lanes]
+        if (draft, slots) not in self._tables:
+            rounds = [self._costs.round(DraftPlan(draft, 1 + d), slots) for d in range(self.num_speculations)]
+            self._tables[draft, slots] = [seconds / self._costs.plain(slots) for seconds in rounds]
+        return self._tables[draft, slots]
 
     def _ratio(self, kind: str) -> float:
         """By how much rounds of this kind exceed their predicted cost, compared with plain rounds."""
         return self._ratios.get(kind, self._ratios["plain"]) / self._ratios["plain"]
 
     def learn(self, plan: DraftPlan, drafted: int, accepted: list[int], seconds: float | None = None) -> None:
-        lanes = len(accepted)
+        slots = len(accepted)
         self._plain_rounds += not drafted
         if drafted:
             self._resting = 0
             self._learn_drafted(plan.draft, drafted, accepted, seconds)
-        elif lanes != self._resting:
-            self._learn_plain([None if self._has_just_drafted else seconds], lanes)
-            self._resting, self._rested = lanes if self._under_way.in_vain else 0, []
+        elif slots != self._resting:
+            self._learn_plain([None if self._has_just_drafted else seconds], slots)
+            self._resting, self._rested = slots if self._under_way.in_vain else 0, []
         else:
             self._rested.append(seconds)
             if len(self._rested) == self.REST:
-                self._learn_plain(self._rested, lanes)
+                self._learn_plain(self._rested, slots)
                 self._resting = 0
         self._has_just_drafted = drafted > 0
 
-    def _learn_plain(self, seconds: list[float | None], lanes: int) -> None:
+    def _learn_plain(self, seconds: list[float | None], slots: int) -> None:
         """From rounds that drafted nothing, and what each took."""
         self._fade(len(seconds))
         self._spend(len(seconds), len(seconds))
         if timed := [each for each in seconds if each is not None]:
-            self._correct("plain", mean(timed) / self._costs.plain(lanes), len(timed))
+            self._correct("plain", mean(timed) / self._costs.plain(slots), len(timed))
 
     def _learn_drafted(self, draft: Draft, drafted: int, accepted: list[int], seconds: float | None) -> None:
         self._fade(1)
-        record, lanes = self._records[draft], len(accepted)
+        record, slots = self._records[draft], len(accepted)
         refused = sum(count < drafted for count in accepted)
         record.add(sum(accepted), refused, kept=(1 - 1 / self.memory) ** (sum(accepted) + refused))
         record.rounds[drafted] += 1
         self._learn_by_margin(draft, accepted)
-        steps = self._steps(draft, lanes)[drafted - 1]
-        self._spend(self._taken(draft.kind, steps, lanes, seconds), 1 + sum(accepted) / lanes)
+        steps = self._steps(draft, slots)[drafted - 1]
+        self._spend(self._taken(draft.kind, steps, slots, seconds), 1 + sum(accepted) / slots)
         if seconds is not None:
-            self._correct(draft.kind, seconds / (steps * self._costs.plain(lanes)), 1)
+            self._correct(draft.kind, seconds / (steps * self._costs.plain(slots)), 1)
 
     def _fade(self, rounds: int) -> None:
         """So that a draft that is not in use becomes worth another try."""
@@ -217,11 +217,11 @@ class CostAwareDraft(DraftPolicy):
             record.add(0, 0, kept=(1 - 1 / (self.FADING * self.memory)) ** rounds)
 
     def _learn_by_margin(self, draft: Draft, accepted: list[int]) -> None:
-        for lane, count in enumerate(accepted):
+        for slot, count in enumerate(accepted):
             for index, margins in enumerate(self._under_way.seen[: count + 1]):
-                self._by_margin[draft].add(margins[lane], index < count, kept=1 - 1 / self.memory)
+                self._by_margin[draft].add(margins[slot], index < count, kept=1 - 1 / self.memory)
 
-    def _taken(self, kind: str, steps: float, lanes: int, seconds: float | None) -> float:
+    def _taken(self, kind: str, steps: float, slots: int, seconds: float | None) -> float:
         """Plain steps that a drafting round took: measured where it was timed, for what it lost is lost.
 
         Within a factor of two of what was expected: a hiccup of the machine is not the draft's.
@@ -229,11 +229,11 @@ class CostAwareDraft(DraftPolicy):
         expected = steps * self._ratio(kind)
         if seconds is None:
             return expected
-        measured = seconds / (self._costs.plain(lanes) * self._ratios["plain"])
+        measured = seconds / (self._costs.plain(slots) * self._ratios["plain"])
         return min(max(measured, expected / 2), expected * 2)
 
     def _spend(self, steps: float, tokens: float) -> None:
-        """Books a round that cost so many plain steps and brought so many tokens to each lane."""
+        """Books a round that cost so many plain steps and brought so many tokens to each slot."""
         self._patience = min(self.SAVINGS, self._patience + (1 + self.budget) * tokens - steps)
         lost = steps - tokens / self._under_way.speed if self._under_way.is_try else 0.0
         self._curiosity = min(self.SAVINGS, self._curiosity + self.budget * steps - lost)

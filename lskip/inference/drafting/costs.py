@@ -15,7 +15,7 @@ from lskip.inference.drafting.draft import Draft, DraftPlan
 from lskip.utils.checks import check_whole
 
 if TYPE_CHECKING:
-    from lskip.inference.runners.base import Step
+    from lskip.inference.runners.base import ModelRunner
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 LEAVES_STATES = ("layers", "adapter")  # drafts after which verification goes on from the exit
@@ -80,7 +80,7 @@ class RowCosts:
 class Costs:
     """Seconds of a round by the cost model, from bare calls of blocks and head.
 
-    A round that drafts d tokens for B lanes costs, with E blocks drafting,
+    A round that drafts d tokens for B slots costs, with E blocks drafting,
     d c(E, B) + b(E, B) + V_E(B (d + 1)) for a draft of kind "layers",
     d c'(E, B) + V_0(B (d + 1)) for "weights" (c' with the draft weights), and V_0(B (d + 1)) for "ngram", where
     c(E, n) = E block(n) + head(n), b(E, n) = E block(n) and V_E(n) = (L - E) block(n) + head(n).
@@ -103,8 +103,8 @@ class Costs:
     adapter: RowCosts | None = None
     adapter_blocks: int = 0
 
-    def draft_step(self, draft: Draft, lanes: int) -> float:
-        """Drafting one token in each lane.
+    def seconds_per_draft(self, draft: Draft, slots: int) -> float:
+        """Drafting one token in each slot.
 
         Raises:
             ValueError: the draft has weights of its own, whose times were not measured.
@@ -114,22 +114,22 @@ class Costs:
         if draft.kind == "adapter":
             if self.adapter is None:
                 raise ValueError("costs: hold no times for an exit adapter; measure them with the adapter loaded")
-            blocks = self.adapter_blocks * self.adapter.block_seconds(lanes)
-            return self.lower(draft, lanes) + blocks + self.adapter.head_seconds(lanes)
+            blocks = self.adapter_blocks * self.adapter.block_seconds(slots)
+            return self.lower(draft, slots) + blocks + self.adapter.head_seconds(slots)
         times = self.draft if draft.kind == "weights" else self.model
         if times is None:
             raise ValueError("costs: hold no times for draft weights; measure them with the draft weights loaded")
-        return draft.exit_layer * times.block_seconds(lanes) + times.head_seconds(lanes)
+        return draft.exit_layer * times.block_seconds(slots) + times.head_seconds(slots)
 
-    def lower(self, draft: Draft, lanes: int) -> float:
-        """The drafting blocks over each lane's last drafted token, where verification needs their states."""
-        return draft.exit_layer * self.model.block_seconds(lanes) if draft.kind in LEAVES_STATES else 0.0
+    def lower(self, draft: Draft, slots: int) -> float:
+        """The drafting blocks over each slot's last drafted token, where verification needs their states."""
+        return draft.exit_layer * self.model.block_seconds(slots) if draft.kind in LEAVES_STATES else 0.0
 
-    def take_along(self, draft: Draft, count: int, lanes: int) -> float:
+    def take_along(self, draft: Draft, count: int, slots: int) -> float:
         """What an adapter's first token pays for the rows that the round before has kept, of `count` drafted."""
         if draft.kind != "adapter":
             return 0.0
-        more = self.adapter.block_seconds(lanes * (count + 2)) - self.adapter.block_seconds(lanes)
+        more = self.adapter.block_seconds(slots * (count + 2)) - self.adapter.block_seconds(slots)
         return self.adapter_blocks * more
 
     def verify(self, draft: Draft | None, rows: int) -> float:
@@ -138,21 +138,21 @@ class Costs:
         left = (self.num_layers - done) * self.model.block_seconds(rows)
         return left + self.model.head_seconds(rows)
 
-    def round(self, plan: DraftPlan, lanes: int) -> float:
-        """A whole round of `lanes` lanes."""
+    def round(self, plan: DraftPlan, slots: int) -> float:
+        """A whole round of `slots` slots."""
         draft, count = plan
         if draft is None or count == 0:
-            return self.plain(lanes)
-        drafting = count * self.draft_step(draft, lanes) + self.take_along(draft, count, lanes)
-        return drafting + self.lower(draft, lanes) + self.verify(draft, lanes * (count + 1))
+            return self.plain(slots)
+        drafting = count * self.seconds_per_draft(draft, slots) + self.take_along(draft, count, slots)
+        return drafting + self.lower(draft, slots) + self.verify(draft, slots * (count + 1))
 
-    def plain(self, lanes: int) -> float:
+    def plain(self, slots: int) -> float:
         """A round that drafts nothing: one full step."""
-        return self.verify(None, lanes)
+        return self.verify(None, slots)
 
-    def ideal_speedup(self, plan: DraftPlan, lanes: int, tokens_per_round: float) -> float:
-        """Over plain decoding, for rounds that bring `tokens_per_round` tokens to each lane and cost what they must."""
-        return tokens_per_round * self.plain(lanes) / self.round(plan, lanes)
+    def ideal_speedup(self, plan: DraftPlan, slots: int, tokens_per_round: float) -> float:
+        """Over plain decoding, for rounds that bring `tokens_per_round` tokens to each slot and cost what they must."""
+        return tokens_per_round * self.plain(slots) / self.round(plan, slots)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
@@ -195,7 +195,10 @@ def fields_of(saved: Any, name: str, expected: tuple[str, ...]) -> dict[str, Any
 
 @torch.inference_mode()
 def measure_costs(
-    step: Step, draft_step: Step | None = None, seconds: float = 4.0, adapter_step: Step | None = None
+    runner: ModelRunner,
+    draft_runner: ModelRunner | None = None,
+    seconds: float = 4.0,
+    adapter_runner: ModelRunner | None = None,
 ) -> Costs:
     """Times blocks and heads of all steps over growing numbers of rows, in about `seconds` or less.
 
@@ -203,8 +206,8 @@ def measure_costs(
     meets all alike. On a slow model the larger numbers of rows are left out.
     """
     begin = perf_counter()
-    steps = {"model": step, "draft": draft_step, "adapter": adapter_step}
-    timers = {name: Timer(each) for name, each in steps.items() if each is not None}
+    by_name = {"model": runner, "draft": draft_runner, "adapter": adapter_runner}
+    timers = {name: Timer(each) for name, each in by_name.items() if each is not None}
     for timer in timers.values():
         timer.choose_rows(seconds / 3 / len(timers))
     for _ in range(REPEATS):
@@ -215,20 +218,20 @@ def measure_costs(
         if now - begin + (now - round_begin) > seconds:
             break
     times = {name: timer.medians() for name, timer in timers.items()}
-    return Costs(step.num_layers, **times, adapter_blocks=blocks_of(adapter_step))
+    return Costs(runner.num_layers, **times, adapter_blocks=blocks_of(adapter_runner))
 
 
-def blocks_of(step: Step | None) -> int:
+def blocks_of(runner: ModelRunner | None) -> int:
     """0 where there is none."""
-    return 0 if step is None else step.num_layers
+    return 0 if runner is None else runner.num_layers
 
 
 class Timer:
-    """Times bare passes of one step in a cache of their own, one lane long."""
+    """Times bare passes of one runner in a cache of their own, one slot long."""
 
-    def __init__(self, step: Step):
-        self.step = step
-        self.cache = step.new_cache(1, CONTEXT + ROWS[-1])
+    def __init__(self, runner: ModelRunner):
+        self.runner = runner
+        self.cache = runner.new_cache(1, CONTEXT + ROWS[-1])
         self.samples: dict[int, list[tuple[float, float]]] = {}
 
     def choose_rows(self, seconds: float) -> None:
@@ -249,23 +252,23 @@ class Timer:
             samples.append(self.time(rows))
 
     def time(self, rows: int) -> tuple[float, float]:
-        """Seconds of all blocks, and of the head, over `rows` rows of one lane."""
-        step = self.step
-        x = step.embed(torch.zeros(1, rows, dtype=torch.long, device=step.device), [0])
+        """Seconds of all blocks, and of the head, over `rows` rows of one slot."""
+        runner = self.runner
+        x = runner.embed(torch.zeros(1, rows, dtype=torch.long, device=runner.device), [0])
         begin = self._now()
-        step.run(x, self.cache, [CONTEXT], 0, step.num_layers)
+        runner.run(x, self.cache, [CONTEXT], 0, runner.num_layers)
         middle = self._now()
         # Not of what the blocks made: behind an empty cache that is like no text, and all tokens about as likely.
-        if step.likeliest(x) is None:
-            step.decode(x).argmax(-1)  # which `likeliest` has done
+        if runner.argmax(x) is None:
+            runner.decode(x).argmax(-1)  # which `argmax` has done
         return middle - begin, self._now() - middle
 
     def medians(self) -> RowCosts:
         """Of all samples so far."""
         runs, heads = zip(*(map(median, zip(*samples, strict=True)) for samples in self.samples.values()), strict=True)
-        return RowCosts(tuple(self.samples), tuple(run / self.step.num_layers for run in runs), heads)
+        return RowCosts(tuple(self.samples), tuple(run / self.runner.num_layers for run in runs), heads)
 
     def _now(self) -> float:
-        if self.step.device.type != "cpu":
-            torch.accelerator.synchronize(self.step.device)  # the device works on after a call has returned
+        if self.runner.device.type != "cpu":
+            torch.accelerator.synchronize(self.runner.device)  # the device works on after a call has returned
         return perf_counter()

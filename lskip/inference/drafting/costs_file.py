@@ -12,18 +12,20 @@ from lskip.utils.untrusted import parse_json, read_text
 from lskip.utils.user_errors import one_line
 
 if TYPE_CHECKING:
-    from lskip.inference.runners.base import Step
+    from lskip.inference.runners.base import ModelRunner
 
 
-def keep_costs(path: Path, step: Step, draft_step: Step | None = None, adapter_step: Step | None = None) -> Costs:
+def keep_costs(
+    path: Path, runner: ModelRunner, draft_runner: ModelRunner | None = None, adapter_runner: ModelRunner | None = None
+) -> Costs:
     """The costs in a JSON file, for the same model on the same machine; measured and written where there is none.
 
     Raises:
         ValueError: a file that holds something else, or costs of another model or device.
     """
-    here = step.device.type
+    here = runner.device.type
     if not path.exists():
-        costs = measure_costs(step, draft_step, adapter_step=adapter_step)
+        costs = measure_costs(runner, draft_runner, adapter_runner=adapter_runner)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"device": here, "costs": costs.to_dict()})
@@ -34,7 +36,7 @@ def keep_costs(path: Path, step: Step, draft_step: Step | None = None, adapter_s
     if device != here:
         raise ValueError(f"costs_file: '{path}' was measured on {device!r}, not on {here!r}; name another")
     held = costs.num_layers, costs.draft is None, costs.adapter_blocks
-    if held != (step.num_layers, draft_step is None, blocks_of(adapter_step)):
+    if held != (runner.num_layers, draft_runner is None, blocks_of(adapter_runner)):
         parts = "another model, of other draft_weights or of another exit_adapter"
         raise ValueError(f"costs_file: '{path}' is of {parts}; name another file")
     return costs

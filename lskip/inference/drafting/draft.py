@@ -18,7 +18,7 @@ class Draft(NamedTuple):
 
 
 class DraftPlan(NamedTuple):
-    """What a round drafts: `num_speculations` tokens in each lane, from `draft`."""
+    """What a round drafts: `num_speculations` tokens in each slot, from `draft`."""
 
     draft: Draft | None
     num_speculations: int

@@ -8,7 +8,7 @@ from lskip.utils.checks import check_whole
 
 
 class NgramIndex:
-    """The text of one lane, and where each of its n-grams was last followed by a token.
+    """The text of one slot, and where each of its n-grams was last followed by a token.
 
     One dictionary entry a token and n: pushing costs the same however long the text is.
     """

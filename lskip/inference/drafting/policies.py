@@ -53,16 +53,16 @@ class DraftPolicy(ABC):
         Args:
             drafts: what there is to choose from; the first is what the user named.
             costs: measures the model where that has not been done: call it only if they matter.
-            num_speculations: tokens that a round may draft in each lane at most.
+            num_speculations: tokens that a round may draft in each slot at most.
         """
         self.drafts, self.num_speculations = tuple(drafts), num_speculations
 
     @abstractmethod
-    def plan(self, lanes: int, most: int, without: frozenset[Draft] = frozenset()) -> DraftPlan:
+    def plan(self, slots: int, most: int, without: frozenset[Draft] = frozenset()) -> DraftPlan:
         """What the next round drafts. It changes nothing, so that it may be asked again for the same round.
 
         Args:
-            lanes: texts decoded together, all of which draft the same number of tokens.
+            slots: texts decoded together, all of which draft the same number of tokens.
             most: a bound on num_speculations for this round.
             without: drafts that have nothing to offer in this round: n-grams that do not occur in the text.
         """
@@ -73,7 +73,7 @@ class DraftPolicy(ABC):
         """Whether to draft another token; asked after each drafted token but the plan's last.
 
         Args:
-            probabilities: makes, by lane, the draft's of the token it has just drafted; to call it is to wait for the
+            probabilities: makes, by slot, the draft's of the token it has just drafted; to call it is to wait for the
                 device.
             margins: likewise, how far that token's logit is above the next one's; None where it would mean to wait
                 for a GPU, or says nothing since tokens are sampled.
@@ -84,8 +84,8 @@ class DraftPolicy(ABC):
         """After each round.
 
         Args:
-            drafted: tokens drafted in each lane, perhaps fewer than planned.
-            accepted: how many of them were accepted, by lane.
+            drafted: tokens drafted in each slot, perhaps fewer than planned.
+            accepted: how many of them were accepted, by slot.
             seconds: what the round took, where it was timed.
         """
         return
@@ -98,7 +98,7 @@ class DraftPolicy(ABC):
 class FixedDraft(DraftPolicy):
     """The draft that the user named, the same number of tokens every round."""
 
-    def plan(self, lanes: int, most: int, without: frozenset[Draft] = frozenset()) -> DraftPlan:
+    def plan(self, slots: int, most: int, without: frozenset[Draft] = frozenset()) -> DraftPlan:
         count = min(most, self.num_speculations)
         if count < 1 or not self.drafts or self.drafts[0] in without:
             return PLAIN
@@ -108,7 +108,7 @@ class FixedDraft(DraftPolicy):
 class ConfidenceDraft(FixedDraft):
     """The draft that the user named, stopped when it gives the token it has just drafted too little probability.
 
-    Of several lanes at least half must be under the threshold. It adapts after each round as in Draft & Verify
+    Of several slots at least half must be under the threshold. It adapts after each round as in Draft & Verify
     (Zhang et al., arXiv 2309.08168; transformers' assistant_confidence_threshold fits a ROC curve instead, where
     scikit-learn is installed). With A the mean of the round's acceptance_rate and the previous A: the threshold
     rises by `step` where A < target, and falls by `step` otherwise, unless the round drafted all it might: then
@@ -143,7 +143,7 @@ class ConfidenceDraft(FixedDraft):
 
 
 class CriterionDraft(FixedDraft):
-    """The draft that the user named, stopped where an exit criterion, in at least half of the lanes, is unsure.
+    """The draft that the user named, stopped where an exit criterion, in at least half of the slots, is unsure.
 
     The same question as in early exit, but here the model verifies, and the text stays its own.
     """

@@ -25,14 +25,14 @@ PartOfCache = tuple[(*get_type_hints(Part).values(),)]  # TorchScript cannot rea
 class BlockFunctions(NamedTuple):
     """Of blocks whose matrices are held in certain forms.
 
-    Rows x are [N, D], of which the first A n count: n in each of A lanes, one after another. `block` holds
+    Rows x are [N, D], of which the first A n count: n in each of A slots, one after another. `block` holds
         (heads: H, KV, head_dim and the scale of scores; the norms' eps; the rows that bits are to be kept for; the
             types of states between the products, and of what the products are given),
         (attention's norm; the MLP's; Qwen3's of queries and keys [H + KV, head_dim]; floor, see `norm`),
         qkv, output, gate_up and down, as their forms hold them.
 
     Attributes:
-        stack: blocks -> ((x, turns, parts, lanes, first) -> x through as many of them from `first` on as there are
+        stack: blocks -> ((x, turns, parts, slots, first) -> x through as many of them from `first` on as there are
             Parts of the cache: x + attention + MLP).
         project: (x, turns, block) -> [A n, H + 2 KV, head_dim], queries and keys normed (Qwen3) and turned.
         finish: (x, attended [A n, H head_dim], block) -> x + attended through `output`, + MLP.
@@ -73,13 +73,13 @@ def block_functions(forms: tuple[Form, Form, Form, Form], without_python: bool) 
         gate, up = gate_up_product(norm(x, mlp_norm, floor, eps).to(inner_dtype), gate_up).chunk(2, -1)
         return plus_down(x, silu(gate, width) * up, down)
 
-    def run(x: Tensor, turns: Tensor, part: PartOfCache, lanes: int, block: Block) -> Tensor:
+    def run(x: Tensor, turns: Tensor, part: PartOfCache, slots: int, block: Block) -> Tensor:
         block = torch.jit.annotate(Block, block)
         target, written, keys, values, mask = part
         queries, _, _, scale = block[0][0]
         qkv = project(x, turns, block)
         write(qkv, target, written)
-        attended = attend(qkv[:, :queries], keys, values, mask, lanes, qkv.size(0) // lanes, scale)
+        attended = attend(qkv[:, :queries], keys, values, mask, slots, qkv.size(0) // slots, scale)
         return finish(x, attended, block)
 
     class AlikeBlocks(nn.Module):
@@ -89,9 +89,9 @@ def block_functions(forms: tuple[Form, Form, Form, Form], without_python: bool) 
             super().__init__()
             self.blocks = blocks
 
-        def forward(self, x: Tensor, turns: Tensor, parts: list[PartOfCache], lanes: int, first: int) -> Tensor:
+        def forward(self, x: Tensor, turns: Tensor, parts: list[PartOfCache], slots: int, first: int) -> Tensor:
             for index, part in enumerate(parts):
-                x = run(x, turns, part, lanes, self.blocks[first + index])
+                x = run(x, turns, part, slots, self.blocks[first + index])
             return x
 
     AlikeBlocks.__annotations__["blocks"] = list[Block]

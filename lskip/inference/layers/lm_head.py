@@ -18,10 +18,10 @@ COPIED_AT_ONCE = 1024  # of the tokens left: larger copies, each of its own size
 SLACK = 1.001  # on bounds that hold for real numbers, for arithmetic in float32
 
 
-Bar = Callable[[Tensor], None]  # is given logits [A, n, V] and makes -inf of what may not be chosen
+Ban = Callable[[Tensor], None]  # is given logits [A, n, V] and makes -inf of what may not be chosen
 
 
-class Likeliest(NamedTuple):
+class Argmax(NamedTuple):
     """What was found without all logits.
 
     Attributes:
@@ -62,8 +62,8 @@ class ScreenedHead:
         """Normed states [N, D] -> logits [N, V] of the rounded head: a draft's, where tokens are sampled."""
         return self.rounded(self.rotation.turn(x))
 
-    def likeliest(self, x: Tensor, bar: Bar | None = None) -> Likeliest | None:
-        """Of normed states [A, n, D], float32, of what `bar` leaves; the first of equals.
+    def argmax(self, x: Tensor, ban: Ban | None = None) -> Argmax | None:
+        """Of normed states [A, n, D], float32, of what `ban` leaves; the first of equals.
 
         None where too few tokens are out for this to pay, or a number is not finite.
         """
@@ -73,24 +73,24 @@ class ScreenedHead:
         if not bound[0].isfinite():  # nor is any other, and the rounded product refuses such rows
             return None
         screen = self.rounded(turned)
-        if bar is not None:
-            bar(screen.view(*x.shape[:-1], -1))
+        if ban is not None:
+            ban(screen.view(*x.shape[:-1], -1))
         lowest = (screen - bound).amax(1, keepdim=True)
         ids = (screen + bound >= lowest).any(0).nonzero()[:, 0]
         if len(ids) > MOST_LEFT * len(self.weight):
             return None
         copies = (self.weight.index_select(0, some).to(rows.dtype) for some in ids.split(COPIED_AT_ONCE))
         logits = torch.cat([rows @ copy.T for copy in copies], 1)
-        if bar is not None:
+        if ban is not None:
             logits.masked_fill_(screen.index_select(1, ids) == -torch.inf, -torch.inf)
-        return Likeliest(ids[logits.argmax(1)].view(x.shape[:-1]), logits.view(*x.shape[:-1], -1))
+        return Argmax(ids[logits.argmax(1)].view(x.shape[:-1]), logits.view(*x.shape[:-1], -1))
 
     def bound(self, x: Tensor) -> Tensor:
         """[V]: how far a token's rounded logits of turned x [N, D] may be off, in any row."""
         # FBGEMM rounds to a grid of 255 steps over the range of all rows, in which 0 is and has a place.
         low, high = torch.aminmax(x)
-        step = (high.clamp(min=0) - low.clamp(max=0)) / 255
-        rounding = (x - (x / step).round() * step).norm(dim=1).max()
+        runner = (high.clamp(min=0) - low.clamp(max=0)) / 255
+        rounding = (x - (x / runner).round() * runner).norm(dim=1).max()
         return torch.addcmul(self.size * rounding, self.error, x.norm(dim=1).max())
 
     @property

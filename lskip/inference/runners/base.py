@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from lskip.inference.layers.kv_cache import KVCache
-from lskip.inference.layers.lm_head import Bar, Likeliest
+from lskip.inference.layers.lm_head import Argmax, Ban
 
 
-class Step(Protocol):
-    """How blocks are run: LeanStep or ModuleStep.
+class ModelRunner(Protocol):
+    """How blocks are run: FusedRunner or ModuleRunner.
 
-    States are [A, n, D]: n consecutive positions in each of the cache's first A lanes, those of lane a from
+    States are [A, n, D]: n consecutive positions in each of the cache's first A slots, those of slot a from
     starts[a] on.
     """
 
@@ -22,10 +22,10 @@ class Step(Protocol):
     dtype: torch.dtype
     device: torch.device
 
-    def new_cache(self, lanes: int, slots: int) -> KVCache: ...
+    def new_cache(self, slots: int, cells: int) -> KVCache: ...
     def embed(self, ids: Tensor, starts: list[int]) -> Tensor: ...
     def run(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> Tensor: ...
     def fill(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> None: ...
     def norm(self, x: Tensor) -> Tensor: ...
     def decode(self, x: Tensor) -> Tensor: ...
-    def likeliest(self, x: Tensor, bar: Bar | None = None) -> Likeliest | None: ...  # None: no faster than by logits
+    def argmax(self, x: Tensor, ban: Ban | None = None) -> Argmax | None: ...  # None: no faster than by logits

@@ -1,4 +1,4 @@
-"""The weights of Llama-like blocks as the lean step uses them, made from a model's own."""
+"""The weights of Llama-like blocks as the fused runner uses them, made from a model's own."""
 
 from __future__ import annotations
 
@@ -86,13 +86,13 @@ class Stack:
             self._runs.append((first, first + len(held), functions.stack(held)))
             first += len(held)
 
-    def __call__(self, x: Tensor, turns: Tensor, parts: list[Part], lanes: int, first: int) -> Tensor:
+    def __call__(self, x: Tensor, turns: Tensor, parts: list[Part], slots: int, first: int) -> Tensor:
         """x [N, D] through as many blocks from `first` on as there are `parts`, their own of the cache."""
         last = first + len(parts)
         for begin, end, run in self._runs:
             low, high = max(first, begin), min(last, end)
             if low < high:
-                x = run(x, turns, parts[low - first : high - first], lanes, low - begin)
+                x = run(x, turns, parts[low - first : high - first], slots, low - begin)
         return x
 
 
@@ -138,7 +138,7 @@ def fuse(form: Form, parts: tuple[nn.Linear, ...], orders: tuple[Tensor | None, 
 
 
 def obstacle(decoder: Decoder) -> str | None:
-    """Why the lean step cannot stand in for this model's own blocks; None when it can."""
+    """Why the fused runner cannot stand in for this model's own blocks; None when it can."""
     config, block = decoder.config, decoder.blocks[0]
     if config.model_type not in LEAN_FAMILIES:
         return f"its family is {config.model_type}"
@@ -174,7 +174,7 @@ EXPECTED = {
 
 
 def unexpected_part(layer: nn.Module) -> str | None:
-    """Names a module of a block that the lean step would leave out (an adapter, a quantized linear, a new norm)."""
+    """Names a module of a block that the fused runner would leave out (an adapter, a quantized linear, a new norm)."""
     for name, expected in EXPECTED.items():
         for child, module in layer.get_submodule(name).named_children():
             if child not in expected:

@@ -1,4 +1,4 @@
-"""The fast path: Llama-like blocks on a few rows of some lanes, with as few operations as they allow."""
+"""The fast path: Llama-like blocks on a few rows of some slots, with as few operations as they allow."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from lskip.inference.layers.attention import AlignedAttention, Attention, Heads,
 from lskip.inference.layers.block_functions import as_written, widen
 from lskip.inference.layers.kv_cache import KVCache
 from lskip.inference.layers.linear import Form, Plain, hold
-from lskip.inference.layers.lm_head import Bar, Likeliest, ScreenedHead
+from lskip.inference.layers.lm_head import Argmax, Ban, ScreenedHead
 from lskip.inference.layers.rolling import RollingAttention, RollingCache, rolls
 from lskip.inference.layers.rotation import AsTheyAre, Rotation, Turned
 from lskip.inference.runners.fused_blocks import Block, Norm, Stack, obstacle
 from lskip.models.decoder import Decoder
 
-COMPILED_ROWS = 16  # a lane's, in a pass that is compiled: drafts and what verifies them
+COMPILED_ROWS = 16  # a slot's, in a pass that is compiled: drafts and what verifies them
 COMPILED_SHAPES = 128
-SMALLEST_COMPILED = 256  # slots of a cache
+SMALLEST_COMPILED = 256  # cells of a cache
 
 
-class LeanStep:
-    """Llama, Mistral, Qwen2 and Qwen3 on states [A, n, D]: n rows in each of A lanes.
+class FusedRunner:
+    """Llama, Mistral, Qwen2 and Qwen3 on states [A, n, D]: n rows in each of A slots.
 
     Q, K and V are one product, gate and up another. Rotary embedding is one complex product, in place, since q
     and k rows were reordered at load from [first half, second half] to interleaved pairs. The residual is added
@@ -53,14 +53,14 @@ class LeanStep:
             release: take each block out of the model as soon as it is converted, so that both never exist in
                 full. The model is of no use afterwards.
             head: what stands in for the model's; None: it is held as the blocks are.
-            width: above 1, a row's bits depend on its own lane and position alone: linears see multiples of this
+            width: above 1, a row's bits depend on its own slot and position alone: linears see multiples of this
                 many rows, attention groups of so many (AlignedAttention).
             compiled: run the blocks through torch.compile, once for every number of rows and of blocks; passes of
-                more than COMPILED_ROWS rows a lane, as prompts have, run as they are.
+                more than COMPILED_ROWS rows a slot, as prompts have, run as they are.
             screen: finds likeliest tokens without logits; None: nothing does.
         """
         if (reason := obstacle(decoder)) is not None:
-            raise ValueError(f"model: the lean step does not cover it ({reason})")
+            raise ValueError(f"model: the fused runner does not cover it ({reason})")
         layers = decoder.blocks
         self.form, self.width, self.compiled = form, width, compiled
         self.num_layers, self.hidden_size = decoder.num_layers, decoder.hidden_size
@@ -95,17 +95,17 @@ class LeanStep:
                 layers[index] = nn.Identity()
         self.stack = Stack(self.blocks)
 
-    def new_cache(self, lanes: int, slots: int) -> KVCache:
-        """A cache for texts of up to `slots` positions.
+    def new_cache(self, slots: int, cells: int) -> KVCache:
+        """A cache for texts of up to `cells` positions.
 
-        Aligned attention and torch.compile want a slot to stand for one position: there it is never a RollingCache.
+        Aligned attention and torch.compile want a cell to stand for one position: there it is never a RollingCache.
         """
-        slots = -(-slots // self.width) * self.width  # groups of aligned attention are whole
+        cells = -(-cells // self.width) * self.width  # groups of aligned attention are whole
         if self.compiled:  # few sizes, since each is compiled anew
-            slots = max(SMALLEST_COMPILED, 1 << (slots - 1).bit_length())
-        shape = lanes, slots, self.heads.keys, self.heads.size, self.dtype, self.device
+            cells = max(SMALLEST_COMPILED, 1 << (cells - 1).bit_length())
+        shape = slots, cells, self.heads.keys, self.heads.size, self.dtype, self.device
         windows = [block.window for block in self.blocks]
-        if self.width == 1 and not self.compiled and rolls(windows, slots):
+        if self.width == 1 and not self.compiled and rolls(windows, cells):
             return RollingCache.of_zeros(windows, *shape)
         return KVCache.of_zeros(self.num_layers, *shape)
 
@@ -134,14 +134,14 @@ class LeanStep:
         logits = self.head(self.final_norm(self._widen(flat)).to(self.inner_dtype))
         return logits[: len(flat)].view(*x.shape[:-1], -1).to(self.dtype)
 
-    def likeliest(self, x: Tensor, bar: Bar | None = None) -> Likeliest | None:
-        """Of exit states [A, n, D], of what `bar` leaves; None: by `decode` it is as fast."""
-        return None if self.screen is None else self.screen.likeliest(self.final_norm(x), bar)
+    def argmax(self, x: Tensor, ban: Ban | None = None) -> Argmax | None:
+        """Of exit states [A, n, D], of what `ban` leaves; None: by `decode` it is as fast."""
+        return None if self.screen is None else self.screen.argmax(self.final_norm(x), ban)
 
     def run(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> Tensor:
-        """Blocks `first` … `last`-1 on states x [A, n, D] of the cache's first A lanes.
+        """Blocks `first` … `last`-1 on states x [A, n, D] of the cache's first A slots.
 
-        Lane a's rows stand at positions starts[a] … starts[a]+n-1; their keys and values are written there, and they
+        Slot a's rows stand at positions starts[a] … starts[a]+n-1; their keys and values are written there, and they
         see what the cache holds before them.
         """
         if first == last:
@@ -185,7 +185,7 @@ class LeanStep:
 
     def _places(self, x: Tensor, cache: KVCache, starts: list[int]) -> tuple[Span, Tensor]:
         turns = self.rotary.turns(starts, x.shape[1])
-        span = self._attention_over(cache.states).span(starts, x.shape[1], cache.slots)
+        span = self._attention_over(cache.states).span(starts, x.shape[1], cache.cells)
         return span, torch.view_as_real(turns) if self.compiled else turns
 
     def _rows(self, x: Tensor) -> Tensor:

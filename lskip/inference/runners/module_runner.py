@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lskip.inference.layers.attention import positions
 from lskip.inference.layers.kv_cache import KVCache
-from lskip.inference.layers.lm_head import Bar
+from lskip.inference.layers.lm_head import Ban
 from lskip.inference.layers.rolling import RollingCache, held_positions, rolls
 from lskip.models.decoder import Decoder
 
@@ -18,20 +18,20 @@ class CacheView:
     def __init__(self, cache: KVCache, starts: list[int], places: Tensor):
         """places: [A, n], those positions."""
         self.cache, self.stop, self.places, self.updates = cache, max(starts) + places.shape[1], places, 0
-        self.lanes = torch.arange(len(starts), device=places.device)[:, None]
+        self.slots = torch.arange(len(starts), device=places.device)[:, None]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Keys and values [A, KV, n, head_dim] of the rows -> those of all slots, [A, KV, K, head_dim]."""
+        """Keys and values [A, KV, n, head_dim] of the rows -> those of all cells, [A, KV, K, head_dim]."""
         states = self.cache.states[layer_idx]
-        slots = states.shape[3]
-        # Only in a RollingCache may a block have fewer slots than a text has positions.
-        states[self.lanes, :, :, self.places % slots] = torch.stack([keys, values], 1).permute(0, 3, 1, 2, 4)
+        cells = states.shape[3]
+        # Only in a RollingCache may a block have fewer cells than a text has positions.
+        states[self.slots, :, :, self.places % cells] = torch.stack([keys, values], 1).permute(0, 3, 1, 2, 4)
         self.updates += 1
-        return states[: len(self.lanes), :, :, : min(self.stop, slots)].unbind(1)
+        return states[: len(self.slots), :, :, : min(self.stop, cells)].unbind(1)
 
 
-class ModuleStep:
-    """The same interface as LeanStep, for what that does not cover: the model's own modules do the work."""
+class ModuleRunner:
+    """The same interface as FusedRunner, for what that does not cover: the model's own modules do the work."""
 
     def __init__(self, decoder: Decoder):
         self.decoder = decoder
@@ -41,11 +41,11 @@ class ModuleStep:
         self.kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
-    def new_cache(self, lanes: int, slots: int) -> KVCache:
-        """A cache for texts of up to `slots` positions."""
-        shape = lanes, slots, self.kv_heads, self.head_dim, self.dtype, self.device
+    def new_cache(self, slots: int, cells: int) -> KVCache:
+        """A cache for texts of up to `cells` positions."""
+        shape = slots, cells, self.kv_heads, self.head_dim, self.dtype, self.device
         windows = [self.decoder.window(index) for index in range(self.num_layers)]
-        if rolls(windows, slots):
+        if rolls(windows, cells):
             return RollingCache.of_zeros(windows, *shape)
         return KVCache.of_zeros(self.num_layers, *shape)
 
@@ -60,7 +60,7 @@ class ModuleStep:
         }
 
     def embed(self, ids: Tensor, starts: list[int] | None = None) -> Tensor:
-        """[A, n] token ids -> [A, n, D]; those of lane a stand from starts[a] on, from 0 on where it is None."""
+        """[A, n] token ids -> [A, n, D]; those of slot a stand from starts[a] on, from 0 on where it is None."""
         places = None if starts is None else positions(starts, ids.shape[1], ids.device)
         return self.decoder.embed(ids, places)
 
@@ -72,11 +72,11 @@ class ModuleStep:
         """Exit states [..., D] -> logits [..., V]: final norm and head."""
         return self.decoder.decode(x)
 
-    def likeliest(self, x: Tensor, bar: Bar | None = None) -> None:
+    def argmax(self, x: Tensor, ban: Ban | None = None) -> None:
         """It has nothing faster than `decode`."""
 
     def run(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> Tensor:
-        """Blocks `first` … `last`-1 on states x [A, n, D] of the cache's first A lanes, as LeanStep.run."""
+        """Blocks `first` … `last`-1 on states x [A, n, D] of the cache's first A slots, as FusedRunner.run."""
         rows = x.shape[1]
         places = positions(starts, rows, x.device)
         view = CacheView(cache, starts, places)
@@ -88,11 +88,11 @@ class ModuleStep:
         return x
 
     def _held(self, cache: KVCache, starts: list[int], rows: int) -> dict[int | None, Tensor]:
-        """By window: the position that each slot holds."""
-        slots = {self.decoder.window(index): cache.states[index].shape[3] for index in range(self.num_layers)}
-        return {window: held_positions(starts, rows, size, self.device) for window, size in slots.items()}
+        """By window: the position that each cell holds."""
+        cells = {self.decoder.window(index): cache.states[index].shape[3] for index in range(self.num_layers)}
+        return {window: held_positions(starts, rows, size, self.device) for window, size in cells.items()}
 
     def fill(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> None:
-        """Writes the keys and values that blocks `first` … `last`-1 make of x [A, n, D], as LeanStep.fill."""
+        """Writes the keys and values that blocks `first` … `last`-1 make of x [A, n, D], as FusedRunner.fill."""
         for index in range(first, last):  # each from the exit's state, so one at a time
             self.run(x, cache, starts, index, index + 1)

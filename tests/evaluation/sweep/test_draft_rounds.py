@@ -48,7 +48,7 @@ def test_predictions_are_those_of_hidden_states_through_norm_and_head(model, gen
         exits = [model.lm_head(model.model.norm(state)) for state in states[1:-1]]  # the last one is normed already
         exits.append(model(ids).logits)
     slow = torch.stack([logits[0, len(prompt) - 1 : -1].argmax(-1) for logits in exits])
-    found = exit_predictions(generator.step, text, generator.vocab_size)
+    found = exit_predictions(generator.runner, text, generator.vocab_size)
     assert found.shape == (4, NEW_TOKENS)
     assert torch.equal(found, slow)
     assert found[-1].tolist() == text.answer
@@ -58,9 +58,9 @@ def test_a_piece_stands_where_it_stands(monkeypatch):
     """GPT-2 learns an embedding of positions: a later piece must not be embedded as if it began the text."""
     generator = TextGenerator(make_model("gpt2", num_key_value_heads=4))
     text = OwnText(PROMPTS[1], list(range(60, 60 + NEW_TOKENS)), NEW_TOKENS)
-    whole = exit_predictions(generator.step, text, generator.vocab_size)
+    whole = exit_predictions(generator.runner, text, generator.vocab_size)
     monkeypatch.setattr("lskip.evaluation.sweep.draft_rounds.PREFILL_ROWS", 7)
-    assert torch.equal(exit_predictions(generator.step, text, generator.vocab_size), whole)
+    assert torch.equal(exit_predictions(generator.runner, text, generator.vocab_size), whole)
 
 
 @pytest.mark.parametrize("exit_layer", [2, 3])
@@ -68,7 +68,9 @@ def test_a_piece_stands_where_it_stands(monkeypatch):
 def test_rounds_of_an_exit_are_those_that_decoding_makes(generator, exit_layer, num_speculations):
     for prompt in PROMPTS:
         text = own_text(generator, prompt)
-        hits = exit_predictions(generator.step, text, generator.vocab_size)[exit_layer - 1] == torch.tensor(text.answer)
+        hits = exit_predictions(generator.runner, text, generator.vocab_size)[exit_layer - 1] == torch.tensor(
+            text.answer
+        )
         rounds = rounds_of_exit(text, hits.tolist(), num_speculations)
         drafts = {"exit_layer": exit_layer, "num_speculations": num_speculations, "draft": "layers"}
         decoded = generator.generate(prompt, max_new_tokens=NEW_TOKENS, **drafts)

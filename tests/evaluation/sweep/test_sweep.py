@@ -188,8 +188,8 @@ def test_one_model_that_drafts_is_held_at_a_time(place):
     assert generators.drafting(Cell("ngram", None, 1)) is generators.plain
     if torch.backends.mkldnn.is_available():
         rounded = generators.drafting(Cell("int8", None, 1))
-        assert rounded.draft_step is not None and rounded is generators.drafting(Cell("int8", 2, 3))
-        assert generators.drafting(Cell("layers", 2, 1)).draft_step is None
+        assert rounded.draft_runner is not None and rounded is generators.drafting(Cell("int8", 2, 3))
+        assert generators.drafting(Cell("layers", 2, 1)).draft_runner is None
 
 
 def record_of(cell: Cell, *speedups: float) -> dict:

@@ -21,7 +21,7 @@ COSTS = Costs(10, RowCosts((1, 64), (1e-3, 1e-3), (2e-3, 2e-3)))
 class Priced:
     """Stands in for a generator of which only the costs are asked."""
 
-    costs, num_layers, adapter_step = COSTS, 10, None
+    costs, num_layers, adapter_runner = COSTS, 10, None
 
 
 def test_a_forecast_by_hand():

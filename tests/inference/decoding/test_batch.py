@@ -52,8 +52,8 @@ def test_indices_name_and_seed_the_prompts(generator):
     assert some[3].seed == 43
 
 
-def test_a_free_lane_is_taken_at_once(generator, monkeypatch):
-    """In every round as many texts run as there are lanes, or texts left; what ends early is given out early."""
+def test_a_free_slot_is_taken_at_once(generator, monkeypatch):
+    """In every round as many texts run as there are slots, or texts left; what ends early is given out early."""
     running = []
     advance = Batch._advance
     monkeypatch.setattr(Batch, "_advance", lambda self: running.append(len(self.texts)) or advance(self))
@@ -62,7 +62,7 @@ def test_a_free_lane_is_taken_at_once(generator, monkeypatch):
     # A text is in a round for each of its tokens but the first, which the prompt's pass brings.
     assert sum(running) == sum(length - 1 for length in lengths.values())
     full = [count == 3 for count in running]
-    assert full == sorted(full, reverse=True)  # once a lane stays free, no text was waiting
+    assert full == sorted(full, reverse=True)  # once a slot stays free, no text was waiting
     first = next(iter(generator.generate_batch(PROMPTS, 3, **settings)))[0]
     assert lengths[first] == min(lengths[i] for i in range(3))
 
@@ -89,11 +89,11 @@ def test_a_prompt_that_cannot_be_answered_is_named_before_any_work(generator, mo
 def test_the_cache_is_sized_to_the_request(generator):
     settings = generator.settings(max_new_tokens=10)
     made = []
-    new_cache = generator.step.new_cache
-    generator.step.new_cache = lambda lanes, slots: made.append((lanes, slots)) or new_cache(lanes, slots)
+    new_cache = generator.runner.new_cache
+    generator.runner.new_cache = lambda slots, cells: made.append((slots, cells)) or new_cache(slots, cells)
     generator.generate(PROMPTS[0], max_new_tokens=10, exit_layer=2, num_speculations=3)
     list(generator.generate_batch(PROMPTS, 4, max_new_tokens=10, exit_layer=2, num_speculations=3))
-    # The last token of a text is never run; in a batch, lanes near their end draft along with the others.
+    # The last token of a text is never run; in a batch, slots near their end draft along with the others.
     assert made == [(1, 3 + 10 - 1), (4, 30 + 10 - 1 + 3)]
     assert settings.max_new_tokens == 10
 
@@ -110,10 +110,10 @@ def test_memory_counts_every_weight_once(tiny_model):
     assert 0.25 * (parts["blocks"] + parts["embedding"]) < rounded["draft"] < 0.35 * sum(parts.values())
 
 
-def test_lanes_move_when_a_text_leaves(tiny_model):
-    """The cache's part of the engine alone: what lane 2 held is lane 0's, and nothing else has changed."""
+def test_slots_move_when_a_text_leaves(tiny_model):
+    """The cache's part of the engine alone: what slot 2 held is slot 0's, and nothing else has changed."""
     generator = TextGenerator(tiny_model("llama"))
-    cache = generator.step.new_cache(3, 8)
+    cache = generator.runner.new_cache(3, 8)
     cache.states.copy_(torch.randn(cache.states.shape))
     cache.lengths = [3, 8, 5]
     before = cache.states.clone()

@@ -7,7 +7,7 @@ import torch
 
 from lskip.inference import TextGenerator
 from lskip.inference.drafting.policies import FixedDraft
-from lskip.inference.runners.module_runner import ModuleStep
+from lskip.inference.runners.module_runner import ModuleRunner
 from lskip.models.decoder import Decoder
 
 PROMPT = [7, 42, 99, 3, 250, 18, 77]
@@ -22,7 +22,7 @@ def damped(model, exit_layer, factor):
     return model
 
 
-class NeverAccepting(ModuleStep):
+class NeverAccepting(ModuleRunner):
     """A step that ranks tokens the other way round wherever it decodes a state of block 2, the draft's exit."""
 
     def run(self, x, cache, starts, first, last):
@@ -82,7 +82,7 @@ def test_model_never_accepts(tiny_model):
     model = tiny_model("llama")
     generator = TextGenerator(model)
     truth = generator.generate(PROMPT, **FULL).token_ids
-    generator.step = NeverAccepting(Decoder(model))
+    generator.runner = NeverAccepting(Decoder(model))
     ours = generator.generate(PROMPT, exit_layer=2, num_speculations=3, **FULL)
     assert ours.token_ids == truth
     assert (ours.acceptance_rate, ours.rounds, ours.tokens_per_round) == (0.0, 40, 1.0)
@@ -159,7 +159,7 @@ def test_nothing_is_computed_twice(tiny_model):
     """Every block sees the prompt once, and in a round the pending token and the draft once."""
     model, exit_layer, num_speculations = tiny_model("llama"), 2, 3
     generator = TextGenerator(model)
-    generator.step = ModuleStep(Decoder(model))
+    generator.runner = ModuleRunner(Decoder(model))
     seen = {block: [] for block in range(4)}
     for block, layer in enumerate(model.model.layers):
         layer.register_forward_pre_hook(
@@ -180,7 +180,7 @@ def test_nothing_is_computed_twice(tiny_model):
 def test_upper_blocks_run_once_a_round(tiny_model):
     model = tiny_model("llama")
     generator = TextGenerator(model)
-    generator.step = ModuleStep(Decoder(model))
+    generator.runner = ModuleRunner(Decoder(model))
     calls = Counter()
     for block, layer in enumerate(model.model.layers):
         layer.register_forward_hook(lambda *_, block=block: calls.update([block]))

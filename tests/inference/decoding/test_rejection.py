@@ -63,17 +63,17 @@ def exact_joint(settings):
     return joint.flatten()
 
 
-def propose(batch, num_drafts):
+def sample(batch, num_drafts):
     """The draft's tokens [B, num_drafts]."""
     drafted = torch.empty(len(batch.choosers), 0, dtype=torch.long)
     for _ in range(num_drafts):
         logits = stacked("draft", batch, drafted, [drafted.shape[1]])
-        drafted = torch.cat([drafted, batch.propose(logits, drafted)[:, None]], 1)
+        drafted = torch.cat([drafted, batch.sample(logits, drafted)[:, None]], 1)
     return drafted
 
 
 def guess(batch, num_drafts):
-    """What an n-gram draft does: tokens from nowhere, of which `propose` hears nothing."""
+    """What an n-gram draft does: tokens from nowhere, of which `sample` hears nothing."""
     return torch.tensor([[(sum(c.text) + i) % VOCAB for i in range(num_drafts)] for c in batch.choosers])
 
 
@@ -87,16 +87,16 @@ def stacked(name, batch, drafted, counts):
     )
 
 
-def joint_counts(settings, draws, lanes=10, draft=propose, num_drafts=2):
+def joint_counts(settings, draws, slots=10, draft=sample, num_drafts=2):
     """How often each triple of first tokens came [125]; and the share of drafted tokens that were accepted."""
     counts, kept, total = torch.zeros(VOCAB**WANTED).double(), 0, 0
-    for seed in range(0, draws, lanes):
-        batch = BatchChooser([TokenChooser(settings, seed + lane, (), PROMPT) for lane in range(lanes)])
+    for seed in range(0, draws, slots):
+        batch = BatchChooser([TokenChooser(settings, seed + slot, (), PROMPT) for slot in range(slots)])
         while min(len(chooser.text) for chooser in batch.choosers) < len(PROMPT) + WANTED:
             drafted = draft(batch, num_drafts)
-            accepted, own = batch.settle(stacked("model", batch, drafted, range(num_drafts + 1)), drafted)
-            for lane, chooser in enumerate(batch.choosers):
-                chooser.text += [*drafted[lane, : accepted[lane]].tolist(), int(own[lane])]
+            accepted, own = batch.verify(stacked("model", batch, drafted, range(num_drafts + 1)), drafted)
+            for slot, chooser in enumerate(batch.choosers):
+                chooser.text += [*drafted[slot, : accepted[slot]].tolist(), int(own[slot])]
             kept, total = kept + int(accepted.sum()), total + drafted.numel()
         for chooser in batch.choosers:
             a, b, c = chooser.text[len(PROMPT) : len(PROMPT) + WANTED]
@@ -115,11 +115,11 @@ def test_the_draft_is_far_from_the_model():
 
 
 CASES = [
-    ("shared_noise", PLAIN, propose, 2),
+    ("shared_noise", PLAIN, sample, 2),
     ("shared_noise", PENALIZED, guess, 2),
-    ("rejection", PLAIN, propose, 1),
-    ("rejection", PLAIN, propose, 2),
-    ("rejection", PENALIZED, propose, 2),
+    ("rejection", PLAIN, sample, 1),
+    ("rejection", PLAIN, sample, 2),
+    ("rejection", PENALIZED, sample, 2),
     ("rejection", PLAIN, guess, 2),
 ]
 
@@ -142,11 +142,11 @@ def test_every_draw_is_fresh():
     draws = []
     for seed in range(300):
         batch = BatchChooser([TokenChooser(settings, seed, (), PROMPT)])
-        first = batch.propose(even, none)
-        second = batch.propose(even, first[:, None])
-        own = BatchChooser(batch.choosers).settle(even, none)[1]
+        first = batch.sample(even, none)
+        second = batch.sample(even, first[:, None])
+        own = BatchChooser(batch.choosers).verify(even, none)[1]
         batch.choosers[0].text.append(0)
-        again = batch.propose(even, none)
+        again = batch.sample(even, none)
         draws.append(torch.cat([first, second, own, again]))
     for one, other in combinations(torch.stack(draws).T, 2):
         assert (one == other).sum() < 25  # 7.5 are expected
@@ -231,7 +231,7 @@ def test_what_the_processors_zero_out_is_never_accepted():
     logits = torch.tensor([[[3.0, 0.0, -1.0]] * 2])
     for seed in range(200):
         chooser = TokenChooser(GenerationSettings(temperature=1.0, top_k=1, acceptance="rejection"), seed, (), PROMPT)
-        accepted, own = BatchChooser([chooser]).settle(logits, torch.tensor([[1]]))
+        accepted, own = BatchChooser([chooser]).verify(logits, torch.tensor([[1]]))
         assert (int(accepted), int(own)) == (0, 0)
 
 
@@ -239,8 +239,8 @@ def test_equal_distributions_accept_everything():
     for seed in range(100):
         chooser = TokenChooser(GenerationSettings(temperature=1.0, acceptance="rejection"), seed, (), PROMPT)
         batch, logits = BatchChooser([chooser]), torch.randn(1, 2, 50)
-        drafted = batch.propose(logits[:, :1], torch.empty(1, 0, dtype=torch.long))[:, None]
-        assert int(batch.settle(logits, drafted)[0]) == 1
+        drafted = batch.sample(logits[:, :1], torch.empty(1, 0, dtype=torch.long))[:, None]
+        assert int(batch.verify(logits, drafted)[0]) == 1
 
 
 @pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.0001}])
@@ -248,21 +248,21 @@ def test_greedy_keeps_the_greedy_prefix(settings):
     logits = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [1.0, 0.9]]])
     for seed in range(20):
         chooser = TokenChooser(GenerationSettings(acceptance="rejection", **settings), seed, (), [0])
-        accepted, own = BatchChooser([chooser]).settle(logits, torch.tensor([[1, 1]]))
+        accepted, own = BatchChooser([chooser]).verify(logits, torch.tensor([[1, 1]]))
         assert (accepted.tolist(), own.tolist()) == ([1], [0])
 
 
 def test_without_drafts_the_text_is_that_of_shared_noise():
-    def texts(acceptance, lanes):
+    def texts(acceptance, slots):
         settings = GenerationSettings(acceptance=acceptance, **PLAIN)
-        return joint_counts(settings, 60, lanes, num_drafts=0)[0].tolist()
+        return joint_counts(settings, 60, slots, num_drafts=0)[0].tolist()
 
     assert texts("rejection", 1) == texts("rejection", 6) == texts("shared_noise", 1)
 
 
 def test_a_seed_fixes_the_text():
-    def counts(lanes):
-        return joint_counts(GenerationSettings(acceptance="rejection", **PLAIN), 60, lanes)[0].tolist()
+    def counts(slots):
+        return joint_counts(GenerationSettings(acceptance="rejection", **PLAIN), 60, slots)[0].tolist()
 
     torch.manual_seed(0)
     first = counts(1)
@@ -271,15 +271,15 @@ def test_a_seed_fixes_the_text():
 
 
 def test_a_draft_that_was_given_up_is_forgotten():
-    def settle(given_up):
+    def verify(given_up):
         chooser = TokenChooser(GenerationSettings(acceptance="rejection", **PLAIN), 5, (), PROMPT)
         batch = BatchChooser([chooser])
         for num_drafts in given_up:
-            propose(batch, num_drafts)
-        drafted = propose(batch, 2)
-        return [part.tolist() for part in batch.settle(stacked("model", batch, drafted, range(3)), drafted)]
+            sample(batch, num_drafts)
+        drafted = sample(batch, 2)
+        return [part.tolist() for part in batch.verify(stacked("model", batch, drafted, range(3)), drafted)]
 
-    assert settle([]) == settle([3, 1])
+    assert verify([]) == verify([3, 1])
 
 
 def test_a_guess_after_a_proposed_round_counts_as_certain():
@@ -289,11 +289,11 @@ def test_a_guess_after_a_proposed_round_counts_as_certain():
         for proposed_before in (True, False):
             batch = BatchChooser([TokenChooser(settings, seed, (), PROMPT)])
             if proposed_before:
-                drafted = propose(batch, 1)
-                batch.settle(stacked("model", batch, drafted, range(2)), drafted)
+                drafted = sample(batch, 1)
+                batch.verify(stacked("model", batch, drafted, range(2)), drafted)
             batch.choosers[0].text.append(2)
             drafted = guess(batch, 1)
             outcomes.append(
-                [part.tolist() for part in batch.settle(stacked("model", batch, drafted, range(2)), drafted)]
+                [part.tolist() for part in batch.verify(stacked("model", batch, drafted, range(2)), drafted)]
             )
         assert outcomes[0] == outcomes[1]

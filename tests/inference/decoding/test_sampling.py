@@ -124,31 +124,31 @@ def test_greedy_with_a_repetition_penalty_equals_generate(tiny_model):
 
 
 def test_agreement_worked_by_hand():
-    """Lanes that keep none, some with a later match by chance, and all."""
+    """Slots that keep none, some with a later match by chance, and all."""
     own = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
     drafted = torch.tensor([[9, 2, 3], [1, 9, 3], [1, 2, 3]])
     logits = torch.nn.functional.one_hot(own, 10).float()
-    for settings in ({}, {"repetition_penalty": 1.0001}):  # all lanes at once, and one by one
-        accepted, tokens = BatchChooser([make_chooser(**settings) for _ in own]).settle(logits, drafted)
+    for settings in ({}, {"repetition_penalty": 1.0001}):  # all slots at once, and one by one
+        accepted, tokens = BatchChooser([make_chooser(**settings) for _ in own]).verify(logits, drafted)
         assert accepted.tolist() == [0, 1, 3]
         assert tokens.tolist() == [1, 2, 4]
-    accepted, tokens = BatchChooser([make_chooser()] * 3).settle(logits[:, :1], drafted[:, :0])
+    accepted, tokens = BatchChooser([make_chooser()] * 3).verify(logits[:, :1], drafted[:, :0])
     assert (accepted.tolist(), tokens.tolist()) == ([0, 0, 0], [1, 1, 1])
 
 
 @pytest.mark.parametrize("acceptance", ["shared_noise", "rejection"])
-def test_a_lane_does_not_depend_on_its_neighbours(acceptance):
+def test_a_slot_does_not_depend_on_its_neighbours(acceptance):
     draft, model = random_logits(4, 2, 1, 12), random_logits(4, 3, 12, seed=1)
 
-    def run(lanes):
-        choosers = [make_chooser(lane, prompt=[1] * lane, acceptance=acceptance, **EVERYTHING) for lane in lanes]
-        batch, drafted = BatchChooser(choosers), torch.empty(len(lanes), 0, dtype=torch.long)
+    def run(slots):
+        choosers = [make_chooser(slot, prompt=[1] * slot, acceptance=acceptance, **EVERYTHING) for slot in slots]
+        batch, drafted = BatchChooser(choosers), torch.empty(len(slots), 0, dtype=torch.long)
         for step in range(2):
-            ids = batch.propose(draft[lanes, step], drafted)
+            ids = batch.sample(draft[slots, step], drafted)
             drafted = torch.cat([drafted, ids[:, None]], 1)
-        return torch.stack([*drafted.T, *batch.settle(model[lanes], drafted)]).T.tolist()
+        return torch.stack([*drafted.T, *batch.verify(model[slots], drafted)]).T.tolist()
 
-    assert run([0, 1, 2, 3]) == [run([lane])[0] for lane in range(4)]
+    assert run([0, 1, 2, 3]) == [run([slot])[0] for slot in range(4)]
     assert run([3, 1]) == [run([3])[0], run([1])[0]]
 
 
@@ -164,15 +164,15 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_greedy_is_one_argmax_whatever_the_number_of_lanes():
+def test_greedy_is_one_argmax_whatever_the_number_of_slots():
     operations = []
-    for lanes in (2, 16):
+    for slots in (2, 16):
         chooser = make_chooser(eos_ids=(0,), prompt=PROMPT, min_new_tokens=2)
         chooser.text += [1, 1]  # end tokens are allowed by now
-        batch = BatchChooser([chooser] * lanes)
+        batch = BatchChooser([chooser] * slots)
         with Operations() as seen:
-            batch.propose(random_logits(lanes, 1, 8), torch.zeros(lanes, 1, dtype=torch.long))
-            batch.settle(random_logits(lanes, 3, 8), torch.zeros(lanes, 2, dtype=torch.long))
+            batch.sample(random_logits(slots, 1, 8), torch.zeros(slots, 1, dtype=torch.long))
+            batch.verify(random_logits(slots, 3, 8), torch.zeros(slots, 2, dtype=torch.long))
         operations.append(seen.names)
     assert operations[0] == operations[1]
     assert operations[0].count("argmax") == 2
@@ -182,15 +182,15 @@ def test_greedy_is_one_argmax_whatever_the_number_of_lanes():
 @pytest.mark.parametrize("drafts", [True, False])
 def test_nothing_waits_for_the_device(settings, drafts):
     """Meta tensors have no values: whoever asks for one fails."""
-    choosers = [make_chooser(lane, (2,), PROMPT, min_new_tokens=lane, **settings) for lane in range(3)]
+    choosers = [make_chooser(slot, (2,), PROMPT, min_new_tokens=slot, **settings) for slot in range(3)]
     batch = BatchChooser(choosers)
     drafted = torch.empty(3, 0, dtype=torch.long, device="meta")
     for _ in range(2):
         ids = torch.empty(3, dtype=torch.long, device="meta")
         if drafts:
-            ids = batch.propose(torch.empty(3, 1, 120, device="meta"), drafted)
+            ids = batch.sample(torch.empty(3, 1, 120, device="meta"), drafted)
         drafted = torch.cat([drafted, ids[:, None]], 1)
-    accepted, own = batch.settle(torch.empty(3, 3, 120, device="meta"), drafted)
+    accepted, own = batch.verify(torch.empty(3, 3, 120, device="meta"), drafted)
     assert accepted.shape == own.shape == (3,)
     assert accepted.device.type == own.device.type == "meta"
 
@@ -214,7 +214,7 @@ def test_end_tokens_are_barred_until_min_new_tokens():
         assert logits[0, 0, 2] == 5.0  # the caller's logits are not changed
         for drafted, allowed in ((2, True), (1, False)):
             zeros = torch.zeros(1, drafted, dtype=torch.long)
-            assert (BatchChooser([chooser]).propose(logits[:, :1].clone(), zeros).tolist() == [2]) is allowed
+            assert (BatchChooser([chooser]).sample(logits[:, :1].clone(), zeros).tolist() == [2]) is allowed
 
 
 @pytest.mark.parametrize("acceptance", ["shared_noise", "rejection"])

@@ -9,12 +9,12 @@ PROMPTS = [[7, 42, 99], [5] * 30, [250], [18, 77, 3, 4], [9, 8, 9, 8, 9, 8], [31
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("hidden_act", ["silu", "gelu"])  # the lean step, the model's own modules
+@pytest.mark.parametrize("hidden_act", ["silu", "gelu"])  # the fused runner, the model's own modules
 @pytest.mark.parametrize(
     "way", [{}, {"exit_layer": 2, "num_speculations": 3}, {"draft": "ngram", "num_speculations": 4}]
 )
 def test_states_are_those_of_the_whole_text(tiny_model, hidden_act, way, batch_size):
-    """Texts join, end, in the midst of what was accepted too, and move lanes."""
+    """Texts join, end, in the midst of what was accepted too, and move slots."""
     model = tiny_model(hidden_act=hidden_act)
     generator = TextGenerator(model)
     generator.eos_ids = tuple(range(0, 300, 12))

@@ -11,14 +11,14 @@ from lskip.inference.decoding import batch as batch_module
 from lskip.inference.decoding import engine as engine_module
 from lskip.inference.decoding.batch import Batch, drafts_of
 from lskip.inference.drafting import adapter as adapter_module
-from lskip.inference.drafting.adapter import AdapterLanes, AdapterStep
+from lskip.inference.drafting.adapter import AdapterRunner, AdapterSlots
 from lskip.inference.drafting.costs import Costs, RowCosts
 from lskip.inference.drafting.draft import Draft, DraftPlan
 from lskip.inference.drafting.policies import DraftPolicy, FixedDraft
 from lskip.inference.layers.linear import Plain
 from lskip.inference.layers.quantized import DynamicInt8, Int8
-from lskip.inference.runners.fused_runner import LeanStep
-from lskip.inference.runners.module_runner import ModuleStep
+from lskip.inference.runners.fused_runner import FusedRunner
+from lskip.inference.runners.module_runner import ModuleRunner
 from lskip.models.decoder import Decoder
 from lskip.models.exit_adapter import SHIPPED, AdapterShape, ExitAdapter
 from tests.conftest import make_model
@@ -30,7 +30,7 @@ FAMILIES = {
     "llama": {},
     "qwen3": {"tie_word_embeddings": False},
     "mistral": {"sliding_window": 6},
-    "modules": {"family": "llama", "hidden_act": "gelu"},  # the lean step covers neither the model nor the adapter
+    "modules": {"family": "llama", "hidden_act": "gelu"},  # the fused runner covers neither the model nor the adapter
 }
 
 
@@ -65,7 +65,7 @@ class Turns(DraftPolicy):
     def __init__(self, *kinds):
         self.kinds, self.rounds = kinds, 0
 
-    def plan(self, lanes, most, without=frozenset()):
+    def plan(self, slots, most, without=frozenset()):
         kind = self.kinds[self.rounds % len(self.kinds)]
         draft = next((draft for draft in self.drafts if draft.kind == kind and draft not in without), None)
         return DraftPlan(draft, min(most, 1 + 2 * self.rounds % 5) if draft else 0)
@@ -88,11 +88,11 @@ def slow_drafts(model, adapter, text, count):
     return drafted
 
 
-def decode_and_record(generator, policy, lanes, monkeypatch):
-    """All prompts, each with a length of its own -> texts, and (text so far, drafted, exit_block) by round and lane."""
+def decode_and_record(generator, policy, slots, monkeypatch):
+    """All prompts, each with a length of its own -> texts, and (text so far, drafted, exit_block) by round and slot."""
     settings = GenerationSettings(num_speculations=5, draft_policy=policy)
     texts = [generator.prepare(p, settings.changed(max_new_tokens=22 - 2 * i)) for i, p in enumerate(PROMPTS)]
-    batch = Batch(generator.step, generator.draft_step, settings, lanes, 60, lambda: None, generator.adapter_step)
+    batch = Batch(generator.runner, generator.draft_runner, settings, slots, 60, lambda: None, generator.adapter_runner)
     batch.adapter.cache.states.normal_()  # what others have left must not matter
     rounds = []
 
@@ -111,24 +111,24 @@ def decode_and_record(generator, policy, lanes, monkeypatch):
 
 
 @pytest.mark.parametrize("rows_that_wait", [3, 32])
-@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize(
     ("family", "num_blocks", "joins", "words"),
     [("llama", 1, True, WORDS), ("llama", 2, False, None), ("mistral", 2, True, None), ("modules", 1, True, WORDS)],
 )
 def test_drafts_equal_the_slow_reference(
-    unrounded, monkeypatch, family, num_blocks, joins, words, lanes, rows_that_wait
+    unrounded, monkeypatch, family, num_blocks, joins, words, slots, rows_that_wait
 ):
-    """After rounds that accepted a part, rounds of other drafts and plain ones; texts leave, join and move lanes."""
+    """After rounds that accepted a part, rounds of other drafts and plain ones; texts leave, join and move slots."""
     monkeypatch.setattr(engine_module, "PREFILL_ROWS", 4)
     monkeypatch.setattr(adapter_module, "ROWS_THAT_WAIT", rows_that_wait)
     model = make_damped(family)
     adapter = make_adapter(model, num_blocks, joins, words)
     weights = None if family == "modules" else "int8"
     generator = TextGenerator(model, weights="plain", draft_weights=weights, exit_adapter=adapter)
-    assert isinstance(generator.adapter_step.step, LeanStep if weights else ModuleStep)
+    assert isinstance(generator.adapter_runner.runner, FusedRunner if weights else ModuleRunner)
     policy = Turns("adapter", "adapter", None, "adapter", "weights", "adapter", "ngram")
-    texts, rounds = decode_and_record(generator, policy, lanes, monkeypatch)
+    texts, rounds = decode_and_record(generator, policy, slots, monkeypatch)
     by_adapter = [(text, drafted) for text, drafted, exit_block in rounds if exit_block]
     assert all(drafted == slow_drafts(model, adapter, text, len(drafted)) for text, drafted in by_adapter)
     # Nothing would be seen if all drafts were refused, or none, or if nothing else had drafted.
@@ -193,7 +193,7 @@ def counted(monkeypatch):
     """A generator with an adapter of two blocks, and what passes these see: (first block, blocks, rows)."""
     model = make_damped("modules")
     generator, passes = TextGenerator(model, exit_adapter=make_adapter(model, num_blocks=2)), []
-    step = generator.adapter_step.step
+    step = generator.adapter_runner.runner
     run = step.run
 
     def counting(x, cache, starts, first, last):
@@ -253,8 +253,8 @@ def test_rounded_weights_say_nearly_the_same(words, form, monkeypatch):
     adapter = make_adapter(model, words=words)
     usable = adapter_module.usable_forms
     monkeypatch.setattr(adapter_module, "usable_forms", lambda forms, samples: usable([form], samples))
-    step = AdapterStep(adapter)
-    assert step.step.form is form
+    step = AdapterRunner(adapter)
+    assert step.runner.form is form
     exits, last = torch.randn(2, 1, 5, 32)
     with torch.inference_mode():
         exact = adapter.joined(exits, last)
@@ -266,31 +266,31 @@ def test_rounded_weights_say_nearly_the_same(words, form, monkeypatch):
     assert torch.allclose(logits[..., adapter.token_ids], expected, atol=0.05 * float(expected.abs().max()))
 
 
-def test_lanes_begin_with_nothing_and_move(unrounded):
+def test_slots_begin_with_nothing_and_move(unrounded):
     model = make_damped()
-    step, cache = AdapterStep(make_adapter(model)), TextGenerator(model, weights="plain").step.new_cache(3, 8)
-    lanes = AdapterLanes.beside(cache, step)
-    assert step.step.form is Plain and lanes.cache.states.shape[1] == 3
-    for states in (lanes.cache.states, lanes.exits, lanes.before):
+    step, cache = AdapterRunner(make_adapter(model)), TextGenerator(model, weights="plain").runner.new_cache(3, 8)
+    slots = AdapterSlots.beside(cache, step)
+    assert step.runner.form is Plain and slots.cache.states.shape[1] == 3
+    for states in (slots.cache.states, slots.exits, slots.before):
         states.normal_()
-    lanes.lengths[:], lanes.waiting[:] = [0, 8, 5], [0, 1, 2]
-    known, exits, before = lanes.cache.states.clone(), lanes.exits.clone(), lanes.before.clone()
-    lanes.move(2, 0)
-    assert (lanes.lengths, lanes.waiting) == ([5, 8, 5], [2, 1, 2])
-    assert torch.equal(lanes.cache.states[:, 0, ..., :5, :], known[:, 2, ..., :5, :])
-    assert torch.equal(lanes.exits[0, :2], exits[2, :2]) and torch.equal(lanes.before[0, :3], before[2, :3])
-    one = lanes.begin(1)
-    assert (lanes.lengths, lanes.waiting) == ([5, 0, 5], [2, 0, 2])
-    assert not lanes.before[1, 0].any() and lanes.before[0, 0].any()
+    slots.lengths[:], slots.waiting[:] = [0, 8, 5], [0, 1, 2]
+    known, exits, before = slots.cache.states.clone(), slots.exits.clone(), slots.before.clone()
+    slots.move(2, 0)
+    assert (slots.lengths, slots.waiting) == ([5, 8, 5], [2, 1, 2])
+    assert torch.equal(slots.cache.states[:, 0, ..., :5, :], known[:, 2, ..., :5, :])
+    assert torch.equal(slots.exits[0, :2], exits[2, :2]) and torch.equal(slots.before[0, :3], before[2, :3])
+    one = slots.begin(1)
+    assert (slots.lengths, slots.waiting) == ([5, 0, 5], [2, 0, 2])
+    assert not slots.before[1, 0].any() and slots.before[0, 0].any()
     states = torch.randn(2, 1, 3, 32)
     one.observe(*states, [0])
-    assert (lanes.lengths, lanes.waiting) == ([5, 0, 5], [2, 3, 2])
-    assert torch.equal(lanes.exits[1, :3], states[0, 0]) and torch.equal(lanes.before[1, 1:4], states[1, 0])
+    assert (slots.lengths, slots.waiting) == ([5, 0, 5], [2, 3, 2])
+    assert torch.equal(slots.exits[1, :3], states[0, 0]) and torch.equal(slots.before[1, 1:4], states[1, 0])
     one.reader()(torch.randn(1, 1, 32), [3])
-    assert (lanes.lengths, lanes.waiting) == ([5, 3, 5], [2, 0, 2])
-    assert torch.equal(lanes.before[1, 0], states[1, 0, 2])  # of the token before the pending one
-    assert not torch.equal(lanes.cache.states[:, 1, ..., :3, :], known[:, 1, ..., :3, :])
-    assert torch.equal(lanes.cache.states[:, 2], known[:, 2])
+    assert (slots.lengths, slots.waiting) == ([5, 3, 5], [2, 0, 2])
+    assert torch.equal(slots.before[1, 0], states[1, 0, 2])  # of the token before the pending one
+    assert not torch.equal(slots.cache.states[:, 1, ..., :3, :], known[:, 1, ..., :3, :])
+    assert torch.equal(slots.cache.states[:, 2], known[:, 2])
 
 
 def test_memory_counts_the_adapter(tiny_model):

@@ -33,7 +33,7 @@ TABLES = {
 
 
 class Moment(NamedTuple):
-    """After a round: tokens of each lane and plain steps spent so far, and what the round drafted."""
+    """After a round: tokens of each slot and plain steps spent so far, and what the round drafted."""
 
     tokens: float
     steps: float
@@ -45,8 +45,8 @@ class Moment(NamedTuple):
         return self.tokens / self.steps
 
 
-def simulate(policy, costs, accepts, num_speculations=8, lanes=1, tokens=2000, seed=0, seconds=None, margins=None):
-    """Decodes a text of so many tokens a lane.
+def simulate(policy, costs, accepts, num_speculations=8, slots=1, tokens=2000, seed=0, seconds=None, margins=None):
+    """Decodes a text of so many tokens a slot.
 
     Args:
         accepts: draft -> chance of acceptance, or a function of (tokens so far) -> that; what it leaves out has
@@ -60,19 +60,19 @@ def simulate(policy, costs, accepts, num_speculations=8, lanes=1, tokens=2000, s
     policy.begin(drafts, lambda: costs, num_speculations)
     while done < tokens:
         offered = chances(done)
-        plan = policy.plan(lanes, most := int(tokens - done))
+        plan = policy.plan(slots, most := int(tokens - done))
         if plan.draft is not None and plan.draft not in offered:
-            plan = policy.plan(lanes, most, without=frozenset([plan.draft]))
+            plan = policy.plan(slots, most, without=frozenset([plan.draft]))
         assert 0 <= plan.num_speculations <= min(most, num_speculations)
         if margins is not None and plan.draft is not None:
-            drafted, accepted = drafted_by_margin(policy, plan, margins, lanes, rng)
+            drafted, accepted = drafted_by_margin(policy, plan, margins, slots, rng)
             plan = DraftPlan(plan.draft, drafted)
         else:
-            accepted = [accepted_of(plan, offered, rng) for _ in range(lanes)]
+            accepted = [accepted_of(plan, offered, rng) for _ in range(slots)]
         excess = seconds(plan) if seconds else 1.0
-        spent = excess * costs.round(plan, lanes)
+        spent = excess * costs.round(plan, slots)
         policy.learn(plan, plan.num_speculations, accepted, spent if seconds else None)
-        done, steps = done + 1 + sum(accepted) / lanes, steps + spent / costs.plain(lanes)
+        done, steps = done + 1 + sum(accepted) / slots, steps + spent / costs.plain(slots)
         moments.append(Moment(done, steps, plan))
     return moments
 
@@ -84,11 +84,11 @@ def accepted_of(plan, chances, rng):
     return count
 
 
-def drafted_by_margin(policy, plan, margins, lanes, rng):
-    """How many tokens were drafted, and of each lane how many were accepted."""
-    drafted, accepted, right = 0, [0] * lanes, [True] * lanes
+def drafted_by_margin(policy, plan, margins, slots, rng):
+    """How many tokens were drafted, and of each slot how many were accepted."""
+    drafted, accepted, right = 0, [0] * slots, [True] * slots
     while drafted < plan.num_speculations:
-        tokens = [margins(rng) for _ in range(lanes)]
+        tokens = [margins(rng) for _ in range(slots)]
         drafted += 1
         right = [before and rng.random() < chance for before, (_, chance) in zip(right, tokens, strict=True)]
         accepted = [count + good for count, good in zip(accepted, right, strict=True)]
@@ -98,13 +98,13 @@ def drafted_by_margin(policy, plan, margins, lanes, rng):
     return drafted, accepted
 
 
-def best_fixed(costs, chances, num_speculations=8, lanes=1):
+def best_fixed(costs, chances, num_speculations=8, slots=1):
     """Speed over plain decoding of the best draft and number of tokens, by the equation."""
     speeds = [1.0]
     for draft, q in chances.items():
         for d in range(1, num_speculations + 1):
             tokens = 1 + sum(q**i for i in range(1, d + 1))
-            speeds.append(costs.ideal_speedup(DraftPlan(draft, d), lanes, tokens))
+            speeds.append(costs.ideal_speedup(DraftPlan(draft, d), slots, tokens))
     return max(speeds)
 
 
@@ -127,13 +127,13 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize("lanes", [1, 8])
+@pytest.mark.parametrize("slots", [1, 8])
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("text", TEXTS)
-def test_never_slower_than_plain_decoding(text, table, lanes):
+def test_never_slower_than_plain_decoding(text, table, slots):
     """Red: without the bound of patience, with a larger budget, or where a round's worst outcome is not allowed for."""
     for seed in range(2):
-        moments = simulate(CostAwareDraft(), TABLES[table], TEXTS[text], 12, lanes, tokens=1000, seed=seed)
+        moments = simulate(CostAwareDraft(), TABLES[table], TEXTS[text], 12, slots, tokens=1000, seed=seed)
         assert all(moment.steps <= 1.01 * moment.tokens + 6 + 1e-9 for moment in moments)
         assert min(moment.speed for moment in moments if moment.tokens >= 300) >= 0.97
 
@@ -149,14 +149,14 @@ STATIONARY = [
 ]
 
 
-@pytest.mark.parametrize("lanes", [1, 8])
+@pytest.mark.parametrize("slots", [1, 8])
 @pytest.mark.parametrize("table", TABLES)
-def test_close_to_the_best_fixed_plan(table, lanes):
+def test_close_to_the_best_fixed_plan(table, slots):
     """The mean over texts; red when a good draft is given up after early bad luck, or others are tried too often."""
-    costs, seeds = TABLES[table], range(12 if lanes == 1 else 3)
+    costs, seeds = TABLES[table], range(12 if slots == 1 else 3)
     for chances in STATIONARY:
-        best = best_fixed(costs, chances, lanes=lanes)
-        speeds = [simulate(CostAwareDraft(), costs, chances, lanes=lanes, seed=seed)[-1].speed for seed in seeds]
+        best = best_fixed(costs, chances, slots=slots)
+        speeds = [simulate(CostAwareDraft(), costs, chances, slots=slots, seed=seed)[-1].speed for seed in seeds]
         assert mean(speeds) >= 0.95 * best, (chances, best, speeds)
 
 
@@ -199,24 +199,24 @@ def test_a_round_ends_where_the_draft_is_unsure(margins, usual, gain, table):
         assert speeds[margins] > 1.01 * best_fixed(TABLES[table], {WEIGHTS: usual}, 32)
 
 
-@pytest.mark.parametrize("lanes", [1, 8])
+@pytest.mark.parametrize("slots", [1, 8])
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("margins", [of_rounded_weights, of_a_poor_draft, of_noise, lambda rng: (rng.random(), 0.0)])
-def test_never_slower_than_plain_decoding_whatever_margins_say(margins, table, lanes):
+def test_never_slower_than_plain_decoding_whatever_margins_say(margins, table, slots):
     for seed in range(2):
         chances = {EARLY: 0.5, WEIGHTS: 0.5}
-        moments = simulate(CostAwareDraft(), TABLES[table], chances, 16, lanes, 1000, seed, margins=margins)
+        moments = simulate(CostAwareDraft(), TABLES[table], chances, 16, slots, 1000, seed, margins=margins)
         assert all(moment.steps <= 1.01 * moment.tokens + 6 + 1e-9 for moment in moments)
 
 
 def test_drafts_where_it_pays_only():
-    """The fuller the batch, the less a draft pays: at 1 lane it drafts almost always, at 64 almost never."""
+    """The fuller the batch, the less a draft pays: at 1 slot it drafts almost always, at 64 almost never."""
     shares = {}
-    for lanes in (1, 64):
-        moments = simulate(CostAwareDraft(), TABLES["flat"], {EARLY: 0.7}, lanes=lanes)
-        shares[lanes] = mean(moment.plan.num_speculations > 0 for moment in moments if moment.tokens > 500)
-    assert best_fixed(TABLES["flat"], {EARLY: 0.7}, lanes=1) > 1.2
-    assert best_fixed(TABLES["flat"], {EARLY: 0.7}, lanes=64) == 1
+    for slots in (1, 64):
+        moments = simulate(CostAwareDraft(), TABLES["flat"], {EARLY: 0.7}, slots=slots)
+        shares[slots] = mean(moment.plan.num_speculations > 0 for moment in moments if moment.tokens > 500)
+    assert best_fixed(TABLES["flat"], {EARLY: 0.7}, slots=1) > 1.2
+    assert best_fixed(TABLES["flat"], {EARLY: 0.7}, slots=64) == 1
     assert shares[1] > 0.98 and shares[64] < 0.02
 
 
@@ -250,10 +250,10 @@ def test_planning_changes_nothing():
     """Red: if asking again, as the owner does after n-grams found nothing, counts as another round."""
 
     class Asked(CostAwareDraft):
-        def plan(self, lanes, most, without=frozenset()):
+        def plan(self, slots, most, without=frozenset()):
             for _ in range(3):
-                super().plan(lanes, most, frozenset([NGRAM]))
-            return super().plan(lanes, most, without)
+                super().plan(slots, most, frozenset([NGRAM]))
+            return super().plan(slots, most, without)
 
     for table in TABLES.values():
         chances = {EARLY: 0.7, WEIGHTS: 0.8, NGRAM: 0.5}
@@ -360,14 +360,14 @@ def test_where_nothing_pays_most_rounds_go_without_a_plan():
             thoughts.append(arguments)
             return super()._offer(*arguments)
 
-    def asks(lanes):
+    def asks(slots):
         thoughts.clear()
-        plan = policy.plan(lanes, 50)
-        policy.learn(plan, 0, [0] * lanes)
+        plan = policy.plan(slots, 50)
+        policy.learn(plan, 0, [0] * slots)
         return bool(thoughts)
 
     policy = Thoughtful()
-    simulate(policy, TABLES["flat"], {EARLY: 0.0}, lanes=2, tokens=100)
+    simulate(policy, TABLES["flat"], {EARLY: 0.0}, slots=2, tokens=100)
     asked = [asks(2) for _ in range(27)]
     assert sum(asked) == 3 and asked[:18] == asked[9:]
     while not asks(2):

@@ -13,8 +13,8 @@ from lskip.inference.drafting.costs_file import keep_costs, read_costs
 from lskip.inference.drafting.draft import Draft, DraftPlan
 from lskip.inference.layers.linear import Plain
 from lskip.inference.loading import load_generator
-from lskip.inference.runners.fused_runner import LeanStep
-from lskip.inference.runners.module_runner import ModuleStep
+from lskip.inference.runners.fused_runner import FusedRunner
+from lskip.inference.runners.module_runner import ModuleRunner
 from lskip.models.decoder import Decoder
 from lskip.utils.output_files import write_json
 
@@ -41,7 +41,7 @@ def test_times_between_and_beyond_the_measured_ones():
 
 
 @pytest.mark.parametrize(
-    ("draft", "d", "lanes", "seconds"),
+    ("draft", "d", "slots", "seconds"),
     [
         (LAYERS, 1, 1, (3 + 10) + 3 + (7 * 2 + 10)),  # d c(3, 1) + b(3, 1) + V_3(2)
         (LAYERS, 3, 2, 3 * (3 * 2 + 10) + 3 * 2 + (7 * 8 + 30)),  # 8 rows in verification
@@ -51,12 +51,12 @@ def test_times_between_and_beyond_the_measured_ones():
         (None, 0, 4, 10 * 4 + 30),
     ],
 )
-def test_rounds_by_hand(draft, d, lanes, seconds):
-    assert COSTS.round(DraftPlan(draft, d), lanes) == seconds
+def test_rounds_by_hand(draft, d, slots, seconds):
+    assert COSTS.round(DraftPlan(draft, d), slots) == seconds
 
 
 @pytest.mark.parametrize(
-    ("draft", "d", "lanes", "seconds"),
+    ("draft", "d", "slots", "seconds"),
     [
         # d (3 block(1) + head_a(1)) + 2 (block_a(d + 2) + (d - 1) block_a(1)) + b(3, 1) + V_3(2)
         (ADAPTER, 1, 1, (3 + 3) + 2 * 1.5 + 3 + (7 * 2 + 10)),
@@ -67,13 +67,13 @@ def test_rounds_by_hand(draft, d, lanes, seconds):
         (None, 0, 4, 10 * 4 + 30),
     ],
 )
-def test_rounds_by_hand_with_an_adapter(draft, d, lanes, seconds):
-    assert WITH_ADAPTER.round(DraftPlan(draft, d), lanes) == seconds
+def test_rounds_by_hand_with_an_adapter(draft, d, slots, seconds):
+    assert WITH_ADAPTER.round(DraftPlan(draft, d), slots) == seconds
 
 
 def test_parts_of_a_round():
     assert COSTS.plain(1) == COSTS.verify(None, 1) == 20
-    assert [COSTS.draft_step(each, 2) for each in (LAYERS, WEIGHTS, NGRAM)] == [16, 13, 0]
+    assert [COSTS.seconds_per_draft(each, 2) for each in (LAYERS, WEIGHTS, NGRAM)] == [16, 13, 0]
     assert [COSTS.lower(each, 2) for each in (LAYERS, WEIGHTS, NGRAM)] == [6, 0, 0]
     assert [COSTS.verify(each, 2) for each in (LAYERS, WEIGHTS, NGRAM)] == [24, 30, 30]
 
@@ -151,8 +151,8 @@ class FakeStep:
         self.log = [] if log is None else log
         self.hiccups = []  # numbers of runs that take 50 times as long
 
-    def new_cache(self, lanes, slots):
-        assert lanes == 1 and slots >= 128 + max(ROWS)
+    def new_cache(self, slots, cells):
+        assert slots == 1 and cells >= 128 + max(ROWS)
         self.cache = object()
         return self.cache
 
@@ -168,7 +168,7 @@ class FakeStep:
         self.clock.now += slow * self.num_layers * (self.block + self.row * x.shape[1])
         return x
 
-    def likeliest(self, x):
+    def argmax(self, x):
         self.clock.now += self.head
         return x
 
@@ -182,7 +182,7 @@ def clock(monkeypatch):
 
 def test_measures_all_weights_as_they_are(clock):
     adapter = FakeStep(clock, 2e-5, 1e-5, 2e-4)
-    costs = measure_costs(FakeStep(clock, 1e-4, 1e-5, 3e-4), FakeStep(clock, 5e-5, 2e-5, 1e-4), adapter_step=adapter)
+    costs = measure_costs(FakeStep(clock, 1e-4, 1e-5, 3e-4), FakeStep(clock, 5e-5, 2e-5, 1e-4), adapter_runner=adapter)
     assert (costs.num_layers, costs.adapter_blocks) == (5, 5)
     assert costs.adapter.block_seconds(7) == pytest.approx(9e-5) and costs.adapter.head_seconds(7) == pytest.approx(
         2e-4
@@ -194,7 +194,7 @@ def test_measures_all_weights_as_they_are(clock):
     assert costs.model.head_seconds(3) == pytest.approx(3e-4)
     assert costs.draft.head_seconds(3) == pytest.approx(1e-4)
     assert clock.now < 4
-    alone = measure_costs(FakeStep(clock, 1e-4, 1e-5, 3e-4), adapter_step=adapter)
+    alone = measure_costs(FakeStep(clock, 1e-4, 1e-5, 3e-4), adapter_runner=adapter)
     assert alone.draft is None and alone.adapter is not None
     alone = measure_costs(FakeStep(clock, 1e-4, 1e-5, 3e-4))
     assert (alone.draft, alone.adapter, alone.adapter_blocks) == (None, None, 0)
@@ -244,16 +244,21 @@ def test_waits_for_a_device_around_each_timing(clock, monkeypatch):
 class StepWithLogits(FakeStep):
     """Finds the likeliest token by logits, half of the head's time in making them and half in looking through them."""
 
-    def likeliest(self, x):
+    def argmax(self, x):
         return None
 
     def decode(self, x):
         self.clock.now += self.head / 2
-        return self
+        return SlowLogits(self)
+
+
+class SlowLogits:
+    def __init__(self, runner):
+        self.runner = runner
 
     def argmax(self, dim):
         assert dim == -1
-        self.clock.now += self.head / 2
+        self.runner.clock.now += self.runner.head / 2
 
 
 def test_choosing_a_token_is_part_of_the_heads_time(clock):
@@ -261,7 +266,7 @@ def test_choosing_a_token_is_part_of_the_heads_time(clock):
     assert costs.model.head == pytest.approx([3e-4] * len(ROWS))
 
 
-@pytest.mark.parametrize("make_step", [lambda decoder: LeanStep(decoder, Plain), ModuleStep])
+@pytest.mark.parametrize("make_step", [lambda decoder: FusedRunner(decoder, Plain), ModuleRunner])
 def test_measures_real_steps(tiny_model, make_step):
     step = make_step(Decoder(tiny_model("llama")))
     costs = measure_costs(step, step, seconds=0.5)

@@ -33,7 +33,7 @@ def test_fixed_draft():
     ("probabilities", "goes_on"),
     [([0.5], True), ([0.49], False), ([0.9, 0.1], False), ([0.9, 0.9, 0.1], True), ([0.9, 0.1, 0.1], False)],
 )
-def test_confidence_stops_when_half_of_the_lanes_doubt(probabilities, goes_on):
+def test_confidence_stops_when_half_of_the_slots_doubt(probabilities, goes_on):
     policy = ConfidenceDraft(threshold=0.5)
     policy.begin([EARLY], unused, 4)
     assert policy.plan(1, 9) == DraftPlan(EARLY, 4)

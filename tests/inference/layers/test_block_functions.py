@@ -21,7 +21,7 @@ from lskip.inference.layers.linear import (
 )
 from lskip.inference.layers.quantized import BaggedInt8, DynamicInt8, Int4, Int8
 from lskip.inference.runners.fused_blocks import Stack
-from lskip.inference.runners.fused_runner import LeanStep
+from lskip.inference.runners.fused_runner import FusedRunner
 from lskip.models.decoder import Decoder
 from tests.conftest import needs_halved
 
@@ -60,7 +60,7 @@ def test_torchscript_changes_no_bit(tiny_model, tiny_convolutions, family, form)
     model = tiny_model(family, hidden_size=64, head_dim=16)
     for parameter in model.parameters():
         parameter.data = parameter.bfloat16().float()  # what Halved can hold
-    step = LeanStep(Decoder(model), form, width=width)
+    step = FusedRunner(Decoder(model), form, width=width)
     inside, stack = [block.functions for block in step.blocks], step.stack
     assert all(isinstance(each, torch.jit.ScriptFunction) for block in step.blocks for each in block.functions[1:])
     assert [type(run) for _, _, run in stack._runs] == [torch.jit.RecursiveScriptModule]
@@ -93,7 +93,7 @@ def test_blocks_need_not_be_held_alike(tiny_model):
         for name, parameter in layer.named_parameters():
             if name.endswith("proj.weight"):
                 parameter.data[0, 0] = sign * parameter.data[0, 0].abs()
-    mixed, plain = LeanStep(decoder, PlainOrTransposed({}, Plain)), LeanStep(decoder, Plain)
+    mixed, plain = FusedRunner(decoder, PlainOrTransposed({}, Plain)), FusedRunner(decoder, Plain)
     assert [run[:2] for run in mixed.stack._runs] == [(0, 2), (2, 4), (4, 5)]
     for first in range(5):
         for last in range(first, 6):
@@ -116,8 +116,8 @@ def test_without_torchscript_the_text_is_the_same(tiny_model, monkeypatch):
     scripted.cache_clear(), block_functions.cache_clear()
     try:
         generator, token_ids = write()
-        assert not isinstance(generator.step.blocks[0].functions.project, torch.jit.ScriptFunction)
-        assert not any(isinstance(run, torch.jit.ScriptModule) for _, _, run in generator.step.stack._runs)
+        assert not isinstance(generator.runner.blocks[0].functions.project, torch.jit.ScriptFunction)
+        assert not any(isinstance(run, torch.jit.ScriptModule) for _, _, run in generator.runner.stack._runs)
         assert token_ids == expected
     finally:
         scripted.cache_clear(), block_functions.cache_clear()

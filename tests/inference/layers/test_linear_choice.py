@@ -56,7 +56,7 @@ def test_a_checkpoint_of_bfloat16_numbers_decodes_halved_to_the_same_text(tiny_m
 @needs_halved
 def test_weights_that_need_all_their_bits_are_not_halved(tiny_model):
     model = tiny_model("llama")
-    assert TextGenerator(model).step.form is not Halved
+    assert TextGenerator(model).runner.form is not Halved
     with pytest.raises(ValueError, match="'halved' does not work here"):
         TextGenerator(model, weights="halved")
     with pytest.raises(ValueError, match="'halved' does not go with bit_exact"):
@@ -76,7 +76,7 @@ def test_auto_falls_back_to_plain_and_packed_says_why(tiny_model, monkeypatch, b
     truth = TextGenerator(model, weights="plain").generate([5, 6, 7], max_new_tokens=10).token_ids
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", broken)
     generator = TextGenerator(model)
-    forms = {type(matrix) for block in generator.step.blocks for matrix in block.matrices}
+    forms = {type(matrix) for block in generator.runner.blocks for matrix in block.matrices}
     assert forms <= {Plain, Transposed, Split, Bagged}
     assert generator.generate([5, 6, 7], max_new_tokens=10).token_ids == truth
     with pytest.raises(ValueError, match="weights: 'packed' does not work here"):
@@ -98,8 +98,8 @@ def test_without_bfloat16_products_they_are_float32(tiny_model, monkeypatch, bit
     if form is Widened:
         monkeypatch.setattr(torch.ops.quantized, "linear_prepack_fp16", refuse)
     generator = TextGenerator(model, bit_exact=bit_exact)
-    assert generator.step.form in ((form,) if bit_exact is None else (form, Sliced))
-    if generator.step.form is form:
+    assert generator.runner.form in ((form,) if bit_exact is None else (form, Sliced))
+    if generator.runner.form is form:
         alone = TextGenerator(model.float(), weights="plain").generate([5, 6, 7], max_new_tokens=30)
         assert generator.generate([5, 6, 7], max_new_tokens=30).token_ids == alone.token_ids
         drafted = generator.generate([5, 6, 7], max_new_tokens=30, exit_layer=2, num_speculations=3)
@@ -175,7 +175,7 @@ def test_a_batch_decodes_convolved_to_the_same_text(tiny_model, tiny_convolution
         lambda forms, samples, mix: {form: [seconds.get(form, 2.0)] * len(samples) for form in forms},
     )
     generator = TextGenerator(model, batch_size=4)
-    assert generator.step.form.__name__ == "Convolved"
+    assert generator.runner.form.__name__ == "Convolved"
     prompts = [[5, 6, 7], [8], list(range(1, 40)), [9, 10], [11, 12, 13, 14]]
     for settings in ({}, {"exit_layer": 2, "num_speculations": 3}):
         written = dict(generator.generate_batch(prompts, batch_size=4, max_new_tokens=20, **settings))
@@ -238,10 +238,10 @@ def test_chance_does_not_decide_between_forms_that_share_a_product():
 def test_where_bits_are_kept_by_default(tiny_model):
     """A table by device, type and form of weights."""
     single = tiny_model("llama")
-    assert TextGenerator(single, weights="packed").step.width == 1
-    assert TextGenerator(single, weights="packed", bit_exact=True).step.width == 4
+    assert TextGenerator(single, weights="packed").runner.width == 1
+    assert TextGenerator(single, weights="packed", bit_exact=True).runner.width == 4
     half = tiny_model("llama").to(torch.bfloat16)
-    assert TextGenerator(half, weights="plain").step.width == 1
+    assert TextGenerator(half, weights="plain").runner.width == 1
     if obstacle_to(Packed, half.lm_head.weight.detach()) is None:
-        assert TextGenerator(half, weights="packed").step.width == 4
-        assert TextGenerator(half, weights="packed", bit_exact=False).step.width == 1
+        assert TextGenerator(half, weights="packed").runner.width == 4
+        assert TextGenerator(half, weights="packed", bit_exact=False).runner.width == 1

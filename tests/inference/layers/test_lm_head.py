@@ -43,9 +43,9 @@ def test_the_likeliest_token_is_that_of_the_whole_head(kind, monkeypatch):
     weight, x = head_and_states(kind)
     head = ScreenedHead(weight)
     expected = (x.double() @ weight.double().T).argmax(1)
-    assert head.likeliest(x.view(4, 2, SIZE)).ids.tolist() == expected.view(4, 2).tolist()
+    assert head.argmax(x.view(4, 2, SIZE)).ids.tolist() == expected.view(4, 2).tolist()
     for row, token in zip(x, expected, strict=True):
-        assert int(head.likeliest(row.view(1, 1, SIZE)).ids) == token
+        assert int(head.argmax(row.view(1, 1, SIZE)).ids) == token
 
 
 @pytest.mark.parametrize("kind", ["flat", "close"])
@@ -53,7 +53,7 @@ def test_margins_are_those_of_the_whole_head_where_they_are_small(kind, monkeypa
     monkeypatch.setattr(module, "MOST_LEFT", 1)
     weight, x = head_and_states(kind)
     first, second = (x @ weight.T).topk(2).values.unbind(1)
-    expected, margins = first - second, lead(ScreenedHead(weight).likeliest(x[None]).logits)[0]
+    expected, margins = first - second, lead(ScreenedHead(weight).argmax(x[None]).logits)[0]
     near = expected < 0.5
     assert torch.allclose(margins[near], expected[near], atol=1e-4) and near.any()
     assert (margins >= expected - 1e-4).all()
@@ -61,7 +61,7 @@ def test_margins_are_those_of_the_whole_head_where_they_are_small(kind, monkeypa
 
 def test_a_margin_over_none_that_comes_near_is_infinite():
     weight = torch.eye(WORDS, SIZE)
-    found = ScreenedHead(weight).likeliest(torch.eye(1, SIZE)[None])
+    found = ScreenedHead(weight).argmax(torch.eye(1, SIZE)[None])
     assert found.ids.item() == 0 and lead(found.logits).item() == torch.inf
 
 
@@ -87,9 +87,9 @@ def test_few_tokens_are_left_or_it_says_so():
     weight, x = head_and_states("clear")
     head, seen = ScreenedHead(weight), []
     head.weight = Watched(weight, seen)
-    assert head.likeliest(x[None]) is not None and len(seen[0]) < WORDS / 50
-    assert head.likeliest(torch.zeros(1, 1, SIZE)) is None  # all are as likely
-    assert head.likeliest(torch.full((1, 1, SIZE), torch.nan)) is None
+    assert head.argmax(x[None]) is not None and len(seen[0]) < WORDS / 50
+    assert head.argmax(torch.zeros(1, 1, SIZE)) is None  # all are as likely
+    assert head.argmax(torch.full((1, 1, SIZE), torch.nan)) is None
 
 
 def test_however_many_are_left_few_are_copied_at_once(monkeypatch):
@@ -97,7 +97,7 @@ def test_however_many_are_left_few_are_copied_at_once(monkeypatch):
     weight, x = head_and_states("flat")
     head, seen = ScreenedHead(weight), []
     head.weight = Watched(weight, seen)
-    assert head.likeliest(x[None]).ids[0].tolist() == (x @ weight.T).argmax(1).tolist()
+    assert head.argmax(x[None]).ids[0].tolist() == (x @ weight.T).argmax(1).tolist()
     assert len(seen) > 2 and max(map(len, seen)) == 10
 
 
@@ -121,13 +121,13 @@ def test_barred_tokens_are_left_out_where_they_are_barred():
     first = exact.argmax(-1)
     barred = [int(first[0, 1]), int(first[1, 2]), 7]
 
-    def bar(logits):
+    def ban(logits):
         logits[0, :2, barred] = -torch.inf
 
-    bar(exact)
+    ban(exact)
     expected = exact.argmax(-1)
     assert (expected != first).nonzero().tolist() == [[0, 1]]
-    assert ScreenedHead(weight).likeliest(x.view(2, 4, SIZE), bar).ids.tolist() == expected.tolist()
+    assert ScreenedHead(weight).argmax(x.view(2, 4, SIZE), ban).ids.tolist() == expected.tolist()
 
 
 @pytest.fixture
@@ -135,13 +135,13 @@ def screened(monkeypatch):
     """Lets tiny models have one; counts its answers."""
     monkeypatch.setattr(module, "FEWEST_NUMBERS", 0)
     monkeypatch.setattr(module, "MOST_LEFT", 1)
-    answers, likeliest = [], ScreenedHead.likeliest
+    answers, likeliest = [], ScreenedHead.argmax
 
-    def counted(self, x, bar=None):
-        answers.append(likeliest(self, x, bar))
+    def counted(self, x, ban=None):
+        answers.append(likeliest(self, x, ban))
         return answers[-1]
 
-    monkeypatch.setattr(ScreenedHead, "likeliest", counted)
+    monkeypatch.setattr(ScreenedHead, "argmax", counted)
     return answers
 
 
@@ -175,8 +175,8 @@ def test_texts_are_those_of_the_whole_head(screened, draft_weights, settings, mi
     assert texts(generator, min_new_tokens=min_new_tokens, **settings) == expected
     assert len(screened) > 6
     if draft_weights:  # drafts are decoded by the same one
-        assert generator.draft_step.screen is generator.step.screen
-        assert generator.memory()["draft"] == generator.draft_step.memory()["blocks"]
+        assert generator.draft_runner.screen is generator.runner.screen
+        assert generator.memory()["draft"] == generator.draft_runner.memory()["blocks"]
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.7, "seed": 1}, {"repetition_penalty": 1.3}])
@@ -188,11 +188,11 @@ def test_logits_are_made_where_a_chooser_wants_them(screened, settings):
 
 def test_who_has_one(screened, monkeypatch):
     tied, untied = make_model(tie_word_embeddings=True, hidden_size=64), make_model(tie_word_embeddings=False)
-    assert TextGenerator(tied, weights="plain").step.screen is not None
-    assert TextGenerator(tied, weights="plain", bit_exact=True).step.screen is None
-    assert TextGenerator(untied, weights="plain").step.screen is None
+    assert TextGenerator(tied, weights="plain").runner.screen is not None
+    assert TextGenerator(tied, weights="plain", bit_exact=True).runner.screen is None
+    assert TextGenerator(untied, weights="plain").runner.screen is None
     # bfloat16 products round: tokens that tie there need not tie in float32
-    assert TextGenerator(tied.bfloat16(), weights="plain", bit_exact=False).step.screen is None
+    assert TextGenerator(tied.bfloat16(), weights="plain", bit_exact=False).runner.screen is None
     monkeypatch.undo()
     assert screened_head(Decoder(tied.float())) is None  # too small
 

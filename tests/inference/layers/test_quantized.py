@@ -100,7 +100,7 @@ def test_text_is_the_models_own(tiny_model, monkeypatch, family, form):
     model = tiny_model(family, head_dim=8)
     plain = TextGenerator(model).generate([5, 6, 7], max_new_tokens=40, min_new_tokens=40)
     generator = TextGenerator(model, draft_weights="int8")
-    assert generator.draft_step.form is form
+    assert generator.draft_runner.form is form
     for exit_layer in (None, 2, 4):
         for num_speculations in (1, 2, 5):
             drafted = generator.generate(
@@ -149,8 +149,8 @@ def test_shapes_may_be_held_in_forms_of_their_own(tiny_model, monkeypatch, dtype
         mixed = Mixed({tuple(samples.shape): forms[0] for samples in sample_weights(Decoder(model))[::2]}, forms[1])
         monkeypatch.setattr(quantized, "fastest_by_shape", lambda *_, mixed=mixed: mixed)
         generator = TextGenerator(model, draft_weights="int4", bit_exact=True)
-        assert {type(matrix) for matrix in generator.draft_step.blocks[0].matrices} == {Int4, BaggedInt8}
-        assert type(generator.draft_step.head) is Int8
+        assert {type(matrix) for matrix in generator.draft_runner.blocks[0].matrices} == {Int4, BaggedInt8}
+        assert type(generator.draft_runner.head) is Int8
         drafted = generator.generate([5, 6, 7], max_new_tokens=30, min_new_tokens=30, num_speculations=3)
         assert drafted.token_ids == plain.token_ids and drafted.accepted > 0
 

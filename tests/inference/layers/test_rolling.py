@@ -10,8 +10,8 @@ from lskip.inference.layers import rolling
 from lskip.inference.layers.kv_cache import KVCache
 from lskip.inference.layers.linear import Plain
 from lskip.inference.layers.rolling import RollingCache, held_positions
-from lskip.inference.runners.fused_runner import LeanStep
-from lskip.inference.runners.module_runner import ModuleStep
+from lskip.inference.runners.fused_runner import FusedRunner
+from lskip.inference.runners.module_runner import ModuleRunner
 from lskip.models.decoder import Decoder
 from lskip.models.exit_adapter import AdapterShape, ExitAdapter
 from lskip.module import LayerSkipModule
@@ -35,7 +35,7 @@ SPECULATION = [
 
 @pytest.fixture(autouse=True)
 def few_rows_a_pass(monkeypatch):
-    """So that a ring of 6 + 8 slots goes round several times in a short text."""
+    """So that a ring of 6 + 8 cells goes round several times in a short text."""
     set_rows_of_a_pass(monkeypatch, 8)
 
 
@@ -46,7 +46,7 @@ def set_rows_of_a_pass(monkeypatch, rows):
 
 
 def test_what_slots_hold():
-    """By a slow account: each lane writes its positions one after another, each into its slot."""
+    """By a slow account: each slot writes its positions one after another, each into its cell."""
     starts, rows, size = [0, 9, 21], 3, 10
     expected = []
     for start in starts:
@@ -60,7 +60,7 @@ def test_what_slots_hold():
 
 @pytest.mark.parametrize("family", SLIDING)
 def test_texts_are_those_of_transformers(family):
-    """In a batch whose lanes are refilled, with refused drafts, many windows past the first."""
+    """In a batch whose slots are refilled, with refused drafts, many windows past the first."""
     model = make(family, **SLIDING[family])
     generator, expected = TextGenerator(model), [text_of(model, prompt) for prompt in PROMPTS]
     for settings in SPECULATION:
@@ -82,34 +82,34 @@ STEPS = [(family, False) for family in SLIDING] + [("mistral", True), ("qwen3", 
 
 @pytest.mark.parametrize(("family", "lean"), STEPS)
 @torch.inference_mode()
-def test_logits_of_lanes_that_were_rolled_back(family, lean):
-    """Two lanes of unequal length; drafts of 8 tokens are run and refused before the true ones come."""
+def test_logits_of_slots_that_were_rolled_back(family, lean):
+    """Two slots of unequal length; drafts of 8 tokens are run and refused before the true ones come."""
     model = make(family, **SLIDING[family])
     decoder, texts = Decoder(model), random_ids(2, 60)
-    step = LeanStep(decoder, Plain) if lean else ModuleStep(decoder)
+    step = FusedRunner(decoder, Plain) if lean else ModuleRunner(decoder)
     cache, starts = step.new_cache(3, 64), [40, 17]
     assert isinstance(cache, RollingCache)
-    for lane, start in enumerate(starts):
+    for slot, start in enumerate(starts):
         for begin in range(0, start, 8):
-            piece = texts[lane : lane + 1, begin : min(begin + 8, start)]
-            step.run(step.embed(piece, [begin]), cache.lane(lane), [begin], 0, 4)
+            piece = texts[slot : slot + 1, begin : min(begin + 8, start)]
+            step.run(step.embed(piece, [begin]), cache.slot(slot), [begin], 0, 4)
     step.run(step.embed(random_ids(2, 8, seed=9), starts), cache, starts, 0, 4)
-    rows = torch.stack([texts[lane, start : start + 5] for lane, start in enumerate(starts)])
+    rows = torch.stack([texts[slot, start : start + 5] for slot, start in enumerate(starts)])
     ours = step.decode(step.run(step.embed(rows, starts), cache, starts, 0, 4))
-    for lane, start in enumerate(starts):
-        truth = model(texts[lane : lane + 1, : start + 5]).logits[0, -5:]
-        torch.testing.assert_close(ours[lane], truth, rtol=1e-4, atol=1e-4)
+    for slot, start in enumerate(starts):
+        truth = model(texts[slot : slot + 1, : start + 5]).logits[0, -5:]
+        torch.testing.assert_close(ours[slot], truth, rtol=1e-4, atol=1e-4)
 
 
 def test_blocks_keep_their_window_and_the_rows_of_a_pass():
-    cache = ModuleStep(Decoder(make("gemma3_text"))).new_cache(2, 100)
-    assert [part.shape[3] for part in cache.states] == [14, 100, 14, 100] and cache.slots == 100
+    cache = ModuleRunner(Decoder(make("gemma3_text"))).new_cache(2, 100)
+    assert [part.shape[3] for part in cache.states] == [14, 100, 14, 100] and cache.cells == 100
     assert all(part.shape[0] == 2 for part in cache.states)
-    lean = LeanStep(Decoder(make("mistral")), Plain)
+    lean = FusedRunner(Decoder(make("mistral")), Plain)
     assert [part.shape[3] for part in lean.new_cache(1, 100).states] == [14] * 4
-    # No longer than the text; and where a slot has to stand for its position, whole.
+    # No longer than the text; and where a cell has to stand for its position, whole.
     assert type(lean.new_cache(1, 14)) is KVCache
-    assert type(LeanStep(Decoder(make("mistral")), Plain, width=4).new_cache(1, 100)) is KVCache
+    assert type(FusedRunner(Decoder(make("mistral")), Plain, width=4).new_cache(1, 100)) is KVCache
 
 
 class LargestTensor(TorchDispatchMode):

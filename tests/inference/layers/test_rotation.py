@@ -6,7 +6,7 @@ import torch
 from lskip.inference.layers.linear import Plain
 from lskip.inference.layers.quantized import DynamicInt8
 from lskip.inference.layers.rotation import Rotation
-from lskip.inference.runners.fused_runner import LeanStep
+from lskip.inference.runners.fused_runner import FusedRunner
 from lskip.models.decoder import Decoder
 from tests.conftest import FBGEMM_DRAFTS
 
@@ -52,7 +52,7 @@ def test_turned_blocks_compute_the_model(tiny_model, family, overrides):
     model = uneven_model(tiny_model, family, **overrides)
     ids = torch.randint(0, 300, (2, 9))
     expected = model(ids, output_hidden_states=True)
-    step = LeanStep(Decoder(model), Turned)
+    step = FusedRunner(Decoder(model), Turned)
     with torch.inference_mode():
         cache = step.new_cache(2, 16)
         x = step.run(step.embed(ids[:, :6]), cache, [0, 0], 0, 2)

@@ -90,11 +90,11 @@ def test_a_draft_stops_at_the_first_unsure_exit(tiny_model, exits, threshold, dr
     assert (drafted - 1) * rounds < ours.drafted <= drafted * rounds  # fewer where the text ends
 
 
-def test_half_of_the_lanes_stop_a_draft(tiny_model, exits):
+def test_half_of_the_slots_stop_a_draft(tiny_model, exits):
     asked = []
 
     class First(Margin):
-        """Sure of the first lane alone."""
+        """Sure of the first slot alone."""
 
         def exits(self, exit_layer, before, after, logits):
             asked.append((exit_layer, len(after)))
@@ -104,8 +104,8 @@ def test_half_of_the_lanes_stop_a_draft(tiny_model, exits):
     generator = TextGenerator(build(tiny_model), trained_exits=exits)
     dict(generator.generate_batch(PROMPTS[:2], 2, **settings))
     assert set(asked) >= {(2, 2)}
-    two = [lanes for _, lanes in asked].count(2)
-    assert two < 6  # one question a round: half of two lanes doubt, and the draft ends
+    two = [slots for _, slots in asked].count(2)
+    assert two < 6  # one question a round: half of two slots doubt, and the draft ends
 
 
 def test_what_a_draft_cannot_be_stopped_by(tiny_model):

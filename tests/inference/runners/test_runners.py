@@ -1,4 +1,4 @@
-"""LeanStep and ModuleStep against transformers' own forward pass and `generate`."""
+"""FusedRunner and ModuleRunner against transformers' own forward pass and `generate`."""
 
 from functools import partial
 
@@ -10,8 +10,8 @@ from lskip.inference.layers.bagged import Bagged
 from lskip.inference.layers.convolved import Convolved
 from lskip.inference.layers.linear import Halved, Mixed, Packed, PackedWide, Plain, Sliced, Split, Transposed
 from lskip.inference.runners.fused_blocks import obstacle
-from lskip.inference.runners.fused_runner import LeanStep
-from lskip.inference.runners.module_runner import ModuleStep
+from lskip.inference.runners.fused_runner import FusedRunner
+from lskip.inference.runners.module_runner import ModuleRunner
 from lskip.models.decoder import Decoder
 from tests.conftest import HALVED_WORKS
 
@@ -53,20 +53,20 @@ FAMILIES = {
     },
 }
 STEPS = {
-    "plain": lambda decoder: LeanStep(decoder, Plain),
-    "transposed": lambda decoder: LeanStep(decoder, Transposed),
-    "split": lambda decoder: LeanStep(decoder, Split),
-    "bagged": lambda decoder: LeanStep(decoder, Bagged),
-    "mixed": lambda decoder: LeanStep(decoder, Mixed({(32, 64): Split, (128, 32): Transposed}, Packed)),
-    "packed": lambda decoder: LeanStep(decoder, Packed),
-    "convolved": lambda decoder: LeanStep(decoder, Convolved),
-    "packed_wide": lambda decoder: LeanStep(decoder, PackedWide),
-    "sliced_exact": lambda decoder: LeanStep(decoder, Sliced, width=4),
-    "packed_exact": lambda decoder: LeanStep(decoder, Packed, width=4),
-    "module": ModuleStep,
+    "plain": lambda decoder: FusedRunner(decoder, Plain),
+    "transposed": lambda decoder: FusedRunner(decoder, Transposed),
+    "split": lambda decoder: FusedRunner(decoder, Split),
+    "bagged": lambda decoder: FusedRunner(decoder, Bagged),
+    "mixed": lambda decoder: FusedRunner(decoder, Mixed({(32, 64): Split, (128, 32): Transposed}, Packed)),
+    "packed": lambda decoder: FusedRunner(decoder, Packed),
+    "convolved": lambda decoder: FusedRunner(decoder, Convolved),
+    "packed_wide": lambda decoder: FusedRunner(decoder, PackedWide),
+    "sliced_exact": lambda decoder: FusedRunner(decoder, Sliced, width=4),
+    "packed_exact": lambda decoder: FusedRunner(decoder, Packed, width=4),
+    "module": ModuleRunner,
 }
 if HALVED_WORKS:
-    STEPS["halved"] = lambda decoder: LeanStep(decoder, Halved)
+    STEPS["halved"] = lambda decoder: FusedRunner(decoder, Halved)
 
 
 def build(tiny_model, name):
@@ -101,14 +101,14 @@ def test_logits_equal_transformers(tiny_model, name, step):
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.inference_mode()
-def test_lanes_of_unequal_length_do_not_meet(tiny_model, name, step):
-    """Three texts in lanes of a larger cache, prefilled alone, then a pass of 1 and one of 3 rows for all."""
+def test_slots_of_unequal_length_do_not_meet(tiny_model, name, step):
+    """Three texts in slots of a larger cache, prefilled alone, then a pass of 1 and one of 3 rows for all."""
     model = build(tiny_model, name)
     run = STEPS[step](Decoder(model))
     texts = [prompt_ids(length, seed=length) for length in (19, 6, 12)]
     cache, starts = run.new_cache(4, 24), [len(text) - 4 for text in texts]
     for index, (text, start) in enumerate(zip(texts, starts, strict=True)):
-        run.run(run.embed(torch.tensor([text[:start]])), cache.lane(index), [0], 0, 4)
+        run.run(run.embed(torch.tensor([text[:start]])), cache.slot(index), [0], 0, 4)
     ends = torch.tensor([text[-4:] for text in texts])
     ours = [run.decode(run.run(run.embed(ends[:, :1]), cache, starts, 0, 4))]
     ours.append(run.decode(run.run(run.embed(ends[:, 1:]), cache, [start + 1 for start in starts], 0, 4)))
@@ -121,7 +121,7 @@ def test_lanes_of_unequal_length_do_not_meet(tiny_model, name, step):
 def test_greedy_text_equals_generate(tiny_model, name, step):
     model = build(tiny_model, name)
     generator = TextGenerator(model)
-    generator.step = STEPS[step](Decoder(model))
+    generator.runner = STEPS[step](Decoder(model))
     for length in (1, 9):
         ids = prompt_ids(length, seed=length)
         truth = model.generate(torch.tensor([ids]), max_new_tokens=30, min_new_tokens=30, do_sample=False)[0, length:]
@@ -133,7 +133,7 @@ def test_greedy_text_equals_generate(tiny_model, name, step):
 def test_long_prompt_goes_in_pieces(tiny_model, step):
     model = tiny_model("llama", max_position_embeddings=700)
     generator = TextGenerator(model)
-    generator.step = STEPS[step](Decoder(model))
+    generator.runner = STEPS[step](Decoder(model))
     ids = prompt_ids(600)
     truth = model.generate(torch.tensor([ids]), max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, 600:]
     ours = generator.generate(ids, max_new_tokens=8, min_new_tokens=8, exit_layer=2, num_speculations=3)
@@ -148,7 +148,7 @@ def test_bfloat16_logits_are_near_transformers(tiny_model, name):
     ids = torch.tensor(prompt_ids(20))
     with torch.inference_mode():
         truth, theirs = exact(ids[None]).logits[0], model(ids[None]).logits[0].float()
-        step = LeanStep(Decoder(model), Plain)
+        step = FusedRunner(Decoder(model), Plain)
         ours = step.decode(step.run(step.embed(ids[None]), step.new_cache(1, 20), [0], 0, 4))[0].float()
     # Rounding differs; it must not be worse than transformers' own by more than a little.
     assert (ours - truth).abs().mean() < 1.5 * (theirs - truth).abs().mean()
@@ -165,12 +165,12 @@ def test_what_the_lean_step_does_not_cover_runs_on_modules(tiny_model, overrides
     model = tiny_model("llama", **overrides)
     assert reason in obstacle(Decoder(model))
     generator = TextGenerator(model)
-    assert isinstance(generator.step, ModuleStep)
+    assert isinstance(generator.runner, ModuleRunner)
     ids = prompt_ids(8)
     truth = model.generate(torch.tensor([ids]), max_new_tokens=20, min_new_tokens=20, do_sample=False)[0, 8:]
     assert generator.generate(ids, max_new_tokens=20, min_new_tokens=20).token_ids == truth.tolist()
-    with pytest.raises(ValueError, match="lean step does not cover"):
-        LeanStep(Decoder(model), Plain)
+    with pytest.raises(ValueError, match="fused runner does not cover"):
+        FusedRunner(Decoder(model), Plain)
     with pytest.raises(ValueError, match="weights: 'packed' is not for this model"):
         TextGenerator(model, weights="packed")
     with pytest.raises(ValueError, match="bit_exact: is not for this model"):
