@@ -7,6 +7,6 @@ if __name__ == "__main__":
         # Python puts the working directory in front: a yaml.py there would stand in for PyYAML.
         del sys.path[0]
 
-    from lskip.cli.main import main
+    from lskip.cli import main
 
     sys.exit(main())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lskip.cli.main import main
+from lskip.cli import main
 
 ROOT = Path(__file__).parent.parent / "configs"
 FILES = sorted(ROOT.rglob("*.yaml"))

@@ -11,7 +11,7 @@ import json
 import pytest
 import torch
 
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.inference import ConfidenceDraft, CostAwareDraft, TextGenerator
 from lskip.inference.exit_criteria import Entropy, Margin, Saturation
 from lskip.models.exit_adapter import AdapterShape, ExitAdapter

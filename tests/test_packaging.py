@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import lskip.cli.main
+import lskip
+from lskip.cli import main
 from tests.conftest import make_config
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +38,7 @@ def test_callbacks_are_found_from_the_checkout_and_nothing_else_of_it():
 def test_the_version_is_said_and_is_the_packages(capsys):
     assert SETUPTOOLS["dynamic"]["version"] == {"attr": "lskip.__version__"}
     assert PROJECT["project"]["dynamic"] == ["version"]
-    assert lskip.cli.main.main(["--version"]) == 0
+    assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"lskip {lskip.__version__}\n"
 
 

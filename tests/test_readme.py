@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lskip.cli import commands
-from lskip.cli.main import main
+from lskip.cli import commands, main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lskip.callbacks.run_checkpoint import RunCheckpoint
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.models.pretrained import load_model
 
 DECAY, STEPS = 0.7, 5

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from benchmarks.bad_input.options import NOT_TRIED, OPTIONS
 from benchmarks.bad_input.training import OPTIONS as TRAINING
 from benchmarks.bad_input.verdict import Case
-from lskip.cli.main import main
+from lskip.cli import main
 
 MODULES = (
     *("options", "training", "prompts", "data", "rows", "configs", "strangers"),
@@ -25,7 +25,7 @@ FEWEST = 30  # cases of each command
 
 def all_cases(seed: int) -> list[Case]:
     """Each module draws from a stream of its own, so that one more case does not change the others' values."""
-    modules = (import_module(f"bad_input_{name}") for name in MODULES)
+    modules = (import_module(f"benchmarks.bad_input.{name}") for name in MODULES)
     return [case for module in modules for case in module.cases(Random(f"{seed} {module.__name__}"))]
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bad_input.verdict import Case, Seen, judge
+from lskip.cli import main
 from lskip.cli.commands import MODULES
-from lskip.cli.main import main
 
 MEMORY = 3 * 2**30  # bytes of addresses that a case may take beyond what is there when it begins
 MOST_MEBIBYTES = 1000  # that it may use beyond what its parent does

@@ -33,7 +33,7 @@ FIT = (
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
-    "--trainer.callbacks={class_path: bad_input_probe.SeenText, init_args: {path: '{here}/seen'}}",
+    "--trainer.callbacks={class_path: benchmarks.bad_input.probe.SeenText, init_args: {path: '{here}/seen'}}",
 )
 Prepare = Callable[[Path], object]
 

@@ -17,7 +17,7 @@ import safetensors
 import safetensors.torch
 import transformers
 
-from lskip.cli.main import main
+from lskip.cli import main
 
 real_open = io.open
 

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lskip.cli.main import main
+from lskip.cli import main
 
 SIZES = {
     "vocab_size": 300,

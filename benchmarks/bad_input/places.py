@@ -15,7 +15,7 @@ from benchmarks.bad_input.faults import full_disk, read_only, second_writer, sig
 from benchmarks.bad_input.options import BASES, EXPORTED, own_task
 from benchmarks.bad_input.place import PROMPTS, fit_arguments
 from benchmarks.bad_input.verdict import Case, Check, Seen, done, either, refused
-from lskip.cli.main import main
+from lskip.cli import main
 
 # command -> (arguments, what names where it writes, what a whole output is)
 FIT = tuple(fit_arguments("{place}", "{here}/w/out"))
@@ -153,7 +153,8 @@ def terminated() -> Case:
 
     saved = either(*(done(check, code=code) for code in (130, 143)))
     found = case("fit", "SIGTERM", "in the middle", saved, lambda here: signalled(signal.SIGTERM, begun(here)))
-    counted = "--trainer.callbacks={class_path: bad_input_probe.SeenText, init_args: {path: '{here}/w/steps'}}"
+    counting = "class_path: benchmarks.bad_input.probe.SeenText, init_args: {path: '{here}/w/steps'}"
+    counted = f"--trainer.callbacks={{{counting}}}"
     more = ("--trainer.max_steps=2000", "--checkpoint.every_n_train_steps=1000000", counted)
     return Case(**{**vars(found), "arguments": (*FIT, *more), "makes": (*found.makes, "w/steps")})
 

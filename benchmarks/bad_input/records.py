@@ -13,7 +13,7 @@ from benchmarks.bad_input.models import cut, flip
 from benchmarks.bad_input.options import BASES, FEW, TASK
 from benchmarks.bad_input.place import SCRATCH, fit_arguments
 from benchmarks.bad_input.verdict import Case, Right, done, either, refused
-from lskip.cli.main import main
+from lskip.cli import main
 
 SAME = done(prints_the_answer())
 ASK = ("--prompt=def f(x):", "--max_new_tokens=4", "--device=cpu")

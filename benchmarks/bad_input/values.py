@@ -46,7 +46,7 @@ CLASSES = (
     "pathlib.Path.touch",
     "shutil.rmtree",
     "functools.partial",
-    "lskip.cli.main.main",
+    "lskip.cli.entry.main",
     "torch.load",
     "runpy.run_path",
 )

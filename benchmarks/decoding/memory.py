@@ -1,4 +1,6 @@
-"""Peak memory of one setting, in a process of its own: `python decoding_memory.py JOB`, JOB as `peak_of` makes it.
+"""Peak memory of one setting, in a process of its own.
+
+    python -m benchmarks.decoding.memory JOB      JOB as `peak_of` makes it
 
 What loading and converting a model takes on the way is left out: the peak is of decoding with the weights in place.
 """

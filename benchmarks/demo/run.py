@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.demo.report import acceptance, console, distinct_3grams, print_summary, show, speedup
 from benchmarks.environment import environment
-from lskip.cli.main import main as lskip
+from lskip.cli import main as lskip
 from lskip.data import TextData
 from lskip.inference import Generation, TextGenerator
 from lskip.models.decoder import Decoder

@@ -29,7 +29,7 @@ from lightning.pytorch import Callback
 from rich.console import Console
 
 from benchmarks.environment import environment
-from lskip.cli.main import main as lskip
+from lskip.cli import main as lskip
 from lskip.utils.output_files import write_json
 
 FIRST, MOST = 100, 1.05
@@ -165,7 +165,7 @@ def trained(options: argparse.Namespace, folder: Path) -> dict[int, float]:
     lines = [json.dumps({"text": f"def f{i}(x):\n    return x * {i} + {i % 7}\n" * 8}) for i in range(400)]
     (folder / "data.jsonl").write_text("\n".join(lines))
     looks = {
-        "class_path": "steady_memory.ResidentMemory",
+        "class_path": "benchmarks.memory.steady.ResidentMemory",
         "init_args": {"path": str(folder / "seen"), "every": options.every},
     }
     run(
@@ -191,7 +191,7 @@ def trained(options: argparse.Namespace, folder: Path) -> dict[int, float]:
 
 def run(*arguments: str) -> None:
     if lskip(list(arguments)) != 0:
-        raise SystemExit(f"steady_memory.py: lskip {arguments[0]} failed")
+        raise SystemExit(f"steady: lskip {arguments[0]} failed")
 
 
 # What came of it.

@@ -57,13 +57,3 @@ def draw(axes: Axes, task: str, records: list[dict]) -> None:
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.tick_params(axis="y", which="minor", labelsize=7)
     axes.grid(which="both", alpha=0.3)
-
-
-def markdown(records: list[dict]) -> str:
-    """The table of thresholds."""
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    for record in records:
-        cells = [record.get(column) for column in COLUMNS]
-        shown = ("" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells)
-        lines.append(f"| {' | '.join(shown)} |")
-    return "\n".join(lines) + "\n"

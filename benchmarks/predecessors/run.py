@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.environment import environment
 from benchmarks.predecessors.arms import ARMS, Arm, Sizes, train
-from benchmarks.predecessors.figure import COLUMNS, PANELS, figure, markdown
+from benchmarks.predecessors.figure import COLUMNS, PANELS, figure
 from benchmarks.predecessors.scores import score_language, score_sentences
 from benchmarks.predecessors.texts import durations, intents, loaders
 from lskip.data import TextData
@@ -147,7 +147,6 @@ def write_all(folder: Path) -> None:
                 points = json.loads(path.read_text())["points"]
                 records += [{"task": task, "method": name, **point} for point in points]
     write_json(folder / "predecessors.json", records)
-    (folder / "predecessors.md").write_text(markdown(records))
     with (folder / "predecessors.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()

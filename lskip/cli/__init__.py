@@ -1,5 +1,5 @@
 """The command line; its entry point is `lskip.cli:main`."""
 
-from lskip.cli.main import main
+from lskip.cli.entry import main
 
 __all__ = ["main"]

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SHAPE_FILE, WEIGHTS_FILE = "adapter.json", "adapter.safetensors"
-SHIPPED = {"smollm2": Path(__file__).parent / "adapters" / "smollm2"}  # those that come with lskip, by the model's name
+# Those that come with lskip, by the model's name.
+SHIPPED = {"smollm2": Path(__file__).parents[1] / "adapters" / "smollm2"}
 
 
 @dataclass(frozen=True)

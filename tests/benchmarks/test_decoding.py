@@ -341,6 +341,7 @@ def test_llama_cpp_is_spoken_to_line_by_line(tmp_path, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_forgets_what_was_before():
     code = """
+import torch  # which forget_peak brings
 from benchmarks.decoding.memory import forget_peak, peak_resident_mib
 block = bytearray(b"x") * 2**27
 with_block = peak_resident_mib()

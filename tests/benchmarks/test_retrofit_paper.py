@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch.nn.functional import cross_entropy
 
-from lskip.cli.main import main as lskip
+from lskip.cli import main as lskip
 from lskip.data import TextData
 from lskip.models.pretrained import load_model
 from tests.conftest import make_model

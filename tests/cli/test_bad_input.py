@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lskip.cli.main import main
+from lskip.cli import main
 from tests.conftest import make_config, make_model
 
 MODEL = json.dumps(make_config())

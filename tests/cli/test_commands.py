@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import lskip
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.inference import Margin, TextGenerator
 from lskip.inference import options as command_options
 from lskip.inference.drafting.policies import ConfidenceDraft

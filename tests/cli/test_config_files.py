@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lskip.cli import main
 from lskip.cli.config_files import shipped_configs
-from lskip.cli.main import main
 
 STEPS = list(zip("abcdefgh", "bcdefghi", strict=True))
 BOMB = (

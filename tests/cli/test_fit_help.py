@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.data import TextData
 
 

@@ -12,7 +12,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lskip
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.inference import TextGenerator
 from lskip.models.pretrained import load_model
 

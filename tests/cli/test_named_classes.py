@@ -5,7 +5,8 @@ import re
 import pytest
 import yaml
 
-from lskip.cli.main import COMMANDS, main
+from lskip.cli import main
+from lskip.cli.entry import COMMANDS
 
 # Whatever of it is called, or made, leaves a mark.
 EVIL = """

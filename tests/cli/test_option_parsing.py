@@ -8,8 +8,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from jsonargparse._util import import_object
 
-from lskip.cli import commands
-from lskip.cli.main import main
+from lskip.cli import commands, main
 from lskip.cli.option_parsing import parse_options
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lskip.cli.main import main
+from lskip.cli import main
 from tests.cli.test_main import scalars
 from tests.conftest import make_config
 

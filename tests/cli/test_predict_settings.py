@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.inference import TextGenerator
 from lskip.inference import options as command_options
 from lskip.utils.output_files import only_writer

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from lskip.cli.main import main
+from lskip.cli import main
 
 KIND = "K6 resume, and what the command line says"
 BATCH, BLOCK = 4, 16

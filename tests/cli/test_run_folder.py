@@ -13,7 +13,7 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.cli.runs.run_folder import run_place
 from lskip.data import TextData
 from lskip.module import LayerSkipModule

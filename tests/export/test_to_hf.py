@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.export.model_card import layer_table
 from lskip.export.to_hf import export
 from lskip.models.checkpoint import pack_model

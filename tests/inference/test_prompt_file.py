@@ -15,8 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lskip.cli import commands
-from lskip.cli.main import main
+from lskip.cli import commands, main
 from lskip.cli.predict_output import AnswerFile, put_in_order, start_output
 from lskip.inference import TextGenerator
 from lskip.inference import options as command_options
@@ -122,7 +121,7 @@ def test_a_batch_answers_as_one_prompt_after_another(tmp_path, model_folder, thi
 
 DIES = """
 import os, signal, sys
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.inference import TextGenerator
 
 generate_batch = TextGenerator.generate_batch

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.export.to_hf import export
 from lskip.models.checkpoint import pack_model, read_checkpoint, unpack_tokenizer
 from lskip.models.pretrained import load_config, load_model, load_tokenizer

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.models.families import FAMILIES
 from lskip.models.pretrained import load_config, load_model
 from lskip.models.reading.model_config import make_config as config_of

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.models.pretrained import load_model, load_tokenizer
 from tests.conftest import make_config, make_model
 from tests.export.test_to_hf import save

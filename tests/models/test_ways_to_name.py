@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.export.to_hf import export, first_layers
 from lskip.inference import load_generator
 from lskip.inference.layers import lm_head as screened_head

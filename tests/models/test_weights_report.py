@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.models.pretrained import load_model
 from tests.conftest import make_model
 

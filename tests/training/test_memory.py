@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.module import LayerSkipModule
 
 ROOT = Path(__file__).parents[2] / "configs"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lskip.callbacks.run_checkpoint import RunCheckpoint
-from lskip.cli.main import main
+from lskip.cli import main
 
 EPOCH = 12  # optimizer steps, each of two micro-batches of four rows of 16 tokens
 

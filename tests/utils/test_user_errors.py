@@ -16,8 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
 import lskip
-from lskip.cli import main as cli
-from lskip.cli.main import main
+from lskip.cli import entry, main
 from lskip.utils.user_errors import is_users_mistake, one_line
 
 
@@ -116,7 +115,7 @@ def test_a_fault_of_lskip_shows_its_traceback(error, monkeypatch):
     def broken(arguments):
         raise error
 
-    monkeypatch.setattr(cli, "_command", lambda name: broken)
+    monkeypatch.setattr(entry, "_command", lambda name: broken)
     with pytest.raises(type(error)):
         main(["generate", "--prompt=x"])
 

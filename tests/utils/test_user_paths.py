@@ -2,7 +2,7 @@
 
 import pytest
 
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.utils.user_paths import user_path
 
 KIND = "B41 a path that is none"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import cross_entropy
 
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.evaluation.layers import inspect as command
 from lskip.models.pretrained import load_model
 from lskip.utils.output_files import only_writer

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.evaluation.lm_eval import evaluate as module
 from lskip.evaluation.lm_eval.evaluate import results_table
 from lskip.models.pretrained import load_model

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 from tests.evaluation.runs.test_summary import FIRST, LAST, write_events
 from torch.utils.tensorboard import SummaryWriter
 
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.evaluation.layers.figure import image_of, perplexity_figure
 from lskip.evaluation.runs import compare as module
 from lskip.models.readout import LayerReport

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.evaluation.runs.summary import read_run
 
 CONFIG = {"early_exit_loss": {"class_path": "lskip.callbacks.EarlyExitLoss", "init_args": {"e_scale": 0.5}}}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.evaluation.layers.figure import image_of
 from lskip.evaluation.sweep import sweep as sweep_module
 from lskip.evaluation.sweep.advice import advice

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.evaluation.sweep import tune as tune_module
 from lskip.evaluation.sweep.advice import advice, best_cell
 from lskip.evaluation.sweep.draft_rounds import DraftRound

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lskip.cli.main import main
+from lskip.cli import main
 from lskip.evaluation.sweep import tuned
 from lskip.evaluation.sweep.tuned import read_tuned, save_tuned, tuned_options, tuned_path
 from lskip.inference import Margin

@@ -18,11 +18,11 @@ EARLY, LATE, WEIGHTS, NGRAM = Draft("layers", 6), Draft("layers", 15), Draft("we
 
 
 def flat(seconds):
-    """Packed weights on a CPU: 8 rows cost what 1 does, more cost more (figures.md)."""
+    """Packed weights on a CPU: 8 rows cost what 1 does, more cost more."""
     return tuple(seconds * (1 + 0.004 * rows + 0.03 * max(0, rows - 8)) for rows in ROWS)
 
 
-# F.linear on a CPU: 2 and 3 rows cost more than 4 to 8 do (figures.md).
+# F.linear on a CPU: 2 and 3 rows cost more than 4 to 8 do.
 UNEVEN = (50.8, 83.9, 104.7, 71.9, 67.9, 71.1, 68.7, 74.9, 85.8, 100.0, 120.0, 160.0, 200.0)
 STEEP = tuple(1.0 + rows for rows in ROWS)
 TABLES = {

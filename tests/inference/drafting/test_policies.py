@@ -61,7 +61,7 @@ def test_confidence_beats_every_fixed_number_of_tokens(trust):
 
 
 def packed_weights():
-    """Packed weights on a CPU: 8 rows cost little more than 1 does, further ones more (figures.md)."""
+    """Packed weights on a CPU: 8 rows cost little more than 1 does, further ones more."""
     rows, seconds = (1, 8, 64), (1.004, 1.032, 2.936)
 
     def row_costs(block, head):
