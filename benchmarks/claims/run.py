@@ -1,6 +1,6 @@
 """The paper's claims, measured on a model that is small enough to train many times: one table for each question.
 
-    python -m benchmarks.claims.run --out runs/claims [--quick] [--workers 2] [--publish benchmarks/results/DATE-claims.md]
+    python -m benchmarks.claims.run --out runs/claims [--quick] [--workers 2] [--publish PAGE]
 
 Every arm and seed is a folder of its own under OUT/runs, done when its result.json is there: the same command again
 goes on with what is missing, the long run from its last checkpoint. Writes OUT/claims.md and figures beside it;

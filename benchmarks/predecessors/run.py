@@ -9,7 +9,7 @@ hours that are asked for (regression). Held-out texts are then read off at fixed
 criterion stops, threshold by threshold.
 
 Writes into --out: a JSON file for each arm, which is not run again when the command is repeated, and from all of them
-predecessors.json, predecessors.csv, predecessors.md (the table of thresholds), predecessors.png, environment.json.
+predecessors.json, predecessors.csv (the table of thresholds), predecessors.png, environment.json.
 """
 
 from __future__ import annotations
