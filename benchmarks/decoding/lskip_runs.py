@@ -17,8 +17,9 @@ from lskip.evaluation.sweep.cells import remember_rounds
 from lskip.inference import Generation, TextGenerator
 from lskip.inference.drafting.cost_aware import CostAwareDraft
 from lskip.inference.drafting.costs import Costs
-from lskip.inference.drafting.draft import Draft, DraftPlan
+from lskip.inference.drafting.draft import DraftPlan
 from lskip.inference.drafting.policies import ConfidenceDraft, FixedDraft
+from lskip.inference.drafting.registry import round_seconds
 from lskip.models.exit_adapter import ExitAdapter
 
 POLICY_CLASSES = {"fixed": FixedDraft, "confidence": ConfidenceDraft, "cost_aware": CostAwareDraft}
@@ -113,11 +114,11 @@ class Lskip:
 
     def _by(self, costs: Costs, rounds: list[tuple[DraftPlan, int]], steps: float, slots: int) -> float:
         if self.setting.draft is not None:
-            return sum(costs.round(plan, slots) for plan, slots in rounds)
+            return sum(round_seconds(costs, plan, slots) for plan, slots in rounds)
         if self.setting.exit_layer is None:
             return steps * costs.plain(slots)
         # A token of a fixed exit is what a drafted one is.
-        return steps * costs.seconds_per_draft(Draft("layers", self.setting.exit_layer), slots)
+        return steps * costs.model.token_seconds(self.setting.exit_layer, slots)
 
 
 def run_of(generations: list[Generation], seconds: float) -> Run:

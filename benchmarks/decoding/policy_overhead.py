@@ -51,10 +51,8 @@ class UnderWay:
         lengths = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens}
         settings = generator.settings(**arguments, **lengths)
         self.texts = [generator.prepare(prompt, settings) for prompt in prompts]
-        slots = max(map(len, prompts)) + max_new_tokens - 1
-        costs, exits = (lambda: generator.costs), generator.trained_exits
-        steps = generator.runner, generator.draft_runner
-        self.batch = Batch(*steps, settings, len(prompts), slots, costs, exits=exits)
+        cells = max(map(len, prompts)) + max_new_tokens - 1
+        self.batch = Batch(generator.runners, settings, len(prompts), cells, lambda: generator.costs)
         for text in self.texts:
             self.batch.add(text)
         self.batch.round()

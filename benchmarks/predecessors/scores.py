@@ -12,7 +12,7 @@ from benchmarks.predecessors.arms import Arm, Sizes
 from lskip.inference import TextGenerator
 from lskip.inference.decoding.batch import bound
 from lskip.inference.decoding.early_exit import exit_round
-from lskip.inference.decoding.engine import Slots
+from lskip.inference.drafting.round import Slots
 from lskip.inference.exit_criteria import ExitCriterion
 from lskip.inference.runners.base import ModelRunner
 from lskip.models.exit_heads import TrainedExits

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 
 from lskip.cli.config_files import CONFIG_HELP, ConfigFile, bound_yaml
 from lskip.cli.errors import innermost
-from lskip.cli.named_classes import restrict_imports
+from lskip.cli.named_classes import drafter_kind, restrict_imports
 from lskip.cli.option_parsing import parse_options
 from lskip.evaluation.tasks.task import Task
 from lskip.inference.drafting.policies import DraftPolicy
@@ -70,6 +70,11 @@ def _parse(parser: ArgumentParser, options: list[str]):
         ValueError: one sentence on what is wrong with them.
     """
     values = parse_options(parser, options, parser, _CLASSES)
+    if values.get("draft") is not None:
+        values["draft"] = drafter_kind("draft", values["draft"])
+    if values.get("drafts") is not None:
+        names = [name.strip() for name in ",".join(values["drafts"]).split(",")]
+        values["drafts"] = [drafter_kind("drafts", name) for name in names]
     try:
         return parser.instantiate_classes(values)
     except ValueError as error:

@@ -21,6 +21,7 @@ from lskip.cli.predict_settings import (
 )
 from lskip.evaluation.sweep.tuned import tuned_options
 from lskip.inference import Generation, GenerationSettings
+from lskip.inference.drafting.drafter import Available
 from lskip.inference.drafting.policies import DraftPolicy
 from lskip.inference.options import DecodingOptions, LoadingOptions
 from lskip.inference.prompt_file import Prompt, read_prompts, read_standard_input
@@ -91,7 +92,7 @@ def _check_exit(decoding: DecodingOptions, loading: LoadingOptions) -> None:
         return  # to read its config takes as long as to load it
     layers = getattr(load_config(loading.model), "num_hidden_layers", None)
     if layers is not None and loading.exit_adapter is None:
-        GenerationSettings(**decoding.settings()).check_layers(layers, loading.draft_weights is not None)
+        GenerationSettings(**decoding.settings()).check_model(Available(layers, loading.draft_weights is not None))
 
 
 def _write_answers(file: AnswerFile, asked: list[Prompt], outcomes, done: int) -> str:

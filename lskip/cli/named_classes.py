@@ -16,6 +16,10 @@ from jsonargparse._common import parser_context
 from jsonargparse._typehints import ActionTypeHint, get_class_types, is_subclass_spec
 from jsonargparse._util import import_object
 
+from lskip.inference.drafting.drafter import Drafter
+from lskip.inference.drafting.registry import register_drafter
+from lskip.utils.foreign import first_line
+
 
 def restrict_imports() -> None:
     """Bar what no field is made for before it is imported, and class paths where any value may stand."""
@@ -72,3 +76,18 @@ def _class_of_field(field: str, path: Any, kinds: tuple[type, ...]) -> type:
         names = " or ".join(dict.fromkeys(kind.__name__ for kind in kinds))
         raise ValueError(f"{field}: {path!r} is not a class of the kind {names}")
     return named
+
+
+def drafter_kind(field: str, name: str) -> str:
+    """Return the kind of a Drafter that is named by its import path, and any other name as it is.
+
+    Raises:
+        ValueError: there is no such class.
+    """
+    if "." not in name:
+        return name
+    try:
+        drafter = _class_of_field(field, name, (Drafter,))
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{field}: {name!r} cannot be imported ({first_line(error)})") from error
+    return register_drafter(drafter).kind

@@ -1,7 +1,9 @@
 """Decoding: autoregressive, from a fixed exit, or self-speculative, behind one object. No Lightning in here."""
 
 from lskip.inference.drafting.cost_aware import CostAwareDraft
+from lskip.inference.drafting.drafter import Drafter
 from lskip.inference.drafting.policies import ConfidenceDraft, CriterionDraft, FixedDraft
+from lskip.inference.drafting.registry import register_drafter
 from lskip.inference.exit_criteria import Entropy, LearnedExit, Margin, Saturation
 from lskip.inference.generation import Generation, TextStream
 from lskip.inference.generator import TextGenerator
@@ -12,6 +14,7 @@ __all__ = [
     "ConfidenceDraft",
     "CostAwareDraft",
     "CriterionDraft",
+    "Drafter",
     "Entropy",
     "FixedDraft",
     "Generation",
@@ -22,4 +25,5 @@ __all__ = [
     "TextGenerator",
     "TextStream",
     "load_generator",
+    "register_drafter",
 ]

@@ -1,4 +1,4 @@
-"""Text in, text out: one object that holds a model ready for decoding."""
+"""Request in, text out: one object that holds a model ready for decoding."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from copy import deepcopy
 from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING
 
-from lskip.inference.decoding.batch import Batch, Text, bound, full_depth, longest_draft
+from lskip.inference.decoding.batch import Batch, Request, bound, full_depth, longest_draft
 from lskip.inference.decoding.sampling import TokenChooser
 from lskip.inference.decoding.state_recorder import StateRecorder
 from lskip.inference.drafting.adapter import AdapterRunner
 from lskip.inference.drafting.costs import Costs, measure_costs
 from lskip.inference.drafting.costs_file import keep_costs
-from lskip.inference.drafting.policies import drafts_of
+from lskip.inference.drafting.drafter import Runners
+from lskip.inference.drafting.registry import DRAFTERS, drafts_of
 from lskip.inference.generation import Generation, TextStream
 from lskip.inference.layers.linear_choice import mix_for
 from lskip.inference.layers.lm_head import screened_head
@@ -131,9 +132,9 @@ class TextGenerator:
     def stream(self, prompt, **settings) -> TextStream:
         """The same as an iterator of text pieces. Everything is checked here, before the first piece."""
         chosen = self.settings(**settings)
-        text = self.prepare(prompt, chosen)
-        rounds = (news for _, news in self._rounds(deque([text]), 1, chosen))
-        return TextStream(self.tokenizer, rounds, text.generation)
+        request = self.prepare(prompt, chosen)
+        rounds = (news for _, news in self._rounds(deque([request]), 1, chosen))
+        return TextStream(self.tokenizer, rounds, request.generation)
 
     def generate_batch(
         self,
@@ -159,10 +160,10 @@ class TextGenerator:
             ValueError: as in `generate`, with the prompt's index; or states are asked for where an adapter drafts or
                 not all blocks run.
         """
-        texts, chosen = self._prepare_all(prompts, batch_size, indices, settings)
+        requests, chosen = self._prepare_all(prompts, batch_size, indices, settings)
         if states_at is not None:
             self._check_states_at(states_at, chosen)
-        return self._endings(texts, batch_size, chosen, states_at)
+        return self._endings(requests, batch_size, chosen, states_at)
 
     def _check_states_at(self, states_at: int, settings: GenerationSettings) -> None:
         if not 1 <= states_at <= self.num_layers:
@@ -170,9 +171,11 @@ class TextGenerator:
         exits = settings.exit_criterion is not None or full_depth(settings, self.num_layers) < self.num_layers
         if exits or self.adapter_runner is not None:
             raise ValueError("states_at: goes neither with an early exit nor with an exit_adapter")
-        drafts = drafts_of(settings, self.num_layers, self.draft_runner is not None)
-        deepest = max((draft.exit_layer for draft in drafts if draft.kind == "layers"), default=0)
-        if deepest > states_at:  # verification goes on from there, and never passes states_at
+        drafts = drafts_of(settings.draft, settings.exit_layer, self.runners.available)
+        deepest = max((draft.exit_layer for draft in drafts if DRAFTERS[draft.kind].leaves_states), default=0)
+        if (
+            settings.num_speculations and deepest > states_at
+        ):  # verification goes on from there, and never passes states_at
             raise ValueError(f"states_at: {states_at} lies below layer {deepest}, which drafts")
 
     def stream_batch(
@@ -181,8 +184,13 @@ class TextGenerator:
         """The same as (index of the prompt, piece of its text), each piece final and never a part of a character."""
         if self.tokenizer is None:
             raise ValueError("prompt: streaming text needs a tokenizer, and the model came without one")
-        texts, chosen = self._prepare_all(prompts, batch_size, indices, settings)
-        return self._pieces(texts, batch_size, chosen)
+        requests, chosen = self._prepare_all(prompts, batch_size, indices, settings)
+        return self._pieces(requests, batch_size, chosen)
+
+    @property
+    def runners(self) -> Runners:
+        """All that runs blocks here."""
+        return Runners(self.runner, self.draft_runner, self.adapter_runner, self.trained_exits)
 
     @property
     def defaults(self) -> GenerationSettings:
@@ -196,15 +204,14 @@ class TextGenerator:
             ValueError: an unknown name, or a value that is not allowed (here).
         """
         chosen = self.model_defaults.changed(**settings)
-        adapter_exit = None if self.adapter_runner is None else self.adapter_runner.shape.exit_layer
-        chosen.check_layers(self.num_layers, self.draft_runner is not None, adapter_exit)
+        chosen.check_model(self.runners.available)
         for criterion in (chosen.exit_criterion, getattr(chosen.draft_policy, "criterion", None)):
             bound(criterion, self.trained_exits)
         if chosen.stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings: need a tokenizer, and the model came without one")
         return chosen
 
-    def prepare(self, prompt, settings: GenerationSettings, index: int = 0) -> Text:
+    def prepare(self, prompt, settings: GenerationSettings, index: int = 0) -> Request:
         """A prompt as the engine takes it. `index`: its place in a batch, which its seed depends on."""
         ids = encode_prompt(prompt, self.tokenizer, settings.chat, self.vocab_size, self.most_characters)
         stop = stop_rule(
@@ -218,7 +225,7 @@ class TextGenerator:
         seed = secrets.randbits(32) if settings.seed is None else (settings.seed + index) % 2**64
         rules = self.model_defaults
         chooser = TokenChooser(settings, seed, self.eos_ids, ids, rules.by_text, rules.warpers)
-        return Text(ids, chooser, stop, Generation(prompt_tokens=len(ids), seed=seed), index=index)
+        return Request(ids, chooser, stop, Generation(prompt_tokens=len(ids), seed=seed), index=index)
 
     @cached_property
     def most_characters(self) -> int | None:
@@ -246,56 +253,55 @@ class TextGenerator:
 
     def _prepare_all(
         self, prompts: list, batch_size: int, indices: list[int] | None, settings: dict
-    ) -> tuple[deque[Text], GenerationSettings]:
+    ) -> tuple[deque[Request], GenerationSettings]:
         check_whole("batch_size", batch_size, 1)
         chosen = self.settings(**settings)
-        texts: deque[Text] = deque()
+        requests: deque[Request] = deque()
         for index, prompt in zip(range(len(prompts)) if indices is None else indices, prompts, strict=True):
             try:
-                texts.append(self.prepare(prompt, chosen, index))
+                requests.append(self.prepare(prompt, chosen, index))
             except ValueError as error:
                 raise ValueError(f"prompts[{index}]: {error}") from error
-        return texts, chosen
+        return requests, chosen
 
     def _rounds(
-        self, texts: deque[Text], slots: int, settings: GenerationSettings, states_at: int | None = None
-    ) -> Iterator[tuple[Text, list[int]]]:
-        """Runs round after round until all texts have ended; yields what each round adds to each.
+        self, requests: deque[Request], slots: int, settings: GenerationSettings, states_at: int | None = None
+    ) -> Iterator[tuple[Request, list[int]]]:
+        """Runs round after round until all requests have ended; yields what each round adds to each.
 
-        It takes them out of `texts`: one that has ended is nobody's any more, with all that sampling and drafting kept.
+        It takes them out of `requests`, so that one that has ended is freed, with all that sampling kept of it.
         """
-        if not texts:
+        if not requests:
             return
         # A text's last token is never run, so it needs one cell less than it has tokens.
-        cells = max(len(text.prompt) + text.stop.max_new_tokens - 1 for text in texts)
-        slots = min(slots, len(texts))
-        costs, exits = (lambda: self.costs), self.trained_exits
+        cells = max(len(request.prompt) + request.stop.max_new_tokens - 1 for request in requests)
+        slots = min(slots, len(requests))
         recorder = None
         if states_at is not None:  # room for the last token too, and for what is accepted beyond a text's end
             recorder = StateRecorder.for_slots(states_at, self.runner, slots, cells + 1 + longest_draft(settings))
-        batch = Batch(
-            self.runner, self.draft_runner, settings, slots, cells, costs, self.adapter_runner, exits, recorder
-        )
-        while texts:
-            batch.add(texts.popleft())
+        batch = Batch(self.runners, settings, slots, cells, lambda: self.costs, recorder)
+        while requests:
+            batch.add(requests.popleft())
         while batch.busy:
             yield from batch.round()
 
     def _endings(
-        self, texts: deque[Text], batch_size: int, settings: GenerationSettings, states_at: int | None
+        self, requests: deque[Request], batch_size: int, settings: GenerationSettings, states_at: int | None
     ) -> Iterator[tuple[int, Generation]]:
-        for text, _ in self._rounds(texts, batch_size, settings, states_at):
-            if text.ended:
+        for request, _ in self._rounds(requests, batch_size, settings, states_at):
+            if request.ended:
                 if self.tokenizer is not None:
-                    text.generation.text = decode_text(self.tokenizer, text.generation.token_ids)
-                yield text.index, text.generation
+                    request.generation.text = decode_text(self.tokenizer, request.generation.token_ids)
+                yield request.index, request.generation
 
-    def _pieces(self, texts: deque[Text], batch_size: int, settings: GenerationSettings) -> Iterator[tuple[int, str]]:
-        under_way: dict[Text, TextPieces] = {}
-        for text, tokens in self._rounds(texts, batch_size, settings):
-            pieces = under_way.setdefault(text, TextPieces(self.tokenizer))
+    def _pieces(
+        self, requests: deque[Request], batch_size: int, settings: GenerationSettings
+    ) -> Iterator[tuple[int, str]]:
+        under_way: dict[Request, TextPieces] = {}
+        for request, tokens in self._rounds(requests, batch_size, settings):
+            pieces = under_way.setdefault(request, TextPieces(self.tokenizer))
             piece = pieces.push(tokens)
-            if text.ended:
-                piece += under_way.pop(text).rest()
+            if request.ended:
+                piece += under_way.pop(request).rest()
             if piece:
-                yield text.index, piece
+                yield request.index, piece

@@ -83,7 +83,7 @@ class DecodingOptions:
     exit_layer: int | None = None
     exit_criterion: ExitCriterion | None = None
     num_speculations: int | None = None
-    draft: Literal["layers", "weights", "ngram", "adapter"] | None = None
+    draft: str | None = None
     draft_policy: DraftPolicy | None = None
     acceptance: Literal["shared_noise", "rejection"] = "shared_noise"
     temperature: float | None = None

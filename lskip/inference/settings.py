@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
+from lskip.inference.drafting.drafter import Available
+from lskip.inference.drafting.registry import DRAFTERS, check_draft
 from lskip.utils.checks import check_choice, check_parts, check_real, check_texts, check_unicode, check_whole
 
 if TYPE_CHECKING:
@@ -12,7 +14,6 @@ if TYPE_CHECKING:
     from lskip.inference.exit_criteria import ExitCriterion
 
 ACCEPTANCES = ("shared_noise", "rejection")
-DRAFT_KINDS = ("layers", "weights", "ngram", "adapter")
 POLICY_METHODS = ("begin", "plan", "goes_on", "learn")
 CRITERION_METHODS = ("looks_at", "exits", "bound")
 
@@ -77,7 +78,7 @@ class GenerationSettings:
         check_real("min_p", self.min_p, "from 0 to 1", lambda value: 0 <= value <= 1)
         check_real("repetition_penalty", self.repetition_penalty, "above 0", lambda value: value > 0)
         if self.draft is not None:
-            check_choice("draft", self.draft, DRAFT_KINDS)
+            check_choice("draft", self.draft, tuple(DRAFTERS))
         check_choice("acceptance", self.acceptance, ACCEPTANCES)
         check_parts("draft_policy", self.draft_policy, POLICY_METHODS, "a DraftPolicy, such as CostAwareDraft()")
         check_parts("exit_criterion", self.exit_criterion, CRITERION_METHODS, "an ExitCriterion, such as Margin(0.5)")
@@ -107,17 +108,14 @@ class GenerationSettings:
         if self.seed is not None and self.seed >= 2**64:
             raise ValueError(f"seed: {self.seed} is not below 2**64")
 
-    def check_layers(self, num_layers: int, draft_weights: bool = False, adapter_exit: int | None = None) -> None:
-        """Checks what drafts, and where, against a model of `num_layers`, with draft weights or without.
-
-        Args:
-            adapter_exit: the layer that the model's exit adapter was made for; None: it has none.
+    def check_model(self, available: Available) -> None:
+        """Check what drafts, and where, against a model.
 
         Raises:
-            ValueError: exit_layer beyond the model, a criterion that would never be asked, draft weights or an adapter
-                that there are not, layers that are to draft without an exit below the last, or what does not go with
-                the adapter.
+            ValueError: exit_layer beyond the model, a criterion that would never be asked, or a draft that lacks what
+                it needs: draft weights, an adapter of this exit, an exit below the last.
         """
+        num_layers = available.num_layers
         if self.exit_layer is not None and self.exit_layer > num_layers:
             raise ValueError(
                 f"exit_layer: {self.exit_layer} is not a whole number from 1 to {num_layers}, the model's layers"
@@ -125,34 +123,9 @@ class GenerationSettings:
         depth = self.exit_layer or num_layers
         if self.exit_criterion is not None and not any(map(self.exit_criterion.looks_at, range(1, depth))):
             raise ValueError(f"exit_criterion: looks at no layer below {depth}, the last one that runs")
-        if self.draft == "weights" and not draft_weights:
-            raise ValueError("draft: 'weights' needs draft_weights, and the generator has none")
-        if self.draft == "adapter" and adapter_exit is None:
-            raise ValueError("draft: 'adapter' needs an exit_adapter, and the generator has none")
-        if self.num_speculations and adapter_exit is not None:
-            self._check_adapter(adapter_exit)
-        elif self.num_speculations and self.exit_layer in (None, num_layers):
-            self._check_exit(num_layers, draft_weights)
-
-    def _check_adapter(self, adapter_exit: int) -> None:
-        if self.exit_layer not in (None, adapter_exit):
-            raise ValueError(
-                f"exit_layer: {self.exit_layer} is not {adapter_exit}, for which the exit_adapter was made; leave out"
-                " one of the two"
-            )
-        if self.draft == "layers":
-            raise ValueError("draft: 'layers' does not go with an exit_adapter; use 'adapter', or load the model alone")
-
-    def _check_exit(self, num_layers: int, draft_weights: bool) -> None:
-        if self.draft is None:
-            needs_exit = not draft_weights and not getattr(self.draft_policy, "chooses_draft", False)
-        else:
-            needs_exit = self.draft == "layers"
-        if needs_exit:
-            raise ValueError(
-                f"num_speculations: {self.num_speculations} needs an exit_layer from 1 to {num_layers - 1} to draft"
-                f" with (it is {self.exit_layer}), draft_weights, an exit_adapter, or draft 'ngram'"
-            )
+        if self.draft is not None or self.num_speculations:
+            chosen_later = getattr(self.draft_policy, "chooses_draft", False)
+            check_draft(self.draft, self.exit_layer, self.num_speculations, available, chosen_later)
 
     def changed(self, **settings) -> GenerationSettings:
         """A copy with some settings changed.

@@ -6,14 +6,14 @@ Alone is: one text, one token a round, nothing drafted, and no end; what would e
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import pytest
 import torch
 
 from lskip.inference import TextGenerator
-from lskip.inference.decoding.batch import Batch, Text
+from lskip.inference.decoding.batch import Batch, Request
 from lskip.inference.decoding.sampling import TokenChooser
 from lskip.inference.drafting.cost_aware import CostAwareDraft
 from lskip.inference.drafting.costs import Costs, RowCosts
@@ -71,7 +71,7 @@ class Joined:
     """A text in the batch: the run alone that it must equal, and what may end it."""
 
     solo: Solo
-    text: Text
+    text: Request
     eos_ids: tuple[int, ...]
     got: list[int]  # what the rounds reported
 
@@ -121,7 +121,7 @@ def join(solo: Solo, random: Random, tokenizer) -> Joined:
         stop_strings = ("never said", said[begin : begin + random.randint(1, 4)])
     stop = stop_rule(eos_ids, len(solo.prompt), most, 128, stop_strings, tokenizer)
     chooser = TokenChooser(solo.settings, solo.seed, eos_ids, solo.prompt)
-    text = Text(list(solo.prompt), chooser, stop, Generation(prompt_tokens=len(solo.prompt), seed=solo.seed))
+    text = Request(list(solo.prompt), chooser, stop, Generation(prompt_tokens=len(solo.prompt), seed=solo.seed))
     return Joined(solo, text, eos_ids, [])
 
 
@@ -143,12 +143,12 @@ class Interleaving:
     def __init__(self, generator: TextGenerator, solos: list[Solo], tokenizer, seed: int, with_adapter: bool):
         self.random, self.solos, self.tokenizer = Random(seed), solos, tokenizer
         slots, settings = self.random.randint(1, 5), random_settings(self.random, with_adapter)
-        adapter = generator.adapter_runner if with_adapter else None
-        self.batch = Batch(generator.runner, generator.draft_runner, settings, slots, SLOTS, lambda: COSTS, adapter)
+        runners = generator.runners if with_adapter else replace(generator.runners, adapter=None)
+        self.batch = Batch(runners, settings, slots, SLOTS, lambda: COSTS)
         # Keys and values that others have left must not matter.
         self.batch.cache.states.normal_()
-        if self.batch.adapter is not None:
-            self.batch.adapter.cache.states.normal_()
+        if self.batch.slots.observer is not None:
+            self.batch.slots.observer.cache.states.normal_()
         self.left = self.random.randint(2, 9)
         self.joined: list[Joined] = []
         self.cancelled: list[Joined] = []
@@ -170,7 +170,7 @@ class Interleaving:
         self.batch.cancel(one.text)
         if not one.text.ended and one not in self.cancelled:
             self.cancelled.append(one)
-        assert not any(text is one.text for text in (*self.batch.texts, *self.batch.waiting))
+        assert not any(text is one.text for text in (*self.batch.requests, *self.batch.waiting))
 
     def round(self) -> None:
         by_text = {id(one.text): one for one in self.joined}
@@ -178,8 +178,8 @@ class Interleaving:
             by_text[id(text)].got += tokens
         for one in self.joined:
             assert one.got == one.text.generation.token_ids == one.solo.tokens[: len(one.got)]
-        assert len(self.batch.texts) <= self.batch.cache.states.shape[1]
-        assert not any(text.ended for text in self.batch.texts)
+        assert len(self.batch.requests) <= self.batch.cache.states.shape[1]
+        assert not any(text.ended for text in self.batch.requests)
 
     def check(self) -> Counter[str]:
         """What ended the texts."""

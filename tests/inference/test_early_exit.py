@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from lskip.inference import GenerationSettings, TextGenerator
+from lskip.inference.drafting.drafter import Available
 from lskip.inference.exit_criteria import Entropy, ExitCriterion, LearnedExit, Margin, Saturation
 from lskip.inference.layers.linear import Packed, Plain
 from lskip.inference.runners.fused_runner import FusedRunner
@@ -318,11 +319,11 @@ BAD_CRITERIA = [
 @pytest.mark.parametrize(("criterion", "message"), BAD_CRITERIA)
 def test_bad_criteria(criterion, message):
     with pytest.raises(ValueError, match=message):
-        GenerationSettings(exit_criterion=criterion()).check_layers(4)
+        GenerationSettings(exit_criterion=criterion()).check_model(Available(4))
 
 
 def test_a_criterion_does_not_go_with_everything():
     with pytest.raises(ValueError, match="num_speculations: 3 does not go with an exit_criterion"):
         GenerationSettings(exit_criterion=Margin(0.5), num_speculations=3, exit_layer=2)
     with pytest.raises(ValueError, match="exit_criterion: looks at no layer below 2"):
-        GenerationSettings(exit_criterion=Margin(0.5), exit_layer=2).check_layers(4)
+        GenerationSettings(exit_criterion=Margin(0.5), exit_layer=2).check_model(Available(4))

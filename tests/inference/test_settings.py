@@ -1,10 +1,13 @@
 """Every bad setting or prompt is one sentence, before any work."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import GenerationConfig
 
 from lskip.inference import GenerationSettings, TextGenerator, load_generator
+from lskip.inference.drafting.drafter import Available
 from lskip.inference.drafting.policies import FixedDraft
 from lskip.inference.model_defaults import read_defaults
 
@@ -41,7 +44,7 @@ BAD_SETTINGS = [
     ({"stop_strings": None}, "stop_strings: None"),
     ({"acceptance": "always"}, "acceptance: 'always' is not one of shared_noise, rejection"),
     ({"acceptance": None}, "acceptance: None"),
-    ({"draft": "n-gram"}, "draft: 'n-gram' is not one of layers, weights, ngram"),
+    ({"draft": "n-gram"}, "draft: 'n-gram' is not one of adapter, weights, layers, ngram"),
     ({"draft": 3}, "draft: 3"),
     ({"draft": "weights"}, "draft: 'weights' needs draft_weights"),
     ({"draft": "weights", "num_speculations": 3, "exit_layer": 2}, "draft: 'weights' needs draft_weights"),
@@ -70,14 +73,14 @@ BAD_PROMPTS = [
 @pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS)
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message) as caught:
-        GenerationSettings().changed(**settings).check_layers(4)
+        GenerationSettings().changed(**settings).check_model(Available(4))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS)
 def test_bad_settings_are_found_before_any_work(tiny_model, settings, message):
     generator = TextGenerator(tiny_model("llama"))
-    generator.runner = None  # nothing may run before the check
+    generator.runner = SimpleNamespace(num_layers=4)  # nothing may run before the check
     with pytest.raises(ValueError, match=message):
         generator.stream(PROMPT, **settings)
 
@@ -85,7 +88,7 @@ def test_bad_settings_are_found_before_any_work(tiny_model, settings, message):
 @pytest.mark.parametrize(("prompt", "message"), BAD_PROMPTS)
 def test_bad_prompts(tiny_model, prompt, message):
     generator = TextGenerator(tiny_model("llama"))
-    generator.runner = None
+    generator.runner = SimpleNamespace(num_layers=4)
     with pytest.raises(ValueError, match=message):
         generator.stream(prompt)
 
@@ -149,7 +152,7 @@ class AnyDraft(FixedDraft):
     ],
 )
 def test_what_can_draft(settings, draft_weights):
-    GenerationSettings(num_speculations=3, **settings).check_layers(4, draft_weights)
+    GenerationSettings(num_speculations=3, **settings).check_model(Available(4, draft_weights))
 
 
 @pytest.mark.parametrize("draft_weights", [False, True])
@@ -157,7 +160,7 @@ def test_layers_named_as_the_draft_need_an_exit_whatever_else_there_is(draft_wei
     for policy in (None, AnyDraft()):
         settings = GenerationSettings(num_speculations=3, draft="layers", draft_policy=policy)
         with pytest.raises(ValueError, match="needs an exit_layer from 1 to 3"):
-            settings.check_layers(4, draft_weights)
+            settings.check_model(Available(4, draft_weights))
 
 
 def test_defaults_come_from_the_generation_config():

@@ -15,6 +15,7 @@ from lskip.inference import ConfidenceDraft, CostAwareDraft, FixedDraft, Generat
 from lskip.inference.drafting.costs import Costs
 from lskip.inference.drafting.draft import DraftPlan
 from lskip.inference.drafting.policies import DraftPolicy
+from lskip.inference.drafting.registry import round_seconds
 from lskip.inference.options import LoadingOptions
 
 POLICIES = {kind.__name__: kind for kind in (FixedDraft, ConfidenceDraft, CostAwareDraft)}
@@ -24,7 +25,7 @@ WARM_UP_TOKENS = 16
 class Generators:
     """The model as it decodes alone, and beside it one that drafts: never more than these two are held.
 
-    Drafts of the model's own layers and n-grams need no second one.
+    Drafts that need nothing loaded need no second one.
     """
 
     def __init__(self, loading: LoadingOptions):
@@ -35,12 +36,12 @@ class Generators:
 
     def drafting(self, cell: Cell) -> TextGenerator:
         """Raises ValueError where such a draft does not work."""
-        if cell.draft in ("layers", "ngram"):
+        if cell.drafter.needs is None:
             self._held = None
             return self.plain
         if self._held is None or self._held[0] != cell.draft:
             self._held = None  # first, so that its memory is free for the next
-            adapter = self.exit_adapter if cell.draft == "adapter" else None
+            adapter = self.exit_adapter if cell.drafter.needs == "exit_adapter" else None
             loading = replace(self.loading, draft_weights=cell.draft_weights, exit_adapter=adapter)
             self._held = cell.draft, loading.load()
         return self._held[1]
@@ -129,7 +130,7 @@ def times_of(
         if min(pair.plain.seconds, pair.drafted.seconds) > pair.first_token.seconds
     ]
     tokens = sum(len(pair.plain.token_ids) - 1 for pair in pairs)
-    predicted = sum(drafting.round(plan, slots) for plan, slots in planned)
+    predicted = sum(round_seconds(drafting, plan, slots) for plan, slots in planned)
     ideal = tokens * plain.plain(1) / predicted if predicted else None
     return {
         "speedup": median([speedup for speedup in speedups if math.isfinite(speedup)] or [math.nan]),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from lskip.inference.drafting.ngrams import NgramIndex
+from lskip.inference.drafting.ngram import NgramIndex
 from lskip.inference.layers.kv_cache import PREFILL_ROWS
 from lskip.inference.runners.base import ModelRunner
 from lskip.losses import rows_at_once

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from lskip.inference.drafting.drafter import Drafter
+from lskip.inference.drafting.registry import DRAFTERS
 from lskip.inference.options import DraftWeights, LoadingOptions
 from lskip.models.exit_adapter import find_adapter
 from lskip.utils.checks import check_choice, check_whole
 
-DraftName = Literal["layers", DraftWeights, "ngram", "adapter"]
 PolicyName = Literal["FixedDraft", "ConfidenceDraft", "CostAwareDraft"]
 DRAFT_WEIGHTS = get_args(DraftWeights)
-DRAFTS = get_args(DraftName)
 SHARES = (1 / 6, 1 / 4, 1 / 3, 1 / 2)  # of the layers: where drafts exit when nothing is said
 
 
@@ -22,8 +22,8 @@ class Cell:
     """What a cell sets.
 
     Attributes:
-        draft: layers, ngram or adapter as `--draft`; a name in DRAFT_WEIGHTS: draft "weights" of these `draft_weights`.
-        exit_layer: blocks that draft; None: not for this draft to say (ngram, adapter), or all blocks (DRAFT_WEIGHTS).
+        draft: as `--draft`, or a name in DRAFT_WEIGHTS: draft "weights" of these `draft_weights`.
+        exit_layer: blocks that draft; None: not for this draft to say, or all blocks (DRAFT_WEIGHTS).
         num_speculations: tokens drafted, at most where another policy than FixedDraft decides.
         policy: the name of a DraftPolicy.
     """
@@ -42,13 +42,27 @@ class Cell:
     def draft_weights(self) -> str | None:
         return self.draft if self.draft in DRAFT_WEIGHTS else None
 
+    @property
+    def drafter(self) -> type[Drafter]:
+        return drafter_named(self.draft)
+
     def settings(self) -> dict[str, Any]:
         """GenerationSettings that carry it out."""
         return {
-            "draft": "weights" if self.draft_weights else self.draft,
+            "draft": self.drafter.kind,
             "exit_layer": self.exit_layer,
             "num_speculations": self.num_speculations,
         }
+
+
+def draft_names() -> tuple[str, ...]:
+    """Return what a cell's `draft` may be."""
+    return (*(kind for kind in DRAFTERS if kind != "weights"), *DRAFT_WEIGHTS)
+
+
+def drafter_named(draft: str) -> type[Drafter]:
+    """Return what drafts in cells of this name."""
+    return DRAFTERS["weights" if draft in DRAFT_WEIGHTS else draft]
 
 
 def grid(
@@ -83,7 +97,7 @@ def exits_of(draft: str, exit_layers: Sequence[int] | None, num_layers: int) -> 
     for exit_layer in exit_layers or ():
         if exit_layer > num_layers:
             raise ValueError(f"exit_layers: {exit_layer} is not from 1 to {num_layers}, the model's layers")
-    if draft in ("ngram", "adapter") or (draft in DRAFT_WEIGHTS and exit_layers is None):
+    if not drafter_named(draft).takes_exit or (draft in DRAFT_WEIGHTS and exit_layers is None):
         return [None]
     given = sorted({max(1, round(share * num_layers)) for share in SHARES} if exit_layers is None else set(exit_layers))
     if draft in DRAFT_WEIGHTS:
@@ -112,14 +126,15 @@ def check_grid(
         check_whole("exit_layers", exit_layer, 1)
     for count in num_speculations:
         check_whole("num_speculations", count, 1)
-    for name, given, choices in (("drafts", drafts, DRAFTS), ("policies", policies, get_args(PolicyName))):
+    for name, given, choices in (("drafts", drafts, draft_names()), ("policies", policies, get_args(PolicyName))):
         for value in given:
             check_choice(name, value, choices)
     if loading.draft_weights is not None:
         raise ValueError(f"draft_weights: {loading.draft_weights!r} is set by the grid here; use drafts [int8, int4]")
     if loading.costs_file is not None:
         raise ValueError("costs_file: is not for a grid, which measures the costs of each draft anew; leave it out")
-    if ("adapter" in drafts) != (loading.exit_adapter is not None):
+    needed = {drafter_named(draft).needs for draft in drafts}
+    if ("exit_adapter" in needed) != (loading.exit_adapter is not None):
         raise ValueError(
             f"exit_adapter: is {loading.exit_adapter!r}; the draft 'adapter' needs one, no other takes one"
         )

@@ -18,7 +18,7 @@ from lskip.evaluation.sweep.advice import advice
 from lskip.evaluation.sweep.cells import Generators, measure_cell
 from lskip.evaluation.sweep.figure import sweep_figure
 from lskip.evaluation.sweep.file import SweepFile
-from lskip.evaluation.sweep.grid import Cell, DraftName, PolicyName, check_grid, grid
+from lskip.evaluation.sweep.grid import Cell, PolicyName, check_grid, grid
 from lskip.evaluation.tasks import embedded, hub  # noqa: F401 (their classes are what --task can name)
 from lskip.evaluation.tasks.prompts import prompts_of, texts_in_order
 from lskip.evaluation.tasks.scores import score
@@ -52,7 +52,7 @@ def sweep(
     task: Task,
     output: str,
     loading: LoadingOptions,
-    drafts: list[DraftName] | None = None,
+    drafts: list[str] | None = None,
     exit_layers: list[int] | None = None,
     num_speculations: list[int] | None = None,
     policies: list[PolicyName] | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,13 +23,14 @@ from lskip.evaluation.sweep.draft_rounds import (
     shorter_rounds,
     tokens_of,
 )
-from lskip.evaluation.sweep.grid import Cell, DraftName, check_grid, grid
+from lskip.evaluation.sweep.grid import Cell, check_grid, grid
 from lskip.evaluation.sweep.sweep import print_cells
 from lskip.evaluation.sweep.tuned import adapter_place, check_place, save_tuned, tuned_path
 from lskip.evaluation.tasks.prompts import Prompt, prompts_of, texts_in_order
 from lskip.evaluation.tasks.task import Task
 from lskip.inference import TextGenerator
-from lskip.inference.drafting.draft import Draft, DraftPlan
+from lskip.inference.drafting.draft import DraftPlan
+from lskip.inference.drafting.registry import drafts_of, round_seconds
 from lskip.inference.loading import resolve_device
 from lskip.inference.options import LoadingOptions
 from lskip.models.exit_names import layers_of
@@ -52,7 +53,7 @@ class Forecast(NamedTuple):
 def tune(
     task: Task,
     loading: LoadingOptions,
-    drafts: list[DraftName] | None = None,
+    drafts: list[str] | None = None,
     exit_layers: list[int] | None = None,
     num_speculations: list[int] | None = None,
     num_prompts: int = 8,
@@ -152,17 +153,13 @@ def forecast(
     most = prompts[0].settings["max_new_tokens"]
     answers = texts_in_order(plain, prompts, batch_size)
     texts = [OwnText(prompt.ids, answer, most) for prompt, answer in zip(prompts, answers, strict=True)]
-    hits = [hits_of(plain, text) for text in texts] if any(cell.draft == "layers" for cell in cells) else []
+    read_exits = any(cell.draft == "layers" for cell in cells)
+    hits = [hits_of(plain, text) if read_exits else [] for text in texts]
     counts: dict[tuple[str, int | None], Counter[int]] = {}
     forecasts = []
     for cell in tqdm(cells, desc="forecast", unit="cell"):
-        if cell.draft == "layers":
-            found = [
-                rounds_of_exit(text, hit[cell.exit_layer - 1], cell.num_speculations)
-                for text, hit in zip(texts, hits, strict=True)
-            ]
-        elif cell.draft == "ngram":
-            found = [rounds_of_ngrams(text, cell.num_speculations) for text in texts]
+        if cell.draft in READ_AHEAD:
+            found = [READ_AHEAD[cell.draft](text, hit, cell) for text, hit in zip(texts, hits, strict=True)]
         else:
             key = cell.draft, cell.exit_layer
             if key not in counts:
@@ -171,6 +168,13 @@ def forecast(
             found = [shorter_rounds(counts[key], cell.num_speculations)]
         forecasts.append(promised(generators.drafting(cell), cell, [each for rounds in found for each in rounds]))
     return best_first(forecasts)
+
+
+# Drafts whose rounds can be told along a text, without decoding: (text, hits of each exit, cell) -> rounds.
+READ_AHEAD: dict[str, Callable[[OwnText, list[list[bool]], Cell], list[DraftRound]]] = {
+    "layers": lambda text, hits, cell: rounds_of_exit(text, hits[cell.exit_layer - 1], cell.num_speculations),
+    "ngram": lambda text, hits, cell: rounds_of_ngrams(text, cell.num_speculations),
+}
 
 
 def best_first(forecasts: Sequence[Forecast]) -> list[Forecast]:
@@ -197,22 +201,14 @@ def promised(generator: TextGenerator, cell: Cell, rounds: Sequence[DraftRound])
     """By the cost model: the seconds of plain steps for these tokens over those of the rounds (1 where none is)."""
     if not rounds:
         return Forecast(cell, 1.0, 1.0)
-    costs, draft = generator.costs, draft_of(generator, cell)
+    costs = generator.costs
+    draft, *_ = drafts_of(cell.drafter.kind, cell.exit_layer, generator.runners.available)
     seconds = sum(
-        number * costs.round(DraftPlan(draft, drafted), 1)
+        number * round_seconds(costs, DraftPlan(draft, drafted), 1)
         for drafted, number in Counter(each.drafted for each in rounds).items()
     )
     tokens = tokens_of(rounds)
     return Forecast(cell, tokens * costs.plain(1) / seconds, tokens / len(rounds))
-
-
-def draft_of(generator: TextGenerator, cell: Cell) -> Draft:
-    """What drafts in a cell, as the cost model knows it."""
-    kind = cell.settings()["draft"]
-    if kind == "ngram":
-        return Draft(kind, 0)
-    exit_layer = generator.adapter_runner.shape.exit_layer if kind == "adapter" else cell.exit_layer
-    return Draft(kind, exit_layer or generator.num_layers)
 
 
 def worth_decoding(forecasts: Sequence[Forecast], count: int) -> list[Cell]:
@@ -228,10 +224,11 @@ def found_of(records: Sequence[dict[str, Any]], loading: LoadingOptions, prompts
     best = best_cell(records)
     cell = None if best is None else cell_of(best)
     drafted = {"exit_layer": None, "num_speculations": 0, "draft": None} if cell is None else cell.settings()
+    by_adapter = cell is not None and cell.drafter.needs == "exit_adapter"
     return {
         **drafted,
         "draft_weights": cell and cell.draft_weights,
-        "exit_adapter": adapter_place(loading.exit_adapter) if cell is not None and cell.draft == "adapter" else None,
+        "exit_adapter": adapter_place(loading.exit_adapter) if by_adapter else None,
         "speedup": 1.0 if best is None else best["times"]["speedup"],
         "acceptance_rate": best and best["acceptance_rate"],
         "tokens_per_round": best and best["tokens_per_round"],

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lskip.inference import GenerationSettings
+from lskip.inference.drafting.registry import DRAFTERS
 from lskip.inference.options import DecodingOptions, DraftWeights, LoadingOptions
 from lskip.models.exit_adapter import SHIPPED, find_adapter
 from lskip.utils.output_files import make_writable, only_writer, write_json
@@ -61,8 +62,8 @@ def _is_found(found: Any) -> bool:
     weights, adapter = found["draft_weights"], found["exit_adapter"]
     if weights not in (None, *get_args(DraftWeights)) or not isinstance(adapter, str | None):
         return False
-    missing = {"weights": weights is None, "adapter": adapter is None}
-    return isinstance(found["device"], str) and not missing.get(found["draft"])
+    needs = None if found["draft"] is None else DRAFTERS[found["draft"]].needs
+    return isinstance(found["device"], str) and (needs is None or found[needs] is not None)
 
 
 def adapter_place(name: str) -> str:

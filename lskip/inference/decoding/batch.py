@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,27 +14,17 @@ from torch import Tensor
 
 from lskip.inference.decoding.batch_chooser import BatchChooser
 from lskip.inference.decoding.early_exit import exit_round
-from lskip.inference.decoding.engine import (
-    LONGEST_DRAFT,
-    Drafted,
-    Round,
-    Slots,
-    check_logits,
-    draft,
-    nothing_drafted,
-    prefill,
-    verify,
-)
+from lskip.inference.decoding.engine import LONGEST_DRAFT, Round, check_logits, prefill, verify
 from lskip.inference.decoding.sampling import TokenChooser
 from lskip.inference.decoding.state_recorder import StateRecorder
-from lskip.inference.drafting.adapter import AdapterRunner, AdapterSlots
 from lskip.inference.drafting.costs import Costs
 from lskip.inference.drafting.draft import PLAIN, DraftPlan
-from lskip.inference.drafting.ngrams import NgramIndex
-from lskip.inference.drafting.policies import DraftPolicy, FixedDraft, drafts_of
+from lskip.inference.drafting.drafter import Runners
+from lskip.inference.drafting.policies import DraftPolicy, FixedDraft
+from lskip.inference.drafting.registry import DRAFTERS, drafts_of
+from lskip.inference.drafting.round import Drafted, Slots, nothing_drafted
 from lskip.inference.exit_criteria import ExitCriterion, Logits
 from lskip.inference.generation import Generation
-from lskip.inference.runners.base import ModelRunner
 from lskip.inference.runners.exit_head_runner import read_at
 from lskip.inference.settings import GenerationSettings
 from lskip.inference.stopping import StopRule
@@ -44,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class Text:
+class Request:
     """One prompt and what becomes of it.
 
     Attributes:
@@ -52,7 +42,6 @@ class Text:
         chooser: how its tokens are chosen.
         stop: when it ends.
         generation: the outcome, growing.
-        ngrams: of prompt and outcome so far as `guess` has needed them.
         index: its place among the prompts of a batch.
     """
 
@@ -60,7 +49,6 @@ class Text:
     chooser: TokenChooser
     stop: StopRule
     generation: Generation
-    ngrams: NgramIndex = field(default_factory=NgramIndex)
     index: int = 0
     began: float = 0.0
 
@@ -73,11 +61,6 @@ class Text:
     def ended(self) -> bool:
         return self.generation.finish_reason is not None
 
-    def guess(self, num_speculations: int) -> list[int]:
-        """Tokens that followed the same n-gram earlier in the text."""
-        self.ngrams.push(self.chooser.text[len(self.ngrams.text) :])  # only here: most texts are never asked
-        return self.ngrams.guess(num_speculations)
-
     def add(self, tokens: list[int], drafted: int = 0, accepted: int = 0) -> list[int]:
         """Takes a round's tokens up to where the text ends, and returns these."""
         kept, self.generation.finish_reason = self.stop.cut(tokens, self.generation.token_ids)
@@ -88,126 +71,130 @@ class Text:
 
 
 class Batch:
-    """Decodes any number of texts, at most so many at a time as there are slots.
+    """Decodes any number of requests, at most so many at a time as there are slots (continuous batching).
 
-    Slots 0 … A-1 of the cache are in use. A text that ends gives its slot to the last one's, whose keys and values
-    move, once; then waiting texts join behind it, each prefilled by itself.
+    Slots 0 … A-1 of the cache are in use. A request that ends gives its slot to the last one's, whose keys and values
+    move, once; then waiting requests join behind it, each prefilled by itself.
     """
 
     def __init__(
         self,
-        runner: ModelRunner,
-        draft_runner: ModelRunner | None,
+        runners: Runners,
         settings: GenerationSettings,
         slots: int,
         cells: int,
         costs: Callable[[], Costs],
-        adapter: AdapterRunner | None = None,
-        exits: TrainedExits | None = None,
         recorder: StateRecorder | None = None,
     ):
-        """Args:
-        runner: the model's blocks.
-        draft_runner: the same in rounded weights, or None.
-        settings: how to draft and how deep to go; how tokens are chosen is each text's own.
-        slots: texts that are decoded at a time.
-        cells: positions that the longest text needs, its last token left out.
-        costs: measures what rounds cost, for a policy that asks.
-        adapter: the model's exit adapter, or None.
-        exits: what the model's exits have of their own, or None.
-        recorder: keeps the states of each text for its Generation, where no adapter is; None: nobody does.
+        """Make room in a cache.
+
+        Args:
+            runners: the model, and what may draft for it.
+            settings: how to draft and how deep to go; how tokens are chosen is each request's own.
+            slots: requests that are decoded at a time.
+            cells: positions that the longest text needs, its last token left out.
+            costs: measures what rounds cost, for a policy that asks.
+            recorder: keeps the states of each text for its Generation, where no adapter is; None: nobody does.
         """
-        self.runner, self.draft_runner, self.settings, self.exits = runner, draft_runner, settings, exits
-        self.full, num_speculations = full_depth(settings, runner.num_layers), longest_draft(settings)
+        self.runners, self.recorder, num_layers = runners, recorder, runners.model.num_layers
+        self.full, num_speculations = full_depth(settings, num_layers), longest_draft(settings)
         # A slot near its end drafts as many as the others: room for what it will not keep.
-        self.cache = runner.new_cache(slots, cells + (num_speculations if slots > 1 else 0))
-        self.slots = Slots(self.cache, torch.empty(0, dtype=torch.long, device=runner.device))
-        self.texts: list[Text] = []
-        self.waiting: deque[Text] = deque()
+        self.cache = runners.model.new_cache(slots, cells + (num_speculations if slots > 1 else 0))
+        self.slots = Slots(self.cache, torch.empty(0, dtype=torch.long, device=runners.model.device))
+        self.requests: list[Request] = []
+        self.waiting: deque[Request] = deque()
         self.policy: DraftPolicy = settings.draft_policy or FixedDraft()
-        self.criterion = bound(settings.exit_criterion, exits)
-        self.stops_draft = bound(getattr(self.policy, "criterion", None), exits)
-        self.reading = read_at(runner, exits, self.full)
-        exit_layer = None if adapter is None else adapter.shape.exit_layer
-        self.drafts = drafts_of(settings, runner.num_layers, draft_runner is not None, exit_layer)
-        self.recorder = self.slots.observer = recorder
-        self.adapter: AdapterSlots | None = None
-        if any(draft.kind == "adapter" for draft in self.drafts):
-            self.adapter = self.slots.observer = AdapterSlots.beside(self.cache, adapter)
+        self.criterion = bound(settings.exit_criterion, runners.exits)
+        self.stops_draft = bound(getattr(self.policy, "criterion", None), runners.exits)
+        self.reading = read_at(runners.model, runners.exits, self.full)
+        self.drafts = []
+        if num_speculations:
+            self.drafts = drafts_of(settings.draft, settings.exit_layer, runners.available)
+        self.drafters = {draft.kind: DRAFTERS[draft.kind](runners, self.slots) for draft in self.drafts}
+        observers = [recorder, *(drafter.observer for drafter in self.drafters.values())]
+        self.slots.observer = next((observer for observer in observers if observer is not None), None)
         if self.drafts:
             self.policy.begin(self.drafts, costs, num_speculations)
 
-    def add(self, text: Text) -> None:
-        """Queues a text; it joins when a slot is free."""
-        self.waiting.append(text)
+    def add(self, request: Request) -> None:
+        """Queues a request; it joins when a slot is free."""
+        self.waiting.append(request)
 
     @torch.inference_mode()
-    def cancel(self, text: Text) -> None:
-        """Takes a text out, whether it waits or runs."""
-        if text in self.waiting:
-            self.waiting.remove(text)
-        elif text in self.texts:
-            self._leave(self.texts.index(text))
+    def cancel(self, request: Request) -> None:
+        """Takes a request out, whether it waits or runs."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        elif request in self.requests:
+            self._leave(self.requests.index(request))
 
     @property
     def busy(self) -> bool:
-        """Whether there is a text that has not ended."""
-        return bool(self.texts or self.waiting)
+        """Whether there is a request that has not ended."""
+        return bool(self.requests or self.waiting)
 
     @torch.inference_mode()
-    def round(self) -> list[tuple[Text, list[int]]]:
-        """Lets waiting texts join, and adds tokens to every text; returns what each one got."""
+    def round(self) -> list[tuple[Request, list[int]]]:
+        """Lets waiting requests join, and adds tokens to every request; returns what each one got."""
         news = self._join()
-        if self.texts:
-            for text, tokens in self._advance():
-                news[text] = news.get(text, []) + tokens
-        for slot in reversed(range(len(self.texts))):
-            if self.texts[slot].ended:
-                self._record(self.texts[slot], slot)
+        if self.requests:
+            for request, tokens in self._advance():
+                news[request] = news.get(request, []) + tokens
+        for slot in reversed(range(len(self.requests))):
+            if self.requests[slot].ended:
+                self._record(self.requests[slot], slot)
                 self._leave(slot)
         return list(news.items())
 
-    def _join(self) -> dict[Text, list[int]]:
-        """Prefills waiting texts into free slots; the prompt's pass brings the first token."""
+    def _join(self) -> dict[Request, list[int]]:
+        """Prefills waiting requests into free slots; the prompt's pass brings the first token."""
         news = {}
-        while self.waiting and len(self.texts) < len(self.cache.lengths):
-            text = self.waiting.popleft()
-            text.began = time.perf_counter()
-            slot = len(self.texts)
+        while self.waiting and len(self.requests) < len(self.cache.lengths):
+            request = self.waiting.popleft()
+            request.began = time.perf_counter()
+            slot = len(self.requests)
             observer = None if self.slots.observer is None else self.slots.observer.begin(slot)
-            logits = prefill(self.reading, self.cache.slot(slot), text.prompt, self.full, observer)
+            for drafter in self.drafters.values():
+                drafter.begin(slot)
+            logits = prefill(self.reading, self.cache.slot(slot), request.prompt, self.full, observer)
             check_logits(logits)
-            self.cache.lengths[slot] = len(text.prompt)
+            self.cache.lengths[slot] = len(request.prompt)
             none = torch.empty(1, 0, dtype=torch.long, device=logits.device)
-            _, token = BatchChooser([text.chooser]).verify(logits, none)
-            news[text] = text.add(token.tolist())
-            if text.ended:
-                self._record(text, slot)
+            _, token = BatchChooser([request.chooser]).verify(logits, none)
+            news[request] = request.add(token.tolist())
+            if request.ended:
+                self._record(request, slot)
             else:
-                self.texts.append(text)
+                self.requests.append(request)
+                self.slots.texts.append(request.chooser.text)
                 self.slots.pending = torch.cat([self.slots.pending, token])
         return news
 
-    def _record(self, text: Text, slot: int) -> None:
-        """Gives a text that has ended its states, before another has its slot."""
+    def _record(self, request: Request, slot: int) -> None:
+        """Gives a request that has ended its states, before another has its slot."""
         if self.recorder is not None:
-            text.generation.states = self.recorder.of(slot, len(text.prompt) + len(text.generation.token_ids) - 1)
+            request.generation.states = self.recorder.of(
+                slot, len(request.prompt) + len(request.generation.token_ids) - 1
+            )
 
     def _leave(self, slot: int) -> None:
-        last = len(self.texts) - 1
+        last = len(self.requests) - 1
         if slot != last:
             self.cache.move(last, slot)
-            self.texts[slot] = self.texts[last]
+            self.requests[slot], self.slots.texts[slot] = self.requests[last], self.slots.texts[last]
             self.slots.pending[slot] = self.slots.pending[last]
             if self.slots.observer is not None:
                 self.slots.observer.move(last, slot)
-        self.texts.pop()
+            for drafter in self.drafters.values():
+                drafter.move(last, slot)
+        self.requests.pop()
+        self.slots.texts.pop()
         self.slots.pending = self.slots.pending[:last]
 
-    def _advance(self) -> list[tuple[Text, list[int]]]:
-        chooser = BatchChooser([text.chooser for text in self.texts])
+    def _advance(self) -> list[tuple[Request, list[int]]]:
+        chooser = BatchChooser([request.chooser for request in self.requests])
         outcome = self._speculate(chooser) if self.criterion is None else self._exit(chooser)
-        return [self._take(slot, outcome) for slot in range(len(self.texts))]
+        return [self._take(slot, outcome) for slot in range(len(self.requests))]
 
     def _speculate(self, chooser: BatchChooser) -> Round:
         began = time.perf_counter()
@@ -218,43 +205,37 @@ class Batch:
         return outcome
 
     def _exit(self, chooser: BatchChooser) -> Round:
-        outcome, depths = exit_round(self.runner, self.slots, self.criterion, self.full, chooser, self.exits)
-        for text, depth in zip(self.texts, depths, strict=True):
-            text.generation.layers_run += depth
+        outcome, depths = exit_round(
+            self.runners.model, self.slots, self.criterion, self.full, chooser, self.runners.exits
+        )
+        for request, depth in zip(self.requests, depths, strict=True):
+            request.generation.layers_run += depth
         return outcome
 
-    def _take(self, slot: int, outcome: Round) -> tuple[Text, list[int]]:
-        text = self.texts[slot]
-        # What was drafted beyond a text's last token was drafted for its neighbours.
-        drafted = min(outcome.drafted[slot], text.left - 1)
-        return text, text.add(outcome.tokens[slot], drafted, min(outcome.accepted[slot], drafted))
+    def _take(self, slot: int, outcome: Round) -> tuple[Request, list[int]]:
+        request = self.requests[slot]
+        # What was drafted beyond a request's last token was drafted for its neighbours.
+        drafted = min(outcome.drafted[slot], request.left - 1)
+        return request, request.add(outcome.tokens[slot], drafted, min(outcome.accepted[slot], drafted))
 
     def _draft(self, chooser: BatchChooser) -> tuple[DraftPlan, Drafted]:
-        """What the policy plans for this round, carried out."""
-        nothing = PLAIN, nothing_drafted(self.slots)
-        most = self._most()
-        if not self.drafts or most < 1:
-            return nothing
-        plan = self.policy.plan(len(self.texts), most)
-        if plan.draft is not None and plan.draft.kind == "ngram":
-            if (guessed := self._guess(plan.num_speculations)) is not None:
-                return plan, guessed
-            plan = self.policy.plan(len(self.texts), most, without=frozenset([plan.draft]))
-        if plan.draft is None or plan.num_speculations == 0:
-            return nothing
-        runner = self.draft_runner if plan.draft.kind == "weights" else self.runner
-        exit_layer, goes_on = plan.draft.exit_layer, partial(self._goes_on, plan.draft.exit_layer)
-        decode = self.adapter.reader() if plan.draft.kind == "adapter" else None
-        reading = read_at(runner, self.exits, exit_layer)
-        drafted = draft(reading, self.slots, exit_layer, plan.num_speculations, chooser, goes_on, decode)
-        # States of rounded weights are not the model's own: verification starts at the first block. Both share the
-        # cache: drafts see the model's own keys and values, and verification writes over theirs.
-        return plan, drafted if runner is self.runner else Drafted(drafted.ids)
+        """Return what the policy plans for this round, carried out; planned anew where a drafter has nothing."""
+        most, without = self._most(), frozenset()
+        while self.drafts and most >= 1:
+            plan = self.policy.plan(len(self.requests), most, without)
+            if plan.draft is None or plan.num_speculations == 0:
+                break
+            goes_on = partial(self._goes_on, plan.draft.exit_layer)
+            drafter = self.drafters[plan.draft.kind]
+            if (drafted := drafter.propose(plan.draft, plan.num_speculations, chooser, goes_on)) is not None:
+                return plan, drafted
+            without |= {plan.draft}
+        return PLAIN, nothing_drafted(self.slots)
 
     def _most(self) -> int:
-        """Tokens that a slot can be drafted: more than any text may still get is of no use, nor has it a cell."""
+        """Tokens that a slot can be drafted: more than any request may still get is of no use, nor has it a cell."""
         room = self.cache.cells - 1 - max(self.slots.starts)
-        return min(room, max(text.left for text in self.texts) - 1, LONGEST_DRAFT)
+        return min(room, max(request.left for request in self.requests) - 1, LONGEST_DRAFT)
 
     def _goes_on(
         self, exit_layer: int, logits: Logits, margins: Callable[[], Tensor] | None, ids: Tensor, states: Tensor
@@ -266,15 +247,6 @@ class Batch:
             lambda: logits()[:, 0].float().softmax(-1).gather(1, ids[:, None])[:, 0].tolist(),
             None if margins is None else lambda: margins().tolist(),
         )
-
-    def _guess(self, num_speculations: int) -> Drafted | None:
-        """Tokens that followed the same n-grams before; None when no text has any."""
-        guesses = [text.guess(num_speculations) for text in self.texts]
-        if not (longest := max(map(len, guesses))):
-            return None
-        filled = [guess + [0] * (longest - len(guess)) for guess in guesses]
-        ids = torch.tensor(filled, device=self.runner.device)
-        return Drafted(ids, counts=[len(guess) for guess in guesses])
 
 
 def bound(criterion: ExitCriterion | None, exits: TrainedExits | None) -> ExitCriterion | None:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lskip.inference.decoding.engine import Chooser, Round, Slots, nothing_drafted
+from lskip.inference.decoding.engine import Round
+from lskip.inference.drafting.round import Chooser, Slots, nothing_drafted
 from lskip.inference.exit_criteria import ExitCriterion, Logits
 from lskip.inference.runners.base import ModelRunner
 from lskip.inference.runners.exit_head_runner import read_at

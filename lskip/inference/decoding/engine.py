@@ -9,77 +9,16 @@ What this file does not know: text, stopping, sampling, when slots come and go, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lskip.inference.drafting.round import Chooser, Drafted, Observer, Slots, find_argmax
 from lskip.inference.layers.kv_cache import PREFILL_ROWS, KVCache
-from lskip.inference.layers.lm_head import Argmax
 from lskip.inference.runners.base import ModelRunner
 
 LONGEST_DRAFT = PREFILL_ROWS - 1  # tokens in each slot that one pass may verify
-
-
-class Chooser(Protocol):
-    """How tokens are chosen: BatchChooser."""
-
-    takes_argmax: bool
-
-    def ban(self, logits: Tensor, drafted: Tensor) -> None: ...
-    def sample(self, logits: Tensor, drafted: Tensor) -> Tensor: ...
-    def verify(self, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
-class Observer(Protocol):
-    """Who sees the states of the texts under way: AdapterSlots, StateRecorder."""
-
-    exit_layer: int
-
-    def begin(self, slot: int) -> Observer: ...
-    def observe(
-        self, exit_states: Tensor, last_states: Tensor, starts: list[int], accepted: list[int] | None = None
-    ) -> None: ...
-    def move(self, source: int, target: int) -> None: ...
-
-
-@dataclass
-class Slots:
-    """The texts under way, in the cache's first A slots.
-
-    Attributes:
-        pending: [A], the last token of each.
-        observer: sees the states of all that they keep, at its exit and after the last block; None: nobody does.
-    """
-
-    cache: KVCache
-    pending: Tensor
-    observer: Observer | None = None
-
-    @property
-    def starts(self) -> list[int]:
-        """Where the pending tokens stand."""
-        return self.cache.lengths[: len(self.pending)]
-
-
-class Drafted(NamedTuple):
-    """What a draft leaves for verification.
-
-    Attributes:
-        ids: [A, d].
-        states: of the pending and of all drafted tokens but the last, [A, 1, D] each, after `exit_block` blocks
-            of the model; empty where something else drafted.
-        exit_block: blocks that the model need not run again for them.
-        counts: tokens of each slot that were drafted for it, where the rest of its row is filler; None: all.
-    """
-
-    ids: Tensor
-    states: Sequence[Tensor] = ()
-    exit_block: int = 0
-    counts: list[int] | None = None
 
 
 class Round(NamedTuple):
@@ -133,62 +72,6 @@ def check_logits(logits: Tensor) -> None:
             "model: what it computes for this prompt is not finite (NaN or infinite logits); its weights or its config"
             " are broken, or dtype is too narrow for it"
         )
-
-
-def nothing_drafted(slots: Slots) -> Drafted:
-    """The draft of a plain round."""
-    return Drafted(slots.pending.new_empty(len(slots.pending), 0))
-
-
-def draft(
-    runner: ModelRunner,
-    slots: Slots,
-    exit_block: int,
-    num_speculations: int,
-    chooser: Chooser,
-    goes_on: Callable[[Callable[[], Tensor], Callable[[], Tensor] | None, Tensor, Tensor], bool] | None = None,
-    decode: Callable[[Tensor, list[int]], Tensor] | None = None,
-) -> Drafted:
-    """Drafts up to `num_speculations` tokens a slot with blocks 0 … `exit_block`-1.
-
-    Args:
-        goes_on: is given, of what was drafted last, what makes the logits [A, 1, V], what makes the margin [A] between
-            the two highest, the token ids [A] and the exit's states [A, 1, D]; False ends the draft. No margin from a
-            GPU, which each drafted token would have to wait for, nor where noise has the last word.
-        decode: makes logits [A, 1, V] of the exit's states [A, 1, D] and of where they stand; None: the runner's head.
-    """
-    starts, ids = slots.starts, slots.pending
-    states, drafted = [], nothing_drafted(slots).ids
-    tells_margins = chooser.takes_argmax and runner.device.type == "cpu"
-    while True:
-        position = [start + len(states) for start in starts]
-        states.append(runner.run(runner.embed(ids[:, None], position), slots.cache, position, 0, exit_block))
-        x = states[-1]
-        logits = cache(partial(runner.decode, x) if decode is None else partial(decode, x, position))
-        found = find_argmax(runner, x, chooser, drafted) if decode is None else None
-        ids = chooser.sample(logits(), drafted) if found is None else found.ids[:, 0]
-        drafted = torch.cat([drafted, ids[:, None]], 1)
-        margins = partial(margin_of, logits, found) if tells_margins else None
-        if len(states) == num_speculations or (goes_on is not None and not goes_on(logits, margins, ids, x)):
-            return Drafted(drafted, states, exit_block)
-
-
-def margin_of(logits: Callable[[], Tensor], found: Argmax | None) -> Tensor:
-    """[A]: the lead of the highest of logits [A, 1, V], which are made only where nothing was found."""
-    return lead(logits() if found is None else found.logits)[:, 0]
-
-
-def lead(logits: Tensor) -> Tensor:
-    """[..., V] -> [...]: how far the highest is above the next one; infinite where there is none."""
-    if logits.shape[-1] == 1:
-        return logits.new_full(logits.shape[:-1], torch.inf)
-    first, second = logits.topk(2, -1).values.unbind(-1)
-    return first - second
-
-
-def find_argmax(runner: ModelRunner, x: Tensor, chooser: Chooser, drafted: Tensor) -> Argmax | None:
-    """Of x [A, n, D], where the chooser takes the likeliest token and the runner finds it without logits."""
-    return runner.argmax(x, partial(chooser.ban, drafted=drafted)) if chooser.takes_argmax else None
 
 
 def verify(runner: ModelRunner, slots: Slots, drafted: Drafted, full: int, chooser: Chooser) -> Round:

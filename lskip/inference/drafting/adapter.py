@@ -8,6 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lskip.inference.drafting.costs import Costs
+from lskip.inference.drafting.draft import Draft
+from lskip.inference.drafting.drafter import Available, Drafter, GoesOn, Runners
+from lskip.inference.drafting.layers import draft_tokens
+from lskip.inference.drafting.round import Chooser, Drafted, Slots
 from lskip.inference.layers.kv_cache import KVCache
 from lskip.inference.layers.linear import Form, Plain
 from lskip.inference.layers.linear_choice import STEPS_AND_VERIFICATION, choose_form, fastest
@@ -24,6 +29,41 @@ if TYPE_CHECKING:
 
 
 ROWS_THAT_WAIT = 32  # a pass over so many costs little more than over one; and where batches are uneven, not too much
+
+
+class AdapterDrafter(Drafter):
+    """Drafts with the blocks under an exit and a small trained module behind them (Kangaroo, arXiv 2404.18911)."""
+
+    kind = "adapter"
+    needs = "exit_adapter"
+    leaves_states = True
+
+    def __init__(self, runners: Runners, slots: Slots):
+        super().__init__(runners, slots)
+        self.observer = AdapterSlots.beside(slots.cache, runners.adapter)
+
+    @classmethod
+    def drafts(cls, available: Available, exit_layer: int | None) -> list[Draft]:
+        return [] if available.adapter_exit is None else [Draft(cls.kind, available.adapter_exit)]
+
+    @classmethod
+    def seconds(cls, draft: Draft, count: int, slots: int, costs: Costs) -> float:
+        """Return what drafting takes with an adapter of A blocks, as Drafter.seconds.
+
+        d (E block(B) + head_a(B)) + A (block_a(B (d + 2)) + (d - 1) block_a(B)) + E block(B): the first token's pass
+        takes along what the round before has kept. (Where that refused something, they are fewer. The adapter's join
+        is not timed, nor the pass that rounds of other kinds save up.)
+        """
+        if costs.adapter is None:
+            raise ValueError("costs: hold no times for an exit adapter; measure them with the adapter loaded")
+        lower, own = draft.exit_layer * costs.model.block_seconds(slots), costs.adapter.block_seconds(slots)
+        along = costs.adapter_blocks * (costs.adapter.block_seconds(slots * (count + 2)) - own)
+        each = lower + costs.adapter_blocks * own + costs.adapter.head_seconds(slots)
+        return count * each + along + lower
+
+    def propose(self, draft: Draft, count: int, chooser: Chooser, goes_on: GoesOn) -> Drafted:
+        model = self.runners.model
+        return draft_tokens(model, self.slots, draft.exit_layer, count, chooser, goes_on, self.observer.reader())
 
 
 class AdapterRunner:

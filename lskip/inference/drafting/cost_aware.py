@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lskip.inference.drafting.acceptance import ByMargin, Record
 from lskip.inference.drafting.draft import PLAIN, Draft, DraftPlan
 from lskip.inference.drafting.policies import DraftPolicy
+from lskip.inference.drafting.registry import round_seconds
 from lskip.utils.checks import check_real, check_whole
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ class CostAwareDraft(DraftPolicy):
     def _steps(self, draft: Draft, slots: int) -> list[float]:
         """The cost of a round with 1, 2, ... num_speculations tokens in plain steps, as the table of costs has it."""
         if (draft, slots) not in self._tables:
-            rounds = [self._costs.round(DraftPlan(draft, 1 + d), slots) for d in range(self.num_speculations)]
+            rounds = [round_seconds(self._costs, DraftPlan(draft, 1 + d), slots) for d in range(self.num_speculations)]
             self._tables[draft, slots] = [seconds / self._costs.plain(slots) for seconds in rounds]
         return self._tables[draft, slots]
 

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lskip.inference.drafting.draft import Draft, DraftPlan
 from lskip.utils.checks import check_whole
 
 if TYPE_CHECKING:
     from lskip.inference.runners.base import ModelRunner
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-LEAVES_STATES = ("layers", "adapter")  # drafts after which verification goes on from the exit
 CONTEXT = 128  # positions that the measured rows attend to, besides each other
 REPEATS = 9
 
@@ -58,6 +56,10 @@ class RowCosts:
         """Final norm, head and the likeliest token over `rows` rows."""
         return self._between(self.head, rows)
 
+    def token_seconds(self, blocks: int, rows: int) -> float:
+        """Return the seconds of a token in each of `rows` rows that is read off after `blocks` blocks."""
+        return blocks * self.block_seconds(rows) + self.head_seconds(rows)
+
     def _between(self, seconds: tuple[float, ...], rows: int) -> float:
         """Linear between measured numbers of rows, and beyond the last one."""
         index = bisect_left(self.rows, rows)
@@ -80,15 +82,6 @@ class RowCosts:
 class Costs:
     """Seconds of a round by the cost model, from bare calls of blocks and head.
 
-    A round that drafts d tokens for B slots costs, with E blocks drafting,
-    d c(E, B) + b(E, B) + V_E(B (d + 1)) for a draft of kind "layers",
-    d c'(E, B) + V_0(B (d + 1)) for "weights" (c' with the draft weights), and V_0(B (d + 1)) for "ngram", where
-    c(E, n) = E block(n) + head(n), b(E, n) = E block(n) and V_E(n) = (L - E) block(n) + head(n).
-
-    An exit adapter of A blocks drafts for d (E block(B) + head_a(B)) + A (block_a(B (d + 2)) + (d - 1) block_a(B))
-    + b(E, B) + V_E(B (d + 1)): the first token's pass takes along what the round before has kept. (Where that refused
-    something, they are fewer. The adapter's join is not timed, nor the pass that rounds of other kinds save up.)
-
     Attributes:
         num_layers: L.
         model: times of the model's weights.
@@ -103,56 +96,13 @@ class Costs:
     adapter: RowCosts | None = None
     adapter_blocks: int = 0
 
-    def seconds_per_draft(self, draft: Draft, slots: int) -> float:
-        """Drafting one token in each slot.
-
-        Raises:
-            ValueError: the draft has weights of its own, whose times were not measured.
-        """
-        if draft.kind == "ngram":
-            return 0.0
-        if draft.kind == "adapter":
-            if self.adapter is None:
-                raise ValueError("costs: hold no times for an exit adapter; measure them with the adapter loaded")
-            blocks = self.adapter_blocks * self.adapter.block_seconds(slots)
-            return self.lower(draft, slots) + blocks + self.adapter.head_seconds(slots)
-        times = self.draft if draft.kind == "weights" else self.model
-        if times is None:
-            raise ValueError("costs: hold no times for draft weights; measure them with the draft weights loaded")
-        return draft.exit_layer * times.block_seconds(slots) + times.head_seconds(slots)
-
-    def lower(self, draft: Draft, slots: int) -> float:
-        """The drafting blocks over each slot's last drafted token, where verification needs their states."""
-        return draft.exit_layer * self.model.block_seconds(slots) if draft.kind in LEAVES_STATES else 0.0
-
-    def take_along(self, draft: Draft, count: int, slots: int) -> float:
-        """What an adapter's first token pays for the rows that the round before has kept, of `count` drafted."""
-        if draft.kind != "adapter":
-            return 0.0
-        more = self.adapter.block_seconds(slots * (count + 2)) - self.adapter.block_seconds(slots)
-        return self.adapter_blocks * more
-
-    def verify(self, draft: Draft | None, rows: int) -> float:
-        """One pass of what the draft has left to do (None, and drafts that leave no states: all blocks)."""
-        done = draft.exit_layer if draft is not None and draft.kind in LEAVES_STATES else 0
-        left = (self.num_layers - done) * self.model.block_seconds(rows)
-        return left + self.model.head_seconds(rows)
-
-    def round(self, plan: DraftPlan, slots: int) -> float:
-        """A whole round of `slots` slots."""
-        draft, count = plan
-        if draft is None or count == 0:
-            return self.plain(slots)
-        drafting = count * self.seconds_per_draft(draft, slots) + self.take_along(draft, count, slots)
-        return drafting + self.lower(draft, slots) + self.verify(draft, slots * (count + 1))
+    def verify(self, done: int, rows: int) -> float:
+        """Return the seconds of one pass over `rows` rows, of which the first `done` blocks have been run."""
+        return self.model.token_seconds(self.num_layers - done, rows)
 
     def plain(self, slots: int) -> float:
         """A round that drafts nothing: one full step."""
-        return self.verify(None, slots)
-
-    def ideal_speedup(self, plan: DraftPlan, slots: int, tokens_per_round: float) -> float:
-        """Over plain decoding, for rounds that bring `tokens_per_round` tokens to each slot and cost what they must."""
-        return tokens_per_round * self.plain(slots) / self.round(plan, slots)
+        return self.verify(0, slots)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""

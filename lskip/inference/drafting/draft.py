@@ -8,10 +8,8 @@ from typing import NamedTuple
 class Draft(NamedTuple):
     """A source of drafted tokens."""
 
-    # "layers" (the model's first blocks), "adapter" (those and an exit adapter), "weights" (blocks in rounded weights),
-    # or "ngram" (the text)
-    kind: str
-    exit_layer: int  # how many blocks draft; 0 for "ngram"
+    kind: str  # a name in registry.DRAFTERS
+    exit_layer: int  # blocks that draft; 0 where none do
 
     def __str__(self) -> str:
         return f"{self.kind} {self.exit_layer}" if self.exit_layer else self.kind

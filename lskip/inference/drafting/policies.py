@@ -12,28 +12,6 @@ from lskip.utils.checks import check_real
 
 if TYPE_CHECKING:
     from lskip.inference.drafting.costs import Costs
-    from lskip.inference.settings import GenerationSettings
-
-
-def drafts_of(
-    settings: GenerationSettings, num_layers: int, has_weights: bool, adapter_exit: int | None = None
-) -> list[Draft]:
-    """The ways to draft that the settings allow, the one that they name first.
-
-    An adapter behind layer `adapter_exit` (None: there is none) takes the place of bare layers.
-    """
-    if not settings.num_speculations:
-        return []
-    drafts = [] if adapter_exit is None else [Draft("adapter", adapter_exit)]
-    if has_weights:
-        drafts.append(Draft("weights", settings.exit_layer or num_layers))
-    if adapter_exit is None:
-        exits = [settings.exit_layer] if settings.exit_layer else [num_layers // 4, num_layers // 3, num_layers // 2]
-        drafts += [Draft("layers", exit_layer) for exit_layer in dict.fromkeys(exits) if 1 <= exit_layer < num_layers]
-    drafts.append(Draft("ngram", 0))
-    if settings.draft is not None:
-        drafts = [each for each in drafts if each.kind == settings.draft]
-    return drafts
 
 
 class DraftPolicy(ABC):

@@ -164,7 +164,7 @@ def test_both_take_turns_and_the_median_of_their_ratios_counts(place, monkeypatc
     assert record["mismatches"] == 0
     # Without the prompt's half second: 3, 5, 5, 1; the ideal is by the generator's own costs.
     costs, plain = generators.plain.costs, 4 * (NEW_TOKENS - 1)
-    assert 4.0 / record["times"]["share_of_ideal"] < plain * costs.plain(1) / costs.verify(None, 1)
+    assert 4.0 / record["times"]["share_of_ideal"] < plain * costs.plain(1) / costs.verify(0, 1)
 
 
 def test_a_text_that_differs_is_a_mismatch_of_its_prompt(place, monkeypatch):

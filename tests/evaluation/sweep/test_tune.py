@@ -2,6 +2,7 @@
 
 import errno
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from lskip.evaluation.sweep.draft_rounds import DraftRound
 from lskip.evaluation.sweep.grid import Cell
 from lskip.evaluation.sweep.tune import Forecast, best_first, candidates, promised, worth_decoding
 from lskip.inference.drafting.costs import Costs, RowCosts
+from lskip.inference.drafting.drafter import Runners
 from tests.conftest import make_model
 
 # A block costs 1 ms and the head 2 ms, however many rows: a plain step of 10 blocks 12 ms.
@@ -21,7 +23,7 @@ COSTS = Costs(10, RowCosts((1, 64), (1e-3, 1e-3), (2e-3, 2e-3)))
 class Priced:
     """Stands in for a generator of which only the costs are asked."""
 
-    costs, num_layers, adapter_runner = COSTS, 10, None
+    costs, runners = COSTS, Runners(SimpleNamespace(num_layers=10))
 
 
 def test_a_forecast_by_hand():

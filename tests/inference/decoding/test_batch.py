@@ -9,7 +9,7 @@ import torch
 from lskip.inference import TextGenerator
 from lskip.inference.decoding.batch import Batch
 from lskip.inference.drafting.cost_aware import CostAwareDraft
-from lskip.inference.drafting.ngrams import NgramIndex
+from lskip.inference.drafting.ngram import NgramIndex
 
 PROMPTS = [[7, 42, 99], [5] * 30, [250], [18, 77, 3, 4], [9, 9, 9, 9, 9, 9], [31, 41, 59, 26, 53], [100]]
 WAYS = {
@@ -56,7 +56,7 @@ def test_a_free_slot_is_taken_at_once(generator, monkeypatch):
     """In every round as many texts run as there are slots, or texts left; what ends early is given out early."""
     running = []
     advance = Batch._advance
-    monkeypatch.setattr(Batch, "_advance", lambda self: running.append(len(self.texts)) or advance(self))
+    monkeypatch.setattr(Batch, "_advance", lambda self: running.append(len(self.requests)) or advance(self))
     settings = {"temperature": 1.5, "seed": 5, "max_new_tokens": 30}
     lengths = {i: len(one.token_ids) for i, one in generator.generate_batch(PROMPTS, 3, **settings)}
     # A text is in a round for each of its tokens but the first, which the prompt's pass brings.

@@ -9,12 +9,14 @@ import torch
 from lskip.inference import ConfidenceDraft, CostAwareDraft, GenerationSettings, TextGenerator, load_generator
 from lskip.inference.decoding import batch as batch_module
 from lskip.inference.decoding import engine as engine_module
-from lskip.inference.decoding.batch import Batch, drafts_of
+from lskip.inference.decoding.batch import Batch
 from lskip.inference.drafting import adapter as adapter_module
 from lskip.inference.drafting.adapter import AdapterRunner, AdapterSlots
 from lskip.inference.drafting.costs import Costs, RowCosts
 from lskip.inference.drafting.draft import Draft, DraftPlan
+from lskip.inference.drafting.drafter import Available
 from lskip.inference.drafting.policies import DraftPolicy, FixedDraft
+from lskip.inference.drafting.registry import drafts_of
 from lskip.inference.layers.linear import Plain
 from lskip.inference.layers.quantized import DynamicInt8, Int8
 from lskip.inference.runners.fused_runner import FusedRunner
@@ -92,12 +94,12 @@ def decode_and_record(generator, policy, slots, monkeypatch):
     """All prompts, each with a length of its own -> texts, and (text so far, drafted, exit_block) by round and slot."""
     settings = GenerationSettings(num_speculations=5, draft_policy=policy)
     texts = [generator.prepare(p, settings.changed(max_new_tokens=22 - 2 * i)) for i, p in enumerate(PROMPTS)]
-    batch = Batch(generator.runner, generator.draft_runner, settings, slots, 60, lambda: None, generator.adapter_runner)
-    batch.adapter.cache.states.normal_()  # what others have left must not matter
+    batch = Batch(generator.runners, settings, slots, 60, lambda: None)
+    batch.slots.observer.cache.states.normal_()  # what others have left must not matter
     rounds = []
 
     def verify(step, running, drafted, *more):
-        for text, ids in zip(batch.texts, drafted.ids.tolist(), strict=True):
+        for text, ids in zip(batch.requests, drafted.ids.tolist(), strict=True):
             rounds.append((list(text.chooser.text), ids, drafted.exit_block))
         return engine_module.verify(step, running, drafted, *more)
 
@@ -304,12 +306,10 @@ def test_memory_counts_the_adapter(tiny_model):
 
 
 def test_what_may_draft():
-    settings = GenerationSettings(num_speculations=3)
     adapter, weights, ngram = Draft("adapter", 2), Draft("weights", 4), Draft("ngram", 0)
-    assert drafts_of(settings, 4, True, 2) == [adapter, weights, ngram]
-    assert drafts_of(settings.changed(exit_layer=2), 4, False, 2) == [adapter, ngram]
-    assert drafts_of(settings.changed(draft="weights"), 4, True, 2) == [weights]
-    assert drafts_of(settings.changed(num_speculations=0), 4, True, 2) == []
+    assert drafts_of(None, None, Available(4, True, 2)) == [adapter, weights, ngram]
+    assert drafts_of(None, 2, Available(4, False, 2)) == [adapter, ngram]
+    assert drafts_of("weights", None, Available(4, True, 2)) == [weights]
 
 
 BAD = [
@@ -322,16 +322,16 @@ BAD = [
 @pytest.mark.parametrize(("settings", "message"), BAD)
 def test_what_does_not_go_with_an_adapter(settings, message):
     with pytest.raises(ValueError, match=message) as caught:
-        GenerationSettings(**settings).check_layers(4, adapter_exit=2)
+        GenerationSettings(**settings).check_model(Available(4, adapter_exit=2))
     assert "\n" not in str(caught.value)
 
 
 def test_an_adapter_needs_no_exit_layer_but_a_draft_of_its_kind_needs_one():
     for settings in ({}, {"exit_layer": 2}, {"draft": "adapter"}, {"draft": "ngram"}):
-        GenerationSettings(num_speculations=3, **settings).check_layers(4, adapter_exit=2)
-    GenerationSettings(exit_layer=1).check_layers(4, adapter_exit=2)  # a fixed exit, where no adapter runs
-    with pytest.raises(ValueError, match="draft: 'adapter' needs an exit_adapter, and the generator has none"):
-        GenerationSettings(num_speculations=3, draft="adapter").check_layers(4)
+        GenerationSettings(num_speculations=3, **settings).check_model(Available(4, adapter_exit=2))
+    GenerationSettings(exit_layer=1).check_model(Available(4, adapter_exit=2))  # a fixed exit, where no adapter runs
+    with pytest.raises(ValueError, match="draft: 'adapter' needs exit_adapter, and the generator has none"):
+        GenerationSettings(num_speculations=3, draft="adapter").check_model(Available(4))
 
 
 def test_an_adapter_of_another_model_is_refused(tiny_model):

@@ -12,6 +12,7 @@ import pytest
 from lskip.inference.drafting.cost_aware import CostAwareDraft
 from lskip.inference.drafting.costs import Costs, RowCosts
 from lskip.inference.drafting.draft import PLAIN, Draft, DraftPlan
+from lskip.inference.drafting.registry import ideal_speedup, round_seconds
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 EARLY, LATE, WEIGHTS, NGRAM = Draft("layers", 6), Draft("layers", 15), Draft("weights", 30), Draft("ngram", 0)
@@ -70,7 +71,7 @@ def simulate(policy, costs, accepts, num_speculations=8, slots=1, tokens=2000, s
         else:
             accepted = [accepted_of(plan, offered, rng) for _ in range(slots)]
         excess = seconds(plan) if seconds else 1.0
-        spent = excess * costs.round(plan, slots)
+        spent = excess * round_seconds(costs, plan, slots)
         policy.learn(plan, plan.num_speculations, accepted, spent if seconds else None)
         done, steps = done + 1 + sum(accepted) / slots, steps + spent / costs.plain(slots)
         moments.append(Moment(done, steps, plan))
@@ -104,7 +105,7 @@ def best_fixed(costs, chances, num_speculations=8, slots=1):
     for draft, q in chances.items():
         for d in range(1, num_speculations + 1):
             tokens = 1 + sum(q**i for i in range(1, d + 1))
-            speeds.append(costs.ideal_speedup(DraftPlan(draft, d), slots, tokens))
+            speeds.append(ideal_speedup(costs, DraftPlan(draft, d), slots, tokens))
     return max(speeds)
 
 
@@ -347,7 +348,8 @@ def test_rounds_of_uneven_time_mislead_little(q, least):
         moments = simulate(
             CostAwareDraft(), costs, {WEIGHTS: q}, tokens=1600, seed=seed, seconds=lambda _, noise=noise: noise()
         )
-        steps = sum(costs.round(moment.plan, 1) for moment in moments) / costs.plain(1)  # as they take on average
+        # Rounds take what the costs say on average.
+        steps = sum(round_seconds(costs, moment.plan, 1) for moment in moments) / costs.plain(1)
         speeds.append(moments[-1].tokens / steps)
     assert mean(speeds) > least
 

@@ -11,6 +11,7 @@ from lskip.inference.drafting import costs as costs_module
 from lskip.inference.drafting.costs import ROWS, Costs, RowCosts, measure_costs
 from lskip.inference.drafting.costs_file import keep_costs, read_costs
 from lskip.inference.drafting.draft import Draft, DraftPlan
+from lskip.inference.drafting.registry import DRAFTERS, ideal_speedup, round_seconds
 from lskip.inference.layers.linear import Plain
 from lskip.inference.loading import load_generator
 from lskip.inference.runners.fused_runner import FusedRunner
@@ -52,7 +53,7 @@ def test_times_between_and_beyond_the_measured_ones():
     ],
 )
 def test_rounds_by_hand(draft, d, slots, seconds):
-    assert COSTS.round(DraftPlan(draft, d), slots) == seconds
+    assert round_seconds(COSTS, DraftPlan(draft, d), slots) == seconds
 
 
 @pytest.mark.parametrize(
@@ -68,27 +69,27 @@ def test_rounds_by_hand(draft, d, slots, seconds):
     ],
 )
 def test_rounds_by_hand_with_an_adapter(draft, d, slots, seconds):
-    assert WITH_ADAPTER.round(DraftPlan(draft, d), slots) == seconds
+    assert round_seconds(WITH_ADAPTER, DraftPlan(draft, d), slots) == seconds
 
 
 def test_parts_of_a_round():
-    assert COSTS.plain(1) == COSTS.verify(None, 1) == 20
-    assert [COSTS.seconds_per_draft(each, 2) for each in (LAYERS, WEIGHTS, NGRAM)] == [16, 13, 0]
-    assert [COSTS.lower(each, 2) for each in (LAYERS, WEIGHTS, NGRAM)] == [6, 0, 0]
-    assert [COSTS.verify(each, 2) for each in (LAYERS, WEIGHTS, NGRAM)] == [24, 30, 30]
+    assert COSTS.plain(1) == COSTS.verify(0, 1) == 20
+    drafting = [DRAFTERS[each.kind].seconds(each, 1, 2, COSTS) for each in (LAYERS, WEIGHTS, NGRAM)]
+    assert drafting == [16 + 6, 13, 0]  # the states of the layers' last token are verification's too
+    assert [COSTS.verify(done, 2) for done in (3, 0)] == [24, 30]
 
 
 def test_ideal_speedup_by_hand():
     # A round takes 40, a plain one 20, and brings 1.8 tokens in place of one.
-    assert COSTS.ideal_speedup(DraftPlan(LAYERS, 1), 1, 1.8) == pytest.approx(1.8 * 20 / 40)
-    assert COSTS.ideal_speedup(DraftPlan(None, 0), 1, 1.0) == 1
+    assert ideal_speedup(COSTS, DraftPlan(LAYERS, 1), 1, 1.8) == pytest.approx(1.8 * 20 / 40)
+    assert ideal_speedup(COSTS, DraftPlan(None, 0), 1, 1.0) == 1
 
 
 def test_draft_weights_that_were_not_measured():
     with pytest.raises(ValueError, match="costs: hold no times for draft weights"):
-        Costs(10, COSTS.model).round(DraftPlan(WEIGHTS, 1), 1)
+        round_seconds(Costs(10, COSTS.model), DraftPlan(WEIGHTS, 1), 1)
     with pytest.raises(ValueError, match="costs: hold no times for an exit adapter"):
-        COSTS.round(DraftPlan(ADAPTER, 1), 1)
+        round_seconds(COSTS, DraftPlan(ADAPTER, 1), 1)
 
 
 @pytest.mark.parametrize("costs", [COSTS, Costs(10, COSTS.model), WITH_ADAPTER])
@@ -272,7 +273,7 @@ def test_measures_real_steps(tiny_model, make_step):
     costs = measure_costs(step, step, seconds=0.5)
     assert costs.num_layers == 4
     assert Costs.from_dict(costs.to_dict()) == costs
-    assert costs.round(DraftPlan(Draft("weights", 4), 2), 1) > costs.plain(1) > 0
+    assert round_seconds(costs, DraftPlan(Draft("weights", 4), 2), 1) > 0 and costs.plain(1) > 0
 
 
 def test_costs_are_kept_in_a_file(clock, tmp_path):

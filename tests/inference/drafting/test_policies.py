@@ -9,6 +9,7 @@ from lskip.inference.drafting.cost_aware import CostAwareDraft
 from lskip.inference.drafting.costs import Costs, RowCosts
 from lskip.inference.drafting.draft import PLAIN, Draft, DraftPlan
 from lskip.inference.drafting.policies import ConfidenceDraft, DraftPolicy, FixedDraft
+from lskip.inference.drafting.registry import round_seconds
 
 EARLY, WEIGHTS, NGRAM = Draft("layers", 6), Draft("weights", 30), Draft("ngram", 0)
 NGRAMS = frozenset([NGRAM])
@@ -84,7 +85,7 @@ def confident_speed(policy, trust, num_speculations):
                 break
         policy.learn(plan, drafted, [accepted])
         tokens += 1 + accepted
-        steps += costs.round(DraftPlan(WEIGHTS, drafted), 1) / costs.plain(1)
+        steps += round_seconds(costs, DraftPlan(WEIGHTS, drafted), 1) / costs.plain(1)
     return tokens / steps
 
 

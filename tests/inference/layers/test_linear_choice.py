@@ -39,7 +39,7 @@ def test_a_checkpoint_of_bfloat16_numbers_decodes_halved_to_the_same_text(tiny_m
     model = tiny_model("llama").bfloat16().float()
     plain, halved = TextGenerator(model, weights="plain"), TextGenerator(model, weights="halved")
     blocks = sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
-    assert halved.step.form is Halved and halved.memory()["blocks"] == 2 * blocks
+    assert halved.runner.form is Halved and halved.memory()["blocks"] == 2 * blocks
     truth = plain.generate([5, 6, 7], max_new_tokens=30).token_ids
     assert halved.generate([5, 6, 7], max_new_tokens=30).token_ids == truth
     drafted = halved.generate([5, 6, 7], max_new_tokens=30, exit_layer=2, num_speculations=3)
@@ -48,7 +48,7 @@ def test_a_checkpoint_of_bfloat16_numbers_decodes_halved_to_the_same_text(tiny_m
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = 1 + 2.0**-20
     mixed = TextGenerator(model, weights="halved")
-    assert type(mixed.step.blocks[1].down) is Widened and type(mixed.step.blocks[0].down) is Halved
+    assert type(mixed.runner.blocks[1].down) is Widened and type(mixed.runner.blocks[0].down) is Halved
     changed = TextGenerator(model, weights="plain").generate([5, 6, 7], max_new_tokens=30).token_ids
     assert mixed.generate([5, 6, 7], max_new_tokens=30).token_ids == changed
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lskip.inference import TextGenerator
-from lskip.inference.decoding.engine import lead
+from lskip.inference.drafting.layers import lead
 from lskip.inference.layers import lm_head as module
 from lskip.inference.layers.lm_head import ScreenedHead, keeps_bounds, screened_head
 from lskip.models.decoder import Decoder

@@ -4,7 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
+from lskip.inference.drafting.draft import Draft
+from lskip.inference.drafting.drafter import Drafter, GoesOn, Runners
+from lskip.inference.drafting.round import Chooser, Drafted, Slots
 from lskip.utils.checks import check_whole
+
+
+class NgramDrafter(Drafter):
+    """Drafts what followed the last tokens of a text where they stood before in it."""
+
+    kind = "ngram"
+
+    def __init__(self, runners: Runners, slots: Slots):
+        super().__init__(runners, slots)
+        self._indices: dict[int, NgramIndex] = {}
+
+    def begin(self, slot: int) -> None:
+        self._indices[slot] = NgramIndex()
+
+    def move(self, source: int, target: int) -> None:
+        self._indices[target] = self._indices[source]
+
+    def propose(self, draft: Draft, count: int, chooser: Chooser, goes_on: GoesOn) -> Drafted | None:
+        guesses = [self._guess(slot, text, count) for slot, text in enumerate(self.slots.texts)]
+        if not (longest := max(map(len, guesses))):
+            return None
+        filled = [guess + [0] * (longest - len(guess)) for guess in guesses]
+        ids = torch.tensor(filled, device=self.slots.pending.device)
+        return Drafted(ids, counts=[len(guess) for guess in guesses])
+
+    def _guess(self, slot: int, text: list[int], count: int) -> list[int]:
+        index = self._indices[slot]
+        index.push(text[len(index.text) :])  # only now: most texts are never asked
+        return index.guess(count)
 
 
 class NgramIndex:

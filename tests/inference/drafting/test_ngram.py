@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lskip.inference.drafting.ngrams import NgramIndex
+from lskip.inference.drafting.ngram import NgramIndex
 
 
 def searched(text, num, max_n, min_n):

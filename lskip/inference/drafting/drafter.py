@@ -1,0 +1,129 @@
+"""The base of every source of drafts. A new one is a class in a file of its own, registered under its name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from lskip.inference.drafting.costs import Costs
+from lskip.inference.drafting.draft import Draft
+from lskip.inference.drafting.round import Chooser, Drafted, Observer, Slots
+from lskip.inference.runners.base import ModelRunner
+
+if TYPE_CHECKING:
+    from lskip.inference.drafting.adapter import AdapterRunner
+    from lskip.models.exit_heads import TrainedExits
+
+# Told, of the token drafted last, what makes its logits [A, 1, V] and its margins [A] (None: not to be had), its ids
+# [A] and the states [A, 1, D] that it was read from; False ends the draft.
+GoesOn = Callable[[Callable[[], Tensor], Callable[[], Tensor] | None, Tensor, Tensor], bool]
+
+
+class Available(NamedTuple):
+    """What a model offers for drafting.
+
+    Attributes:
+        num_layers: L.
+        draft_weights: whether there is a copy in rounded weights.
+        adapter_exit: the layer that its exit adapter was made for; None: it has none.
+    """
+
+    num_layers: int
+    draft_weights: bool = False
+    adapter_exit: int | None = None
+
+    def has(self, option: str | None) -> bool:
+        """Return whether it was loaded with a Drafter's `needs`."""
+        loaded = {None: True, "draft_weights": self.draft_weights, "exit_adapter": self.adapter_exit is not None}
+        return loaded[option]
+
+
+@dataclass(frozen=True)
+class Runners:
+    """What a generator has loaded.
+
+    Attributes:
+        model: the model's own blocks.
+        draft: the same in rounded weights, or None.
+        adapter: the model's exit adapter, or None.
+        exits: what the model's exits have of their own, or None.
+    """
+
+    model: ModelRunner
+    draft: ModelRunner | None = None
+    adapter: AdapterRunner | None = None
+    exits: TrainedExits | None = None
+
+    @property
+    def available(self) -> Available:
+        """What there is to draft with."""
+        adapter_exit = None if self.adapter is None else self.adapter.shape.exit_layer
+        return Available(self.model.num_layers, self.draft is not None, adapter_exit)
+
+
+class Drafter(ABC):
+    """A source of drafted tokens, for the texts of one batch. Verification keeps the text the model's own.
+
+    Attributes:
+        kind: what `--draft` names it by.
+        needs: the loading option without which it cannot draft (draft_weights, exit_adapter); None: nothing.
+        takes_exit: whether exit_layer says how many blocks draft.
+        leaves_states: whether verification goes on from the states after its exit_layer.
+        observer: is shown the states of all that the texts keep, told where texts begin and move; None: it needs none.
+    """
+
+    kind: ClassVar[str]
+    needs: ClassVar[str | None] = None
+    takes_exit: ClassVar[bool] = False
+    leaves_states: ClassVar[bool] = False
+    observer: Observer | None = None
+
+    def __init__(self, runners: Runners, slots: Slots):
+        """Prepare for the texts of `slots`, of which there are none yet."""
+        self.runners, self.slots = runners, slots
+
+    @classmethod
+    def check(cls, available: Available, exit_layer: int | None, count: int) -> None:
+        """Refuse, before a model is read, what it cannot serve.
+
+        Args:
+            exit_layer: as in GenerationSettings.
+            count: tokens that a round drafts at most; 0: nothing drafts.
+
+        Raises:
+            ValueError: one sentence that names the setting.
+        """
+        if not available.has(cls.needs):
+            raise ValueError(f"draft: {cls.kind!r} needs {cls.needs}, and the generator has none")
+
+    @classmethod
+    def drafts(cls, available: Available, exit_layer: int | None) -> list[Draft]:
+        """Return the drafts that `exit_layer` (None: any) and the model allow, the one to prefer first."""
+        return [Draft(cls.kind, 0)] if available.has(cls.needs) else []
+
+    @classmethod
+    def seconds(cls, draft: Draft, count: int, slots: int, costs: Costs) -> float:
+        """Return the seconds of drafting `count` tokens in each of `slots`, verification left out."""
+        return 0.0
+
+    @abstractmethod
+    def propose(self, draft: Draft, count: int, chooser: Chooser, goes_on: GoesOn) -> Drafted | None:
+        """Return up to `count` tokens behind each text; None: it has nothing to offer in this round.
+
+        Args:
+            draft: one of `drafts`.
+            chooser: chooses tokens from logits, where it makes any.
+            goes_on: to be asked after each token but the last, where it makes one after another.
+        """
+
+    def begin(self, slot: int) -> None:
+        """Let a new text begin in `slot`."""
+        return
+
+    def move(self, source: int, target: int) -> None:
+        """Give slot `target`, whose text has ended, what is known of the text in slot `source`."""
+        return

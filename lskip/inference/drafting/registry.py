@@ -1,0 +1,79 @@
+"""The sources of drafts by name, and the time of a round with one of them."""
+
+from __future__ import annotations
+
+from lskip.inference.drafting.adapter import AdapterDrafter
+from lskip.inference.drafting.costs import Costs
+from lskip.inference.drafting.draft import Draft, DraftPlan
+from lskip.inference.drafting.drafter import Available, Drafter
+from lskip.inference.drafting.layers import LayersDrafter
+from lskip.inference.drafting.ngram import NgramDrafter
+from lskip.inference.drafting.weights import WeightsDrafter
+
+# In the order in which a generator prefers them where nothing is named.
+DRAFTERS: dict[str, type[Drafter]] = {
+    each.kind: each for each in (AdapterDrafter, WeightsDrafter, LayersDrafter, NgramDrafter)
+}
+
+
+def register_drafter(drafter: type[Drafter]) -> type[Drafter]:
+    """Make a source of drafts known by its `kind`; a decorator.
+
+    Raises:
+        ValueError: it has none, or another class has the same.
+    """
+    if not isinstance(getattr(drafter, "kind", None), str):
+        raise ValueError(f"kind: the drafter {drafter.__qualname__} has none, by which it could be named")
+    known = DRAFTERS.setdefault(drafter.kind, drafter)
+    if (known.__module__, known.__qualname__) != (drafter.__module__, drafter.__qualname__):
+        raise ValueError(f"kind: {drafter.kind!r} is taken by {known.__module__}.{known.__qualname__}")
+    return drafter
+
+
+def drafts_of(kind: str | None, exit_layer: int | None, available: Available) -> list[Draft]:
+    """Return the drafts that these settings allow, of one kind or (None) of all, the one to prefer first."""
+    drafters = DRAFTERS.values() if kind is None else [DRAFTERS[kind]]
+    return [draft for drafter in drafters for draft in drafter.drafts(available, exit_layer)]
+
+
+def check_draft(
+    kind: str | None, exit_layer: int | None, count: int, available: Available, chosen_later: bool = False
+) -> None:
+    """Refuse a draft that this model does not have.
+
+    Args:
+        kind: None: the one that a generator prefers, or (chosen_later) that a policy picks.
+        count: tokens that a round drafts at most; 0: nothing drafts.
+
+    Raises:
+        ValueError: as Drafter.check; or an exit_layer that is not the adapter's, where one is loaded.
+    """
+    if count and available.adapter_exit is not None and exit_layer not in (None, available.adapter_exit):
+        raise ValueError(
+            f"exit_layer: {exit_layer} is not {available.adapter_exit}, for which the exit_adapter was made; leave"
+            " out one of the two"
+        )
+    if kind is None and not chosen_later:
+        kind = next(each.kind for each in DRAFTERS.values() if available.has(each.needs))
+    if kind is not None:
+        DRAFTERS[kind].check(available, exit_layer, count)
+
+
+def round_seconds(costs: Costs, plan: DraftPlan, slots: int) -> float:
+    """Return what a round of `slots` texts costs: drafting, and the model's pass over what was drafted.
+
+    A round that drafts d tokens for B texts costs d c(E, B) + b(E, B) + V_E(B (d + 1)) with E blocks of the model
+    drafting, d c'(E, B) + V_0(B (d + 1)) with rounded ones (c' by their times) and V_0(B (d + 1)) with n-grams, where
+    c(E, n) = E block(n) + head(n), b(E, n) = E block(n) and V_E(n) = (L - E) block(n) + head(n).
+    """
+    draft, count = plan
+    if draft is None or count == 0:
+        return costs.plain(slots)
+    drafter = DRAFTERS[draft.kind]
+    done = draft.exit_layer if drafter.leaves_states else 0
+    return drafter.seconds(draft, count, slots, costs) + costs.verify(done, slots * (count + 1))
+
+
+def ideal_speedup(costs: Costs, plan: DraftPlan, slots: int, tokens_per_round: float) -> float:
+    """Return the speed over plain decoding of rounds that bring each text so many tokens and cost what they must."""
+    return tokens_per_round * costs.plain(slots) / round_seconds(costs, plan, slots)

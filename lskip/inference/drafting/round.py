@@ -1,0 +1,84 @@
+"""The values that drafting and verification hand to each other in a round of decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from lskip.inference.layers.kv_cache import KVCache
+from lskip.inference.layers.lm_head import Argmax
+from lskip.inference.runners.base import ModelRunner
+
+
+class Chooser(Protocol):
+    """How tokens are chosen: BatchChooser."""
+
+    takes_argmax: bool
+
+    def ban(self, logits: Tensor, drafted: Tensor) -> None: ...
+    def sample(self, logits: Tensor, drafted: Tensor) -> Tensor: ...
+    def verify(self, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class Observer(Protocol):
+    """Who sees the states of the texts under way: AdapterSlots, StateRecorder."""
+
+    exit_layer: int
+
+    def begin(self, slot: int) -> Observer: ...
+    def observe(
+        self, exit_states: Tensor, last_states: Tensor, starts: list[int], accepted: list[int] | None = None
+    ) -> None: ...
+    def move(self, source: int, target: int) -> None: ...
+
+
+@dataclass
+class Slots:
+    """The texts under way, in the cache's first A slots.
+
+    Attributes:
+        pending: [A], the last token of each.
+        texts: the tokens of each, prompt and answer so far.
+        observer: sees the states of all that they keep, at its exit and after the last block; None: nobody does.
+    """
+
+    cache: KVCache
+    pending: Tensor
+    texts: list[list[int]] = field(default_factory=list)
+    observer: Observer | None = None
+
+    @property
+    def starts(self) -> list[int]:
+        """Where the pending tokens stand."""
+        return self.cache.lengths[: len(self.pending)]
+
+
+class Drafted(NamedTuple):
+    """What a draft leaves for verification.
+
+    Attributes:
+        ids: [A, d].
+        states: of the pending and of all drafted tokens but the last, [A, 1, D] each, after `exit_block` blocks
+            of the model; empty where something else drafted.
+        exit_block: blocks that the model need not run again for them.
+        counts: tokens of each slot that were drafted for it, where the rest of its row is filler; None: all.
+    """
+
+    ids: Tensor
+    states: Sequence[Tensor] = ()
+    exit_block: int = 0
+    counts: list[int] | None = None
+
+
+def nothing_drafted(slots: Slots) -> Drafted:
+    """The draft of a plain round."""
+    return Drafted(slots.pending.new_empty(len(slots.pending), 0))
+
+
+def find_argmax(runner: ModelRunner, x: Tensor, chooser: Chooser, drafted: Tensor) -> Argmax | None:
+    """Of x [A, n, D], where the chooser takes the likeliest token and the runner finds it without logits."""
+    return runner.argmax(x, partial(chooser.ban, drafted=drafted)) if chooser.takes_argmax else None

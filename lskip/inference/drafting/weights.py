@@ -1,0 +1,35 @@
+"""Drafts of the model's own blocks in rounded weights: no training, no second model."""
+
+from __future__ import annotations
+
+from lskip.inference.drafting.costs import Costs
+from lskip.inference.drafting.draft import Draft
+from lskip.inference.drafting.drafter import Available, Drafter, GoesOn
+from lskip.inference.drafting.layers import draft_tokens
+from lskip.inference.drafting.round import Chooser, Drafted
+from lskip.inference.runners.exit_head_runner import read_at
+
+
+class WeightsDrafter(Drafter):
+    """Drafts with a copy of the blocks in 8 or 4 bits: all of them, or those up to exit_layer."""
+
+    kind = "weights"
+    needs = "draft_weights"
+    takes_exit = True
+
+    @classmethod
+    def drafts(cls, available: Available, exit_layer: int | None) -> list[Draft]:
+        return [Draft(cls.kind, exit_layer or available.num_layers)] if available.draft_weights else []
+
+    @classmethod
+    def seconds(cls, draft: Draft, count: int, slots: int, costs: Costs) -> float:
+        if costs.draft is None:
+            raise ValueError("costs: hold no times for draft weights; measure them with the draft weights loaded")
+        return count * costs.draft.token_seconds(draft.exit_layer, slots)
+
+    def propose(self, draft: Draft, count: int, chooser: Chooser, goes_on: GoesOn) -> Drafted:
+        runner = read_at(self.runners.draft, self.runners.exits, draft.exit_layer)
+        drafted = draft_tokens(runner, self.slots, draft.exit_layer, count, chooser, goes_on)
+        # Their states are not the model's own: verification starts at the first block. Both share the cache: drafts
+        # see the model's own keys and values, and verification writes over theirs.
+        return Drafted(drafted.ids)
