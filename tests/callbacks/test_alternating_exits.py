@@ -1,4 +1,4 @@
-"""BERxiT's recipe: the last exit and all exits by turns, and the judge only with all of them."""
+"""BERxiT's recipe: the last exit and all exits by turns, and the exit classifier only with all of them."""
 
 import pytest
 import torch
@@ -32,6 +32,6 @@ def test_a_step_is_an_optimizer_step(tiny_config, accumulated):
     trainer.fit(module, DataLoader(batches, batch_size=None))
     last, every = [0.0, 0.0, 0.0, 1.0], [0.25] * 4
     assert seen.weights == ([last] * accumulated + [every] * accumulated) * 2
-    judge = {"exits.certainty.linear.weight", "exits.certainty.linear.bias"}
-    assert not judge & changed(seen.taken[0], seen.taken[accumulated])
-    assert judge <= changed(seen.taken[accumulated], seen.taken[2 * accumulated])
+    classifier = {"exits.certainty.linear.weight", "exits.certainty.linear.bias"}
+    assert not classifier & changed(seen.taken[0], seen.taken[accumulated])
+    assert classifier <= changed(seen.taken[accumulated], seen.taken[2 * accumulated])

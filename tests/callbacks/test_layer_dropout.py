@@ -54,7 +54,7 @@ def test_steps_are_counted_over_epochs(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("p_max", [-0.1, 1.5, float("nan")])
 def test_p_max_out_of_range_is_refused(p_max):
-    with pytest.raises(ValueError, match=f"p_max: {p_max} is not between 0 and 1"):
+    with pytest.raises(ValueError, match=f"p_max: {p_max} is not a number from 0 to 1"):
         LayerDropout(p_max)
 
 

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from lskip.losses import Teacher
 from lskip.module import LayerSkipModule
 from lskip.targets import Anchored, Labels, SelfDistillation
-from lskip.training.teachers import Lessons
+from lskip.training.teachers import ExitSupervision
 
 WEIGHTS = [0, 0.3, 0, 0.7]
 
@@ -76,18 +76,18 @@ def test_an_untrained_last_layer_still_teaches(tiny_model):
 
 def test_each_row_is_taught_by_its_own_position(tiny_model):
     states = torch.arange(10.0)[:, None].requires_grad_()
-    lessons = Lessons(tiny_model(), SelfDistillation(), None)
+    supervision = ExitSupervision(tiny_model(), SelfDistillation(), None)
     picked = torch.tensor([7, 2])
-    early, last = lessons.of_step([picked, None], states, random_ids(), torch.arange(10))
+    early, last = supervision.of_step([picked, None], states, random_ids(), torch.arange(10))
     assert early.teacher.states.flatten().tolist() == [7, 2] and not early.teacher.states.requires_grad
     assert (last.count, type(last.target), last.teacher) == (10, Labels, None)
 
 
 def test_without_the_last_layer_all_learn_the_exit_target(tiny_model):
-    lessons = Lessons(tiny_model(), Labels(), 0.5)
-    (only,) = lessons.of_step([torch.tensor([1])], None, random_ids(), torch.arange(10))
+    supervision = ExitSupervision(tiny_model(), Labels(), 0.5)
+    (only,) = supervision.of_step([torch.tensor([1])], None, random_ids(), torch.arange(10))
     assert (only.count, type(only.target)) == (1, Labels)
-    *_, last = lessons.of_step([None, None], torch.zeros(10, 32), random_ids(), torch.arange(10))
+    *_, last = supervision.of_step([None, None], torch.zeros(10, 32), random_ids(), torch.arange(10))
     assert isinstance(last.target, Anchored) and isinstance(last.teacher, Teacher)
 
 

@@ -254,7 +254,7 @@ def test_every_end_that_the_file_names_ends_a_text(written):
 
 @pytest.mark.kind(K2)
 def test_words_that_are_not_said_are_a_guess(written, caplog):
-    with caplog.at_level(logging.WARNING, "lskip.models.reading.gguf_facts"):
+    with caplog.at_level(logging.WARNING, "lskip.models.reading.gguf_file"):
         load_tokenizer(written(**{"tokenizer.ggml.pre": None}))
     assert "is cut into words" in caplog.text
 

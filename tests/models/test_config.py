@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from lskip.cli.main import main
 from lskip.models.families import FAMILIES
 from lskip.models.pretrained import load_config, load_model
-from lskip.models.reading.model_config import make_config as config_of
-from lskip.models.reading.model_config import parameter_count, with_layers
+from lskip.models.reading.config import make_config as config_of
+from lskip.models.reading.config import parameter_count, with_layers
 from tests.conftest import make_config, make_model
 from tests.export.test_to_hf import save
 
