@@ -29,7 +29,7 @@ RECIPES = {
 
 @pytest.fixture
 def stand_in(tmp_path, tiny_config):
-    """Function folder -> flags that replace the model, the data and the sizes, and nothing else."""
+    """Return a function folder -> flags that replace the model, the data and the sizes, and nothing else."""
     corpus = tmp_path / "documents.jsonl"
     texts = (json.dumps({"text": f"def f{i}(x):\n    return x + {i}\n" * 4}) for i in range(60))
     corpus.write_text("\n".join(texts))

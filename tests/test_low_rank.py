@@ -43,7 +43,7 @@ def test_merged_by_hand():
 
 @pytest.fixture
 def run(tmp_path, tiny_config):
-    """Function *flags -> the folder of a run of 2 more steps with factors in 2 of 4 blocks."""
+    """Return a function *flags -> the folder of a run of 2 more steps with factors in 2 of 4 blocks."""
     corpus = tmp_path / "documents.jsonl"
     corpus.write_text("\n".join(json.dumps({"text": f"def f{i}(x):\n    return x + {i}\n" * 4}) for i in range(60)))
     flags = [

@@ -1,4 +1,4 @@
-"""What a pip-installed user gets: the list of packages, and an empty folder with classes of one's own in it."""
+"""Installation by pip: the packages of the wheel, and a user's own classes in an empty folder."""
 
 import importlib.util
 import json
@@ -97,7 +97,7 @@ SHADOWS = ("yaml", "json", "torch", "lightning", "random", "pathlib", "jsonargpa
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A folder of a user's with mine.py, and with what a stranger has put there."""
+    """Return a user's folder with mine.py, and with files that a stranger has put there."""
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "mine.py").write_text(MINE)
@@ -118,7 +118,7 @@ def run_in(folder: Path, *command: str, packages: Path) -> subprocess.CompletedP
 
 
 def installed(tmp_path: Path) -> Path:
-    """A folder with what a wheel of this checkout installs; built from a copy, since building leaves files."""
+    """Return a folder with the files of this checkout's wheel, built from a copy, since building leaves files."""
     copy, wheels, packages = tmp_path / "copy", tmp_path / "wheels", tmp_path / "packages"
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
     for name in files.decode().split("\0"):

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from lskip.callbacks import AlternatingExits, TwoStages
 from lskip.inference import Entropy, LearnedExit, Margin, Saturation
 from lskip.task_module import Classification, Regression, TaskModule
+from tests.trainers import quiet_trainer
 
 TEXTS = [[5, 9, 2], [7], [3, 1, 4, 1, 5, 9], [2, 6, 5, 3], [50, 60, 70], [8, 8, 8, 8, 8]]
 
@@ -34,7 +34,7 @@ def make(tiny_model, task, **settings):
 
 @torch.no_grad()
 def states_alone(module, text):
-    """The last token's state before block 0 and after each block, of a text by itself."""
+    """Return the last token's state before block 0 and after each block, for a single text."""
     hidden, seen = module.model.model, []
     hooks = [layer.register_forward_hook(lambda *call: seen.append(call[2])) for layer in hidden.layers]
     hidden(torch.tensor([text]))
@@ -120,15 +120,7 @@ def test_an_exit_classifier_that_was_not_trained(tiny_model):
 
 
 def fit(module, batch, steps, *callbacks):
-    trainer = Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        callbacks=list(callbacks),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(None, *callbacks, max_steps=steps)
     trainer.fit(module, DataLoader([batch] * steps, batch_size=None))
     return module.eval()
 

@@ -33,7 +33,7 @@ def byte_level() -> Tokenizer:
 
 
 def metaspace() -> Tokenizer:
-    """Marks spaces inside tokens and drops one at the start of whatever it decodes, as sentencepiece does."""
+    """Return a tokenizer that marks spaces inside tokens and drops one at the start of decoded text (sentencepiece)."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     bpe.train_from_iterator([WORDS], trainers.BpeTrainer(vocab_size=80, **TRAINER))
@@ -41,7 +41,7 @@ def metaspace() -> Tokenizer:
 
 
 def word_pieces() -> Tokenizer:
-    """Marks what goes on with a word by ##, and tidies spaces up, as BERT's does."""
+    """Return a tokenizer that marks continuations of a word by ## and tidies spaces up (BERT)."""
     words = Tokenizer(models.WordPiece(unk_token="<unk>"))
     words.pre_tokenizer, words.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=True)
     words.train_from_iterator([WORDS] * 3, trainers.WordPieceTrainer(vocab_size=90, **TRAINER))
@@ -59,7 +59,7 @@ KINDS = {
 
 
 def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
-    """A tokenizer whose id 1 ends a text."""
+    """Return a tokenizer whose id 1 ends a text."""
     tokenizer = KINDS[kind]()
     tokenizer.add_special_tokens(["<|im_end|>"])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
@@ -77,7 +77,7 @@ def random_tokens(tokenizer: PreTrainedTokenizerFast, draw: Random) -> list[int]
 
 
 def in_rounds(ids: list[int], draw: Random, most: int = 6) -> list[list[int]]:
-    """The same tokens as they may come."""
+    """Return the same tokens in chunks of random sizes."""
     rounds = []
     while ids:
         size = draw.randint(1, most)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from lskip.callbacks import AlternatingExits
 from lskip.module import LayerSkipModule
 from tests.callbacks.test_two_stages import Snapshots, changed
+from tests.trainers import quiet_trainer
 
 
 def test_last_exit_and_all_exits_by_turns():
@@ -18,16 +18,7 @@ def test_last_exit_and_all_exits_by_turns():
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_a_step_is_an_optimizer_step(tiny_config, accumulated):
     module, seen = LayerSkipModule(tiny_config(), learned_exit=True), Snapshots()
-    trainer = Trainer(
-        max_steps=4,
-        accelerator="cpu",
-        logger=False,
-        callbacks=[AlternatingExits(), seen],
-        accumulate_grad_batches=accumulated,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(None, AlternatingExits(), seen, max_steps=4, accumulate_grad_batches=accumulated)
     batches = [{"input_ids": torch.randint(0, 300, (2, 10))} for _ in range(12)]
     trainer.fit(module, DataLoader(batches, batch_size=None))
     last, every = [0.0, 0.0, 0.0, 1.0], [0.25] * 4

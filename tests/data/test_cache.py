@@ -22,7 +22,7 @@ LITTER = "B26 what kills leave"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(folder with a file and a cache of it, what it holds)"""
+    """Return a folder with a file and a cache of it, and the content of both."""
     folder = tmp_path_factory.mktemp("whole")
     rows = [{"text": f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 9)} for i in range(120)]
     data = maker(folder, write_jsonl(folder / "d.jsonl", rows))()
@@ -36,13 +36,13 @@ def maker(folder: Path, source: str):
 
 @pytest.fixture
 def make(whole, tmp_path):
-    """Function (**arguments) -> TextData; its cache is empty."""
+    """Return a function (**arguments) -> TextData with an empty cache."""
     return maker(tmp_path, str(whole[0] / "d.jsonl"))
 
 
 @pytest.fixture
 def filled(whole, tmp_path):
-    """The folder of that cache, as it was written."""
+    """Return the folder of that cache, as it was written."""
     return Path(shutil.copytree(whole[0] / "cache", tmp_path / "cache"))
 
 
@@ -56,7 +56,7 @@ def cut(part: float):
 
 
 def cut_behind_a_batch(path: Path) -> None:
-    """A file of Arrow that is whole but for its last rows: only who knows the right size can tell."""
+    """Cut an Arrow file after half its rows; it stays readable, so that only its size shows the cut."""
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as file:
@@ -158,7 +158,7 @@ def test_a_cache_of_an_earlier_version_is_made_anew(whole, make, filled):
 
 
 def writer(path: Path, seconds: float):
-    """A process that fills a cached folder and waits in the middle of it."""
+    """Return a process that fills a cached folder and waits in the middle of it."""
     context = multiprocessing.get_context("fork")
     begun = context.Event()
 
@@ -242,7 +242,7 @@ def test_litter_that_is_held_stays(tmp_path):
 
 @pytest.fixture
 def small_files():
-    """Function (bytes): no file may grow beyond; what stands for a full disk, since the tests may run as root."""
+    """Return a function (bytes) that limits the size of files, in place of a full disk: the tests may run as root."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))

@@ -152,7 +152,7 @@ def test_a_missing_package_is_named_at_once(monkeypatch):
 
 @pytest.fixture
 def grouped(tmp_path, tiny_tokenizer):
-    """Function (rows, **arguments) -> TextData; val and test a fifth each."""
+    """Return a function (rows, **arguments) -> TextData; val and test a fifth each."""
 
     def make(rows: list[dict], **arguments) -> TextData:
         path = tmp_path / "rows.jsonl"

@@ -1,4 +1,4 @@
-"""What TextData reads, and what it refuses."""
+"""Sources that TextData reads, and those that it refuses."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a model's config may say: every field has an effect, or is refused by its name before anything is built."""
+"""Configs of models: every field has an effect, or is refused by name before anything is built."""
 
 import json
 from dataclasses import fields
@@ -146,7 +146,7 @@ def test_a_value_that_no_model_can_have_is_refused(field, value):
 
 
 def folder_with(tmp_path, **changes):
-    """A model's folder whose config.json says something else."""
+    """Return a model's folder with a changed config.json."""
     make_model().save_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, **changes}))

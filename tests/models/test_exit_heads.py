@@ -18,7 +18,7 @@ IDS = torch.randint(0, 300, (3, 12), generator=torch.Generator().manual_seed(1))
 
 
 def scrambled(exits):
-    """Change all parameters at random, in place."""
+    """Return `exits` with all parameters changed at random, in place."""
     torch.manual_seed(7)
     for parameter in exits.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
@@ -79,7 +79,7 @@ def test_validation_reads_through_the_heads(tiny_model):
 
 @pytest.fixture
 def run(tmp_path, tiny_config, tiny_tokenizer):
-    """A run folder with heads and a classifier, and the module that wrote it."""
+    """Return a run folder with heads and a classifier, and the module that wrote it."""
     module = LayerSkipModule(tiny_config(), tiny_tokenizer, exit_heads=True, learned_exit=True)
     scrambled(module.exits)
     trainer = Trainer(

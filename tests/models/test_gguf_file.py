@@ -1,4 +1,4 @@
-"""What a GGUF file says is in the model, or the file is refused by the name of what would be dropped.
+"""Metadata and tensors of GGUF files: the model has them, or the file is refused by the name of one that it lacks.
 
 The ways to cut text into words are those of llama.cpp's llama-vocab.cpp, written again here as regular expressions.
 """
@@ -26,7 +26,7 @@ IDS = torch.tensor([[5, 9, 77, 123, 44, 2, 9, 5, 31]])
 
 @pytest.fixture
 def written(tmp_path, monkeypatch):
-    """Function (tensors to add or None to leave out, **keys to set or None to leave out) -> path of a GGUF file."""
+    """Return a function (tensors, **keys; None: left out) -> path of a GGUF file."""
 
     def write(tensors=None, tokenizer=True, model=None, **keys):
         add_key, add_tensor = gguf.GGUFWriter.add_key_value, gguf.GGUFWriter.add_tensor

@@ -19,7 +19,7 @@ def write(path, value: float, size: int = 100_000) -> None:
 
 @pytest.fixture
 def no_file_above_64_kib():
-    """The system itself refuses to write on, as it does on a full disk."""
+    """Limit the size of files, so that writing fails as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, limits[1]))
     yield

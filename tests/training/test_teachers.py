@@ -1,4 +1,4 @@
-"""What exits learn in a step: the module's loss against autograd through transformers' own hidden states."""
+"""Supervision of the exits: the module's loss against autograd through transformers' own hidden states."""
 
 import pytest
 import torch
