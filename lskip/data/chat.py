@@ -8,10 +8,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lskip.data.text_tokens import cut_text, encode_plain
+from lskip.models.encoding import TEMPLATE_SECONDS
 from lskip.utils.untrusted import time_limit
 
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\b")
-SECONDS = 10  # limit for rendering one conversation
 # Two contents that differ in every character: two renderings differ exactly where the content stands.
 PROBES = ("qjxzqjxzqj", "WVKYWVKYWV")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # fields for an assistant's reasoning
@@ -150,7 +150,7 @@ class Chat:
 
     def _rendered(self, messages: list[dict], prompt: bool = False, marks: bool = False) -> tuple[str, list]:
         try:
-            with time_limit(SECONDS, f"it does not end within {SECONDS} s"):
+            with time_limit(TEMPLATE_SECONDS, f"it does not end within {TEMPLATE_SECONDS} s"):
                 texts, spans = render_jinja_template(
                     [messages],
                     tools=self.tools,
@@ -177,7 +177,7 @@ def common(a: str, b: str) -> int:
 
 
 def stands_between(head: str, tail: str, text: str, content: str) -> bool:
-    """Return whether `text` begins with `head`, and has a part of `content` between that and the length of `tail`."""
+    """Return whether `text` is `head`, nothing but a part of `content`, and a text as long as `tail`."""
     end = len(text) - len(tail)
     return text.startswith(head) and (not content or (len(head) <= end and text[len(head) : end].strip() in content))
 

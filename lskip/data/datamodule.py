@@ -37,52 +37,51 @@ STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "pre
 
 
 class TextData(LightningDataModule):
-    """Blocks of tokens from plain text, prompt and completion pairs, or chat messages.
+    """Batches of tokens from plain text, prompt and completion pairs, or conversations.
 
-    Batches are {"input_ids", "labels"}, each int64 [batch_size, block_size] (pairs and conversations: as many
-    columns as their longest row needs); labels are aligned with the inputs (the model shifts them) and -100
-    where a token is not scored. The columns of the source decide:
-    `messages` (a row a conversation, every assistant turn is scored), `prompt` and `completion` (a row a
-    pair, the completion is scored), or `text` (joined with the end-of-text token after each, cut into
-    blocks); else `conversations` (ShareGPT's: from human, gpt, system or tool, and value) or `instruction`, `input`
-    and `output` (a pair in Stanford Alpaca's own words). `tools` beside `messages` go to the chat template. A
-    conversation or pair longer than a block is cut at the right, and left out, with a warning, when nothing scored
-    is left of it. A special token that a text spells, such as <|endoftext|>, is plain text.
+    Batches are {"input_ids", "labels"}, each int64 [batch_size, block_size] (pairs and conversations: as many columns
+    as the longest row needs); labels are aligned with the inputs (the model shifts them) and -100 where a token is not
+    scored. The columns of the source decide: `messages` (one conversation in each row, every assistant turn is scored),
+    `prompt` and `completion` (one pair in each row, the completion is scored), or `text` (joined, with the end-of-text
+    token after each, and cut into blocks); else `conversations` (ShareGPT's: from human, gpt, system or tool, and
+    value) or `instruction`, `input` and `output` (a pair, with Stanford Alpaca's prompt). `tools` beside `messages` are
+    passed to the chat template. A conversation or pair longer than a block is cut at the right, and left out with a
+    warning if no scored token remains. A special token that a text spells, such as <|endoftext|>, is plain text.
 
-    Documents are de-duplicated and split by the sha256 of their content: the split is the same on every
-    machine, a copy never crosses it, and the tokenizer is trained on the training split alone. Where rows have a
-    column `group`, the split is by the sha256 of that, and all documents of a group stay on one side.
+    Documents are de-duplicated and split by the sha256 of their content: the split is the same on every machine, no
+    copy is on both sides, and the tokenizer is trained on the training split alone. Where rows have a column `group`,
+    the split is by the sha256 of that, and all documents of a group stay on one side.
 
-    Training order is a function of (seed, batch number): a run resumed with `ckpt_path` gets the batches that
-    it would have got uninterrupted, if batch_size and the number of devices are the same. Validation and test
-    are in a fixed order; on several devices Lightning repeats a few rows to make their shares equal.
+    Training order is a function of (seed, batch number): a run resumed with `ckpt_path` gets the batches that it would
+    have got uninterrupted, if batch_size and the number of devices are the same. Validation and test are in a fixed
+    order; on several devices Lightning repeats a few rows to make their shares equal.
 
     Args:
-        source: "stdlib" (the Python source of this interpreter's standard library), "packages" (that of the
-            installed packages), "home_assistant" (pairs: what is said to a smart home, and its parse), a file
-            (.jsonl, .ndjson, .json, .parquet, .txt or any other of UTF-8 text), a folder of text or of rows (what
-            most of its files are; the rest is left out with a warning), or else a dataset of the Hugging Face hub
-            as name, name:config or name:config:split. A .txt is cut at blank lines into documents of at least 4000
-            characters; one that is named alone and has no blank line holds a document a line.
-        tokenizer: what load_tokenizer (lskip.models.pretrained) takes (smollm2, a folder, a hub name ...), or a
+        source: "stdlib" (the Python source of this interpreter's standard library), "packages" (that of the installed
+            packages), "home_assistant" (pairs: a sentence said to a smart home, and its parse), a file (.jsonl,
+            .ndjson, .json, .parquet, .txt or any other of UTF-8 text), a folder of text or of rows (the kind of most
+            files; others are left out with a warning), or else a dataset of the Hugging Face hub as name, name:config
+            or name:config:split. A .txt is split at blank lines into documents of at least 4000 characters; a single
+            .txt without blank lines has one document in each line.
+        tokenizer: any source of load_tokenizer (lskip.models.pretrained): smollm2, a folder, a hub name …; or a
             tokenizer; null trains a byte-level BPE on the training split.
-        vocab_size: entries of the tokenizer that is trained; not used when `tokenizer` is given.
+        vocab_size: entries of the trained tokenizer; not used when `tokenizer` is given.
         block_size: tokens in a row.
         batch_size: rows in a batch, on each device.
-        val_fraction: share of the documents held out for validation; 0: none, a fit is then not validated.
+        val_fraction: share of the documents held out for validation; 0: none, and a fit is not validated.
         test_fraction: share of the documents held out for test; may be 0.
-        text_column: the column that holds the text; null looks for messages, prompt and completion, then text.
-        max_val_blocks: at most so many rows of validation, and of test; null takes all.
-        streaming: read while training, for a corpus larger than the disk. Training documents are then not
-            de-duplicated, they repeat for ever (set trainer.max_steps), and resuming reads again what was
-            read. max_val_blocks must be set.
+        text_column: the column of the text; null looks for messages, prompt and completion, then text.
+        max_val_blocks: the most rows of validation, and of test; null takes all.
+        streaming: read during training, for a corpus larger than the disk. Training documents are then not
+            de-duplicated, they repeat without end (set trainer.max_steps), and resuming reads again what was read.
+            max_val_blocks must be set.
         num_workers: processes that load batches; 0 loads in the training process.
         seed: of the training order.
-        cache_dir: where documents, tokenizers and tokens are kept; null is ~/.cache/lskip.
+        cache_dir: folder of cached documents, tokenizers and tokens; null is ~/.cache/lskip.
 
     Raises:
-        ValueError, FileNotFoundError: one sentence that names the argument; plain arguments are checked when
-            the object is made, the source when it is read.
+        ValueError, FileNotFoundError: messages name the argument; plain arguments are checked when the object is made,
+            the source when it is read.
     """
 
     def __init__(
@@ -196,7 +195,7 @@ class TextData(LightningDataModule):
     def unigram_perplexity(self, split: str = "val") -> float:
         """Return the perplexity of `split` under token frequencies of the training split, each count plus one.
 
-        A model that ignores its context reaches no better.
+        A model that ignores its context reaches about this.
         """
         self._check_filled(split)
         counts = self._token_counts("train") + 1

@@ -8,7 +8,7 @@ from lskip.utils.checks import check_unicode
 from lskip.utils.foreign import first_line, is_panic
 from lskip.utils.untrusted import time_limit
 
-TEMPLATE_SECONDS = 10  # a conversation takes a chat template some milliseconds
+TEMPLATE_SECONDS = 10  # limit for rendering a conversation, which takes milliseconds
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str | list[str], field: str = "prompt", **options):

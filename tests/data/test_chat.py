@@ -423,7 +423,7 @@ def test_a_template_that_changes_the_first_words(byte_level):
     ],
 )  # fmt: skip
 def test_a_template_that_does_not_end(byte_level, monkeypatch, template):
-    monkeypatch.setattr("lskip.data.chat.SECONDS", 0.2)
+    monkeypatch.setattr("lskip.data.chat.TEMPLATE_SECONDS", 0.2)
     with pytest.raises(ValueError, match=r"refuses a conversation: it does not end within 0.2 s"):
         scored(tokenizer_of(byte_level, template), [user("hi"), assistant("yo")])
 

@@ -20,6 +20,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lskip.models.reading.config import MAX_LAYERS, without_memory
+from lskip.models.reading.weights_report import first_of
 
 MARK = "\u2581"  # a space in sentencepiece's tokens
 logger = logging.getLogger(__name__)
@@ -223,16 +224,12 @@ def check_tensors(config: PreTrainedConfig, facts: Facts) -> None:
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     own = {names.get_name(name, (".weight", ".bias")): part.numel() for name, part in model.named_parameters()}
     if more := sorted(facts.tensors.keys() - own.keys()):
-        raise ValueError(f"model: {facts.place!r} holds {_named(more)}, which lskip does not read")
+        raise ValueError(f"model: {facts.place!r} holds tensor {first_of(more)}, which lskip does not read")
     if fewer := sorted(own.keys() - facts.tensors.keys()):
-        raise ValueError(f"model: {facts.place!r} lacks {_named(fewer)}")
+        raise ValueError(f"model: {facts.place!r} lacks tensor {first_of(fewer)}")
     for name, size in facts.tensors.items():
         if size != own[name]:
             raise ValueError(f"model: {name} in {facts.place!r} has {size} numbers, its sizes ask for {own[name]}")
-
-
-def _named(names: list[str]) -> str:
-    return f"tensor {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def settle_tokenizer(tokenizer: PreTrainedTokenizerBase, facts: Facts) -> None:

@@ -42,8 +42,10 @@ def check_report(report: dict, model: PreTrainedModel, place: str) -> None:
             f"model: the weights in {place!r} do not fit its config: {name} is {tuple(saved)}, not {tuple(own)}"
         )
     if missing:
-        instead = f"; they hold {_names(unexpected)}" if unexpected else ""
-        raise ValueError(f"model: the weights in {place!r} lack {_names(missing)}, which its config asks for{instead}")
+        instead = f"; they hold {first_of(unexpected)}" if unexpected else ""
+        raise ValueError(
+            f"model: the weights in {place!r} lack {first_of(missing)}, which its config asks for{instead}"
+        )
     if report.get("error_msgs"):
         raise ValueError(
             f"model: the weights in {place!r} do not fit its config ({str(report['error_msgs'][0])[:100]})"
@@ -78,12 +80,13 @@ def _check_unexpected(names: list[str], model: PreTrainedModel, place: str) -> N
     inside = (f"{model.base_model_prefix}.", "lm_head.", "embed_out.", "layers.", "h.", "embed_tokens.", "norm.")
     own = [name for name in names if name.startswith(inside) and not _TABLES.search(name)]
     if own:
-        raise ValueError(f"model: the weights in {place!r} hold {_names(own)}, which its config leaves out")
+        raise ValueError(f"model: the weights in {place!r} hold {first_of(own)}, which its config leaves out")
     others = [name for name in names if not name.startswith(inside)]
     if others:
-        logger.warning("model: %r also holds %s, which is no part of the language model", place, _names(others))
+        logger.warning("model: %r also holds %s, which is no part of the language model", place, first_of(others))
 
 
-def _names(names: list[str]) -> str:
+def first_of(names: list[str]) -> str:
+    """Return the first of several names, and how many more there are, for a message."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{names[0]!r}{more}"
