@@ -82,7 +82,7 @@ def cut_lines(
     Any other file is one document.
     """
     is_txt, by_line = path.suffix.lower() == ".txt", lone and separator == LINES
-    begin, held, length = 1, [], 0
+    begin, document, length = 1, [], 0
     for number, line in lines:
         if is_txt and by_line:
             if line.strip():
@@ -90,12 +90,12 @@ def cut_lines(
             continue
         ends = line == "\n" if separator == EMPTY_LINES else not line.strip()
         is_whole = is_txt and ends and length > size
-        held.append(line)
+        document.append(line)
         length += len(line)
         if length > LONGEST:
             raise ValueError(f"source: '{path}': a document of more than {LONGEST:,} characters (line {begin}), cut it")
         if is_whole:
-            yield begin, "".join(held)
-            begin, held, length = number + 1, [], 0
-    if held:
-        yield begin, "".join(held)
+            yield begin, "".join(document)
+            begin, document, length = number + 1, [], 0
+    if document:
+        yield begin, "".join(document)

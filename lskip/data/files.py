@@ -87,15 +87,15 @@ def folder_files(folder: Path) -> tuple[list[Path], str]:
         kept, kind = rows, kinds[rows[0]]
     else:
         kept, kind = [file for file in files if kinds[file] == "text" or file.suffix.lower() == ".json"], "text"
-        say(folder, "files of rows are read as text", set(kept) & set(rows))
+        warn(folder, "files of rows are read as text", set(kept) & set(rows))
     if set(kept) <= cards and None in kinds.values():
         kept = []  # only what save_to_disk writes beside its .arrow files
     left_out = set(files) - set(kept)
     if not kept:
         raise ValueError(f"source: '{folder}' holds no text files{an_example(left_out)}")
-    say(folder, "files left out", left_out)
+    warn(folder, "files left out", left_out)
     if any(file.name.startswith("train") for file in kept):
-        say(folder, "files of other splits are read as well", {file for file in kept if HELD_OUT.match(file.name)})
+        warn(folder, "files of other splits are read as well", {file for file in kept if HELD_OUT.match(file.name)})
     return kept, kind
 
 
@@ -105,7 +105,7 @@ def check_one_kind(folder: Path, rows: list[Path]) -> None:
         raise ValueError(f"source: folder '{folder}' holds {suffixes} files; name a folder with one kind")
 
 
-def say(folder: Path, what: str, files: set[Path]) -> None:
+def warn(folder: Path, what: str, files: set[Path]) -> None:
     if files:
         rank_zero_warn(f"source: folder '{folder}': {len(files)} {what}{an_example(files)}")
 

@@ -97,8 +97,8 @@ class JsonText:
                 return value
             except json.JSONDecodeError as error:
                 is_cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - SHORT
-                held, line = len(self.text) - self.place, self.line + self.text.count("\n", self.place, error.pos)
-                if not (is_cut and held < LONGEST and self._read(max(CHUNK, held))):
+                size, line = len(self.text) - self.place, self.line + self.text.count("\n", self.place, error.pos)
+                if not (is_cut and size < LONGEST and self._read(max(CHUNK, size))):
                     raise ValueError(f"source: '{self.path}' line {line} is not JSON ({error.msg})") from error
             except (RecursionError, ValueError) as error:  # too deeply nested, or a number of thousands of digits
                 raise ValueError(

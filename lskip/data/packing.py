@@ -164,8 +164,8 @@ def encoded_rows(encoder: Encoder, documents: Iterable[dict]) -> Iterator[dict[s
 
 def batches(documents: Iterable[dict]) -> Iterator[dict[str, list[str]]]:
     """Yield documents in groups, in columns, as the encoders take them."""
-    for held in grouped(documents, READ_AHEAD, PIECE):
-        yield {name: [row[name] for row in held] for name in held[0]}
+    for group in grouped(documents, READ_AHEAD, PIECE):
+        yield {name: [row[name] for row in group] for name in group[0]}
 
 
 def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:

@@ -35,11 +35,11 @@ from lskip.models.reading.gguf_file import (
     Facts,
     check_facts,
     check_tensors,
+    correct_config,
+    correct_tokenizer,
     end_tokens,
     parsed_once,
     read_facts,
-    settle_config,
-    settle_tokenizer,
 )
 from lskip.models.reading.sources import LAST_CHECKPOINT, Source, ask_hub, find_source, is_run
 from lskip.models.reading.weights_report import check_report, check_types, types_in, weights_files
@@ -240,7 +240,7 @@ def _from_gguf(found: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, PreT
 def _gguf_config(found: Source, facts: Facts) -> PreTrainedConfig:
     with foreign(f"model: {found.place!r}"):
         config = AutoConfig.from_pretrained(**found.transformers_arguments(), trust_remote_code=False)
-    settle_config(config, facts)
+    correct_config(config, facts)
     return build_config(config.to_dict(), f"model: {found.place!r}: ")
 
 
@@ -249,7 +249,7 @@ def _gguf_tokenizer(found: Source, facts: Facts, field: str = "model") -> PreTra
         return None
     tokenizer = _read_tokenizer(found, field)
     tokenizer.name_or_path = found.place
-    settle_tokenizer(tokenizer, facts)
+    correct_tokenizer(tokenizer, facts)
     return tokenizer
 
 

@@ -129,21 +129,21 @@ def check_facts(facts: Facts) -> None:
 
 def _check_tokenizer(facts: Facts) -> None:
     values = facts.values
-    kind, words = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre")
+    kind, pre_tokenizer = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre")
     if kind not in ("gpt2", "llama", "no_vocab", "none", None):
         raise facts.refuse("tokenizer.ggml.model", "which lskip does not read; allowed: gpt2, llama")
-    if kind == "gpt2" and words is None:
+    if kind == "gpt2" and pre_tokenizer is None:
         logger.warning(
             "model: %r does not say how its text is cut into words: as GPT-2 does it is a guess", facts.place
         )
-    elif kind == "gpt2" and words not in DIGITS | _GPT2 | _LLAMA3 | _REGEXES:
+    elif kind == "gpt2" and pre_tokenizer not in DIGITS | _GPT2 | _LLAMA3 | _REGEXES:
         raise facts.refuse("tokenizer.ggml.pre", "a way to cut text into words that lskip does not know")
     for key in values:
         if key.startswith("tokenizer.") and key.removeprefix("tokenizer.") not in _TOKENIZER_FACTS:
             raise facts.refuse(key, "which lskip does not read")
 
 
-def settle_config(config: PreTrainedConfig, facts: Facts) -> None:
+def correct_config(config: PreTrainedConfig, facts: Facts) -> None:
     """Set in `config` what transformers left out of the file.
 
     Raises:
@@ -232,23 +232,23 @@ def check_tensors(config: PreTrainedConfig, facts: Facts) -> None:
             raise ValueError(f"model: {name} in {facts.place!r} has {size} numbers, its sizes ask for {own[name]}")
 
 
-def settle_tokenizer(tokenizer: PreTrainedTokenizerBase, facts: Facts) -> None:
+def correct_tokenizer(tokenizer: PreTrainedTokenizerBase, facts: Facts) -> None:
     """Correct `tokenizer`, where transformers ignores the file, so that it tokenizes as llama.cpp does."""
-    words = facts.values.get("tokenizer.ggml.pre")
+    pre_tokenizer = facts.values.get("tokenizer.ggml.pre")
     if facts.values.get("tokenizer.ggml.model") == "llama":
-        _settle_spaces(tokenizer, facts.values.get("tokenizer.ggml.add_space_prefix", True))
+        _correct_spaces(tokenizer, facts.values.get("tokenizer.ggml.add_space_prefix", True))
     if facts.values.get("tokenizer.ggml.model") != "gpt2":
         return
-    if words in DIGITS:  # transformers pre-tokenizes as GPT-2: "x  3" would become other tokens
+    if pre_tokenizer in DIGITS:  # transformers pre-tokenizes as GPT-2: "x  3" would become other tokens
         steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)
-    if words in _LLAMA3 | {"tekken"}:
+    if pre_tokenizer in _LLAMA3 | {"tekken"}:
         tokenizer.backend_tokenizer.model.ignore_merges = True
         if tokenizer.bos_token is not None and "tokenizer.ggml.add_bos_token" not in facts.values:
             tokenizer.add_bos_token = True
 
 
-def _settle_spaces(tokenizer: PreTrainedTokenizerBase, prefix: bool) -> None:
+def _correct_spaces(tokenizer: PreTrainedTokenizerBase, prefix: bool) -> None:
     """Mark spaces as sentencepiece does: one more before each text, even one that begins with a space; or none.
 
     transformers adds one where there is none yet, whatever the file says.
