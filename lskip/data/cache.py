@@ -4,9 +4,7 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +17,6 @@ WRITTEN = "written.json"  # size and sha256 of every other file of the folder
 FOLDERS = ("blocks", "documents", "tokenizers")
 UNFINISHED = ".unfinished-"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-# Leftovers of killed processes of earlier versions, which have no lock file: removed by age.
-EARLIER = re.compile(r"\.unfinished-[a-z0-9_]{8}|tmp[a-z0-9_]{8}")
-OURS = re.compile(r"[0-9a-f]{32}(\.arrow)?")  # names that only lskip writes
-OLD = 24 * 3600  # seconds
 
 
 def cached_folder(path: Path, write: Callable[[Path], None]) -> Path:
@@ -133,20 +127,3 @@ def remove_litter(cache: Path) -> None:
                 remove(place.with_suffix(""))
         except (Timeout, OSError):
             continue  # being written, or another user's
-    for folder in (cache / name for name in FOLDERS):
-        paths = list(folder.glob("*"))
-        if any(OURS.fullmatch(path.name) for path in paths):
-            for path in paths:
-                if EARLIER.fullmatch(path.name) and is_old(path):
-                    remove(path)
-    for path in (cache / "datasets" / "json").glob("*/*/*.incomplete"):
-        if is_old(path):
-            remove(path)
-
-
-def is_old(path: Path) -> bool:
-    try:
-        times = [each.stat().st_mtime for each in (path, *(path.iterdir() if path.is_dir() else ()))]
-    except OSError:
-        return False
-    return time.time() - max(times) > OLD

@@ -72,7 +72,6 @@ def partial_of(path: Path) -> Path:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete partial files that a killed run left in `folder`, where no other process may be writing."""
-    for pattern in (".*.partial", "last.partial"):  # the second: a name of older versions
-        for path in folder.glob(pattern):
-            if path.is_file():
-                path.unlink()
+    for path in folder.glob(".*.partial"):
+        if path.is_file():
+            path.unlink()

@@ -197,36 +197,6 @@ def test_what_a_kill_leaves_is_removed_and_what_a_living_process_writes_stays(tm
 
 
 @pytest.mark.kind(LITTER)
-@pytest.mark.parametrize(
-    ("name", "days", "goes"),
-    [
-        pytest.param(".unfinished-abcd1234", 2, True, id="an earlier version's folder"),
-        pytest.param("tmpab12cd_4", 2, True, id="an earlier version's file"),
-        pytest.param(".unfinished-abcd1234", 0, False, id="a young one"),
-        pytest.param("tmpab12cd_4", 0, False, id="a young file"),
-        pytest.param("tmp_notes.txt", 9, False, id="somebody's file"),
-    ],
-)
-def test_litter_of_earlier_versions_goes_by_its_age(make, filled, name, days, goes):
-    litter = filled / "blocks" / name
-    litter.mkdir() if name.startswith(".") else litter.write_text("x")
-    stamp = time.time() - days * 24 * 3600 - 60
-    os.utime(litter, (stamp, stamp))
-    make().setup("fit")
-    assert litter.exists() != goes
-
-
-@pytest.mark.kind(LITTER)
-def test_a_folder_that_is_none_of_ours_is_left_alone(tmp_path):
-    (tmp_path / "documents").mkdir()
-    mine = tmp_path / "documents" / "tmpab12cd_4"
-    mine.write_text("mine")
-    os.utime(mine, (0, 0))
-    remove_litter(tmp_path)
-    assert mine.exists()
-
-
-@pytest.mark.kind(LITTER)
 def test_litter_that_is_held_stays(tmp_path):
     folder = tmp_path / "blocks" / ".unfinished-held"
     folder.mkdir(parents=True)

@@ -97,7 +97,7 @@ def test_nothing_is_written_elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.kind("B26 what kills leave")
-@pytest.mark.parametrize("name", [".last.ckpt.partial", "last.partial", ".config.yaml.partial"])
+@pytest.mark.parametrize("name", [".last.ckpt.partial", ".config.yaml.partial"])
 def test_what_a_killed_run_left_goes(path, name):
     (path.parent / name).write_bytes(b"half")
     (path.parent / "mine.partial").write_bytes(b"somebody's own")

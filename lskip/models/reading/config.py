@@ -19,7 +19,6 @@ from transformers.initialization import no_init_weights
 from lskip.models.families import FAMILIES, check_family, family_of
 from lskip.models.reading.config_values import check_values
 
-MAX_LAYERS = 4096
 _ROPE_BEFORE_5 = ("rope_theta", "rope_scaling")  # transformers 5 has one field for both, rope_parameters
 # Fields that would fetch or patch in code, which is never done; Decoder chooses the attention.
 _CODE = ("auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation", "fusion_config")
@@ -72,7 +71,6 @@ def build_config(values: Mapping[str, Any], prefix: str, strict: bool = False) -
     check_family(values.get("model_type"))
     if values["model_type"] == "mistral" and values.get("layer_types"):
         raise ValueError(f"{prefix}layer_types: a mistral with kinds of layers is a ministral, which is not supported")
-    _check_layers(values, prefix)
     check_values(values, prefix, strict)
     _check_heads(values.get, values, prefix)
     with _no_warnings(prefix) if strict else nullcontext():
@@ -143,14 +141,6 @@ def check_weights_hold(config: PreTrainedConfig, most: int, place: str) -> None:
         raise ValueError(
             f"model: the config of {place!r} describes {count:,} parameters, its weights hold at most {most:,}"
         )
-
-
-def _check_layers(values: Mapping[str, Any], prefix: str) -> None:
-    """Raise ValueError for too many layers, before transformers makes a list of them."""
-    for name in ("num_hidden_layers", "n_layer"):
-        count = values.get(name)
-        if isinstance(count, int) and count > MAX_LAYERS:
-            raise ValueError(f"{prefix}{name}: {count} is not a whole number from 1 to {MAX_LAYERS}")
 
 
 def _check_heads(get: Callable[[str], Any], values: Mapping[str, Any], prefix: str) -> None:

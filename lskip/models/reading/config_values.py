@@ -17,6 +17,8 @@ _SIZES = {
     *("original_max_position_embeddings", "pretraining_tp"),
 }
 _LARGEST = 2**40  # the product of two still fits int64
+MAX_LAYERS = 4096  # transformers makes a list of them
+_LAYERS = ("num_hidden_layers", "n_layer")
 _SHARES = {
     *("attention_dropout", "hidden_dropout", "dropout", "activation_dropout", "layerdrop"),
     *("attn_pdrop", "resid_pdrop", "embd_pdrop", "classifier_dropout", "summary_first_dropout"),
@@ -42,9 +44,7 @@ def check_values(values: Mapping[str, Any], prefix: str, strict: bool) -> None:
         if value is None:
             continue
         if name in _SIZES:
-            check_whole(f"{prefix}{name}", value, 1)
-            if value > _LARGEST:
-                raise ValueError(f"{prefix}{name}: {value!s:.20} is more than the {_LARGEST} that a size may be")
+            check_whole(f"{prefix}{name}", value, 1, MAX_LAYERS if name in _LAYERS else _LARGEST)
         elif name in _SHARES:
             check_real(f"{prefix}{name}", value, "from 0 up and below 1", lambda share: 0 <= share < 1)
         elif name in _ABOVE_0:

@@ -19,7 +19,8 @@ from tokenizers import decoders, normalizers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from lskip.models.reading.config import MAX_LAYERS, without_memory
+from lskip.models.reading.config import without_memory
+from lskip.models.reading.config_values import MAX_LAYERS
 from lskip.models.reading.weights_report import first_of
 
 MARK = "\u2581"  # a space in sentencepiece's tokens
