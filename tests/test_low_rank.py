@@ -9,7 +9,8 @@ import torch
 pytest.importorskip("peft")
 
 from lskip.cli.main import main
-from lskip.low_rank import LowRank, merged
+from lskip.low_rank import LowRank
+from lskip.models.checkpoint import merged_low_rank
 from lskip.models.pretrained import load_model
 from lskip.module import LayerSkipModule
 
@@ -36,7 +37,7 @@ def test_merged_by_hand():
         "q.lora_B.default.weight": torch.tensor([[3.0], [4.0]]),
         "norm.weight": torch.ones(2),
     }
-    found = merged(weights, scale=0.5)
+    found = merged_low_rank(weights, scale=0.5)
     assert found.keys() == {"q.weight", "norm.weight"}
     assert found["q.weight"].tolist() == [[2.5, 3.0], [2.0, 5.0]]
 
