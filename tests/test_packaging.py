@@ -37,7 +37,7 @@ def test_callbacks_are_found_from_the_checkout_and_nothing_else_of_it():
 def test_the_version_is_said_and_is_the_packages(capsys):
     assert SETUPTOOLS["dynamic"]["version"] == {"attr": "lskip.__version__"}
     assert PROJECT["project"]["dynamic"] == ["version"]
-    assert lskip.cli.main.main(["--version"]) == 0
+    assert lskip.cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"lskip {lskip.__version__}\n"
 
 
