@@ -1,4 +1,4 @@
-"""Rows out, block, rows back; and the draw as statistics see it."""
+"""Layer dropout: kept rows against each row by itself, and statistics of the draws."""
 
 from functools import partial
 

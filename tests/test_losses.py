@@ -26,7 +26,7 @@ def naive(states, weight, bias, labels, row_weights):
 
 
 def compare(rows, rtol, atol, scale=0.37):
-    """Loss, losses of rows and all gradients, with a gradient of `scale` arriving from above."""
+    """Return loss, losses of rows and all gradients, for an upstream gradient of `scale`."""
     *inputs, differentiated = rows
     loss, row_losses = head_loss(*inputs)
     expected, expected_rows = naive(*inputs)
@@ -42,7 +42,7 @@ def compare(rows, rtol, atol, scale=0.37):
 
 @pytest.fixture(params=[1, 7, 50, 1000], ids=lambda rows: f"{rows}_rows_at_once")
 def chunked(request, monkeypatch):
-    """Chunks of some rows; 7 does not divide the 50 rows."""
+    """Set the rows of a chunk; 7 does not divide the 50 rows."""
     monkeypatch.setattr(losses, "MIN_ROWS", request.param)
     monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 1)
     return request.param

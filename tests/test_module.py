@@ -1,4 +1,4 @@
-"""The module without Lightning's loop around it where that is enough, and with it where it matters."""
+"""LayerSkipModule, by itself and in Lightning's loop."""
 
 from functools import partial
 

@@ -95,7 +95,7 @@ def block_mask(config, block):
 
 
 def slow_loss(model, batch, rates, weights, micro_batch):
-    """J of one micro-batch."""
+    """Return J of one micro-batch."""
     count = (batch["labels"][:, 1:] != -100).sum()
     positions = torch.arange(LENGTH)[None]
     loss = 0.0
@@ -135,7 +135,7 @@ def slow_run(model, recipe, make_optimizer, accumulate):
 
 
 def dropped_counts(recipe, accumulate):
-    """How many sequences each block of each micro-batch drops."""
+    """Return how many sequences each block of each micro-batch drops."""
     return {
         int(draw_dropped(SEED, micro_batch, block, BATCH, rate).sum())
         for micro_batch in range(2 * accumulate)

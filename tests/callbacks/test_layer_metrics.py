@@ -31,7 +31,7 @@ def loader(batches):
 
 @torch.no_grad()
 def naive_report(model):
-    """(perplexity, agreement) by layer over VALIDATION."""
+    """Return perplexity and agreement by layer over VALIDATION."""
     losses, agree = [], []
     for ids in VALIDATION:
         *early, last = model.model(ids, output_hidden_states=True).hidden_states[1:]

@@ -1,4 +1,4 @@
-"""Caches of documents, tokenizers and blocks: what was written, or made anew; whole after kills and full disks."""
+"""Caches of documents, tokenizers and blocks: verified, rebuilt where changed, complete after kills and full disks."""
 
 import json
 import multiprocessing

@@ -23,7 +23,7 @@ FRACTIONS = {"val_fraction": 0.05, "test_fraction": 0.1}  # those of configs/rec
 
 
 def parsed(completion: str) -> tuple[str, dict[str, str]]:
-    """(intent, slots) of a completion; ValueError where it is not one."""
+    """Return intent and slots of a completion; raise ValueError where it is none."""
     found = PARSE.fullmatch(completion)
     if found is None:
         raise ValueError(completion)

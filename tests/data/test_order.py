@@ -74,7 +74,7 @@ def test_resuming_among_batches_of_like_length():
 
 
 class Recorder(LightningModule):
-    """Learns nothing of interest; writes down which rows it was given."""
+    """A module that records the rows that it gets."""
 
     def __init__(self, fail_at: int | None = None):
         super().__init__()

@@ -38,7 +38,7 @@ def make_module(tiny_model, tokenizer=None):
 
 @pytest.fixture
 def checkpoint(tiny_model, tiny_tokenizer, tmp_path):
-    """(path of a checkpoint after 3 steps, the module that it was made from)."""
+    """Return the path of a checkpoint after 3 steps, and the module that wrote it."""
     torch.manual_seed(0)
     module = make_module(tiny_model, tiny_tokenizer)
     trainer = make_trainer(tmp_path, 1)

@@ -42,7 +42,7 @@ def tiny(family: str) -> dict:
 
 
 def traces(config: PreTrainedConfig) -> tuple:
-    """All by which a model shows what its config said."""
+    """Return everything in which models of two configs could differ."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).train()
     torch.manual_seed(1)

@@ -61,7 +61,7 @@ def ran(place):
 
 
 def same(one, other) -> None:
-    """Everything by which two loaded models could differ."""
+    """Return everything in which two loaded models could differ."""
     (model, tokenizer), (again, other_tokenizer) = one, other
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert again.lm_head.weight is again.model.embed_tokens.weight

@@ -1,4 +1,4 @@
-"""An interrupted run goes on as if nothing had happened: the same float32 weights, bit for bit."""
+"""A resumed run ends with the weights of an uninterrupted one, bit for bit in float32."""
 
 import json
 import os

@@ -17,7 +17,7 @@ def random_ids():
 
 
 def exits_of(model, ids):
-    """Logits of exit 2 and of the last, [B*(S-1), V], and the next tokens."""
+    """Return the logits of exit 2 and of the last, [B*(S-1), V], and the next tokens."""
     hidden = model.model(ids, output_hidden_states=True).hidden_states  # its last entry is normed
     states = model.model.norm(hidden[2])[:, :-1], hidden[-1][:, :-1]
     return *(model.lm_head(state).flatten(0, 1) for state in states), ids[:, 1:].flatten()
@@ -29,7 +29,7 @@ def divergence(teacher, student):
 
 
 def compare(model, expected, **settings):
-    """Loss and gradients of the module in a step are those of `expected`."""
+    """Assert that loss and gradients of the module in a step are those of `expected`."""
     wanted = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
     module = LayerSkipModule(model, **settings)
     module.exit_weights.write("test", WEIGHTS)
