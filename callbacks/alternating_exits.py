@@ -4,14 +4,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class AlternatingExits(Callback):
-    """The first, third … step trains the last exit alone, the others all exits, each with the same weight.
+    """Trains the last exit alone at the first, third … step, and all exits, with equal weights, at the others.
 
-    So the last layer does not pay for what the exits below want of the model. With `learned_exit: true` the steps of
-    all exits also train the judge by which LearnedExit stops.
+    So the early exits cost the last layer less. With `learned_exit: true` the steps of all exits also train the exit
+    classifier.
     """
 
     def exit_weights(self, step: int, num_layers: int) -> list[float]:
-        """One a layer, at optimizer step `step` (0-based): the last exit's loss, or the mean of all."""
+        """Return the weight of each layer at optimizer step `step` (0-based): the last exit alone, or all equally."""
         early = num_layers - 1
         return [0.0] * early + [1.0] if step % 2 == 0 else [1 / num_layers] * num_layers
 

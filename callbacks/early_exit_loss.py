@@ -1,18 +1,17 @@
-"""Every layer learns to be decoded by the one LM head (arXiv 2404.16710, section 4.2)."""
-
-from math import inf
+"""Early exit loss: every layer learns to be decoded by the shared LM head (arXiv 2404.16710, section 4.2)."""
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lskip.curricula import ExitCurriculum, Rotational
 from lskip.losses import exit_weights
+from lskip.utils.checks import check_real
 
 
 class EarlyExitLoss(Callback):
     """Sets the weight of each exit's loss at the start of each step.
 
     Args:
-        e_scale: how much the early exits count against the last; 0 (not at all) and up, the paper uses 0.1 to 1.
+        e_scale: weight of the early exits against the last, from 0 (none) up; the paper uses 0.1 to 1.
         curriculum: which exits are on at a step: Rotational, Gradual, AllExits, LastExit or your own.
 
     The exit after the first block weighs e(0) = 0: it is never trained, whatever the curriculum.
@@ -22,18 +21,17 @@ class EarlyExitLoss(Callback):
     """
 
     def __init__(self, e_scale: float = 0.2, curriculum: ExitCurriculum = Rotational(period=8)):
-        if not 0 <= e_scale < inf:
-            raise ValueError(f"e_scale: {e_scale} is not a finite number from 0 up")
+        check_real("e_scale", e_scale, "from 0 up", lambda value: value >= 0)
         self.e_scale = e_scale
         self.curriculum = curriculum
 
     def exit_weights(self, step: int, total_steps: int | None, num_layers: int) -> list[float]:
-        """ẽ(t, l), one a layer, at optimizer step `step` (0-based) of `total_steps`."""
+        """Return ẽ(t, l) for each layer at optimizer step `step` (0-based) of `total_steps`."""
         on = self.curriculum.on(step, total_steps or 0, num_layers)
         return exit_weights(num_layers, self.e_scale, on)
 
     def check_layers(self, pl_module: LightningModule) -> None:
-        """ValueError where the curriculum names exits that the model does not have."""
+        """Raise ValueError where the curriculum names exits that the model does not have."""
         self.curriculum.check(len(pl_module.exit_weights.values))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

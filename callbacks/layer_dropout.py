@@ -1,8 +1,9 @@
-"""Deeper layers are skipped more often: p_{l,t} = S(t) D(l) p_max (arXiv 2404.16710, section 4.1)."""
+"""Layer dropout, more of it in deeper layers: p_{l,t} = S(t) D(l) p_max (arXiv 2404.16710, section 4.1)."""
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lskip.schedules import Constant, Exponential, Schedule
+from lskip.utils.checks import check_real
 
 
 class LayerDropout(Callback):
@@ -19,19 +20,18 @@ class LayerDropout(Callback):
     """
 
     def __init__(self, p_max: float = 0.1, depth: Schedule = Exponential(), time: Schedule = Constant()):
-        if not 0 <= p_max <= 1:
-            raise ValueError(f"p_max: {p_max} is not between 0 and 1")
+        check_real("p_max", p_max, "from 0 to 1", lambda value: 0 <= value <= 1)
         self.p_max = p_max
         self.depth = depth
         self.time = time
 
     def drop_rates(self, step: int, total_steps: int | None, num_layers: int) -> list[float]:
-        """p_{l,t}, one a block, at optimizer step `step` (0-based) of `total_steps`."""
+        """Return p_{l,t} for each block at optimizer step `step` (0-based) of `total_steps`."""
         now = self.time(step, total_steps or 0) * self.p_max
         return [now * self.depth(block, num_layers) for block in range(num_layers)]
 
     def check_layers(self, pl_module: LightningModule) -> None:
-        """ValueError where the depth schedule is none for so many layers."""
+        """Raise ValueError where the depth schedule refuses the model's number of layers."""
         layers = len(pl_module.drop_rates.values)
         for block in range(layers):
             self.depth(block, layers)

@@ -1,4 +1,4 @@
-"""What every layer has learned: perplexity and agreement by depth, at each validation."""
+"""Perplexity and agreement of every layer, at each validation."""
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -9,12 +9,12 @@ from lskip.models.readout import LayerReport, LayerReportMetric, Readout
 
 
 class LayerMetrics(Callback):
-    """Measures all layers in the pass that validation makes anyway.
+    """Measures all layers in the forward pass of validation.
 
-    Logs `val/ppl/layer_08` (perplexity), `val/agreement/layer_08` (share of positions where the layer's most
-    probable token is the last layer's), `val/layers_needed` (mean depth after which the prediction no longer
-    changes) and a figure of perplexity by depth; `test` likewise under `test/`. `validate` and `test` end with
-    a table. Validation costs one product with the head for each layer.
+    Logs `val/ppl/layer_08` (perplexity), `val/agreement/layer_08` (share of positions where the layer's argmax is the
+    last layer's), `val/layers_needed` (mean depth after which the argmax no longer changes) and a figure of perplexity
+    by depth; `test` likewise under `test/`. `validate` and `test` end with a table. Each layer costs one product with
+    the head.
 
     Attributes:
         report: the LayerReport of the last validation; None before the first.
@@ -62,7 +62,7 @@ class LayerMetrics(Callback):
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_figure"):
                 logger.experiment.add_figure(f"{split}/perplexity_by_depth", figure, trainer.global_step)
-        figure.clear()  # its parts hold each other, until the collector goes through everything
+        figure.clear()  # breaks reference cycles, which would keep it in memory until a full collection
 
     @rank_zero_only
     def _print(self) -> None:

@@ -1,4 +1,4 @@
-"""The checkpoint from which a run goes on as if nothing had happened."""
+"""The checkpoint of a run, from which it resumes exactly."""
 
 from pathlib import Path
 
@@ -13,15 +13,15 @@ from lskip.utils.interrupts import FirstSignal, interrupt
 
 
 class RunCheckpoint(Checkpoint):
-    """Keeps `last.ckpt` in a folder: every some steps, at the end, and when Ctrl-C or SIGTERM stops the run.
+    """Saves `last.ckpt` every few steps, at the end, and when Ctrl-C or SIGTERM stops the run.
 
-    Lightning's ModelCheckpoint may save between two micro-batches of one accumulated step, whose gradient is
-    then lost, and moves the file from another folder, which a kill can cut in two. Here a checkpoint always is that
-    of the end of an optimizer step, and replaces the one before at once. To keep the best by some metric,
-    add a ModelCheckpoint to `trainer.callbacks`.
+    Lightning's ModelCheckpoint may save between two micro-batches of an accumulated step, whose gradient is then lost,
+    and moves the file from another folder, which is not atomic. Here a checkpoint is always of the end of an optimizer
+    step, and replaces the previous one atomically. To keep the best by a metric, add a ModelCheckpoint to
+    `trainer.callbacks`.
 
-    The first Ctrl-C or SIGTERM finishes the step (or the batch of a validation), saves and ends; a second one ends at
-    once.
+    The first Ctrl-C or SIGTERM finishes the step (or the batch of a validation), saves and ends; a second one ends
+    immediately.
 
     Args:
         folder: where `last.ckpt` goes.
@@ -36,9 +36,9 @@ class RunCheckpoint(Checkpoint):
         self.path = Path(folder) / "last.ckpt"
         self.every_n_train_steps = every_n_train_steps
         self._signal = FirstSignal()
-        self._step = 0  # optimizer steps at the end of the last micro-batch
-        self._saved = -1  # and when it was last saved
-        self._end_of_step: dict = {}  # what a checkpoint of that moment holds and a later one would not
+        self._step = 0  # optimizer steps after the last micro-batch
+        self._saved = -1  # and at the last save
+        self._end_of_step: dict = {}  # state of that moment, which a later checkpoint would not have
         self._saving = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -64,7 +64,7 @@ class RunCheckpoint(Checkpoint):
         if not stepped:
             return
         self._note_end_of_step(trainer)
-        # Every process must come to the same decision: saving takes all of them.
+        # Every process must decide the same, since saving is collective.
         interrupted = trainer.strategy.reduce_boolean_decision(self._signal.signum is not None, all=False)
         if interrupted or self._step % self.every_n_train_steps == 0:
             self._save(trainer)
@@ -72,7 +72,7 @@ class RunCheckpoint(Checkpoint):
             self._end(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch) -> None:
-        # Several processes end after the next step, since only there they ask each other.
+        # Several processes end after the next step, the only place where they agree on it.
         if self._signal.signum is not None and trainer.world_size == 1:
             self._end(trainer)
 
@@ -100,7 +100,7 @@ class RunCheckpoint(Checkpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
         if self._saving:
-            # Within a validation weights and optimizer still are those of the step's end. What has been counted since,
-            # micro-batches of a step that is not finished, the resumed run does once more.
+            # Within a validation, weights and optimizer are still those of the step's end. Micro-batches counted since
+            # then, of an unfinished step, are repeated by the resumed run.
             checkpoint["loops"]["fit_loop"] = self._end_of_step["fit_loop"]
             checkpoint["random_state"] = self._end_of_step["random_state"]

@@ -1,4 +1,4 @@
-"""A run's settings beside its final numbers of every layer, in TensorBoard's HPARAMS tab."""
+"""Settings of a run and its final metrics in TensorBoard's HPARAMS tab."""
 
 from collections.abc import Iterable, Mapping
 
@@ -10,7 +10,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
 METRICS = ("val/loss", "val/ppl/", "val/agreement/", "val/layers_needed")
-# The tab has five columns of settings until one asks for more: first those marked as differing, then by name.
+# The tab first shows five columns of settings: those marked as differing, then others by name.
 FIRST = (
     "early_exit_loss.curriculum",
     "early_exit_loss.curriculum.period",
@@ -21,9 +21,9 @@ FIRST = (
 
 
 class RunHparams(Callback):
-    """Writes `settings` when training ends, with the names of what validation measures, so that runs compare.
+    """Writes `settings` and the names of the validation metrics when training ends, so that runs can be compared.
 
-    The tab shows the last value of each curve: `val/ppl/layer_08` … A run without validation has settings alone.
+    The tab shows the last value of each metric, such as `val/ppl/layer_08`. Without validation there are only settings.
 
     Args:
         settings: names and plain values.

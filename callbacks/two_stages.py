@@ -8,8 +8,8 @@ from lskip.utils.checks import check_real
 class TwoStages(Callback):
     """Trains the last exit alone; then freezes the model and trains all other exits, each with the same weight.
 
-    The exits need something of their own to train: `exit_heads: true`, or the heads of a TaskModule. Of the model,
-    embedding, blocks, norm and head, no bit changes in the second stage.
+    The exits need trainable heads: `exit_heads: true`, or those of a TaskModule. The second stage does not change the
+    model: embedding, blocks, norm and head.
 
     Args:
         first_stage: share of the steps that train the last exit; 0 for a model that is trained already.
@@ -23,11 +23,11 @@ class TwoStages(Callback):
         self.first_stage = first_stage
 
     def is_first(self, step: int, total_steps: int) -> bool:
-        """Whether optimizer step `step` (0-based) of `total_steps` trains the last exit."""
+        """Return whether optimizer step `step` (0-based) of `total_steps` trains the last exit."""
         return step < self.first_stage * total_steps
 
     def exit_weights(self, first: bool, num_layers: int) -> list[float]:
-        """The last exit's alone; or the mean of all the others."""
+        """Return the weights of a stage: the last exit alone, or all others equally."""
         early = num_layers - 1
         return [0.0] * early + [1.0] if first else [1 / early] * early + [0.0]
 
@@ -38,7 +38,7 @@ class TwoStages(Callback):
             raise ValueError("TwoStages: runs on one device; in each stage some parameters get no gradient")
 
     def check_layers(self, pl_module: LightningModule) -> None:
-        """ValueError where the model has no exits that could be trained by themselves."""
+        """Raise ValueError where the model has no trainable exit heads, or no early exit."""
         if not pl_module.has_exit_heads:
             raise ValueError("TwoStages: the exits have nothing of their own to train; set exit_heads: true")
         if len(pl_module.exit_weights.values) < 2:
@@ -51,7 +51,7 @@ class TwoStages(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int) -> None:
         first = self.is_first(trainer.global_step, pl_module.total_steps)
         pl_module.exit_weights.write(self, self.exit_weights(first, len(pl_module.exit_weights.values)))
-        # Without a gradient an optimizer leaves a parameter alone, its weight decay and momentum too.
+        # Optimizers skip parameters without a gradient, also their weight decay and momentum.
         pl_module.model.requires_grad_(first)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,10 +8,7 @@ __version__ = "0.1.0"
 
 
 class _BesideThePackage:
-    """Finds lskip.callbacks and lskip.configs in a checkout, where they are folders beside this one.
-
-    Nothing else that lies there becomes a part of lskip.
-    """
+    """Import finder of lskip.callbacks and lskip.configs in a checkout, where they lie beside this folder."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
@@ -19,5 +16,5 @@ class _BesideThePackage:
 
 
 _OUTSIDE = ("lskip.callbacks", "lskip.configs")
-if not os.path.isdir(f"{__path__[0]}/callbacks"):  # a wheel has them inside
+if not os.path.isdir(f"{__path__[0]}/callbacks"):  # a wheel contains them
     sys.meta_path.insert(0, _BesideThePackage)

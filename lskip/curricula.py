@@ -1,32 +1,32 @@
-"""Which exits are supervised at a step: C(t, l) of arXiv 2404.16710, section 4.2."""
+"""Curricula of the exits that are supervised at a step: C(t, l) of arXiv 2404.16710, section 4.2."""
 
 from lskip.utils.checks import check_whole
 
 
 class ExitCurriculum:
-    """Decides, a pure function of the step, which exits are on. Subclass it for a curriculum of your own.
+    """A pure function from the step to the exits that are on. Subclass it for a curriculum of your own.
 
     Attributes:
-        needs_total: false if the number of steps does not matter.
+        needs_total: whether it depends on the number of steps of the run.
     """
 
     needs_total = False
 
     def check(self, num_layers: int) -> None:
-        """ValueError where it cannot serve a model of so many layers."""
+        """Raise ValueError where the curriculum does not fit a model of `num_layers`."""
 
     def on(self, step: int, total: int, num_layers: int) -> list[bool]:
-        """One entry a layer, for optimizer step `step` (0-based) of `total`.
+        """Return C(t, ·), one entry for each layer, at optimizer step `step` (0-based) of `total`.
 
-        The last exit is always on: the paper does not say, but without it most steps would not train what
-        verification runs.
+        The last exit is always on. The paper does not say so, but otherwise most steps would not train the layer that
+        verifies drafts.
         """
         self.check(num_layers)
         last = num_layers - 1
         return [block == last or self.is_on(step, total, block, num_layers) for block in range(num_layers)]
 
     def is_on(self, step: int, total: int, block: int, num_layers: int) -> bool:
-        """C(t, l) for the exit after block `block` (0-based); not asked for the last one."""
+        """Return C(t, l) for the exit after block `block` (0-based), other than the last."""
         raise NotImplementedError
 
 
@@ -38,8 +38,7 @@ class Rotational(ExitCurriculum):
     """
 
     def __init__(self, period: int = 8):
-        if period < 1:
-            raise ValueError(f"period: {period} is not a whole number from 1 up")
+        check_whole("period", period, 1)
         self.period = period
 
     def is_on(self, step: int, total: int, block: int, num_layers: int) -> bool:
@@ -47,7 +46,7 @@ class Rotational(ExitCurriculum):
 
 
 class Gradual(ExitCurriculum):
-    """Exits join from the top down, exit l from step (L - 1 - l) T / (2 L) on: all are on after half the run."""
+    """Exits join from the last down, exit l from step (L - 1 - l) T / (2 L) on: all are on after half the run."""
 
     needs_total = True
 
@@ -56,7 +55,7 @@ class Gradual(ExitCurriculum):
 
 
 class AllExits(ExitCurriculum):
-    """Every exit at every step: the most supervision, and the most head products."""
+    """Every exit at every step, at the cost of a product with the LM head for each."""
 
     def is_on(self, step: int, total: int, block: int, num_layers: int) -> bool:
         return True
@@ -70,13 +69,13 @@ class LastExit(ExitCurriculum):
 
 
 class ChosenExits(ExitCurriculum):
-    """Only the exits that decoding will use, in turn: at step t the one at place t mod n of n.
+    """Only the exits that decoding will use, in turn: at step t number t mod n of n.
 
     Args:
         exit_layers: 1-based, each from 2 to the last but one of the model (the exit after layer 1 weighs 0).
 
     Raises:
-        ValueError: no exit, or one below 2; before the first step, one that the model does not have.
+        ValueError: no exit, or one below 2; at the start of training, one that the model does not have.
     """
 
     def __init__(self, exit_layers: list[int]):

@@ -1,4 +1,4 @@
-"""Layer dropout (arXiv 2404.16710, section 4.1): rows out, block, rows back."""
+"""Layer dropout (arXiv 2404.16710, section 4.1): a block runs only on the sequences that do not skip it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from lskip.utils.devices import to_device
 
 
 def draw_dropped(seed: int, micro_batch: int, block: int, batch_size: int, drop_rate: float) -> Tensor:
-    """Which sequences skip this block: bool [batch_size] on the CPU, true with probability `drop_rate` each.
+    """Return which sequences skip a block: bool [batch_size] on the CPU, true with probability `drop_rate`.
 
-    A pure function of its arguments: every rank draws the same, a resumed run draws what the uninterrupted one
-    would have, and nobody else's random stream moves. On the CPU, so that the number of rows that are left is
-    known without waiting for an accelerator.
+    A pure function of its arguments: a resumed run draws what the uninterrupted one would have, and no global random
+    stream is used. On the CPU, since the number of kept rows must be known without waiting for an accelerator.
     """
     draws = np.random.default_rng([seed, micro_batch, block]).random(batch_size)
     return torch.from_numpy(draws < drop_rate)
@@ -26,17 +25,17 @@ def draw_dropped(seed: int, micro_batch: int, block: int, batch_size: int, drop_
 def run_kept_rows(
     block: Callable[[Tensor, BlockInputs], Tensor], x: Tensor, inputs: BlockInputs, dropped: Tensor
 ) -> Tensor:
-    """x_{l+1} = x_l + M f_l(x_l), computed for the kept rows only.
+    """Return x_{l+1} = x_l + M f_l(x_l), with f_l computed for the kept rows only.
 
     Args:
         block: (states, inputs) -> states, the residual included.
         x: [B, S, D].
-        inputs: what the block receives besides; cut with the rows.
-        dropped: bool [B] on the CPU, as `draw_dropped` gives it.
+        inputs: the other inputs of the block; their rows are selected too.
+        dropped: bool [B] on the CPU, from `draw_dropped`.
 
     Returns:
-        [B, S, D]. Dropped rows are x's own. A block that no row is left for still runs one, times 0: it stays
-        in the autograd graph (DDP waits for every gradient) and in sharded all-gathers.
+        [B, S, D], dropped rows unchanged. Where all are dropped, the block still runs on one row, times 0, to stay in
+        the autograd graph (DDP waits for every gradient) and in sharded all-gathers.
     """
     kept = (~dropped).nonzero().squeeze(1)
     if len(kept) == len(x):

@@ -11,45 +11,45 @@ from torch.autograd.function import once_differentiable
 
 from lskip.targets import ExitTarget, Labels
 
-# Logits alive at once: about this many elements (32 MB in float32; on a GPU, whose products want more rows, 256 MB),
-# but never fewer rows than keep the products with the head efficient.
+# Elements of logits in memory at once (32 MB in float32; on a GPU, whose products need more rows, 256 MB), but never
+# fewer rows than keep the products with the head efficient.
 LOGITS_AT_ONCE, LOGITS_ON_GPU = 2**23, 2**26
 MIN_ROWS = 128
 
 
 def exit_scale(num_layers: int, e_scale: float) -> list[float]:
-    """e(l) of the paper: e_scale times 0 + 1 + … + l; the last, (L-1) + e_scale times 0 + 1 + … + (L-2).
+    """Return e(l) of the paper for each layer: e_scale Σ_{i≤l} i; for the last, (L-1) + e_scale Σ_{i≤L-2} i.
 
     e(0) is 0: the exit after the first block is never trained.
     """
     early = [e_scale * block * (block + 1) / 2 for block in range(num_layers - 1)]
     last = num_layers - 1
-    # One layer alone would weigh 0; it is the only exit there is, so its normalized weight is 1.
+    # The only layer of a model would weigh 0, but its normalized weight must be 1.
     return [*early, last + e_scale * (last - 1) * last / 2] if num_layers > 1 else [1.0]
 
 
 def exit_weights(num_layers: int, e_scale: float, on: Sequence[bool]) -> list[float]:
-    """The normalized weights ẽ(t, l) = C(t, l) e(l) / Σ_i C(t, i) e(i), one a layer.
+    """Return the normalized weights ẽ(t, l) = C(t, l) e(l) / Σ_i C(t, i) e(i), one for each layer.
 
     Args:
-        on: C(t, ·), one entry a layer.
+        on: C(t, ·), one entry for each layer.
     """
     weights = [e * c for e, c in zip(exit_scale(num_layers, e_scale), on, strict=True)]
     return [weight / sum(weights) for weight in weights]
 
 
 def rows_at_once(vocab_size: int, device: torch.device) -> int:
-    """How many rows of logits to hold at a time."""
+    """Return how many rows of logits to compute at a time."""
     logits = LOGITS_AT_ONCE if device.type == "cpu" else LOGITS_ON_GPU
     return max(MIN_ROWS, logits // vocab_size)
 
 
 class Teacher(NamedTuple):
-    """Whose logits are the target of some rows. No gradient reaches it.
+    """States and head whose logits are the target of n rows; they get no gradient.
 
     Attributes:
-        states: [n, D], a row each, after the teacher's final norm.
-        head_weight: [V, D]; None: the trained head itself, as it is at this step.
+        states: [n, D], after the teacher's final norm.
+        head_weight: [V, D]; None: the head that is being trained, at its present weights.
         head_bias: [V] or None, with `head_weight` only.
     """
 
@@ -58,13 +58,13 @@ class Teacher(NamedTuple):
     head_bias: Tensor | None = None
 
 
-class Lesson(NamedTuple):
-    """What consecutive rows learn.
+class Supervision(NamedTuple):
+    """The target of consecutive rows.
 
     Attributes:
         count: number of rows.
         target: their loss.
-        teacher: where the target needs one; else None.
+        teacher: None where the target needs none.
     """
 
     count: int
@@ -79,13 +79,12 @@ def head_loss(
     labels: Tensor,
     row_weights: Tensor,
     softcap: float | None = None,
-    lessons: Sequence[Lesson] | None = None,
+    supervision: Sequence[Supervision] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted losses of rows through the shared head, without ever holding all of their logits.
+    """Return the weighted loss of rows through the shared head, computed with the logits of one chunk at a time.
 
-    Rows go through in chunks; loss and gradients are made together in the forward pass, so that backward needs
-    neither logits nor a second product with the head, and the head's gradient is summed in one buffer. A teacher's
-    logits too are made chunk by chunk.
+    Loss and gradients are computed together in the forward pass: backward needs neither logits nor a second product
+    with the head, and the head's gradient is summed in one buffer. A teacher's logits are computed in chunks too.
     Under autocast the products run in its dtype; softmax and sums are at least float32.
 
     Args:
@@ -95,18 +94,18 @@ def head_loss(
         labels: [N], target ids; every row counts, so leave out what is not scored.
         row_weights: [N], the weight of each row in the sum.
         softcap: c, where logits are c tanh(logits / c) (Gemma, arXiv 2408.00118 section 2); a teacher's too.
-        lessons: what the rows learn, in their order, N rows together; None: the labels (cross-entropy).
+        supervision: the targets of the rows in their order, N rows together; None: the labels (cross-entropy).
 
     Returns:
-        Σ_i row_weights_i loss_i, a scalar to differentiate, and the losses [N], detached.
+        Σ_i row_weights_i loss_i, a scalar to differentiate, and the losses [N] in nats, detached.
     """
-    lessons = [Lesson(len(states), Labels())] if lessons is None else lessons
-    return _HeadLoss.apply(states, head_weight, head_bias, labels, row_weights, softcap, lessons)
+    supervision = [Supervision(len(states), Labels())] if supervision is None else supervision
+    return _HeadLoss.apply(states, head_weight, head_bias, labels, row_weights, softcap, supervision)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, states, head_weight, head_bias, labels, row_weights, softcap, lessons):
+    def forward(ctx, states, head_weight, head_bias, labels, row_weights, softcap, supervision):
         device = states.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else states.dtype
@@ -118,12 +117,12 @@ class _HeadLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(head_weight, dtype=total_dtype) if needs_weight else None
         grad_bias = torch.zeros_like(head_bias, dtype=total_dtype) if needs_bias else None
         with torch.autocast(device, enabled=False):
-            for part, target, teacher in _chunks(lessons, rows_at_once(len(head_weight), states.device)):
+            for part, target, teacher in _chunks(supervision, rows_at_once(len(head_weight), states.device)):
                 x = states[part].to(dtype)
                 logits = _logits(x, weight, head_bias, total_dtype)
                 slope = None if softcap is None else _cap(logits, softcap)
-                taught = _teacher_logits(teacher, weight, head_bias, softcap, total_dtype)
-                losses[part], grad_logits = target.loss(logits, labels[part], taught)
+                teacher_logits = _teacher_logits(teacher, weight, head_bias, softcap, total_dtype)
+                losses[part], grad_logits = target.loss(logits, labels[part], teacher_logits)
                 grad_logits.mul_(row_weights[part, None])
                 if slope is not None:
                     grad_logits.mul_(slope)
@@ -152,10 +151,10 @@ class _HeadLoss(torch.autograd.Function):
         )
 
 
-def _chunks(lessons: Sequence[Lesson], rows: int):
-    """Yields (slice of at most `rows` rows, their target, the teacher of just these rows or None)."""
+def _chunks(supervision: Sequence[Supervision], rows: int):
+    """Yield (slice of at most `rows` rows, their target, the teacher of these rows or None)."""
     begin = 0
-    for count, target, teacher in lessons:
+    for count, target, teacher in supervision:
         for start in range(0, count, rows):
             stop = min(start + rows, count)
             part = None if teacher is None else teacher._replace(states=teacher.states[start:stop])
@@ -164,7 +163,7 @@ def _chunks(lessons: Sequence[Lesson], rows: int):
 
 
 def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """states @ weight.T + bias in the weight's dtype, then as `dtype`."""
+    """Return states @ weight.T + bias, computed in the weight's dtype, as `dtype`."""
     logits = (states.to(weight.dtype) @ weight.T).to(dtype)
     return logits if bias is None else logits.add_(bias)
 
@@ -172,7 +171,7 @@ def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
 def _teacher_logits(
     teacher: Teacher | None, weight: Tensor, bias: Tensor | None, softcap: float | None, dtype: torch.dtype
 ) -> Tensor | None:
-    """The teacher's logits of its rows; `weight` and `bias` are the trained head's."""
+    """Return the teacher's logits; `weight` and `bias` are of the head that is being trained."""
     if teacher is None:
         return None
     own_head = (weight, bias) if teacher.head_weight is None else teacher[1:]
@@ -183,7 +182,7 @@ def _teacher_logits(
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, without a second buffer of its size where the dtypes allow it."""
+    """Add a @ b to `total`, without a second buffer of its size where the dtypes allow it."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
@@ -191,7 +190,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _cap(logits: Tensor, softcap: float) -> Tensor:
-    """Logits become c tanh(logits / c), in place; returns the derivative, 1 - tanh²."""
+    """Replace logits by c tanh(logits / c), in place, and return the derivative 1 - tanh²."""
     slope = logits.div_(softcap).tanh_().square().neg_().add_(1)
     logits.mul_(softcap)
     return slope

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) on the blocks under an exit: all that trains are two thin factors a linear layer."""
+"""LoRA (arXiv 2106.09685) on the blocks below an exit: only two low-rank factors for each linear layer train."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lskip.utils.checks import check_real, check_whole
 class LowRank:
     """W + scale B A in place of each linear weight W of the first blocks; everything else is frozen.
 
-    A checkpoint of such a run holds W, A and B; whoever loads it as a model gets their sum, an ordinary model.
+    A checkpoint of such a run holds W, A and B; loaded as a model, it gives the merged, ordinary weights.
 
     Args:
         exit_layer: blocks 1 … exit_layer get factors.
@@ -36,7 +36,7 @@ class LowRank:
         self.scale = scale
 
     def apply(self, model: PreTrainedModel) -> None:
-        """Freeze `model` and put the factors into it, B zero: it computes what it did.
+        """Freeze `model` and add the factors, with B = 0, so that its outputs stay the same.
 
         Raises:
             ValueError: it has fewer layers than exit_layer, or no linear layers in its blocks.

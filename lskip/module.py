@@ -1,4 +1,4 @@
-"""LayerSkipModule: a decoder trained with a drop rate and an exit weight for each block."""
+"""The LightningModule that trains a decoder with a drop rate and an exit weight for each block."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from lskip.training.exit_rows import ExitRows, sampled_positions
 from lskip.training.layer_vector import LayerVector
 from lskip.training.optimizer_making import LRSchedulerCallable, OptimizerCallable
 from lskip.training.run_module import RunModule
-from lskip.training.teachers import Lessons
-from lskip.utils.checks import check_real
+from lskip.training.teachers import ExitSupervision
+from lskip.utils.checks import check_real, check_whole
 from lskip.utils.finite import check_finite_weights
 
 
 class LayerSkipModule(RunModule):
-    """Trains a transformers causal LM by two vectors, one number a block each.
+    """Trains a transformers causal LM with two vectors of one number for each block.
 
-    `drop_rates` says how often a sequence skips a block, `exit_weights` how much the loss of the exit after it
-    counts. With no callback they are all zeros and one on the last layer: plain language-model training. The
-    callbacks LayerDropout and EarlyExitLoss write them at the start of each step; so may your own.
+    `drop_rates` holds the probability that a sequence skips a block, `exit_weights` the weight of the loss of the exit
+    after it. By default all drop rates are 0 and only the last exit weighs: plain language-model training. The
+    callbacks LayerDropout and EarlyExitLoss, or your own, write the vectors at the start of each step.
 
     Args:
         model: a run folder, a checkpoint, a local or exported folder, a hub name, a .gguf file, `smollm2`, a
@@ -44,19 +44,19 @@ class LayerSkipModule(RunModule):
         lr_scheduler: optimizer -> schedule, stepped at each optimizer step; None for a constant rate.
         position_share: share of the positions at which each exit but the last is decoded, drawn anew at each
             step: an unbiased estimate of the loss at less cost. 1.0 decodes all.
-        exit_target: what each exit but the last learns: Labels (the text), SelfDistillation (what the last layer says
-            in the same pass) or your own. The last layer learns the text.
-        anchor_weight: beside the text the last layer learns, with this weight, what `model` said before training
-            (KL). Costs a copy of the weights and a forward pass; null: none.
-        low_rank: LowRank trains thin factors in the first blocks and freezes all else; null: the whole model trains.
+        exit_target: the target of each exit but the last: Labels (the text), SelfDistillation (the last layer's
+            distribution in the same pass) or your own. The last layer learns the text.
+        anchor_weight: weight, beside the text, of the last layer's KL from `model` before training. Costs a copy of
+            the weights and a forward pass; null: none.
+        low_rank: LowRank trains LoRA factors in the first blocks and freezes all else; null: the whole model trains.
         exit_heads: give each exit but the last an affine map of its own before the shared norm and head (DeeBERT).
-        learned_exit: train a judge of the exits beside them, by which LearnedExit stops (BERxiT).
+        learned_exit: train an exit classifier, by which the criterion LearnedExit stops (BERxiT).
         not_finite: a step whose loss or gradient is NaN or infinite ends the run (stop) or changes nothing (skip).
         gradient_checkpointing: keep only the input of each block for backward and run the block again there: less
             memory for one more forward pass of the blocks, the same gradients.
         seed: of layer dropout and of the sampled positions.
 
-    A run's exit heads and judge come with `model`, whether they are asked for or not.
+    Exit heads and exit classifier that were saved with `model` are loaded, whether they are asked for or not.
 
     Raises:
         ValueError: a number out of its range, an unsupported model family, or a source that is not a model.
@@ -79,17 +79,15 @@ class LayerSkipModule(RunModule):
         seed: int = 0,
     ):
         super().__init__(optimizer, lr_scheduler, not_finite)
-        if not 0 < position_share <= 1:
-            raise ValueError(f"position_share: {position_share} is not above 0 and at most 1")
-        if seed < 0:
-            raise ValueError(f"seed: {seed} is not a whole number from 0 up")
+        check_real("position_share", position_share, "above 0 and at most 1", lambda value: 0 < value <= 1)
+        check_whole("seed", seed, 0)
         if anchor_weight is not None:
             check_real("anchor_weight", anchor_weight, "from 0 up", lambda value: value >= 0)
         source = model
         if not isinstance(model, PreTrainedModel):
             model, tokenizer = _load(model, tokenizer)
         check_finite_weights(model)
-        self.lessons = Lessons(model, exit_target, anchor_weight)
+        self.supervision = ExitSupervision(model, exit_target, anchor_weight)
         self.low_rank = low_rank
         if low_rank is not None:
             low_rank.apply(model)
@@ -104,14 +102,12 @@ class LayerSkipModule(RunModule):
         layers = self.decoder.num_layers
         self.drop_rates = LayerVector("drop_rates", [0.0] * layers)
         self.exit_weights = LayerVector("exit_weights", [0.0] * (layers - 1) + [1.0])
-        self.validated_exits = [layers]  # LayerMetrics asks for all of them
-
-    # Training: run the decoder with these drop rates, decode the exits whose weight is not zero, sum.
+        self.validated_exits = [layers]  # LayerMetrics sets all of them
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The early exit loss of a batch {"input_ids" [B, S], "labels" [B, S] or absent}, in nats a token."""
+        """Return the early exit loss of a batch {"input_ids" [B, S], "labels" [B, S] or absent}, in nats."""
         self._check_length(batch["input_ids"])
-        # `processed`, not `ready`: a checkpoint made in the middle of a batch has counted that one as ready.
+        # Not `ready`, which in a checkpoint from within a batch already includes that batch.
         micro_batch = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
         loss, last_loss = self.early_exit_loss(batch, micro_batch)
         self.log("train/loss", loss, prog_bar=True)
@@ -131,23 +127,26 @@ class LayerSkipModule(RunModule):
             self._accumulated.correct(self.parameters(), self.trainer.accumulate_grad_batches)
 
     def early_exit_loss(self, batch: dict[str, Tensor], micro_batch: int) -> tuple[Tensor, Tensor]:
-        """J = Σ_l ẽ(t, l) CE(g(x_{l+1}), y) (section 4.2), each a mean over the scored positions.
+        """Return J = Σ_l ẽ(t, l) CE(g(x_{l+1}), y) (section 4.2), each CE a mean over the scored positions.
 
-        An exit target or an anchor puts its own loss in the place of CE.
+        An exit target or an anchor replaces CE; the loss of an exit classifier is added.
 
         Args:
             batch: {"input_ids" [B, S], "labels" [B, S] or absent (all are scored), -100 where not scored}.
-            micro_batch: number of the batch in the run, which keys the random draws.
+            micro_batch: number of the batch in the run, the key of the random draws.
 
         Returns:
-            J to differentiate, and the last layer's own loss.
+            J to differentiate, and the loss of the last exit that is on.
+
+        Raises:
+            ValueError: all exit weights are 0.
         """
         input_ids, decoder = batch["input_ids"], self.decoder
         positions, targets = scored_positions(input_ids, batch.get("labels"))
         exits = [block for block, weight in enumerate(self.exit_weights.values) if weight > 0]
         if not exits:
             raise ValueError("exit_weights: all are 0, so that nothing is trained; set at least one")
-        if self.lessons.need_last_layer:
+        if self.supervision.needs_last_layer:
             exits = sorted({*exits, decoder.num_layers - 1})
         through = self._exit_states(input_ids, exits, micro_batch)
         read = [self._exit_rows(block, x, positions, targets, micro_batch) for block, x in through]
@@ -159,33 +158,33 @@ class LayerSkipModule(RunModule):
             torch.cat([rows.labels for rows in read]),
             torch.cat([rows.weights for rows in read]),
             decoder.logit_softcap,
-            self.lessons.of_step([rows.picked for rows in read], last_states, input_ids, positions),
+            self.supervision.of_step([rows.picked for rows in read], last_states, input_ids, positions),
         )
         last = losses[len(losses) - len(read[-1].labels) :]
-        judged = self._judge_loss([rows.judged for rows in read])
-        return total / max(len(positions), 1) + judged, last.sum() / max(len(last), 1)
+        classifier_loss = self._mean([rows.classifier_loss for rows in read])
+        return total / max(len(positions), 1) + classifier_loss, last.sum() / max(len(last), 1)
 
     def _exit_rows(self, block: int, x: Tensor, positions: Tensor, targets: Tensor, micro_batch: int) -> ExitRows:
-        """What is decoded of the exit after `block`, whose output is x [B, S, D]."""
+        """Return the rows to decode of the exit after `block`, whose output is x [B, S, D]."""
         share = 1.0 if block == self.decoder.num_layers - 1 else self.position_share
         picked = sampled_positions(self.seed, micro_batch, block, len(positions), share, x.device)
         rows, labels = (part if picked is None else part[picked] for part in (positions, targets))
-        states, judged = x.flatten(0, 1).index_select(0, rows), None
+        states, classifier_loss = x.flatten(0, 1).index_select(0, rows), None
         if self.exits is not None:
-            judged = self.exits.judge_loss(self.decoder, block + 1, states, labels)
+            classifier_loss = self.exits.classifier_loss(self.decoder, block + 1, states, labels)
             states = self.exits.translate(block + 1, states)
         weight = self.exit_weights.values[block] * len(positions) / max(len(rows), 1)
         dtype = torch.promote_types(self.decoder.dtype, torch.float32)
         weights = torch.full(rows.shape, weight, device=x.device, dtype=dtype)
-        return ExitRows(self.decoder.norm(states), labels, weights, picked, judged)
+        return ExitRows(self.decoder.norm(states), labels, weights, picked, classifier_loss)
 
-    def _judge_loss(self, losses: list[Tensor | None]) -> Tensor | float:
-        """The mean over the exits that are judged."""
+    def _mean(self, losses: list[Tensor | None]) -> Tensor | float:
+        """Return the mean of the losses that are not None; 0 where all are."""
         losses = [loss for loss in losses if loss is not None]
         return sum(losses) / len(losses) if losses else 0.0
 
     def _exit_states(self, input_ids: Tensor, exits: list[int], micro_batch: int):
-        """Yields (block, its output [B, S, D]) for the blocks in `exits`, ascending."""
+        """Yield (block, its output [B, S, D]) for the blocks in `exits`, ascending, with layer dropout."""
         x = self.decoder.embed(input_ids)
         inputs = self.decoder.block_inputs(x)
         for block in range(max(exits) + 1):
@@ -193,8 +192,6 @@ class LayerSkipModule(RunModule):
             x = run_kept_rows(partial(self.decoder.block, block), x, inputs, dropped)
             if block in exits:
                 yield block, x
-
-    # Validation: read the exits that somebody asked for, all in one pass.
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Readout:
         return self._read("val/loss", batch)
@@ -207,7 +204,7 @@ class LayerSkipModule(RunModule):
         exits = self.validated_exits
         readout = read_exits(self.decoder, batch["input_ids"], batch.get("labels"), exits, self.exits)
         last = readout.losses[-1]
-        # Weighted by its tokens, so that the mean over batches is the mean over tokens.
+        # Weighted by tokens, so that the mean over batches is the mean over tokens.
         self.log(name, last.sum() / max(len(last), 1), batch_size=len(last), prog_bar=True, sync_dist=True)
         return readout
 
@@ -218,7 +215,7 @@ class LayerSkipModule(RunModule):
 
     @property
     def has_exit_heads(self) -> bool:
-        """Whether the early exits have parameters of their own."""
+        """Whether the early exits have trainable heads."""
         return self.exits is not None and self.exits.heads is not None
 
 

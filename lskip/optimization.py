@@ -1,4 +1,4 @@
-"""What an optimizer gets: the parameters in groups, and the default learning-rate schedule, counted in its steps."""
+"""Parameter groups, gradient norm and clipping, and the default learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lskip.utils.checks import check_whole
+from lskip.utils.checks import check_real, check_whole
 
 
 def parameter_groups(module: nn.Module) -> list[dict]:
-    """Matrices decay as the optimizer says; norms and biases, which only scale and shift, do not."""
+    """Return the trained parameters in two groups: matrices, and norms and biases without weight decay."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.ndim > 1]
     vectors = [parameter for parameter in trained if parameter.ndim <= 1]
@@ -29,15 +29,15 @@ def gradient_norm(trainer: Trainer, optimizer: Optimizer) -> Tensor:
     norm = nn.utils.get_total_norm([part.grad for part in trained if part.grad is not None])
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-        norm = norm / scaler.get_scale()  # a fused optimizer takes the scale off in its step
+        norm = norm / scaler.get_scale()  # a fused optimizer unscales in its step
     return norm
 
 
 def clip_gradients(trainer: Trainer, optimizer: Optimizer, value: float | None, algorithm: str | None) -> None:
-    """As Lightning's own, but for a fused optimizer in bf16-mixed too.
+    """Clip gradients as Lightning does, also for a fused optimizer in bf16-mixed.
 
-    Lightning refuses that for float16's sake, where such an optimizer takes the scale off the gradients in its step,
-    too late for clipping. In bfloat16 there is no scale.
+    Lightning refuses that because of float16, where such an optimizer unscales gradients in its step, after clipping.
+    In bfloat16 there is no scale.
     """
     plugin = trainer.precision_plugin
     if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
@@ -68,10 +68,8 @@ class WarmupCosine(LRScheduler):
         total_steps: int | None = None,
         stages: int = 1,
     ):
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps: {warmup_steps} is not a whole number from 0 up")
-        if not 0 <= final <= 1:
-            raise ValueError(f"final: {final} is not between 0 and 1")
+        check_whole("warmup_steps", warmup_steps, 0)
+        check_real("final", final, "from 0 to 1", lambda value: 0 <= value <= 1)
         check_whole("stages", stages, 1)
         if total_steps is not None:
             check_whole("total_steps", total_steps, 1)
@@ -83,11 +81,11 @@ class WarmupCosine(LRScheduler):
 
     @property
     def stage_steps(self) -> int | None:
-        """Optimizer steps of a stage; None: not known."""
+        """Optimizer steps of a stage; None: unknown."""
         return None if self.total_steps is None else math.ceil(self.total_steps / self.stages)
 
     def factor(self, step: int) -> float:
-        """The share of the full rate at optimizer step `step` (0-based)."""
+        """Return the share of the full rate at optimizer step `step` (0-based)."""
         length = self.stage_steps
         if length is not None and self.stages > 1:
             step %= length
@@ -103,5 +101,5 @@ class WarmupCosine(LRScheduler):
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
 
     def state_dict(self) -> dict:
-        """All but the length of the run, so that a run resumed with more steps stretches its schedule."""
+        """Return the state without the length of the run: a run resumed with more steps stretches its schedule."""
         return {key: value for key, value in super().state_dict().items() if key != "total_steps"}

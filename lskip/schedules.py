@@ -1,7 +1,7 @@
-"""How a drop rate grows: over depth, D(l), and over time, S(t) (arXiv 2404.16710, section 4.1).
+"""Schedules of the drop rate: over depth, D(l), and over time, S(t) (arXiv 2404.16710, section 4.1).
 
-The paper's formulas are the same for both, with (l, L) or (t, T), so one family serves both. With one layer or one step
-they divide by zero; as at the first of any larger number the factor is 0 then, so that nothing is dropped.
+The paper's formulas are the same for both, with (l, L) or (t, T). For one layer or one step they divide by zero; here
+the factor is then 0, as at the first of several.
 """
 
 import math
@@ -11,19 +11,18 @@ class Schedule:
     """A factor from 0 to 1. Subclass it for a schedule of your own.
 
     Attributes:
-        needs_total: false if the value does not depend on `count`, so that it works where the number of steps
-            is not known.
+        needs_total: false if the value does not depend on `count`, so that the number of steps may be unknown.
     """
 
     needs_total = True
 
     def __call__(self, index: int, count: int) -> float:
-        """The factor at `index` (0-based) of `count` blocks or steps."""
+        """Return the factor at `index` (0-based) of `count` blocks or steps."""
         raise NotImplementedError
 
 
 class Constant(Schedule):
-    """1 everywhere: every block drops alike, or (over time) the full rate from the first step on."""
+    """1 everywhere: the same rate for every block, or (over time) the full rate from the first step on."""
 
     needs_total = False
 
@@ -48,5 +47,4 @@ class Exponential(Schedule):
 def _progress(schedule: Schedule, index: int, count: int) -> float:
     if count < 1:
         raise ValueError(f"{type(schedule).__name__} schedule: needs at least 1 layer or step, not {count}")
-    # The only one of its kind is the first, where the factor is 0 for every count.
     return index / (count - 1) if count > 1 else 0.0

@@ -1,4 +1,4 @@
-"""What an exit learns to say at a position: the text's next token, or what the last layer says there."""
+"""Targets of an exit: the text's next token, the last layer's distribution, or both."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ class ExitTarget:
     """The loss of a row of logits. Subclass it for a target of your own.
 
     Attributes:
-        needs_teacher: true if the logits of a teacher are wanted; for an exit it is the last layer of the same pass.
+        needs_teacher: whether `loss` needs a teacher's logits; an exit's teacher is the last layer of the same pass.
     """
 
     needs_teacher = False
 
     def loss(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Losses and their gradients for n rows, made together: there is no graph here.
+        """Return losses and their gradients for n rows, computed together, outside autograd.
 
         Args:
             logits: [n, V], float32 or wider; may be overwritten.
-            labels: [n], the text's own next tokens.
+            labels: [n], the text's next tokens.
             teacher_logits: [n, V], may be overwritten; None where needs_teacher is false.
 
         Returns:
@@ -43,16 +43,16 @@ class Labels(ExitTarget):
 
 
 class SelfDistillation(ExitTarget):
-    """What the model's own last layer says: T² KL(p ‖ q), p of the last layer and q of the exit at temperature T.
+    """The last layer's distribution: T² KL(p ‖ q), p of the last layer and q of the exit at temperature T.
 
     The last layer gets no gradient from it. The factor T² keeps the size of the gradient (Hinton et al.,
-    arXiv 1503.02531, section 2). It trains what acceptance measures, and does not pull the shared blocks towards
-    tokens that the last layer itself does not expect.
+    arXiv 1503.02531, section 2). It trains agreement with the last layer, which decides whether drafts are accepted,
+    and does not pull the shared blocks towards tokens that the last layer does not expect.
 
     Args:
         temperature: T, above 0; above 1 the less probable tokens count more.
-        top_k: tell apart only so many of the last layer's most probable tokens; all others are one outcome, with the
-            sum of their probabilities. null: all tokens.
+        top_k: only so many of the last layer's most probable tokens count one by one; all others are one outcome, with
+            the sum of their probabilities. null: all tokens.
 
     Raises:
         ValueError: a number out of its range.
@@ -76,13 +76,13 @@ class SelfDistillation(ExitTarget):
 
 
 class Anchored(ExitTarget):
-    """Labels, and beside them the KL from a teacher's distribution: labels are learned, little else changes.
+    """Labels plus the KL from a teacher's distribution, so that little but the labels is learned.
 
     The last layer is anchored to a copy of the model as it was (`anchor_weight` of LayerSkipModule). As an exit target
     it is the mixture of Labels and SelfDistillation.
 
     Args:
-        anchor_weight: of the KL, 0 and up; the labels weigh 1.
+        anchor_weight: weight of the KL, from 0 up; the labels weigh 1.
     """
 
     needs_teacher = True
@@ -102,22 +102,22 @@ def _log_softmax_(logits: Tensor) -> Tensor:
 
 
 def _divergence(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p ‖ q) [n] and its gradient q - p [n, V] with respect to the logits of q; both inputs are overwritten."""
+    """Return KL(p ‖ q) [n] and its gradient q - p [n, V] by the logits of q; both inputs are overwritten."""
     p = log_p.exp()
     losses = torch.linalg.vecdot(p, log_p.sub_(log_q))
     return losses, log_q.exp_().sub_(p)
 
 
 def _divergence_of_top(log_p: Tensor, log_q: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """KL over top_k + 1 outcomes, p's most probable tokens and all others together; log_q is overwritten.
+    """Return KL [n] and its gradient [n, V] over p's top_k tokens and all others as one outcome; log_q is overwritten.
 
-    A token outside has the gradient q_j - p_rest q_j / q_rest: pushed up or down with its kind, told from none.
+    The gradient of a token j outside the top_k is q_j - p_rest q_j / q_rest.
     """
     top_p, top = log_p.topk(top_k)
     top_q = log_q.gather(1, top)
     rest_p, rest_q = (values.scatter(1, top, -torch.inf).logsumexp(-1) for values in (log_p, log_q))
     losses = (top_p.exp() * (top_p - top_q)).sum(-1) + rest_p.exp() * (rest_p - rest_q)
-    # As a logarithm: q_rest of an exit that is sure of itself may be too small for a float.
+    # By logarithms, since q_rest of a confident exit may underflow.
     share_of_rest = (log_q + (rest_p - rest_q)[:, None]).exp_()
     gradient = log_q.exp_().sub_(share_of_rest)
     return losses, gradient.scatter_(1, top, top_q.exp() - top_p.exp())

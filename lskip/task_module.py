@@ -1,4 +1,4 @@
-"""Sequence classification and regression on a decoder: after every block a head reads the last token's state."""
+"""The LightningModule for sequence classification and regression, with a head after every block."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lskip.inference.exit_criteria import ExitCriterion
-from lskip.models.exit_heads import closeness
+from lskip.models.exit_heads import ExitClassifier, closeness
 from lskip.module import LayerSkipModule
 from lskip.utils.checks import check_whole
 
 
 @dataclass(frozen=True)
 class Classification:
-    """One of `num_outputs` classes, whose logits the heads give; targets are their numbers."""
+    """Classification into `num_outputs` classes; heads return logits, targets are class numbers."""
 
     num_outputs: int
     has_probabilities: ClassVar[bool] = True
@@ -27,48 +27,47 @@ class Classification:
         check_whole("num_outputs", self.num_outputs, 2)
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy in nats, [N]."""
+        """Return the cross-entropy in nats, [N]."""
         return F.cross_entropy(outputs, targets, reduction="none")
 
     def rightness(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """What the judge learns (BERxiT): whether the likeliest class is right, [N]."""
+        """Return the exit classifier's target (BERxiT): whether the argmax class is right, [N]."""
         return outputs.argmax(-1) == targets
 
 
 @dataclass(frozen=True)
 class Regression:
-    """A number; targets in a unit in which an error of 1 is a large one."""
+    """Regression of one number; scale targets so that an error of 1 is large."""
 
     num_outputs: ClassVar[int] = 1
     has_probabilities: ClassVar[bool] = False
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The squared error, [N]."""
+        """Return the squared error, [N]."""
         return (outputs.squeeze(-1) - targets).square()
 
     def rightness(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """What the judge learns (BERxiT): 1 - tanh|prediction - target|, [N]."""
+        """Return the exit classifier's target (BERxiT): 1 - tanh|prediction - target|, [N]."""
         return closeness(outputs.squeeze(-1), targets)
 
 
 class Answers(NamedTuple):
-    """Outputs [N, num_outputs] of N texts, and the blocks that each of them ran, [N]."""
+    """Outputs [N, num_outputs] of N texts, and how many blocks each ran, [N]."""
 
     outputs: Tensor
     depths: Tensor
 
 
 class TaskModule(LayerSkipModule):
-    """Trains a decoder and a linear head after each block, by the same two vectors and callbacks as a language model.
+    """Trains a decoder and a linear head after each block, with the same vectors and callbacks as LayerSkipModule.
 
-    LayerDropout, EarlyExitLoss, TwoStages (DeeBERT) and AlternatingExits (BERxiT) mean the same here. A head reads the
-    state of the text's last token, which has seen all others, after the final norm. Batches are {"input_ids" [B, S],
-    padded at the right, "lengths" [B], "targets" [B]}.
+    A head reads the state of the text's last token, which attends to all others, after the final norm. Batches are
+    {"input_ids" [B, S], padded at the right, "lengths" [B], "targets" [B]}.
 
     Args:
         model: as in LayerSkipModule.
         task: Classification(num_outputs) or Regression().
-        settings: the other arguments of LayerSkipModule. `learned_exit` trains the judge for LearnedExit.
+        settings: the other arguments of LayerSkipModule.
     """
 
     def __init__(self, model, task: Classification | Regression, **settings):
@@ -83,40 +82,45 @@ class TaskModule(LayerSkipModule):
     def has_exit_heads(self) -> bool:
         return True
 
+    @property
+    def classifier(self) -> ExitClassifier | None:
+        """The exit classifier, if there is one."""
+        return None if self.exits is None else self.exits.classifier
+
     def read(self, exit_layer: int, states: Tensor) -> Tensor:
-        """Last tokens' states [N, D] after so many blocks -> outputs [N, num_outputs]."""
+        """Return the outputs [N, num_outputs] of an exit for the last tokens' states [N, D]."""
         return self.heads[exit_layer - 1](self.decoder.norm(states))
 
     def early_exit_loss(self, batch: dict[str, Tensor], micro_batch: int) -> tuple[Tensor, Tensor]:
-        """The exits' mean losses by exit_weights, with the judge's; and the loss of the last exit that is on."""
+        """Return the weighted loss of the exits and the classifier, and the loss of the last exit that is on."""
         targets, weights = batch["targets"], self.exit_weights.values
         exits = [block for block, weight in enumerate(weights) if weight > 0]
         if not exits:
             raise ValueError("exit_weights: all are 0, so that nothing is trained; set at least one")
-        total, judged = 0.0, []
+        total, classifier_losses = 0.0, []
         for block, x in self._exit_states(batch["input_ids"], exits, micro_batch):
             states = last_states(x, batch["lengths"])
             outputs = self.read(block + 1, states)
             loss = self.task.losses(outputs, targets).mean()
             total = total + weights[block] * loss
-            if self.exits is not None and self.exits.certainty is not None and block + 1 < self.decoder.num_layers:
-                judged.append(self.exits.certainty.loss(states, self.task.rightness(outputs, targets)))
-        return total + self._judge_loss(judged), loss.detach()
+            if self.classifier is not None and block + 1 < self.decoder.num_layers:
+                classifier_losses.append(self.classifier.loss(states, self.task.rightness(outputs, targets)))
+        return total + self._mean(classifier_losses), loss.detach()
 
     @torch.inference_mode()
     def answer(
         self, input_ids: Tensor, lengths: Tensor, criterion: ExitCriterion | None = None, exit_layer: int | None = None
     ) -> Answers:
-        """Reads each text off at the first exit that the criterion names; those that have exited leave the batch.
+        """Return the answer to each text at the first exit where the criterion holds; texts that exit leave the batch.
 
         Args:
             input_ids: [N, S], padded at the right.
             lengths: [N].
-            criterion: None: all at exit_layer.
-            exit_layer: blocks that run at most; None: all.
+            criterion: None: all exit at exit_layer.
+            exit_layer: the most blocks to run; None: all.
 
         Raises:
-            ValueError: a criterion that this task or model cannot serve, or an exit_layer that there is not.
+            ValueError: the criterion does not fit this task or model, or the model has no such exit_layer.
         """
         criterion = None if criterion is None else self._bound(criterion)
         decoder, full = self.decoder, self.decoder.num_layers if exit_layer is None else exit_layer
@@ -145,9 +149,9 @@ class TaskModule(LayerSkipModule):
         if criterion.reads_probabilities and not self.task.has_probabilities:
             name = type(criterion).__name__
             raise ValueError(f"exit_criterion: {name} reads probabilities, which a regression has none of")
-        return criterion.bound(None if self.exits is None else self.exits.certainty)
+        return criterion.bound(self.classifier)
 
 
 def last_states(x: Tensor, lengths: Tensor) -> Tensor:
-    """[N, S, D] -> [N, D], of the last token of each text."""
+    """Return the state [N, D] of the last token of each text, for states [N, S, D]."""
     return x[torch.arange(len(x), device=x.device), lengths - 1]

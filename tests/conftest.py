@@ -57,13 +57,13 @@ def make_model(family: str = "llama", seed: int = 0, **overrides):
 
 @pytest.fixture
 def tiny_config():
-    """Function (family, **overrides) -> a transformers config as a plain dict."""
+    """Return a function (family, **overrides) -> a transformers config as a plain dict."""
     return make_config
 
 
 @pytest.fixture
 def tiny_model():
-    """Function (family, **overrides) -> a random float32 model in eval mode."""
+    """Return a function (family, **overrides) -> a random float32 model in eval mode."""
     return make_model
 
 
@@ -119,7 +119,7 @@ def quick_costs(monkeypatch):
 
 @pytest.fixture(scope="module")
 def process_settings():
-    """Puts back what a benchmark sets for its whole process."""
+    """Restore what a benchmark sets for its whole process."""
     threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
     yield
     torch.set_num_threads(threads)

@@ -11,8 +11,8 @@ from lskip.cli import main
 ROOT = Path(__file__).parent.parent / "configs"
 FILES = sorted(ROOT.rglob("*.yaml"))
 OVERLAYS = [path for path in FILES if path.parent.name == "curriculum"]
-MEMORY = [path for path in FILES if path.parent.name == "memory"]  # overlays too: test_training_memory.py has them
-# adapter_*.yaml are for `lskip adapt`: test_adapt.py has them.
+MEMORY = [path for path in FILES if path.parent.name == "memory"]  # overlays: tests/training/test_memory.py has them
+# adapter_*.yaml are for `lskip adapt`: tests/adapters/test_adapt.py has them.
 RUNNABLE = [path for path in FILES if path not in [*OVERLAYS, *MEMORY] and not path.stem.startswith("adapter_")]
 
 # What the paper (and figures) say of each recipe: p_max, e_scale, curriculum, learning rate (None: not stated).
@@ -29,7 +29,7 @@ RECIPES = {
 
 @pytest.fixture
 def stand_in(tmp_path, tiny_config):
-    """Function folder -> flags that replace the model, the data and the sizes, and nothing else."""
+    """Return a function folder -> flags that replace the model, the data and the sizes, and nothing else."""
     corpus = tmp_path / "documents.jsonl"
     texts = (json.dumps({"text": f"def f{i}(x):\n    return x + {i}\n" * 4}) for i in range(60))
     corpus.write_text("\n".join(texts))

@@ -1,4 +1,4 @@
-"""Which exits are on, against sets written by hand from the paper's conditions."""
+"""The exits of each curriculum, against sets written by hand from the paper's conditions."""
 
 import pytest
 

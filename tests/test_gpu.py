@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped where there is none. `LSKIP_TEST_CUDA=0 python -m pytest tests/test_gpu.py`.
+"""Tests that need a GPU, skipped where there is none. `LSKIP_TEST_CUDA=0 python -m pytest tests/test_gpu.py`.
 
 Every check holds the GPU against the same code on the CPU, or against transformers' `generate` on the same card.
 """
@@ -56,7 +56,7 @@ def texts_of(generator: TextGenerator, batch_size: int = 1, **settings) -> list[
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def decoded(request):
-    """A model on the GPU, a generator of it, and what `generate` makes of the prompts."""
+    """Return a model on the GPU, a generator of it, and the texts that `generate` writes for the prompts."""
     model = on_gpu(request.param)
     truth = []
     for prompt in PROMPTS:

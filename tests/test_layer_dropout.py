@@ -1,4 +1,4 @@
-"""Rows out, block, rows back; and the draw as statistics see it."""
+"""Layer dropout: kept rows against each row by itself, and statistics of the draws."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ POSITIONS = torch.arange(9)[None] + torch.tensor([[0], [3], [20], [41]])
 
 
 def seen_inputs(decoder, block=0):
-    """A list that fills with (states, keyword arguments) of each call of the block."""
+    """Return a list that collects (states, keyword arguments) of each call of the block."""
     seen = []
     decoder.model.model.layers[block].register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((args[0], kwargs)), with_kwargs=True

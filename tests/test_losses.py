@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 
 from lskip import losses
-from lskip.losses import Lesson, Teacher, head_loss
+from lskip.losses import Supervision, Teacher, head_loss
 from lskip.targets import Anchored, Labels, SelfDistillation
 
 
@@ -26,7 +26,7 @@ def naive(states, weight, bias, labels, row_weights):
 
 
 def compare(rows, rtol, atol, scale=0.37):
-    """Loss, losses of rows and all gradients, with a gradient of `scale` arriving from above."""
+    """Return loss, losses of rows and all gradients, for an upstream gradient of `scale`."""
     *inputs, differentiated = rows
     loss, row_losses = head_loss(*inputs)
     expected, expected_rows = naive(*inputs)
@@ -42,7 +42,7 @@ def compare(rows, rtol, atol, scale=0.37):
 
 @pytest.fixture(params=[1, 7, 50, 1000], ids=lambda rows: f"{rows}_rows_at_once")
 def chunked(request, monkeypatch):
-    """Chunks of some rows; 7 does not divide the 50 rows."""
+    """Set the rows of a chunk; 7 does not divide the 50 rows."""
     monkeypatch.setattr(losses, "MIN_ROWS", request.param)
     monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 1)
     return request.param
@@ -160,8 +160,8 @@ class Counting(SelfDistillation):
 def test_never_more_rows_of_logits_than_a_chunk_neither_the_exits_nor_the_teachers(chunked):
     *inputs, differentiated = make_rows()
     target = Counting()
-    lessons = [Lesson(30, target, Teacher(torch.ones(30, 8, dtype=torch.float64))), Lesson(20, Labels())]
-    torch.autograd.grad(head_loss(*inputs, lessons=lessons)[0], differentiated)
+    supervision = [Supervision(30, target, Teacher(torch.ones(30, 8, dtype=torch.float64))), Supervision(20, Labels())]
+    torch.autograd.grad(head_loss(*inputs, supervision=supervision)[0], differentiated)
     assert sum(rows for rows, *_ in target.rows) == 30
     assert max(rows for rows, *_ in target.rows) == min(chunked, 30)
     assert all(len(set(rows)) == 1 for rows in target.rows)
@@ -191,17 +191,17 @@ def teach(states, weight, bias, labels, row_weights, teacher_states, foreign_hea
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("bias", [False, True])
-def test_lessons_side_by_side_and_no_gradient_to_a_teacher(chunked, bias, softcap):
+def test_supervisions_side_by_side_and_no_gradient_to_a_teacher(chunked, bias, softcap):
     *inputs, differentiated = make_rows(bias=bias)
     draw = torch.Generator().manual_seed(1)
     teacher_states = torch.randn(30, 8, generator=draw, dtype=torch.float64, requires_grad=True)
     foreign_head = torch.randn(23, 8, generator=draw, dtype=torch.float64, requires_grad=True)
-    lessons = [
-        Lesson(20, SelfDistillation(temperature=2.0), Teacher(teacher_states[:20])),
-        Lesson(10, Anchored(0.3), Teacher(teacher_states[20:], foreign_head)),
-        Lesson(20, Labels()),
+    supervision = [
+        Supervision(20, SelfDistillation(temperature=2.0), Teacher(teacher_states[:20])),
+        Supervision(10, Anchored(0.3), Teacher(teacher_states[20:], foreign_head)),
+        Supervision(20, Labels()),
     ]
-    loss, rows = head_loss(*inputs, softcap, lessons)
+    loss, rows = head_loss(*inputs, softcap, supervision)
     expected, expected_rows = teach(*inputs, teacher_states, foreign_head.detach(), softcap)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(rows, expected_rows, rtol=1e-12, atol=1e-12)
@@ -216,10 +216,10 @@ def test_distillation_under_autocast_is_near_the_exact_one(chunked):
     inputs = make_rows(hidden=64, vocab=200, dtype=torch.float32)
     *rows, differentiated = inputs
     states = torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
-    lessons = [Lesson(50, SelfDistillation(), Teacher(states))]
-    exact = torch.autograd.grad(head_loss(*rows[:4], rows[4].float(), lessons=lessons)[0], differentiated)
+    supervision = [Supervision(50, SelfDistillation(), Teacher(states))]
+    exact = torch.autograd.grad(head_loss(*rows[:4], rows[4].float(), supervision=supervision)[0], differentiated)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, losses_of_rows = head_loss(*rows[:4], rows[4].float(), lessons=lessons)
+        loss, losses_of_rows = head_loss(*rows[:4], rows[4].float(), supervision=supervision)
     assert losses_of_rows.dtype == torch.float32
     for grad, expected in zip(torch.autograd.grad(loss, differentiated), exact, strict=True):
         assert 0 < (grad - expected).norm() / expected.norm() < 0.03

@@ -1,10 +1,10 @@
-"""The module without Lightning's loop around it where that is enough, and with it where it matters."""
+"""LayerSkipModule, by itself and in Lightning's loop."""
 
 from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, IterableDataset
 
 import lskip.module
@@ -12,6 +12,7 @@ from lskip.callbacks import EarlyExitLoss, LayerDropout
 from lskip.curricula import AllExits
 from lskip.module import LayerSkipModule
 from lskip.schedules import Constant
+from tests.trainers import quiet_trainer
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -27,18 +28,6 @@ def make_module(model, rates=None, weights=None, **settings):
     if weights is not None:
         module.exit_weights.write("test", weights)
     return module
-
-
-def quiet_trainer(folder, *callbacks, **settings):
-    return Trainer(
-        callbacks=list(callbacks),
-        accelerator="cpu",
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **{"logger": False, **settings},
-    )
 
 
 def loader(batches, **settings):

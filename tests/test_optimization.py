@@ -13,7 +13,7 @@ from tests.conftest import make_config
 
 
 def rates(steps, **settings):
-    """The learning rate at each optimizer step, as the optimizer sees it, from a full rate of 8."""
+    """Return the learning rate at each optimizer step, as the optimizer sees it, from a full rate of 8."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=8.0)
     schedule = WarmupCosine(optimizer, **settings)
     seen = []

@@ -19,7 +19,7 @@ def make_module(model, weights, **settings):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Fills with (labels, row weights) of each call of head_loss."""
+    """Return a list that collects (labels, row weights) of each call of head_loss."""
     calls = []
 
     def spy(states, head_weight, head_bias, labels, row_weights, *rest):

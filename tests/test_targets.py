@@ -21,7 +21,7 @@ def divergence(p, q):
 
 
 def outcomes(logits, top):
-    """The probabilities of the tokens `top`, and of all others together."""
+    """Return the probabilities of the tokens `top`, and of all others together."""
     kept = logits.softmax(-1).gather(1, top)
     return torch.cat([kept, 1 - kept.sum(-1, keepdim=True)], -1)
 
@@ -72,7 +72,7 @@ def test_top_k_is_the_divergence_with_the_rest_as_one_outcome(top_k):
 
 
 def copies(student, labels, teacher):
-    """A target may overwrite what it is given."""
+    """Return arguments for a target, copied since it may overwrite them."""
     return student.detach().clone(), labels, teacher.clone()
 
 

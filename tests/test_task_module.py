@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from lskip.callbacks import AlternatingExits, TwoStages
 from lskip.inference import Entropy, LearnedExit, Margin, Saturation
 from lskip.task_module import Classification, Regression, TaskModule
+from tests.trainers import quiet_trainer
 
 TEXTS = [[5, 9, 2], [7], [3, 1, 4, 1, 5, 9], [2, 6, 5, 3], [50, 60, 70], [8, 8, 8, 8, 8]]
 
@@ -34,7 +34,7 @@ def make(tiny_model, task, **settings):
 
 @torch.no_grad()
 def states_alone(module, text):
-    """The last token's state before block 0 and after each block, of a text by itself."""
+    """Return the last token's state before block 0 and after each block, for a single text."""
     hidden, seen = module.model.model, []
     hooks = [layer.register_forward_hook(lambda *call: seen.append(call[2])) for layer in hidden.layers]
     hidden(torch.tensor([text]))
@@ -53,7 +53,7 @@ def test_losses_by_hand(tiny_model, task, batch):
     module = make(tiny_model, task, learned_exit=True)
     weights = [0.5, 0.0, 0.25, 1.0]
     module.exit_weights.write("test", weights)
-    expected, judged = 0.0, []
+    expected, classified = 0.0, []
     for text, target in zip(TEXTS, batch["targets"].tolist(), strict=True):
         states = states_alone(module, text)
         for layer, weight in enumerate(weights, start=1):
@@ -67,9 +67,9 @@ def test_losses_by_hand(tiny_model, task, batch):
                 loss, right = (outputs[0] - target) ** 2, 1 - math.tanh(abs(outputs[0] - target))
             expected += weight * loss / len(TEXTS)
             if layer < 4:
-                judged.append((module.exits.certainty(states[layer]).item() - right) ** 2)
+                classified.append((module.exits.classifier(states[layer]).item() - right) ** 2)
     loss, _ = module.early_exit_loss(batch, 0)
-    assert loss.item() == pytest.approx(expected + sum(judged) / len(judged), rel=1e-4)
+    assert loss.item() == pytest.approx(expected + sum(classified) / len(classified), rel=1e-4)
 
 
 THRESHOLDS = {
@@ -89,7 +89,7 @@ def stops_alone(module, criterion, states, layer):
 def test_each_text_exits_in_a_batch_where_it_would_alone(tiny_model, kind):
     module, spread = make(tiny_model, Classification(3), learned_exit=True), set()
     for threshold in THRESHOLDS[kind]:
-        criterion = kind(threshold).bound(module.exits.certainty)
+        criterion = kind(threshold).bound(module.exits.classifier)
         found = module.answer(CLASSES["input_ids"], CLASSES["lengths"], kind(threshold))
         for text, outputs, depth in zip(TEXTS, found.outputs, found.depths.tolist(), strict=True):
             states = states_alone(module, text)
@@ -114,21 +114,13 @@ def test_a_regression_has_no_probabilities(tiny_model, criterion):
         make(tiny_model, Regression()).answer(NUMBERS["input_ids"], NUMBERS["lengths"], criterion)
 
 
-def test_a_judge_that_was_not_trained(tiny_model):
+def test_an_exit_classifier_that_was_not_trained(tiny_model):
     with pytest.raises(ValueError, match="LearnedExit needs a model that was trained with learned_exit: true"):
         make(tiny_model, Regression()).answer(NUMBERS["input_ids"], NUMBERS["lengths"], LearnedExit(0.5))
 
 
 def fit(module, batch, steps, *callbacks):
-    trainer = Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        callbacks=list(callbacks),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(None, *callbacks, max_steps=steps)
     trainer.fit(module, DataLoader([batch] * steps, batch_size=None))
     return module.eval()
 
@@ -151,7 +143,7 @@ def test_berxit_learns_numbers_and_where_they_are_right(tiny_config):
     for layer in (2, 4):
         found = module.answer(NUMBERS["input_ids"], NUMBERS["lengths"], exit_layer=layer)
         assert (found.outputs[:, 0] - NUMBERS["targets"]).abs().mean() < 0.3
-    # Memorized: the judge has seen the exits be right.
+    # Memorized: the classifier has seen that the exits are right.
     assert module.answer(NUMBERS["input_ids"], NUMBERS["lengths"], LearnedExit(0.5)).depths.float().mean() < 3
 
 

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
@@ -13,6 +13,7 @@ from lskip.curricula import Gradual, Rotational
 from lskip.layer_dropout import draw_dropped
 from lskip.module import LayerSkipModule
 from lskip.schedules import Constant, Linear
+from tests.trainers import quiet_trainer
 
 BATCH, LENGTH, SEED = 3, 12, 7
 
@@ -42,7 +43,7 @@ SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
 
 def make_batches(count):
-    """The second sequence of each batch is a prompt of 4 tokens and its completion."""
+    """Return batches whose second sequence is a prompt of 4 tokens and its completion."""
     ids = torch.randint(0, 300, (count, BATCH, LENGTH), generator=torch.Generator().manual_seed(2))
     labels = ids.clone()
     labels[:, 1, :4] = -100
@@ -71,17 +72,13 @@ class Recorder(Callback):
 
 def lightning_run(model, recipe, optimizer, accumulate, folder):
     recorder = Recorder()
-    trainer = Trainer(
+    trainer = quiet_trainer(
+        folder,
+        *recipe["callbacks"](),
+        recorder,
         max_steps=2,
         accumulate_grad_batches=accumulate,
         precision="64-true" if model.dtype == torch.float64 else "32-true",
-        callbacks=[*recipe["callbacks"](), recorder],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
     )
     module = LayerSkipModule(model, optimizer=optimizer, lr_scheduler=None, seed=SEED)
     trainer.fit(module, DataLoader(make_batches(2 * accumulate), batch_size=None))
@@ -98,7 +95,7 @@ def block_mask(config, block):
 
 
 def slow_loss(model, batch, rates, weights, micro_batch):
-    """J of one micro-batch."""
+    """Return J of one micro-batch."""
     count = (batch["labels"][:, 1:] != -100).sum()
     positions = torch.arange(LENGTH)[None]
     loss = 0.0
@@ -138,7 +135,7 @@ def slow_run(model, recipe, make_optimizer, accumulate):
 
 
 def dropped_counts(recipe, accumulate):
-    """How many sequences each block of each micro-batch drops."""
+    """Return how many sequences each block of each micro-batch drops."""
     return {
         int(draw_dropped(SEED, micro_batch, block, BATCH, rate).sum())
         for micro_batch in range(2 * accumulate)

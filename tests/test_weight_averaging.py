@@ -16,7 +16,7 @@ DECAY, STEPS = 0.7, 5
 
 @pytest.fixture
 def fit(tmp_path, tiny_config):
-    """Function (run folder's name, *flags) -> (exit status, checkpoint) of 5 steps with an average of weights."""
+    """Return a function (run folder's name, *flags) -> (exit status, checkpoint) of 5 steps with averaged weights."""
     corpus = tmp_path / "documents.jsonl"
     corpus.write_text("\n".join(json.dumps({"text": f"def f{i}(x):\n    return x + {i}\n" * 4}) for i in range(60)))
 
@@ -38,7 +38,7 @@ def fit(tmp_path, tiny_config):
 
 @pytest.fixture
 def after_steps(monkeypatch):
-    """What hooks of RunCheckpoint see: function step -> nothing; called after each optimizer step."""
+    """Return a list of functions (callback, step, module) that are called before RunCheckpoint may save."""
     watchers = []
     original = RunCheckpoint.on_train_batch_end
 

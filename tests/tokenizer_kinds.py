@@ -1,4 +1,4 @@
-"""Tokenizers of every kind that there is, small: how they write what is no whole word, and spaces, differs."""
+"""Small tokenizers of every kind, which differ in how they write spaces and parts of words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BITS = ["中", "a", "🌍", "\n", "!", " ", "b", "é", "the ", " st"]
 
 
 def byte_fallback(marks_spaces: bool) -> Tokenizer:
-    """Characters that it does not know are bytes, as in Llama 2; an invalid run of bytes is unreadable as a whole."""
+    """Return a tokenizer with byte fallback (Llama 2), in which an invalid run of bytes is unreadable as a whole."""
     names = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"!abstop▁ ", "▁a", "▁the", "st", "op", "▁▁"]
     vocabulary = {name: place for place, name in enumerate(names)}
     bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
@@ -24,7 +24,7 @@ def byte_fallback(marks_spaces: bool) -> Tokenizer:
 
 
 def byte_level() -> Tokenizer:
-    """Tokens are bytes, as in GPT-2."""
+    """Return a byte-level tokenizer (GPT-2)."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -33,7 +33,7 @@ def byte_level() -> Tokenizer:
 
 
 def metaspace() -> Tokenizer:
-    """Marks spaces inside tokens and drops one at the start of whatever it decodes, as sentencepiece does."""
+    """Return a tokenizer that marks spaces inside tokens and drops one at the start of decoded text (sentencepiece)."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     bpe.train_from_iterator([WORDS], trainers.BpeTrainer(vocab_size=80, **TRAINER))
@@ -41,7 +41,7 @@ def metaspace() -> Tokenizer:
 
 
 def word_pieces() -> Tokenizer:
-    """Marks what goes on with a word by ##, and tidies spaces up, as BERT's does."""
+    """Return a tokenizer that marks continuations of a word by ## and tidies spaces up (BERT)."""
     words = Tokenizer(models.WordPiece(unk_token="<unk>"))
     words.pre_tokenizer, words.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=True)
     words.train_from_iterator([WORDS] * 3, trainers.WordPieceTrainer(vocab_size=90, **TRAINER))
@@ -59,14 +59,14 @@ KINDS = {
 
 
 def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
-    """A tokenizer whose id 1 ends a text."""
+    """Return a tokenizer whose id 1 ends a text."""
     tokenizer = KINDS[kind]()
     tokenizer.add_special_tokens(["<|im_end|>"])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
 
 
 def random_tokens(tokenizer: PreTrainedTokenizerFast, draw: Random) -> list[int]:
-    """Any tokens, or those of a text, perhaps cut inside a character, with a few others among them."""
+    """Return random tokens, or those of a text, perhaps cut inside a character, with a few others inserted."""
     if draw.random() < 0.4:
         return [draw.randrange(len(tokenizer)) for _ in range(draw.randint(1, 40))]
     ids = tokenizer("".join(draw.choices(BITS, k=25)), add_special_tokens=False)["input_ids"]
@@ -77,7 +77,7 @@ def random_tokens(tokenizer: PreTrainedTokenizerFast, draw: Random) -> list[int]
 
 
 def in_rounds(ids: list[int], draw: Random, most: int = 6) -> list[list[int]]:
-    """The same tokens as they may come."""
+    """Return the same tokens in chunks of random sizes."""
     rounds = []
     while ids:
         size = draw.randint(1, most)

@@ -16,7 +16,7 @@ from lskip.callbacks import LayerMetrics, RunCheckpoint
 from lskip.data import TextData
 from lskip.module import LayerSkipModule
 from lskip.optimization import WarmupCosine
-from lskip.training.trainer_manners import quiet_lightning
+from lskip.training.lightning_utils import quiet_lightning
 from lskip.utils.output_files import write_json
 
 

@@ -23,7 +23,7 @@ from benchmarks.training.timed_training import PERIOD, Sizes, model_config
 from lskip.callbacks import EarlyExitLoss
 from lskip.curricula import Rotational
 from lskip.module import LayerSkipModule
-from lskip.training.trainer_manners import quiet_lightning
+from lskip.training.lightning_utils import quiet_lightning
 
 # By --quick. Rounds are pairs of steps that are timed.
 SIZES = {

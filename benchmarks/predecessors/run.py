@@ -35,7 +35,7 @@ from benchmarks.predecessors.scores import score_language, score_sentences
 from benchmarks.predecessors.texts import durations, intents, loaders
 from lskip.data import TextData
 from lskip.task_module import Classification, Regression
-from lskip.training.trainer_manners import quiet_lightning
+from lskip.training.lightning_utils import quiet_lightning
 from lskip.utils.output_files import write_json
 
 QUICK = Sizes(

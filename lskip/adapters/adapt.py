@@ -37,8 +37,8 @@ from lskip.models.exit_adapter import (
     load_adapter,
 )
 from lskip.models.pretrained import load_model
+from lskip.training.lightning_utils import how_to_go_on, interruptible, quiet_lightning
 from lskip.training.step_bar import StepBar
-from lskip.training.trainer_manners import how_to_go_on, interruptible, quiet_lightning
 from lskip.utils.checks import check_whole
 from lskip.utils.output_files import output_folder, write_json
 from lskip.utils.untrusted import printable

@@ -54,8 +54,8 @@ from lskip.models.pretrained import LAST_CHECKPOINT, read_checkpoint
 from lskip.module import LayerSkipModule
 from lskip.schedules import Schedule
 from lskip.targets import ExitTarget
+from lskip.training.lightning_utils import how_to_go_on, interruptible, quiet_lightning
 from lskip.training.step_bar import StepBar, wants_bar
-from lskip.training.trainer_manners import how_to_go_on, interruptible, quiet_lightning
 from lskip.utils.interrupts import ended_by_sigterm
 from lskip.utils.untrusted import parse_yaml
 from lskip.utils.user_paths import user_path

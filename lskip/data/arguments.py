@@ -1,15 +1,15 @@
-"""Checks of plain arguments: one sentence that names the argument, its value and what is allowed."""
+"""Checks of TextData's arguments; each raises ValueError with the argument, its value and what is allowed."""
 
 import os
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lskip.data.documents import SPLITS
 from lskip.data.sources import NAMES, check_packages, local_path
+from lskip.utils.checks import check_real
 from lskip.utils.user_paths import user_path
 
-MOST_WORKERS = 128  # processes; thousands would be started one after the other before anything is said
+MOST_WORKERS = 128  # processes: thousands would start, one after another, before any error
 MOST_TOKENS = 2**24  # in a row, and rows in a batch
 
 
@@ -27,18 +27,9 @@ def check_tokenizer_source(tokenizer) -> None:
         raise ValueError(f"tokenizer: {tokenizer!r} is neither a name, nor a folder, nor a tokenizer, nor null")
 
 
-def check_at_least(name: str, value: int, least: int, most: int | None = None) -> None:
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if is_whole and most is not None and value > most:
-        raise ValueError(f"{name}: {value} is not a whole number of at most {most}")
-    if not is_whole or value < least:
-        raise ValueError(f"{name}: {value!r} is not a whole number of at least {least}")
-
-
 def check_fractions(val_fraction: float, test_fraction: float) -> None:
     for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-        if not is_number(value) or not 0 <= value < 1:
-            raise ValueError(f"{name}: {value!r} is not in [0, 1)")
+        check_real(name, value, "from 0 and below 1", lambda share: 0 <= share < 1)
     if val_fraction + test_fraction >= 1:
         raise ValueError(f"val_fraction + test_fraction: {val_fraction} + {test_fraction} leaves nothing to train on")
 
@@ -49,7 +40,7 @@ def check_text_column(text_column) -> None:
 
 
 def check_cache(cache_dir) -> Path:
-    """Return the folder for caches. ValueError if it is none, or could not be written: nothing is made yet."""
+    """Return the folder for caches, not made yet; raise ValueError if it cannot be one or cannot be written."""
     if cache_dir is not None and (not isinstance(cache_dir, str | os.PathLike)):
         raise ValueError(f"cache_dir: {cache_dir!r} is no folder, nor null")
     folder = user_path(cache_dir or "~/.cache/lskip", "cache_dir").absolute()
@@ -57,12 +48,3 @@ def check_cache(cache_dir) -> Path:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"cache_dir: cannot write '{folder}' ('{there}' is no folder that can be written)")
     return folder
-
-
-def check_split(split: str) -> None:
-    if split not in SPLITS:
-        raise ValueError(f"split: '{split}' is not one of train, val, test")
-
-
-def is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

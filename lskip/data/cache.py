@@ -1,12 +1,10 @@
-"""Folders that are written once, and are either as they were written or made anew."""
+"""Cache folders: written once, atomically, verified by hashes, and rewritten where they were changed."""
 
 import errno
 import hashlib
 import json
 import os
-import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,20 +17,16 @@ WRITTEN = "written.json"  # size and sha256 of every other file of the folder
 FOLDERS = ("blocks", "documents", "tokenizers")
 UNFINISHED = ".unfinished-"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-# What earlier versions left behind where they were killed: nobody holds a lock on it, so only its age tells.
-EARLIER = re.compile(r"\.unfinished-[a-z0-9_]{8}|tmp[a-z0-9_]{8}")
-OURS = re.compile(r"[0-9a-f]{32}(\.arrow)?")  # beside which only lskip writes
-OLD = 24 * 3600  # seconds
 
 
 def cached_folder(path: Path, write: Callable[[Path], None]) -> Path:
-    """Return `path`, after `write(folder)` filled it if it was not there yet or is not as it was written.
+    """Return `path`, after `write(folder)` if it did not exist or was changed since it was written.
 
-    The folder is filled under another name and renamed when whole, so neither a kill in the middle nor a
-    second process that does the same leaves half a folder behind.
+    The folder is filled under another name and renamed when complete, so that neither a kill nor a second process
+    leaves an incomplete folder.
 
     Raises:
-        OSError: no room for it, or the place cannot be written.
+        OSError: no space, or the place cannot be written.
     """
     if os.path.lexists(path):
         wrong = what_is_wrong(path)
@@ -76,12 +70,12 @@ def sizes_and_hashes(folder: Path) -> dict[str, list]:
 
 @contextmanager
 def unfinished_folder(parent: Path) -> Iterator[Path]:
-    """A new folder in `parent`, gone afterwards unless it was renamed.
+    """Yield a new folder in `parent`, removed afterwards unless it was renamed.
 
-    As long as this process lives, it holds the lock beside it: what is not held is removed by `remove_litter`.
+    This process holds a lock beside it; `remove_litter` removes folders whose lock nobody holds.
     """
     folder = parent / f"{UNFINISHED}{uuid4().hex}"
-    with held(folder.with_suffix(".lock")):
+    with locked(folder.with_suffix(".lock")):
         folder.mkdir()
         try:
             yield folder
@@ -90,13 +84,13 @@ def unfinished_folder(parent: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def held(place: Path, timeout: float = -1) -> Iterator[None]:
+def locked(place: Path, timeout: float = -1) -> Iterator[None]:
     lock = FileLock(place)
     lock.acquire(timeout=timeout)
     try:
         yield
     finally:
-        place.unlink(missing_ok=True)  # while it is held: whoever waits for this name opens a new file
+        place.unlink(missing_ok=True)  # while it is held: a waiting process opens a new file of this name
         lock.release()
 
 
@@ -111,8 +105,8 @@ def put_in_place(folder: Path, path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Removes a file or folder, out of the way at once: who has it open reads on."""
-    with held(path.parent / f"{UNFINISHED}{uuid4().hex}.lock"):
+    """Remove a file or folder: its name is free immediately, and processes that have it open can go on reading."""
+    with locked(path.parent / f"{UNFINISHED}{uuid4().hex}.lock"):
         removed = path.parent / f"{UNFINISHED}{uuid4().hex}"
         os.rename(path, removed)
         remove(removed)
@@ -126,27 +120,10 @@ def remove(path: Path) -> None:
 
 
 def remove_litter(cache: Path) -> None:
-    """Removes what killed processes left unfinished in the folders of a cache; what a living one writes stays."""
+    """Remove unfinished folders of killed processes from a cache, and no others."""
     for place in (place for folder in FOLDERS for place in (cache / folder).glob(f"{UNFINISHED}*.lock")):
         try:
-            with held(place, timeout=0):
+            with locked(place, timeout=0):
                 remove(place.with_suffix(""))
         except (Timeout, OSError):
-            continue  # somebody writes it, or it is another user's
-    for folder in (cache / name for name in FOLDERS):
-        paths = list(folder.glob("*"))
-        if any(OURS.fullmatch(path.name) for path in paths):
-            for path in paths:
-                if EARLIER.fullmatch(path.name) and is_old(path):
-                    remove(path)
-    for path in (cache / "datasets" / "json").glob("*/*/*.incomplete"):
-        if is_old(path):
-            remove(path)
-
-
-def is_old(path: Path) -> bool:
-    try:
-        times = [each.stat().st_mtime for each in (path, *(path.iterdir() if path.is_dir() else ()))]
-    except OSError:
-        return False
-    return time.time() - max(times) > OLD
+            continue  # being written, or another user's

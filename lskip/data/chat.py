@@ -1,4 +1,4 @@
-"""A conversation to tokens through the tokenizer's own template, and which of them the assistant wrote."""
+"""Tokens of a conversation by the tokenizer's chat template, and which of them the assistant wrote."""
 
 import re
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lskip.data.text_tokens import cut_text, encode_plain
+from lskip.models.encoding import TEMPLATE_SECONDS
 from lskip.utils.untrusted import time_limit
 
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\b")
-SECONDS = 10  # that a template may take for one conversation
-# Two contents that differ in every character: where two renderings differ is where the content stands.
+# Two contents that differ in every character: two renderings differ exactly where the content stands.
 PROBES = ("qjxzqjxzqj", "WVKYWVKYWV")
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what the assistant said before its words, where it is apart
-STAND_IN = 0x100000  # the first of the private characters that stand for special tokens which a message spells
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # fields for an assistant's reasoning
+STAND_IN = 0x100000  # first of the private characters that replace special tokens spelled in a message
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """ValueError when `tokenizer` cannot render messages."""
+    """Raise ValueError when `tokenizer` cannot render messages."""
     if not tokenizer.chat_template:
         example = "--data.tokenizer smollm2"
         raise ValueError(f"tokenizer: has no chat template, which 'messages' need; name an instruct model's: {example}")
@@ -38,15 +38,15 @@ def conversation_tokens(
     special: re.Pattern | None = None,
     limit: int | None = None,
 ) -> tuple[list[int], list[bool]]:
-    """(tokens, which of them are scored): the assistant's words, each with the marker that ends them.
+    """Return the tokens of a conversation, and which are scored: each assistant turn with its end marker.
 
-    A template with generation markers says itself what the assistant wrote. For any other one the words are
-    found by rendering the conversation up to each turn. A special token that a message spells is plain text.
+    A template with generation markers tells what the assistant wrote. For any other the turns are found by rendering
+    the conversation up to each of them. A special token spelled in a message is plain text.
 
     Args:
-        place: where the conversation stands, for the message of an error.
-        special: what finds the special tokens of the tokenizer.
-        limit: more tokens are not needed.
+        place: of the conversation in its source, for error messages.
+        special: matches the tokenizer's special tokens.
+        limit: tokens beyond this many may be left out.
     """
     if not any(message["role"] == "assistant" for message in messages):
         return [], []
@@ -62,7 +62,7 @@ class Chat:
     """A conversation, and the template that renders it.
 
     Raises:
-        ValueError: the template refuses the conversation, writes no tools, or hides where the assistant's words are.
+        ValueError: the template refuses the conversation, has no tools, or hides where the assistant's turns are.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -77,11 +77,11 @@ class Chat:
             raise ValueError(f"source: {self.place}: has 'tools', which the tokenizer's chat template does not write")
 
     def marked(self) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and what stands between the template's generation markers."""
+        """Return the text, and the spans between the template's generation markers."""
         return self._rendered(self.messages, marks=True)
 
     def found(self) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and each assistant turn without the header before it."""
+        """Return the text, and the span of each assistant turn without its header."""
         text = self._text(self.messages)
         turns = [turn for turn, message in enumerate(self.messages) if message["role"] == "assistant"]
         return text, [self._span(turn, text) for turn in turns]
@@ -91,7 +91,7 @@ class Chat:
         if not text.startswith(through):
             return self._span_of_rewritten(turn, text, through)
         content = self.messages[turn]["content"].strip()
-        # The first turn has nothing to be rendered before it: templates put a system prompt of their own there.
+        # Before the first turn nothing is rendered: templates may insert a system prompt of their own.
         before = self._text(self.messages[:turn], prompt=True) if turn else None
         if before is not None and not through.startswith(before):
             before = None
@@ -104,7 +104,7 @@ class Chat:
         return len(before), len(before) + marker_end(through[len(before) :], content)
 
     def _begins(self, turn: int, written: str) -> bool:
-        """Whether `written`, behind a generation prompt, begins with what the message says: its words or a thought."""
+        """Return whether `written`, after a generation prompt, begins with the message's content or reasoning."""
         message = self.messages[turn]
         thoughts = [message[name].strip() for name in THOUGHTS if isinstance(message.get(name), str)]
         words = message["content"].strip()
@@ -113,10 +113,10 @@ class Chat:
         )
 
     def _span_of_rewritten(self, turn: int, text: str, through: str) -> tuple[int, int]:
-        """The span of a turn that is written otherwise once more follows, if its words and what ends them stay.
+        """Return the span of a turn that is rendered differently before later turns, if content and end marker stay.
 
-        Qwen 3 begins the last turn alone with an empty thought, and leaves out the thoughts of those before it; Phi-3
-        ends the last one with one token more.
+        Qwen 3 begins only the last turn with an empty thought, and drops the thoughts of earlier ones; Phi-3 ends the
+        last one with one more token.
         """
         rewritten = self._hidden(f"its chat template rewrites earlier turns (message {turn})")
         content = self.messages[turn]["content"].strip()
@@ -124,18 +124,18 @@ class Chat:
         if around is None or alone is None or not stands_between(*around, text, content):
             raise rewritten
         start = end = len(around[0])
-        behind = through[len(alone[0]) :]  # what is written instead of words: calls of tools look otherwise beside some
+        behind = through[len(alone[0]) :]  # without content, tool calls may be rendered differently
         if content:
             end, behind = len(text) - len(around[1]), alone[1]
         length = common_marks(text[end:], behind, self.special)
         marker, rest = text[end : end + length], behind[length:]
-        marker = marker.rstrip() or marker  # a template of lines has nothing but their ends
+        marker = marker.rstrip() or marker  # in a template of lines the marker is a line break
         if not marker or (self.special.sub("", rest) if self.special else rest).strip():
             raise rewritten
         return start, end + len(marker)
 
     def _around(self, turn: int, messages: list[dict]) -> tuple[str, str] | None:
-        """What stands before and behind the words of a turn, whatever they are; None: they are not written."""
+        """Return the text before and after the content of a turn; None: the content is not rendered."""
         first, second = (
             self._text([*messages[:turn], {**messages[turn], "content": words}, *messages[turn + 1 :]])
             for words in PROBES
@@ -150,7 +150,7 @@ class Chat:
 
     def _rendered(self, messages: list[dict], prompt: bool = False, marks: bool = False) -> tuple[str, list]:
         try:
-            with time_limit(SECONDS, f"it does not end within {SECONDS} s"):
+            with time_limit(TEMPLATE_SECONDS, f"it does not end within {TEMPLATE_SECONDS} s"):
                 texts, spans = render_jinja_template(
                     [messages],
                     tools=self.tools,
@@ -159,7 +159,7 @@ class Chat:
                     add_generation_prompt=prompt,
                     **self.tokenizer.special_tokens_map,
                 )
-        except Exception as error:  # whatever a template does: raise_exception, undefined names, 1 / 0, "a" + 1 …
+        except Exception as error:  # a template can raise anything
             reason = str(error) or type(error).__name__
             raise ValueError(f"source: {self.place}: the chat template refuses a conversation: {reason}") from error
         return texts[0], spans[0] if marks else []
@@ -172,18 +172,18 @@ class Chat:
 
 
 def common(a: str, b: str) -> int:
-    """The length of what two texts begin with."""
+    """Return the length of the common prefix of two texts."""
     return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def stands_between(head: str, tail: str, text: str, content: str) -> bool:
-    """Whether `text` has nothing but words of `content` between what it begins and ends with."""
+    """Return whether `text` is `head`, nothing but a part of `content`, and a text as long as `tail`."""
     end = len(text) - len(tail)
     return text.startswith(head) and (not content or (len(head) <= end and text[len(head) : end].strip() in content))
 
 
 def common_marks(a: str, b: str, special: re.Pattern | None) -> int:
-    """The length of what two texts begin with, without the part of a special token that both have."""
+    """Return the length of the common prefix of two texts that does not end inside a special token."""
     length = common(a, b)
     for mark in chain.from_iterable(special.finditer(text) for text in (a, b) if special):
         if mark.start() < length < mark.end():
@@ -192,14 +192,14 @@ def common_marks(a: str, b: str, special: re.Pattern | None) -> int:
 
 
 def marker_end(turn: str, content: str) -> int:
-    """Where a turn ends that begins with `content`: behind its end marker, without the blanks that follow that."""
+    """Return where a turn that begins with `content` ends: after its end marker, without trailing blanks."""
     words = turn.index(content) + len(content) if content in turn else 0
     marker = turn[words:]
     return words + len(marker.rstrip()) if marker.strip() else len(turn)
 
 
 def with_stand_ins(value, special: re.Pattern | None, spelled: list[str]):
-    """`value` with a private character for each special token that its texts spell; `spelled` lists those."""
+    """Return `value` with a private character for each special token spelled in it; `spelled` collects them."""
 
     def stand_in(match: re.Match) -> str:
         if match[0] not in spelled:
@@ -218,7 +218,7 @@ def with_stand_ins(value, special: re.Pattern | None, spelled: list[str]):
 def encode_spans(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]], spelled: list[str], limit: int | None
 ) -> tuple[list[int], list[bool]]:
-    """The tokens of `text`, and which of them lie in the spans, if only in part."""
+    """Return the tokens of `text`, and which of them overlap a span."""
     ids, scored, begin = [], [], 0
     stand_in = re.compile(f"([{chr(STAND_IN)}-{chr(STAND_IN + len(spelled))}])")
     for part in stand_in.split(text):
@@ -240,7 +240,7 @@ def encode_spans(
 
 
 def in_spans(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
-    """Which tokens lie in a span, if only in part. Both are in order."""
+    """Return which tokens overlap a span, for ordered tokens and spans."""
     found, place = [], 0
     for a, b in offsets:
         while place < len(spans) and spans[place][1] <= a:

@@ -1,4 +1,4 @@
-"""Plain text on this machine: the embedded corpora, and documents out of files of text."""
+"""Plain text on this machine: the embedded corpora, and the documents of text files."""
 
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -11,20 +11,20 @@ from lskip.data.files import LONGEST, NotTextError, files_below, numbered_lines
 SKIPPED_FOLDERS = ("site-packages", "dist-packages", "test", "tests", "testing", "idle_test", "__pycache__")
 PROSE_DOCUMENT = 4000  # characters after which a long .txt is cut at the next blank line
 LINES, BLANK_LINES, EMPTY_LINES = range(3)
-PLACE = "lskip: place"  # the column of a row that says where it stands in its file
+PLACE = "lskip: place"  # column: position of a row in its file
 
 
 def standard_library_files() -> list[Path]:
-    """The running interpreter's own .py files, without its tests and `pydoc`'s manual (about 12 MB).
+    """Return the .py files of the standard library (about 12 MB), without tests and without pydoc_data.
 
-    The manual is prose inside a .py file; kept out of training, it is what held-out prose is read on.
+    pydoc_data is prose in a .py file, kept out of training to evaluate on unseen prose.
     """
     skipped = (*SKIPPED_FOLDERS, "pydoc_data")
     return files_below(Path(sysconfig.get_path("stdlib")), suffix=".py", skipped=skipped)
 
 
 def installed_package_files() -> list[Path]:
-    """The .py files of everything installed beside lskip (torch, transformers, numpy ...), without tests."""
+    """Return the .py files of all installed packages (torch, transformers, numpy …), without tests."""
     folders = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     return sorted(
         path for folder in folders for path in files_below(Path(folder), suffix=".py", skipped=SKIPPED_FOLDERS)
@@ -35,9 +35,9 @@ EMBEDDED = {"stdlib": standard_library_files, "packages": installed_package_file
 
 
 def read_texts(paths: list[str], lone: bool = False) -> Iterator[dict]:
-    """Yield {"text": ...} for each document: a .txt is cut, any other file is one document.
+    """Yield {"text": ...} for each document; a .txt file is split, any other is one document.
 
-    Of several files those that are not UTF-8 text (an image, an old encoding) are left out, with a warning.
+    Of several files, those that are not UTF-8 text (an image, an old encoding) are left out with a warning.
 
     Raises:
         ValueError: a file cannot be read, or a `lone` one is not text.
@@ -58,9 +58,9 @@ def read_texts(paths: list[str], lone: bool = False) -> Iterator[dict]:
 
 
 def separator_of(path: Path) -> int:
-    """Return what stands between a file's documents: EMPTY_LINES, else BLANK_LINES (of spaces), else LINES end them.
+    """Return the separator of a file's documents: EMPTY_LINES, else BLANK_LINES (of spaces), else LINES.
 
-    What is blank before and behind all text separates nothing. The whole file is looked at: none is read in half.
+    Blank lines before and after all text do not count. The whole file is read, which also checks its encoding.
     """
     found = between = LINES
     begun = False
@@ -75,14 +75,14 @@ def separator_of(path: Path) -> int:
 def cut_lines(
     lines: Iterable[tuple[int, str]], path: Path, separator: int, lone: bool, size: int = PROSE_DOCUMENT
 ) -> Iterator[tuple[int, str]]:
-    """Yield the number of its first line and the text of each document.
+    """Yield the number of the first line and the text of each document.
 
-    A .txt is cut behind the first empty line after `size` characters (a book is one file, but a split by document
-    needs many), or behind one of spaces where none is empty. A lone .txt without either has a document a line.
+    A .txt is split after the first empty line beyond `size` characters (a book is one file, but a split by document
+    needs many), or after a line of spaces where none is empty. A lone .txt with neither has one document for each line.
     Any other file is one document.
     """
     is_txt, by_line = path.suffix.lower() == ".txt", lone and separator == LINES
-    begin, held, length = 1, [], 0
+    begin, document, length = 1, [], 0
     for number, line in lines:
         if is_txt and by_line:
             if line.strip():
@@ -90,12 +90,12 @@ def cut_lines(
             continue
         ends = line == "\n" if separator == EMPTY_LINES else not line.strip()
         is_whole = is_txt and ends and length > size
-        held.append(line)
+        document.append(line)
         length += len(line)
         if length > LONGEST:
             raise ValueError(f"source: '{path}': a document of more than {LONGEST:,} characters (line {begin}), cut it")
         if is_whole:
-            yield begin, "".join(held)
-            begin, held, length = number + 1, [], 0
-    if held:
-        yield begin, "".join(held)
+            yield begin, "".join(document)
+            begin, document, length = number + 1, [], 0
+    if document:
+        yield begin, "".join(document)

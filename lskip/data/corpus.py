@@ -1,4 +1,4 @@
-"""The documents of a source on disk: each once, ordered by the hash of their content, split by it or by group."""
+"""The stored documents of a source: de-duplicated, ordered by content hash, split by that hash or by group."""
 
 from bisect import bisect_left
 from collections.abc import Iterable
@@ -41,15 +41,14 @@ class StoredCorpus:
         return self._splits[split]
 
     def training_sample(self) -> Dataset:
-        """Documents that a tokenizer may be trained on: all training documents."""
+        """Return the documents to train a tokenizer on: all training documents."""
         return self._splits["train"]
 
 
 def store_documents(rows: Iterable[dict], kind: str, text_column: str | None, folder: Path) -> Dataset:
-    """All documents of `rows`, each once, ordered by digest; kept in `folder` and read from there if it exists.
+    """Return the documents of `rows`, de-duplicated and ordered by digest, stored in or read from `folder`.
 
-    The order by digest makes everything after it (packing, a capped validation split) independent of the
-    order of files on this machine.
+    The order by digest makes packing and a capped validation split independent of the order of files.
     """
 
     def write(target: Path) -> None:
@@ -65,8 +64,8 @@ def store_documents(rows: Iterable[dict], kind: str, text_column: str | None, fo
 
 
 def split_documents(documents: Dataset, val_fraction: float, test_fraction: float) -> dict[str, Dataset]:
-    """The three splits of documents ordered by digest, as `split_of` says; found by bisection where no groups are."""
-    if pc.max(pc.binary_length(documents.data["digest"])).as_py() > CONTENT:  # some are in a group
+    """Return the three splits by `split_of` of documents ordered by digest; without groups by bisection."""
+    if pc.max(pc.binary_length(documents.data["digest"])).as_py() > CONTENT:  # some have a group
         splits = np.array([split_of(digest, val_fraction, test_fraction) for digest in documents["digest"][:]])
         return {split: documents.select(np.flatnonzero(splits == split)) for split in SPLITS}
     order = {split: rank for rank, split in enumerate(SPLITS)}
@@ -76,5 +75,5 @@ def split_documents(documents: Dataset, val_fraction: float, test_fraction: floa
 
     starts = [bisect_left(range(len(documents)), order[split], key=rank) for split in SPLITS]
     ends = [*starts[1:], len(documents)]
-    # range(n, n) of n rows is refused
+    # Dataset.select refuses range(n, n) of n rows.
     return {s: documents.select(range(a, b) if a < b else []) for s, a, b in zip(SPLITS, starts, ends, strict=True)}

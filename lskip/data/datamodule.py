@@ -1,4 +1,4 @@
-"""TextData: text from anywhere to batches of token blocks."""
+"""The LightningDataModule that turns texts, pairs and conversations into batches of tokens."""
 
 from functools import cached_property
 
@@ -14,11 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from lskip.data.arguments import (
     MOST_TOKENS,
     MOST_WORKERS,
-    check_at_least,
     check_cache,
     check_fractions,
     check_source,
-    check_split,
     check_text_column,
     check_tokenizer_source,
 )
@@ -32,58 +30,58 @@ from lskip.data.packing import ENCODERS, NOT_SCORED, collate, encode_documents
 from lskip.data.sources import open_source
 from lskip.data.streaming import StreamedBlocks, StreamedCorpus, StreamLoader
 from lskip.data.tokenizer import SMALLEST_VOCABULARY, check_tokenizer, tokenizer_key, trained_tokenizer
+from lskip.utils.checks import check_choice, check_whole
 from lskip.utils.output_files import make_writable
 
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 
 
 class TextData(LightningDataModule):
-    """Blocks of tokens from plain text, prompt and completion pairs, or chat messages.
+    """Batches of tokens from plain text, prompt and completion pairs, or conversations.
 
-    Batches are {"input_ids", "labels"}, each int64 [batch_size, block_size] (pairs and conversations: as many
-    columns as their longest row needs); labels are aligned with the inputs (the model shifts them) and -100
-    where a token is not scored. The columns of the source decide:
-    `messages` (a row a conversation, every assistant turn is scored), `prompt` and `completion` (a row a
-    pair, the completion is scored), or `text` (joined with the end-of-text token after each, cut into
-    blocks); else `conversations` (ShareGPT's: from human, gpt, system or tool, and value) or `instruction`, `input`
-    and `output` (a pair in Stanford Alpaca's own words). `tools` beside `messages` go to the chat template. A
-    conversation or pair longer than a block is cut at the right, and left out, with a warning, when nothing scored
-    is left of it. A special token that a text spells, such as <|endoftext|>, is plain text.
+    Batches are {"input_ids", "labels"}, each int64 [batch_size, block_size] (pairs and conversations: as many columns
+    as the longest row needs); labels are aligned with the inputs (the model shifts them) and -100 where a token is not
+    scored. The columns of the source decide: `messages` (one conversation in each row, every assistant turn is scored),
+    `prompt` and `completion` (one pair in each row, the completion is scored), or `text` (joined, with the end-of-text
+    token after each, and cut into blocks); else `conversations` (ShareGPT's: from human, gpt, system or tool, and
+    value) or `instruction`, `input` and `output` (a pair, with Stanford Alpaca's prompt). `tools` beside `messages` are
+    passed to the chat template. A conversation or pair longer than a block is cut at the right, and left out with a
+    warning if no scored token remains. A special token that a text spells, such as <|endoftext|>, is plain text.
 
-    Documents are de-duplicated and split by the sha256 of their content: the split is the same on every
-    machine, a copy never crosses it, and the tokenizer is trained on the training split alone. Where rows have a
-    column `group`, the split is by the sha256 of that, and all documents of a group stay on one side.
+    Documents are de-duplicated and split by the sha256 of their content: the split is the same on every machine, no
+    copy is on both sides, and the tokenizer is trained on the training split alone. Where rows have a column `group`,
+    the split is by the sha256 of that, and all documents of a group stay on one side.
 
-    Training order is a function of (seed, batch number): a run resumed with `ckpt_path` gets the batches that
-    it would have got uninterrupted, if batch_size and the number of devices are the same. Validation and test
-    are in a fixed order; on several devices Lightning repeats a few rows to make their shares equal.
+    Training order is a function of (seed, batch number): a run resumed with `ckpt_path` gets the batches that it would
+    have got uninterrupted, if batch_size and the number of devices are the same. Validation and test are in a fixed
+    order; on several devices Lightning repeats a few rows to make their shares equal.
 
     Args:
-        source: "stdlib" (the Python source of this interpreter's standard library), "packages" (that of the
-            installed packages), "home_assistant" (pairs: what is said to a smart home, and its parse), a file
-            (.jsonl, .ndjson, .json, .parquet, .txt or any other of UTF-8 text), a folder of text or of rows (what
-            most of its files are; the rest is left out with a warning), or else a dataset of the Hugging Face hub
-            as name, name:config or name:config:split. A .txt is cut at blank lines into documents of at least 4000
-            characters; one that is named alone and has no blank line holds a document a line.
-        tokenizer: what load_tokenizer (lskip.models.pretrained) takes (smollm2, a folder, a hub name ...), or a
+        source: "stdlib" (the Python source of this interpreter's standard library), "packages" (that of the installed
+            packages), "home_assistant" (pairs: a sentence said to a smart home, and its parse), a file (.jsonl,
+            .ndjson, .json, .parquet, .txt or any other of UTF-8 text), a folder of text or of rows (the kind of most
+            files; others are left out with a warning), or else a dataset of the Hugging Face hub as name, name:config
+            or name:config:split. A .txt is split at blank lines into documents of at least 4000 characters; a single
+            .txt without blank lines has one document in each line.
+        tokenizer: any source of load_tokenizer (lskip.models.pretrained): smollm2, a folder, a hub name …; or a
             tokenizer; null trains a byte-level BPE on the training split.
-        vocab_size: entries of the tokenizer that is trained; not used when `tokenizer` is given.
+        vocab_size: entries of the trained tokenizer; not used when `tokenizer` is given.
         block_size: tokens in a row.
         batch_size: rows in a batch, on each device.
-        val_fraction: share of the documents held out for validation; 0: none, a fit is then not validated.
+        val_fraction: share of the documents held out for validation; 0: none, and a fit is not validated.
         test_fraction: share of the documents held out for test; may be 0.
-        text_column: the column that holds the text; null looks for messages, prompt and completion, then text.
-        max_val_blocks: at most so many rows of validation, and of test; null takes all.
-        streaming: read while training, for a corpus larger than the disk. Training documents are then not
-            de-duplicated, they repeat for ever (set trainer.max_steps), and resuming reads again what was
-            read. max_val_blocks must be set.
+        text_column: the column of the text; null looks for messages, prompt and completion, then text.
+        max_val_blocks: the most rows of validation, and of test; null takes all.
+        streaming: read during training, for a corpus larger than the disk. Training documents are then not
+            de-duplicated, they repeat without end (set trainer.max_steps), and resuming reads again what was read.
+            max_val_blocks must be set.
         num_workers: processes that load batches; 0 loads in the training process.
         seed: of the training order.
-        cache_dir: where documents, tokenizers and tokens are kept; null is ~/.cache/lskip.
+        cache_dir: folder of cached documents, tokenizers and tokens; null is ~/.cache/lskip.
 
     Raises:
-        ValueError, FileNotFoundError: one sentence that names the argument; plain arguments are checked when
-            the object is made, the source when it is read.
+        ValueError, FileNotFoundError: messages name the argument; plain arguments are checked when the object is made,
+            the source when it is read.
     """
 
     def __init__(
@@ -105,15 +103,15 @@ class TextData(LightningDataModule):
         super().__init__()
         check_source(source)
         check_tokenizer_source(tokenizer)
-        check_at_least("vocab_size", vocab_size, SMALLEST_VOCABULARY, MOST_TOKENS)
-        check_at_least("block_size", block_size, 2, MOST_TOKENS)
-        check_at_least("batch_size", batch_size, 1, MOST_TOKENS)
-        check_at_least("num_workers", num_workers, 0, MOST_WORKERS)
-        check_at_least("seed", seed, 0, 2**64 - 1)
+        check_whole("vocab_size", vocab_size, SMALLEST_VOCABULARY, MOST_TOKENS)
+        check_whole("block_size", block_size, 2, MOST_TOKENS)
+        check_whole("batch_size", batch_size, 1, MOST_TOKENS)
+        check_whole("num_workers", num_workers, 0, MOST_WORKERS)
+        check_whole("seed", seed, 0, 2**64 - 1)
         check_fractions(val_fraction, test_fraction)
         check_text_column(text_column)
         if max_val_blocks is not None:
-            check_at_least("max_val_blocks", max_val_blocks, 1)
+            check_whole("max_val_blocks", max_val_blocks, 1)
         elif streaming:
             raise ValueError("max_val_blocks: null, but with streaming there must be a limit")
         self.source = source
@@ -128,18 +126,16 @@ class TextData(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.cache = check_cache(cache_dir)
-        # Their kind and a hash of them; None: not read, or streamed.
+        # Their kind and a hash of their content; None: not read yet, or streamed.
         self.training_documents: dict[str, str] | None = None
         self._blocks: dict[str, Dataset] = {}
 
-    # What Lightning calls
-
     def prepare_data(self) -> None:
-        """Download, split and tokenize into the cache (one process a machine)."""
+        """Download, split and tokenize into the cache, in one process for each machine."""
         self.setup(self.trainer.state.fn if self.trainer else None)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open what `stage` needs, from the cache where prepare_data has filled it."""
+        """Open the splits that `stage` needs, from the cache that prepare_data has filled."""
         for split in STAGES.get(stage, ("train", "val")):
             if not (self.streaming and split == "train"):
                 self.blocks(split)
@@ -163,49 +159,49 @@ class TextData(LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self._held_out_loader("test")
 
-    # What others ask for
-
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer given, loaded or trained."""
+        """The tokenizer: given, loaded or trained."""
         tokenizer = self.tokenizer_source
         if tokenizer is None:
             training = self._corpus.training_sample()
             folder = self.cache / "tokenizers" / content_key("bpe", training, self.vocab_size)
             tokenizer = trained_tokenizer(texts_of(training), self.vocab_size, folder)
         elif isinstance(tokenizer, str):
-            from lskip.models.pretrained import load_tokenizer  # brings the whole model zoo: only when asked for
+            from lskip.models.pretrained import load_tokenizer  # slow import: only when needed
 
             tokenizer = load_tokenizer(tokenizer, "tokenizer")
         return check_tokenizer(tokenizer)
 
     def documents(self, split: str) -> Dataset:
-        """The raw documents of "train", "val" or "test", ordered by the hash of their content.
+        """Return the raw documents of "train", "val" or "test", ordered by the hash of their content.
 
         Columns: text, or prompt and completion, or messages (as JSON text). With streaming only the held-out
-        ones that were read, never "train" (ValueError).
+        documents that were read; "train" raises ValueError.
         """
-        check_split(split)
+        check_choice("split", split, ("train", "val", "test"))
         return self._corpus.documents(split).remove_columns(list(NOT_CONTENT))
 
     def blocks(self, split: str) -> Dataset:
-        """All rows of "train", or up to max_val_blocks of "val" or "test": numpy input_ids [block_size], and
-        labels [block_size] for pairs and conversations."""
-        check_split(split)
+        """Return all rows of "train", or up to max_val_blocks of "val" or "test".
+
+        A row has numpy input_ids [block_size], and labels [block_size] for pairs and conversations.
+        """
+        check_choice("split", split, ("train", "val", "test"))
         if split not in self._blocks:
             self._blocks[split] = self._encoded(split)
         return self._blocks[split]
 
     def unigram_perplexity(self, split: str = "val") -> float:
-        """Perplexity of the scored tokens of `split` by their frequency among the training tokens (each count
-        plus one): what a model that ignores its context would reach."""
+        """Return the perplexity of `split` under token frequencies of the training split, each count plus one.
+
+        A model that ignores its context reaches about this.
+        """
         self._check_filled(split)
         counts = self._token_counts("train") + 1
         held_out = self._token_counts(split)
         log_probability = np.log(counts / counts.sum())
         return float(np.exp(-(held_out * log_probability).sum() / held_out.sum()))
-
-    # How it is done
 
     @cached_property
     def _corpus(self) -> StoredCorpus | StreamedCorpus:
@@ -244,7 +240,7 @@ class TextData(LightningDataModule):
         return DataLoader(self.blocks(split), shuffle=False, **self._loading())
 
     def _check_filled(self, split: str) -> None:
-        """ValueError when a held-out split has no row at all."""
+        """Raise ValueError when a held-out split has no row."""
         if not len(self.blocks(split)):
             documents = self._corpus.documents(split)
             if len(documents) and self._corpus.kind != "text":
@@ -270,7 +266,7 @@ class TextData(LightningDataModule):
         return loader
 
     def _loading(self) -> dict:
-        """Arguments of every loader. With a generator of its own a loader draws nothing from the global one."""
+        """Return the arguments of every loader, with a generator of its own in place of the global one."""
         own = torch.Generator().manual_seed(self.seed)
         return {
             "batch_size": self.batch_size,
@@ -280,16 +276,16 @@ class TextData(LightningDataModule):
         }
 
     def _share(self) -> tuple[int, int]:
-        """(number of data-parallel processes, which of them this is)."""
+        """Return the number of data-parallel processes, and the rank of this one."""
         shares = self.trainer.distributed_sampler_kwargs if self.trainer else None
         return (shares["num_replicas"], shares["rank"]) if shares else (1, 0)
 
     def _batches_done(self) -> int:
-        """Micro-batches whose step was finished. (`ready` also counts one that an interruption cut short.)"""
+        """Return the number of finished micro-batches; `ready` would also count an interrupted one."""
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0
 
     def _token_counts(self, split: str) -> np.ndarray:
-        """How often each token is a target in `split`: int64 [len(tokenizer)]."""
+        """Return how often each token is a target in `split`, int64 [len(tokenizer)]."""
         counts = np.zeros(len(self.tokenizer), np.int64)
         for rows in self.blocks(split).iter(1000):
             targets = rows.get("labels", rows["input_ids"])[:, 1:]

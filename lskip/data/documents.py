@@ -1,4 +1,4 @@
-"""Rows of a source become documents: checked, de-duplicated by content, split by the hash of content or group."""
+"""Documents from the rows of a source: checked, de-duplicated by content, split by the hash of content or group."""
 
 import hashlib
 import json
@@ -13,14 +13,14 @@ from lskip.data.formats import COLUMNS, content_of
 
 SPLITS = ("val", "test", "train")  # in the order of the hash
 NOT_CONTENT = ("digest", "place")  # columns of a document
-LOOKED_AT = 100  # rows that tell the columns: not each has to have all of them
-GROUP = 16  # hex digits of a sha256 that decide on the split
-CONTENT = 64  # hex digits of a digest that come from the content; those of a group's place follow
-VERSION = 3  # raise it when a change here makes cached documents differ
+LOOKED_AT = 100  # rows whose columns are collected, since a row may lack some
+GROUP = 16  # hex digits of a sha256 that decide the split
+CONTENT = 64  # hex digits of a digest from the content; GROUP digits of the group's hash follow
+VERSION = 3  # increase it when a change makes cached documents differ
 
 
 def first_columns(rows: Iterable[dict], source: str) -> list[str]:
-    """The columns of the first rows. ValueError when there is none."""
+    """Return the columns of the first rows; raise ValueError when there are none."""
     columns = {name: None for row in islice(iter(rows), LOOKED_AT) for name in row}
     if not columns:
         raise ValueError(f"source: '{source}' holds no documents")
@@ -28,10 +28,9 @@ def first_columns(rows: Iterable[dict], source: str) -> list[str]:
 
 
 def read_records(rows: Iterable[dict], kind: str, text_column: str | None) -> Iterator[dict]:
-    """Documents with their `digest` (of `document_digest`) and `place`, strings only; empty rows are left out.
+    """Yield documents with the columns of `COLUMNS[kind]`, `digest` (see `document_digest`) and `place`, all strings.
 
-    The other columns are those of `COLUMNS[kind]`. The content is the text itself, for the other kinds the JSON list
-    of columns.
+    Empty rows are left out, those without the last column with a warning.
     """
     without, example = 0, ""
     for number, row in enumerate(rows):
@@ -54,9 +53,9 @@ def document_features(kind: str) -> Features:
 
 
 def document_digest(content: list[str], row: dict) -> str:
-    """Hex sha256 of a single text, or of the JSON list of several; where rows have groups, then the group's place.
+    """Return the hex sha256 of a text, or of the JSON list of several columns; then, with groups, the group's digits.
 
-    A row that is in no group (null) is one by itself.
+    A row without a group (null) is a group of its own.
     """
     digest = text_digest(content[0] if len(content) == 1 else json.dumps(content, ensure_ascii=False))
     if "group" not in row:
@@ -89,12 +88,12 @@ def unique(records: Iterable[dict]) -> Iterator[dict]:
 
 
 def fraction_of(digest: str) -> float:
-    """The place of a digest in [0, 1): the first 64 bits of its group's hash, else of its own, as a binary fraction."""
+    """Return the first 64 bits of a digest's group hash, or else of its own, as a fraction in [0, 1)."""
     return int(digest[CONTENT:] or digest[:GROUP], 16) / 2**64
 
 
 def split_of(digest: str, val_fraction: float, test_fraction: float) -> str:
-    """ "val" for the first `val_fraction` of [0, 1), "test" for the next `test_fraction`, "train" for the rest."""
+    """Return "val" for the first `val_fraction` of [0, 1), "test" for the next `test_fraction`, else "train"."""
     place = fraction_of(digest)
     if place < val_fraction:
         return "val"
@@ -102,13 +101,13 @@ def split_of(digest: str, val_fraction: float, test_fraction: float) -> str:
 
 
 def texts_of(documents: Dataset) -> Iterator[str]:
-    """Everything that is written in each document, for the tokenizer's training."""
+    """Yield the content of each document as one text, to train a tokenizer on."""
     for row in documents:
         yield "\n".join(row[name] for name in documents.column_names if name not in NOT_CONTENT)
 
 
 def content_key(*parts) -> str:
-    """A short name for anything determined by `parts` (plain types) and, for Datasets, by their digests."""
+    """Return a cache key of `parts`: plain types by their repr, Datasets by their digests."""
     total = hashlib.sha256(str(VERSION).encode())
     for part in parts:
         if isinstance(part, Dataset):

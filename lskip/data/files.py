@@ -1,4 +1,4 @@
-"""Which files a source has, what each is read as, and the lines of one: nothing is dropped in silence."""
+"""Files of a source: selection by kind, with a warning for those left out, and reading line by line."""
 
 import codecs
 import io
@@ -14,13 +14,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 TABLES = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar")
-# Neither text nor rows that are read here; other binary files are known by what they hold.
+# Kinds that are not read; other binary files are recognized by their content.
 NOT_READ = (*PACKED, ".csv", ".tsv", ".xls", ".xlsx", ".arrow", ".feather", ".pdf", ".rtf", ".doc", ".docx", ".odt")
 READ = ".txt, .jsonl, .ndjson, .json, .parquet or any file of UTF-8 text"
-# What a data set is described by, where it is cloned from a hub.
+# Files that describe a data set cloned from a hub.
 CARDS = ("readme", "license", "licence", "citation", "dataset_info", "dataset_infos", "dataset_dict", "state")
-HELD_OUT = re.compile(r"(test|validation|valid|val|dev|eval)\b", re.ASCII)  # how the files of other splits begin
-BOMS = {  # in this order: the mark of UTF-32 begins with that of UTF-16
+HELD_OUT = re.compile(r"(test|validation|valid|val|dev|eval)\b", re.ASCII)  # names of other splits' files
+BOMS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -32,11 +32,11 @@ LFS_POINTER = "version https://git-lfs.github.com/spec/"
 
 
 class NotTextError(ValueError):
-    """A file that holds something else than UTF-8 text, or text with another byte order mark."""
+    """A file whose content is not UTF-8 text, nor text in the encoding of its byte order mark."""
 
 
 def kind_of(path: Path) -> str | None:
-    """Return "json", "parquet" or "text", by the name; None for a kind of file that is not read."""
+    """Return "json", "parquet" or "text" by the file's suffix; None for a kind that is not read."""
     suffix = path.suffix.lower()
     return None if suffix in NOT_READ else TABLES.get(suffix, "text")
 
@@ -51,9 +51,9 @@ def check_is_read(path: Path) -> None:
 
 
 def files_below(folder: Path, suffix: str = "", skipped: tuple[str, ...] = (), follow: bool = False) -> list[Path]:
-    """Sorted files under `folder` whose name ends in `suffix`; hidden files and `skipped` folders left out.
+    """Return the sorted files under `folder` whose names end in `suffix`, without hidden files and `skipped` folders.
 
-    With `follow` a link to a folder is gone into, unless it leads to where the walk has been.
+    With `follow`, links to folders are followed, each folder only once.
     """
     found, seen = [], set()
     for parent, folders, names in os.walk(folder, followlinks=follow):
@@ -68,12 +68,12 @@ def files_below(folder: Path, suffix: str = "", skipped: tuple[str, ...] = (), f
 
 
 def folder_files(folder: Path) -> tuple[list[Path], str]:
-    """Return the files of a folder that are read, and as what: rows, unless more files are text.
+    """Return the files of a folder to read, and their kind: rows, unless more files are text.
 
-    A .json beside text is rows if it begins as some, else a setting, which is text too. What is left out is said.
+    A .json file beside text counts as rows if it begins with some, else as text. Files left out are named in a warning.
 
     Raises:
-        ValueError: nothing is left, or rows of different kinds.
+        ValueError: no files to read, or rows of different kinds.
     """
     files = files_below(folder, skipped=("__pycache__",), follow=True)
     kinds = {file: kind_of(file) if file.is_file() or file.is_symlink() else None for file in files}
@@ -87,15 +87,15 @@ def folder_files(folder: Path) -> tuple[list[Path], str]:
         kept, kind = rows, kinds[rows[0]]
     else:
         kept, kind = [file for file in files if kinds[file] == "text" or file.suffix.lower() == ".json"], "text"
-        say(folder, "files of rows are read as text", set(kept) & set(rows))
+        warn(folder, "files of rows are read as text", set(kept) & set(rows))
     if set(kept) <= cards and None in kinds.values():
-        kept = []  # what save_to_disk writes beside its .arrow
+        kept = []  # only what save_to_disk writes beside its .arrow files
     left_out = set(files) - set(kept)
     if not kept:
         raise ValueError(f"source: '{folder}' holds no text files{an_example(left_out)}")
-    say(folder, "files left out", left_out)
+    warn(folder, "files left out", left_out)
     if any(file.name.startswith("train") for file in kept):
-        say(folder, "files of other splits are read as well", {file for file in kept if HELD_OUT.match(file.name)})
+        warn(folder, "files of other splits are read as well", {file for file in kept if HELD_OUT.match(file.name)})
     return kept, kind
 
 
@@ -105,7 +105,7 @@ def check_one_kind(folder: Path, rows: list[Path]) -> None:
         raise ValueError(f"source: folder '{folder}' holds {suffixes} files; name a folder with one kind")
 
 
-def say(folder: Path, what: str, files: set[Path]) -> None:
+def warn(folder: Path, what: str, files: set[Path]) -> None:
     if files:
         rank_zero_warn(f"source: folder '{folder}': {len(files)} {what}{an_example(files)}")
 
@@ -115,7 +115,7 @@ def an_example(files: set[Path]) -> str:
 
 
 def begins_as_rows(path: Path) -> bool:
-    """Return whether a .json file begins as a list of objects, or with one on each of two lines: rows, no setting."""
+    """Return whether a .json file begins with a list of objects, or with an object on each of two lines."""
     try:
         first, second = ([line.strip() for _, line in islice(numbered_lines(path), 2)] + ["", ""])[:2]
         if first.startswith("["):
@@ -133,7 +133,7 @@ def encoding_of(path: Path) -> str:
 
 @contextmanager
 def opened(path: Path) -> Iterator[io.TextIOWrapper]:
-    """A file as text, its lines ending in "\\n" alone; ValueError, which names it, if it cannot be read."""
+    """Open a text file whose lines end in "\\n" alone; raise ValueError if it cannot be read."""
     try:
         with path.open(encoding=encoding_of(path), newline="\n") as file:
             yield file
@@ -142,10 +142,10 @@ def opened(path: Path) -> Iterator[io.TextIOWrapper]:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the number, from 1, and the text of each line, its end included.
+    """Yield the number (1-based) and the text of each line, with its line break.
 
     Raises:
-        NotTextError: a line that is not text. ValueError: one that is too long.
+        NotTextError: a line is not text. ValueError: a line is too long.
     """
     with opened(path) as file:
         read = in_bytes if file.encoding.startswith("utf-8") else in_characters
@@ -168,13 +168,13 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def in_characters(file: io.TextIOWrapper, limit: int) -> tuple[str, bool]:
-    """Read a line; whether there is more of it."""
+    """Return a line, at most `limit` characters of it, and whether it is longer."""
     line = file.readline(limit)
     return line, len(line) >= limit
 
 
 def in_bytes(file: io.TextIOWrapper, limit: int) -> tuple[str, bool]:
-    """As `in_characters`, but decode no more than the line: an error then tells which."""
+    """Return the same as `in_characters`, but decode only this line, so that a decoding error is of this line."""
     line = file.buffer.readline(limit)
-    is_long = len(line) >= limit  # then perhaps cut within a character
+    is_long = len(line) >= limit  # then the cut may be inside a character
     return line.decode("utf-8", errors="ignore" if is_long else "strict"), is_long

@@ -1,4 +1,4 @@
-"""The columns that a source may have, and what each set of them becomes: text, a pair, or a conversation."""
+"""Supported sets of columns, and their conversion to texts, pairs or conversations."""
 
 import json
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from lskip.data.corpora import PLACE
 
 COLUMNS = {"chat": ("messages",), "pairs": ("prompt", "completion"), "text": ("text",)}
-# Of ShareGPT and of Alpaca, where none of those above are there.
+# Of ShareGPT and of Alpaca, used where none of the above are present.
 OTHERS = {"chat": ("conversations",), "pairs": ("instruction", "output")}
 # "from" of ShareGPT -> "role"
 ROLES = {
@@ -15,7 +15,7 @@ ROLES = {
     **{name: "tool" for name in ("tool", "observation", "function_response")},
     "system": "system",
 }
-UNSCORED = {"weight": 0, "loss": False, "train": False}  # what says that a turn is not to be learned (OpenAI, Axolotl)
+UNSCORED = {"weight": 0, "loss": False, "train": False}  # fields that exclude a turn from training (OpenAI, Axolotl)
 # As in Stanford Alpaca's train.py (https://github.com/tatsu-lab/stanford_alpaca); the output follows at once.
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -29,10 +29,10 @@ ALPACA_WITH_INPUT = (
 
 
 def record_kind(columns: Iterable[str], text_column: str | None, source: str) -> str:
-    """ "chat", "pairs" or "text", by the columns of the source; a named `text_column` decides for "text".
+    """Return "chat", "pairs" or "text" by the columns of the source; with a `text_column`, "text".
 
     Raises:
-        ValueError: none of the known sets of columns is there.
+        ValueError: none of the supported sets of columns is present.
     """
     columns = [name for name in columns if name != PLACE]
     if text_column is not None and text_column in columns:
@@ -48,9 +48,9 @@ def record_kind(columns: Iterable[str], text_column: str | None, source: str) ->
 
 
 def content_of(row: dict, kind: str, text_column: str | None, place: str) -> list:
-    """Return the columns of a document, as `COLUMNS[kind]` orders them; the last is None where the row has none.
+    """Return the values of `COLUMNS[kind]` for a row; the last is None where the row has none.
 
-    `messages` become JSON text, since the fields of a message differ from row to row.
+    `messages` become JSON text, since the fields of messages differ between rows.
     """
     if kind == "text":
         return [row.get(text_column or "text")]
@@ -65,7 +65,7 @@ def content_of(row: dict, kind: str, text_column: str | None, place: str) -> lis
 
 
 def with_system(messages, system):
-    """Return messages, with the system prompt that has a column of its own (LLaMA-Factory's ShareGPT) before them."""
+    """Return messages preceded by a system prompt from its own column (LLaMA-Factory's ShareGPT)."""
     known = isinstance(messages, list) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
     if not isinstance(messages, list) or known or not isinstance(system, str) or not system.strip():
         return messages
@@ -97,9 +97,10 @@ def message_of(turn: dict, place: str) -> dict:
 
 
 def conversation_json(messages: list, tools, place: str) -> str:
-    """JSON of one conversation: a message's keys sorted, those without a value left out; with its tools, if it has any.
+    """Return the JSON of a conversation, with its tools if there are any.
 
-    Calls and tools keep the order of their keys, in which a template writes them.
+    A message's keys are sorted, and null values left out. Tool calls and tools keep the order of their keys, in which
+    templates render them.
     """
     if not isinstance(messages, list) or not all(is_message(message) for message in messages):
         raise ValueError(f"source: {place}: 'messages' must be a list of {{role, content}} with text in both")
@@ -129,7 +130,7 @@ def tools_of(tools, place: str) -> list[dict] | None:
 
 
 def is_message(message) -> bool:
-    """Whether it has text in role and content; whoever calls a tool (OpenAI's way) may have no content beside it."""
+    """Return whether role and content are texts; with tool calls (OpenAI) the content may be missing."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return False
     return isinstance(message.get("content"), str) or (

@@ -1,14 +1,14 @@
-"""A task to fine-tune on, without a download: what people say to a smart home, and its parse.
+"""A fine-tuning task that needs no download: sentences said to a smart home, and their semantic parses.
 
 The sentence templates are Home Assistant's own (PyPI package home-assistant-intents, 42 intents), read by its parser
-hassil. Each template is walked at random, which gives a sentence, its intent and its slots:
+hassil. A random walk through a template gives a sentence, its intent and its slots:
 
     {"prompt": "turn on the lights in the kitchen\\n",
      "completion": "[IN:HassTurnOn [SL:area kitchen ] [SL:domain light ] ]",
      "group": "<turn> on [(<all>|<the>)] <light> <in> [<the>] {area}"}
 
-The parse is written as in TOPv2, the slots by name in alphabetical order. The template is the row's group: sentences of
-one template stay on one side of the split, so that those held out are built as none in training is.
+The parse has the format of TOPv2, its slots in alphabetical order. The template is the row's group: sentences of one
+template stay on one side of the split, so that held-out sentences have templates that are not in training.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from hassil.intents import IntentData, RangeSlotList, TextSlotList
 from hassil.numbers import get_rbnf_engine
 from home_assistant_intents import get_intents
 
-PACKAGES = ("home-assistant-intents", "hassil", "unicode-rbnf")  # all that the sentences come from
-TRIES = 4  # walks for each sentence that is asked for: a short template says the same thing again and again
-WORDS_SHARE = 0.3  # of the numbers are written in words
+PACKAGES = ("home-assistant-intents", "hassil", "unicode-rbnf")  # sources of the sentences
+TRIES = 4  # walks for each wanted sentence, since short templates repeat themselves
+WORDS_SHARE = 0.3  # share of numbers written in words
 
-# What a house brings: no package can know it. No name stands in two lists, nor for two things that can be asked for.
+# Names that every house has of its own. No name is in two lists or means two things.
 AREAS = (
     "kitchen", "living room", "bedroom", "bathroom", "office", "garage", "hallway", "dining room", "guest room",
     "nursery", "laundry room", "pantry", "study", "attic", "porch", "patio", "library", "workshop", "den", "sunroom",
@@ -61,7 +61,7 @@ GOODS = (
     "milk", "eggs", "bread", "bananas", "olive oil", "coffee beans", "dish soap", "toothpaste", "tomatoes", "cheddar",
     "paper towels", "rice", "orange juice", "batteries", "yogurt", "spinach", "dog food", "light bulbs", "butter",
 )  # fmt: skip
-# What stands for a list that takes any words.
+# Examples for lists that accept any words.
 WORDS = {
     "message": ("dinner is ready", "the bus leaves in ten minutes", "come downstairs", "time for school", "good night",
                 "the movie is starting", "someone is at the gate", "wash your hands", "we are leaving soon"),
@@ -79,18 +79,18 @@ WORDS = {
 
 
 def content_key() -> str:
-    """A name for what `read_pairs` gives: by the packages' versions and what stands in this file."""
+    """Return a cache key of `read_pairs`: a hash of the packages' versions and of this file."""
     parts = (*map(version, PACKAGES), Path(__file__).read_bytes())
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def read_pairs(per_template: int = 24, seed: int = 0) -> Iterator[dict[str, str]]:
-    """Rows {"prompt", "completion", "group"}, each sentence once: a function of its arguments and the packages.
+    """Yield rows {"prompt", "completion", "group"}, a function of the arguments and the packages' versions.
 
-    Where two templates give the same sentence, the first has it.
+    Each sentence occurs once, with the first template that gives it.
 
     Args:
-        per_template: at most so many sentences of each template, so that no intent floods the others.
+        per_template: the most sentences of a template, so that no intent dominates.
     """
     intents, seen = load_intents(), set()
     for name, intent in intents.intents.items():
@@ -110,7 +110,7 @@ def load_intents() -> Intents:
 def walks(
     template: str, expression: Expression, data: IntentData, intents: Intents, count: int, seed: int
 ) -> dict[str, dict[str, str]]:
-    """Up to `count` different sentences of a template, each with its slots."""
+    """Return up to `count` different sentences of a template, each with its slots."""
     random, found = Random(f"{seed} {data.requires_context} {template}"), {}
     for _ in range(TRIES * count):
         walk = Walk(random, intents, data)
@@ -123,15 +123,15 @@ def walks(
 
 
 def written(intent: str, slots: dict[str, str]) -> str:
-    """A parse as text: `[IN:intent [SL:slot value ] ]`, the slots in alphabetical order."""
+    """Return a parse as text, `[IN:intent [SL:slot value ] ]`, with slots in alphabetical order."""
     return " ".join([f"[IN:{intent}", *(f"[SL:{slot} {value} ]" for slot, value in sorted(slots.items())), "]"])
 
 
 class Walk:
-    """One way through a template.
+    """A random walk through a template.
 
     Attributes:
-        slots: what has been chosen so far, and what the template says whatever is chosen.
+        slots: those chosen so far, and those that the template fixes.
     """
 
     def __init__(self, random: Random, intents: Intents, data: IntentData):
@@ -140,7 +140,7 @@ class Walk:
         self.slots = {slot: str(value) for slot, value in data.slots.items()}
 
     def say(self, expression: Expression) -> str:
-        """The words of an expression, spaces to spare."""
+        """Return random words of an expression, with superfluous spaces."""
         if isinstance(expression, TextChunk):
             return expression.original_text
         if isinstance(expression, RuleReference):
@@ -156,7 +156,7 @@ class Walk:
         return "".join(map(self.say, items))
 
     def choose(self, reference: ListReference) -> tuple[str, str]:
-        """(what is said, what it means) for one entry of a list."""
+        """Return the words and the slot value of a random entry of a list."""
         entries = self.intents.slot_lists.get(reference.list_name)
         if isinstance(entries, RangeSlotList):
             return self.number(entries)
@@ -167,6 +167,7 @@ class Walk:
         return words, words
 
     def number(self, numbers: RangeSlotList) -> tuple[str, str]:
+        """Return the words, or digits, and the slot value of a random number."""
         number = self.random.choice(list(numbers.get_numbers()))
         in_words = self.random.random() < WORDS_SHARE
         words = get_rbnf_engine("en").format_number(number).text if in_words else f"{number:g}"
@@ -174,7 +175,7 @@ class Walk:
 
 
 def house_words(list_name: str, domains: tuple[str, ...] | list[str]) -> tuple[str, ...]:
-    """The entries of a list that Home Assistant takes from the house, or that takes any words."""
+    """Return the entries of a list that depends on the house, or that accepts any words."""
     if list_name == "name":
         return tuple(name for domain in domains for name in NAMES[domain])
     return {"area": AREAS, "floor": FLOORS, **WORDS}[list_name]

@@ -1,8 +1,9 @@
-"""Rows of .jsonl, .ndjson and .json files as they are written: no type is guessed, and no more than a row is held."""
+"""Reading of .jsonl, .ndjson and .json files row by row, without conversion of types."""
 
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,15 +13,15 @@ from lskip.utils.untrusted import parse_json
 
 CHUNK = 2**20  # characters
 DECODER = json.JSONDecoder()
-SEPARATORS = re.compile(r"[\s,\ufeff]*")  # a byte order mark in the middle, where files were joined
-SHORT = 16  # what is wrong so near the end of what was read may be right with more of it
+SEPARATORS = re.compile(r"[\s,\ufeff]*")  # a byte order mark may be in the middle of joined files
+SHORT = 16  # an error this near to the end of the text read so far may vanish with more of it
 
 
 def read_json(paths: list[str], lone: bool = False) -> Iterator[dict]:
-    """Yield the objects of each file: one a line, or the elements of a list.
+    """Yield the objects of each file: one on each line, or the elements of a list.
 
     Raises:
-        ValueError: what is not JSON, or no object, with its line.
+        ValueError: a value that is not JSON or not an object, with its line.
     """
     for path in map(Path, paths):
         rows = listed(path) if is_listed(path) else lines(path)
@@ -32,7 +33,7 @@ def read_json(paths: list[str], lone: bool = False) -> Iterator[dict]:
 
 
 def is_listed(path: Path) -> bool:
-    """Return whether a file is a list, or a .json file of objects over several lines."""
+    """Return whether a file is a list, or a .json file of objects that span several lines."""
     first = next((line.strip() for _, line in numbered_lines(path) if line.strip()), "").lstrip("\ufeff")
     if first.startswith("["):
         return True
@@ -45,16 +46,16 @@ def is_listed(path: Path) -> bool:
 
 def lines(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in numbered_lines(path):
-        line = line.lstrip("\ufeff")  # in the middle, where files were joined
+        line = line.lstrip("\ufeff")  # in the middle of joined files
         if line.strip():
             yield number, parse_json(line, f"source: '{path}' line {number}")
 
 
 def listed(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the line that each value of a file begins in, and the value; one list may follow the other (joined files).
+    """Yield the first line and the value of each element of a file; lists may follow one another (joined files).
 
     Raises:
-        ValueError: what is not JSON, or stands outside of the lists.
+        ValueError: text that is not JSON, or outside of the lists.
     """
     with opened(path) as file:
         text = JsonText(file, path)
@@ -70,15 +71,15 @@ def listed(path: Path) -> Iterator[tuple[int, Any]]:
             raise ValueError(f"source: '{path}' line {text.line} is not JSON ({text.peek()!r} behind the rows)")
 
 
+@dataclass
 class JsonText:
-    """Values out of a file, of which no more than the next one is held."""
+    """A parser of consecutive values in a file, with only the next one in memory."""
 
-    def __init__(self, file: TextIO, path: Path):
-        self.file = file
-        self.path = path
-        self.text = ""
-        self.place = 0
-        self.line = 1
+    file: TextIO
+    path: Path
+    text: str = ""
+    place: int = 0
+    line: int = 1
 
     def peek(self) -> str:
         """Return the first character that is neither blank nor a comma; "" at the end."""
@@ -88,6 +89,7 @@ class JsonText:
                 return self.text[self.place : self.place + 1]
 
     def value(self) -> Any:
+        """Return the next value, and read as much of the file as it needs."""
         while True:
             try:
                 value, end = DECODER.raw_decode(self.text, self.place)
@@ -95,10 +97,10 @@ class JsonText:
                 return value
             except json.JSONDecodeError as error:
                 is_cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - SHORT
-                held, line = len(self.text) - self.place, self.line + self.text.count("\n", self.place, error.pos)
-                if not (is_cut and held < LONGEST and self._read(max(CHUNK, held))):
+                size, line = len(self.text) - self.place, self.line + self.text.count("\n", self.place, error.pos)
+                if not (is_cut and size < LONGEST and self._read(max(CHUNK, size))):
                     raise ValueError(f"source: '{self.path}' line {line} is not JSON ({error.msg})") from error
-            except (RecursionError, ValueError) as error:  # too deeply nested; a number of thousands of digits
+            except (RecursionError, ValueError) as error:  # too deeply nested, or a number of thousands of digits
                 raise ValueError(
                     f"source: '{self.path}' line {self.line} is not JSON that is read ({error})"
                 ) from error

@@ -1,4 +1,4 @@
-"""Batches in an order that is a function of (seed, batch number), so that a resumed run goes on exactly."""
+"""Loader and sampler whose order is a function of (seed, batch number), so that runs resume exactly."""
 
 from collections.abc import Callable, Iterator, Sized
 
@@ -10,7 +10,7 @@ WINDOW = 16  # batches whose rows are sorted by length together
 
 
 class ResumableLoader(DataLoader):
-    """A loader that has no state to save: what it reads decides by itself where to begin.
+    """A loader without state, since its sampler or data set knows where to begin.
 
     Lightning warns about loaders without these two methods on every resume.
     """
@@ -23,15 +23,15 @@ class ResumableLoader(DataLoader):
 
 
 class ResumableSampler(DistributedSampler):
-    """Row indices of batches n, n + 1, ... where n = `position()` at the moment of iteration.
+    """Row indices of batches n, n + 1, … where n = `position()` when iteration begins.
 
-    Batch n is a slice of the permutation of (seed, n // batches_per_epoch), so the order of one long run and
-    of any number of interrupted ones is the same, whatever `limit_train_batches` calls an epoch. Each rank
-    takes its own `batch_size` rows of the slice. Rows that do not fill a batch on every rank sit out that
-    epoch. As a DistributedSampler it is left alone by Lightning.
+    Batch n is a slice of the permutation of (seed, n // batches_per_epoch), so that an interrupted run has the order of
+    an uninterrupted one, whatever `limit_train_batches` makes of an epoch. Each rank takes its own `batch_size` rows of
+    the slice. Rows that do not fill a batch on every rank are left out of that epoch. Lightning does not replace it,
+    since it is a DistributedSampler.
 
-    With the rows' `lengths` a batch has rows of like length, so that little of it is padding: of each WINDOW batches in
-    the permutation the rows are sorted, and the batches that this gives are shuffled.
+    With `lengths`, batches have rows of similar length and so little padding: rows are sorted within each WINDOW
+    batches of the permutation, and the resulting batches are shuffled.
     """
 
     def __init__(

@@ -1,5 +1,7 @@
-"""Documents to rows of exactly `block_size` tokens. Labels follow transformers: aligned with the inputs,
-shifted inside the model, -100 where a token is not scored."""
+"""Encoding of documents into rows of exactly `block_size` tokens.
+
+Labels follow transformers: aligned with the inputs, shifted inside the model, -100 where a token is not scored.
+"""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -19,12 +21,12 @@ from lskip.data.text_tokens import PIECE, special_pattern, text_runs
 from lskip.models.encoding import added_around
 
 NOT_SCORED = -100
-READ_AHEAD = 64  # documents that are tokenized together, at most
+READ_AHEAD = 64  # the most documents that are tokenized together
 BLOCKS = "blocks.arrow"
 
 
 class Encoder:
-    """What text packer, pairs and conversations share: a tokenizer, and a word about special tokens in their texts."""
+    """Base of the encoders: a tokenizer, and a warning about special tokens spelled in texts."""
 
     columns: tuple[str, ...] = ()
 
@@ -36,16 +38,16 @@ class Encoder:
         self.noticed = self.special is None
 
     def rows(self, batch: dict[str, list[str]]) -> Iterator[dict[str, np.ndarray]]:
-        """The rows of some documents, as they come."""
+        """Yield the rows of some documents."""
         raise NotImplementedError
 
     def __call__(self, batch: dict[str, list[str]]) -> dict[str, list]:
-        """All rows of some documents, in columns."""
+        """Return all rows of some documents, in columns."""
         rows = list(self.rows(batch))
         return {name: [row[name] for row in rows] for name in self.columns}
 
     def look_for_special(self, batch: dict[str, list[str]], *columns: str) -> None:
-        """Warns of the first special token that is spelled in a text."""
+        """Warn of the first special token that a text spells."""
         for name in () if self.noticed else columns:
             for number, text in enumerate(batch[name]):
                 spelled = self.special.search(text)
@@ -60,9 +62,9 @@ class Encoder:
 
 
 class TextPacker(Encoder):
-    """Joins texts with the end-of-text token after each and cuts the stream into blocks.
+    """Encoder of texts: joined, with the end-of-text token after each, and cut into blocks.
 
-    It keeps the tokens that do not fill a block for the next call, so only those at the very end are lost.
+    Tokens that do not fill a block are kept for the next call, so that only the last ones are lost.
     """
 
     columns = ("input_ids",)
@@ -86,7 +88,7 @@ class TextPacker(Encoder):
 
 
 class PairEncoder(Encoder):
-    """One row a prompt and completion: the completion and the end of text are scored, the prompt is not."""
+    """Encoder of pairs, one row each: the completion and the end of text are scored, the prompt is not."""
 
     columns = ("input_ids", "labels")
 
@@ -101,14 +103,14 @@ class PairEncoder(Encoder):
                 yield {"input_ids": ids, "labels": labels}
 
     def examples(self, batch: dict[str, list[str]]) -> Iterator[tuple[list[int], list[bool]]]:
-        """(tokens, which of them are scored) of each example; of one that is too long at least block_size."""
+        """Yield the tokens of each example, at least the first block_size, and which of them are scored."""
         self.look_for_special(batch, "prompt", "completion")
         for prompt, completion in zip(self._first(batch["prompt"]), self._first(batch["completion"]), strict=True):
             prompt, answer = [*self.before, *prompt], [*completion, self.tokenizer.eos_token_id]
             yield prompt + answer, [False] * len(prompt) + [True] * len(answer)
 
     def _first(self, texts: list[str]) -> Iterator[list[int]]:
-        """The tokens of each text, or at least the first block_size of them."""
+        """Yield the tokens of each text, or at least the first block_size of them."""
         ids = []
         for more, is_last in text_runs(self.tokenizer, texts, self.block_size):
             ids += more
@@ -118,7 +120,7 @@ class PairEncoder(Encoder):
 
 
 class ChatEncoder(PairEncoder):
-    """One row a conversation, through the tokenizer's chat template: every assistant turn is scored."""
+    """Encoder of conversations, one row each, by the chat template: every assistant turn is scored."""
 
     def examples(self, batch: dict[str, list[str]]) -> Iterator[tuple[list[int], list[bool]]]:
         self.look_for_special(batch, "messages")
@@ -133,7 +135,7 @@ ENCODERS = {"text": TextPacker, "pairs": PairEncoder, "chat": ChatEncoder}
 
 
 def padded(ids: list[int], scored: list[bool], size: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """(input_ids [size], labels [size]): cut or filled at the right."""
+    """Return input_ids [size] and labels [size], cut or padded at the right."""
     input_ids, labels = np.full(size, pad, np.int32), np.full(size, NOT_SCORED, np.int32)
     count = min(len(ids), size)
     input_ids[:count] = ids[:count]
@@ -142,7 +144,7 @@ def padded(ids: list[int], scored: list[bool], size: int, pad: int) -> tuple[np.
 
 
 def encode_documents(documents: Dataset, encoder: Encoder, folder: Path, split: str) -> Dataset:
-    """All rows of `documents`, tokenized once: written into `folder` (when whole) and read from there afterwards."""
+    """Return all rows of `documents`, from `folder` where they are cached, else tokenized and written there."""
     row = List(Value("int32"), length=encoder.block_size)
     features = Features({name: row for name in encoder.columns})
 
@@ -155,26 +157,26 @@ def encode_documents(documents: Dataset, encoder: Encoder, folder: Path, split: 
 
 
 def encoded_rows(encoder: Encoder, documents: Iterable[dict]) -> Iterator[dict[str, np.ndarray]]:
-    """The rows that an encoder makes of documents."""
+    """Yield the rows that an encoder makes of documents."""
     for columns in batches(documents):
         yield from encoder.rows(columns)
 
 
 def batches(documents: Iterable[dict]) -> Iterator[dict[str, list[str]]]:
-    """Documents in columns, as the encoders take them."""
-    for held in grouped(documents, READ_AHEAD, PIECE):
-        yield {name: [row[name] for row in held] for name in held[0]}
+    """Yield documents in groups, in columns, as the encoders take them."""
+    for group in grouped(documents, READ_AHEAD, PIECE):
+        yield {name: [row[name] for row in group] for name in group[0]}
 
 
 def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """{"input_ids", "labels"}, each int64 [B, S]; packed text is its own labels.
+    """Return {"input_ids", "labels"}, each int64 [B, S]; the labels of packed text are its input_ids.
 
-    S is block_size; where a pair or conversation is a row, it is cut behind the last token that any row is scored
-    on: what follows is padding, which would cost as much as text.
+    S is block_size for text; batches of pairs and conversations are cut after the last scored token of any row, since
+    padding would cost as much as text.
     """
     batch = {name: torch.from_numpy(np.stack([row[name] for row in rows]).astype(np.int64)) for name in rows[0]}
     if "labels" not in batch:
         return {"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone()}
     scored = (batch["labels"] != NOT_SCORED).any(0)
-    size = len(scored) - int(scored.flip(0).int().argmax())  # no row scored: block_size
+    size = len(scored) - int(scored.flip(0).int().argmax())  # block_size where nothing is scored
     return {name: batch[name][:, :size] for name in ("input_ids", "labels")}

@@ -1,4 +1,4 @@
-"""What `source` can name: an embedded corpus, a local file or folder, a dataset of the Hugging Face hub."""
+"""Opening of a `source`: an embedded corpus, a local file or folder, or a dataset of the Hugging Face hub."""
 
 import hashlib
 import importlib.util
@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from lskip.data.corpora import EMBEDDED, read_texts
 from lskip.data.files import check_is_read, folder_files, kind_of
 from lskip.data.json_rows import read_json
+from lskip.utils.foreign import first_line
 from lskip.utils.hub import hub_lacks
 from lskip.utils.user_paths import near, user_path
 
@@ -23,11 +24,11 @@ Rows = Iterable[dict]  # an IterableDataset where it is streamed
 
 
 def local_path(source: str) -> Path | None:
-    """The file or folder that `source` names; None for an embedded corpus and for a hub name.
+    """Return the file or folder that `source` names; None for an embedded corpus and for a hub name.
 
     Raises:
-        FileNotFoundError: `source` looks like a path (an extension, two separators, a leading . / or ~)
-            and nothing is there. ValueError: no file can have this name.
+        FileNotFoundError: `source` looks like a path (an extension, two separators, a leading . / or ~) that does not
+            exist. ValueError: no file can have this name.
     """
     if source in NAMES:
         return None
@@ -43,13 +44,13 @@ def local_path(source: str) -> Path | None:
 
 
 def open_source(source: str, streaming: bool) -> tuple[Rows, str]:
-    """(rows, key): the raw rows of `source`, and a name for their present content on this machine.
+    """Return the raw rows of `source`, and a cache key of their present content on this machine.
 
-    Files are read when the rows are iterated; a data set of the hub is as `datasets.load_dataset` gives it. With
+    Files are read when the rows are iterated; a data set of the hub is opened by `datasets.load_dataset`. With
     `streaming` either is an IterableDataset, and one of the hub has no key.
 
     Raises:
-        ValueError: it cannot be read, or what it holds is not read.
+        ValueError: it cannot be read, or is of an unsupported kind.
     """
     if source in EMBEDDED:
         return open_files(source, EMBEDDED[source](), "text", streaming)
@@ -65,20 +66,20 @@ def open_source(source: str, streaming: bool) -> tuple[Rows, str]:
 
 
 def open_home_assistant() -> tuple[IterableDataset, str]:
-    from lskip.data.home_assistant import content_key, read_pairs  # needs packages that only this source needs
+    from lskip.data.home_assistant import content_key, read_pairs  # imports packages that only this source needs
 
     return IterableDataset.from_generator(read_pairs), content_key()
 
 
 def check_packages(source: str) -> None:
-    """ValueError where an embedded corpus needs a package that is not here."""
+    """Raise ValueError where an embedded corpus needs a package that is not installed."""
     needed = {"home_assistant_intents": "home-assistant-intents", "hassil": "hassil"}
     if source == "home_assistant" and any(importlib.util.find_spec(name) is None for name in needed):
         raise ValueError(f"source: for home_assistant, run: pip install {' '.join(needed.values())}")
 
 
 def open_files(source: str, files: list[Path], kind: str, streaming: bool, lone: bool = False) -> tuple[Rows, str]:
-    """The rows of files of one kind; `lone`: of the one file that was named."""
+    """Return rows and cache key of files of one kind; `lone`: the source names one file."""
     try:
         stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     except OSError as error:
@@ -90,14 +91,14 @@ def open_files(source: str, files: list[Path], kind: str, streaming: bool, lone:
     if kind == "parquet":
         return load(source, kind, True, data_files=paths), key
     read = {"json": read_json, "text": read_texts}[kind]
-    if streaming:  # which shares the files out among the workers
+    if streaming:  # an IterableDataset, which distributes the files among workers
         return IterableDataset.from_generator(read, gen_kwargs={"paths": paths, "lone": lone}), key
     return FileRows(read, paths, lone), key
 
 
 @dataclass
 class FileRows:
-    """The rows of files, read anew each time."""
+    """An iterable over the rows of files, which are read at each iteration."""
 
     read: Callable[[list[str], bool], Iterator[dict]]
     paths: list[str]
@@ -108,7 +109,7 @@ class FileRows:
 
 
 def open_hub(source: str, streaming: bool) -> tuple[Rows, str]:
-    """`name`, `name:config` or `name:config:split` (`name::split`); the split is "train" if none is named."""
+    """Open `name`, `name:config` or `name:config:split` (`name::split`), by default the split "train"."""
     name, subset, split = [*source.split(":", 2), "", ""][:3]
     if not _was_fetched(name) and (reason := hub_lacks(name, "dataset")) is not None:
         place = f"which is no local path and not one of {list(NAMES)}"
@@ -125,12 +126,8 @@ def _was_fetched(name: str) -> bool:
 def load(source: str, builder: str, streaming: bool, split: str = "train", **arguments) -> Rows:
     try:
         rows = load_dataset(builder, split=split, streaming=streaming, **arguments)
-        next(iter(rows), None)  # what is streamed is opened here
+        next(iter(rows), None)  # opens a stream, so that its errors are raised here
         return rows
-    except Exception as error:  # network, unknown name, config or split, bad JSON: each its own unrelated type
+    except Exception as error:  # unrelated types for network, unknown names, bad JSON …
         cause = first_line(error.__cause__ or error)
         raise ValueError(f"source: cannot load '{source}': {cause}") from error
-
-
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -1,4 +1,4 @@
-"""Rows in one file on disk: written a bounded number of bytes at a time, read without being loaded."""
+"""Rows in an Arrow file: written in batches of bounded size, read memory-mapped."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -50,7 +50,7 @@ def open_rows(path: Path) -> Dataset:
 
 
 def sort_rows(source: Path, target: Path, features: Features, by: str) -> None:
-    """Writes the rows of `source` into `target`, in the order of one column."""
+    """Write the rows of `source` into `target`, in the order of one column."""
     rows = open_rows(source)
     order = pc.sort_indices(rows.data[by]).to_numpy()
 

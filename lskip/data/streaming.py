@@ -1,6 +1,8 @@
-"""Corpora larger than the disk: documents are read, tokenized and packed while training."""
+"""Streamed corpora, larger than the disk: documents are read, tokenized and packed during training."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -13,37 +15,28 @@ from lskip.data.loading import ResumableLoader
 from lskip.data.packing import READ_AHEAD, encoded_rows
 from lskip.data.tokenizer import TRAINING_CHARACTERS
 
-SHUFFLE_BUFFER = 1000  # documents among which the next one is drawn
-CHARACTERS_PER_TOKEN = 4  # a guess, to stop reading when enough held-out text is there
+SHUFFLE_BUFFER = 1000  # documents in the shuffle buffer
+CHARACTERS_PER_TOKEN = 4  # an estimate, to stop reading held-out text
 
 
+@dataclass
 class StreamedCorpus:
-    """The documents of a streamed source, read anew each time.
+    """The documents of a streamed source, read anew at each iteration.
 
-    Of a held-out split documents for `held_out_rows` rows are read; for plain text that is a guess.
+    Of a held-out split, documents for `held_out_rows` rows are read; for plain text by an estimate.
     """
 
-    size = None  # nobody has counted
-
-    def __init__(
-        self,
-        rows: IterableDataset,
-        kind: str,
-        text_column: str | None,
-        fractions: tuple[float, float],
-        held_out_rows: int,
-        block_size: int,
-    ):
-        self.rows = rows
-        self.kind = kind
-        self.text_column = text_column
-        self.fractions = fractions
-        self.held_out_rows = held_out_rows
-        self.block_size = block_size
-        self._held_out: dict[str, Dataset] = {}
+    rows: IterableDataset
+    kind: str
+    text_column: str | None
+    fractions: tuple[float, float]
+    held_out_rows: int
+    block_size: int
+    size: ClassVar[None] = None  # unknown
+    _held_out: dict[str, Dataset] = field(default_factory=dict)
 
     def documents(self, split: str) -> Dataset:
-        """The first documents of "val" or "test", each once, ordered by digest."""
+        """Return the first documents of "val" or "test", de-duplicated and ordered by digest."""
         if split == "train":
             raise ValueError("split: 'train' is kept nowhere with streaming")
         if split not in self._held_out:
@@ -54,11 +47,11 @@ class StreamedCorpus:
         return self._held_out[split]
 
     def training_sample(self) -> Dataset:
-        """Documents that a tokenizer may be trained on: the first of the stream."""
+        """Return the documents to train a tokenizer on: the first of the stream."""
         return self.first("train", None, TRAINING_CHARACTERS)
 
     def first(self, split: str, rows: int | None, characters: int | None) -> Dataset:
-        """The first documents of `split`, until there are so many rows or characters of them."""
+        """Return the first documents of `split`, until `rows` or `characters` are reached."""
         found, read = [], 0
         if split != "train" and not self.fractions[SPLITS.index(split)]:
             return documents_of(found, self.kind)
@@ -82,18 +75,18 @@ def documents_of(records: list[dict], kind: str) -> Dataset:
 
 
 def plain_rows(rows: IterableDataset) -> Iterator[dict]:
-    """The rows one by one. In a loader's worker `iter(rows)` would share them out among the workers once more."""
+    """Yield the rows one by one; in a loader's worker `iter(rows)` would split them among the workers once more."""
     for batch in rows.iter(READ_AHEAD):
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))
 
 
 class StreamedBlocks(torch.utils.data.IterableDataset):
-    """Training rows without end: after the last document the stream begins again, shuffled anew.
+    """Endless training rows: after the last document the stream begins again, in another order.
 
-    With W workers batch n is made by the worker of role n % W, each with its own share of the documents. A
-    loader always asks worker 0 first; so that a run resumed at batch `first` goes on exactly, worker 0 then
-    takes the role `first` % W, and each skips what its role has given already.
+    With W workers batch n is made by the worker of role n % W, each with its own share of the documents. A loader
+    always begins with worker 0; so that a run resumed at batch `first` continues exactly, worker 0 then takes the role
+    `first` % W, and each worker skips the rows that its role has already yielded.
     """
 
     def __init__(
@@ -124,7 +117,7 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
         yield from rows
 
     def rows(self, shard: int, shards: int) -> Iterator[dict]:
-        """Encoded rows of one share of the training documents, for ever."""
+        """Yield encoded rows of one share of the training documents, without end."""
         encoder, epoch = self.make_encoder(), 0
         shuffled = self.corpus.rows.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
         share = split_dataset_by_node(shuffled, rank=shard, world_size=shards)
@@ -140,7 +133,7 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
 
 
 class StreamLoader(ResumableLoader):
-    """Tells its StreamedBlocks where to begin, before the workers get their copies of it."""
+    """A loader that sets where its StreamedBlocks begin, before workers copy them."""
 
     position: Callable[[], int] = staticmethod(lambda: 0)
 

@@ -1,4 +1,4 @@
-"""Text to tokens: plain whatever special tokens it spells, and a long one piece by piece, in bounded memory."""
+"""Tokenization of plain text, in bounded memory; special tokens that it spells are plain text."""
 
 import re
 from collections.abc import Iterator
@@ -7,13 +7,13 @@ from transformers import PreTrainedTokenizerBase
 
 from lskip.models.encoding import encode
 
-PIECE = 2**18  # characters that are tokenized at once: each takes some 350 bytes meanwhile
-WINDOW = 64  # characters on each side of a cut that show whether it changes tokens
+PIECE = 2**18  # characters that are tokenized at once; each takes about 350 bytes
+WINDOW = 64  # characters on each side of a cut by which it is checked
 TRIES = 32
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Return the tokens of each text and nothing around them; a special token that is spelled in it is plain text."""
+    """Return the tokens of each text, without special tokens around it or in it."""
     options = {"add_special_tokens": False, "split_special_tokens": True}
     return encode(tokenizer, texts, "source", **options).input_ids if texts else []
 
@@ -21,9 +21,9 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
 def text_runs(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], limit: int | None = None
 ) -> Iterator[tuple[list[int], bool]]:
-    """Yield the tokens of one text after the other, a long one's in several runs, and whether a run is its last.
+    """Yield the tokens of each text, of a long one in several runs, and whether a run is the text's last.
 
-    Of a long text no more runs come when there are `limit` tokens of it.
+    A long text ends with the run that reaches `limit` tokens.
     """
     short = []
     for text in texts:
@@ -43,7 +43,7 @@ def text_runs(
 
 
 def cut_text(tokenizer: PreTrainedTokenizerBase, text: str, size: int = PIECE) -> Iterator[tuple[str, bool]]:
-    """Yield pieces whose tokens, joined, are those of the text wherever there is such a cut, and which is the last."""
+    """Yield pieces of a text, and whether each is the last; joined, their tokens are the text's, where possible."""
     start = 0
     while len(text) - start > size:
         end, following = place_to_cut(tokenizer, text, start + size)
@@ -53,9 +53,9 @@ def cut_text(tokenizer: PreTrainedTokenizerBase, text: str, size: int = PIECE) -
 
 
 def place_to_cut(tokenizer: PreTrainedTokenizerBase, text: str, about: int) -> tuple[int, int]:
-    """Return where a piece ends before `about`, and where the next begins.
+    """Return where a piece ends, before `about`, and where the next begins.
 
-    A tokenizer that writes a space before each text of its own gets none at the cut.
+    A space at the cut is left out for tokenizers that put one before each text.
     """
     blanks = [about - WINDOW + each.start() for each in re.finditer(r"\s", text[about - WINDOW : about])]
     for place in [*reversed(blanks), *range(about, about - TRIES, -1)]:
@@ -69,7 +69,7 @@ def place_to_cut(tokenizer: PreTrainedTokenizerBase, text: str, about: int) -> t
 
 
 def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern | None:
-    """Return what finds a special token that is spelled in a text."""
+    """Return a pattern that matches the special tokens in a text; None where there are none."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     spelled = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, spelled))) if spelled else None

@@ -1,4 +1,4 @@
-"""The tokenizer of a run: a byte-level BPE trained on the training split, or one that exists already."""
+"""Training of a byte-level BPE tokenizer, and comparison of tokenizers."""
 
 import hashlib
 import json
@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from lskip.data.cache import cached_folder
 
 END_OF_TEXT = "<|endoftext|>"
-SMALLEST_VOCABULARY = 257  # every byte, and the end of text
+SMALLEST_VOCABULARY = 257  # all bytes and the end of text
 TRAINING_CHARACTERS = 32_000_000  # more text changes the merges little and takes minutes
-# What normalizers, pre-tokenizers and post-processors cut in different ways.
+# Texts that normalizers, pre-tokenizers and post-processors treat differently.
 PROBES = (
     "a",
     " a",
@@ -30,10 +30,10 @@ PROBES = (
 
 
 def trained_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of at most `vocab_size` entries, trained on `texts`; read from `folder` if it is there.
+    """Return a byte-level BPE of at most `vocab_size` entries, trained on `texts` or read from `folder`.
 
-    It reproduces any text exactly (`decode(encode(text)) == text`) and ends a text with `<|endoftext|>`.
-    At most the first 32 million characters are used.
+    It reproduces any text exactly (`decode(encode(text)) == text`); its end of text is `<|endoftext|>`. At most the
+    first 32 million characters are used.
     """
 
     def write(target: Path) -> None:
@@ -46,7 +46,7 @@ def trained_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Pr
 
 @contextmanager
 def os_errors() -> Iterator[None]:
-    """Turns what the tokenizers library raises where a file cannot be written, a bare Exception, into an OSError."""
+    """Raise an OSError in place of the bare Exception of package tokenizers where a file cannot be written."""
     try:
         yield
     except Exception as error:
@@ -63,7 +63,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte, seen in training or not
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all bytes, also those not in the training text
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
@@ -79,7 +79,7 @@ def first_characters(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """`tokenizer` itself; ValueError if it cannot end a document."""
+    """Return `tokenizer`; raise ValueError if it has no end-of-text token."""
     if tokenizer.eos_token_id is None:
         name = tokenizer.name_or_path or type(tokenizer).__name__
         raise ValueError(f"tokenizer: '{name}' has no end-of-text token (eos_token), which separates documents")
@@ -87,7 +87,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of what a tokenizer does: the same for equal tokenizers in any process, whatever it did before."""
+    """Return a hash of a tokenizer's behaviour, equal for equal tokenizers in any process."""
     special = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.chat_template]
     return hashlib.sha256(repr((vocabulary_and_rules(tokenizer), special)).encode()).hexdigest()
 
@@ -95,7 +95,7 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
 def vocabulary_and_rules(tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Left behind by earlier calls with padding or truncation, not part of what it does here.
+        # Padding and truncation are leftovers of earlier calls.
         return json.dumps({key: rules[key] for key in sorted(rules) if key not in ("padding", "truncation")})
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -103,9 +103,9 @@ def vocabulary_and_rules(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def same_tokens(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
-    """Return what makes `a` and `b` write different tokens for some text, in a few words; None where nothing does.
+    """Return, in a few words, why `a` and `b` tokenize some text differently; None where they do not.
 
-    Padding and chat templates are not compared: neither changes the tokens of a text.
+    Padding and chat templates are not compared, since they do not change the tokens of a text.
     """
     special = [tuple(getattr(each, name) for name in ("bos_token", "eos_token")) for each in (a, b)]
     if vocabulary_and_rules(a) == vocabulary_and_rules(b) and special[0] == special[1]:

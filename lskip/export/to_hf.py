@@ -28,7 +28,7 @@ from lskip.models.decoder import Decoder
 from lskip.models.exit_heads import load_trained_exits
 from lskip.models.families import family_of
 from lskip.models.pretrained import GENERATION_FILE, find_source, load_config, load_model, load_tokenizer
-from lskip.models.reading.model_config import with_layers
+from lskip.models.reading.config import with_layers
 from lskip.utils.checks import check_whole
 from lskip.utils.finite import check_finite_weights
 from lskip.utils.foreign import first_line, quietly

@@ -15,7 +15,7 @@ from torch import Tensor
 from lskip.utils.checks import check_real, check_whole
 
 if TYPE_CHECKING:
-    from lskip.models.exit_heads import ExitCertainty
+    from lskip.models.exit_heads import ExitClassifier
 
 Logits = Callable[[], Tensor]
 
@@ -47,8 +47,8 @@ class ExitCriterion(ABC):
         """Whether `exits` is asked there. At the last layer that may run it is not: every slot exits."""
         return exit_layer >= self.first and (exit_layer - self.first) % self.every == 0
 
-    def bound(self, certainty: ExitCertainty | None) -> ExitCriterion:
-        """Itself for a model that learned this judge (None: the model has none)."""
+    def bound(self, classifier: ExitClassifier | None) -> ExitCriterion:
+        """Return the criterion for a model with this exit classifier (None: it has none)."""
         return self
 
     @abstractmethod
@@ -124,7 +124,7 @@ class Saturation(ExitCriterion):
 
 
 class LearnedExit(ExitCriterion):
-    """Exit where the model's own judge says that the exit is right: u = sigmoid(w · h + b) >= threshold.
+    """Exit where the model's exit classifier says that the exit is right: u = sigmoid(w · h + b) >= threshold.
 
     BERxiT's learning to exit (Xin et al., EACL 2021). It needs a model that was trained with learned_exit: true. Only
     the exit that is taken is decoded.
@@ -135,19 +135,19 @@ class LearnedExit(ExitCriterion):
         super().__init__(first, every)
         check_real("threshold", threshold, "from 0 to 1", lambda value: 0 <= value <= 1)
         self.threshold = float(threshold)
-        self.certainty: ExitCertainty | None = None
+        self.classifier: ExitClassifier | None = None
 
-    def bound(self, certainty: ExitCertainty | None) -> LearnedExit:
-        """A copy that asks this judge.
+    def bound(self, classifier: ExitClassifier | None) -> LearnedExit:
+        """Return a copy that asks this exit classifier.
 
         Raises:
             ValueError: there is none.
         """
-        if certainty is None:
+        if classifier is None:
             raise ValueError("exit_criterion: LearnedExit needs a model that was trained with learned_exit: true")
         known = copy(self)
-        known.certainty = certainty
+        known.classifier = classifier
         return known
 
     def exits(self, exit_layer: int, before: Tensor, after: Tensor, logits: Logits) -> Tensor:
-        return self.certainty(after) >= self.threshold
+        return self.classifier(after) >= self.threshold

@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides weights: the model's config and tokenizer, and the random state. Plain types only."""
+"""The checkpoint format: packing of config and tokenizer, reading, checksums, merging of LoRA, random states."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lskip.utils.foreign import first_line
 
 
 def pack_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict:
-    """{"config", "generation_config", "tokenizer": {path: content}}: all that rebuilds the model but its weights.
+    """Return {"config", "generation_config", "tokenizer": {path: content}}, which rebuild a model around its weights.
 
-    Plain strings and numbers (and bytes, where a tokenizer has a binary file), so that a checkpoint loads with
-    `weights_only` and works away from its folder.
+    These are plain strings and numbers (and bytes, where a tokenizer has a binary file), so that a checkpoint loads
+    with `weights_only` and works outside its folder.
     """
     generation = model.generation_config
     return {
@@ -34,7 +34,7 @@ def pack_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 def _pack_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | bytes]:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        # Folders too: further chat templates lie in one.
+        # With subfolders: additional chat templates lie in one.
         paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         return {path.relative_to(folder).as_posix(): _content(path) for path in paths}
 
@@ -43,15 +43,15 @@ def _content(path: Path) -> str | bytes:
     data = path.read_bytes()
     try:
         return data.decode("utf-8")
-    except UnicodeDecodeError:  # a vocabulary of sentencepiece
+    except UnicodeDecodeError:  # such as sentencepiece's vocabulary
         return data
 
 
 def unpack_tokenizer(files: dict[str, str | bytes], folder: Path) -> None:
-    """Write the files that `pack_model` read, into `folder` and nowhere else.
+    """Write the tokenizer files that `pack_model` packed into `folder`.
 
     Raises:
-        ValueError: they are no such files.
+        ValueError: not a mapping of files, or a path that leads out of `folder`.
     """
     if not isinstance(files, dict):
         raise ValueError("is not a mapping of files")
@@ -65,15 +65,15 @@ def unpack_tokenizer(files: dict[str, str | bytes], folder: Path) -> None:
 
 
 def read_checkpoint(path: Path, field: str = "model", whole: bool = False) -> dict:
-    """A checkpoint of lskip, its tensors mapped from the file.
+    """Return the content of a checkpoint of lskip, its tensors memory-mapped.
 
     Args:
-        field: what names it, for the message.
-        whole: compare every tensor with its checksum, for whoever goes on with the run. Else `verify` does that for
-            those that are used: the optimizer's are twice the weights.
+        field: the setting that names it, for messages.
+        whole: compare every tensor with its checksum, as resuming needs. Otherwise callers `verify` the tensors that
+            they use, since the optimizer's are twice the size of the weights.
 
     Raises:
-        ValueError: it is none, or damaged.
+        ValueError: the file is no checkpoint of lskip, or damaged.
     """
     if path.stat().st_size == 0:
         raise ValueError(f"{field}: {str(path)!r} is not a readable checkpoint (it is empty)")
@@ -82,7 +82,7 @@ def read_checkpoint(path: Path, field: str = "model", whole: bool = False) -> di
     except PermissionError:
         raise
     except Exception as error:
-        # Zip, pickle, end of file, runtime: what torch raises depends on where the file is damaged.
+        # The type of torch's error depends on where the file is damaged.
         raise ValueError(f"{field}: {str(path)!r} is not a readable checkpoint ({first_line(error)})") from error
     if not isinstance(checkpoint, dict) or "lskip" not in checkpoint:
         raise ValueError(f"{field}: {str(path)!r} is not a checkpoint of lskip (it has no entry 'lskip')")
@@ -99,17 +99,17 @@ def read_checkpoint(path: Path, field: str = "model", whole: bool = False) -> di
 
 
 def verify(tensors: Any, path: Path, field: str = "model") -> None:
-    """ValueError unless tensors mapped from a checkpoint are what was saved, by the checksums of the file.
+    """Raise ValueError unless tensors mapped from a checkpoint match the checksums in the file.
 
-    It is a zip file and holds a checksum of each part, which nobody reads where tensors are mapped. This reads each
-    byte of `tensors` once (3 GB/s from memory), and all that is no tensor.
+    A checkpoint is a zip file with a checksum for each part, which mapping does not read. This reads each byte of
+    `tensors` once (3 GB/s from memory), and all parts that are not tensors.
     """
     try:
         with zipfile.ZipFile(path) as file:
             parts = {(part.file_size, part.CRC) for part in file.infolist()}
             for part in file.infolist():
                 if "/data/" not in part.filename:
-                    file.read(part)  # raises where the checksum is another
+                    file.read(part)  # raises where the checksum differs
     except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
         raise ValueError(f"{field}: {str(path)!r} is damaged ({first_line(error)})") from error
     for name, tensor in _tensors(tensors):
@@ -120,7 +120,7 @@ def verify(tensors: Any, path: Path, field: str = "model") -> None:
 
 
 def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested containers, with its path; those of one storage once."""
+    """Yield every tensor in nested containers with its path; of those that share a storage, one."""
     seen, rest = set(), [(name, value)]
     while rest:
         name, value = rest.pop()
@@ -135,27 +135,27 @@ def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def merged_low_rank(weights: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """A state dict with factors -> that of the ordinary model which computes the same."""
+    """Return a state dict in which LoRA's factors are merged: W + scale B A, under the names of the plain model."""
     plain = {name.replace(".base_layer.", "."): value for name, value in weights.items() if ".lora_" not in name}
     for name, factor in weights.items():
         if name.endswith(".lora_A.default.weight"):
             place = name.removesuffix(".lora_A.default.weight")
             other = weights[f"{place}.lora_B.default.weight"]
             weight = plain[f"{place}.weight"]
-            # In float32 at least: the product is small beside the weight.
+            # At least in float32, since the product is small beside the weight.
             wide = torch.promote_types(weight.dtype, torch.float32)
             plain[f"{place}.weight"] = (weight.to(wide) + scale * (other.to(wide) @ factor.to(wide))).to(weight.dtype)
     return plain
 
 
 def random_state() -> dict:
-    """Torch's random states of this process: what dropout inside a model draws from."""
+    """Return torch's random states in this process, which dropout inside a model draws from."""
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), "cuda": devices}
 
 
 def restore_random_state(state: dict) -> None:
-    """Continue the streams that `random_state` saved; accelerators only where their number is the same."""
+    """Restore what `random_state` returned; for accelerators only where their number is the same."""
     torch.set_rng_state(state["cpu"].cpu())
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([device.cpu() for device in state["cuda"]])

@@ -1,4 +1,4 @@
-"""The one view of a transformers causal LM: the only file that knows how such a model is built."""
+"""A uniform view of transformers causal LMs; only this file and families.py know how such a model is built."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from lskip.models.families import family_of
 
-if TYPE_CHECKING:  # its import takes seconds: what refuses bad input does not wait for it
+if TYPE_CHECKING:  # its import takes seconds, for which checks of bad input shall not wait
     from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """What every block of one pass receives besides its states.
+    """The inputs that all blocks of one forward pass share, besides the states.
 
     Attributes:
         position_ids: [1 or B, Q], the position of each query token.
-        rotary: kind of attention (None: the same for all blocks) -> (cos, sin), each [1 or B, Q, head_dim]; empty
-            where positions are not rotary.
+        rotary: kind of attention (None: one for all blocks) -> (cos, sin), each [1 or B, Q, head_dim]; empty where
+            positions are not rotary.
         masks: window (None: full attention) -> additive mask [1 or B, 1, Q, K], or None for plain causal attention.
         cache: a transformers-compatible cache, or None.
     """
@@ -34,7 +34,7 @@ class BlockInputs:
     cache: Any = None
 
     def rows(self, kept: Tensor, batch_size: int) -> BlockInputs:
-        """The same for the rows `kept` of a batch of `batch_size`; what broadcasts over the batch stays whole."""
+        """Return the inputs of the rows `kept` of a batch; parts that broadcast over the batch stay whole."""
 
         def cut(part: Tensor | None) -> Tensor | None:
             batch_shaped = part is not None and batch_size > 1 and part.shape[0] == batch_size
@@ -49,13 +49,12 @@ class BlockInputs:
 
 
 class Decoder:
-    """Embed, blocks, norm and head of a causal LM, under one set of names for every family.
+    """Embedding, blocks, norm and head of a causal LM, under one set of names for every family.
 
-    It holds no weights: modules are looked up in `model` at each call, so that wrapping (FSDP), moving or
-    casting the model is seen here too.
+    Modules are looked up in `model` at each call, so that wrapping (FSDP), moving or casting the model is seen here.
 
     Raises:
-        ValueError: the model's family is not covered, or attention that takes other masks.
+        ValueError: the model's family is not supported, or its attention implementation takes other masks.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -82,8 +81,8 @@ class Decoder:
     def context_length(self) -> int:
         """Tokens that the model's positions are made for.
 
-        Phi-3's longrope turns all positions of a text that is longer than this by other angles: one that grows past
-        it would have to be run anew.
+        Phi-3's longrope changes the angles of all positions once a text is longer than its original context, so that
+        the keys in a cache would be wrong: here that context is the limit.
         """
         rope = getattr(self.config, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":
@@ -100,7 +99,7 @@ class Decoder:
 
     @property
     def embedding(self) -> nn.Module:
-        """Token ids -> [..., D] (OPT: what its project_in takes)."""
+        """Token ids -> [..., D] (OPT: the width of its project_in)."""
         return self.model.get_input_embeddings()
 
     @property
@@ -109,22 +108,22 @@ class Decoder:
 
     @property
     def final_norm(self) -> nn.Module:
-        """Identity where the model has none."""
+        """The norm before the head; the identity where the model has none."""
         return self._part(self.family.norm) or nn.Identity()
 
     @property
     def rotary(self) -> nn.Module | None:
-        """Makes cosines and sines of positions; None where they are not rotary."""
+        """The module that returns cosines and sines of positions; None where they are not rotary."""
         return self._part(self.family.rotary)
 
     @property
     def head(self) -> nn.Module:
-        """The one head that decodes every exit."""
+        """The LM head, which decodes every exit."""
         return self.model.get_output_embeddings()
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D] (OPT: as wide as its project_out makes states)."""
+        """[V, D] (OPT: the width of its project_out)."""
         return self.head.weight
 
     @property
@@ -133,14 +132,14 @@ class Decoder:
 
     @property
     def logit_softcap(self) -> float | None:
-        """c, where logits become c tanh(logits / c) (Gemma, arXiv 2408.00118 section 2); None: they stay."""
+        """c, where logits become c tanh(logits / c) (Gemma, arXiv 2408.00118 section 2); None: no cap."""
         return getattr(self.config, "final_logit_softcapping", None)
 
     def _part(self, path: str | None) -> nn.Module | None:
         return None if path is None else attrgetter(path)(self.model.base_model)
 
     def block_index(self, exit_layer: int) -> int:
-        """The 0-based index of the last block that runs when `exit_layer` blocks do.
+        """Return the 0-based index of the last block that an exit layer (1-based) runs.
 
         Raises:
             ValueError: not a whole number from 1 to the number of layers.
@@ -153,21 +152,21 @@ class Decoder:
         return exit_layer - 1
 
     def window(self, block: int) -> int | None:
-        """Keys that a query of this block sees, itself included; None when it sees all before it."""
+        """Return how many keys a query of this block sees, itself included; None: all before it."""
         if self._kind(block) not in (None, "sliding_attention"):
             return None
         return getattr(self.config, "sliding_window", None)
 
     def _kind(self, block: int) -> str | None:
-        """Its kind of attention, where the config tells blocks apart."""
+        """Return the block's kind of attention, where the config has several."""
         kinds = getattr(self.config, "layer_types", None)
         return None if kinds is None else kinds[block]
 
     def embed(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
-        """[B, S] token ids -> [B, S, D], the input of block 0.
+        """Return the input of block 0, [B, S, D], for token ids [B, S].
 
         Args:
-            positions: [1 or B, S], for families that learn an embedding of them; 0 … S-1 when not given.
+            positions: [1 or B, S], for families with learned positions; None: 0 … S-1.
         """
         family, x = self.family, self.embedding(input_ids)
         if (project := self._part(family.project_in)) is not None:
@@ -184,39 +183,39 @@ class Decoder:
         x: Tensor,
         positions: Tensor | None = None,
         cache: Any = None,
-        held: dict[int | None, Tensor] | None = None,
+        key_positions: dict[int | None, Tensor] | None = None,
     ) -> BlockInputs:
-        """Positions and masks for one pass over x [B, Q, D].
+        """Return positions and masks for one pass over x [B, Q, D].
 
         Args:
             x: states, for their shape, device and dtype.
             positions: [1 or B, Q]; 0 … Q-1 when not given.
             cache: where the blocks read and write keys and values.
-            held: window of a block -> [1 or B, K], the positions that its slots hold; needed with a cache. A query
-                then always gets an explicit mask: without one, scaled_dot_product_attention would cut a longer cache
-                to the first Q keys.
+            key_positions: window of a block -> [1 or B, K], the positions of the keys in its cache; needed with a
+                cache. Masks are then always explicit: without one, scaled_dot_product_attention would cut a longer
+                cache to the first Q keys.
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
         windows = {self.window(block) for block in range(self.num_layers)}
         if cache is None:
-            held = dict.fromkeys(windows)
-        masks = {window: self._mask(positions, window, held[window], x.dtype) for window in windows}
-        return BlockInputs(positions, self._turns(x, positions), masks, cache)
+            key_positions = dict.fromkeys(windows)
+        masks = {window: self._mask(positions, window, key_positions[window], x.dtype) for window in windows}
+        return BlockInputs(positions, self._cos_sin(x, positions), masks, cache)
 
-    def _turns(self, x: Tensor, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+    def _cos_sin(self, x: Tensor, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
         if self.rotary is None:
             return {}
         if not self.family.rotary_by_kind:
             return {None: self.rotary(x, positions)}
         return {kind: self.rotary(x, positions, kind) for kind in set(self.config.layer_types)}
 
-    def _mask(self, positions: Tensor, window: int | None, held: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    def _mask(self, positions: Tensor, window: int | None, keys: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         queries = positions.shape[1]
-        kernels_mask = held is None and self.config._attn_implementation == "sdpa"
+        kernels_mask = keys is None and self.config._attn_implementation == "sdpa"
         if kernels_mask and (window is None or window >= queries):
-            return None  # plain causal attention: the kernels do it without a mask
-        keys = positions if held is None else held
+            return None  # plain causal attention, which the kernels do without a mask
+        keys = positions if keys is None else keys
         distance = positions[:, None, :, None] - keys[:, None, None, :]  # [B, 1, Q, K]
         visible = distance >= 0
         if window is not None:
@@ -227,7 +226,7 @@ class Decoder:
         )
 
     def block(self, index: int, x: Tensor, inputs: BlockInputs) -> Tensor:
-        """Block `index` (0-based) on states [B, Q, D]: x + f(x), the residual included."""
+        """Return the output of block `index` (0-based) for states [B, Q, D]: x + f(x), the residual included."""
         arguments = {self.family.cache_argument: inputs.cache}
         if inputs.rotary:
             arguments["position_embeddings"] = inputs.rotary[self._kind(index) if self.family.rotary_by_kind else None]
@@ -240,11 +239,11 @@ class Decoder:
         )
 
     def norm(self, x: Tensor) -> Tensor:
-        """The final norm, which stands before the head at every exit (with what a family puts between the two)."""
+        """Apply what precedes the head at every exit: the final norm, and a projection where the family has one."""
         x, project = self.final_norm(x), self._part(self.family.project_out)
         return x if project is None else project(x)
 
     def decode(self, x: Tensor) -> Tensor:
-        """g of the paper (section 4.2): an exit state [..., D] -> logits [..., V]."""
+        """Return the logits [..., V] of exit states [..., D]: g of the paper (section 4.2)."""
         logits, cap = self.head(self.norm(x)), self.logit_softcap
         return logits if cap is None else (logits / cap).tanh() * cap

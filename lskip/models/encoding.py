@@ -1,4 +1,4 @@
-"""Text to tokens, by tokenizers and chat templates that somebody else wrote: what they cannot do is one sentence."""
+"""Calls of tokenizers and chat templates of unknown origin; whatever they raise becomes a ValueError."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from lskip.utils.checks import check_unicode
 from lskip.utils.foreign import first_line, is_panic
 from lskip.utils.untrusted import time_limit
 
-TEMPLATE_SECONDS = 10  # a conversation takes a chat template some milliseconds
+TEMPLATE_SECONDS = 10  # limit for rendering a conversation, which takes milliseconds
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str | list[str], field: str = "prompt", **options):
-    """What the tokenizer makes of a text, or of several; `field` is what a message names.
+    """Return the tokenizer's encoding of a text, or of several; `field` is named in messages.
 
     Raises:
-        ValueError: a text that is not Unicode, or one that its own rules fail on.
+        ValueError: a text that is not Unicode, or that the tokenizer fails on.
     """
     for each in [text] if isinstance(text, str) else text:
         check_unicode(field, each)
@@ -28,16 +28,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str | list[str], field: str
 
 
 def open_ended(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Tokens of each text with what the tokenizer puts before it, and nothing after it.
+    """Return the tokens of each text with the special tokens before it, and without those after it.
 
-    An end of text that the text itself spells stays.
+    An end-of-text token that the text itself spells stays.
     """
     count = len(added_around(tokenizer)[1])
     return [ids[: len(ids) - count] for ids in encode(tokenizer, texts).input_ids]
 
 
 def added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What a tokenizer puts before and after each text."""
+    """Return the special tokens that a tokenizer puts before and after each text."""
     whole, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
@@ -46,7 +46,7 @@ def added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool) -> str:
-    """Messages through the tokenizer's chat template.
+    """Return the text that the tokenizer's chat template makes of messages.
 
     Raises:
         ValueError: the template refuses them, fails on them, or does not end.
@@ -61,5 +61,5 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_ge
 
 
 def longest_text(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> int:
-    """Characters that so many tokens can stand for at most: of a longer text nobody need count the tokens."""
+    """Return the most characters that so many tokens can stand for, to refuse longer texts without tokenizing them."""
     return num_tokens * max(map(len, tokenizer.get_vocab()), default=0)

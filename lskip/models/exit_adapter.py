@@ -1,8 +1,8 @@
 """An exit adapter: a small trained module between an exit of a frozen model and the model's own norm and head.
 
-Beyond the paper. As in Kangaroo (arXiv 2404.18911) a block or two turn the exit's state into something that the head
-can read; as in EAGLE (arXiv 2401.15077) the last layer's state of the token before may be a second input. Since the
-model itself stays as it was, its last layer cannot lose anything.
+Not in the LayerSkip paper. As in Kangaroo (arXiv 2404.18911) one or two blocks transform the exit's state into one that
+the head can read; as in EAGLE (arXiv 2401.15077) the last layer's state of the previous token may be a second input.
+The model is frozen, so that its last layer loses nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lskip.models.decoder import BlockInputs, Decoder
-from lskip.models.reading.model_config import with_layers
+from lskip.models.reading.config import with_layers
 from lskip.utils.checks import check_whole
 from lskip.utils.foreign import foreign
 from lskip.utils.output_files import write_json
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SHAPE_FILE, WEIGHTS_FILE = "adapter.json", "adapter.safetensors"
-# Those that come with lskip, by the model's name.
+# Adapters that come with lskip, by the model's name.
 SHIPPED = {"smollm2": Path(__file__).parents[1] / "adapters" / "smollm2"}
 
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """What an adapter is made of.
+    """The shape of an adapter.
 
     Attributes:
         exit_layer: blocks of the model that run before it.
         num_blocks: blocks of its own, of the model's kind.
-        joins_last_state: whether its input is joined with the last layer's state of the token before.
+        joins_last_state: whether its input includes the last layer's state of the previous token.
 
     Raises:
         ValueError: a number that is not a whole one from 1 up.
@@ -59,26 +59,25 @@ class AdapterShape:
 
 
 class ExitAdapter(nn.Module):
-    """Turns states of an exit into states that the head reads, and reads them over the words that it knows.
+    """A draft model on the states of an exit: blocks, norm and head, over a part of the vocabulary.
 
-    Its blocks, norm and head form a small model of the same family (`body`), so that everything that runs a decoder
-    runs it too. It starts as a copy of the model's top; its head is a part of the model's, never trained or saved.
+    They form a small model of the same family (`body`), so that whatever runs a decoder runs it too. It starts as a
+    copy of the model's last blocks; its head consists of rows of the model's, and is never trained or saved.
+
+    Args:
+        model: the frozen model.
+        shape: its exit layer, its number of blocks, and its inputs.
+        token_ids: [W], the tokens that it can predict, ascending; None: all.
 
     Attributes:
-        shape: an AdapterShape.
         made_for: `fingerprint` of the model.
-        token_ids: [W], the tokens that it can predict, ascending; the rows of its head.
+        token_ids: [W], the tokens that it can predict, by row of its head.
+
+    Raises:
+        ValueError: an exit that is not below the model's last layer, or more blocks than the model has.
     """
 
     def __init__(self, model: PreTrainedModel, shape: AdapterShape, token_ids: Tensor | None = None):
-        """
-        Args:
-            model: the frozen model.
-            token_ids: None: all tokens.
-
-        Raises:
-            ValueError: an exit that is not below the model's last layer, or more blocks than the model has.
-        """
         super().__init__()
         decoder = Decoder(model)
         check_shape(shape, decoder.num_layers)
@@ -90,69 +89,69 @@ class ExitAdapter(nn.Module):
         width = decoder.hidden_size
         self.join = nn.Linear(2 * width if shape.joins_last_state else width, width)
         self.body = body_of(decoder, shape.num_blocks, self.token_ids)
-        with torch.no_grad():  # at first nothing but the exit's state goes through; training begins with `fit_join`
+        with torch.no_grad():  # passes the exit's state through; training replaces it by `fit_join`
             self.join.weight.copy_(torch.eye(*self.join.weight.shape))
             self.join.bias.zero_()
         self.join.to(decoder.device, decoder.dtype)
-        self.body.to(decoder.device)  # in that dtype already, but for its rotary frequencies, which must not be rounded
+        self.body.to(decoder.device)  # no dtype: its rotary frequencies must not be rounded
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """Everything but the head."""
+        """Return all parameters but the head's."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     @torch.no_grad()
     def take_weights(self, other: ExitAdapter) -> None:
-        """The weights of an adapter of the same model and shape, whatever its words: the head is none of them."""
+        """Copy the weights of an adapter of the same model and shape, whose tokens may be others."""
         for mine, theirs in zip(self.trained_parameters(), other.trained_parameters(), strict=True):
             mine.copy_(theirs)
 
     def joined(self, exit_states: Tensor, last_states: Tensor | None) -> Tensor:
-        """The input of its first block, [..., D].
+        """Return the input of its first block, [..., D].
 
         Args:
             exit_states: [..., D], of the model's exit, before any norm.
-            last_states: [..., D], of the token before each: the last layer's after the final norm, or in its place what
-                `norm` makes of this adapter's own. None where the shape joins none.
+            last_states: [..., D], of the previous token: the last layer's after the final norm, or, for a drafted
+                token, this adapter's own after `norm`. None where the shape joins none.
         """
         return self.join(side_by_side(exit_states, last_states))
 
     def run(self, joined: Tensor, inputs: BlockInputs) -> Tensor:
-        """[B, S, D] through its blocks."""
+        """Return the output of its blocks, [B, S, D], for joined inputs [B, S, D]."""
         decoder, x = Decoder(self.body), joined
         for index in range(self.shape.num_blocks):
             x = decoder.block(index, x, inputs)
         return x
 
     def norm(self, states: Tensor) -> Tensor:
-        """[..., D]: what its head reads, and what stands in for the last layer's state of a drafted token."""
+        """Return the normed states [..., D], read by its head and in place of the last layer's of a drafted token."""
         return Decoder(self.body).norm(states)
 
     def save(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Writes `folder`: shape and weights, without the head."""
+        """Write shape and weights, without the head, into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         trained = {name: part for name, part in self.named_parameters() if part.requires_grad}
         weights = {name: part.detach().to(dtype).contiguous() for name, part in trained.items()}
-        # int32: torch knows no smaller type that holds every vocabulary
+        # int32: the smallest type of torch that holds every vocabulary
         save_file({**weights, "token_ids": self.token_ids.int()}, folder / WEIGHTS_FILE)
         description = {**asdict(self.shape), "model": self.made_for}
         write_json(folder / SHAPE_FILE, description)
 
 
 def side_by_side(exit_states: Tensor, last_states: Tensor | None) -> Tensor:
-    """What the join is given: both parts, normed, in one row [..., 2 D]; or [..., D], the exit's alone."""
+    """Return the states, each normed, side by side in [..., 2 D]; or the exit's alone, [..., D]."""
     parts = [exit_states] if last_states is None else [exit_states, last_states]
     both = torch.stack(parts, -2)
     return F.rms_norm(both, both.shape[-1:]).flatten(-2)
 
 
 def find_adapter(name: str, field: str = "exit_adapter") -> Path:
-    """The folder of an adapter: one on the disk, or by the name `smollm2` the one that comes with lskip.
+    """Return the folder of an adapter: a path, or `smollm2` for the one that comes with lskip.
 
     Args:
-        field: what names it, for the message.
+        field: the setting that names it, for messages.
 
     Raises:
-        FileNotFoundError: there is no such folder, or none with an adapter.
+        FileNotFoundError: there is no such folder, or no adapter in it.
     """
     folder = SHIPPED.get(name) or user_path(name, field)
     if not folder.is_dir():
@@ -167,14 +166,14 @@ def _check_holds(folder: Path, field: str) -> None:
 
 
 def load_adapter(folder: Path, model: PreTrainedModel, expected: AdapterShape | None = None) -> ExitAdapter:
-    """The adapter that `save` wrote, on `model`'s device and in its dtype.
+    """Return the adapter that `save` wrote, on the device and in the dtype of `model`.
 
     Raises:
         FileNotFoundError: no adapter in `folder`.
-        ValueError: it is of another model or not of the expected shape, or the files are damaged.
+        ValueError: it is of another model or not of the `expected` shape, or the files are damaged.
     """
     _check_holds(folder, "exit_adapter")
-    with foreign(f"exit_adapter: '{folder}'"):  # whatever the files say
+    with foreign(f"exit_adapter: '{folder}'"):
         description = parse_json(read_text(folder / SHAPE_FILE, "exit_adapter"), SHAPE_FILE)
         made_for, shape = description.pop("model"), AdapterShape(**description)
         weights = load_file(folder / WEIGHTS_FILE)
@@ -202,7 +201,7 @@ def load_adapter(folder: Path, model: PreTrainedModel, expected: AdapterShape | 
 
 
 def fingerprint(decoder: Decoder) -> dict:
-    """Tells models apart: sizes, and a hash of the head's first rows, the same whatever type they are loaded in."""
+    """Return what identifies a model in any dtype: its sizes, and a hash of the head's first rows in bfloat16."""
     rows = decoder.head_weight[:256].detach().to("cpu", torch.bfloat16).contiguous()
     return {
         "num_layers": decoder.num_layers,
@@ -213,7 +212,7 @@ def fingerprint(decoder: Decoder) -> dict:
 
 
 def check_shape(shape: AdapterShape, num_layers: int) -> None:
-    """ValueError unless it fits a model of so many layers."""
+    """Raise ValueError unless the shape fits a model of `num_layers`."""
     if shape.exit_layer >= num_layers:
         raise ValueError(f"exit_layer: {shape.exit_layer} is not from 1 to {num_layers - 1}, below the last layer")
     if shape.num_blocks > num_layers:
@@ -221,11 +220,11 @@ def check_shape(shape: AdapterShape, num_layers: int) -> None:
 
 
 def body_of(decoder: Decoder, num_blocks: int, token_ids: Tensor) -> PreTrainedModel:
-    """The model's last `num_blocks` blocks, its norm and those rows of its head: a model of its own."""
+    """Return a model of the decoder's last `num_blocks` blocks, its norm and the rows `token_ids` of its head."""
     config = with_layers(decoder.config, slice(decoder.num_layers - num_blocks, None))
     config.vocab_size = len(token_ids)
-    config.tie_word_embeddings = True  # it has no use for an embedding of its own
-    config.pad_token_id = config.bos_token_id = config.eos_token_id = None  # they may lie beyond its words
+    config.tie_word_embeddings = True  # the embedding is not used
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None  # they may lie beyond its vocabulary
     attention = decoder.config._attn_implementation
     body = AutoModelForCausalLM.from_config(
         config, dtype=decoder.dtype, attn_implementation=attention, trust_remote_code=False

@@ -1,7 +1,7 @@
-"""What exits may have of their own beside the model: an affine map each, and one judge of all of them.
+"""Trained parts of the exits beside the model: an affine map for each exit, and one exit classifier for all.
 
-They are trained with the model or behind a frozen one, and lie in its checkpoint, or in exits.safetensors in the
-folder that `lskip export` writes; the model itself stays an ordinary one.
+They train with the model or on a frozen one. They are saved in its checkpoint, or in exits.safetensors in the folder
+that `lskip export` writes; the model itself stays an ordinary one.
 """
 
 from __future__ import annotations
@@ -17,51 +17,51 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lskip.losses import rows_at_once
-from lskip.models.checkpoint import verify
+from lskip.models.checkpoint import read_checkpoint, verify
 from lskip.models.decoder import Decoder
-from lskip.models.pretrained import find_source, read_checkpoint
+from lskip.models.reading.sources import find_source
 from lskip.utils.foreign import foreign
 
 EXITS_FILE = "exits.safetensors"
 IN_CHECKPOINT = "exits."  # LayerSkipModule.exits
 
 
-class ExitCertainty(nn.Module):
-    """u = sigmoid(w · h + b), one linear layer shared by all exits: how right the exit with state h is, from 0 to 1.
+class ExitClassifier(nn.Module):
+    """The learned exit of BERxiT (Xin et al., EACL 2021): u = sigmoid(w · h + b), one linear layer for all exits.
 
-    h is the exit's state over its root mean square: states of a decoder grow from block to block, which would tell
-    the depth alone. (BERxiT's states are normed by BERT. Its code stores 1 - u.)
+    u estimates, from 0 to 1, how right the exit with state h is. h is the state divided by its root mean square, since
+    norms grow with depth and would tell nothing else. (BERT norms its states. BERxiT's code stores 1 - u.)
     """
 
     def __init__(self, width: int):
         super().__init__()
         self.linear = nn.Linear(width, 1)
-        nn.init.zeros_(self.linear.weight)  # at first it knows nothing: u = 0.5
+        nn.init.zeros_(self.linear.weight)  # u = 0.5 before training
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, states: Tensor) -> Tensor:
-        """[..., D], the exit's state before any norm -> u [...], at least float32."""
+        """Return u [...], at least float32, for exit states [..., D] before any norm."""
         normed = F.rms_norm(states.to(torch.promote_types(states.dtype, torch.float32)), states.shape[-1:])
         return F.linear(normed, self.linear.weight.to(normed), self.linear.bias.to(normed)).squeeze(-1).sigmoid()
 
     def loss(self, states: Tensor, targets: Tensor) -> Tensor:
-        """The mean squared error of u against targets [...] in [0, 1].
+        """Return the mean squared error of u against targets [...] in [0, 1].
 
-        The states are not trained by it: an exit shall be right, not look as if it were. (Our choice.)
+        The states get no gradient from it, so that exits do not learn to look right. (Our choice.)
         """
         return F.mse_loss(self(states.detach()), targets.detach().to(torch.float32))
 
 
 def closeness(predictions: Tensor, targets: Tensor) -> Tensor:
-    """How right numbers are: 1 - tanh|prediction - target|, BERxiT's for regression; errors of 1 are large ones."""
+    """Return 1 - tanh|prediction - target|, BERxiT's target for regression, where an error of 1 is large."""
     return 1 - (predictions - targets).abs().tanh()
 
 
 class ExitHeads(nn.Module):
-    """An affine map of an exit's state for each exit but the last, before the shared norm and head.
+    """An affine map of the state for each exit but the last, before the shared norm and head.
 
-    It is the tuned lens (Belrose et al., arXiv 2303.08112), and stands for DeeBERT's classifier of each layer: a head
-    over the whole vocabulary for each exit would be larger than a small model is. At first it is the identity.
+    This is the tuned lens (Belrose et al., arXiv 2303.08112), in place of DeeBERT's classifier for each layer: a head
+    over the vocabulary for each exit would be larger than a small model. It starts as the identity.
     """
 
     def __init__(self, num_layers: int, width: int):
@@ -72,55 +72,63 @@ class ExitHeads(nn.Module):
             nn.init.zeros_(affine.bias)
 
     def forward(self, exit_layer: int, states: Tensor) -> Tensor:
-        """[..., D] of an exit -> [..., D], which norm and head read. The last layer's stay as they are."""
+        """Return the states [..., D] of an exit as norm and head read them; the last layer's are unchanged."""
         return states if exit_layer > len(self.maps) else self.maps[exit_layer - 1](states)
 
 
 class TrainedExits(nn.Module):
-    """Affine maps, or a judge, or both.
+    """Affine maps of the exits, or an exit classifier, or both.
 
     Attributes:
-        heads: ExitHeads or None: the shared norm and head read the exits as they are.
-        certainty: ExitCertainty or None.
+        heads: ExitHeads; None: the shared norm and head read the exits directly.
     """
 
-    def __init__(self, num_layers: int, width: int, heads: bool, certainty: bool):
+    def __init__(self, num_layers: int, width: int, heads: bool, classifier: bool):
         super().__init__()
         self.heads = ExitHeads(num_layers, width) if heads else None
-        self.certainty = ExitCertainty(width) if certainty else None
+        self.certainty = ExitClassifier(width) if classifier else None  # the name is a key of checkpoints
+
+    @property
+    def classifier(self) -> ExitClassifier | None:
+        """The exit classifier, if there is one."""
+        return self.certainty
 
     def translate(self, exit_layer: int, states: Tensor) -> Tensor:
-        """The states [..., D] of an exit as norm and head take them."""
+        """Return the states [..., D] of an exit as norm and head read them."""
         return states if self.heads is None else self.heads(exit_layer, states)
 
-    def judge_loss(self, decoder: Decoder, exit_layer: int, states: Tensor, labels: Tensor) -> Tensor | None:
-        """BERxiT's loss of one exit: u against [argmax z = y] at N positions; None where nobody judges it.
+    def classifier_loss(self, decoder: Decoder, exit_layer: int, states: Tensor, labels: Tensor) -> Tensor | None:
+        """Return BERxiT's loss of u against [argmax z = y] at N positions of one exit.
 
         Args:
             states: [N, D], before any norm.
             labels: [N].
+
+        Returns:
+            A scalar; None without a classifier, for the last exit, and where N is 0.
         """
-        if self.certainty is None or exit_layer == decoder.num_layers or len(states) == 0:
+        if self.classifier is None or exit_layer == decoder.num_layers or len(states) == 0:
             return None
         right = predictions(decoder, self.translate(exit_layer, states)) == labels
-        return self.certainty.loss(states, right)
+        return self.classifier.loss(states, right)
 
     def save(self, folder: Path) -> None:
-        """Writes exits.safetensors."""
+        """Write exits.safetensors into `folder`."""
         save_file({name: part.contiguous() for name, part in self.state_dict().items()}, folder / EXITS_FILE)
 
 
 @torch.no_grad()
 def predictions(decoder: Decoder, states: Tensor) -> Tensor:
-    """The likeliest token at each of N states [N, D]; a chunk of the logits at a time."""
+    """Return the argmax token [N] of states [N, D], with the logits of one chunk at a time."""
     parts = states.split(rows_at_once(decoder.vocab_size, states.device))
     return torch.cat([decoder.decode(part).argmax(-1) for part in parts])
 
 
 def load_trained_exits(source: str, decoder: Decoder) -> TrainedExits | None:
-    """What the model that `source` names (as --model does) brings for its exits, on its device and in its dtype.
+    """Return the trained exits saved with the model that `source` (as --model) names; None where there are none.
 
-    Returns None where it brings nothing. Raises ValueError if it does not fit the model, and as `find_source` does.
+    They are on the device and in the dtype of `decoder`. Raises ValueError if they do not fit it, and as `find_source`
+    does.
     """
     weights = _saved(source)
     return rebuilt(weights, decoder, source) if weights else None
@@ -140,7 +148,7 @@ def _saved(source: str) -> dict[str, Tensor]:
     if found.kind == "hub":
         try:
             path = Path(hf_hub_download(found.place, EXITS_FILE))
-        except EntryNotFoundError:  # the usual: no exits of its own
+        except EntryNotFoundError:  # the usual case: no trained exits
             return {}
     if path is None or not path.is_file():
         return {}
@@ -149,7 +157,7 @@ def _saved(source: str) -> dict[str, Tensor]:
 
 
 def rebuilt(weights: Mapping[str, Tensor], decoder: Decoder, source: str) -> TrainedExits:
-    """The exits that have these weights; ValueError if they are not for this model."""
+    """Return the trained exits of these weights; raise ValueError if they are of another model."""
     kinds = {name.partition(".")[0] for name in weights}
     exits = TrainedExits(decoder.num_layers, decoder.hidden_size, "heads" in kinds, "certainty" in kinds)
     try:
@@ -159,11 +167,14 @@ def rebuilt(weights: Mapping[str, Tensor], decoder: Decoder, source: str) -> Tra
     return exits.to(decoder.device, decoder.dtype)
 
 
-def trained_exits(source, decoder: Decoder, heads: bool, certainty: bool) -> TrainedExits | None:
-    """What `source` brings for its exits if it is a name, with what else is asked for; None if that is nothing."""
+def trained_exits(source, decoder: Decoder, heads: bool, classifier: bool) -> TrainedExits | None:
+    """Return the trained exits saved with `source`, if that is a name, and new ones of what else is asked for.
+
+    None where that is nothing.
+    """
     own = load_trained_exits(source, decoder) if isinstance(source, str) else None
-    has = (own is not None and own.heads is not None, own is not None and own.certainty is not None)
-    wanted = heads or has[0], certainty or has[1]
+    has = (own is not None and own.heads is not None, own is not None and own.classifier is not None)
+    wanted = heads or has[0], classifier or has[1]
     if wanted == has:
         return own
     exits = TrainedExits(decoder.num_layers, decoder.hidden_size, *wanted).to(decoder.device, decoder.dtype)

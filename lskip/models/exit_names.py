@@ -1,4 +1,4 @@
-"""Exit layers as a user writes them: 8,16,last."""
+"""Parsing of exit layers as a user writes them: 8,16,last."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from lskip.models.pretrained import load_config
 
 
 def layers_of(model: str) -> int:
-    """How many layers a model has, its weights unread; ValueError, FileNotFoundError if it is none that lskip runs."""
+    """Return the number of layers of a model, its weights unread.
+
+    Raises:
+        ValueError, FileNotFoundError: there is no such model, or its family is not supported.
+    """
     config = load_config(model)
-    family_of(config)  # first: the config of another kind may not even say
+    family_of(config)  # first: the config of another family may have no such field
     return config.num_hidden_layers
 
 
 def exit_names(exits: str) -> list[str]:
-    """["8", "16", "last"] of "8,16,last".
+    """Return the names in a list: ["8", "16", "last"] for "8,16,last".
 
     Raises:
-        ValueError: one that is neither a number nor last.
+        ValueError: a name that is neither a number nor last.
     """
     names = [name.strip() for name in exits.split(",")]
     for name in names:
@@ -29,10 +33,10 @@ def exit_names(exits: str) -> list[str]:
 
 
 def exit_layers_of(names: Iterable[str], num_layers: int) -> list[int]:
-    """Exit layers, ascending and each once: ["8", "last"] -> [8, 30] in a model of 30 layers.
+    """Return exit layers, ascending and each once: [8, 30] for ["last", "8"] in a model of 30 layers.
 
     Raises:
-        ValueError: one that the model does not have.
+        ValueError: a layer that the model does not have.
     """
     layers = sorted({num_layers if name == "last" else int(name) for name in names})
     for layer in layers:

@@ -1,4 +1,4 @@
-"""What is particular about each family of causal LMs: where its parts are, and what stands around its blocks."""
+"""The supported families of causal LMs: paths to their modules, and what differs around their blocks."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from transformers import PreTrainedConfig
 
 @dataclass(frozen=True)
 class Family:
-    """How a family differs from Llama, whose description this is without any argument.
+    """The modules of a family; the defaults describe Llama.
 
-    Paths are dotted names below the model's `base_model`; a part that is None there (OPT has some by config) is
-    left out. The token embedding and the head need no path: transformers tells them.
+    Paths are dotted names below the model's `base_model`; a module that is None there (in OPT, by config) is left out.
+    The token embedding and the head need no path, since transformers returns them.
 
     Attributes:
         blocks: the list of blocks.
         norm: the final norm.
-        rotary: makes cosines and sines of positions for the blocks; None: they take none.
-        rotary_by_kind: blocks of sliding and of full attention turn by other angles.
+        rotary: returns cosines and sines of positions; None: positions are not rotary.
+        rotary_by_kind: whether blocks of sliding and of full attention rotate by different angles.
         positions: embedding of learned positions, added to that of the tokens; None: there is none.
         first_position: its row for position 0.
-        embedding_dropout: stands between embedding and first block; None: there is none.
-        project_in, project_out: linear behind the token embedding, and behind the final norm; None: there is none.
-        cache_argument: what blocks call their cache.
-        exits_in_transformers: whether `generate(assistant_early_exit=E)` of transformers leaves after block E. Where
-            not, it breaks.
-        unnamed_fields: fields that its code reads, though its config does not name them.
+        embedding_dropout: dropout between embedding and first block; None: there is none.
+        project_in, project_out: linear after the token embedding, and after the final norm; None: there is none.
+        cache_argument: the name of the cache among the arguments of a block.
+        exits_in_transformers: whether `generate(assistant_early_exit=E)` of transformers works and exits after block E.
+        unnamed_fields: fields that the family's code reads, though its config class does not declare them.
     """
 
     blocks: str = "layers"
@@ -43,8 +42,8 @@ class Family:
     unnamed_fields: tuple[str, ...] = ()
 
 
-# By model_type of the config. Scaled embeddings, soft-caps and windows need no entry: embeddings are modules, and a
-# config names the others (`final_logit_softcapping`, `sliding_window`, `layer_types`) alike in every family.
+# By model_type of the config. Scaled embeddings, soft-caps and windows need no entry: scaling is inside the embedding
+# module, and `final_logit_softcapping`, `sliding_window` and `layer_types` are the same fields in every family.
 FAMILIES = {
     "llama": Family(),
     "mistral": Family(),
@@ -82,10 +81,10 @@ FAMILIES = {
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family of the model that a config describes; needs no weights, so ask before they are read.
+    """Return the family of a config's model.
 
     Raises:
-        ValueError: a family that is not covered, or a variant of one that would be run wrongly.
+        ValueError: a family that is not supported, or a variant of one that would be run wrongly.
     """
     name = config.model_type
     check_family(name)
@@ -95,6 +94,6 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def check_family(name) -> None:
-    """ValueError unless `name` is the model_type of a family that is covered."""
+    """Raise ValueError unless `name` is the model_type of a supported family."""
     if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"model: the family {name!r} is not supported; allowed: {', '.join(FAMILIES)}")

@@ -1,4 +1,4 @@
-"""Everything that `--model` may name, turned into a transformers model and its tokenizer.
+"""Loading of a transformers model and its tokenizer from whatever `--model` may name.
 
 | source                        | what it is                                                          |
 |-------------------------------|---------------------------------------------------------------------|
@@ -10,9 +10,8 @@
 | `owner/name`                  | a model on the Hugging Face hub                                      |
 | a mapping with `model_type`   | a transformers config: the model is made from scratch, no tokenizer  |
 
-Nothing here runs code that comes with a model: checkpoints are read with `weights_only`, and `trust_remote_code` is
-False wherever transformers could ask for it. What is trusted are the files of a tokenizer: a library in Rust reads
-them, and one made to hang or to fill the memory does so.
+No code that comes with a model is run: checkpoints are read with `weights_only`, and `trust_remote_code` is always
+False. Only the files of a tokenizer are trusted: package tokenizers reads them, without limits of time or memory.
 """
 
 from __future__ import annotations
@@ -30,18 +29,18 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lskip.models.checkpoint import merged_low_rank, read_checkpoint, unpack_tokenizer, verify
+from lskip.models.reading.config import build_config, check_memory, check_weights_hold, make_config
 from lskip.models.reading.generation_values import check_kinds
-from lskip.models.reading.gguf_facts import (
+from lskip.models.reading.gguf_file import (
     Facts,
     check_facts,
     check_tensors,
+    correct_config,
+    correct_tokenizer,
     end_tokens,
+    parsed_once,
     read_facts,
-    settle_config,
-    settle_tokenizer,
 )
-from lskip.models.reading.gguf_reading import parsed_once
-from lskip.models.reading.model_config import build_config, check_memory, check_weights_hold, make_config
 from lskip.models.reading.sources import LAST_CHECKPOINT, Source, ask_hub, find_source, is_run
 from lskip.models.reading.weights_report import check_report, check_types, types_in, weights_files
 from lskip.utils.foreign import first_line, foreign, quietly
@@ -64,11 +63,13 @@ GENERATION_FILE = "generation_config.json"
 def load_model(
     source: str | dict, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load the model that `source` names (see the table above), in eval mode, on the CPU.
+    """Return the model that `source` names (see the table above), in eval mode on the CPU, and its tokenizer.
 
-    Returns the model and its tokenizer; the tokenizer is None for a model from scratch, and for a checkpoint
-    or folder that has none. Raises ValueError or FileNotFoundError with one sentence if there is no such
-    model, if it is damaged or incomplete, or if the package that reads it is missing.
+    The tokenizer is None for a model from scratch, and for a checkpoint or folder without one.
+
+    Raises:
+        ValueError, FileNotFoundError: there is no such model, it is damaged or incomplete, or the package that reads
+            it is missing.
     """
     if isinstance(source, dict):
         model = AutoModelForCausalLM.from_config(make_config(source, dtype), dtype=dtype, trust_remote_code=False)
@@ -83,9 +84,9 @@ def load_model(
 
 
 def load_tokenizer(source: str, field: str = "model") -> PreTrainedTokenizerBase:
-    """Load only the tokenizer of `source`; with field `tokenizer` of a folder that holds nothing else, too.
+    """Return only the tokenizer of `source`; with field `tokenizer` also of a folder that holds nothing else.
 
-    Raises as `load_model` does, and ValueError if there is none; `field` is what the message names.
+    Raises as `load_model` does, and ValueError if there is no tokenizer; messages begin with `field`.
     """
     found = _located(source, field)
     tokenizer = None
@@ -103,7 +104,7 @@ def load_tokenizer(source: str, field: str = "model") -> PreTrainedTokenizerBase
 
 
 def load_config(source: str) -> PreTrainedConfig:
-    """The config of what `load_model` would load, its weights unread. Raises as that does."""
+    """Return the config of the model that `load_model` would load, and raise as it does; weights are not read."""
     found = _located(source)
     if found.kind == "checkpoint":
         path = Path(found.place)
@@ -156,7 +157,7 @@ def _from_files(found: Source, dtype: torch.dtype, config: PreTrainedConfig) -> 
 
 
 def _check_folder(folder: Path, config: PreTrainedConfig) -> None:
-    """What transformers passes over: weights that cannot be those of the config, settings that are no JSON."""
+    """Raise ValueError for what transformers ignores, such as weights that cannot fit the config."""
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"model: '{folder}' holds an adapter of peft, which is not read; merge it into the model")
     files = [path for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind)]
@@ -172,7 +173,7 @@ def _check_folder(folder: Path, config: PreTrainedConfig) -> None:
 
 
 def _generation_config(values: object, where: str) -> GenerationConfig:
-    """ValueError with `where` in front unless these are settings for `generate`."""
+    """Return the settings for `generate`; raise ValueError, its message beginning with `where`, if they are invalid."""
     if not isinstance(values, dict):
         raise ValueError(f"{where} is not a mapping")
     check_kinds(values, where)
@@ -188,15 +189,15 @@ def _read_tokenizer(found: Source, field: str = "model") -> PreTrainedTokenizerB
 
 
 def _tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return the tokenizer once it has read a text: what its settings break shows only then."""
+    """Return the tokenizer after a call, which is what fails where its settings are broken."""
     tokenizer("a")
     return tokenizer
 
 
 def _tie(model: PreTrainedModel) -> None:
-    """Let embedding and head be one tensor where the config says so, and the config say so only where they can be.
+    """Tie embedding and head where the config says so and they are equal; else correct the config.
 
-    Without initial values (or an embedding of its own in the file) they come as two.
+    They come as two tensors from a model without initial values, and from a file that holds both.
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     if not model.config.tie_word_embeddings or head is embedding:
@@ -212,9 +213,9 @@ def _tie(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _gguf(found: Source, field: str = "model") -> Iterator[tuple[Source, Facts]]:
-    """Where to read a GGUF file, and what it says, checked; inside it is parsed no more.
+    """Yield a GGUF file's place and its checked metadata; inside this context it is parsed only once.
 
-    It is read from a folder of its own: transformers mixes in what else lies beside it, another tokenizer's files too.
+    It is linked into an empty folder, since transformers also reads the tokenizer files beside it.
     """
     with parsed_once(), tempfile.TemporaryDirectory(prefix="lskip-") as alone:
         link = Path(alone, "model.gguf")
@@ -239,7 +240,7 @@ def _from_gguf(found: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, PreT
 def _gguf_config(found: Source, facts: Facts) -> PreTrainedConfig:
     with foreign(f"model: {found.place!r}"):
         config = AutoConfig.from_pretrained(**found.transformers_arguments(), trust_remote_code=False)
-    settle_config(config, facts)
+    correct_config(config, facts)
     return build_config(config.to_dict(), f"model: {found.place!r}: ")
 
 
@@ -248,12 +249,12 @@ def _gguf_tokenizer(found: Source, facts: Facts, field: str = "model") -> PreTra
         return None
     tokenizer = _read_tokenizer(found, field)
     tokenizer.name_or_path = found.place
-    settle_tokenizer(tokenizer, facts)
+    correct_tokenizer(tokenizer, facts)
     return tokenizer
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
-    """Weights from GGUF are plain by now: without this, `save_pretrained` refuses them as quantized."""
+    """Remove the marks of quantization, for which `save_pretrained` refuses the de-quantized weights."""
     del model.config.quantization_config
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         if hasattr(model, name):
@@ -266,7 +267,7 @@ def _forget_quantization(model: PreTrainedModel) -> None:
 def _from_checkpoint(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     checkpoint = read_checkpoint(path)
     saved = checkpoint["lskip"]
-    own = "model."  # beside it may be what trained exits have of their own
+    own = "model."  # beside it there may be trained exits
     weights = {key.removeprefix(own): part for key, part in checkpoint["state_dict"].items() if key.startswith(own)}
     verify(weights, path)
     config = build_config(saved["config"], f"model: {str(path)!r}: config: ")

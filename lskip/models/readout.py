@@ -1,4 +1,4 @@
-"""What every exit says about a text: losses and predictions, and the metric that sums them up by layer."""
+"""Losses and predictions of every exit on a text, and the metric that aggregates them by layer."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ LogitsReader = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
 class Readout(NamedTuple):
-    """Every exit on the same N scored positions.
+    """Losses and predictions of exits at the same N scored positions.
 
     Attributes:
         losses: [exits, N], cross-entropy in nats, at least float32.
-        predictions: [exits, N], the most probable token.
+        predictions: [exits, N], the argmax token.
     """
 
     losses: Tensor
@@ -33,11 +33,14 @@ class Readout(NamedTuple):
 
 
 def scored_positions(input_ids: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Which states predict a scored token: (indices [N] into the B*S flattened positions, their targets [N]).
+    """Return the positions whose states predict a scored token, and those tokens.
 
     Args:
         input_ids: [B, S].
         labels: [B, S] aligned with input_ids as in transformers, -100 where not scored; None: all are.
+
+    Returns:
+        Indices [N] into the B*S flattened positions, and the target tokens [N].
     """
     labels = input_ids if labels is None else labels
     targets = torch.full_like(labels, -100)
@@ -54,11 +57,12 @@ def read_exits(
     exits: Sequence[int],
     trained: TrainedExits | None = None,
 ) -> Readout:
-    """Losses and predictions of each exit, by read_logits."""
+    """Return losses and predictions of each exit, as `read_logits` with `score_logits`."""
     return Readout(*read_logits(decoder, input_ids, labels, exits, score_logits, trained))
 
 
 def score_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cross-entropy in nats [n] and argmax [n] of logits [n, V]."""
     return cross_entropy(logits, targets, reduction="none"), logits.argmax(-1)
 
 
@@ -70,17 +74,17 @@ def read_logits(
     read: LogitsReader,
     trained: TrainedExits | None = None,
 ) -> list[Tensor]:
-    """One pass through the blocks that decodes each exit as it goes by and keeps what `read` makes of its logits.
+    """Return what `read` computes from the logits of each exit, in one pass through the blocks.
+
+    At most one chunk of one exit's logits is in memory.
 
     Args:
         exits: exit layers, 1-based, ascending.
         read: (logits [n, V], at least float32; targets [n]) -> tensors [n, …].
-        trained: what the exits have of their own.
+        trained: exit heads, applied before norm and head.
 
     Returns:
         Each tensor of `read` for all exits and all N scored positions: [exits, N, …].
-
-    Never more than a chunk of one exit's logits is alive.
     """
     return read_positions(decoder, input_ids, *scored_positions(input_ids, labels), exits, read, trained)
 
@@ -94,11 +98,11 @@ def read_positions(
     read: LogitsReader,
     trained: TrainedExits | None = None,
 ) -> list[Tensor]:
-    """read_logits for states that are named themselves.
+    """Return the same as `read_logits`, for given positions.
 
     Args:
-        positions: [N] into the B*S flattened states, in any order; a state may be named more than once.
-        targets: [N], the token to score there.
+        positions: [N] into the B*S flattened states, in any order, repeated or not.
+        targets: [N], the token to score at each.
     """
     wanted = {decoder.block_index(exit_layer) for exit_layer in exits}
     x = decoder.embed(input_ids)
@@ -116,7 +120,7 @@ def read_positions(
 def _read_in_chunks(decoder: Decoder, states: Tensor, targets: Tensor, read: LogitsReader) -> list[Tensor]:
     chunks = []
     step = rows_at_once(decoder.vocab_size, states.device)
-    for start in range(0, max(len(states), 1), step):  # where nothing is scored: one chunk, empty
+    for start in range(0, max(len(states), 1), step):  # one empty chunk where nothing is scored
         logits = decoder.decode(states[start : start + step])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         chunks.append(read(logits, targets[start : start + step]))
@@ -124,14 +128,14 @@ def _read_in_chunks(decoder: Decoder, states: Tensor, targets: Tensor, read: Log
 
 
 class LayerReport(NamedTuple):
-    """Every layer of a model on a text.
+    """Perplexity and agreement of every layer of a model on a text.
 
     Attributes:
-        perplexity: one a layer; inf where it exceeds what a float holds.
+        perplexity: one for each layer; inf where it exceeds the range of a float.
         agreement: share of positions where the layer's argmax is the last layer's.
         layers_needed: mean depth (in layers) after which the argmax no longer changes.
 
-    All three are NaN where logits are: the argmax of such says nothing, and of all layers the same.
+    All three are NaN where logits are NaN, whose argmax means nothing.
     """
 
     perplexity: list[float]
@@ -139,19 +143,19 @@ class LayerReport(NamedTuple):
     layers_needed: float
 
     def layers(self) -> list[dict]:
-        """One record a layer, first to last: {"layer", "perplexity", "agreement"}."""
+        """Return a record {"layer", "perplexity", "agreement"} for each layer, first to last."""
         rows = enumerate(zip(self.perplexity, self.agreement, strict=True), start=1)
         return [{"layer": n, "perplexity": ppl, "agreement": agree} for n, (ppl, agree) in rows]
 
 
 class LayerReportMetric(Metric):
-    """Accumulates readouts of all layers over batches and ranks into a LayerReport."""
+    """A metric that accumulates readouts of all layers, over batches and ranks, into a LayerReport."""
 
     full_state_update = False
 
     def __init__(self, num_layers: int):
         super().__init__()
-        # Counts are whole numbers, exact at any size; no float64, which Apple's GPUs lack.
+        # Integer counts are exact at any size; Apple's GPUs lack float64.
         self.add_state("loss", torch.zeros(num_layers), dist_reduce_fx="sum")
         self.add_state("agree", torch.zeros(num_layers, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("needed", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
@@ -175,19 +179,19 @@ class LayerReportMetric(Metric):
 
 
 def settled_depth(agree: Tensor) -> Tensor:
-    """The depth (1-based) from which on every layer agrees with the last: bool [L, N] -> int [N]."""
+    """Return the depth [N] (1-based) from which on every layer agrees with the last, for bool [L, N]."""
     still_agreeing = agree.flip(0).cumprod(0)  # from the last layer down: 1 until the first disagreement
     return len(agree) + 1 - still_agreeing.sum(0)
 
 
 def first_depth(hits: Tensor) -> Tensor:
-    """The first depth (1-based) that hits, one more than there are where none does: bool [L, N] -> int [N]."""
+    """Return the first depth [N] (1-based) that hits, L + 1 where none does, for bool [L, N]."""
     return 1 + (hits.cumsum(0) == 0).sum(0)
 
 
 @torch.inference_mode()
 def report_layers(decoder: Decoder, batches: Iterable[Tensor]) -> LayerReport:
-    """All layers of a model on a text, in one pass: batches of token ids [B, S] -> report."""
+    """Return the report of all layers on batches of token ids [B, S]."""
     metric = LayerReportMetric(decoder.num_layers).to(decoder.device)
     for input_ids in batches:
         layers = range(1, decoder.num_layers + 1)

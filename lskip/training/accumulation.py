@@ -1,4 +1,4 @@
-"""One step over several micro-batches as if they were one batch, where they score unequal numbers of tokens."""
+"""Gradient accumulation over micro-batches with unequal numbers of scored tokens."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 
 
 class AccumulatedTokens:
-    """Makes the loss of an accumulated step a mean over all of its scored tokens.
+    """Counts that make the loss of an accumulated step the mean over all of its scored tokens.
 
-    Lightning adds the gradients of A micro-batches, each divided by A. A mean of means would count a token of a
-    short micro-batch more than one of a long one. What is still to come in the step is not known, so each loss is
-    weighted by its tokens against the first one's, and the sum is set right once, before the optimizer. With equal
-    micro-batches both factors are exactly 1.
+    Lightning adds the gradients of A micro-batches, each divided by A, and a mean of means would weight tokens of short
+    micro-batches more. The counts of later micro-batches are unknown, so each loss is weighted by its tokens relative
+    to the first micro-batch, and the gradients are scaled once before the optimizer's step. With equal micro-batches
+    both factors are exactly 1.
     """
 
     def __init__(self) -> None:
         self._counts: list[int] = []
 
     def weight(self, scored: int) -> float:
-        """The factor of the loss of the step's next micro-batch, which is a mean over its `scored` tokens."""
+        """Return the factor of the next micro-batch's loss, which is a mean over its `scored` tokens."""
         self._counts.append(scored)
         return scored / self._first
 
@@ -29,7 +29,7 @@ class AccumulatedTokens:
         """Scale the step's gradients, in place, and begin a new step.
 
         Args:
-            accumulate_grad_batches: A, what every micro-batch was divided by; an epoch's last step may have fewer.
+            accumulate_grad_batches: A, by which every loss was divided; an epoch's last step may have fewer.
         """
         factor = accumulate_grad_batches * self._first / max(sum(self._counts), 1)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

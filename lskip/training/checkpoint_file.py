@@ -1,4 +1,4 @@
-"""A checkpoint's file: written beside its place and moved there whole, so that nothing can leave half of one."""
+"""Atomic writing of checkpoint files."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes straight to the disk that the checkpoint is for.
+    """Checkpoint writing on the target disk, in place of Lightning's.
 
-    Lightning's own builds it in memory, writes it to $TMPDIR, and moves it from there: the size of a checkpoint more
-    of memory, and what a kill leaves there stays for ever.
+    Lightning serializes into memory, writes to $TMPDIR and moves the file from there: it needs a checkpoint's size more
+    of memory, and a killed run leaves files there for ever.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Replace the file at `path` at once.
+        """Replace the file at `path` atomically.
 
         Raises:
-            ValueError: it could not be written; what was there before is as it was.
+            ValueError: it could not be written; the previous file is unchanged.
         """
         path = Path(path)
         partial = partial_of(path)
@@ -41,14 +41,14 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
         watched = _Watched(file)
         try:
             torch.save(checkpoint, watched)
-        except RuntimeError as error:  # torch's own, which does not say why
+        except RuntimeError as error:  # torch's, without the reason
             raise watched.failure or error from error
         file.flush()
-        os.fsync(file.fileno())  # a name never stands for bytes that a power cut can take
+        os.fsync(file.fileno())  # before the rename, so that a power cut cannot leave an incomplete file under its name
 
 
 class _Watched:
-    """A file that remembers why writing to it failed."""
+    """A file that keeps the OSError of a failed write."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -66,13 +66,12 @@ class _Watched:
 
 
 def partial_of(path: Path) -> Path:
-    """Return where a file lies while it is written."""
+    """Return the path of a file while it is being written."""
     return path.with_name(f".{path.name}.partial")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed run has left half written in `folder`. Nobody else may be writing there."""
-    for pattern in (".*.partial", "last.partial"):  # the second as older versions named it
-        for path in folder.glob(pattern):
-            if path.is_file():
-                path.unlink()
+    """Delete partial files that a killed run left in `folder`, where no other process may be writing."""
+    for path in folder.glob(".*.partial"):
+        if path.is_file():
+            path.unlink()

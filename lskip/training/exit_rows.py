@@ -1,4 +1,4 @@
-"""The rows of one exit that a training step decodes: at all scored positions, or at a sampled share of them."""
+"""The rows of one exit that a training step decodes: all scored positions, or a sampled share of them."""
 
 from __future__ import annotations
 
@@ -12,27 +12,30 @@ from lskip.utils.devices import to_device
 
 
 class ExitRows(NamedTuple):
-    """One exit's n rows.
+    """The n decoded rows of one exit.
 
     Attributes:
         states: [n, D], after the final norm.
         labels: [n], the tokens that follow.
         weights: [n], of each row's loss.
-        picked: [n], which of the scored positions they are; None: all.
-        judged: the loss of the judge of this exit; None where nothing judges it.
+        picked: [n], indices among the scored positions; None: all.
+        classifier_loss: of the exit classifier at this exit; None where there is none.
     """
 
     states: Tensor
     labels: Tensor
     weights: Tensor
     picked: Tensor | None
-    judged: Tensor | None
+    classifier_loss: Tensor | None
 
 
 def sampled_positions(
     seed: int, micro_batch: int, block: int, count: int, share: float, device: torch.device
 ) -> Tensor | None:
-    """Which of `count` scored positions the exit after `block` decodes, drawn anew each time; None for all."""
+    """Return the indices [n] of the scored positions that an exit decodes; None for all.
+
+    Drawn anew for each exit and micro-batch, a pure function of the arguments.
+    """
     if share == 1 or count == 0:
         return None
     random = np.random.default_rng([seed, micro_batch, block, 1])

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is NaN or infinite: training stops there, or goes on without them."""
+"""Detection of steps whose loss or gradient is NaN or infinite: training stops, or skips them."""
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -7,25 +7,25 @@ from torch import Tensor
 from lskip.utils.checks import check_choice
 from lskip.utils.finite import all_finite
 
-MOST_IN_A_ROW = 20  # skipped steps after which no good one is to be expected
+MOST_IN_A_ROW = 20  # skipped steps after which training stops
 ADVICE = "try a smaller learning rate, clipping (trainer.gradient_clip_val), or not_finite: skip"
 
 
 class FiniteSteps(Callback):
-    """Sees to it that what a run saves is finite.
+    """Ensures that losses, gradients and saved weights are finite.
 
-    Where the first loss or gradient was that is not is kept on the device, and read when the log is written, before
-    validation and before each checkpoint: no step waits for it. Then training ends, and says which step and batch it
-    was; the checkpoint before it stays. A module returns this callback from `configure_callbacks`, asks
-    `admits` before its optimizer steps, and `check_saved` when a checkpoint is made.
+    The place of the first loss or gradient that is not finite is kept on the device, and read when the log is written,
+    before validation and before each checkpoint, so that no step waits for it. Training then ends with the step and
+    batch in the message; the previous checkpoint stays. A module returns this callback from `configure_callbacks`,
+    calls `admits` before its optimizer steps, and `check_saved` when a checkpoint is made.
 
     Args:
-        not_finite: "stop", or "skip": a step that is not finite changes no weight, but counts as a step; the log says
-            how many (`train/skipped_steps`). Each step then waits for its gradient. In 16-mixed the scale of the loss
-            is found by gradients that overflow: those steps are left out in either case, and are no fault.
+        not_finite: "stop", or "skip": a step that is not finite changes no weight, but counts as a step; the log shows
+            how many (`train/skipped_steps`). Each step then waits for its gradient. In 16-mixed the loss scale is
+            found by gradients that overflow: those steps are skipped in either case, and are no error.
 
     Attributes:
-        skipped: steps that were left out.
+        skipped: number of skipped steps.
     """
 
     def __init__(self, not_finite: str = "stop"):
@@ -37,7 +37,7 @@ class FiniteSteps(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.skipped = self._in_a_row = 0
-        # Step and micro-batch, counted from 1, of the first that was not finite; 0 where all were.
+        # Step and micro-batch (1-based) of the first value that was not finite; 0: all were.
         self._first = torch.zeros(2, dtype=torch.long, device=pl_module.device)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -49,7 +49,7 @@ class FiniteSteps(Callback):
         self._first[1].masked_fill_(fresh, trainer.fit_loop.epoch_loop.batch_progress.total.processed + 1)
 
     def admits(self, trainer: Trainer, pl_module: LightningModule, gradient_norm: Tensor) -> bool:
-        """Return whether the optimizer's coming step is to be made; where not, the gradients are gone already."""
+        """Return whether the optimizer may step; if not, the gradients have been removed."""
         if getattr(trainer.precision_plugin, "scaler", None) is None:
             self._look_at(trainer, gradient_norm.detach())
         if self.not_finite == "stop" or not self._found(trainer):
@@ -61,11 +61,11 @@ class FiniteSteps(Callback):
             raise ValueError(f"{self._where()}, as in the {MOST_IN_A_ROW - 1} steps before it: {ADVICE}")
         self._first.zero_()
         for parameter in pl_module.parameters():
-            parameter.grad = None  # which an optimizer leaves alone, with its weight decay and momentum
+            parameter.grad = None  # so that the optimizer skips it, with its weight decay and momentum
         return False
 
     def _found(self, trainer: Trainer) -> bool:
-        """Whether any process has come upon one; all of them must ask."""
+        """Return whether any process had a value that was not finite; a collective call."""
         return trainer.strategy.reduce_boolean_decision(bool(self._first[0] > 0), all=False)
 
     def _where(self) -> str:
@@ -74,7 +74,7 @@ class FiniteSteps(Callback):
         return f"not_finite: in {place} the loss or its gradient is NaN or infinite"
 
     def check(self, trainer: Trainer) -> None:
-        """ValueError where a step so far was not finite, and was not left out."""
+        """Raise ValueError where a step so far was not finite, and was not skipped."""
         if self.not_finite == "stop" and self._first is not None and self._found(trainer):
             raise ValueError(f"{self._where()}; what was saved before it stays: {ADVICE}")
 
@@ -91,7 +91,7 @@ class FiniteSteps(Callback):
         self.check(trainer)
 
     def check_saved(self, trainer: Trainer, checkpoint: dict) -> None:
-        """ValueError, before anything is written, where weights or the optimizer's state are not finite."""
+        """Raise ValueError, before anything is written, where weights or optimizer state are not finite."""
         self.check(trainer)
         parts = {"weights": checkpoint["state_dict"], "optimizer's state": checkpoint.get("optimizer_states")}
         for name, part in parts.items():

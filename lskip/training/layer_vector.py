@@ -1,4 +1,4 @@
-"""One number a block that one callback may set: the seam between LayerSkipModule and the callbacks."""
+"""The interface between LayerSkipModule and the callbacks: one number for each block, set by one callback."""
 
 from collections.abc import Sequence
 from math import inf
@@ -8,8 +8,8 @@ class LayerVector:
     """A number for each block, with at most one writer.
 
     Args:
-        name: what error messages call it.
-        values: what holds when nobody writes.
+        name: for error messages.
+        values: those without a writer.
     """
 
     def __init__(self, name: str, values: Sequence[float]):
@@ -18,17 +18,17 @@ class LayerVector:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the writer and what it wrote: a run starts with what holds when nobody writes."""
+        """Remove the writer and restore the initial values."""
         self.values = list(self._unwritten)
         self._writer: object | None = None
         self._sum = [0.0] * len(self.values)
         self._count = 0
 
     def claim(self, writer: object) -> None:
-        """Announce that `writer` will write.
+        """Register `writer`.
 
         Raises:
-            ValueError: somebody else already does; names both.
+            ValueError: another writer is registered.
         """
         if self._writer is not None and self._writer is not writer:
             names = f"{type(self._writer).__name__} and {type(writer).__name__}"
@@ -36,7 +36,7 @@ class LayerVector:
         self._writer = writer
 
     def write(self, writer: object, values: Sequence[float]) -> None:
-        """Set all values for the coming step.
+        """Set all values for the next step.
 
         Raises:
             ValueError: another writer has claimed the vector, the number of values is not that of the blocks, or
@@ -52,12 +52,12 @@ class LayerVector:
         self.values = list(values)
 
     def count_step(self) -> None:
-        """Take the current values into the mean."""
+        """Add the current values to the mean."""
         self._sum = [total + value for total, value in zip(self._sum, self.values, strict=True)]
         self._count += 1
 
     def take_mean(self) -> list[float]:
-        """The mean over the steps since it was last taken (a curriculum changes at each step)."""
+        """Return the mean over the steps since the last call."""
         mean = [total / max(self._count, 1) for total in self._sum]
         self._sum, self._count = [0.0] * len(self.values), 0
         return mean

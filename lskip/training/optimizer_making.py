@@ -1,4 +1,4 @@
-"""Optimizer and schedule as they were asked for: made, tried, and refused in one sentence."""
+"""Construction of optimizer and schedule from user settings, with one-sentence errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lskip.utils.foreign import first_line
 OptimizerCallable = Callable[[Iterable], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 
-# What torch's and others' classes raise for arguments that they do not take.
+# Raised by optimizers and schedules for arguments that they do not accept.
 _REFUSALS = (ValueError, TypeError, RuntimeError, AssertionError, ArithmeticError)
 _ALLOWED = {
     "learning rate": ("lr", "a number from 0 up"),
@@ -33,7 +33,7 @@ def make_optimizer(make: OptimizerCallable, groups: list[dict]) -> Optimizer:
     """Return the optimizer of these parameters.
 
     Raises:
-        ValueError: it does not take its arguments, these parameters or a step as it is made here.
+        ValueError: the optimizer refuses its arguments or parameters, or needs a step of another kind.
     """
     try:
         optimizer = make(groups)
@@ -53,19 +53,19 @@ def make_optimizer(make: OptimizerCallable, groups: list[dict]) -> Optimizer:
 
 
 def state_of(optimizer: Optimizer) -> set[str]:
-    """Return the names of what an optimizer, as it is set, keeps of each weight: by a step of another one like it.
+    """Return the names of an optimizer's state for a parameter, found by a step of a copy with the same settings.
 
-    Empty where no other one can be made.
+    Empty where no copy can be made.
 
     Raises:
-        ValueError: it cannot make a step.
+        ValueError: the copy cannot make a step.
     """
     group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
     tiny = torch.zeros(2, 2, device=optimizer.param_groups[0]["params"][0].device, requires_grad=True)
     tiny.grad = torch.zeros_like(tiny)
     try:
         twin = type(optimizer)([{**group, "params": [tiny]}])
-    except _REFUSALS:  # somebody's own, that takes more
+    except _REFUSALS:  # a class of the user's with more arguments
         return set()
     try:
         twin.step()
@@ -78,12 +78,12 @@ def make_schedule(make: LRSchedulerCallable, optimizer: Optimizer, total_steps: 
     """Return the schedule of an optimizer.
 
     Args:
-        make: what was asked for.
+        make: makes a schedule for an optimizer.
         optimizer: whose learning rates it sets.
-        total_steps: of the run; None: not known (yet).
+        total_steps: of the run; None: unknown.
 
     Raises:
-        ValueError: it does not take its arguments, needs more than the number of steps, or ends before the run.
+        ValueError: the schedule refuses its arguments, needs more than the step, or ends before the run.
     """
     try:
         scheduler = make(optimizer)
@@ -98,9 +98,9 @@ def make_schedule(make: LRSchedulerCallable, optimizer: Optimizer, total_steps: 
 
 
 def try_step(scheduler: LRScheduler) -> None:
-    """Make one step of a schedule that is thrown away afterwards. ValueError where it cannot."""
+    """Make one step of a schedule that is discarded afterwards; raise ValueError where it fails."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the optimizer has made none
+        warnings.simplefilter("ignore")  # torch warns that the optimizer has not stepped
         try:
             scheduler.step()
         except _REFUSALS as error:
@@ -108,7 +108,7 @@ def try_step(scheduler: LRScheduler) -> None:
 
 
 def _refused(error: Exception) -> str:
-    """ ": what is wrong", or ".lr: -1 is not …" where the words are torch's."""
+    """Return ": reason", or ".lr: -1 is not …" where the message is one of torch's."""
     text = " ".join(str(error).split())
     value = re.search(r"(?:Invalid|should be).*: *(\S+)$", text)
     for words, (field, allowed) in _ALLOWED.items():
@@ -125,7 +125,7 @@ def _numbers(optimizer: Optimizer) -> Iterator[tuple[str, float]]:
 
 
 def _needed(function: Callable) -> list[str]:
-    """The arguments without which it cannot be called."""
+    """Return the names of a function's required arguments."""
     parts: dict[str, Any] = dict(inspect.signature(function).parameters)
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [name for name, part in parts.items() if part.default is part.empty and part.kind in plain]

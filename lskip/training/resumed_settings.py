@@ -1,4 +1,4 @@
-"""A resumed run goes by the command line, not by what its checkpoint was trained with."""
+"""Precedence of present settings over a checkpoint's when a run is resumed."""
 
 import warnings
 from typing import Any
@@ -11,20 +11,20 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lskip.training.optimizer_making import state_of
 
-# What a schedule writes into the optimizer's groups, and what it counts as it goes: no settings.
+# Entries that a schedule writes into parameter groups, and its counters: no settings.
 _OF_SCHEDULE = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
 _MOVING = ("last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial")
 
 
 class ResumedSettings(Callback):
-    """Puts today's settings of optimizer, schedule and batches in the place of the checkpoint's, where they differ.
+    """Replaces a checkpoint's settings of optimizer, schedule and batches by the present ones, where they differ.
 
-    torch and Lightning restore a learning rate, a weight decay and a schedule with the state that they belong to. Here
-    the state is restored, and the settings are those that the optimizer was made with; the schedule is the new one at
-    the step where the run is. A run with the same settings goes on exactly as before.
+    torch and Lightning restore a learning rate, a weight decay and a schedule together with their state. Here the state
+    is restored and the present settings apply; the new schedule starts at the run's step. A run with the same settings
+    resumes exactly.
 
-    With other batches or blocks, or on another number of devices, the data go on behind the share of the epoch that
-    has been read, rounded down to whole batches. Blocks of another length are shuffled in another order.
+    With other batches or blocks, or another number of devices, data resume after the share of the epoch that has been
+    read, rounded down to whole batches. Blocks of another length are shuffled in another order.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class ResumedSettings(Callback):
             progress[part] = _rescaled(progress[part], *sizes)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Optimizer and schedule are made by now, and their state is about to be restored from this very mapping.
+        # After this hook the state of optimizer and schedule is restored from this mapping.
         if self._checkpoint is not None:
             total = self._checkpoint.get("lskip", {}).get("total_steps")
             of_same_length = "lskip" not in self._checkpoint or total == pl_module.total_steps
@@ -58,7 +58,7 @@ class ResumedSettings(Callback):
 
 
 def rows_of(trainer: Trainer) -> dict[str, Any] | None:
-    """Return how much a micro-batch reads (rows, tokens in a row, devices), and of what; None where it is not known."""
+    """Return batch_size, block_size, devices and training documents of a run; None where the data do not tell."""
     data = trainer.datamodule
     names = ("batch_size", "block_size")
     if not all(isinstance(getattr(data, name, None), int) for name in names):
@@ -69,27 +69,27 @@ def rows_of(trainer: Trainer) -> dict[str, Any] | None:
 
 
 def _size(rows: dict[str, Any], by_tokens: bool) -> int:
-    """How much of the data a micro-batch reads: tokens, or where each row is an example, however long, rows."""
+    """Return how much data a micro-batch reads: tokens, or rows where each row is an example."""
     return rows["batch_size"] * rows["devices"] * (rows["block_size"] if by_tokens else 1)
 
 
 def _rescaled(progress: dict[str, int], before: int, now: int) -> dict[str, int]:
-    """Lightning's counts of micro-batches, for others that read `now` each where those read `before`."""
+    """Return Lightning's counts of micro-batches for a new size `now` of each, where it was `before`."""
     done = progress["processed"] * before // now
     return {name: max(done + count - progress["processed"], 0) for name, count in progress.items()}
 
 
 def renew(checkpoint: dict, optimizer: Optimizer, schedulers: list[LRScheduler], of_same_length: bool) -> None:
-    """Put the settings of a new optimizer and its schedule into a checkpoint, in place, where they differ from its own.
+    """Write the settings of a new optimizer and schedule into a checkpoint, in place, where they differ.
 
     Args:
-        checkpoint: from which the optimizer's state is going to be restored.
-        optimizer: as it was made, with the schedule made on it.
+        checkpoint: from which the optimizer's state will be restored.
+        optimizer: newly made, with its schedule.
         schedulers: one or none.
-        of_same_length: whether the run has as many steps as the checkpoint was made for; a schedule may go by it.
+        of_same_length: whether the run has as many steps as when the checkpoint was made.
 
     Raises:
-        ValueError: the checkpoint is of another kind of optimizer, or the schedule does not reach so far.
+        ValueError: the checkpoint is of another kind of optimizer, or the schedule ends before the run's step.
     """
     state = checkpoint["optimizer_states"][0]
     _check_kind(state["param_groups"], optimizer)
@@ -103,7 +103,7 @@ def renew(checkpoint: dict, optimizer: Optimizer, schedulers: list[LRScheduler],
         return
     for scheduler in schedulers:
         _advance(scheduler, checkpoint["global_step"])
-    checkpoint["lr_schedulers"] = []  # nothing to restore: it is where it should be
+    checkpoint["lr_schedulers"] = []  # nothing to restore: the new schedule has been advanced
     state["param_groups"] = [
         {**new, "params": old["params"]} for old, new in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
@@ -121,9 +121,9 @@ def _check_kind(groups: list[dict], optimizer: Optimizer) -> None:
 
 
 def _check_state(states: dict[int, dict], optimizer: Optimizer) -> None:
-    """ValueError where the new settings (amsgrad, centered …) need what the checkpoint does not hold of a weight."""
+    """Raise ValueError where new settings (amsgrad, centered …) need state that the checkpoint lacks."""
     saved = {name for state in states.values() for name in state}
-    # Where nothing is kept, as of SGD without momentum, the optimizer begins by itself.
+    # Without any state, as of SGD without momentum, the optimizer starts anew.
     if saved and (missing := state_of(optimizer) - saved):
         name = type(optimizer).__name__
         raise ValueError(f"optimizer: {name} so set goes by {', '.join(sorted(missing))}, which this run has not kept")
@@ -144,10 +144,10 @@ def _same_schedule(saved: dict[str, Any], scheduler: LRScheduler) -> bool:
 
 def _advance(scheduler: LRScheduler, steps: int) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the optimizer has made no step before
+        warnings.simplefilter("ignore")  # torch warns that the optimizer has not stepped
         try:
             for _ in range(steps):
                 scheduler.step()
-        except ValueError as error:  # OneCycleLR's, beyond its end
+        except ValueError as error:  # of OneCycleLR, after its end
             name = type(scheduler).__name__
             raise ValueError(f"lr_scheduler: {name} does not reach step {steps}, where the run is ({error})") from error

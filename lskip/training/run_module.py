@@ -1,4 +1,4 @@
-"""How a module takes part in a run: its optimizer, its tokenizer against the data's, its checkpoints."""
+"""The part of a LightningModule that is independent of its loss: optimizer, tokenizer, checkpoints."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from lskip.training.training_log import TrainingLog
 
 
 class RunModule(LightningModule):
-    """What a LayerSkipModule is beside its loss.
+    """Base class of LayerSkipModule: optimizer, tokenizer and checkpoints of a run.
 
     Args:
         optimizer, lr_scheduler, not_finite: as in LayerSkipModule.
 
     Attributes:
-        settings: what the run was asked to do, in plain values, which its checkpoints keep; None: nobody said.
+        settings: of the run, in plain values, which its checkpoints keep; None: not known.
     """
 
     model: PreTrainedModel
@@ -52,20 +52,18 @@ class RunModule(LightningModule):
         self.settings: dict | None = None
         self._resumed_random_state: dict | None = None
 
-    # The optimizer, and what it is told about the run.
-
     @property
     def total_steps(self) -> int | None:
-        """T, the optimizer steps of the run; None where nothing bounds them."""
+        """T, the optimizer steps of the run; None where they are unbounded."""
         steps = self.trainer.estimated_stepping_batches
-        # Lightning gives -1 for a stream of unknown length without max_steps.
+        # Lightning returns -1 for a stream of unknown length without max_steps.
         return None if math.isinf(steps) or steps < 0 else int(steps)
 
     def check_training(self, total_steps: int | None) -> None:
-        """ValueError where optimizer or schedule cannot be made, or make no step; without data, and at no cost.
+        """Raise ValueError where optimizer or schedule cannot be made or cannot step; needs no data.
 
         Args:
-            total_steps: of the run; None: not known before the data are.
+            total_steps: of the run; None: unknown.
         """
         optimizer = make_optimizer(self.optimizer, parameter_groups(self))
         if self.lr_scheduler is not None:
@@ -90,8 +88,6 @@ class RunModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         return [self.finite_steps, ResumedSettings(), TrainingLog()]
 
-    # Setting up, saving and resuming.
-
     def on_train_start(self) -> None:
         if self._resumed_random_state is not None:
             restore_random_state(self._resumed_random_state)
@@ -101,13 +97,13 @@ class RunModule(LightningModule):
         self.exit_weights.reset()
         of_data = getattr(self.trainer.datamodule, "tokenizer", None)
         if not isinstance(of_data, PreTrainedTokenizerBase):
-            of_data = None  # somebody's own data may mean something else by it
+            of_data = None  # another DataModule may mean something else by the name
         self.check_tokenizer(of_data)
         if self.tokenizer is None and of_data is not None:
             self.adopt_tokenizer(of_data)
 
     def check_tokenizer(self, of_data: PreTrainedTokenizerBase | None) -> None:
-        """ValueError where the data's tokenizer is not the model's, or has entries that the model does not know."""
+        """Raise ValueError where the data's tokenizer is not the model's, or has more entries than the model."""
         if of_data is not None and self.tokenizer is not None:
             differing = same_tokens(of_data, self.tokenizer)
             if differing is not None:
@@ -117,7 +113,7 @@ class RunModule(LightningModule):
             raise ValueError(f"vocab_size: the model has {size}, the tokenizer {len(tokenizer)} entries")
 
     def adopt_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """The data's tokenizer becomes the model's, and its end of text what ends the model's texts."""
+        """Set the data's tokenizer, and its end-of-text token, as the model's."""
         self.tokenizer = tokenizer
         self.model.config.eos_token_id = tokenizer.eos_token_id
         self.model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -1,4 +1,4 @@
-"""The progress bar of a training: optimizer steps of all there are, and the batches of a validation beside it."""
+"""The progress bar of training, in optimizer steps, and of validation, in batches."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-SECONDS = 0.5  # between two looks at the numbers beside the bar: each waits for the device
-SECONDS_IN_A_LOG = 30.0  # where no terminal overwrites a line by the next
+SECONDS = 0.5  # between two updates of the metrics beside the bar, each of which waits for the device
+SECONDS_IN_A_LOG = 30.0  # where each update is a line of its own
 
 
 class StepBar(ProgressBar):
-    """Counts steps to `max_steps`, or what epochs and batches make of it; a run that goes on begins at its step."""
+    """Progress bar over the optimizer steps of the run; a resumed run begins at its step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,11 +25,11 @@ class StepBar(ProgressBar):
         self._looked = 0.0
 
     def disable(self) -> None:
-        """Show nothing: what Lightning asks of all processes but the first."""
+        """Hide the bar; Lightning calls this in all processes but the first."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Show what there is."""
+        """Show the bar."""
         self._enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -41,7 +41,7 @@ class StepBar(ProgressBar):
         bar = self._training
         if bar is None or trainer.global_step == bar.n:
             return
-        # The numbers first: update() draws them.
+        # Before update(), which draws the metrics.
         if (now := bar._time()) - self._looked >= bar.mininterval:
             self._looked = now
             bar.set_postfix(self._shown(trainer, pl_module), refresh=False)
@@ -88,7 +88,7 @@ class StepBar(ProgressBar):
 
 
 def wants_bar(settings: dict[str, Any]) -> bool:
-    """Return whether a Trainer of these arguments is to show the bar: it may have another, or none."""
+    """Return whether a Trainer of these arguments shows this bar, and not another or none."""
     given = settings["callbacks"] if isinstance(settings["callbacks"], list) else [settings["callbacks"]]
     own = any(isinstance(callback, ProgressBar) for callback in given)
     return settings["enable_progress_bar"] is not False and not settings["barebones"] and not own

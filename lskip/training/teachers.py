@@ -1,4 +1,4 @@
-"""What the exits of one step learn: those before the last the exit target, the last one the text."""
+"""The supervision of the exits: early ones by the exit target, the last one by the text and an optional anchor."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lskip.losses import Lesson, Teacher
+from lskip.losses import Supervision, Teacher
 from lskip.models.decoder import Decoder
 from lskip.targets import Anchored, ExitTarget, Labels
 
 
-class Lessons:
-    """Makes the lessons of `head_loss`.
+class ExitSupervision:
+    """Target and teacher of each exit, as `head_loss` takes them.
 
     Args:
-        model: in the state that an anchor is to hold on to.
+        model: copied, in its present state, as the teacher of an anchor.
         exit_target: of each exit but the last.
-        anchor_weight: of the last layer's KL from what `model` says now; None: no anchor, and no copy of the model.
+        anchor_weight: of the last layer's KL from the present `model`; None: no anchor, and no copy of the model.
 
     Raises:
         ValueError: anchor_weight out of its range.
@@ -31,41 +31,40 @@ class Lessons:
         self._reference = None if anchor_weight is None else Reference(model)
 
     @property
-    def need_last_layer(self) -> bool:
-        """Whether the other exits need the last layer's states, even where it does not train itself."""
+    def needs_last_layer(self) -> bool:
+        """Whether early exits need the last layer's states, even at a step that does not train it."""
         return self.exit_target.needs_teacher
 
     def of_step(
         self, picked: list[Tensor | None], last_states: Tensor | None, input_ids: Tensor, positions: Tensor
-    ) -> list[Lesson]:
-        """One for each exit that is on, ascending.
+    ) -> list[Supervision]:
+        """Return the supervision of each exit that is on, ascending.
 
         Args:
-            picked: of each exit, which of the N scored positions it decodes, [n]; None: all.
-            last_states: [N, D], the last layer's after the final norm; None: it is not on, so that all exits learn the
-                exit target.
+            picked: for each exit, which of the N scored positions it decodes, [n]; None: all.
+            last_states: [N, D], the last layer's after the final norm; None: the last exit is not on.
             input_ids: [B, S].
-            positions: [N], where in the B*S flattened positions the scored ones are.
+            positions: [N], indices of the scored positions among the B*S flattened ones.
         """
         early = picked if last_states is None else picked[:-1]
-        lessons = [self._early(rows, last_states, len(positions)) for rows in early]
+        supervision = [self._early(rows, last_states, len(positions)) for rows in early]
         if last_states is not None:
             teacher = None if self._reference is None else self._reference.teacher(input_ids, positions)
-            lessons.append(Lesson(len(positions), self._last_target, teacher))
-        return lessons
+            supervision.append(Supervision(len(positions), self._last_target, teacher))
+        return supervision
 
-    def _early(self, rows: Tensor | None, last_states: Tensor | None, count: int) -> Lesson:
+    def _early(self, rows: Tensor | None, last_states: Tensor | None, count: int) -> Supervision:
         if self.exit_target.needs_teacher:
             states = last_states.detach() if rows is None else last_states.detach()[rows]
-            return Lesson(len(states), self.exit_target, Teacher(states))
-        return Lesson(count if rows is None else len(rows), self.exit_target)
+            return Supervision(len(states), self.exit_target, Teacher(states))
+        return Supervision(count if rows is None else len(rows), self.exit_target)
 
 
 class Reference:
-    """Holds the copy: one more set of weights on each device (a quarter of what AdamW training holds of them).
+    """A frozen copy of the model before training, the teacher of the last layer's anchor.
 
-    It is no part of the trained module: neither optimizer nor checkpoint see it. A resumed run makes it anew from the
-    model that the run started from.
+    It takes one more set of weights on each device (AdamW training takes four). It is not part of the trained module,
+    its optimizer or its checkpoint: a resumed run makes it again from the model that the run started from.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -74,7 +73,7 @@ class Reference:
 
     @torch.no_grad()
     def teacher(self, input_ids: Tensor, positions: Tensor) -> Teacher:
-        """Its last layer on input_ids [B, S], at `positions` [N] of the B*S flattened ones. Costs a forward pass."""
+        """Return its last layer at `positions` [N] of the flattened input_ids [B, S], after a forward pass."""
         self.model.to(input_ids.device)
         decoder = self.decoder
         x = decoder.embed(input_ids)

@@ -1,4 +1,4 @@
-"""What the log shows of a step besides its loss: rates, the gradient, the vectors, the speed."""
+"""Logging of training steps besides the loss: learning rate, gradient norm, vectors, speed."""
 
 import time
 
@@ -6,11 +6,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class TrainingLog(Callback):
-    """Logs, every `log_every_n_steps`, how the steps since the last time were made.
+    """Logs, every `log_every_n_steps`, about the steps since the last time.
 
     `train/lr` (of the first parameter group) and `train/gradient_norm` (before clipping) are of the last step;
     `train/drop_rate/layer_08` and `train/exit_weight/layer_08` are means over the steps, since a curriculum changes at
-    each; `train/tokens_per_second`; and with `not_finite: skip` the steps left out so far, `train/skipped_steps`.
+    each; `train/tokens_per_second`; and with `not_finite: skip` the steps skipped so far, `train/skipped_steps`.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -6,10 +6,12 @@ import sys
 from numbers import Real
 
 
-def check_whole(name: str, value, lowest: int) -> None:
-    """ValueError unless `value` is a whole number from `lowest` up."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-        raise ValueError(f"{name}: {value!r} is not a whole number from {lowest} up")
+def check_whole(name: str, value, lowest: int, highest: int | None = None) -> None:
+    """Raise ValueError unless `value` is a whole number from `lowest` to `highest` (None: without bound)."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < lowest or (highest is not None and value > highest):
+        most = "up" if highest is None else f"to {highest}"
+        raise ValueError(f"{name}: {value!r} is not a whole number from {lowest} {most}")
 
 
 def is_real(value) -> bool:

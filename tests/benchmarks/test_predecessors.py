@@ -64,7 +64,7 @@ def test_following_a_text_that_always_exits_reads_the_exits_head(tiny_model):
     """Exit 2 always: what blocks 3 and 4 hold of the context is seen by nobody."""
     from benchmarks.predecessors.scores import follow
 
-    model, exits = tiny_model(eos_token_id=None), TrainedExits(4, 32, heads=True, certainty=False)
+    model, exits = tiny_model(eos_token_id=None), TrainedExits(4, 32, heads=True, classifier=False)
     exits.heads.maps[1].weight.data.neg_()
     texts = torch.randint(0, 300, (2, 9), generator=torch.Generator().manual_seed(2))
     quality, depth = follow(TextGenerator(model, weights="plain").runner, exits, texts, 2, Entropy(1.0, first=2))

@@ -1,13 +1,13 @@
-"""BERxiT's recipe: the last exit and all exits by turns, and the judge only with all of them."""
+"""BERxiT's recipe: the last exit and all exits by turns, and the exit classifier only with all of them."""
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from lskip.callbacks import AlternatingExits
 from lskip.module import LayerSkipModule
 from tests.callbacks.test_two_stages import Snapshots, changed
+from tests.trainers import quiet_trainer
 
 
 def test_last_exit_and_all_exits_by_turns():
@@ -18,20 +18,11 @@ def test_last_exit_and_all_exits_by_turns():
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_a_step_is_an_optimizer_step(tiny_config, accumulated):
     module, seen = LayerSkipModule(tiny_config(), learned_exit=True), Snapshots()
-    trainer = Trainer(
-        max_steps=4,
-        accelerator="cpu",
-        logger=False,
-        callbacks=[AlternatingExits(), seen],
-        accumulate_grad_batches=accumulated,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(None, AlternatingExits(), seen, max_steps=4, accumulate_grad_batches=accumulated)
     batches = [{"input_ids": torch.randint(0, 300, (2, 10))} for _ in range(12)]
     trainer.fit(module, DataLoader(batches, batch_size=None))
     last, every = [0.0, 0.0, 0.0, 1.0], [0.25] * 4
     assert seen.weights == ([last] * accumulated + [every] * accumulated) * 2
-    judge = {"exits.certainty.linear.weight", "exits.certainty.linear.bias"}
-    assert not judge & changed(seen.taken[0], seen.taken[accumulated])
-    assert judge <= changed(seen.taken[accumulated], seen.taken[2 * accumulated])
+    classifier = {"exits.certainty.linear.weight", "exits.certainty.linear.bias"}
+    assert not classifier & changed(seen.taken[0], seen.taken[accumulated])
+    assert classifier <= changed(seen.taken[accumulated], seen.taken[2 * accumulated])

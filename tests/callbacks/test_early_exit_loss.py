@@ -1,43 +1,14 @@
 """EarlyExitLoss in a run: the right weights at each step (by hand in test_equations.py), and its refusals."""
 
 import pytest
-import torch
-from lightning.pytorch import Callback, Trainer
-from torch.utils.data import DataLoader, IterableDataset
 
 from lskip.callbacks import EarlyExitLoss
 from lskip.curricula import Gradual, Rotational
-from lskip.module import LayerSkipModule
-
-
-class Look(Callback):
-    def __init__(self):
-        self.weights = []
-
-    def on_before_backward(self, trainer, pl_module, loss):
-        self.weights.append(pl_module.exit_weights.values)
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter([{"input_ids": torch.arange(12)[None]}] * 4)
+from tests.trainers import Stream, fit_vectors
 
 
 def fit(tmp_path, model, callback, data=None, **settings):
-    look = Look()
-    trainer = Trainer(
-        callbacks=[callback, look],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        **settings,
-    )
-    data = [{"input_ids": torch.arange(12)[None]}] * 8 if data is None else data
-    trainer.fit(LayerSkipModule(model), DataLoader(data, batch_size=None))
-    return look.weights
+    return fit_vectors(tmp_path, model, callback, data, **settings).weights
 
 
 def test_exits_rotate_with_the_optimizer_steps_not_the_micro_batches(tiny_model, tmp_path):

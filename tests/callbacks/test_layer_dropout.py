@@ -2,42 +2,14 @@
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
-from torch.utils.data import DataLoader, IterableDataset
 
 from lskip.callbacks import LayerDropout
-from lskip.module import LayerSkipModule
 from lskip.schedules import Constant, Exponential, Linear
-
-
-class Look(Callback):
-    def __init__(self):
-        self.rates = []
-
-    def on_before_backward(self, trainer, pl_module, loss):
-        self.rates.append(pl_module.drop_rates.values)
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter([{"input_ids": torch.arange(12)[None]}] * 3)
+from tests.trainers import Stream, fit_vectors
 
 
 def fit(tmp_path, model, callback, data=None, **settings):
-    look = Look()
-    trainer = Trainer(
-        callbacks=[callback, look],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        **settings,
-    )
-    data = [{"input_ids": torch.arange(12)[None]}] * 6 if data is None else data
-    trainer.fit(LayerSkipModule(model), DataLoader(data, batch_size=None))
-    return look.rates
+    return fit_vectors(tmp_path, model, callback, data, **settings).rates
 
 
 def test_rates_follow_the_optimizer_steps_not_the_micro_batches(tiny_model, tmp_path):
@@ -54,7 +26,7 @@ def test_steps_are_counted_over_epochs(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("p_max", [-0.1, 1.5, float("nan")])
 def test_p_max_out_of_range_is_refused(p_max):
-    with pytest.raises(ValueError, match=f"p_max: {p_max} is not between 0 and 1"):
+    with pytest.raises(ValueError, match=f"p_max: {p_max} is not a number from 0 to 1"):
         LayerDropout(p_max)
 
 
@@ -62,7 +34,7 @@ def test_growing_over_a_run_of_unknown_length_is_refused_before_the_first_step(t
     with pytest.raises(ValueError, match=r"layer_dropout.time: Exponential needs a known number of steps"):
         fit(tmp_path, tiny_model(), LayerDropout(time=Exponential()), Stream(), max_epochs=1)
     rates = fit(tmp_path, tiny_model(), LayerDropout(0.2), Stream(), max_epochs=1)
-    assert [rate[3] for rate in rates] == [0.2] * 3
+    assert [rate[3] for rate in rates] == [0.2] * 4
 
 
 @pytest.mark.kind("M a new user's first hour", "M9")

@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import cross_entropy
@@ -14,6 +13,7 @@ from lskip.callbacks import EarlyExitLoss, LayerDropout, LayerMetrics
 from lskip.curricula import Rotational
 from lskip.module import LayerSkipModule
 from lskip.schedules import Linear
+from tests.trainers import quiet_trainer
 
 LAYERS = [f"layer_{layer:02d}" for layer in (1, 2, 3, 4)]
 
@@ -29,21 +29,9 @@ def loader(batches):
     return DataLoader([{"input_ids": ids} for ids in batches], batch_size=None)
 
 
-def make_trainer(folder, *callbacks, **settings):
-    return Trainer(
-        callbacks=list(callbacks),
-        accelerator="cpu",
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **{"logger": False, **settings},
-    )
-
-
 @torch.no_grad()
 def naive_report(model):
-    """(perplexity, agreement) by layer over VALIDATION."""
+    """Return perplexity and agreement by layer over VALIDATION."""
     losses, agree = [], []
     for ids in VALIDATION:
         *early, last = model.model(ids, output_hidden_states=True).hidden_states[1:]
@@ -59,7 +47,7 @@ def naive_report(model):
 def test_validate_measures_all_layers_and_ends_with_a_table(tiny_model, tmp_path, capsys):
     model, metrics = tiny_model(), LayerMetrics()
     assert metrics.report is None
-    (logged,) = make_trainer(tmp_path, metrics).validate(LayerSkipModule(model), loader(VALIDATION), verbose=False)
+    (logged,) = quiet_trainer(tmp_path, metrics).validate(LayerSkipModule(model), loader(VALIDATION), verbose=False)
     perplexity, agreement = naive_report(model)
     assert metrics.report.perplexity == pytest.approx(perplexity, rel=1e-5)
     assert metrics.report.agreement == pytest.approx(agreement)
@@ -78,7 +66,7 @@ def test_validate_measures_all_layers_and_ends_with_a_table(tiny_model, tmp_path
 
 def test_test_logs_under_its_own_name(tiny_model, tmp_path, capsys):
     metrics = LayerMetrics()
-    (logged,) = make_trainer(tmp_path, metrics).test(LayerSkipModule(tiny_model()), loader(VALIDATION), verbose=False)
+    (logged,) = quiet_trainer(tmp_path, metrics).test(LayerSkipModule(tiny_model()), loader(VALIDATION), verbose=False)
     assert logged["test/ppl/layer_04"] == pytest.approx(metrics.report.perplexity[3])
     assert not any(name.startswith("val/") for name in logged)
     assert "layers_needed" in capsys.readouterr().out
@@ -86,7 +74,7 @@ def test_test_logs_under_its_own_name(tiny_model, tmp_path, capsys):
 
 def test_each_validation_of_a_run_starts_from_zero(tiny_model, tmp_path):
     model, metrics = tiny_model(), LayerMetrics()
-    trainer = make_trainer(tmp_path, metrics, max_steps=2, val_check_interval=1)
+    trainer = quiet_trainer(tmp_path, metrics, max_steps=2, val_check_interval=1)
     module = LayerSkipModule(model, optimizer=partial(torch.optim.SGD, lr=5.0), lr_scheduler=None)
     trainer.fit(module, loader([random_ids(2, 16, seed=step) for step in range(2)]), loader(VALIDATION))
     perplexity, agreement = naive_report(model)
@@ -100,7 +88,7 @@ def events(tmp_path_factory):
     from tests.conftest import make_model
 
     folder = tmp_path_factory.mktemp("run")
-    trainer = make_trainer(
+    trainer = quiet_trainer(
         folder,
         LayerDropout(0.6, Linear(), Linear()),
         EarlyExitLoss(0.5, Rotational(2)),
@@ -147,6 +135,6 @@ def test_the_curves_hold_the_means_over_the_steps_between(events):
 
 
 def test_a_run_that_logs_nothing_is_fine(tiny_model, tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=2, log_every_n_steps=0, logger=TensorBoardLogger(tmp_path))
+    trainer = quiet_trainer(tmp_path, max_steps=2, log_every_n_steps=0, logger=TensorBoardLogger(tmp_path))
     trainer.fit(LayerSkipModule(tiny_model()), loader(VALIDATION))
     assert trainer.global_step == 2

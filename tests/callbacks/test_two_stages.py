@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from lskip.callbacks import EarlyExitLoss, TwoStages
 from lskip.module import LayerSkipModule
 from lskip.optimization import WarmupCosine
+from tests.trainers import quiet_trainer
 
 
 def copies(module):
@@ -28,16 +29,7 @@ class Snapshots(Callback):
 def fit(module, *callbacks, max_steps=6, **settings):
     seen = Snapshots()
     batches = [{"input_ids": torch.randint(0, 300, (2, 10))} for _ in range(12)]
-    trainer = Trainer(
-        max_steps=max_steps,
-        accelerator="cpu",
-        logger=False,
-        callbacks=[*callbacks, seen],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
+    trainer = quiet_trainer(None, *callbacks, seen, max_steps=max_steps, **settings)
     trainer.fit(module, DataLoader(batches, batch_size=None))
     return seen
 

@@ -129,7 +129,7 @@ ALTERED = {
     "rope": (["--model.rope_theta=77"], "model.rope_"),
     "shape": (["--model.hidden_size=16", "--model.head_dim=4"], "is of another model"),
     "low_rank": (["--low_rank=LowRank", "--low_rank.exit_layer=2"], "low_rank: "),
-    "judge": (["--learned_exit=true"], "learned_exit: True, but"),
+    "classifier": (["--learned_exit=true"], "learned_exit: True, but"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Caches of documents, tokenizers and blocks: what was written, or made anew; whole after kills and full disks."""
+"""Caches of documents, tokenizers and blocks: verified, rebuilt where changed, complete after kills and full disks."""
 
 import json
 import multiprocessing
@@ -22,7 +22,7 @@ LITTER = "B26 what kills leave"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(folder with a file and a cache of it, what it holds)"""
+    """Return a folder with a file and a cache of it, and the content of both."""
     folder = tmp_path_factory.mktemp("whole")
     rows = [{"text": f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 9)} for i in range(120)]
     data = maker(folder, write_jsonl(folder / "d.jsonl", rows))()
@@ -36,13 +36,13 @@ def maker(folder: Path, source: str):
 
 @pytest.fixture
 def make(whole, tmp_path):
-    """Function (**arguments) -> TextData; its cache is empty."""
+    """Return a function (**arguments) -> TextData with an empty cache."""
     return maker(tmp_path, str(whole[0] / "d.jsonl"))
 
 
 @pytest.fixture
 def filled(whole, tmp_path):
-    """The folder of that cache, as it was written."""
+    """Return the folder of that cache, as it was written."""
     return Path(shutil.copytree(whole[0] / "cache", tmp_path / "cache"))
 
 
@@ -56,7 +56,7 @@ def cut(part: float):
 
 
 def cut_behind_a_batch(path: Path) -> None:
-    """A file of Arrow that is whole but for its last rows: only who knows the right size can tell."""
+    """Cut an Arrow file after half its rows; it stays readable, so that only its size shows the cut."""
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as file:
@@ -158,7 +158,7 @@ def test_a_cache_of_an_earlier_version_is_made_anew(whole, make, filled):
 
 
 def writer(path: Path, seconds: float):
-    """A process that fills a cached folder and waits in the middle of it."""
+    """Return a process that fills a cached folder and waits in the middle of it."""
     context = multiprocessing.get_context("fork")
     begun = context.Event()
 
@@ -197,36 +197,6 @@ def test_what_a_kill_leaves_is_removed_and_what_a_living_process_writes_stays(tm
 
 
 @pytest.mark.kind(LITTER)
-@pytest.mark.parametrize(
-    ("name", "days", "goes"),
-    [
-        pytest.param(".unfinished-abcd1234", 2, True, id="an earlier version's folder"),
-        pytest.param("tmpab12cd_4", 2, True, id="an earlier version's file"),
-        pytest.param(".unfinished-abcd1234", 0, False, id="a young one"),
-        pytest.param("tmpab12cd_4", 0, False, id="a young file"),
-        pytest.param("tmp_notes.txt", 9, False, id="somebody's file"),
-    ],
-)
-def test_litter_of_earlier_versions_goes_by_its_age(make, filled, name, days, goes):
-    litter = filled / "blocks" / name
-    litter.mkdir() if name.startswith(".") else litter.write_text("x")
-    stamp = time.time() - days * 24 * 3600 - 60
-    os.utime(litter, (stamp, stamp))
-    make().setup("fit")
-    assert litter.exists() != goes
-
-
-@pytest.mark.kind(LITTER)
-def test_a_folder_that_is_none_of_ours_is_left_alone(tmp_path):
-    (tmp_path / "documents").mkdir()
-    mine = tmp_path / "documents" / "tmpab12cd_4"
-    mine.write_text("mine")
-    os.utime(mine, (0, 0))
-    remove_litter(tmp_path)
-    assert mine.exists()
-
-
-@pytest.mark.kind(LITTER)
 def test_litter_that_is_held_stays(tmp_path):
     folder = tmp_path / "blocks" / ".unfinished-held"
     folder.mkdir(parents=True)
@@ -242,7 +212,7 @@ def test_litter_that_is_held_stays(tmp_path):
 
 @pytest.fixture
 def small_files():
-    """Function (bytes): no file may grow beyond; what stands for a full disk, since the tests may run as root."""
+    """Return a function (bytes) that limits the size of files, in place of a full disk: the tests may run as root."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))

@@ -1,4 +1,4 @@
-"""Which tokens of a conversation are scored: the assistant's words and what ends them, whatever the template."""
+"""Scoring of conversations: the assistant's turns and their end markers, by any chat template."""
 
 import json
 
@@ -115,7 +115,7 @@ CONVERSATIONS = {
 
 @pytest.fixture(scope="module")
 def byte_level():
-    """A token a byte, and the marks of every template above."""
+    """Return a tokenizer with a token for each byte, and the marks of every template above."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE(vocab={character: place for place, character in enumerate(alphabet)}, merges=[]))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -130,7 +130,7 @@ def tokenizer_of(byte_level, template) -> PreTrainedTokenizerFast:
 
 
 def scored(tokenizer, messages: list[dict], tools=None, size: int = 600) -> str:
-    """The scored tokens of a conversation, as text."""
+    """Return the scored tokens of a conversation as text."""
     stored = {"messages": messages, "tools": tools} if tools else messages
     row = ChatEncoder(tokenizer, size)({"messages": [json.dumps(stored)]})
     return tokenizer.decode([int(label) for label in row["labels"][0] if label != -100]) if row["labels"] else ""
@@ -423,7 +423,7 @@ def test_a_template_that_changes_the_first_words(byte_level):
     ],
 )  # fmt: skip
 def test_a_template_that_does_not_end(byte_level, monkeypatch, template):
-    monkeypatch.setattr("lskip.data.chat.SECONDS", 0.2)
+    monkeypatch.setattr("lskip.data.chat.TEMPLATE_SECONDS", 0.2)
     with pytest.raises(ValueError, match=r"refuses a conversation: it does not end within 0.2 s"):
         scored(tokenizer_of(byte_level, template), [user("hi"), assistant("yo")])
 

@@ -31,7 +31,7 @@ def write_jsonl(path, rows: list[dict]) -> str:
 
 
 def data_maker(folder, tokenizer):
-    """Function (rows, **arguments) -> TextData on 120 small functions; val and test a fifth each."""
+    """Return a function (rows, **arguments) -> TextData on 120 small functions; val and test a fifth each."""
 
     def make(rows: list[dict] | None = None, **arguments) -> TextData:
         if "source" not in arguments:

@@ -1,4 +1,4 @@
-"""Which files of a source are read, and as what: right, refused by name, or left out with a word."""
+"""Files of a source: read by their kind, refused by name, or left out with a warning."""
 
 import bz2
 import codecs
@@ -246,7 +246,7 @@ def test_a_txt_with_a_document_a_line_trains(text_data, tmp_path):
 
 
 def by_hand(text: str, size: int = 4000) -> list[str]:
-    """A long .txt as it has always been cut: at the first "\\n\\n" after so many characters."""
+    """Return the pieces of a long .txt, cut at the first "\\n\\n" after so many characters."""
     pieces, start = [], 0
     while start < len(text):
         blank = text.find("\n\n", start + size)

@@ -23,7 +23,7 @@ FRACTIONS = {"val_fraction": 0.05, "test_fraction": 0.1}  # those of configs/rec
 
 
 def parsed(completion: str) -> tuple[str, dict[str, str]]:
-    """(intent, slots) of a completion; ValueError where it is not one."""
+    """Return intent and slots of a completion; raise ValueError where it is none."""
     found = PARSE.fullmatch(completion)
     if found is None:
         raise ValueError(completion)
@@ -152,7 +152,7 @@ def test_a_missing_package_is_named_at_once(monkeypatch):
 
 @pytest.fixture
 def grouped(tmp_path, tiny_tokenizer):
-    """Function (rows, **arguments) -> TextData; val and test a fifth each."""
+    """Return a function (rows, **arguments) -> TextData; val and test a fifth each."""
 
     def make(rows: list[dict], **arguments) -> TextData:
         path = tmp_path / "rows.jsonl"

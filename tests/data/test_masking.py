@@ -1,4 +1,4 @@
-"""Which tokens of prompts, completions and conversations are scored; tokenizers."""
+"""Scored tokens of prompts, completions and conversations; tokenizers."""
 
 import json
 
@@ -29,7 +29,7 @@ def text_data(tmp_path, tiny_tokenizer):
 
 @pytest.fixture
 def chat_tokenizer(tiny_tokenizer):
-    """Function (template) -> a copy of the tiny tokenizer with that chat template."""
+    """Return a function (template) -> a copy of the tiny tokenizer with that chat template."""
 
     def make(template: str | None) -> PreTrainedTokenizerFast:
         tokenizer = PreTrainedTokenizerFast(
@@ -55,7 +55,7 @@ def bytes_tokenizer():
 
 
 def spelled(tokenizer, labels: np.ndarray) -> str:
-    """The labels as text: . where a token is not scored, $ for the end."""
+    """Return the labels as text: . where a token is not scored, $ for the end."""
     names = {-100: ".", tokenizer.eos_token_id: "$"}
     return "".join(names.get(int(label)) or tokenizer.decode([int(label)]) for label in labels)
 

@@ -18,7 +18,7 @@ def sampler(position: int = 0, rows: int = 50, batch_size: int = 3, world: int =
 
 
 def uninterrupted(epochs: int, **arguments) -> list[list[int]]:
-    """The batches of whole epochs, each read from its start."""
+    """Return the batches of whole epochs, each read from its start."""
     per_epoch = sampler(**arguments).batches_per_epoch
     rows = [row for epoch in range(epochs) for row in sampler(epoch * per_epoch, **arguments)]
     return [rows[i : i + 3] for i in range(0, len(rows), 3)]
@@ -74,7 +74,7 @@ def test_resuming_among_batches_of_like_length():
 
 
 class Recorder(LightningModule):
-    """Learns nothing of interest; writes down which rows it was given."""
+    """A module that records the rows that it gets."""
 
     def __init__(self, fail_at: int | None = None):
         super().__init__()
@@ -107,7 +107,7 @@ def make_data(tmp_path, tiny_tokenizer):
 
 
 def fit(folder, data, fail_at=None, ckpt_path=None, **arguments) -> list:
-    """The batches of one call of fit, which saves every second step in `folder`."""
+    """Return the batches of one call of fit, which saves every second step in `folder`."""
     module = Recorder(fail_at)
     trainer = Trainer(
         default_root_dir=folder,

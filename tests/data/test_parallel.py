@@ -69,7 +69,7 @@ if trainer.is_global_zero:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """The folder of a run with a drop rate of 0, 1/3, 2/3 and 1, without find_unused_parameters."""
+    """Return the folder of a run with a drop rate of 0, 1/3, 2/3 and 1, without find_unused_parameters."""
     folder = tmp_path_factory.mktemp("ddp")
     (folder / "run.py").write_text(RUN)
     command = [sys.executable, str(folder / "run.py"), str(folder), str(Path(__file__).parents[2])]

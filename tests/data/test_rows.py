@@ -1,4 +1,4 @@
-"""Rows as they are written: no type is guessed, what is wrong is named with its line; columns of other formats."""
+"""Rows of JSON files: no conversion of types, errors with their line; columns of other formats."""
 
 import json
 

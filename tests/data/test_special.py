@@ -1,4 +1,4 @@
-"""Special tokens that a text spells, and what tokenizers put around a text; long texts piece by piece."""
+"""Special tokens that a text spells, those that tokenizers add, and long texts in pieces."""
 
 import numpy as np
 import pytest
@@ -84,7 +84,7 @@ def test_what_a_tokenizer_puts_around_a_text(tiny_tokenizer, template, before):
 
 
 def metaspace() -> PreTrainedTokenizerFast:
-    """Like Llama 2: no words are cut beforehand, and each text begins with a space of the tokenizer's own."""
+    """Return a tokenizer without pre-tokenization that begins each text with a space of its own (Llama 2)."""
     merges = [("a", "b"), ("ab", "ab"), ("\u2581", "ab"), ("\u2581", "\u2581"), ("c", "\n")]
     vocab = {each: place for place, each in enumerate(["<unk>", *"abc\n\u2581.", *map("".join, merges)])}
     bpe = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))

@@ -208,9 +208,9 @@ def test_a_criterion_of_ones_own(tiny_model):
 
 
 def test_learned_exit_equals_the_slow_reference(tiny_model):
-    model, exits = build(tiny_model), TrainedExits(4, 32, heads=False, certainty=True)
-    exits.certainty.linear.weight.data = torch.randn(1, 32, generator=torch.Generator().manual_seed(3)) / 4
-    weight = exits.certainty.linear.weight.detach()[0].double().numpy()
+    model, exits = build(tiny_model), TrainedExits(4, 32, heads=False, classifier=True)
+    exits.classifier.linear.weight.data = torch.randn(1, 32, generator=torch.Generator().manual_seed(3)) / 4
+    weight = exits.classifier.linear.weight.detach()[0].double().numpy()
 
     def certain(logits, before, after):
         return 1 / (1 + math.exp(-(after @ weight) / math.sqrt(after @ after / len(after)))) >= 0.55
@@ -224,7 +224,7 @@ def test_learned_exit_equals_the_slow_reference(tiny_model):
     assert max(Counter(depths).values()) < 0.93 * len(depths)
 
 
-def test_learned_exit_needs_a_judge(tiny_model):
+def test_learned_exit_needs_a_classifier(tiny_model):
     with pytest.raises(ValueError, match="LearnedExit needs a model that was trained with learned_exit: true"):
         TextGenerator(build(tiny_model)).generate(PROMPT, exit_criterion=LearnedExit(0.5))
 

@@ -1,11 +1,11 @@
-"""What a checkpoint holds, and that a run goes on from it bit for bit."""
+"""Content of checkpoints, and resuming from them bit for bit."""
 
 import json
 from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -14,18 +14,12 @@ from lskip.curricula import Rotational
 from lskip.models.checkpoint import random_state, restore_random_state
 from lskip.module import LayerSkipModule
 from lskip.schedules import Constant
+from tests.trainers import quiet_trainer
 
 
 def make_trainer(folder, max_epochs, *callbacks):
-    return Trainer(
-        max_epochs=max_epochs,
-        callbacks=[LayerDropout(0.5, Constant()), EarlyExitLoss(0.5, Rotational(2)), *callbacks],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
+    return quiet_trainer(
+        folder, LayerDropout(0.5, Constant()), EarlyExitLoss(0.5, Rotational(2)), *callbacks, max_epochs=max_epochs
     )
 
 
@@ -44,7 +38,7 @@ def make_module(tiny_model, tokenizer=None):
 
 @pytest.fixture
 def checkpoint(tiny_model, tiny_tokenizer, tmp_path):
-    """(path of a checkpoint after 3 steps, the module that it was made from)."""
+    """Return the path of a checkpoint after 3 steps, and the module that wrote it."""
     torch.manual_seed(0)
     module = make_module(tiny_model, tiny_tokenizer)
     trainer = make_trainer(tmp_path, 1)

@@ -1,4 +1,4 @@
-"""A checkpoint as a file: its tokenizer whole, its damages found, its mistakes named."""
+"""Checkpoint files: complete tokenizers, detection of damage, and refusal of other files."""
 
 import json
 import random
@@ -83,7 +83,7 @@ def test_every_file_of_a_tokenizer_is_kept_byte_by_byte(tmp_path, tiny_tokenizer
 
 @pytest.mark.kind(B36, "B36")
 def test_garbled_bytes_are_found(tmp_path, tiny_tokenizer):
-    """Wherever 8 bytes are others: it is refused, or they were between the parts and nothing is changed."""
+    """A file with 8 changed bytes anywhere is refused, unless they lie between its parts."""
     path = save(tmp_path / "a.ckpt", make_model(), tiny_tokenizer)
     saved, data = torch.load(path, weights_only=True), path.read_bytes()
     places, refused = random.Random(0), 0

@@ -1,4 +1,4 @@
-"""Text of users through tokenizers and templates of strangers: tokens, or one sentence."""
+"""Users' texts through tokenizers and templates of unknown origin: tokens, or a one-sentence error."""
 
 import time
 from copy import deepcopy

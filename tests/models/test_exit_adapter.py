@@ -1,4 +1,4 @@
-"""An exit adapter: what it starts as, what it saves, and that it knows the model it was made for."""
+"""Exit adapters: initial outputs, saving and loading, and refusal of other models."""
 
 import json
 from dataclasses import replace

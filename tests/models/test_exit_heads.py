@@ -1,4 +1,4 @@
-"""Exit heads and the judge: what they change, what trains them, and where they are found again."""
+"""Exit heads and the exit classifier: their effect, their loss, and how they are saved and loaded."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ IDS = torch.randint(0, 300, (3, 12), generator=torch.Generator().manual_seed(1))
 
 
 def scrambled(exits):
-    """Parts that no longer are what they were made as."""
+    """Return `exits` with all parameters changed at random, in place."""
     torch.manual_seed(7)
     for parameter in exits.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
@@ -26,7 +26,7 @@ def scrambled(exits):
 
 
 def states_of(model, ids):
-    """The states of all positions after each block, by transformers alone."""
+    """Return the states of all positions after each block, by transformers alone."""
     seen = []
     hooks = [layer.register_forward_hook(lambda *call: seen.append(call[2])) for layer in model.model.layers]
     model(ids)
@@ -45,12 +45,12 @@ def test_new_heads_change_nothing(tiny_model):
     )
 
 
-def test_loss_of_heads_and_judge_by_hand(tiny_model):
+def test_loss_of_heads_and_classifier_by_hand(tiny_model):
     model = tiny_model()
     module = LayerSkipModule(model, exit_heads=True, learned_exit=True)
     weights = [0.1, 0.0, 0.3, 0.6]
     module.exit_weights.write("test", weights)
-    exits, expected, judged = scrambled(module.exits), 0.0, []
+    exits, expected, classified = scrambled(module.exits), 0.0, []
     for block, states in enumerate(states_of(model, IDS)):
         if not weights[block]:
             continue
@@ -60,16 +60,16 @@ def test_loss_of_heads_and_judge_by_hand(tiny_model):
         expected += weights[block] * torch.nn.functional.cross_entropy(logits, labels)
         if block < 3:  # the last exit is always taken
             right = (logits.argmax(-1) == labels).float()
-            judged.append((exits.certainty(states[:, :-1].flatten(0, 1)) - right).square().mean())
+            classified.append((exits.classifier(states[:, :-1].flatten(0, 1)) - right).square().mean())
     loss, _ = module.early_exit_loss({"input_ids": IDS}, 0)
-    torch.testing.assert_close(loss, expected + sum(judged) / len(judged))
-    (gradient,) = torch.autograd.grad(loss, exits.certainty.linear.weight, retain_graph=True)
-    torch.testing.assert_close(gradient, torch.autograd.grad(sum(judged) / 2, exits.certainty.linear.weight)[0])
+    torch.testing.assert_close(loss, expected + sum(classified) / len(classified))
+    (gradient,) = torch.autograd.grad(loss, exits.classifier.linear.weight, retain_graph=True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(sum(classified) / 2, exits.classifier.linear.weight)[0])
 
 
 def test_validation_reads_through_the_heads(tiny_model):
     model = tiny_model()
-    exits = scrambled(TrainedExits(4, 32, heads=True, certainty=False))
+    exits = scrambled(TrainedExits(4, 32, heads=True, classifier=False))
     found = read_exits(Decoder(model), IDS, None, [2, 4], exits)
     state = states_of(model, IDS)[1]
     by_hand = model.lm_head(model.model.norm(exits.heads.maps[1](state)))[:, :-1].argmax(-1).flatten()
@@ -79,7 +79,7 @@ def test_validation_reads_through_the_heads(tiny_model):
 
 @pytest.fixture
 def run(tmp_path, tiny_config, tiny_tokenizer):
-    """A run folder with heads and a judge, and the module that it was made of."""
+    """Return a run folder with heads and a classifier, and the module that wrote it."""
     module = LayerSkipModule(tiny_config(), tiny_tokenizer, exit_heads=True, learned_exit=True)
     scrambled(module.exits)
     trainer = Trainer(
@@ -104,15 +104,15 @@ def test_a_run_and_its_export_bring_their_exits(run, tmp_path):
             assert torch.equal(found.state_dict()[name], part)
         again = LayerSkipModule(source)  # nothing asked for: they come with it
         assert torch.equal(again.exits.heads.maps[1].weight, module.exits.heads.maps[1].weight)
-        assert load_generator(source, device="cpu").trained_exits.certainty is not None
+        assert load_generator(source, device="cpu").trained_exits.classifier is not None
 
 
 def test_a_part_that_is_asked_for_joins_what_is_there(tiny_model, tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    own = scrambled(TrainedExits(4, 32, heads=True, certainty=False))
+    own = scrambled(TrainedExits(4, 32, heads=True, classifier=False))
     own.save(tmp_path)
     module = LayerSkipModule(str(tmp_path), learned_exit=True)
-    assert module.exits.certainty is not None
+    assert module.exits.classifier is not None
     assert torch.equal(module.exits.heads.maps[2].weight, own.heads.maps[2].weight)
 
 
@@ -123,6 +123,6 @@ def test_a_model_without_exits_has_none(tiny_model, tmp_path):
 
 
 def test_exits_of_another_model_are_refused(tiny_model):
-    weights = TrainedExits(6, 32, heads=True, certainty=True).state_dict()
+    weights = TrainedExits(6, 32, heads=True, classifier=True).state_dict()
     with pytest.raises(ValueError, match="model: the exits in 'there' do not fit the model"):
         rebuilt(weights, Decoder(tiny_model()), "there")

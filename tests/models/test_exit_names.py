@@ -1,4 +1,4 @@
-"""Exits as a user writes them."""
+"""Parsing of exit layers as a user writes them."""
 
 import pytest
 

@@ -94,13 +94,13 @@ def trained(family: str):
 
 
 def loss_of(model):
-    """transformers' own mean loss on BATCH."""
+    """Return transformers' own mean loss on BATCH."""
     ids = BATCH["input_ids"]
     return cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 def cut(model, exit_layer: int):
-    """A copy whose blocks above `exit_layer` are deleted."""
+    """Return a copy whose blocks above `exit_layer` are deleted."""
     copied = copy.deepcopy(model)
     blocks = next(part for part in copied.modules() if isinstance(part, nn.ModuleList) and len(part) == 4)
     del blocks[exit_layer:]

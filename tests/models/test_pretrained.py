@@ -19,7 +19,7 @@ def logits(model) -> torch.Tensor:
 
 
 def save_checkpoint(path: Path, model, tokenizer=None) -> Path:
-    """A checkpoint as the LightningModule writes it: keys under "model.", config and tokenizer as plain types."""
+    """Write a checkpoint as the LightningModule does: keys under "model.", config and tokenizer as plain types."""
     files = {}
     if tokenizer is not None:
         tokenizer.save_pretrained(path.parent / "tokenizer")

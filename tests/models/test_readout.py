@@ -18,7 +18,7 @@ def random_ids(rows=3, length=12):
 
 
 def naive_layers(model, ids, labels):
-    """Losses and predictions [L, N] of the scored positions, from output_hidden_states, one sequence at a time."""
+    """Return losses and predictions [L, N] of the scored positions, by output_hidden_states, one sequence at a time."""
     losses, predictions = [], []
     for row, targets in zip(ids, labels[:, 1:], strict=True):
         hidden = model.model(row[None], output_hidden_states=True).hidden_states[1:]

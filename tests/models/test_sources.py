@@ -1,4 +1,4 @@
-"""Where a model lies by its name: what is meant by a misspelled one, and nothing that waits for a network."""
+"""Resolution of model names: hints for misspelled ones, and no waiting for a network."""
 
 import json
 import math

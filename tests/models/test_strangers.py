@@ -18,7 +18,7 @@ EVIL = "import pathlib\n\npathlib.Path({mark!r}).touch()\n\n\nclass Evil:\n    p
 
 @pytest.fixture
 def evil(tmp_path, tiny_tokenizer, monkeypatch):
-    """(a model's folder with evil.py, function (file, **entries) -> nothing that adds to its JSON, mark of evil.py)."""
+    """Return a model's folder with evil.py, a function (file, **entries) that adds to JSON, and the mark of evil.py."""
     folder, mark = tmp_path / "model", tmp_path / "ran"
     make_model().save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)

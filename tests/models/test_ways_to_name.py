@@ -29,7 +29,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_tokenizer):
-    """A folder with a model that samples, in `base`, and runs of it: each 2 steps, as RUNS says."""
+    """Return a folder with a model that samples, in `base`, and runs of 2 steps each from it, by RUNS."""
     folder = tmp_path_factory.mktemp("ways")
     model = make_model(rope_theta=5e3)
     model.generation_config.update(do_sample=True, temperature=0.7, top_k=7)
@@ -44,7 +44,7 @@ def place(tmp_path_factory, tiny_tokenizer):
 
 @pytest.fixture(scope="module")
 def ran(place):
-    """Function: name of a run -> its folder, trained once."""
+    """Return a function: name of a run -> its folder, trained once."""
 
     def fit(name):
         if not (place / name).exists():
@@ -61,7 +61,7 @@ def ran(place):
 
 
 def same(one, other) -> None:
-    """Everything by which two loaded models could differ."""
+    """Return everything in which two loaded models could differ."""
     (model, tokenizer), (again, other_tokenizer) = one, other
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert again.lm_head.weight is again.model.embed_tokens.weight

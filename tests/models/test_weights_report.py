@@ -51,7 +51,7 @@ INPUTS = {
 
 
 def changed(folder, weights, config):
-    """A model's folder, its weights and its config changed."""
+    """Return a model's folder with changed weights and config."""
     make_model().save_pretrained(folder)
     save_file(weights(load_file(folder / "model.safetensors")), folder / "model.safetensors", metadata={"format": "pt"})
     values = json.loads((folder / "config.json").read_text())

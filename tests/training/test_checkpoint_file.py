@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is the one before, whatever the disk says; and nothing of it lies about."""
+"""Checkpoints are complete, or the previous one stays, whatever the disk does; no partial files remain."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ def write(path, value: float, size: int = 100_000) -> None:
 
 @pytest.fixture
 def no_file_above_64_kib():
-    """The system itself refuses to write on, as it does on a full disk."""
+    """Limit the size of files, so that writing fails as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, limits[1]))
     yield
@@ -80,7 +80,7 @@ def test_where_there_was_none_none_is_spoken_of(tmp_path, no_file_above_64_kib):
 
 @pytest.mark.kind("B26 what kills leave", "B26")
 def test_nothing_is_written_elsewhere(tmp_path, monkeypatch):
-    """As after a kill in the middle of a checkpoint: its beginning lies beside its place, and nowhere else."""
+    """After a kill while saving, the partial file is beside the checkpoint and nowhere else."""
     other, run = tmp_path / "tmp", tmp_path / "run"
     other.mkdir(), run.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(other))
@@ -97,7 +97,7 @@ def test_nothing_is_written_elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.kind("B26 what kills leave")
-@pytest.mark.parametrize("name", [".last.ckpt.partial", "last.partial", ".config.yaml.partial"])
+@pytest.mark.parametrize("name", [".last.ckpt.partial", ".config.yaml.partial"])
 def test_what_a_killed_run_left_goes(path, name):
     (path.parent / name).write_bytes(b"half")
     (path.parent / "mine.partial").write_bytes(b"somebody's own")

@@ -1,4 +1,4 @@
-"""Nothing that is not finite is kept: which step and batch it was, what stays on disk, and what skipping does."""
+"""Steps that are not finite: the step and batch in the message, the checkpoint that stays, and skipping."""
 
 import math
 from functools import partial

@@ -1,4 +1,4 @@
-"""A vector has one writer, a mean over steps, and starts afresh with each run."""
+"""LayerVector: one writer, a mean over steps, and a reset for each run."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What saves memory leaves the equations intact; and the benchmark that says how much it saves, at tiny size."""
+"""Options that save memory do not change the equations; the benchmark of their savings, at tiny size."""
 
 import json
 from functools import partial
@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lskip.cli import main
 from lskip.module import LayerSkipModule
+from tests.trainers import quiet_trainer
 
 ROOT = Path(__file__).parents[2] / "configs"
 SGD = partial(torch.optim.SGD, lr=1.0)
@@ -67,18 +67,9 @@ def test_without_gradients_nothing_is_run_twice(tiny_model):
 
 
 def one_step(model, batches, folder, **settings):
-    """What one step of gradient descent with rate 1 takes off each weight: the gradients."""
+    """Return the change of each weight by one step of gradient descent with rate 1: the gradients."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    trainer = Trainer(
-        max_steps=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **settings,
-    )
+    trainer = quiet_trainer(folder, max_steps=1, **settings)
     module = LayerSkipModule(model, optimizer=SGD, lr_scheduler=None)
     trainer.fit(module, DataLoader(batches, batch_size=None))
     assert trainer.global_step == 1
@@ -86,7 +77,7 @@ def one_step(model, batches, folder, **settings):
 
 
 def masked_batch(not_scored: list[int]):
-    """A row each, whose first so many tokens are not scored."""
+    """Return a batch with a row for each number of tokens that are not scored at its start."""
     ids = random_ids(len(not_scored), seed=3)
     labels = ids.clone()
     for row, count in enumerate(not_scored):
@@ -142,7 +133,7 @@ def test_bf16_mixed_rounds_products_and_keeps_weights(tiny_model, tmp_path):
 
 @pytest.fixture
 def fit(tmp_path, tiny_config):
-    """Function (folder, *flags): quickstart on a tiny stand-in, with overlays."""
+    """Return a function (folder, *flags) that runs quickstart on a tiny model, with overlays."""
     corpus = tmp_path / "documents.jsonl"
     corpus.write_text("\n".join(json.dumps({"text": f"def f{i}(x):\n    return x + {i}\n" * 4}) for i in range(60)))
     # 8-bit states begin at 4096 weights; below that bitsandbytes keeps 32 bits.
@@ -195,7 +186,7 @@ def test_the_other_overlays_are_one_setting_each(fit, tmp_path):
 
 @pytest.fixture(scope="module")
 def benchmark(process_settings, tmp_path_factory):
-    """What a quick run wrote; its options in this process, one after the other."""
+    """Return the folder of a quick run of the benchmark, its options one after another in this process."""
     from benchmarks.memory import training as training_memory
     from benchmarks.memory import training_options as memory_options
 

@@ -1,4 +1,4 @@
-"""What torch's optimizers and schedules refuse, in one sentence, before any data; on parameters of every kind."""
+"""Refusals by torch's optimizers and schedules, in one sentence, before any data; on parameters of every kind."""
 
 from functools import partial
 

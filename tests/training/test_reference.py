@@ -1,4 +1,4 @@
-"""The frozen copy says what transformers says of the model as it was."""
+"""The frozen reference model: its last layer against transformers' own."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""An interrupted run goes on as if nothing had happened: the same float32 weights, bit for bit."""
+"""A resumed run ends with the weights of an uninterrupted one, bit for bit in float32."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def arguments(corpus, tiny_config):
-    """Function run folder, *more -> a `fit` with everything that could differ after an interruption."""
+    """Return a function (run folder, *more) that fits with everything that could differ after an interruption."""
     # attention_dropout draws from torch's own random stream, layer dropout from a stream of its own
     model = json.dumps(tiny_config(attention_dropout=0.2))
 

@@ -1,4 +1,4 @@
-"""What exits learn in a step: the module's loss against autograd through transformers' own hidden states."""
+"""Supervision of the exits: the module's loss against autograd through transformers' own hidden states."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from lskip.losses import Teacher
 from lskip.module import LayerSkipModule
 from lskip.targets import Anchored, Labels, SelfDistillation
-from lskip.training.teachers import Lessons
+from lskip.training.teachers import ExitSupervision
 
 WEIGHTS = [0, 0.3, 0, 0.7]
 
@@ -17,7 +17,7 @@ def random_ids():
 
 
 def exits_of(model, ids):
-    """Logits of exit 2 and of the last, [B*(S-1), V], and the next tokens."""
+    """Return the logits of exit 2 and of the last, [B*(S-1), V], and the next tokens."""
     hidden = model.model(ids, output_hidden_states=True).hidden_states  # its last entry is normed
     states = model.model.norm(hidden[2])[:, :-1], hidden[-1][:, :-1]
     return *(model.lm_head(state).flatten(0, 1) for state in states), ids[:, 1:].flatten()
@@ -29,7 +29,7 @@ def divergence(teacher, student):
 
 
 def compare(model, expected, **settings):
-    """Loss and gradients of the module in a step are those of `expected`."""
+    """Assert that loss and gradients of the module in a step are those of `expected`."""
     wanted = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
     module = LayerSkipModule(model, **settings)
     module.exit_weights.write("test", WEIGHTS)
@@ -76,18 +76,18 @@ def test_an_untrained_last_layer_still_teaches(tiny_model):
 
 def test_each_row_is_taught_by_its_own_position(tiny_model):
     states = torch.arange(10.0)[:, None].requires_grad_()
-    lessons = Lessons(tiny_model(), SelfDistillation(), None)
+    supervision = ExitSupervision(tiny_model(), SelfDistillation(), None)
     picked = torch.tensor([7, 2])
-    early, last = lessons.of_step([picked, None], states, random_ids(), torch.arange(10))
+    early, last = supervision.of_step([picked, None], states, random_ids(), torch.arange(10))
     assert early.teacher.states.flatten().tolist() == [7, 2] and not early.teacher.states.requires_grad
     assert (last.count, type(last.target), last.teacher) == (10, Labels, None)
 
 
 def test_without_the_last_layer_all_learn_the_exit_target(tiny_model):
-    lessons = Lessons(tiny_model(), Labels(), 0.5)
-    (only,) = lessons.of_step([torch.tensor([1])], None, random_ids(), torch.arange(10))
+    supervision = ExitSupervision(tiny_model(), Labels(), 0.5)
+    (only,) = supervision.of_step([torch.tensor([1])], None, random_ids(), torch.arange(10))
     assert (only.count, type(only.target)) == (1, Labels)
-    *_, last = lessons.of_step([None, None], torch.zeros(10, 32), random_ids(), torch.arange(10))
+    *_, last = supervision.of_step([None, None], torch.zeros(10, 32), random_ids(), torch.arange(10))
     assert isinstance(last.target, Anchored) and isinstance(last.teacher, Teacher)
 
 

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of training, against an optimizer watched from outside."""
+"""Curves of training in TensorBoard, against an optimizer watched from outside."""
 
 import pytest
 import torch

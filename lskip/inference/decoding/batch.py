@@ -250,8 +250,8 @@ class Batch:
 
 
 def bound(criterion: ExitCriterion | None, exits: TrainedExits | None) -> ExitCriterion | None:
-    """A criterion for this model; ValueError if it needs a judge that the model has not learned."""
-    return None if criterion is None else criterion.bound(None if exits is None else exits.certainty)
+    """A criterion for this model; ValueError if it needs an exit classifier that the model does not have."""
+    return None if criterion is None else criterion.bound(None if exits is None else exits.classifier)
 
 
 def longest_draft(settings: GenerationSettings) -> int:

@@ -1,4 +1,4 @@
-"""What each field of a model's config may hold, whatever the family calls it."""
+"""Checks of the values in a model's config, under the field names of every family."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ _SIZES = {
     *("n_embd", "n_layer", "n_head", "n_positions", "n_inner", "ffn_dim", "word_embed_proj_dim"),
     *("original_max_position_embeddings", "pretraining_tp"),
 }
-_LARGEST = 2**40  # products of two are numbers of torch still
+_LARGEST = 2**40  # the product of two still fits int64
+MAX_LAYERS = 4096  # transformers makes a list of them
+_LAYERS = ("num_hidden_layers", "n_layer")
 _SHARES = {
     *("attention_dropout", "hidden_dropout", "dropout", "activation_dropout", "layerdrop"),
     *("attn_pdrop", "resid_pdrop", "embd_pdrop", "classifier_dropout", "summary_first_dropout"),
@@ -32,19 +34,17 @@ _ROPE = ("rope_parameters", "rope_scaling")
 
 
 def check_values(values: Mapping[str, Any], prefix: str, strict: bool) -> None:
-    """ValueError with one sentence if a field of a config has a value that no model can have. null passes.
+    """Raise ValueError if a field of a config has a value that no model can have; null passes.
 
     Args:
-        prefix: stands before the field's name.
-        strict: tokens must be of the vocabulary, rotary positions those of a family whose layers have one kind.
+        prefix: precedes the field's name in the message.
+        strict: also refuse tokens outside the vocabulary.
     """
     for name, value in values.items():
         if value is None:
             continue
         if name in _SIZES:
-            check_whole(f"{prefix}{name}", value, 1)
-            if value > _LARGEST:
-                raise ValueError(f"{prefix}{name}: {value!s:.20} is more than the {_LARGEST} that a size may be")
+            check_whole(f"{prefix}{name}", value, 1, MAX_LAYERS if name in _LAYERS else _LARGEST)
         elif name in _SHARES:
             check_real(f"{prefix}{name}", value, "from 0 up and below 1", lambda share: 0 <= share < 1)
         elif name in _ABOVE_0:
@@ -69,7 +69,10 @@ def _check_activation(name: str, value: Any) -> None:
 
 
 def _check_tokens(name: str, value: Any, vocab_size: Any, strict: bool) -> None:
-    """A model on a disk may say -1 for none, and end at tokens that it does not have: it never ends there."""
+    """Raise ValueError for what is no token.
+
+    Unless `strict`, -1 (none) and tokens beyond the vocabulary pass: saved models have them, without effect.
+    """
     lowest = 0 if strict else -1
     for token in value if isinstance(value, list) else [value]:
         check_whole(name, token, lowest)
@@ -86,7 +89,7 @@ def _check_rope(name: str, value: Any) -> None:
     for key, part in value.items():
         if part is None:
             continue
-        if isinstance(part, Mapping):  # a kind of layer -> its own
+        if isinstance(part, Mapping):  # one mapping for each kind of layer
             _check_rope(f"{name}.{key}", part)
         elif key in ("rope_type", "type"):
             if part not in kinds:

@@ -1,4 +1,4 @@
-"""What kind of value each field of a generation_config may hold, whoever wrote it."""
+"""Checks of the types of values in a generation_config."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "forced_bos_token_id"
 
 
 def check_kinds(values: Mapping[str, Any], where: str) -> None:
-    """ValueError, which begins with `where` and the field, for a value that no model can mean. null passes.
+    """Raise ValueError, its message beginning with `where` and the field, for a value of the wrong type; null passes.
 
-    A number of the right kind that lskip does not go by (a top_k of -1, which elsewhere means all) is told where it is
-    used, since a user may name another.
+    A number of the right type that lskip cannot use (a top_k of -1, which elsewhere means all) is refused where it is
+    used, since the user may set another.
     """
     for names, allowed, holds in _KINDS:
         for name in names:

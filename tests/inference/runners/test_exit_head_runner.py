@@ -11,7 +11,7 @@ from tests.inference.test_early_exit import CRITERIA, NEW, PROMPT, PROMPTS, buil
 @pytest.fixture
 def exits():
     torch.manual_seed(5)
-    made = TrainedExits(4, 32, heads=True, certainty=True)
+    made = TrainedExits(4, 32, heads=True, classifier=True)
     for parameter in made.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     return made
@@ -72,7 +72,7 @@ def test_a_head_that_is_right_is_accepted(tiny_model):
     for layer in model.model.layers[2:]:
         layer.self_attn.o_proj.weight.data.zero_()
         layer.mlp.down_proj.weight.data.zero_()
-    exits = TrainedExits(4, 32, heads=True, certainty=False)
+    exits = TrainedExits(4, 32, heads=True, classifier=False)
     settings = {"exit_layer": 2, "num_speculations": 3, "max_new_tokens": NEW}
     assert TextGenerator(model, trained_exits=exits).generate(PROMPT, **settings).acceptance_rate == 1.0
     exits.heads.maps[1].weight.data.neg_()

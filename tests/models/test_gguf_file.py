@@ -1,4 +1,4 @@
-"""What a GGUF file says is in the model, or the file is refused by the name of what would be dropped.
+"""Metadata and tensors of GGUF files: the model has them, or the file is refused by the name of one that it lacks.
 
 The ways to cut text into words are those of llama.cpp's llama-vocab.cpp, written again here as regular expressions.
 """
@@ -26,7 +26,7 @@ IDS = torch.tensor([[5, 9, 77, 123, 44, 2, 9, 5, 31]])
 
 @pytest.fixture
 def written(tmp_path, monkeypatch):
-    """Function (tensors to add or None to leave out, **keys to set or None to leave out) -> path of a GGUF file."""
+    """Return a function (tensors, **keys; None: left out) -> path of a GGUF file."""
 
     def write(tensors=None, tokenizer=True, model=None, **keys):
         add_key, add_tensor = gguf.GGUFWriter.add_key_value, gguf.GGUFWriter.add_tensor
@@ -254,7 +254,7 @@ def test_every_end_that_the_file_names_ends_a_text(written):
 
 @pytest.mark.kind(K2)
 def test_words_that_are_not_said_are_a_guess(written, caplog):
-    with caplog.at_level(logging.WARNING, "lskip.models.reading.gguf_facts"):
+    with caplog.at_level(logging.WARNING, "lskip.models.reading.gguf_file"):
         load_tokenizer(written(**{"tokenizer.ggml.pre": None}))
     assert "is cut into words" in caplog.text
 

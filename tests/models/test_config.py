@@ -1,4 +1,4 @@
-"""What a model's config may say: every field has an effect, or is refused by its name before anything is built."""
+"""Configs of models: every field has an effect, or is refused by name before anything is built."""
 
 import json
 from dataclasses import fields
@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from lskip.cli import main
 from lskip.models.families import FAMILIES
 from lskip.models.pretrained import load_config, load_model
-from lskip.models.reading.model_config import make_config as config_of
-from lskip.models.reading.model_config import parameter_count, with_layers
+from lskip.models.reading.config import make_config as config_of
+from lskip.models.reading.config import parameter_count, with_layers
 from tests.conftest import make_config, make_model
 from tests.export.test_to_hf import save
 
@@ -42,7 +42,7 @@ def tiny(family: str) -> dict:
 
 
 def traces(config: PreTrainedConfig) -> tuple:
-    """All by which a model shows what its config said."""
+    """Return everything in which models of two configs could differ."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).train()
     torch.manual_seed(1)
@@ -146,7 +146,7 @@ def test_a_value_that_no_model_can_have_is_refused(field, value):
 
 
 def folder_with(tmp_path, **changes):
-    """A model's folder whose config.json says something else."""
+    """Return a model's folder with a changed config.json."""
     make_model().save_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, **changes}))

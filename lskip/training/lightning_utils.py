@@ -1,4 +1,4 @@
-"""What every training here asks of Lightning: fewer words, and an interruption after which one can go on."""
+"""Lightning's messages and interrupts in every training of lskip."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 
 
 def quiet_lightning() -> None:
-    """Not its tips and lists of accelerators; what a profiler found is asked for."""
+    """Hide Lightning's tips and lists of accelerators, but not the reports of profilers."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
@@ -21,13 +21,13 @@ def quiet_lightning() -> None:
 
 @contextmanager
 def interruptible(trainer: Trainer, advice: Callable[[], str]) -> Iterator[None]:
-    """Around what a Trainer does: a signal does not end the process with Lightning's exit code, and without a word.
+    """Raise KeyboardInterrupt with advice where Lightning, after a signal, would exit without a message.
 
     Args:
-        advice: what is said then: how to go on.
+        advice: returns how to resume.
 
     Raises:
-        KeyboardInterrupt: of the kind that interrupted it, with the advice.
+        KeyboardInterrupt: of the class that interrupted training, with the advice.
     """
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -42,11 +42,11 @@ def interruptible(trainer: Trainer, advice: Callable[[], str]) -> Iterator[None]
 
 
 def how_to_go_on(trainer: Trainer, checkpoint: Path, flag: str) -> str:
-    """Return the step that training was interrupted at, the step that is saved, and the advice.
+    """Return the message after an interrupt: the step, the saved step, and how to resume.
 
     Args:
-        checkpoint: what the run goes on from, if it is there.
-        flag: how the command is told to.
+        checkpoint: from which the run resumes, if it exists.
+        flag: the option that resumes.
     """
     step = trainer.global_step
     place = f"after step {step}" if step else "before the first step"

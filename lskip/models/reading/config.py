@@ -1,4 +1,4 @@
-"""A transformers config that somebody wrote, checked field by field before anything is built from it or read for it."""
+"""Building of transformers configs from untrusted values, each field checked before a model is made."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -19,11 +19,10 @@ from transformers.initialization import no_init_weights
 from lskip.models.families import FAMILIES, check_family, family_of
 from lskip.models.reading.config_values import check_values
 
-MAX_LAYERS = 4096
 _ROPE_BEFORE_5 = ("rope_theta", "rope_scaling")  # transformers 5 has one field for both, rope_parameters
-# Names of code to fetch or to patch in, which is never done; Decoder takes care of attention.
+# Fields that would fetch or patch in code, which is never done; Decoder chooses the attention.
 _CODE = ("auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation", "fusion_config")
-# The same thing under the names of several families (and of other programs), for a hint.
+# Names of one size in several families (and other programs), for a hint.
 _SYNONYMS = (
     ("hidden_size", "n_embd", "d_model"),
     ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
@@ -39,7 +38,7 @@ _SYNONYMS = (
 
 
 def make_config(values: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedConfig:
-    """The transformers config for a mapping with `model_type`, from which a model can be made here.
+    """Return the transformers config of a mapping with `model_type`, for a model from scratch.
 
     Raises:
         ValueError: an unknown family or field, a value that is not allowed, or a model larger than the memory.
@@ -59,12 +58,12 @@ def make_config(values: Mapping[str, Any], dtype: torch.dtype = torch.float32) -
 
 
 def build_config(values: Mapping[str, Any], prefix: str, strict: bool = False) -> PreTrainedConfig:
-    """The config that a mapping says, found to be one of which a model can be made.
+    """Return the config of a mapping, after checking that a model can be made of it.
 
     Args:
-        prefix: stands before the name of a field in a message.
-        strict: also refuse what a model on a disk may have without harm: end tokens beyond its vocabulary, settings
-            of rotary positions that nothing reads.
+        prefix: precedes the name of a field in a message.
+        strict: also refuse what is harmless in a saved model: end tokens beyond its vocabulary, settings of rotary
+            positions that nothing reads.
 
     Raises:
         ValueError: one sentence with the field, its value and what is allowed.
@@ -72,24 +71,23 @@ def build_config(values: Mapping[str, Any], prefix: str, strict: bool = False) -
     check_family(values.get("model_type"))
     if values["model_type"] == "mistral" and values.get("layer_types"):
         raise ValueError(f"{prefix}layer_types: a mistral with kinds of layers is a ministral, which is not supported")
-    _check_layers(values, prefix)
     check_values(values, prefix, strict)
     _check_heads(values.get, values, prefix)
-    with _no_remarks(prefix) if strict else _any_remarks():
+    with _no_warnings(prefix) if strict else nullcontext():
         try:
             config = AutoConfig.for_model(**{name: value for name, value in values.items() if name not in _CODE})
-        except Exception as error:  # transformers raises what a value led to: types, missing keys, divisions by zero
+        except Exception as error:  # any type: whatever a wrong value leads to inside transformers
             raise ValueError(_invalid(values, prefix, error)) from error
     family = family_of(config)
     _check_heads(lambda name: getattr(config, name, None), values, prefix)
     if strict:
         _check_rope_effect(config, values, family.rotary_by_kind, prefix)
-    parameter_count(config)  # that builds it, without memory
+    parameter_count(config)  # builds the model on the meta device, which raises where that fails
     return config
 
 
 def with_layers(config: PreTrainedConfig, kept: slice) -> PreTrainedConfig:
-    """A copy of a config for some of its layers."""
+    """Return a copy of a config for some of its layers."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = len(range(config.num_hidden_layers)[kept])
     if getattr(config, "layer_types", None) is not None:
@@ -98,17 +96,17 @@ def with_layers(config: PreTrainedConfig, kept: slice) -> PreTrainedConfig:
 
 
 def parameter_count(config: PreTrainedConfig) -> int:
-    """Parameters of the model that a config describes, however large, without its memory.
+    """Return the number of parameters of a config's model, without allocating them.
 
     Raises:
-        ValueError: no model can be made of it.
+        ValueError: no model can be made of the config.
     """
     counts = []
     for layers in (1, 2):
         few = with_layers(config, slice(layers))
         try:
             counts.append(sum(part.numel() for part in without_memory(few).parameters()))
-        except Exception as error:  # what a value of a stranger's leads to inside transformers and torch
+        except Exception as error:  # any type: whatever a wrong value leads to inside transformers
             kind = config.model_type
             raise ValueError(f"model: no {kind} can be made of this config ({_short(error)})") from error
         if few.num_hidden_layers == config.num_hidden_layers:
@@ -117,15 +115,15 @@ def parameter_count(config: PreTrainedConfig) -> int:
 
 
 def without_memory(config: PreTrainedConfig) -> torch.nn.Module:
-    """The modules of a model with their names and shapes, its weights on torch's meta device."""
+    """Return a model whose weights are on the meta device: names and shapes without memory."""
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    model.tie_weights()  # without initial values it is left out
+    model.tie_weights()  # left out by no_init_weights
     return model
 
 
 def check_memory(config: PreTrainedConfig, dtype: torch.dtype) -> None:
-    """ValueError if the weights of such a model are larger than this machine's memory."""
+    """Raise ValueError if the weights of such a model are larger than this machine's memory."""
     size = parameter_count(config) * dtype.itemsize
     if hasattr(os, "sysconf") and size > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
         raise ValueError(
@@ -135,9 +133,9 @@ def check_memory(config: PreTrainedConfig, dtype: torch.dtype) -> None:
 
 
 def check_weights_hold(config: PreTrainedConfig, most: int, place: str) -> None:
-    """ValueError if a config describes more parameters than the weights beside it can be, which are at `most` so many.
+    """Raise ValueError if a config has more parameters than the `most` that its weight files can hold.
 
-    What is missing is found by name later on; this is for sizes that would first fill the memory.
+    Missing weights are found by name later; this refuses sizes that would fill the memory before.
     """
     if (count := parameter_count(config)) > most:
         raise ValueError(
@@ -145,16 +143,8 @@ def check_weights_hold(config: PreTrainedConfig, most: int, place: str) -> None:
         )
 
 
-def _check_layers(values: Mapping[str, Any], prefix: str) -> None:
-    """Before a list of all layers is made."""
-    for name in ("num_hidden_layers", "n_layer"):
-        count = values.get(name)
-        if isinstance(count, int) and count > MAX_LAYERS:
-            raise ValueError(f"{prefix}{name}: {count} is not a whole number from 1 to {MAX_LAYERS}")
-
-
 def _check_heads(get: Callable[[str], Any], values: Mapping[str, Any], prefix: str) -> None:
-    """What fields say together, as far as `get` knows them."""
+    """Raise ValueError for fields that contradict each other; `get` returns a field's value or None."""
     hidden, heads, pairs = (get(name) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
     own_width = values.get("head_dim")
     if hidden and heads and hidden % heads and own_width is None:
@@ -169,7 +159,10 @@ def _check_heads(get: Callable[[str], Any], values: Mapping[str, Any], prefix: s
 
 
 def _check_rope_effect(config: PreTrainedConfig, values: Mapping[str, Any], by_kind: bool, prefix: str) -> None:
-    """Some families read the old name of a field, some have a mapping for each kind of layer."""
+    """Raise ValueError for a rope setting that the built config ignores.
+
+    Some families do not read the old names, and some need one mapping for each kind of layer.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
     parts = [part for kind, part in rope.items() if kind in config.layer_types] if by_kind else [rope]
     given = {"rope_theta": {"rope_theta": values.get("rope_theta")}, "rope_scaling": values.get("rope_scaling") or {}}
@@ -184,7 +177,10 @@ def _check_rope_effect(config: PreTrainedConfig, values: Mapping[str, Any], by_k
 
 
 def _refuse_unknown_fields(values: Mapping[str, Any], kind: type, dtype: torch.dtype) -> None:
-    """transformers keeps a field that it does not know and builds the default model: that would cost a training run."""
+    """Raise ValueError for a field that the family does not have.
+
+    transformers keeps unknown fields and builds the default model, which would waste a training run.
+    """
     family = values["model_type"]
     own = {field.name for field in fields(kind)}
     allowed = own | {"model_type", "torch_dtype"} | set(kind.attribute_map) | set(FAMILIES[family].unnamed_fields)
@@ -210,11 +206,11 @@ def _meant(name: str, allowed: set[str]) -> str:
 
 
 @contextmanager
-def _no_remarks(prefix: str) -> Iterator[None]:
-    """ValueError for what transformers would only remark on: unknown and missing settings of rotary positions."""
-    remarks: list[str] = []
+def _no_warnings(prefix: str) -> Iterator[None]:
+    """Raise ValueError for what transformers only warns about: unknown and missing settings of rotary positions."""
+    warnings: list[str] = []
     listener = logging.Handler(logging.WARNING)
-    listener.emit = lambda record: remarks.append(record.getMessage())
+    listener.emit = lambda record: warnings.append(record.getMessage())
     logger = logging.getLogger("transformers.modeling_rope_utils")
     before = logger.propagate, logger.level
     logger.propagate = False
@@ -226,17 +222,12 @@ def _no_remarks(prefix: str) -> Iterator[None]:
         logger.removeHandler(listener)
         logger.propagate = before[0]
         logger.setLevel(before[1])
-    if remarks:
-        raise ValueError(f"{prefix}rope_parameters: {' '.join(remarks[0].split())[:200]}")
-
-
-@contextmanager
-def _any_remarks() -> Iterator[None]:
-    yield
+    if warnings:
+        raise ValueError(f"{prefix}rope_parameters: {' '.join(warnings[0].split())[:200]}")
 
 
 def _invalid(values: Mapping[str, Any], prefix: str, error: Exception) -> str:
-    """The sentence for what transformers says of a value; it names the field first, where it does."""
+    """Return the message for an error of transformers, the field first where the error names one."""
     text = str(error)
     if (named := re.search(r"[Ff]ield '(\w+)'", text)) and named[1] in values:
         expected = re.search(r"expected .*?(?=, got)|an? .*", text)

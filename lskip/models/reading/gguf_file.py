@@ -1,14 +1,17 @@
-"""What a GGUF file says and transformers drops: mended where that is little, else refused by its name.
+"""Checks and corrections around transformers' reading of a GGUF file.
 
-transformers reads some of a file's facts and tensors and passes over the others: the model that comes of it is another
-than the one that llama.cpp runs, and nothing tells.
+transformers ignores metadata and tensors that it does not know, so that the model may differ from the one that
+llama.cpp runs without a word. Here small differences are corrected, and all others are refused by name.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,19 +19,22 @@ from tokenizers import decoders, normalizers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from lskip.models.reading.model_config import MAX_LAYERS, without_memory
+from lskip.models.reading.config import without_memory
+from lskip.models.reading.config_values import MAX_LAYERS
+from lskip.models.reading.weights_report import first_of
 
-MARK = "\u2581"  # what stands for a space in sentencepiece's tokens
+MARK = "\u2581"  # a space in sentencepiece's tokens
 logger = logging.getLogger(__name__)
 
-# Those that both llama.cpp and transformers read, and whose family lskip covers.
+# Read by llama.cpp and by transformers, of a family that lskip supports.
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt2")
-# How a text is cut into words before byte-level BPE, by llama.cpp's names (llm_tokenizer_bpe in llama-vocab.cpp).
-DIGITS = {"smollm", "refact", "starcoder", "command-r", "codeshell", "exaone", "minerva-7b"}  # each digit, then GPT-2's
+# Pre-tokenizers before byte-level BPE, by llama.cpp's names (llm_tokenizer_bpe in llama-vocab.cpp).
+# DIGITS splits numbers into digits, then does as GPT-2.
+DIGITS = {"smollm", "refact", "starcoder", "command-r", "codeshell", "exaone", "minerva-7b"}
 _GPT2 = {"gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "mpt", "olmo", "jais", "trillion"}
-_LLAMA3 = {"llama3", "llama-v3", "llama-bpe", "falcon3"}  # these take a whole word first, and begin with a token
-_REGEXES = {"dbrx", "smaug-bpe", "tekken", "qwen2", "deepseek-r1-qwen", "gpt-4o", "llama4"}  # that transformers knows
-# Facts of a tokenizer that transformers reads, that lskip does, and that change no text.
+_LLAMA3 = {"llama3", "llama-v3", "llama-bpe", "falcon3"}  # a word in the vocabulary is not split; texts begin with BOS
+_REGEXES = {"dbrx", "smaug-bpe", "tekken", "qwen2", "deepseek-r1-qwen", "gpt-4o", "llama4"}  # known to transformers
+# Tokenizer metadata that transformers or lskip reads, or that changes no tokens.
 _TOKENIZER_FACTS = {
     *("ggml.model", "ggml.pre", "ggml.tokens", "ggml.scores", "ggml.token_type", "ggml.merges", "chat_template"),
     *("ggml.bos_token_id", "ggml.eos_token_id", "ggml.unknown_token_id", "ggml.padding_token_id"),
@@ -42,12 +48,12 @@ _TOKENIZER_FACTS = {
 
 @dataclass(frozen=True)
 class Facts:
-    """A GGUF file without its numbers.
+    """Metadata and tensor sizes of a GGUF file.
 
     Attributes:
         place: the file, for messages.
-        values: key -> value; of a list of more than 1,000 its length.
-        tensors: name -> number of its elements.
+        values: metadata key -> value; for a list of more than 1,000 entries, its length.
+        tensors: name -> number of elements.
     """
 
     place: str
@@ -59,11 +65,41 @@ class Facts:
         return self.values["general.architecture"]
 
     def refuse(self, key: str, reason: str) -> ValueError:
+        """Return the error that names a metadata key, its value and the reason to refuse it."""
         return ValueError(f"model: {self.place!r} says {key} = {self.values.get(key)!r:.60}, {reason}")
 
 
+@contextmanager
+def parsed_once() -> Iterator[None]:
+    """Parse a GGUF file once inside this context.
+
+    transformers parses it anew for the config, the weights and the tokenizer, and derives the names of all tensors anew
+    for every module: seconds each time. Its progress bar is hidden too.
+
+    Raises:
+        ValueError: package gguf or accelerate is missing.
+    """
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"model: to read GGUF, run: pip install {' '.join(missing)}")
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    slow = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    bar = reading.tqdm
+    try:
+        for name, original in slow.items():
+            setattr(gguf, name, functools.cache(original))
+        reading.tqdm = lambda tensors, **_: tensors
+        yield
+    finally:
+        reading.tqdm = bar
+        for name, original in slow.items():
+            setattr(gguf, name, original)
+
+
 def read_facts(path: str) -> Facts:
-    """Raises what gguf raises where the file is none, or cut."""
+    """Return the metadata of a GGUF file; raise what package gguf raises for a file that it cannot parse."""
     import gguf
 
     reader = gguf.GGUFReader(path)
@@ -74,7 +110,7 @@ def read_facts(path: str) -> Facts:
 
 
 def check_facts(facts: Facts) -> None:
-    """ValueError for a file that transformers would read as another model, as far as that is seen without a config."""
+    """Raise ValueError for a file that transformers would read as another model, as far as metadata alone show it."""
     architecture = facts.values.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ValueError(
@@ -84,7 +120,7 @@ def check_facts(facts: Facts) -> None:
         raise facts.refuse("general.type", "not model")
     if facts.values.get("split.count", 1) > 1:
         raise facts.refuse("split.count", "and is one part of several: join them first (llama-gguf-split --merge)")
-    # What would divide by zero, or make a list for each layer, before a config could be looked at.
+    # Before a config is made of these: 0 would be divided by, and a list is made of all layers.
     for name, most in (("block_count", MAX_LAYERS), ("embedding_length", 2**31), ("attention.head_count", 2**31)):
         size = facts.values.get(f"{architecture}.{name}")
         if not isinstance(size, int) or not 1 <= size <= most:
@@ -94,32 +130,32 @@ def check_facts(facts: Facts) -> None:
 
 def _check_tokenizer(facts: Facts) -> None:
     values = facts.values
-    kind, words = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre")
+    kind, pre_tokenizer = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre")
     if kind not in ("gpt2", "llama", "no_vocab", "none", None):
         raise facts.refuse("tokenizer.ggml.model", "which lskip does not read; allowed: gpt2, llama")
-    if kind == "gpt2" and words is None:
+    if kind == "gpt2" and pre_tokenizer is None:
         logger.warning(
             "model: %r does not say how its text is cut into words: as GPT-2 does it is a guess", facts.place
         )
-    elif kind == "gpt2" and words not in DIGITS | _GPT2 | _LLAMA3 | _REGEXES:
+    elif kind == "gpt2" and pre_tokenizer not in DIGITS | _GPT2 | _LLAMA3 | _REGEXES:
         raise facts.refuse("tokenizer.ggml.pre", "a way to cut text into words that lskip does not know")
     for key in values:
         if key.startswith("tokenizer.") and key.removeprefix("tokenizer.") not in _TOKENIZER_FACTS:
             raise facts.refuse(key, "which lskip does not read")
 
 
-def settle_config(config: PreTrainedConfig, facts: Facts) -> None:
-    """Put into a config what transformers left out of it.
+def correct_config(config: PreTrainedConfig, facts: Facts) -> None:
+    """Set in `config` what transformers left out of the file.
 
     Raises:
-        ValueError: the file says something else that the config does not stand for.
+        ValueError: the file says something that no model of this config does.
     """
     values, architecture = facts.values, facts.architecture
     width = values.get(f"{architecture}.attention.key_length")
     if width is not None and hasattr(config, "head_dim"):
         config.head_dim = width
     if config.model_type == "mistral":
-        config.sliding_window = None  # transformers takes a Llama of that name for one, and llama.cpp knows no window
+        config.sliding_window = None  # a Llama named Mistral; llama.cpp knows no window
     stands_for = _stands_for(config)
     for key, value in values.items():
         if not key.startswith(f"{architecture}."):
@@ -131,11 +167,11 @@ def settle_config(config: PreTrainedConfig, facts: Facts) -> None:
             raise facts.refuse(key, f"which lskip does not read: the model would have {meant!r}")
 
 
-ANY = object()
+ANY = object()  # any value: the key changes nothing
 
 
 def _stands_for(config: PreTrainedConfig) -> dict[str, Any]:
-    """Facts of an architecture -> their value in a model of this config; ANY: they change nothing."""
+    """Return, for each metadata key of an architecture, its value in a model of this config (or ANY)."""
 
     def get(name: str, default: Any = None) -> Any:
         return getattr(config, name, default)
@@ -176,12 +212,12 @@ def _stands_for(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _same(value: Any, meant: Any) -> bool:
     if isinstance(value, float) and isinstance(meant, int | float):
-        return math.isclose(value, meant, rel_tol=1e-6)  # the file holds 32 bits
+        return math.isclose(value, meant, rel_tol=1e-6)  # the file stores float32
     return value == meant
 
 
 def check_tensors(config: PreTrainedConfig, facts: Facts) -> None:
-    """ValueError unless the file's tensors are the model's, in name and size: transformers takes what it knows."""
+    """Raise ValueError unless the file's tensors are the model's, by name and size; transformers does not compare."""
     import gguf
 
     model = without_memory(config)
@@ -189,38 +225,34 @@ def check_tensors(config: PreTrainedConfig, facts: Facts) -> None:
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     own = {names.get_name(name, (".weight", ".bias")): part.numel() for name, part in model.named_parameters()}
     if more := sorted(facts.tensors.keys() - own.keys()):
-        raise ValueError(f"model: {facts.place!r} holds {_named(more)}, which lskip does not read")
+        raise ValueError(f"model: {facts.place!r} holds tensor {first_of(more)}, which lskip does not read")
     if fewer := sorted(own.keys() - facts.tensors.keys()):
-        raise ValueError(f"model: {facts.place!r} lacks {_named(fewer)}")
+        raise ValueError(f"model: {facts.place!r} lacks tensor {first_of(fewer)}")
     for name, size in facts.tensors.items():
         if size != own[name]:
             raise ValueError(f"model: {name} in {facts.place!r} has {size} numbers, its sizes ask for {own[name]}")
 
 
-def _named(names: list[str]) -> str:
-    return f"tensor {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
-def settle_tokenizer(tokenizer: PreTrainedTokenizerBase, facts: Facts) -> None:
-    """Let a tokenizer cut a text as llama.cpp does; what transformers does not take from the file is put right."""
-    words = facts.values.get("tokenizer.ggml.pre")
+def correct_tokenizer(tokenizer: PreTrainedTokenizerBase, facts: Facts) -> None:
+    """Correct `tokenizer`, where transformers ignores the file, so that it tokenizes as llama.cpp does."""
+    pre_tokenizer = facts.values.get("tokenizer.ggml.pre")
     if facts.values.get("tokenizer.ggml.model") == "llama":
-        _settle_spaces(tokenizer, facts.values.get("tokenizer.ggml.add_space_prefix", True))
+        _correct_spaces(tokenizer, facts.values.get("tokenizer.ggml.add_space_prefix", True))
     if facts.values.get("tokenizer.ggml.model") != "gpt2":
         return
-    if words in DIGITS:  # transformers cuts as GPT-2 does: "x  3" would become other tokens
+    if pre_tokenizer in DIGITS:  # transformers pre-tokenizes as GPT-2: "x  3" would become other tokens
         steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)
-    if words in _LLAMA3 | {"tekken"}:
+    if pre_tokenizer in _LLAMA3 | {"tekken"}:
         tokenizer.backend_tokenizer.model.ignore_merges = True
         if tokenizer.bos_token is not None and "tokenizer.ggml.add_bos_token" not in facts.values:
             tokenizer.add_bos_token = True
 
 
-def _settle_spaces(tokenizer: PreTrainedTokenizerBase, prefix: bool) -> None:
-    """As sentencepiece marks spaces: one more before each text, even one that begins with a space; or none.
+def _correct_spaces(tokenizer: PreTrainedTokenizerBase, prefix: bool) -> None:
+    """Mark spaces as sentencepiece does: one more before each text, even one that begins with a space; or none.
 
-    transformers adds it where there is no space yet, whatever the file says.
+    transformers adds one where there is none yet, whatever the file says.
     """
     backend = tokenizer.backend_tokenizer
     steps = [normalizers.Replace(" ", MARK)]
@@ -231,7 +263,7 @@ def _settle_spaces(tokenizer: PreTrainedTokenizerBase, prefix: bool) -> None:
 
 
 def end_tokens(facts: Facts) -> list[int]:
-    """Every token at which the file says that a text, a turn or a message ends."""
+    """Return the tokens that end a text, a turn or a message by the file's metadata."""
     keys = ("eos_token_id", "eot_token_id", "eom_token_id")
     found = [facts.values.get(f"tokenizer.ggml.{key}") for key in keys]
     return list(dict.fromkeys(token for token in found if token is not None))
