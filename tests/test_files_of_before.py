@@ -1,4 +1,4 @@
-"""What 0.1.0 left on a disk goes on: tests/fixtures/before_0_1, made at ab0060e by tests/fixtures/make_before.py."""
+"""Files of 0.1.0 go on: tests/fixtures/before_0_1, made at ab0060e by tests/fixtures/make_before.py."""
 
 import json
 import os

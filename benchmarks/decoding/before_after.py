@@ -30,7 +30,7 @@ WORKER = Path(__file__).with_name("before_after_worker.py")
 
 
 class Case(NamedTuple):
-    """What is decoded: by which of the models, how it is loaded, how many texts together, and with which drafts."""
+    """Say what is decoded: by which of the models, how it is loaded, how many texts together, and with which drafts."""
 
     name: str
     model: str
@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 
 def cases(exit_layer: int) -> list[Case]:
-    """Each case that is compared, those of one load together."""
+    """Return the cases that are compared, those of one load together."""
     int8 = {"draft_weights": "int8"}
     return [
         Case("autoregressive", "packaged", {}, 1, {}),
@@ -55,7 +55,7 @@ def cases(exit_layer: int) -> list[Case]:
 
 
 class Worker:
-    """A process that decodes with a checkout."""
+    """Decode with a checkout, in a process of its own."""
 
     def __init__(self, checkout: Path, threads: int | None):
         command = [sys.executable, str(WORKER), *([] if threads is None else [str(threads)])]
@@ -63,7 +63,7 @@ class Worker:
         self.process = subprocess.Popen(command, cwd=checkout, env=environment(checkout), text=True, **pipes)
 
     def ask(self, **order) -> dict:
-        """Its answer to an order."""
+        """Return its answer to an order."""
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -77,13 +77,13 @@ class Worker:
 
 
 def environment(checkout: Path) -> dict[str, str]:
-    """With the checkout's lskip, and the number of threads that torch takes by itself."""
+    """Return one with the checkout's lskip, and the number of threads that torch takes by itself."""
     kept = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     return {**kept, "PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1"}
 
 
 def make_models(before: Path, work: Path, model: str) -> None:
-    """The bfloat16 export, and three steps of training from there."""
+    """Make the bfloat16 export, and three steps of training from there."""
     work.mkdir(parents=True, exist_ok=True)
 
     def lskip(*arguments: str) -> None:
@@ -102,7 +102,7 @@ def make_models(before: Path, work: Path, model: str) -> None:
 
 
 class Comparison:
-    """Three workers and what their turns bring."""
+    """Ask three workers in turns, and keep what that brings."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
@@ -114,11 +114,11 @@ class Comparison:
         self.order = random.Random(0)
 
     def turns(self) -> list[str]:
-        """The workers' names in another order each time."""
+        """Return the workers' names, in another order each time."""
         return self.order.sample(list(self.checkouts), len(self.checkouts))
 
     def run(self, chosen: list[Case]) -> list[dict]:
-        """A record for each case."""
+        """Return a record for each case."""
         workers = {name: Worker(place, self.options.threads) for name, place in self.checkouts.items()}
         records, loaded = [], None
         try:
@@ -135,10 +135,10 @@ class Comparison:
         return records
 
     def measure(self, case: Case, workers: dict[str, Worker]) -> dict:
-        """All turns of a case; the first, to warm up, does not count."""
+        """Take all turns of a case; the first, to warm up, does not count."""
         tokens = self.options.tokens
         settings = {"temperature": 0.0, "max_new_tokens": tokens, "min_new_tokens": tokens, **case.settings}
-        speeds, equal, drafts = {name: [] for name in workers}, 0, {}
+        speeds, accepted, equal = {name: [] for name in workers}, dict.fromkeys(workers, 0), 0
         for turn in range(self.options.repeats + 1):
             start = turn * case.batch
             prompts = [self.prompts[(start + each) % len(self.prompts)] for each in range(case.batch)]
@@ -148,18 +148,18 @@ class Comparison:
             if turn:
                 for name, each in found.items():
                     speeds[name].append(case.batch * tokens / each["seconds"])
+                    accepted[name] += each["accepted"]
                 equal += found["before"]["texts"] == found["after"]["texts"]
-                drafts = {name: [each["accepted"], each["drafted"]] for name, each in found.items()}
         return {
             "case": case.name,
             **ratios(speeds),
             "turns": self.options.repeats,
             "equal_texts": equal,
-            "last": drafts,
+            "accepted": accepted,
         }
 
     def load_times(self) -> dict:
-        """Seconds of load_generator in fresh processes, in turns, as if they were speeds."""
+        """Return the seconds of load_generator in fresh processes, in turns; a ratio above 1 is slower here."""
         speeds = {name: [] for name in self.checkouts}
         for turn in range(self.options.repeats + 1):
             for name in self.turns():
@@ -172,7 +172,7 @@ class Comparison:
 
 
 def ratios(measured: dict[str, list[float]]) -> dict:
-    """Medians, and the median paired ratios over `before` with their quartiles."""
+    """Return medians, and the median paired ratios over `before` with their quartiles."""
     found = {"median": {name: statistics.median(values) for name, values in measured.items()}}
     for name in ("after", "control"):
         pairs = [ours / base for ours, base in zip(measured[name], measured["before"], strict=True)]
@@ -182,7 +182,7 @@ def ratios(measured: dict[str, list[float]]) -> dict:
 
 
 def in_words(record: dict) -> str:
-    """A line of what was measured."""
+    """Return a line that says what was measured."""
     parts = [f"{record['case']:32}"]
     for name in ("after", "control"):
         low, high = record[name]["middle_half"]
@@ -193,7 +193,7 @@ def in_words(record: dict) -> str:
 
 
 def conditions(options: argparse.Namespace) -> dict:
-    """Where and with what it was measured."""
+    """Return where and with what it was measured."""
     import torch
 
     commits = {}

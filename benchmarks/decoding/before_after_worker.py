@@ -1,7 +1,7 @@
 """Load and decode by orders on standard input, a JSON object a line, with the lskip that PYTHONPATH names.
 
 {"load": arguments of load_generator} is answered by its seconds, {"prompts": [...], "batch": n, "settings": {...}} by
-seconds, tokens and texts. Nothing but lskip's public face is used, so that it runs on any commit.
+seconds, texts and accepted drafts. Nothing but lskip's public face is used, so that it runs on any commit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(threads: int | None) -> None:
 
 
 def decode(generator, prompts: list[str], batch: int, settings: dict) -> dict:
-    """Seconds from the prompts to the last token, and the texts."""
+    """Return the seconds from the prompts to the last token, and the texts."""
     begin = time.perf_counter()
     if batch == 1:
         texts = [generator.generate(prompt, **settings) for prompt in prompts]
@@ -41,12 +41,8 @@ def decode(generator, prompts: list[str], batch: int, settings: dict) -> dict:
         found = dict(generator.generate_batch(prompts, batch_size=batch, **settings))
         texts = [found[index] for index in sorted(found)]
     seconds = time.perf_counter() - begin
-    return {
-        "seconds": seconds,
-        "texts": [text.token_ids for text in texts],
-        "drafted": sum(text.drafted for text in texts),
-        "accepted": sum(text.accepted for text in texts),
-    }
+    accepted = sum(text.accepted for text in texts)
+    return {"seconds": seconds, "texts": [text.token_ids for text in texts], "accepted": accepted}
 
 
 if __name__ == "__main__":

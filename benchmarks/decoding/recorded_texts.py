@@ -29,7 +29,7 @@ from lskip.inference import load_generator
 
 
 def record(out: Path, names: list[str], quick: bool) -> None:
-    """Decodes every cell of the models `names`, and writes the record."""
+    """Decode every cell of the models `names`, and write the record."""
     torch.set_num_threads(1)
     cells, begin = {}, time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
@@ -43,7 +43,7 @@ def record(out: Path, names: list[str], quick: bool) -> None:
 
 
 def models(place: Path, names: list[str]) -> list[Model]:
-    """Those of `names`, the tiny ones made in `place`."""
+    """Return those of `names`, the tiny ones made in `place`."""
     make = {
         "smollm2": smollm2,
         "tiny_tied": lambda: tiny(True, place / "tied"),
@@ -53,7 +53,7 @@ def models(place: Path, names: list[str]) -> list[Model]:
 
 
 def record_load(model: Model, load: Load, place: Path) -> dict[str, list | str]:
-    """Cell -> its texts (lists of token ids), or the sentence that refuses it."""
+    """Return cell -> its texts (lists of token ids), or the sentence that refuses it."""
     costs = place / f"{model.name} {load.name}.json"
     write_costs(costs, model, load)
     try:
@@ -69,7 +69,7 @@ def record_load(model: Model, load: Load, place: Path) -> dict[str, list | str]:
 
 
 def texts(generator, model: Model, way: str, batch: int) -> list[list[int]] | str:
-    """The token ids of some prompts alone, or of all prompts together; or the sentence that refuses them."""
+    """Return the token ids of some prompts alone, or of all prompts together; or the sentence that refuses them."""
     try:
         if batch == 1:
             return [generator.generate(prompt, **settings(way, model)).token_ids for prompt in model.prompts[1:3]]
@@ -80,7 +80,7 @@ def texts(generator, model: Model, way: str, batch: int) -> list[list[int]] | st
 
 
 def without_repeats(cells: dict[str, list | str]) -> dict:
-    """{"texts": each text once, "cells": name -> places of its texts there, or the sentence}: most texts are equal."""
+    """Return {"texts": each text once, "cells": name -> places of its texts there, or the sentence}."""
     places: dict[tuple[int, ...], int] = {}
     short = {
         name: found if isinstance(found, str) else [places.setdefault(tuple(ids), len(places)) for ids in found]
@@ -90,7 +90,7 @@ def without_repeats(cells: dict[str, list | str]) -> dict:
 
 
 def as_json(record: dict) -> str:
-    """JSON with a text, and a cell, a line."""
+    """Return JSON with a text, or a cell, a line."""
     parts = [f'"environment": {json.dumps(record["environment"])}']
     parts.append('"texts": [\n' + ",\n".join(json.dumps(ids, separators=(",", ":")) for ids in record["texts"]) + "\n]")
     lines = (f"{json.dumps(name)}: {json.dumps(found)}" for name, found in record["cells"].items())
@@ -99,7 +99,7 @@ def as_json(record: dict) -> str:
 
 
 def environment() -> dict:
-    """The commit of the lskip that runs, and what else a text may depend on."""
+    """Return the commit of the lskip that runs, and what else a text may depend on."""
     place = Path(lskip.__file__).parent
     commit = subprocess.run(["git", "-C", place, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
@@ -117,7 +117,7 @@ def environment() -> dict:
 
 
 def compare(before: Path, after: Path) -> int:
-    """Prints what differs; 1 where a text is another for no tie, else 0."""
+    """Print what differs; return 1 where a text is another for no tie, else 0."""
     old, new = (json.loads(path.read_text(encoding="utf-8")) for path in (before, after))
     counts, verdicts = {"equal": 0, "refused by both": 0, "tie": 0, "refused now": 0, "DIFFERENT": 0}, {}
     for name, was in old["cells"].items():
@@ -137,14 +137,14 @@ def compare(before: Path, after: Path) -> int:
 
 
 def refusal(was: list | str, now: list | str) -> tuple[str, str]:
-    """(verdict, what to print) of a cell that at least one commit refused."""
+    """Return (verdict, what to print) of a cell that at least one commit refused."""
     if isinstance(was, str) and isinstance(now, str):
         return "refused by both", "" if was == now else f"{was!r} became {now!r}"
     return ("refused now", now) if isinstance(now, str) else ("equal", f"was refused ({was}), and is not")
 
 
 def difference(name: str, pairs: list[tuple[list[int], list[int]]], verdicts: dict) -> tuple[str, str]:
-    """(verdict, what to print) of a cell that both decoded; `verdicts` keeps what is known of texts that differ."""
+    """Return (verdict, what to print) of a cell that both decoded; `verdicts` keeps what is known by now."""
     found = []
     for index, (old, new) in enumerate(pairs):
         if old != new:
@@ -156,7 +156,7 @@ def difference(name: str, pairs: list[tuple[list[int], list[int]]], verdicts: di
 
 
 def verdict_of(name: str, index: int, old: list[int], new: list[int], verdicts: dict) -> tuple[bool, str]:
-    """(whether it is a tie, in words) of a text that differs."""
+    """Return (whether it is a tie, in words) of a text that differs."""
     place = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
     model, load, way, batch = name.split(" / ")
     alone = batch.endswith(" 1")
