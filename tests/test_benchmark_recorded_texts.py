@@ -93,6 +93,11 @@ def test_another_token_is_no_tie(compare, way, change, words):
     assert status == 1 and words in said and "1 DIFFERENT" in said
 
 
+def test_rejection_sampling_may_differ(compare):
+    status, said = compare("tiny_untied / auto / layers rejection, sampled / batch 4", another)
+    assert status == 0 and "other drafts: tiny_untied / auto / layers rejection" in said
+
+
 def test_a_refusal_is_listed(compare):
     status, said = compare("tiny_untied / weights plain / exit / batch 1", lambda texts: "weights: there is no 'plain'")
     assert status == 0 and "refused now: tiny_untied / weights plain / exit / batch 1: weights: there is no" in said

@@ -35,14 +35,15 @@ class Reference:
         """Return the one of this name, made once."""
         return cls(model, bfloat16)
 
-    def judge(self, way: str, prompt: int, alone: bool, text: list[int], was: int, now: int) -> tuple[bool, str]:
+    def judge(self, way: str, prompt: int, alone: bool, text: list[int], was: int, now: int) -> tuple[bool | None, str]:
         """Return whether `was` and `now` are a tie after the prompt and `text`, and the figures in words.
 
+        None: the text goes by its drafts, whose weights some commits choose by timing, so that no two runs need agree.
         Where a token is not the argmax of what one exit says, no reference knows better: it is no tie then.
         """
         way, _, sampled = way.partition(", ")
         if way.endswith("rejection"):
-            return False, "(rejection sampling goes by the drafts: no reference)"
+            return None, "(rejection sampling goes by the drafts: no reference)"
         if " " not in way and way not in ("autoregressive", "exit"):
             return False, "(exits token by token: no reference)"
         ids = self.prompts[prompt] + text

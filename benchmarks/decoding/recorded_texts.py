@@ -115,11 +115,13 @@ def environment() -> dict:
 
 # Comparing.
 
+VERDICTS = ("equal", "refused by both", "tie", "other drafts", "refused before", "refused now", "DIFFERENT")
+
 
 def compare(before: Path, after: Path) -> int:
     """Print what differs; return 1 where a text is another for no tie, else 0."""
     old, new = (json.loads(path.read_text(encoding="utf-8")) for path in (before, after))
-    counts, verdicts = {"equal": 0, "refused by both": 0, "tie": 0, "refused now": 0, "DIFFERENT": 0}, {}
+    counts, verdicts = dict.fromkeys(VERDICTS, 0), {}
     for name, was in old["cells"].items():
         now = new["cells"].get(name, "the second record has no such cell")
         if isinstance(was, str) or isinstance(now, str):
@@ -140,7 +142,7 @@ def refusal(was: list | str, now: list | str) -> tuple[str, str]:
     """Return (verdict, what to print) of a cell that at least one commit refused."""
     if isinstance(was, str) and isinstance(now, str):
         return "refused by both", "" if was == now else f"{was!r} became {now!r}"
-    return ("refused now", now) if isinstance(now, str) else ("equal", f"was refused ({was}), and is not")
+    return ("refused now", now) if isinstance(now, str) else ("refused before", str(was))
 
 
 def difference(name: str, pairs: list[tuple[list[int], list[int]]], verdicts: dict) -> tuple[str, str]:
@@ -151,12 +153,13 @@ def difference(name: str, pairs: list[tuple[list[int], list[int]]], verdicts: di
             found.append(verdict_of(name, index, old, new, verdicts))
     if not found:
         return "equal", ""
-    verdict = "tie" if all(is_tie for is_tie, _ in found) else "DIFFERENT"
+    ties = {is_tie for is_tie, _ in found}
+    verdict = "DIFFERENT" if False in ties else "other drafts" if None in ties else "tie"
     return verdict, "; ".join(said for _, said in found)
 
 
-def verdict_of(name: str, index: int, old: list[int], new: list[int], verdicts: dict) -> tuple[bool, str]:
-    """Return (whether it is a tie, in words) of a text that differs."""
+def verdict_of(name: str, index: int, old: list[int], new: list[int], verdicts: dict) -> tuple[bool | None, str]:
+    """Return (whether it is a tie, in words) of a text that differs; None where nobody can say."""
     place = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
     model, load, way, batch = name.split(" / ")
     alone = batch.endswith(" 1")
