@@ -13,27 +13,27 @@ RUN = ROOT / "tests" / "fixtures" / "before_0_1" / "run"
 
 
 @pytest.fixture(scope="module")
-def texts():
-    """The program as a module, found as `python benchmarks/commits/texts.py` finds its parts."""
+def program():
+    """The program as a module, found as `python benchmarks/commits/compare_texts.py` finds its parts."""
     folder, threads = str(ROOT / "benchmarks" / "commits"), torch.get_num_threads()
     sys.path.insert(0, folder)
-    import texts
+    import compare_texts as program
 
-    yield texts
+    yield program
     sys.path.remove(folder)
     torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
-def record(texts, tmp_path_factory):
+def record(program, tmp_path_factory):
     """What a quick record of a tiny model holds."""
     path = tmp_path_factory.mktemp("record") / "record.json"
-    texts.main(["record", "--out", str(path), "--models", "tiny_untied", "--quick"])
+    program.main(["record", "--out", str(path), "--models", "tiny_untied", "--quick"])
     return json.loads(path.read_text())
 
 
 @pytest.fixture
-def compare(texts, record, tmp_path, capsys):
+def compare(program, record, tmp_path, capsys):
     """Function (cell, change of its texts) -> exit status, what is printed: the record against a changed one."""
 
     def call(name=None, change=None) -> tuple[int, str]:
@@ -48,7 +48,7 @@ def compare(texts, record, tmp_path, capsys):
         paths = tmp_path / "old.json", tmp_path / "new.json"
         for path, content in zip(paths, (record, new), strict=True):
             path.write_text(json.dumps(content))
-        return texts.main(["compare", *map(str, paths)]), capsys.readouterr().out
+        return program.main(["compare", *map(str, paths)]), capsys.readouterr().out
 
     return call
 
@@ -103,19 +103,19 @@ def test_a_refusal_is_listed(compare):
     assert status == 0 and "refused now: tiny_untied / weights plain / exit / batch 1: weights: there is no" in said
 
 
-def test_tokens_are_the_reference_s_own(texts, record):
+def test_tokens_are_the_reference_s_own(program, record):
     """Independent of lskip: the argmax of transformers' logits, with the seed's noise where it is sampled."""
     for way in ("autoregressive", "exit", "layers FixedDraft, sampled", "exit, sampled"):
         for prompt, place in enumerate(record["cells"][f"tiny_untied / auto / {way} / batch 4"]):
             text = record["texts"][place]
-            reference = texts.Reference.of("tiny_untied", bfloat16=False)
+            reference = program.Reference.of("tiny_untied", bfloat16=False)
             for length in (0, 1, len(text) // 2, len(text) - 1):
                 is_tie, said = reference.judge(way, prompt, False, text[:length], text[length], text[length])
                 assert is_tie, (way, prompt, length, said)
 
 
 def test_two_checkouts_take_turns(tmp_path):
-    command = [sys.executable, "benchmarks/commits/speed.py", "--before", ".", "--after", "."]
+    command = [sys.executable, "benchmarks/commits/compare_speed.py", "--before", ".", "--after", "."]
     command += ["--model", str(RUN), "--tokens", "4", "--repeats", "2", "--threads", "1", "--only", "autoregressive"]
     command += ["--out", str(tmp_path / "speed.json")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)

@@ -1,6 +1,6 @@
 """Decode with two checkouts turn by turn, and print how fast the second is against the first.
 
-    python benchmarks/commits/speed.py --before CHECKOUT --after CHECKOUT --out speed.json
+    python benchmarks/commits/compare_speed.py --before CHECKOUT --after CHECKOUT --out speed.json
 
 A process of `before`, one of `after` and a second one of `before` as `control` decode the same prompts in turns, in an
 order that changes; an idle one waits. A ratio is the median over the turns of after's tokens a second over before's,
@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-WORKER = Path(__file__).with_name("speed_worker.py")
+WORKER = Path(__file__).with_name("compare_speed_worker.py")
 
 
 class Case(NamedTuple):

@@ -1,7 +1,7 @@
 """Record the texts of every way to decode on one commit, and compare them with those of another.
 
-    PYTHONPATH=CHECKOUT python benchmarks/commits/texts.py record --out texts.json
-    python benchmarks/commits/texts.py compare before.json after.json
+    PYTHONPATH=CHECKOUT python benchmarks/commits/compare_texts.py record --out texts.json
+    python benchmarks/commits/compare_texts.py compare before.json after.json
 
 A cell is a model, a way of loading it, a way of decoding and a batch: cells.py. What a commit refuses is
 recorded by its sentence. `compare` says of each difference at which token it begins and what plain transformers
