@@ -70,7 +70,7 @@ def _parse(parser: ArgumentParser, options: list[str]):
         ValueError: one sentence on what is wrong with them.
     """
     values = parse_options(parser, options, parser, _CLASSES)
-    if values.get("draft") is not None:
+    if isinstance(values.get("draft"), str):  # of export it is a number of layers
         values["draft"] = drafter_kind("draft", values["draft"])
     if values.get("drafts") is not None:
         names = [name.strip() for name in ",".join(values["drafts"]).split(",")]
