@@ -78,7 +78,7 @@ def _draw_agreement(axes: Axes, report: DivergenceReport) -> None:
 
 def _draw_depths(axes: Axes, report: DivergenceReport) -> None:
     layers = range(1, report.num_layers + 1)
-    axes.ban(layers, report.settled_at, color=BLUE, alpha=0.85, width=0.8, label="settles (layers needed)")
+    axes.bar(layers, report.settled_at, color=BLUE, alpha=0.85, width=0.8, label="settles (layers needed)")
     label = f"is first right ({report.ever_right:.0%} ever are)"
     axes.plot(layers, report.first_right_at, color=ORANGE, marker="s", markersize=4, label=label)
     mean, saving = report.layers_needed, report.ideal_saving
