@@ -1,4 +1,4 @@
-"""What a run was asked to do, as names and plain values: TensorBoard's hparams, and the columns of `lskip compare`."""
+"""The settings of a run as flat names and plain values, for TensorBoard's hparams and `lskip compare`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 from lskip.utils.untrusted import printable
 
-# Of the trainer's forty arguments, those that change what is learned.
+# The Trainer's arguments that are shown.
 _TRAINER = ("max_steps", "max_epochs", "precision", "accumulate_grad_batches", "gradient_clip_val")
 _ELSEWHERE = ("run_folder", "checkpoint", "ckpt_path", "config", "verbose", "trainer")
 
 
 def run_settings(config: Mapping[str, Any]) -> dict[str, str | float | int | bool]:
-    """{"early_exit_loss.curriculum": "Rotational", "early_exit_loss.curriculum.period": 8 …} of a run's config.yaml.
+    """Return {"early_exit_loss.curriculum": "Rotational", "early_exit_loss.curriculum.period": 8 …} for a config.yaml.
 
-    A class stands under its own key, its arguments below; what is null is left out.
+    A class name is the value of its own key, with the class's arguments below; null is left out.
     """
     chosen = {key: value for key, value in config.items() if key not in _ELSEWHERE}
     trainer = config.get("trainer")
