@@ -27,14 +27,6 @@ def check_tokenizer_source(tokenizer) -> None:
         raise ValueError(f"tokenizer: {tokenizer!r} is neither a name, nor a folder, nor a tokenizer, nor null")
 
 
-def check_at_least(name: str, value: int, least: int, most: int | None = None) -> None:
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if is_whole and most is not None and value > most:
-        raise ValueError(f"{name}: {value} is not a whole number of at most {most}")
-    if not is_whole or value < least:
-        raise ValueError(f"{name}: {value!r} is not a whole number of at least {least}")
-
-
 def check_fractions(val_fraction: float, test_fraction: float) -> None:
     for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
         if not is_number(value) or not 0 <= value < 1:

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from lskip.data.arguments import (
     MOST_TOKENS,
     MOST_WORKERS,
-    check_at_least,
     check_cache,
     check_fractions,
     check_source,
@@ -32,6 +31,7 @@ from lskip.data.packing import ENCODERS, NOT_SCORED, collate, encode_documents
 from lskip.data.sources import open_source
 from lskip.data.streaming import StreamedBlocks, StreamedCorpus, StreamLoader
 from lskip.data.tokenizer import SMALLEST_VOCABULARY, check_tokenizer, tokenizer_key, trained_tokenizer
+from lskip.utils.checks import check_whole
 from lskip.utils.output_files import make_writable
 
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
@@ -105,15 +105,15 @@ class TextData(LightningDataModule):
         super().__init__()
         check_source(source)
         check_tokenizer_source(tokenizer)
-        check_at_least("vocab_size", vocab_size, SMALLEST_VOCABULARY, MOST_TOKENS)
-        check_at_least("block_size", block_size, 2, MOST_TOKENS)
-        check_at_least("batch_size", batch_size, 1, MOST_TOKENS)
-        check_at_least("num_workers", num_workers, 0, MOST_WORKERS)
-        check_at_least("seed", seed, 0, 2**64 - 1)
+        check_whole("vocab_size", vocab_size, SMALLEST_VOCABULARY, MOST_TOKENS)
+        check_whole("block_size", block_size, 2, MOST_TOKENS)
+        check_whole("batch_size", batch_size, 1, MOST_TOKENS)
+        check_whole("num_workers", num_workers, 0, MOST_WORKERS)
+        check_whole("seed", seed, 0, 2**64 - 1)
         check_fractions(val_fraction, test_fraction)
         check_text_column(text_column)
         if max_val_blocks is not None:
-            check_at_least("max_val_blocks", max_val_blocks, 1)
+            check_whole("max_val_blocks", max_val_blocks, 1)
         elif streaming:
             raise ValueError("max_val_blocks: null, but with streaming there must be a limit")
         self.source = source

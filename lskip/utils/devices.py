@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+DType = Literal["float32", "bfloat16", "float16"]  # of weights, in the options of commands
+DTYPES = get_args(DType)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

@@ -93,9 +93,9 @@ def test_a_hub_name_goes_to_load_dataset(text_data, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"seed": 2**70}, "seed: 1180591620717411303424 is not a whole number of at most 18446744073709551615"),
-        ({"num_workers": 5000}, "num_workers: 5000 is not a whole number of at most 128"),
-        ({"block_size": 2**40}, "block_size: 1099511627776 is not a whole number of at most 16777216"),
+        ({"seed": 2**70}, "seed: 1180591620717411303424 is not a whole number from 0 to 18446744073709551615"),
+        ({"num_workers": 5000}, "num_workers: 5000 is not a whole number from 0 to 128"),
+        ({"block_size": 2**40}, "block_size: 1099511627776 is not a whole number from 2 to 16777216"),
         ({"batch_size": 2**40}, "batch_size: 1099511627776"),
         ({"vocab_size": 2**40}, "vocab_size: 1099511627776"),
         ({"val_fraction": float("nan")}, r"val_fraction: nan is not in \[0, 1\)"),
@@ -112,7 +112,7 @@ def test_a_hub_name_goes_to_load_dataset(text_data, monkeypatch):
         ({"source": "x" * 5000}, "source: 'xxx.* is no path here .File name too long"),
         ({"source": ""}, "source"),
         ({"source": 3}, "source: 3"),
-        ({"block_size": 1}, "block_size: 1 is not a whole number of at least 2"),
+        ({"block_size": 1}, "block_size: 1 is not a whole number from 2 to 16777216"),
         ({"block_size": 16.5}, "block_size: 16.5"),
         ({"batch_size": 0}, "batch_size: 0"),
         ({"batch_size": True}, "batch_size: True"),

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, get_args
 
 import torch
 from matplotlib.image import imread
@@ -32,11 +31,10 @@ from lskip.models.families import family_of
 from lskip.models.pretrained import load_config, load_model
 from lskip.utils.checks import check_choice, check_whole
 from lskip.utils.console import plain_console
+from lskip.utils.devices import DTYPES, DType
 from lskip.utils.output_files import output_folder
 from lskip.utils.user_paths import user_path
 
-DType = Literal["float32", "bfloat16", "float16"]
-DTYPES = get_args(DType)
 REPORT_FILE, FIGURE_FILE, PAGE_FILE = "report.json", "figure.png", "settling.html"
 
 

@@ -14,7 +14,7 @@ import traceback
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from rich.table import Table
@@ -27,6 +27,7 @@ from lskip.models.exit_names import exit_layers_of, exit_names, layers_of
 from lskip.models.pretrained import load_model
 from lskip.utils.checks import check_choice, check_real, check_whole
 from lskip.utils.console import plain_console, plain_table
+from lskip.utils.devices import DTYPES, DType
 from lskip.utils.output_files import make_writable, only_writer, write_bytes
 from lskip.utils.user_errors import one_line
 from lskip.utils.user_paths import user_path
@@ -34,8 +35,6 @@ from lskip.utils.user_paths import user_path
 if TYPE_CHECKING:
     from lskip.evaluation.lm_eval.adapter import ExitModel
 
-DType = Literal["float32", "bfloat16", "float16"]
-DTYPES = get_args(DType)
 BOOTSTRAP_SAMPLES = 1000  # for standard errors; lm-eval's default takes minutes an exit
 SEED = 1234  # of few-shot examples, lm-eval's default
 
