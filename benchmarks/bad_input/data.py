@@ -1,7 +1,7 @@
-"""What people train on: files and folders that are cut, flipped, in other encodings or with other names.
+"""Training data for `fit`: files and folders that are cut, corrupted, in other encodings or with other names.
 
-Where it is right the run is asked, by a callback, for the text of every row that it was trained on: each piece of it
-must be in the documents that a reader of this file's own finds, and most of these must have been there.
+If data are accepted, a callback records the text of every row that the run was trained on: each piece of it must be in
+the documents that this module's own reader finds, and most of these must occur.
 """
 
 from __future__ import annotations

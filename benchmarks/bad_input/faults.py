@@ -1,4 +1,4 @@
-"""What goes wrong around a command: a full disk, a read-only one, a second writer, signals at any moment."""
+"""Faults of the environment as context managers: a full or read-only disk, a second writer, signals."""
 
 from __future__ import annotations
 

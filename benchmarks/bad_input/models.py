@@ -1,4 +1,4 @@
-"""Model folders: a field of config.json or generation_config.json that is wrong, a file that is broken or gone."""
+"""Bad model folders: wrong fields in config.json or generation_config.json, broken or missing files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of files and folders that mean something to a library below lskip, to a markup, a shell or a terminal."""
+"""Names of files and folders with a special meaning for a library, a markup language, a shell or a terminal."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from random import Random
 
 from benchmarks.bad_input.checks import answers, both, holds, numbered, prints_the_answer, trained
 from benchmarks.bad_input.data import DOCUMENTS, FIT, lines, trained_on
+from benchmarks.bad_input.fixtures import PROMPTS, fit_arguments
 from benchmarks.bad_input.options import BASES, own_task
-from benchmarks.bad_input.place import PROMPTS, fit_arguments
 from benchmarks.bad_input.verdict import Case, Check, Seen, done, either, refused
 
 NAMES = (

@@ -1,4 +1,4 @@
-"""Every option of every command but those of training: what it may hold, and cases of what it may not."""
+"""Allowed values of every option of the commands other than fit, validate and test, and cases of bad values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from random import Random
 
 from benchmarks.bad_input.checks import answers, holds, json_holds, numbered, prints_the_answer
 from benchmarks.bad_input.checks import texts as texts_of
-from benchmarks.bad_input.place import PROMPTS, adapt_arguments
+from benchmarks.bad_input.fixtures import PROMPTS, adapt_arguments
 from benchmarks.bad_input.values import (
     Domain,
     a_class,

@@ -1,4 +1,4 @@
-"""A callback that writes down what a run is trained on; bad_input.py names it by class_path, as anybody may."""
+"""A callback that records the texts that a run is trained on, named by class_path in the cases."""
 
 from __future__ import annotations
 

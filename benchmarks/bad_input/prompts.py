@@ -1,6 +1,6 @@
-"""Files of prompts: cut, flipped, in other encodings, with keys missing, of other types, with other names; and links.
+"""Bad prompt files: cut, corrupted, in other encodings, with missing keys, wrong types or other names; and links.
 
-Whether a file is right, and what it holds, is said by a reader of this file's own.
+This module's own reader decides whether a file is valid and what it holds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 
 from benchmarks.bad_input.checks import answers, numbered
-from benchmarks.bad_input.place import PROMPTS
+from benchmarks.bad_input.fixtures import PROMPTS
 from benchmarks.bad_input.verdict import Case, Right, done, either, refused
 
 WRITTEN = ("line", "text", "tokens", "seconds", "acceptance_rate", "tokens_per_round", "finish_reason", "seed")

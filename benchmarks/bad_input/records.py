@@ -1,4 +1,4 @@
-"""Files that lskip writes and reads again: tuned tasks, costs, sweeps, caches, events and checkpoints of runs."""
+"""Corrupted files that lskip itself wrote: tuned tasks, costs, sweeps, caches, events and checkpoints."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from random import Random
 
 from benchmarks.bad_input.checks import holds, prints_the_answer, trained
+from benchmarks.bad_input.fixtures import SCRATCH, fit_arguments
 from benchmarks.bad_input.models import cut, flip
 from benchmarks.bad_input.options import BASES, FEW, TASK
-from benchmarks.bad_input.place import SCRATCH, fit_arguments
 from benchmarks.bad_input.verdict import Case, Right, done, either, refused
 from lskip.cli import main
 

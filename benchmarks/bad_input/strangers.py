@@ -1,4 +1,4 @@
-"""What a stranger's config names in place of a class: whatever it is, it must not be called."""
+"""Untrusted configs that name functions and other classes in place of a class: they must not be called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks and answers: task files of lm-eval, prompts with references of sweep and tune, answers for an adapter."""
+"""Bad task files of lm-eval, bad prompts with references for sweep and tune, bad answers for adapt."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from random import Random
 
 from benchmarks.bad_input.checks import holds, json_holds
+from benchmarks.bad_input.fixtures import PROMPTS, adapt_arguments
 from benchmarks.bad_input.options import BASES, own_task
-from benchmarks.bad_input.place import PROMPTS, adapt_arguments
 from benchmarks.bad_input.verdict import Case, Right, done, either, refused
 
 SCORED = done(json_holds("out.json", lambda found: found["results"]))

@@ -1,4 +1,4 @@
-"""What the claims benchmark trains: sizes, arms (a way to train), and which arms there are."""
+"""Arms (ways to train) of the claims benchmark, and the sizes of models and runs."""
 
 from __future__ import annotations
 

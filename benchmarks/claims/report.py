@@ -1,4 +1,4 @@
-"""A section for each question of the claims benchmark: its table, its claims with verdicts, its figure."""
+"""The report of the claims benchmark: a section a question, with table, claims, verdicts and figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the finished runs of the claims benchmark say, seed by seed."""
+"""Results of the finished runs of the claims benchmark, seed by seed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Results:
         return self.loss(name, self.sizes.layers)
 
     def agreement(self, name: str) -> list[float]:
-        """Of the middle layer with the last."""
+        """Agreement of the middle layer with the last."""
         return [result["readings"][-1]["agreement"][self.sizes.middle - 1] for result in self._each_seed(name)]
 
     def gap(self, name: str) -> list[float]:

@@ -1,10 +1,10 @@
-"""The paper's claims, measured on a model that is small enough to train many times: one table for each question.
+"""The claims of the LayerSkip paper, tested on a model small enough to train many times: one table a question.
 
     python -m benchmarks.claims.run --out runs/claims [--quick] [--workers 2] [--publish PAGE]
 
-Every arm and seed is a folder of its own under OUT/runs, done when its result.json is there: the same command again
-goes on with what is missing, the long run from its last checkpoint. Writes OUT/claims.md and figures beside it;
---publish puts them into a page, in place of what stands below its line `<!-- results -->`.
+Every arm and seed has a folder under OUT/runs and is done when its result.json exists: repeating the command runs what
+is missing, the long run from its last checkpoint. Writes OUT/claims.md and figures beside it; --publish copies them
+into a page, in place of everything below its line `<!-- results -->`.
 """
 
 from __future__ import annotations
@@ -44,13 +44,15 @@ def main(arguments: list[str] | None = None) -> None:
         if options.publish is not None:
             publish(options.out, options.publish)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"claims.py: {error}") from error
+        raise SystemExit(f"benchmarks.claims.run: {error}") from error
     print((options.out / "claims.md").read_text())
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "claims.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.claims.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", required=True, type=Path, help="folder for runs, tables and figures")
     parser.add_argument("--quick", action="store_true", help="everything runs, nothing is learned well: minutes")

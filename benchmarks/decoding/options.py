@@ -1,4 +1,4 @@
-"""The decoding benchmark's command line, checked before anything runs."""
+"""The command line of the decoding benchmark, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.decoding.contestants import Contestants, load
+from benchmarks.decoding.contestant_builder import Contestants, load
 from benchmarks.decoding.llama_cpp_peer import find_python
 from benchmarks.decoding.settings import BASES, DRAFTS, METHODS, POLICIES, Grid, Setting, default_exit_layers
 from lskip.inference.prompt_file import read_prompts
@@ -64,7 +64,9 @@ def number(text: str) -> int:
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "decoding.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.decoding.run",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--model", required=True, help="smollm2, a run, a folder, a .gguf file")

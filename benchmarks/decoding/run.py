@@ -3,8 +3,8 @@
     python -m benchmarks.decoding.run --model smollm2 --prompts lskip/prompts/chat.jsonl --out result
     python -m benchmarks.decoding.run --model runs/small --prompts prompts.jsonl --out result --batch_sizes 1,2,4,8,16
 
-Writes decoding.json (a record for each method and setting), environment.json, costs.json and figures into --out; the
-records after every prompt, so that a run that is killed leaves what it has measured. README.md explains the fields.
+Writes decoding.json (a record for each method and setting), environment.json, costs.json and figures into --out. The
+records are written after every prompt, so that a killed run keeps its measurements. benchmarks/README.md explains them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from rich.console import Console
 
 from benchmarks.decoding.batches import batch_gains, batch_groups, batch_rates, batch_settings
 from benchmarks.decoding.llama_cpp_peer import LlamaCpp, LlamaCppProcess
-from benchmarks.decoding.lskip_runs import PromptPass
+from benchmarks.decoding.lskip_methods import PromptPass
+from benchmarks.decoding.measuring import Contestant, Measured, measure, records, references
 from benchmarks.decoding.memory import peak_of
 from benchmarks.decoding.options import Job, make_parser, prepare
 from benchmarks.decoding.report import (
@@ -29,7 +30,6 @@ from benchmarks.decoding.report import (
     setting_of,
     speedup_figure,
 )
-from benchmarks.decoding.runs import Contestant, Measured, measure, records, references
 from benchmarks.decoding.settings import Setting
 from benchmarks.demo.report import distinct_3grams
 from benchmarks.environment import environment
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         job = prepare(options)
         options.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"decoding.py: {error}") from error
+        raise SystemExit(f"benchmarks.decoding.run: {error}") from error
     with tempfile.TemporaryDirectory() as files:
         try:
             run(job, Path(files))
@@ -182,7 +182,7 @@ def write_environment(job: Job, reference: dict) -> None:
 
 
 def held_as(step) -> str:
-    """How the model's weights are held: FusedRunner chooses a form for this machine, ModuleRunner has none."""
+    """Return the layout of the model's weights, which FusedRunner chooses; ModuleRunner has none."""
     return step.form.__name__ if hasattr(step, "form") else "plain"
 
 

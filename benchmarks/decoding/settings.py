@@ -1,4 +1,4 @@
-"""What the decoding benchmark compares: one Setting a record, and the grid that the command line asks for."""
+"""Settings of the decoding benchmark (one a record), and the grid of them that the command line asks for."""
 
 from __future__ import annotations
 

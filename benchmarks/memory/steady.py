@@ -1,12 +1,12 @@
-"""Whether memory stays where it is: resident memory over 1,000 sampled prompts, or over 5,000 training steps.
+"""Check for memory leaks: resident memory over 1,000 sampled prompts, or over 5,000 training steps.
 
     python -m benchmarks.memory.steady --what predict --out steady_predict.json
     python -m benchmarks.memory.steady --what train --out steady_train.json
 
-predict: `lskip predict` answers prompts, sampled and drafted, and beside it a thread looks at this process's resident
-memory each time that 50 more lines are in the output. train: `lskip fit` trains a tiny model, and a callback looks
-every 50 steps; validations, checkpoints and logs are part of it, as in any run. Prints the series, what it was after
-the first 100, the largest after that, and their ratio. Exits with 1 where that is above 1.05. Linux.
+predict: `lskip predict` answers prompts, sampled and drafted, while a thread records the resident memory after every 50
+lines of output. train: `lskip fit` trains a tiny model, with validation, checkpoints and logs, and a callback records
+the memory every 50 steps. Prints the series, its value after the first 100, the largest one after that, and their
+ratio. The exit code is 1 if the ratio is above 1.05. Linux only.
 """
 
 from __future__ import annotations
@@ -59,7 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory.steady",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--what", choices=list(COUNTS), required=True, help="what is looked at")
     add("--count", type=int, help="prompts or steps; by default 1,000 or 5,000")

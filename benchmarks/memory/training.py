@@ -1,11 +1,11 @@
-"""What each way to save memory in training saves, costs and changes, on one model.
+"""Peak memory, step time and gradients of each option that saves memory in training.
 
     python -m benchmarks.memory.training --out DIR [--quick] [--threads 2] [--device cpu]
 
-Every option is a process of its own: `lskip` module and Lightning's Trainer, rotational early exits, the same batch.
-The peak is that of two steps under the record of every allocation; the time is a median of steps that take turns with
-plain ones. The gradients of its first step are compared with the plain one's: relative error = |difference| / |plain
-gradients|, all weights together. Writes DIR/training_memory.json and DIR/training_memory.md.
+Every option runs in a separate process: lskip's module and Lightning's Trainer, rotational early exits, the same
+batch. The peak is that of two steps, from the profiler's record of allocations; the time is a median of steps
+interleaved with plain ones. Gradients of the first step are compared with the plain ones: relative error =
+|difference| / |plain gradients| over all weights. Writes DIR/training_memory.json and DIR/training_memory.md.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "training_memory.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.memory.training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; its times say nothing")
@@ -71,7 +73,7 @@ def measure(name: str, options: argparse.Namespace) -> dict:
     flags = ["--threads", str(options.threads), "--device", options.device, *["--quick"] * options.quick]
     done = subprocess.run([*worker, *flags], capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"training_memory.py: the option {name!r} failed\n{done.stderr[-2000:]}")
+        raise SystemExit(f"benchmarks.memory.training: the option {name!r} failed\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -1,4 +1,4 @@
-"""One option of benchmarks/memory/training.py in a process of its own: prints its record as the last line."""
+"""One option of benchmarks.memory.training in a separate process; the last line of its output is the record."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def step_seconds(option: Option, sizes: Sizes, device: torch.device) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory.training_options", description=__doc__)
     parser.add_argument("option", choices=OPTIONS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, default=2)

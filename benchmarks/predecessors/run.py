@@ -3,13 +3,13 @@
     python -m benchmarks.predecessors.run --out result
     python -m benchmarks.predecessors.run --out result --quick
 
-Every method trains a small Llama from the same first weights on the same batches (predecessors_arms.py): on Python
+Every method trains a small Llama from the same first weights on the same batches (arms.py): on Python
 source (generation), on what people say to a smart home and its intent (classification), on timers and ln of the
 hours that are asked for (regression). Held-out texts are then read off at fixed exits and where the method's
 criterion stops, threshold by threshold.
 
-Writes into --out: a JSON file for each arm, which is not run again when the command is repeated, and from all of them
-predecessors.json, predecessors.csv (the table of thresholds), predecessors.png, environment.json.
+Writes into --out a JSON file for each arm, which a repeated command does not run again, and from all of them
+predecessors.json, predecessors.csv (the table of thresholds), predecessors.png and environment.json.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "predecessors.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.predecessors.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--out", required=True, type=Path, help="folder for the results")
@@ -94,7 +96,9 @@ def run_arm(task: str, name: str, sizes: Sizes, options: argparse.Namespace) -> 
     settings = {"sizes": asdict(sizes), "seed": options.seed}
     if path.is_file():
         if json.loads(path.read_text())["settings"] != settings:
-            raise SystemExit(f"predecessors.py: out: '{path}' is of other sizes or another seed; name another folder")
+            raise SystemExit(
+                f"benchmarks.predecessors.run: out: '{path}' is of other sizes or another seed; name another folder"
+            )
         return
     began = time.perf_counter()
     points = language_arm(ARMS[name], sizes, options) if task == "generation" else task_arm(task, name, sizes, options)

@@ -1,4 +1,4 @@
-"""What a trained arm is worth at each exit: quality, and the layers that it took on average."""
+"""Scores of a trained arm: quality at each exit and criterion, and the mean number of layers."""
 
 from __future__ import annotations
 

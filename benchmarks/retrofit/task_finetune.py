@@ -1,4 +1,4 @@
-"""Task fine-tune: a LayerSkip fine-tune beside the plain one, on held-out pairs of prompt and completion.
+"""A LayerSkip fine-tune on a task beside the plain one, on held-out pairs of prompt and completion.
 
     python -m benchmarks.retrofit.task_finetune --layerskip runs/mine --plain runs/mine_plain --out result
 
@@ -26,11 +26,11 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.decoding.contestants import load
-from benchmarks.decoding.lskip_runs import Generators, Lskip, run_of
+from benchmarks.decoding.contestant_builder import load
+from benchmarks.decoding.lskip_methods import Generators, Lskip, run_of
+from benchmarks.decoding.measuring import Contestant, Measured, Run, measure, records
 from benchmarks.decoding.options import fill_in, number, numbers
 from benchmarks.decoding.report import print_records
-from benchmarks.decoding.runs import Contestant, Measured, Run, measure, records
 from benchmarks.decoding.settings import Setting
 from benchmarks.environment import environment
 from benchmarks.retrofit.task_scores import compare, draft_agreement

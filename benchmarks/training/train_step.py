@@ -1,4 +1,4 @@
-"""One training step: what layer dropout saves and what early exits cost, in time and in memory.
+"""Time and memory of a training step: savings of layer dropout, and costs of early exits.
 
     python -m benchmarks.training.train_step [--quick] [--output result.json] [--threads 2] [--device cpu]
 
@@ -176,7 +176,9 @@ def print_table(console: Console, title: str, columns: tuple[str, ...], rows: li
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training.train_step", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; its times say nothing")
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     parser.add_argument("--threads", type=int, default=2)
