@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -41,12 +39,14 @@ from lskip.training.step_bar import StepBar
 from lskip.training.trainer_manners import how_to_go_on, interruptible, quiet_lightning
 from lskip.utils.checks import check_whole
 from lskip.utils.console import say
+from lskip.utils.interrupts import interrupt_explained
 from lskip.utils.output_files import output_folder, write_json
 from lskip.utils.user_paths import user_path
 
 METRICS_FILE = "metrics.json"
 CHECKPOINT = Path("training") / "last.ckpt"  # not the place of a run of `fit`, since an adapter is not a model
 SAVED_DTYPE = torch.bfloat16
+_KEPT = "; answers and states so far are kept: the same command goes on"
 
 
 def adapt(
@@ -127,7 +127,7 @@ def _adapt(
     frozen, tokenizer = _load(source, shape, data.block_size)
     _move(frozen, place, torch.float32 if training.precision == "32-true" else torch.bfloat16)
     started = None if start is None else load_adapter(find_adapter(start), frozen, shape)
-    with StateCache(frozen, shape.exit_layer, data.cache) as cache, _interrupt_explained():
+    with StateCache(frozen, shape.exit_layer, data.cache) as cache, interrupt_explained(_KEPT):
         if prompts is None:
             rows = read_answers(data.answer_files, frozen, tokenizer, data.block_size, data.chat)
         else:
@@ -157,15 +157,6 @@ def _adapt(
     module.to(place)  # Lightning has moved it to the CPU
     spent = {"steps": trainer.global_step, "seconds": round(timer.time_elapsed(), 1)}
     _finish(folder, module, {**_measure(module, batches), **spent})
-
-
-@contextmanager
-def _interrupt_explained() -> Iterator[None]:
-    """Add to an interrupt inside, before training begins, that the same command goes on."""
-    try:
-        yield
-    except KeyboardInterrupt as pressed:  # or its subclass for SIGTERM
-        raise type(pressed)("; answers and states so far are kept: the same command goes on") from None
 
 
 def _check_lengths(training: AdapterTraining, block_size: int) -> None:

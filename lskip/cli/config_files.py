@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterator
 from enum import Enum
@@ -17,7 +16,7 @@ from jsonargparse._loaders_dumpers import get_yaml_default_loader
 from jsonargparse._paths import Path as PathOption
 
 from lskip.utils.untrusted import check_nodes, parse_yaml, read_text
-from lskip.utils.user_paths import user_path
+from lskip.utils.user_paths import did_you_mean, user_path
 
 CONFIG_HELP = "YAML file with the options below, or the name of one of `lskip configs`; later ones win"
 
@@ -74,8 +73,7 @@ def shipped_config(name: str) -> Path:
     known = shipped_configs()
     short = name.removeprefix("configs/").removesuffix(".yaml")
     if short not in known:
-        close = difflib.get_close_matches(short, known, 1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(short, known, cutoff=0.5)
         raise ValueError(f"config: there is no file {name!r}, and `lskip configs` lists none of that name{hint}")
     return known[short]
 

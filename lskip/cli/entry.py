@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import signal
@@ -14,6 +13,7 @@ from contextlib import contextmanager, suppress
 from lskip import __version__
 from lskip.utils.interrupts import ended_by_sigterm
 from lskip.utils.user_errors import is_users_mistake, one_line
+from lskip.utils.user_paths import did_you_mean
 
 HELP = """usage: lskip COMMAND [options]
 
@@ -72,7 +72,7 @@ def _outcome(arguments: list[str], of_process: bool) -> int:
         print(f"lskip {__version__}")
         return 0
     if command not in COMMANDS:
-        return _complain("", f"{command!r} is not one of {', '.join(COMMANDS)}{_hint(command)}")
+        return _complain("", f"{command!r} is not one of {', '.join(COMMANDS)}{did_you_mean(command, COMMANDS)}")
     _be_quiet()
     try:
         _check_text(arguments)
@@ -98,11 +98,6 @@ def _complain(command: str, sentence: str, kind: str = "error: ") -> int:
     with suppress(OSError):
         print(f"{f'lskip {command}'.rstrip()}: {kind}{sentence}", file=sys.stderr)
     return 2
-
-
-def _hint(command: str) -> str:
-    close = difflib.get_close_matches(command, COMMANDS, 1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _check_text(arguments: list[str]) -> None:

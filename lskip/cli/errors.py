@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import pydoc
 import re
@@ -12,6 +11,10 @@ from typing import get_args
 from jsonargparse import ArgumentParser
 from jsonargparse._common import ImportDenied
 from jsonargparse._util import import_object
+
+from lskip.utils.user_paths import did_you_mean
+
+_CUTOFF = 0.5  # similarity of a name that is hinted at
 
 _KINDS = {
     "int": "a whole number",
@@ -146,7 +149,7 @@ def _unknown_class(field: str, name: str, base: type) -> str:
     known = sorted(set(class_names(base)))
     allowed = ", ".join(known)
     if len(allowed) > 200:
-        return f"{field}: {name!r} is not the name of a class of {base.__name__}{_hint(name, known)}"
+        return f"{field}: {name!r} is not the name of a class of {base.__name__}{did_you_mean(name, known, _CUTOFF)}"
     return f"{field}: {name!r} is not one of {allowed}"
 
 
@@ -231,8 +234,8 @@ def _hint_beside(name: str, known: list[str]) -> str:
     """Return the hint for a misspelled option, from the options of its own group."""
     group = name[: name.rfind(".") + 1]
     beside = [option for option in known if option.startswith(group) and not name.startswith(f"{option}.")]
-    hint = _hint(name[len(group) :], [option[len(group) :] for option in beside])
-    return hint.replace("mean ", f"mean {group}")
+    names = [option[len(group) :] for option in beside]
+    return did_you_mean(name[len(group) :], names, _CUTOFF, lambda found: group + found)
 
 
 def _unknown_argument(field: str, name: str, report: str) -> str:
@@ -245,10 +248,5 @@ def _unknown_argument(field: str, name: str, report: str) -> str:
     known = list(inspect.signature(owner).parameters)
     takes = f"{owner.__name__} takes {', '.join(known)}" if known else f"{owner.__name__} takes none"
     if len(takes) > 150:
-        takes = f"{owner.__name__} does not take it{_hint(name, known)}"
+        takes = f"{owner.__name__} does not take it{did_you_mean(name, known, _CUTOFF)}"
     return f"{field}.{name}: there is no such option; {takes}"
-
-
-def _hint(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""

@@ -8,10 +8,14 @@ from numbers import Real
 
 def check_whole(name: str, value, lowest: int, highest: int | None = None) -> None:
     """Raise ValueError unless `value` is a whole number from `lowest` up, or to `highest`."""
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if not is_whole or value < lowest or (highest is not None and value > highest):
+    if not is_whole(value) or value < lowest or (highest is not None and value > highest):
         end = "up" if highest is None else f"to {highest}"
         raise ValueError(f"{name}: {value!r} is not a whole number from {lowest} {end}")
+
+
+def is_whole(value) -> bool:
+    """Return whether `value` is an int and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_real(value) -> bool:

@@ -36,6 +36,15 @@ def ended_by_sigterm(message: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+@contextmanager
+def interrupt_explained(message: str) -> Iterator[None]:
+    """Give a KeyboardInterrupt, or its subclass for SIGTERM, that is raised inside the context this message."""
+    try:
+        yield
+    except KeyboardInterrupt as pressed:
+        raise type(pressed)(message) from None
+
+
 class FirstSignal:
     """Recorder of the first SIGINT or SIGTERM, so that a step can be finished and saved; the second one raises.
 

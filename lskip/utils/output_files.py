@@ -32,6 +32,15 @@ def make_writable(folder: Path, field: str = "output") -> None:
         raise ValueError(f"{field}: cannot write '{folder}' ({error.strerror})") from error
 
 
+def check_output_file(path: Path, field: str = "output") -> None:
+    """Raise ValueError or FileNotFoundError, naming `field`, unless a file can be written at `path`."""
+    if path.is_dir():
+        raise ValueError(f"{field}: '{path}' is a folder; name a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{field}: there is no folder '{path.parent}'")
+    make_writable(path.parent, field)
+
+
 @contextmanager
 def only_writer(path: Path, field: str, wait: float = 0) -> Iterator[None]:
     """Lock `path` (a file or a folder, existing or not) against other processes of lskip inside the context.

@@ -43,5 +43,10 @@ def near(path: Path, others: Iterable[str], holds: Callable[[Path], bool] = lamb
     names = list(others) if path.parent == Path() else []
     if path.parent.is_dir():
         names += [entry.name for entry in path.parent.iterdir() if holds(entry)]
-    close = difflib.get_close_matches(path.name, names, 1)
-    return f"; did you mean '{path.with_name(close[0])}'?" if close else ""
+    return did_you_mean(path.name, names, shown=lambda name: f"'{path.with_name(name)}'")
+
+
+def did_you_mean(name: str, names: Iterable[str], cutoff: float = 0.6, shown: Callable[[str], str] = str) -> str:
+    """Return "; did you mean …?" for the most similar of `names`, written as `shown` has it, or ""."""
+    close = difflib.get_close_matches(name, list(names), 1, cutoff)
+    return f"; did you mean {shown(close[0])}?" if close else ""

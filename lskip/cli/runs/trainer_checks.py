@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, Learning
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lskip.callbacks.layer_metrics import LayerMetrics
+from lskip.utils.checks import is_whole
 
 Rule = tuple[str, Callable[[Any], bool]]
 
@@ -22,22 +23,18 @@ def _whole_from(lowest: int, but: int | None = None) -> Rule:
     also = "" if but is None else f", or {but}"
     return (
         f"a whole number from {lowest} up{also}",
-        lambda value: _is_whole(value) and (value >= lowest or value == but),
+        lambda value: is_whole(value) and (value >= lowest or value == but),
     )
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_some(value: Any) -> bool:
-    return value >= 1 if _is_whole(value) else 0 < value <= 1
+    return value >= 1 if is_whole(value) else 0 < value <= 1
 
 
 def _is_device(value: Any) -> bool:
     """Return whether Lightning takes `value` for devices: a number, a list of indices, or auto."""
     if isinstance(value, list | tuple):
-        return bool(value) and all(_is_whole(each) and each >= 0 for each in value)
+        return bool(value) and all(is_whole(each) and each >= 0 for each in value)
     return value == "auto" or bool(re.fullmatch(r"-1|[1-9]\d*|\d+(, *\d+)+", str(value)))
 
 
@@ -70,7 +67,7 @@ RULES: dict[str, Rule] = {
     "reload_dataloaders_every_n_epochs": _whole_from(0),
     "fast_dev_run": (
         "true, false or a whole number from 0 up",
-        lambda value: isinstance(value, bool) or (_is_whole(value) and value >= 0),
+        lambda value: isinstance(value, bool) or (is_whole(value) and value >= 0),
     ),
     "limit_train_batches": _SOME,
     "limit_val_batches": _SOME_OR_NONE,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,6 +30,7 @@ from lskip.models.pretrained import load_config, load_model
 from lskip.utils.checks import check_choice, check_whole
 from lskip.utils.console import plain_console
 from lskip.utils.devices import DTYPES, DType
+from lskip.utils.interrupts import interrupt_explained
 from lskip.utils.output_files import output_folder
 from lskip.utils.user_paths import user_path
 
@@ -73,7 +72,7 @@ def inspect(
     folder = _free(user_path(output, "output"), overwrite)
     place, documents = resolve_device(device), data_options.open()
     _check_model(load_config(model), data_options.block_size)
-    with output_folder(folder), _interrupt_explained():
+    with output_folder(folder), interrupt_explained("; nothing is written yet: the same command begins anew"):
         loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
         if tokenizer is None:
             raise ValueError(f"model: {model!r} has no tokenizer to read the data with")
@@ -89,14 +88,6 @@ def inspect(
         page = _page(settling, tokenizer, shown_by)
         _write(folder, {**read, **report.record()}, image_of(divergence_figure(report, title), dpi=130), page)
     plain_console().print(f"{folder}: {REPORT_FILE}, {FIGURE_FILE}, {PAGE_FILE}", soft_wrap=True)
-
-
-@contextmanager
-def _interrupt_explained() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt as pressed:  # or its subclass for SIGTERM
-        raise type(pressed)("; nothing is written yet: the same command begins anew") from None
 
 
 def _free(folder: Path, overwrite: bool) -> Path:

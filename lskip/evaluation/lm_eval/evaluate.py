@@ -28,7 +28,7 @@ from lskip.models.pretrained import load_model
 from lskip.utils.checks import check_choice, check_real, check_whole
 from lskip.utils.console import plain_console, plain_table
 from lskip.utils.devices import DTYPES, DType
-from lskip.utils.output_files import make_writable, only_writer, write_bytes
+from lskip.utils.output_files import check_output_file, only_writer, write_bytes
 from lskip.utils.user_errors import one_line
 from lskip.utils.user_paths import user_path
 
@@ -158,13 +158,9 @@ def _check_numbers(batch_size: int, num_fewshot: int | None, limit: float | None
 
 def _free(path: Path, overwrite: bool) -> Path:
     """Return the path; ValueError, FileNotFoundError if it exists or is not writable."""
-    if path.is_dir():
-        raise ValueError(f"output: '{path}' is a folder; name a file")
+    check_output_file(path)
     if path.exists() and not overwrite:
         raise ValueError(f"output: '{path}' exists; replace it with --overwrite true, or name another file")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"output: there is no folder '{path.parent}'")
-    make_writable(path.parent)
     return path
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from lskip.evaluation.runs.summary import RunSummary, read_run
 from lskip.evaluation.layers.figure import LONGEST, image_of, perplexity_figure
-from lskip.utils.output_files import make_writable, write_bytes
+from lskip.utils.output_files import check_output_file, write_bytes
 from lskip.utils.console import plain_console, plain_table
 from lskip.utils.user_paths import user_path
 
@@ -50,11 +50,7 @@ def _short(cell: str) -> str:
 def _image(path: Path) -> Path:
     if path.suffix not in IMAGES:
         raise ValueError(f"figure: '{path}' does not end in one of {', '.join(IMAGES)}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"figure: there is no folder '{path.parent}'")
-    if path.is_dir():
-        raise ValueError(f"figure: '{path}' is a folder; name a file")
-    make_writable(path.parent, "figure")
+    check_output_file(path, "figure")
     return path
 
 
