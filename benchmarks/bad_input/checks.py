@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.bad_input.fixtures import NEW_TOKENS, PROMPTS
@@ -125,19 +124,6 @@ def json_holds(file: str, test: Callable[[dict], object]) -> Check:
 
 def both(*checks: Check) -> Check:
     return lambda seen: next((wrong for check in checks if (wrong := check(seen)) is not None), None)
-
-
-def same_weights(made: str, original: str) -> Check:
-    """Check that a folder of the case holds the tensors of a folder of the fixtures, bit for bit."""
-
-    def check(seen: Seen) -> str | None:
-        ours = load_file(seen.here / made / "model.safetensors")
-        theirs = load_file(seen.here.parent / original / "model.safetensors")
-        if ours.keys() != theirs.keys():
-            return f"tensors {sorted(ours.keys() ^ theirs.keys())[:3]} in one alone"
-        return next((f"{name} is another" for name, part in theirs.items() if not torch.equal(ours[name], part)), None)
-
-    return check
 
 
 def trained(steps: int, folder: str = "out") -> Check:

@@ -32,7 +32,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def check_finite_weights(model: nn.Module, field: str = "model") -> None:
+def check_finite_weights(model: nn.Module) -> None:
     """Raise ValueError, naming the weight, if a weight of `model` is NaN or infinite.
 
     Weights on the meta device, which have no values, pass.
@@ -41,4 +41,4 @@ def check_finite_weights(model: nn.Module, field: str = "model") -> None:
     if all_finite(weights):
         return
     name = next(name for name, part in weights.items() if not all_finite(part))
-    raise ValueError(f"{field}: its weights are not finite ({name} holds NaN or infinity), so it says nothing")
+    raise ValueError(f"model: its weights are not finite ({name} holds NaN or infinity), so it says nothing")

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from transformers.utils import logging as transformers_logging
 
+LONGEST = 100  # characters of an exception's message
+
 
 @contextmanager
 def foreign(where: str) -> Iterator[None]:
@@ -41,7 +43,7 @@ def quietly() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def first_line(error: BaseException, limit: int = 100) -> str:
-    """Return the first line of an exception's message, cut to `limit` characters."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, cut to LONGEST characters."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if len(line) <= limit else line[: limit - 1] + "…"
+    return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"

@@ -14,11 +14,6 @@ class Terminated(KeyboardInterrupt):
     exit_code = 128 + signal.SIGTERM
 
 
-def interrupt(signum: int, message: str = "") -> KeyboardInterrupt:
-    """Return the exception that a signal raises."""
-    return Terminated(message) if signum == signal.SIGTERM else KeyboardInterrupt(message)
-
-
 @contextmanager
 def ended_by_sigterm(message: str) -> Iterator[None]:
     """Make SIGTERM raise Terminated(message) inside the context (in the main thread only)."""
@@ -64,7 +59,7 @@ class FirstSignal:
 
     def _note(self, signum: int, frame) -> None:
         if self.signum is not None:
-            raise interrupt(signum)
+            raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
         self.signum = signum
         name = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
         print(f"\n{name}: finishing this step and saving; once more to stop at once", flush=True)

@@ -75,16 +75,16 @@ def only_writer(path: Path, field: str, wait: float = 0) -> Iterator[None]:
 
 
 @contextmanager
-def output_folder(folder: Path, field: str = "output") -> Iterator[None]:
+def output_folder(folder: Path) -> Iterator[None]:
     """Make and lock a folder while this process writes into it; a new folder that stays empty is removed.
 
     Raises:
         ValueError: it is not writable, or another process writes there.
     """
     existed = folder.exists()
-    make_writable(folder, field)
+    make_writable(folder)
     try:
-        with only_writer(folder, field):
+        with only_writer(folder, "output"):
             yield
     finally:
         if not existed and not any(folder.iterdir()):

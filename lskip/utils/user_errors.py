@@ -28,6 +28,7 @@ _NAMES = {
 }
 # User errors (a number or a nesting out of bounds) only if one of these libraries raises them, not lskip itself.
 _ABROAD = (ArithmeticError, RecursionError)
+LONGEST = 290  # characters of a message
 _LIBRARIES = {"lightning", "torch", "transformers", "datasets", "jinja2", "yaml", "json", "copy", "jsonargparse"}
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|alloc_cpu|Unable to allocate", re.I)
 
@@ -55,8 +56,8 @@ _OF_LIGHTNING = (
 )
 
 
-def one_line(error: BaseException, limit: int = 290) -> str:
-    """Return the message of `error` on one line of at most `limit` characters, control characters escaped."""
+def one_line(error: BaseException) -> str:
+    """Return the message of `error` on one line of at most LONGEST characters, control characters escaped."""
     if lacks_memory(error):
         return "memory: not enough for this; take a smaller model, batch_size, block_size or num_workers"
     if isinstance(error, OSError) and error.strerror and error.filename:
@@ -65,7 +66,7 @@ def one_line(error: BaseException, limit: int = 290) -> str:
         text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, _ABROAD):
         text = f"a number or a nesting is out of bounds for {_raised_in(error.__traceback__)} ({text})"
-    return printable(text if len(text) <= limit else text[: limit - 1] + "…", keep="")
+    return printable(text if len(text) <= LONGEST else text[: LONGEST - 1] + "…", keep="")
 
 
 def _raised_in(traceback: TracebackType | None) -> str:
