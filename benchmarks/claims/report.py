@@ -1,4 +1,4 @@
-"""The report of the claims benchmark: a section a question, with table, claims, verdicts and figure."""
+"""The report of the claims benchmark: one section per question, with table, claims, verdicts and figure."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def run_folder(out: Path, name: str, seed: int) -> Path:
 
 
 class Results:
-    """Reads the folder of a benchmark that has ended; lists have an entry a seed."""
+    """Reader of the folder of a finished benchmark; lists have one entry per seed."""
 
     def __init__(self, out: Path, sizes: Sizes):
         self.out, self.sizes = out, sizes

@@ -1,4 +1,4 @@
-"""The claims of the LayerSkip paper, tested on a model small enough to train many times: one table a question.
+"""The claims of the LayerSkip paper, tested on a model small enough to train many times: one table per question.
 
     python -m benchmarks.claims.run --out runs/claims [--quick] [--workers 2] [--publish PAGE]
 

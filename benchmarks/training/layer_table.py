@@ -21,7 +21,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 @torch.no_grad()
 def layer_table(model, tokenizer, texts: dict[str, str], num_blocks: int, block_size: int) -> str:
-    """A line a layer (perplexity, agreement with the last), then the mean depths at which predictions settle."""
+    """Return one line per layer (perplexity, agreement with the last), then mean depths of settling."""
     text = "\n\n".join(texts[name] for name in sorted(texts))
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][: num_blocks * block_size]
     losses, guesses = [], []

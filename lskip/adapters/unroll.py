@@ -59,7 +59,7 @@ def one_later(states: Tensor) -> Tensor:
 def chain_mask(starts: Tensor, length: int, step: int, window: int | None, dtype: torch.dtype) -> Tensor:
     """Return the additive mask [1, 1, C, length + (step - 1) C] of draft step `step` of C rounds.
 
-    The columns are the keys of step 1 at every position, then for each of the steps 2 … `step` a key a round.
+    The columns are the keys of step 1 at every position, then for each of the steps 2 … `step` one key per round.
     """
     distance = starts[:, None] + step - 1 - torch.arange(length, device=starts.device)
     visible = [distance >= step - 1 if window is None else (distance >= step - 1) & (distance < window)]

@@ -1,4 +1,4 @@
-"""The output of `lskip predict`: a line for each answer, written when it is done, and gone on with after a kill."""
+"""The output of `lskip predict`: JSON lines, each written when its answer is done, and resumable after a kill."""
 
 from __future__ import annotations
 

@@ -14,6 +14,11 @@ class Terminated(KeyboardInterrupt):
     exit_code = 128 + signal.SIGTERM
 
 
+def interrupt(signum: int) -> KeyboardInterrupt:
+    """Return the exception that a signal raises."""
+    return Terminated() if signum == signal.SIGTERM else KeyboardInterrupt()
+
+
 @contextmanager
 def ended_by_sigterm(message: str) -> Iterator[None]:
     """Make SIGTERM raise Terminated(message) inside the context (in the main thread only)."""
@@ -59,7 +64,7 @@ class FirstSignal:
 
     def _note(self, signum: int, frame) -> None:
         if self.signum is not None:
-            raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
+            raise interrupt(signum)
         self.signum = signum
         name = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
         print(f"\n{name}: finishing this step and saving; once more to stop at once", flush=True)

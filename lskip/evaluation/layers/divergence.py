@@ -19,7 +19,7 @@ from lskip.models.readout import first_depth, read_logits, scored_positions, set
 class DivergenceReport:
     """Measures of every layer on a text, each read through the final norm and the head.
 
-    Lists have one entry a layer, shares are of all positions, depths count layers from 1.
+    Lists have one entry per layer, shares are of all positions, depths count layers from 1.
 
     Attributes:
         positions: number of predicted tokens.
@@ -77,7 +77,7 @@ class DivergenceReport:
         return None if depth is None else 1 - depth / self.num_layers
 
     def layers(self) -> list[dict]:
-        """Return one dict a layer, first to last, with "layer" and the attributes that are lists."""
+        """Return one dict per layer, first to last, with "layer" and the attributes that are lists."""
         names = [name for name, value in vars(self).items() if isinstance(value, list)]
         columns = zip(*(getattr(self, name) for name in names), strict=True)
         return [{"layer": n, **dict(zip(names, row, strict=True))} for n, row in enumerate(columns, start=1)]

@@ -16,7 +16,7 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6B6B6B"
 
 
 def print_divergence(report: DivergenceReport, console: Console, title: str) -> None:
-    """Print one row a layer, then the summary."""
+    """Print one row per layer, then the summary."""
     names = ("layer", "perplexity", "agreement", "accuracy", "entropy, nats", "settled at", "first right at")
     table = plain_table(*names, title=title)
     for row in report.layers():

@@ -19,7 +19,7 @@ LONGEST = 60  # characters of a name in a figure
 
 
 def print_layers(report: LayerReport, console: Console, title: str = "Layers") -> None:
-    """Print one row a layer (perplexity, agreement with the last layer), then layers_needed."""
+    """Print one row per layer (perplexity, agreement with the last layer), then layers_needed."""
     table = plain_table("layer", "perplexity", "agreement", title=title)
     for row in report.layers():
         table.add_row(str(row["layer"]), f"{row['perplexity']:.4g}", f"{row['agreement']:.2f}")

@@ -64,6 +64,6 @@ def _short(probability: float) -> float:
 
 
 def layer_colors(num_layers: int) -> list[str]:
-    """Return one colour a layer, from the colour-blind safe map cividis."""
+    """Return one colour per layer, from the colour-blind safe map cividis."""
     scale = matplotlib.colormaps["cividis"]
     return [matplotlib.colors.to_hex(scale(layer / max(num_layers - 1, 1))) for layer in range(num_layers)]

@@ -123,7 +123,7 @@ def _evaluate_all(models: list[ExitModel], tasks: dict, options: dict, path: Pat
 
 
 def results_table(results: dict[str, dict[str, dict]]) -> Table:
-    """Return a table with a row a task and metric, a column an exit, and standard errors after ±.
+    """Return a table with one row per task and metric, one column per exit, and standard errors after ±.
 
     Args:
         results: exit layer -> task -> lm-eval's results ("acc,none", "acc_stderr,none" …).

@@ -35,7 +35,7 @@ def compare(runs: list[str], /, figure: str = "compare.png") -> None:
 
 
 def runs_table(summaries: dict[str, RunSummary]) -> Table:
-    """Return a table with a column a run: its settings, and its last and middle layer."""
+    """Return a table with one column per run: its settings, and its last and middle layer."""
     table = plain_table("", *summaries, title="Runs", right=1)
     described = [_describe(summary) for summary in summaries.values()]
     for row in described[0]:

@@ -24,7 +24,7 @@ def read_rows(source: str, columns: tuple[str, ...], cache_dir: str | None) -> I
 
 
 class _HubTask(Task):
-    """A task with one prompt a row: `template` around the column `question`; the reference is the column `target`."""
+    """A task with one prompt per row: `template` around the column `question`; the reference is the column `target`."""
 
     source = template = question = target = ""
 

@@ -89,7 +89,7 @@ class Continuation(Task):
         """Yield the texts, in the same order each time."""
 
     def examples(self) -> Iterator[Example]:
-        """Yield an example a document, without documents too short for a prompt and a reference."""
+        """Yield one example per document, without documents too short for a prompt and a reference."""
         for text in self.documents():
             text = text.strip()
             # At a line break if one is near, since real prompts hardly ever end within a word.
