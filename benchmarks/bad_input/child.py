@@ -29,7 +29,7 @@ LARGEST_KEPT = 8 * 2**20  # bytes of a file that are looked at for changes
 
 ALWAYS = ("lskip.cli.fit", "jinja2", "gguf", "transformers.models.llama.modeling_llama")
 LAZY = {
-    "evaluate": ("lm_eval.evaluator", "lm_eval.tasks", "lskip.evaluation.lm_eval.adapter"),
+    "evaluate": ("lm_eval.evaluator", "lm_eval.tasks", "lskip.evaluation.lm_eval.exit_model"),
     "compare": ("tensorboard.backend.event_processing.event_accumulator", "matplotlib.pyplot"),
     "inspect": ("matplotlib.image", "torch.utils.tensorboard"),
     "fit": ("peft", "pyarrow.parquet", "transformers.models.gpt2.modeling_gpt2"),

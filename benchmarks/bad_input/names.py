@@ -210,7 +210,7 @@ MAKERS = [
 
 
 def no_markup(name: str) -> Check:
-    """A page shows a name as text."""
+    """Check that a page shows a name as text, not as markup."""
 
     def check(seen: Seen) -> str | None:
         page = (seen.here / "out" / "settling.html").read_text(encoding="utf-8")
@@ -220,7 +220,7 @@ def no_markup(name: str) -> Check:
 
 
 def named_whole(name: str) -> Check:
-    """A table shows a name whole, whatever markup it looks like; what cannot be printed is written out."""
+    """Check that a table shows a name in full, with markup as text and unprintable characters escaped."""
 
     def check(seen: Seen) -> str | None:
         if not name.isprintable() or len(name) > 30:
@@ -231,7 +231,7 @@ def named_whole(name: str) -> Check:
 
 
 def page() -> Iterator[Case]:
-    """Texts that are HTML, on the page that inspect writes."""
+    """Yield texts with HTML, for the page of inspect."""
     for text in (
         "</script><script>open('MARK')</script>",
         "<img src=x onerror=alert(1)>",

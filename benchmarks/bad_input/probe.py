@@ -11,7 +11,7 @@ NOT_SCORED = -100
 
 
 class SeenText(Callback):
-    """Writes a line for each row of each batch to `path`: its text, and that of the tokens that are scored."""
+    """A callback that writes the text of each row of each batch to `path`, and that of its scored tokens."""
 
     def __init__(self, path: str):
         self.path = Path(path)

@@ -100,7 +100,7 @@ def case(command: str, field: str, what: str, value: object) -> Case:
 
 
 def nested(field: str, value: object) -> dict:
-    """{"a": {"b": value}} of a.b; an argument of a class under its init_args."""
+    """Return {"a": {"b": value}} for a.b, arguments of classes under init_args."""
     for start, owner in OWNERS.items():
         if field.startswith(start):
             name = field.removeprefix(start)

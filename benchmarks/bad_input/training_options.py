@@ -147,7 +147,7 @@ CHANGES_STEPS = {"trainer.fast_dev_run", "trainer.max_epochs"}
 
 
 def cases(random: Random) -> Iterator[Case]:
-    """A few values of every option; of `fit` the good ones too."""
+    """Yield random bad values of every option, and for fit the good values."""
     for option, domain in OPTIONS.items():
         if option in ONLY_OTHERS:
             continue

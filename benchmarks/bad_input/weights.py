@@ -116,7 +116,7 @@ def with_index(folder: Path, content: object) -> None:
 
 
 class Runs:
-    """What a pickle of it does when it is read: touch MARK."""
+    """An object whose pickle runs `touch MARK` when it is loaded."""
 
     def __reduce__(self):
         return __import__("os").system, ("touch MARK",)

@@ -63,7 +63,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(out: Path, sizes: Sizes, workers: int, cache_dir: str | None) -> None:
-    """Everything that is missing in `out`, then its tables and figures.
+    """Run what is missing in `out`, then write tables and figures.
 
     Raises:
         ValueError: `out` holds runs of other sizes, or workers is below 1.
@@ -96,7 +96,7 @@ Job = Callable[[], None]
 
 
 def trainings(out: Path, sizes: Sizes, cache_dir: str | None) -> list[Job]:
-    """From scratch: the long plain run first, since it takes the longest; then every arm with every seed."""
+    """Return the jobs from scratch: the long plain run first, since it takes longest, then all arms and seeds."""
     arms = make_arms(sizes.layers)
     long = partial(
         train, run_folder(out, LONG, 0), arms[NEITHER], sizes, 0, cache_dir, sizes.long_steps,
@@ -112,7 +112,7 @@ def trainings(out: Path, sizes: Sizes, cache_dir: str | None) -> list[Job]:
 
 
 def followers(out: Path, sizes: Sizes, cache_dir: str | None) -> list[Job]:
-    """What starts from models that are trained: retrofits of the long run, and the tasks."""
+    """Return the jobs that need trained models: retrofits of the long run, and the tasks."""
     arm, long = make_arms(sizes.layers)[BOTH], run_folder(out, LONG, 0)
     jobs: list[Job] = []
     for seed in range(sizes.seeds):
@@ -125,7 +125,7 @@ def followers(out: Path, sizes: Sizes, cache_dir: str | None) -> list[Job]:
 
 
 def work(jobs: list[Job], workers: int) -> None:
-    """All of them, `workers` at a time, each in one thread; the first failure ends it, what is done stays done."""
+    """Run all jobs, `workers` at a time, each in one thread; the first failure stops the rest."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = [pool.submit(job) for job in jobs]

@@ -93,7 +93,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def prepare(options: argparse.Namespace) -> Job:
-    """Checks the options, fills in what they leave open and loads the model.
+    """Check the options, fills in what they leave open and loads the model.
 
     Raises:
         ValueError, FileNotFoundError: what is wrong, in one sentence.
@@ -123,7 +123,7 @@ def prepare(options: argparse.Namespace) -> Job:
 
 
 def fill_in(options: argparse.Namespace, defaults: dict) -> None:
-    """Sets what the command line has not named."""
+    """Set what the command line has not named."""
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -140,7 +140,7 @@ def check_names(options: argparse.Namespace) -> None:
 
 
 def choose_exit_layers(options: argparse.Namespace, num_layers: int) -> None:
-    """Fills in exit_layers, or raises ValueError for one that does not exit early."""
+    """Fill in exit_layers, or raises ValueError for one that does not exit early."""
     if options.exit_layers is None:
         exits = default_exit_layers(num_layers)
         options.exit_layers = exits[len(exits) // 2 :][:1] if options.quick else exits

@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(job: Job, files: Path) -> None:
-    """Everything: one prompt at a time, batches, memory, and the report.
+    """Run everything: one prompt at a time, batches, memory, and the report.
 
     Args:
         files: a folder for llama.cpp's model files.
@@ -78,7 +78,7 @@ def run(job: Job, files: Path) -> None:
 
 
 def start_llama_cpp(job: Job, files: Path) -> None:
-    """Starts llama.cpp where it is asked for; where it cannot run, says why and drops its settings."""
+    """Start llama.cpp where it is asked for; where it cannot run, says why and drops its settings."""
     if not any(setting.method == "llama_cpp" for setting in job.settings):
         return
     reason = "it is not installed here; --llama_cpp_python names an interpreter that has it"
@@ -93,7 +93,7 @@ def start_llama_cpp(job: Job, files: Path) -> None:
 
 
 def build(job: Job, settings: list[Setting]) -> list[Contestant]:
-    """Those that work here; of the others, each reason is printed once."""
+    """Return the contestants that work here, and print each reason why others do not once."""
     batches = sorted({setting.batch for setting in settings})
     contestants, reasons = [PromptPass(job.shared.generators, batch) for batch in batches], set()
     for setting in settings:
@@ -143,7 +143,7 @@ def measure_batches(job: Job, alone: list[dict], reference: dict) -> list[dict]:
 
 
 def measure_memory(job: Job, found: list[dict], files: Path) -> None:
-    """Fills in peak_mib, record by record."""
+    """Fill in peak_mib, record by record."""
     options = job.options
     by_length = sorted(job.prompts, key=len, reverse=True)
     for record in found:

@@ -95,7 +95,7 @@ def rows_of_last_block(model: PreTrainedModel) -> Iterator[list[int]]:
 
 @contextmanager
 def drafting_as(config: GenerationConfig | None, setting: Setting) -> Iterator[None]:
-    """Puts a draft's length and confidence where `generate` reads them: not its arguments, the assistant's config."""
+    """Put a draft's length and confidence where `generate` reads them: not its arguments, the assistant's config."""
     if config is None:
         yield
         return

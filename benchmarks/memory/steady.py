@@ -127,7 +127,7 @@ def prompt_of(index: int) -> str:
 
 @contextmanager
 def watched(output: Path, every: int, series: dict[int, float]) -> Iterator[None]:
-    """Fills `series` as lines are added to a file."""
+    """Fill `series` as lines are added to a file."""
     over = threading.Event()
 
     def look() -> None:
@@ -153,7 +153,7 @@ def watched(output: Path, every: int, series: dict[int, float]) -> Iterator[None
 
 
 class ResidentMemory(Callback):
-    """Writes a line with the step and the resident memory every so many steps."""
+    """A callback that writes the step and the resident memory every so many steps."""
 
     def __init__(self, path: str, every: int):
         self.path, self.every = Path(path), every

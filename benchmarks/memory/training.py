@@ -68,7 +68,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def measure(name: str, options: argparse.Namespace) -> dict:
-    """One option in its own process, so that nobody else's memory is in its peak."""
+    """Measure one option in a separate process, so that its peak contains no other memory."""
     worker = [sys.executable, "-m", "benchmarks.memory.training_options", name, str(options.out)]
     flags = ["--threads", str(options.threads), "--device", options.device, *["--quick"] * options.quick]
     done = subprocess.run([*worker, *flags], capture_output=True, text=True)
@@ -78,7 +78,7 @@ def measure(name: str, options: argparse.Namespace) -> dict:
 
 
 def compare(rows: list[dict], folder: Path) -> None:
-    """Adds to each row what its option is against the plain one."""
+    """Add to each row what its option is against the plain one."""
     plain, exact = rows[0], load_file(folder / "plain.safetensors")
     size = torch.stack([gradient.norm() for gradient in exact.values()]).norm()
     for row in rows:

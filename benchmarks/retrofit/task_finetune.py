@@ -133,7 +133,7 @@ def split_settings(folder: Path) -> dict:
 
 
 def run(options: argparse.Namespace, items: Items) -> dict:
-    """Everything; task.json is rewritten whenever there is more of it."""
+    """Run everything; task.json is rewritten after each step."""
     folder = find_adapter(options.plain_adapter, "plain_adapter") if options.plain_adapter else None
     loaded = {name: load(str(getattr(options, name)), options.dtype, "cpu") for name in ("layerskip", "plain")}
     adapters = {"plain": load_adapter(folder, loaded["plain"][0])} if folder else {}
@@ -224,7 +224,7 @@ def time_settings(
     options: argparse.Namespace,
     result: dict,
 ) -> None:
-    """Adds a record for each setting to `result`; `mismatches` are texts that are not the autoregressive ones."""
+    """Add a record for each setting to `result`; `mismatches` are texts that are not the autoregressive ones."""
     contestants: list[Contestant] = []
     for setting in settings:
         try:

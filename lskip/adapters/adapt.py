@@ -15,12 +15,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lskip.adapters.answers import AnswerRow, frequent_words, is_held_out, read_answers
+from lskip.adapters.join_fit import fit_join
 from lskip.adapters.module import AdapterModule, AveragedWeights, TimeBudget
 from lskip.adapters.options import AdapterData, AdapterTraining
 from lskip.adapters.record import record_answers
-from lskip.adapters.start import fit_join
 from lskip.adapters.states import AnswerData, StateCache
-from lskip.adapters.unroll import report
+from lskip.adapters.unroll import draft_metrics
 from lskip.callbacks.run_checkpoint import RunCheckpoint
 from lskip.inference.loading import resolve_device
 from lskip.inference.prompt_file import Prompt
@@ -287,7 +287,7 @@ def _measure(module: AdapterModule, data: AnswerData) -> dict:
     answered = data.held_out.answer_tokens()
     covered = np.isin(answered, module.adapter.token_ids.cpu().numpy()).mean()
     return {
-        **report(hits),
+        **draft_metrics(hits),
         "words": len(module.adapter.token_ids),
         "words_share_of_held_out_tokens": round(float(covered), 4),
         "answers": {"train": len(data.train), "held_out": len(hits)},

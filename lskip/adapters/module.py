@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, Timer
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lskip.adapters.unroll import drafted_at, report, unrolled_states
+from lskip.adapters.unroll import draft_metrics, drafted_at, unrolled_states
 from lskip.losses import rows_at_once
 from lskip.models.exit_adapter import ExitAdapter
 from lskip.optimization import WarmupCosine
@@ -152,7 +152,7 @@ class AdapterModule(LightningModule):
         self._hits += self.hits(batch)
 
     def on_validation_epoch_end(self) -> None:
-        values, self._hits = report(self._hits), []
+        values, self._hits = draft_metrics(self._hits), []
         self.log("val/draft_agreement", values["draft_agreement"], prog_bar=True)
         told = {step: value for step, value in enumerate(values["agreement"], start=1) if value is not None}
         self.log_dict({f"val/agreement/step_{step}": value for step, value in told.items()})

@@ -193,8 +193,8 @@ def _parts_of(
     if row.held_out:
         scored = slice(row.prompt_length - 1, length - 1)
         parts["choices"] = np.full((length, 1), -1, np.int32)
-        likeliest = decoder.head(last_states[scored].to(decoder.device, decoder.dtype)).argmax(-1)
-        parts["choices"][scored, 0] = likeliest.cpu()
+        predicted = decoder.head(last_states[scored].to(decoder.device, decoder.dtype)).argmax(-1)
+        parts["choices"][scored, 0] = predicted.cpu()
     return parts
 
 

@@ -82,7 +82,7 @@ def drafted_at(scored: Tensor, starts: Tensor, step: int) -> tuple[Tensor, Tenso
     return inside, scored[:, starts] & scored[:, inside] & (places == inside)
 
 
-def report(hits: Sequence[Tensor]) -> dict:
+def draft_metrics(hits: Sequence[Tensor]) -> dict:
     """Return draft_agreement, agreement of steps 1 … J, and tokens_per_round {d: …} for hits [A, J] of each answer.
 
     `draft_agreement` is that of step 1. Step j counts from the j-th token of an answer on; None if no answer has it.

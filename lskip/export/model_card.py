@@ -130,8 +130,8 @@ def _layers(run: Path) -> str | None:
         [
             "## Layers",
             "",
-            "Perplexity on the run's held-out text, and how often the layer's likeliest token is the last layer's, at "
-            "the run's last validation.",
+            "Perplexity on the run's held-out text, and how often the layer's most probable token is the last layer's, "
+            "at the run's last validation.",
             "",
             "| layer | perplexity | agreement |",
             "|---|---|---|",

@@ -33,7 +33,7 @@ from lskip.utils.user_errors import one_line
 from lskip.utils.user_paths import user_path
 
 if TYPE_CHECKING:
-    from lskip.evaluation.lm_eval.adapter import ExitModel
+    from lskip.evaluation.lm_eval.exit_model import ExitModel
 
 BOOTSTRAP_SAMPLES = 1000  # for standard errors; lm-eval's default takes minutes an exit
 SEED = 1234  # of few-shot examples, lm-eval's default
@@ -224,7 +224,7 @@ def _own_tasks(names: list[str], include_path: str | None):
 def _exit_models(
     source: str, exit_layers: list[int], batch_size: int, dtype: torch.dtype, place: torch.device
 ) -> list[ExitModel]:
-    from lskip.evaluation.lm_eval.adapter import ExitModel, ExitScorer
+    from lskip.evaluation.lm_eval.exit_model import ExitModel, ExitScorer
 
     loaded, tokenizer = load_model(source, dtype)
     if tokenizer is None:

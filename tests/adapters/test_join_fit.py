@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from lskip.adapters.answers import AnswerRow
+from lskip.adapters.join_fit import ANSWERS, RIDGE, fit_join
 from lskip.adapters.module import AdapterModule
-from lskip.adapters.start import ANSWERS, RIDGE, fit_join
 from lskip.models.exit_adapter import AdapterShape, ExitAdapter
 
 LENGTHS = [(9, 4), (14, 2), (20, 11), (7, 6)]  # tokens, of which the prompt's
