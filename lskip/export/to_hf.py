@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from safetensors import SafetensorError
@@ -32,7 +33,7 @@ from lskip.utils.console import say
 from lskip.utils.devices import DType
 from lskip.utils.finite import check_finite_weights
 from lskip.utils.foreign import first_line, quietly
-from lskip.utils.output_files import hidden_beside, make_writable, only_writer
+from lskip.utils.output_files import hidden_beside, only_writer
 from lskip.utils.user_paths import user_path
 
 DRAFT_FOLDER, GGUF_FILE, CARD_FILE = "draft", "model.gguf", "README.md"
@@ -175,7 +176,11 @@ def _partial(folder: Path) -> Iterator[Path]:
     if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"output: '{folder}' exists and is not an empty folder")
     partial = hidden_beside(folder, "partial")
-    make_writable(folder.parent)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder.parent).close()
+    except OSError as error:
+        raise ValueError(f"output: cannot write '{folder}' ({error.strerror})") from error
     with only_writer(folder, "output"):
         shutil.rmtree(partial, ignore_errors=True)
         try:
