@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lskip.data.tokenizer import same_tokens
+from lskip.evaluation.runs.settings import flatten
 from lskip.models.pretrained import load_tokenizer
 from lskip.cli.runs.run_folder import CONFIG_FILE
 from lskip.training.run_module import RunModule
@@ -39,20 +40,10 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     A class_path is the value of its own key, with the class's arguments below. Output paths are left out.
     """
     plain = json.loads(json.dumps(dict(config), default=str))
-    settings = dict(_flat("", {key: value for key, value in plain.items() if key not in _ELSEWHERE}))
+    named = flatten({key: value for key, value in plain.items() if key not in _ELSEWHERE})
+    settings = {name: value for name, value, _ in named}
     chosen = {f"trainer.{name}" for name in _TRAINER}
     return {key: value for key, value in settings.items() if not key.startswith("trainer.") or key in chosen}
-
-
-def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        yield name, value
-        return
-    if "class_path" in value:
-        yield name, value["class_path"]
-        value = value.get("init_args") or {}
-    for key, part in value.items():
-        yield from _flat(f"{name}.{key}" if name else key, part)
 
 
 def settings_before(checkpoint: dict, path: Path) -> dict[str, Any]:
