@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -60,39 +60,30 @@ def cases(random: Random) -> Iterator[Case]:
 
 
 def data_file(name: str) -> Case:
+    """Return a case of a data file of this name beside one of other content."""
+
     def prepare(here: Path) -> None:
         (here / f"{name}.jsonl").write_bytes(lines())
         (here / "d1.jsonl").write_bytes(lines([{"text": "OTHER " * 9}] * 3))
 
-    right = either(done(trained_on(DOCUMENTS)), refused("source"))
-    return Case(
-        "fit",
-        "names",
-        f"data {name[:20]!a}",
-        (*FIT, f"--data.source={{here}}/{name}.jsonl"),
-        right,
-        prepare,
-        makes=("out", "seen"),
-    )
+    return data_case(f"data {name[:20]!a}", f"{name}.jsonl", prepare)
 
 
 def data_folder(name: str) -> Case:
-    def prepare(here: Path) -> None:
-        (here / name).mkdir()
-        (here / name / "train.jsonl").write_bytes(lines())
-        (here / "d1").mkdir()
-        (here / "d1" / "train.jsonl").write_bytes(lines([{"text": "OTHER " * 9}] * 3))
+    """Return a case of a data folder of this name beside one of other content."""
 
+    def prepare(here: Path) -> None:
+        for folder, content in ((name, lines()), ("d1", lines([{"text": "OTHER " * 9}] * 3))):
+            (here / folder).mkdir()
+            (here / folder / "train.jsonl").write_bytes(content)
+
+    return data_case(f"data folder {name[:20]!a}", name, prepare)
+
+
+def data_case(what: str, source: str, prepare: Callable[[Path], None]) -> Case:
     right = either(done(trained_on(DOCUMENTS)), refused("source"))
-    return Case(
-        "fit",
-        "names",
-        f"data folder {name[:20]!a}",
-        (*FIT, f"--data.source={{here}}/{name}"),
-        right,
-        prepare,
-        makes=("out", "seen"),
-    )
+    arguments = (*FIT, f"--data.source={{here}}/{source}")
+    return Case("fit", "names", what, arguments, right, prepare, makes=("out", "seen"))
 
 
 def model_folder(name: str) -> Case:

@@ -26,6 +26,7 @@ from benchmarks.claims.report import make_sections, report
 from benchmarks.claims.results import LONG, STEP_TIMES, Results, run_folder
 from benchmarks.claims.tasks import measure_tasks
 from benchmarks.claims.training import make_data, train
+from benchmarks.command_line import command_parser
 from benchmarks.environment import environment
 from benchmarks.training.timed_training import Kind, Trained
 from benchmarks.training.timed_training import Sizes as TimedSizes
@@ -49,11 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.claims.run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.claims.run", __doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder for runs, tables and figures")
     parser.add_argument("--quick", action="store_true", help="everything runs, nothing is learned well: minutes")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")

@@ -20,6 +20,7 @@ from random import Random
 
 import torch
 
+from benchmarks.command_line import command_parser
 from benchmarks.environment import environment
 from lskip.inference import TextGenerator
 from lskip.utils.output_files import write_json
@@ -143,9 +144,7 @@ def summary(records: list[dict]) -> str:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decoding.correctness", description=__doc__.splitlines()[0]
-    )
+    parser = command_parser("benchmarks.decoding.correctness", __doc__.splitlines()[0])
     parser.add_argument("check", choices=CHECKS)
     parser.add_argument("--tokens", type=int, default=20_000, help="equality: tokens of `generate` to compare with")
     parser.add_argument("--seed", type=int, default=0, help="equality: of the first model")

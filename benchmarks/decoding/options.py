@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.command_line import command_parser
 from benchmarks.decoding.contestant_builder import Contestants, load
 from benchmarks.decoding.llama_cpp_peer import find_python
 from benchmarks.decoding.settings import BASES, DRAFTS, METHODS, POLICIES, Grid, Setting, default_exit_layers
@@ -63,11 +64,7 @@ def number(text: str) -> int:
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decoding.run",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.decoding.run", description)
     add = parser.add_argument
     add("--model", required=True, help="smollm2, a run, a folder, a .gguf file")
     add("--prompts", required=True, type=Path, help=".jsonl or .txt, as `lskip predict` takes it")

@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command_line import command_parser
 from benchmarks.decoding.batches import batch_groups
 from benchmarks.decoding.contestant_builder import load
 from benchmarks.decoding.lskip_methods import Generators, Lskip, run_of
@@ -93,11 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decoding.policy_overhead",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.decoding.policy_overhead", __doc__)
     add = parser.add_argument
     add("--model", required=True, help="smollm2, a run, a folder, a .gguf file")
     add("--prompts", required=True, type=Path, help=".jsonl or .txt, as `lskip predict` takes it")

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.command_line import command_parser
 from benchmarks.decoding.options import fill_in, number, numbers
 from benchmarks.environment import environment
 from lskip.evaluation.sweep.advice import best_cell, cell_of
@@ -56,11 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decoding.tune_against_sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.decoding.tune_against_sweep", __doc__)
     add = parser.add_argument
     add("--model", default="smollm2", help="as for lskip; one that was trained to exit")
     add("--out", required=True, type=Path, help="folder for the results; what it holds is replaced")

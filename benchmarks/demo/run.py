@@ -12,7 +12,6 @@ Ends with a summary, also in <output>/summary.json.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import json
 import shutil
@@ -27,6 +26,7 @@ from pydoc_data.topics import topics
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.command_line import command_parser
 from benchmarks.demo.report import acceptance, console, distinct_3grams, print_summary, show, speedup
 from benchmarks.environment import environment
 from lskip.cli import main as lskip
@@ -251,8 +251,6 @@ def generate_with_transformers(model, tokenizer, prompt: str, length: dict) -> t
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.demo.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmarks.demo.run", __doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for the run and the summary")
     run(parser.parse_args().output, Sizes())

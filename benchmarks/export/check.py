@@ -24,6 +24,7 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.command_line import command_parser
 from benchmarks.decoding.llama_cpp_peer import LlamaCppProcess, find_python
 from benchmarks.decoding.options import number
 from lskip.export.to_hf import DRAFT_FOLDER, GGUF_FILE, export
@@ -55,11 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.export.check",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.export.check", __doc__)
     add = parser.add_argument
     add("--model", required=True, help="a run folder, a checkpoint, a folder, a .gguf file, smollm2; Llama family")
     add("--draft", required=True, type=number, help="blocks of the draft model")

@@ -6,7 +6,6 @@ python -m benchmarks.families.matrix --check    runs the tests; the exit code is
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import transformers
 
+from benchmarks.command_line import command_parser
 from lskip.models.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
@@ -71,11 +71,7 @@ def with_table(page: str, written: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.families.matrix",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.families.matrix", __doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
     page = PAGE.read_text(encoding="utf-8")

@@ -11,7 +11,6 @@ tokens. Without a table, lskip's numbers are printed.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from benchmarks.command_line import command_parser
 from lskip.evaluation.layers.divergence import DivergenceReport, report_divergence
 from lskip.models.decoder import Decoder
 from lskip.models.pretrained import find_source, load_model
@@ -71,11 +71,7 @@ def differences(found: dict[str, float], table: str) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.inspection.check",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.inspection.check", __doc__)
     parser.add_argument("--table", type=Path, help="output of benchmarks.training.layer_table")
     parser.add_argument("--model", default="smollm2", help="a GGUF file or folder of a model")
     parser.add_argument("--num_blocks", type=int, default=8)

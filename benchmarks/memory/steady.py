@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.command_line import command_parser
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
@@ -59,11 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.memory.steady",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.memory.steady", __doc__)
     add = parser.add_argument
     add("--what", choices=list(COUNTS), required=True, help="what is looked at")
     add("--count", type=int, help="prompts or steps; by default 1,000 or 5,000")
@@ -195,7 +193,7 @@ def trained(options: argparse.Namespace, folder: Path) -> dict[int, float]:
 
 def run(*arguments: str) -> None:
     if lskip(list(arguments)) != 0:
-        raise SystemExit(f"steady: lskip {arguments[0]} failed")
+        raise SystemExit(f"benchmarks.memory.steady: lskip {arguments[0]} failed")
 
 
 # What came of it.

@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from benchmarks.command_line import command_parser
 from benchmarks.environment import environment
 from benchmarks.memory.training_options import OPTIONS, SIZES
 from benchmarks.training.train_step import megabytes, print_table
@@ -55,11 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.memory.training",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.memory.training", __doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; its times say nothing")
     parser.add_argument("--threads", type=int, default=2)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from benchmarks.command_line import command_parser
 from benchmarks.environment import environment
 from benchmarks.predecessors.arms import ARMS, Arm, Sizes, train
 from benchmarks.predecessors.figure import COLUMNS, PANELS, figure
@@ -70,11 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.predecessors.run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.predecessors.run", __doc__)
     add = parser.add_argument
     add("--out", required=True, type=Path, help="folder for the results")
     add("--tasks", nargs="+", choices=tuple(PANELS), default=list(PANELS))

@@ -9,7 +9,6 @@ on which figures are published, are in none of them.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import json
 import random
@@ -22,6 +21,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import yaml
+
+from benchmarks.command_line import command_parser
 
 EVERYDAY = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 ASKS_ABOUT_TEXT = (
@@ -123,7 +124,7 @@ def make_prompts(number: int, seed: int = 0) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.retrofit.prompts", description=__doc__.splitlines()[0])
+    parser = command_parser("benchmarks.retrofit.prompts", __doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help=".jsonl file to write, one prompt a line")
     parser.add_argument("--number", type=int, default=5000, help="of prompts")
     parser.add_argument("--seed", type=int, default=0)

