@@ -131,16 +131,9 @@ def _adapt(
         if prompts is None:
             rows = read_answers(data.answer_files, frozen, tokenizer, data.block_size, data.chat)
         else:
-            rows = record_answers(
-                cache,
-                frozen,
-                tokenizer,
-                prompts,
-                block_size=data.block_size,
-                max_new_tokens=data.max_new_tokens,
-                batch_size=data.answers_at_once,
-                chat=data.chat,
-            )
+            limits = {"block_size": data.block_size, "max_new_tokens": data.max_new_tokens}
+            answering = {"batch_size": data.answers_at_once, "chat": data.chat}
+            rows = record_answers(cache, frozen, tokenizer, prompts, **limits, **answering)
         _check_enough([row.held_out for row in rows], training.batch_size)
         adapter = _adapter(frozen, tokenizer, rows, shape, vocabulary, started)
         states = cache.states(rows)

@@ -71,24 +71,17 @@ def export(
     folder = Path(os.path.abspath(user_path(output, "output")))
     with _partial(folder) as partial:
         config = load_config(model)
-        _check_drafts(config, exit_layer, num_speculations, draft)
+        drafts = {"exit_layer": exit_layer, "num_speculations": num_speculations, "draft": draft}
+        _check_drafts(config, **drafts)
         source = _check_gguf(model, config) if gguf else None
         loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
         exits = load_trained_exits(model, Decoder(loaded))
         check_finite_weights(loaded)
-        _set_drafts(loaded.generation_config, exit_layer, num_speculations, draft)
+        _set_drafts(loaded.generation_config, **drafts)
         parts = {folder.name: (loaded, partial)}
         if draft is not None:
             parts[f"{folder.name}-draft"] = first_layers(loaded, draft), partial / DRAFT_FOLDER
-        card = model_card(
-            model,
-            folder.name,
-            config,
-            exit_layer=exit_layer,
-            num_speculations=num_speculations,
-            draft=draft,
-            gguf=gguf,
-        )
+        card = model_card(model, folder.name, config, gguf=gguf, **drafts)
         with _written(folder):
             for name, (part, place) in parts.items():
                 _save(part, tokenizer, place)
