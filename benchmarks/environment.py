@@ -1,4 +1,4 @@
-"""Where a figure was measured: what a recorded result must say besides itself (see README.md)."""
+"""The environment of a measurement, which every recorded result contains (see README.md)."""
 
 from __future__ import annotations
 

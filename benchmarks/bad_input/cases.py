@@ -1,4 +1,4 @@
-"""All cases of bad_input.py, by a seed; and the options that none of them says anything about."""
+"""All cases of a seed, and the command-line options that no case covers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from random import Random
 from jsonargparse import ArgumentParser
 
 from benchmarks.bad_input.options import NOT_TRIED, OPTIONS
-from benchmarks.bad_input.training import OPTIONS as TRAINING
+from benchmarks.bad_input.training_options import OPTIONS as TRAINING
 from benchmarks.bad_input.verdict import Case
 from lskip.cli import main
 
 MODULES = (
-    *("options", "training", "prompts", "data", "rows", "configs", "strangers"),
-    *("models", "tokenizers", "weights", "gguf", "records", "places", "tasks", "names", "terminals"),
+    *("options", "training_options", "prompts", "data", "rows", "configs", "strangers"),
+    *("models", "tokenizers", "weights", "gguf", "records", "outputs", "tasks", "names", "terminals"),
 )
 
 
@@ -24,13 +24,13 @@ FEWEST = 30  # cases of each command
 
 
 def all_cases(seed: int) -> list[Case]:
-    """Each module draws from a stream of its own, so that one more case does not change the others' values."""
+    """Return the cases of all modules; each module has its own random stream, so that new cases change no others."""
     modules = (import_module(f"benchmarks.bad_input.{name}") for name in MODULES)
     return [case for module in modules for case in module.cases(Random(f"{seed} {module.__name__}"))]
 
 
 def chosen(cases: list[Case], only: str, limit: int, seed: int) -> list[Case]:
-    """Those whose names hold `only`, of them `limit`, drawn by the seed, FEWEST of each command first."""
+    """Return up to `limit` cases whose names contain `only`, drawn by the seed, FEWEST of each command first."""
     cases, drawn = [case for case in cases if only in case.name], Random(seed)
     order = drawn.sample(range(len(cases)), len(cases))
     before: Counter[str] = Counter()
@@ -43,7 +43,7 @@ def chosen(cases: list[Case], only: str, limit: int, seed: int) -> list[Case]:
 
 
 def options_without_cases() -> list[str]:
-    """Options of the command line that no table says anything about: new ones."""
+    """Return the options of the command line that no table covers."""
     said = {**OPTIONS, "fit": TRAINING}
     return [
         f"{command} --{name}"
@@ -54,11 +54,11 @@ def options_without_cases() -> list[str]:
 
 
 class _Asked(BaseException):
-    """The parser that a command has made, in place of what it would have parsed."""
+    """Raised with the parser that a command has built, in place of parsing."""
 
 
 def options_of(command: str) -> Iterator[str]:
-    """The names of a command's options, by its own parser."""
+    """Yield the names of a command's options, from its own parser."""
     parse = ArgumentParser.parse_args
 
     def ask(self, *arguments, **more):

@@ -1,4 +1,4 @@
-"""Effects that bad_input.py looks for, by other means than lskip's own: transformers' greedy text, files read whole."""
+"""Checks of a command's effect, independent of lskip: transformers' greedy text, the content of files."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.bad_input.place import NEW_TOKENS, PROMPTS
+from benchmarks.bad_input.fixtures import NEW_TOKENS, PROMPTS
 from benchmarks.bad_input.verdict import Check, Seen
 
 
 @cache
 def texts(folder: Path, prompts: tuple[str, ...], new_tokens: int = NEW_TOKENS) -> list[str]:
-    """What transformers' `generate` says greedily to each prompt, by a folder's model and tokenizer."""
+    """Return transformers' greedy continuation of each prompt, by the model and tokenizer in a folder."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     found = []
     for prompt in prompts:
@@ -33,7 +32,7 @@ def texts(folder: Path, prompts: tuple[str, ...], new_tokens: int = NEW_TOKENS) 
 
 
 def prints_the_answer(model: str = "llama", prompt: str = PROMPTS[0], new_tokens: int = NEW_TOKENS) -> Check:
-    """`generate` has printed what transformers says; the model is a folder below the place."""
+    """Check that `generate` printed transformers' text; `model` is a folder of the fixtures."""
 
     def check(seen: Seen) -> str | None:
         expected = texts(seen.here.parent / model, (prompt,), new_tokens)[0] + "\n"
@@ -43,12 +42,12 @@ def prints_the_answer(model: str = "llama", prompt: str = PROMPTS[0], new_tokens
 
 
 def written_out(text: str) -> str:
-    r"""What a terminal must not act on as \x1b, and so on: every control character but newline and tab."""
+    r"""Return `text` with control characters other than newline and tab escaped as \x1b and so on."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def rows_of(path: Path) -> list[dict]:
-    """The lines of a file of JSON lines; ValueError where one is not whole, or no JSON that others read."""
+    """Return the rows of a JSON Lines file; ValueError for a cut line or invalid JSON."""
 
     def refuse(name: str):
         raise ValueError(f"{name} is no JSON")
@@ -62,11 +61,11 @@ def rows_of(path: Path) -> list[dict]:
 def answers(
     expected: Sequence[dict] | Callable[[Path], Sequence[dict]], model: str | None = "llama", file: str = "out.jsonl"
 ) -> Check:
-    """`file` holds a line for each of these rows, in order, with their fields; and texts as transformers says.
+    """Check that `file` has a line with the fields of each expected row, in order, and transformers' texts.
 
     Args:
-        expected: fields of each prompt, among them line; or a function of the case's folder.
-        model: whose texts, a folder below the place; None: any.
+        expected: fields of each row, "line" among them; or a function of the case's folder.
+        model: model of the texts, a folder of the fixtures; None: texts are not compared.
     """
 
     def check(seen: Seen) -> str | None:
@@ -93,12 +92,12 @@ def answers(
 
 
 def numbered(prompts: Sequence[str], first: int = 1) -> list[dict]:
-    """The rows of a .txt file without blank lines."""
+    """Return the expected rows for a .txt file without blank lines."""
     return [{"prompt": prompt, "line": line} for line, prompt in enumerate(prompts, first)]
 
 
 def holds(*files: str, folder: str = "out") -> Check:
-    """These files are there and not empty."""
+    """Check that these files exist and are not empty."""
 
     def check(seen: Seen) -> str | None:
         for name in files:
@@ -111,7 +110,7 @@ def holds(*files: str, folder: str = "out") -> Check:
 
 
 def json_holds(file: str, test: Callable[[dict], object]) -> Check:
-    """A JSON file for which `test` holds."""
+    """Check the content of a JSON file by `test`."""
 
     def check(seen: Seen) -> str | None:
         try:
@@ -127,21 +126,8 @@ def both(*checks: Check) -> Check:
     return lambda seen: next((wrong for check in checks if (wrong := check(seen)) is not None), None)
 
 
-def same_weights(made: str, original: str) -> Check:
-    """A folder below the case's own holds the tensors of one below the place, bit for bit."""
-
-    def check(seen: Seen) -> str | None:
-        ours = load_file(seen.here / made / "model.safetensors")
-        theirs = load_file(seen.here.parent / original / "model.safetensors")
-        if ours.keys() != theirs.keys():
-            return f"tensors {sorted(ours.keys() ^ theirs.keys())[:3]} in one alone"
-        return next((f"{name} is another" for name, part in theirs.items() if not torch.equal(ours[name], part)), None)
-
-    return check
-
-
 def trained(steps: int, folder: str = "out") -> Check:
-    """A run's checkpoint of so many steps, every number of it finite."""
+    """Check for a checkpoint of so many steps with finite weights."""
 
     def check(seen: Seen) -> str | None:
         path = seen.here / folder / "checkpoints" / "last.ckpt"

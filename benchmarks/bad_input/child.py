@@ -1,4 +1,4 @@
-"""One case of bad_input.py in a process of its own, forked from one that has imported what it needs."""
+"""Running of a case in a forked process, with limits on time and memory."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ LARGEST_KEPT = 8 * 2**20  # bytes of a file that are looked at for changes
 
 ALWAYS = ("lskip.cli.fit", "jinja2", "gguf", "transformers.models.llama.modeling_llama")
 LAZY = {
-    "evaluate": ("lm_eval.evaluator", "lm_eval.tasks", "lskip.evaluation.lm_eval.adapter"),
+    "evaluate": ("lm_eval.evaluator", "lm_eval.tasks", "lskip.evaluation.lm_eval.exit_model"),
     "compare": ("tensorboard.backend.event_processing.event_accumulator", "matplotlib.pyplot"),
     "inspect": ("matplotlib.image", "torch.utils.tensorboard"),
     "fit": ("peft", "pyarrow.parquet", "transformers.models.gpt2.modeling_gpt2"),
 }
-# how the sentence on what is wrong begins -> kind
+# beginning of Verdict.wrong -> kind
 KINDS = {
     "traceback": "traceback",
     "hang": "hang",
@@ -51,7 +51,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a case: None where all is right; else what is wrong, and its kind."""
+    """The outcome of a case; `wrong` is None if all is right."""
 
     wrong: str | None
     seconds: float
@@ -60,23 +60,23 @@ class Verdict:
 
     @property
     def kind(self) -> str:
-        """right, or one of the others, by what is wrong."""
+        """The kind of outcome: "right", "sentence", or one of KINDS."""
         if self.wrong is None:
             return "right"
         return next((kind for start, kind in KINDS.items() if self.wrong.startswith(start)), "sentence")
 
 
 def import_for(commands: set[str]) -> None:
-    """What these commands import when they run, so that each forked process has it."""
+    """Import what these commands import when they run, so that forked processes need not."""
     used = {MODULES[command] for command in commands & MODULES.keys()}
     for name in {*used, *ALWAYS, *(name for command in commands for name in LAZY.get(command, ()))}:
         import_module(name)
     gc.collect()
-    gc.freeze()  # what is there needs not be looked through in every child
+    gc.freeze()  # children then need not collect these objects
 
 
 def in_child(act: Callable[[], Any], log: Path) -> Any:
-    """What `act` gives, as JSON has it, computed in a process of its own. RuntimeError with the log if it fails."""
+    """Return the JSON value that `act` computes in a forked process; RuntimeError with its log if it fails."""
     answer = log.with_suffix(".json")
     child = os.fork()
     if child == 0:
@@ -97,7 +97,7 @@ def in_child(act: Callable[[], Any], log: Path) -> Any:
 
 
 def run_case(case: Case, here: Path, seconds: float) -> Verdict:
-    """Runs a case in a child; one that takes longer than `seconds` is killed."""
+    """Run a case in a forked process, which is killed after `seconds`."""
     here.mkdir()
     report = here.parent / f"{here.name}.json"
     began = time.perf_counter()
@@ -122,7 +122,7 @@ def _own_mebibytes() -> int:
 
 
 def _wait(child: int, end: float) -> resource.struct_rusage | None:
-    """What the child used; None for one that had to be killed."""
+    """Wait for the child and return its resource usage; None if it had to be killed."""
     asked = killed = False
     while True:
         done, _, usage = os.wait4(child, os.WNOHANG)
@@ -146,13 +146,13 @@ def _kill_group(child: int) -> None:
 
 
 def _where(error: str) -> str:
-    """The innermost line of lskip in a stack that faulthandler wrote."""
+    """Return the innermost line of lskip in a stack written by faulthandler."""
     lines = [line.strip() for line in error.splitlines() if "/lskip/" in line and "File" in line]
     return lines[0] if lines else error[-200:]
 
 
 def _become_the_case(case: Case, here: Path, report: Path) -> None:
-    """Never returns."""
+    """Run the case and leave the process."""
     try:
         os.setpgid(0, 0)
         out, err = (here.parent / f"{here.name}.{name}" for name in ("out", "err"))
@@ -199,7 +199,7 @@ def _limit_memory() -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """What every file below a folder holds, by its path in it; links are what they point to, and folders are b"/"."""
+    """Return {relative path: content} of a folder; a link's content is its target, a folder's is b"/"."""
     found = {}
     for parent, folders, names in os.walk(folder):
         base = Path(parent)

@@ -1,4 +1,4 @@
-"""YAML of strangers and of bad luck, under every command: `--config`, and the config.yaml that a run left."""
+"""Bad YAML for every command: files for `--config`, and config.yaml in a run folder."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from random import Random
 
 from benchmarks.bad_input.checks import trained
+from benchmarks.bad_input.fixtures import fit_arguments
 from benchmarks.bad_input.options import BASES, MAKES, own_task
-from benchmarks.bad_input.place import fit_arguments
 from benchmarks.bad_input.verdict import Case, Right, done, either, refused
 
 COMMANDS = (*BASES, "fit", "validate", "test")
-WITH = {  # an option that a config gives, and the values that are refused
+WITH = {  # an option of each command, and a valid value
     "generate": ("max_new_tokens", 4),
     "predict": ("batch_size", 2),
     "export": ("exit_layer", 2),
@@ -71,7 +71,7 @@ def of_file(
 
 
 def broken(random: Random, command: str) -> Iterator[Case]:
-    """For each command one good file, and a few of those that are not."""
+    """Yield a good file for a command, and a random few of the bad ones."""
     option, value = WITH[command]
     good = f"{option}: {json.dumps(value)}\n"
     whole = BASES[command][1] if command in BASES else done()
@@ -118,72 +118,75 @@ def broken(random: Random, command: str) -> Iterator[Case]:
         yield of_text(command, what, refused("config"), data)
 
 
+LEGAL = done(trained(2))
+# what a config says -> what must come of it
+SPELLINGS = {
+    "position_share: 1e-1": LEGAL,
+    "position_share: .5": LEGAL,
+    "trainer: {max_steps: 0x2}": LEGAL,
+    "trainer: {max_steps: 2.0}": either(LEGAL, refused("max_steps")),
+    "trainer: {max_steps: '2'}": either(LEGAL, refused("max_steps")),
+    "trainer: {max_steps: 1:30}": either(refused("max_steps"), done(trained(90))),
+    "trainer: {max_steps: yes}": refused("max_steps"),
+    "exit_heads: no": LEGAL,
+    "exit_heads: 'no'": either(LEGAL, refused("exit_heads")),
+    "exit_heads: off": LEGAL,
+    "exit_heads: 1": either(LEGAL, refused("exit_heads")),
+    "trainer: null": either(LEGAL, refused("trainer")),
+    "trainer: []": refused("trainer"),
+    "trainer: {callbacks: [null]}": refused("callbacks"),
+    "trainer: {callbacks: {}}": either(LEGAL, refused("callbacks")),
+    "trainer: {logger: [null]}": refused("logger"),
+    "data: null": refused("data"),
+    "data: []": refused("data"),
+    "data: {init_args: {batch_size: 4}}": LEGAL,
+    "data: {class_path: lskip.data.TextData}": LEGAL,
+    "data: {class_path: TextData, init_args: null}": either(LEGAL, refused("data")),
+    "data: {class_path: TextData, init_args: [1]}": refused("init_args|data"),
+    "data: {class_path: TextData, init_arg: {batch_size: 2}}": refused("init_arg|data"),
+    "data: {source: 'a\\0b'}": refused("source"),
+    'data: {source: "a\\0b"}': refused("source"),
+    'run_folder: "a\\0b"': refused("run_folder"),
+    'model: "a\\0b"': refused("model"),
+    "model: null": refused("model"),
+    "model: []": refused("model"),
+    "model: 5": refused("model"),
+    "model: {}": refused("model"),
+    "model: {model_type: null}": refused("model_type"),
+    "model: {model_type: [llama]}": refused("model_type"),
+    "model: {model_type: llama, 5: 6}": refused("model"),
+    "optimizer: {class_path: torch.optim.AdamW}": LEGAL,
+    "optimizer: null": refused("optimizer"),
+    "optimizer: {}": either(LEGAL, refused("optimizer")),
+    "optimizer: {class_path: torch.optim.AdamW, init_args: {lr: null}}": refused("lr"),
+    "optimizer: {class_path: torch.optim.AdamW, init_args: {params: []}}": refused("params"),
+    "optimizer: {class_path: torch.optim.LBFGS}": refused("optimizer"),
+    "lr_scheduler: {class_path: torch.optim.lr_scheduler.ReduceLROnPlateau}": refused("lr_scheduler"),
+    "lr_scheduler: {class_path: torch.optim.lr_scheduler.StepLR}": refused("step_size"),
+    "layer_dropout: {class_path: lskip.callbacks.EarlyExitLoss}": refused("layer_dropout"),
+    "layer_dropout: true": refused("layer_dropout"),
+    "early_exit_loss: []": refused("early_exit_loss"),
+    "checkpoint: null": either(LEGAL, refused("checkpoint")),
+    "checkpoint: {every_n_train_steps: 1, folder: x}": refused("folder"),
+    "seed_everything: null": either(LEGAL, refused("seed_everything")),
+    "ckpt_path: ''": refused("ckpt_path"),
+    "ckpt_path: []": refused("ckpt_path"),
+    "fit: {position_share: 1.0}": refused("fit"),
+    "print_config: true": refused("print_config"),
+    "optimizer.help: os.system": refused("optimizer"),
+}
+
+
 def spellings() -> Iterator[Case]:
-    """What YAML makes of a value, and what must come of it."""
-    legal = done(trained(2))
-    values = {
-        "position_share: 1e-1": legal,
-        "position_share: .5": legal,
-        "trainer: {max_steps: 0x2}": legal,
-        "trainer: {max_steps: 2.0}": either(legal, refused("max_steps")),
-        "trainer: {max_steps: '2'}": either(legal, refused("max_steps")),
-        "trainer: {max_steps: 1:30}": either(refused("max_steps"), done(trained(90))),
-        "trainer: {max_steps: yes}": refused("max_steps"),
-        "exit_heads: no": legal,
-        "exit_heads: 'no'": either(legal, refused("exit_heads")),
-        "exit_heads: off": legal,
-        "exit_heads: 1": either(legal, refused("exit_heads")),
-        "trainer: null": either(legal, refused("trainer")),
-        "trainer: []": refused("trainer"),
-        "trainer: {callbacks: [null]}": refused("callbacks"),
-        "trainer: {callbacks: {}}": either(legal, refused("callbacks")),
-        "trainer: {logger: [null]}": refused("logger"),
-        "data: null": refused("data"),
-        "data: []": refused("data"),
-        "data: {init_args: {batch_size: 4}}": legal,
-        "data: {class_path: lskip.data.TextData}": legal,
-        "data: {class_path: TextData, init_args: null}": either(legal, refused("data")),
-        "data: {class_path: TextData, init_args: [1]}": refused("init_args|data"),
-        "data: {class_path: TextData, init_arg: {batch_size: 2}}": refused("init_arg|data"),
-        "data: {source: 'a\\0b'}": refused("source"),
-        'data: {source: "a\\0b"}': refused("source"),
-        'run_folder: "a\\0b"': refused("run_folder"),
-        'model: "a\\0b"': refused("model"),
-        "model: null": refused("model"),
-        "model: []": refused("model"),
-        "model: 5": refused("model"),
-        "model: {}": refused("model"),
-        "model: {model_type: null}": refused("model_type"),
-        "model: {model_type: [llama]}": refused("model_type"),
-        "model: {model_type: llama, 5: 6}": refused("model"),
-        "optimizer: {class_path: torch.optim.AdamW}": legal,
-        "optimizer: null": refused("optimizer"),
-        "optimizer: {}": either(legal, refused("optimizer")),
-        "optimizer: {class_path: torch.optim.AdamW, init_args: {lr: null}}": refused("lr"),
-        "optimizer: {class_path: torch.optim.AdamW, init_args: {params: []}}": refused("params"),
-        "optimizer: {class_path: torch.optim.LBFGS}": refused("optimizer"),
-        "lr_scheduler: {class_path: torch.optim.lr_scheduler.ReduceLROnPlateau}": refused("lr_scheduler"),
-        "lr_scheduler: {class_path: torch.optim.lr_scheduler.StepLR}": refused("step_size"),
-        "layer_dropout: {class_path: lskip.callbacks.EarlyExitLoss}": refused("layer_dropout"),
-        "layer_dropout: true": refused("layer_dropout"),
-        "early_exit_loss: []": refused("early_exit_loss"),
-        "checkpoint: null": either(legal, refused("checkpoint")),
-        "checkpoint: {every_n_train_steps: 1, folder: x}": refused("folder"),
-        "seed_everything: null": either(legal, refused("seed_everything")),
-        "ckpt_path: ''": refused("ckpt_path"),
-        "ckpt_path: []": refused("ckpt_path"),
-        "fit: {position_share: 1.0}": refused("fit"),
-        "print_config: true": refused("print_config"),
-        "optimizer.help: os.system": refused("optimizer"),
-    }
-    for text, right in values.items():
+    """Yield a case for each of SPELLINGS."""
+    for text, right in SPELLINGS.items():
         without = tuple(each for each in base("fit") if not any(each.startswith(start) for start in given(text)))
         case = of_text("fit", text, right, text.replace("\\\\", "\\"), kind="spelling")
         yield Case(*(case.command, case.kind, case.what), (*without, "--config={here}/c.yaml"), right, case.prepare)
 
 
 def given(text: str) -> list[str]:
-    """The flags that a config's text stands for, so that none of them hides it."""
+    """Return the flags that would override the options in a config's text."""
     if text.startswith("trainer: {max_steps"):
         return ["--trainer.max_steps"]
     if text.startswith("data: {source"):
@@ -192,7 +195,7 @@ def given(text: str) -> list[str]:
 
 
 def configs_elsewhere(random: Random) -> Iterator[Case]:
-    """A config that is no file, or a very large one."""
+    """Yield configs that are not files, or very large."""
     made = {
         "a folder": lambda here: (here / "c.yaml").mkdir(),
         "a link to itself": lambda here: (here / "c.yaml").symlink_to("c.yaml"),
@@ -206,7 +209,7 @@ def configs_elsewhere(random: Random) -> Iterator[Case]:
 
 
 def runs(random: Random) -> Iterator[Case]:
-    """The config.yaml of a run, that compare and validate go by."""
+    """Yield bad files config.yaml in a run folder, which compare and validate read."""
     texts = {
         "a tag": "model: !!python/object/apply:os.system ['touch MARK']\n",
         "a list": "- 1\n",

@@ -1,7 +1,7 @@
-"""What people train on: files and folders that are cut, flipped, in other encodings or with other names.
+"""Training data for `fit`: files and folders that are cut, corrupted, in other encodings or with other names.
 
-Where it is right the run is asked, by a callback, for the text of every row that it was trained on: each piece of it
-must be in the documents that a reader of this file's own finds, and most of these must have been there.
+If data are accepted, a callback records the text of every row that the run was trained on: each piece of it must be in
+the documents that this module's own reader finds, and most of these must occur.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ Prepare = Callable[[Path], object]
 
 
 def trained_on(documents: list[str], scored: list[str] | None = None, share: float = 0.5) -> Check:
-    """What was trained on is of these documents, and at least this share of them was there.
+    """Check that the run was trained on these documents only, and on at least this share of them.
 
     Args:
-        scored: what may be scored, where it is not everything.
+        scored: texts that may be scored; None: all.
     """
 
     def check(seen: Seen) -> str | None:
@@ -86,7 +86,7 @@ def of_bytes(kind: str, what: str, right: Right, data: bytes, name: str, *more: 
 
 
 def files(random: Random) -> Iterator[Case]:
-    """One file, by its name, its encoding and where it is cut."""
+    """Yield single files with odd names, encodings and cuts."""
     data = lines()
     yield of_bytes("data file", "jsonl", GOOD, data, "d.jsonl")
     for name in (
@@ -148,7 +148,7 @@ def files(random: Random) -> Iterator[Case]:
 
 
 def by_reading(data: bytes) -> Right:
-    """What is right for a .jsonl file, by reading it line by line."""
+    """Return the right outcome for a .jsonl file, from reading it line by line."""
     try:
         found = [json.loads(line) for line in data.decode("utf-8").split("\n") if line.strip()]
         texts = [row["text"] for row in found]
@@ -159,7 +159,7 @@ def by_reading(data: bytes) -> Right:
 
 
 def tables(random: Random) -> Iterator[Case]:
-    """Parquet."""
+    """Yield Parquet files."""
     good = parquet({"text": DOCUMENTS})
     yield of_bytes("parquet", "good", GOOD, good, "d.parquet")
     for _ in range(5):

@@ -1,4 +1,4 @@
-"""What goes wrong around a command: a full disk, a read-only one, a second writer, signals at any moment."""
+"""Faults of the environment as context managers: a full or read-only disk, a second writer, signals."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ real_open = io.open
 
 
 class Disk:
-    """A folder on a disk with room for so many bytes.
+    """A simulated disk with room for so many bytes below a folder.
 
-    Errors are injected, since a test may run as root, for whom nothing is read-only, and may not mount anything: into
-    Python's own files, and into the two writers below lskip that are written in Rust, whose words these are.
+    Errors are injected, since root can write to read-only folders and tests cannot mount disks: into Python's files,
+    and into two writers of libraries in Rust, with their own messages.
     """
 
     def __init__(self, folder: Path, room: int):
@@ -41,7 +41,7 @@ class Disk:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def open(self, file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, closefd=True, opener=None):
-        """As `open`; what is written below the folder takes room."""
+        """Open a file; bytes written below the folder use up room."""
         if not self.has(file) or not set(mode) & set("wax+"):
             return real_open(file, mode, buffering, encoding, errors, newline, closefd, opener)
         raw = _File(self, file, mode.replace("b", "").replace("t", ""), closefd, opener)
@@ -63,7 +63,7 @@ class _File(io.FileIO):
 
 @contextmanager
 def full_disk(folder: Path, room: int) -> Iterator[None]:
-    """Below `folder` no more than `room` bytes can be written."""
+    """Allow `room` bytes to be written below `folder`."""
     disk = Disk(folder, room)
     serialize, save = safetensors.torch.serialize_file, transformers.PreTrainedTokenizerFast.save_pretrained
 
@@ -90,7 +90,7 @@ def full_disk(folder: Path, room: int) -> Iterator[None]:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Below `folder` nothing can be made, written, renamed or removed."""
+    """Refuse to create, write, rename or remove anything below `folder`."""
     disk = Disk(folder, 0)
 
     def refusing(act: Callable, writes: Callable[..., bool] = lambda *arguments, **more: True) -> Callable:
@@ -130,7 +130,7 @@ def _swapped(disk: Disk, serialize: Callable) -> Callable:
 
 @contextmanager
 def second_writer(arguments: list[str], folder: Path) -> Iterator[None]:
-    """The same command in a second process, which begins at the same moment; `folder`/second gets its exit code."""
+    """Run the same command in a second process at the same time; its exit code goes to `folder`/second."""
     child = os.fork()
     if child == 0:
         code = 99
@@ -149,7 +149,7 @@ def second_writer(arguments: list[str], folder: Path) -> Iterator[None]:
 
 @contextmanager
 def signalled(number: int, when: Callable[[], bool], after: float = 0.0) -> Iterator[None]:
-    """This process gets a signal, `after` so many seconds since `when` came true."""
+    """Send a signal to this process, `after` so many seconds after `when` becomes true."""
     over = threading.Event()
 
     def wait() -> None:

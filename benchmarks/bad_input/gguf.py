@@ -1,4 +1,4 @@
-"""GGUF files: cut, flipped, with fields and tensors of other names, with numbers that no file has."""
+"""Bad GGUF files: cut, corrupted, with renamed fields and tensors, with impossible numbers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
+from benchmarks.bad_input.fixtures import NEW_TOKENS, PROMPTS
 from benchmarks.bad_input.models import SAME, cut, flip
-from benchmarks.bad_input.place import NEW_TOKENS, PROMPTS
 from benchmarks.bad_input.verdict import Case, Right, done, either, refused
 
 

@@ -1,4 +1,4 @@
-"""Model folders: a field of config.json or generation_config.json that is wrong, a file that is broken or gone."""
+"""Bad model folders: wrong fields in config.json or generation_config.json, broken or missing files."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def cases(random: Random) -> Iterator[Case]:
 
 
 def fields(file: str, kind: str, table: dict, right: Right, count: int, random: Random) -> Iterator[Case]:
-    """One field of a JSON file changed; now and then under another command than generate."""
+    """Yield one changed field of a JSON file, sometimes for another command than generate."""
     for name, values in table.items():
         for value in random.sample(values, min(count, len(values))):
             command = "generate" if random.random() < 0.6 else random.choice(list(COMMANDS))
@@ -148,7 +148,7 @@ def changing(file: str, name: str, value: object) -> Make:
 def on_model(
     command: str, kind: str, what: str, right: Right, change: Make, origin: str = "llama", name: str = "m"
 ) -> Case:
-    """A command on a changed copy of a model; evil.py, which it might name, lies in the folder."""
+    """Return a case of a changed copy of a model, with a file evil.py beside it that it might name."""
 
     def prepare(here: Path) -> None:
         shutil.copytree(here.parent / origin, here / "m")
@@ -160,7 +160,7 @@ def on_model(
 
 
 def whole_files(random: Random) -> Iterator[Case]:
-    """A whole file of the folder gone, cut, in another encoding, something else."""
+    """Yield a file of the folder that is missing, cut, in another encoding or replaced."""
     broken = {
         "config.json": refused("model"),
         "generation_config.json": refused("generation_config"),
@@ -226,7 +226,7 @@ def cut(path: Path, share: float) -> None:
 
 
 def flip(path: Path, share: float, header: bool = False) -> None:
-    """Another byte at a place that `share` of the file says; of a safetensors file's header."""
+    """Change one byte at the position `share` of the file, for safetensors of its header."""
     data = bytearray(path.read_bytes())
     size = int.from_bytes(data[:8], "little") + 8 if header else len(data)
     at = int(share * size)

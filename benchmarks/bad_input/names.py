@@ -1,16 +1,16 @@
-"""Names of files and folders that mean something to a library below lskip, to a markup, a shell or a terminal."""
+"""Names of files and folders with a special meaning for a library, a markup language, a shell or a terminal."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
 from benchmarks.bad_input.checks import answers, both, holds, numbered, prints_the_answer, trained
 from benchmarks.bad_input.data import DOCUMENTS, FIT, lines, trained_on
+from benchmarks.bad_input.fixtures import PROMPTS, fit_arguments
 from benchmarks.bad_input.options import BASES, own_task
-from benchmarks.bad_input.place import PROMPTS, fit_arguments
 from benchmarks.bad_input.verdict import Case, Check, Seen, done, either, refused
 
 NAMES = (
@@ -60,39 +60,30 @@ def cases(random: Random) -> Iterator[Case]:
 
 
 def data_file(name: str) -> Case:
+    """Return a case of a data file of this name beside one of other content."""
+
     def prepare(here: Path) -> None:
         (here / f"{name}.jsonl").write_bytes(lines())
         (here / "d1.jsonl").write_bytes(lines([{"text": "OTHER " * 9}] * 3))
 
-    right = either(done(trained_on(DOCUMENTS)), refused("source"))
-    return Case(
-        "fit",
-        "names",
-        f"data {name[:20]!a}",
-        (*FIT, f"--data.source={{here}}/{name}.jsonl"),
-        right,
-        prepare,
-        makes=("out", "seen"),
-    )
+    return data_case(f"data {name[:20]!a}", f"{name}.jsonl", prepare)
 
 
 def data_folder(name: str) -> Case:
-    def prepare(here: Path) -> None:
-        (here / name).mkdir()
-        (here / name / "train.jsonl").write_bytes(lines())
-        (here / "d1").mkdir()
-        (here / "d1" / "train.jsonl").write_bytes(lines([{"text": "OTHER " * 9}] * 3))
+    """Return a case of a data folder of this name beside one of other content."""
 
+    def prepare(here: Path) -> None:
+        for folder, content in ((name, lines()), ("d1", lines([{"text": "OTHER " * 9}] * 3))):
+            (here / folder).mkdir()
+            (here / folder / "train.jsonl").write_bytes(content)
+
+    return data_case(f"data folder {name[:20]!a}", name, prepare)
+
+
+def data_case(what: str, source: str, prepare: Callable[[Path], None]) -> Case:
     right = either(done(trained_on(DOCUMENTS)), refused("source"))
-    return Case(
-        "fit",
-        "names",
-        f"data folder {name[:20]!a}",
-        (*FIT, f"--data.source={{here}}/{name}"),
-        right,
-        prepare,
-        makes=("out", "seen"),
-    )
+    arguments = (*FIT, f"--data.source={{here}}/{source}")
+    return Case("fit", "names", what, arguments, right, prepare, makes=("out", "seen"))
 
 
 def model_folder(name: str) -> Case:
@@ -210,7 +201,7 @@ MAKERS = [
 
 
 def no_markup(name: str) -> Check:
-    """A page shows a name as text."""
+    """Check that a page shows a name as text, not as markup."""
 
     def check(seen: Seen) -> str | None:
         page = (seen.here / "out" / "settling.html").read_text(encoding="utf-8")
@@ -220,7 +211,7 @@ def no_markup(name: str) -> Check:
 
 
 def named_whole(name: str) -> Check:
-    """A table shows a name whole, whatever markup it looks like; what cannot be printed is written out."""
+    """Check that a table shows a name in full, with markup as text and unprintable characters escaped."""
 
     def check(seen: Seen) -> str | None:
         if not name.isprintable() or len(name) > 30:
@@ -231,7 +222,7 @@ def named_whole(name: str) -> Check:
 
 
 def page() -> Iterator[Case]:
-    """Texts that are HTML, on the page that inspect writes."""
+    """Yield texts with HTML, for the page of inspect."""
     for text in (
         "</script><script>open('MARK')</script>",
         "<img src=x onerror=alert(1)>",

@@ -1,4 +1,4 @@
-"""Every option of every command but those of training: what it may hold, and cases of what it may not."""
+"""Allowed values of every option of the commands other than fit, validate and test, and cases of bad values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from random import Random
 
 from benchmarks.bad_input.checks import answers, holds, json_holds, numbered, prints_the_answer
 from benchmarks.bad_input.checks import texts as texts_of
-from benchmarks.bad_input.place import PROMPTS, adapt_arguments
+from benchmarks.bad_input.fixtures import PROMPTS, adapt_arguments
 from benchmarks.bad_input.values import (
     Domain,
     a_class,
@@ -201,7 +201,7 @@ MAKES = ("out", "out.jsonl", "out.json", "out.png", "model")
 
 
 def cases(random: Random) -> Iterator[Case]:
-    """A few values of every option; of each option the good ones too."""
+    """Yield random bad values and the good values of every option."""
     for command, options in OPTIONS.items():
         count = 3 if command in ("export", "compare", "evaluate") else 2 if command in ("generate", "inspect") else 1
         for option, domain in options.items():
@@ -213,7 +213,7 @@ def cases(random: Random) -> Iterator[Case]:
 
 
 def by_hand() -> Iterator[Case]:
-    """What no table says: answers as JSON, standard input, the command that lists configs, commands that are none."""
+    """Yield cases outside the tables: JSON output, standard input, `lskip configs`, unknown commands."""
     base = BASES["generate"][0]
 
     def is_json(seen: Seen) -> str | None:
@@ -261,7 +261,7 @@ def arguments(command: str, option: str, value: str) -> tuple[str, ...]:
 
 
 def odd_files(here: Path) -> None:
-    """What the values name: links that end nowhere, a pipe that nobody writes; and a model and a task of one's own."""
+    """Make the files that values name: dangling links, a pipe without a writer, a copy of a model, a task."""
     (here / "loop").symlink_to("loop")
     (here / "loop.jsonl").symlink_to("loop.jsonl")
     (here / "dangling").symlink_to("not_there")
@@ -273,7 +273,7 @@ def odd_files(here: Path) -> None:
 
 
 def own_task(folder: Path, **changed) -> None:
-    """A task of lm-eval in a folder: four documents."""
+    """Write a task of lm-eval with four documents into a folder."""
     folder.mkdir()
     documents = [{"question": f"def f{i}(a, b):", "choices": ["return a", "+", "r"], "answer": i % 3} for i in range(4)]
     (folder / "documents.jsonl").write_text("".join(json.dumps(each) + "\n" for each in documents))

@@ -1,4 +1,4 @@
-"""Faults that bad_input.py plants in lskip itself: what it does not see of them it would not see of others."""
+"""Faults planted in lskip, each of which the checks must detect."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 from benchmarks.bad_input.checks import answers, numbered
 from benchmarks.bad_input.child import run_case
-from benchmarks.bad_input.place import PROMPTS
+from benchmarks.bad_input.fixtures import PROMPTS
 from benchmarks.bad_input.verdict import Case, done, refused
 from lskip.inference.options import LoadingOptions
 
@@ -64,7 +64,7 @@ def touches_mark(here: Path, options: LoadingOptions, *arguments):
 
 
 REFUSED, ANSWERED = refused("prompts"), done(answers(numbered(PROMPTS)))
-# what is planted -> (the act in place of loading a model, what would be right, the verdict's kind)
+# fault -> (replacement of LoadingOptions.load, right outcome, expected kind of the verdict)
 PLANTS = {
     "a KeyError": (fails(KeyError("planted")), REFUSED, "traceback"),
     "an AttributeError": (fails(AttributeError("planted")), REFUSED, "traceback"),
@@ -105,7 +105,7 @@ def planted(name: str) -> Case:
 
 
 def missed_plants(place: Path) -> dict[str, str]:
-    """What was planted and not seen as what it is, and as what it was seen."""
+    """Return {fault: verdict} of the planted faults that got another verdict than expected."""
     missed = {}
     for number, (name, (_, _, kind)) in enumerate(PLANTS.items()):
         verdict = run_case(planted(name), place / f"planted{number}", HANG if kind == "hang" else LONGEST)

@@ -1,4 +1,4 @@
-"""A callback that writes down what a run is trained on; bad_input.py names it by class_path, as anybody may."""
+"""A callback that records the texts that a run is trained on, named by class_path in the cases."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NOT_SCORED = -100
 
 
 class SeenText(Callback):
-    """Writes a line for each row of each batch to `path`: its text, and that of the tokens that are scored."""
+    """A callback that writes the text of each row of each batch to `path`, and that of its scored tokens."""
 
     def __init__(self, path: str):
         self.path = Path(path)

@@ -1,6 +1,6 @@
-"""Files of prompts: cut, flipped, in other encodings, with keys missing, of other types, with other names; and links.
+"""Bad prompt files: cut, corrupted, in other encodings, with missing keys, wrong types or other names; and links.
 
-Whether a file is right, and what it holds, is said by a reader of this file's own.
+This module's own reader decides whether a file is valid and what it holds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 
 from benchmarks.bad_input.checks import answers, numbered
-from benchmarks.bad_input.place import PROMPTS
+from benchmarks.bad_input.fixtures import PROMPTS
 from benchmarks.bad_input.verdict import Case, Right, done, either, refused
 
 WRITTEN = ("line", "text", "tokens", "seconds", "acceptance_rate", "tokens_per_round", "finish_reason", "seed")
@@ -27,7 +27,7 @@ GOOD = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in LINES)
 
 
 def read(data: bytes) -> tuple[list[dict] | None, str]:
-    """The rows of a .jsonl file, or None and what its refusal must name."""
+    """Return the rows of a .jsonl file, or None and the words of the error."""
     try:
         lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
@@ -47,7 +47,7 @@ def read(data: bytes) -> tuple[list[dict] | None, str]:
 
 
 def is_prompt(fields) -> bool:
-    """An object with one of prompt and messages, writable as UTF-8, no key of what predict writes."""
+    """Return whether it is an object with either prompt or messages, valid UTF-8, and no key that predict writes."""
     if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
         return False
     if any(name in fields for name in WRITTEN):
@@ -91,7 +91,7 @@ def writes(name: str, data: bytes) -> Callable[[Path], object]:
 
 
 def mutations(random: Random) -> Iterator[tuple[str, bytes]]:
-    """The good file with one thing changed, many times."""
+    """Yield the good file with one change each."""
     data = GOOD.encode()
     for _ in range(8):
         cut = random.randrange(len(data))
@@ -150,7 +150,7 @@ def by_hand() -> Iterator[tuple[str, bytes]]:
 
 
 def text_files(random: Random) -> Iterator[tuple[str, bytes, list[dict] | str]]:
-    """(what, content, rows or what the refusal names)."""
+    """Yield (description, content, expected rows or words of the error)."""
     lines = "\n".join(PROMPTS)
     yield "byte order mark", BOM + lines.encode(), numbered(PROMPTS)
     yield "CRLF", lines.replace("\n", "\r\n").encode(), numbered(PROMPTS)
@@ -174,7 +174,7 @@ def text_files(random: Random) -> Iterator[tuple[str, bytes, list[dict] | str]]:
 
 
 def names() -> Iterator[Case]:
-    """Other names, folders and links."""
+    """Yield other file names, folders and links."""
     good = GOOD.encode()
     whole = done(answers(read(good)[0]))
     for name in ("P.JSONL", "p.ndjson", "p.json", "p.csv", "p.md", "p", "p.jsonl.gz", "p.txt.bak", ".jsonl", "p.TXT"):
@@ -211,7 +211,7 @@ def names() -> Iterator[Case]:
 
 
 def outputs(random: Random) -> Iterator[Case]:
-    """Outputs that another run has begun: --resume goes on with what is whole, and refuses what is another's."""
+    """Yield unfinished outputs: --resume continues complete lines and refuses those of other prompts."""
     rows = [
         {
             "prompt": text,

@@ -1,4 +1,4 @@
-"""Files that lskip writes and reads again: tuned tasks, costs, sweeps, caches, events and checkpoints of runs."""
+"""Corrupted files that lskip itself wrote: tuned tasks, costs, sweeps, caches, events and checkpoints."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from random import Random
 
 from benchmarks.bad_input.checks import holds, prints_the_answer, trained
+from benchmarks.bad_input.fixtures import SCRATCH, fit_arguments
 from benchmarks.bad_input.models import cut, flip
 from benchmarks.bad_input.options import BASES, FEW, TASK
-from benchmarks.bad_input.place import SCRATCH, fit_arguments
 from benchmarks.bad_input.verdict import Case, Right, done, either, refused
 from lskip.cli import main
 
@@ -50,7 +50,7 @@ def cases(random: Random) -> Iterator[Case]:
 
 
 def tuned() -> Iterator[Case]:
-    """tuned.json beside a model: refused by name, or a draft, which changes no text."""
+    """Yield files tuned.json: refused by name, or used as a draft, which changes no text."""
     right = either(refused("task|tuned.json"), SAME)
     wrong = {
         "exit_layer": [0, -1, 99, "2", 1.5, [2], True],
@@ -83,7 +83,7 @@ def with_tuned(command: str, what: str, right: Right, content: bytes, *arguments
 
 
 def costs(random: Random) -> Iterator[Case]:
-    """A costs file: refused by name, or it changes no text."""
+    """Yield costs files: refused by name, or used, which changes no text."""
     whole = {"num_layers": 4, "model": ROWS, "draft": None, "adapter": None, "adapter_blocks": 0}
     for name, value in [
         *(("num_layers", each) for each in (0, 5, "4", None, 10**9)),
@@ -131,7 +131,7 @@ def with_costs(what: str, right: Right, make: Callable[[Path], object]) -> Case:
 
 
 def sweeps(random: Random) -> Iterator[Case]:
-    """cells.jsonl of a sweep that goes on."""
+    """Yield files cells.jsonl of a resumed sweep."""
     first = {"sweep": {"task": "task", "model": "another"}}
     lines = {
         "another sweep": json.dumps(first),
@@ -165,7 +165,7 @@ def sweeps(random: Random) -> Iterator[Case]:
 
 
 def begun_sweep(here: Path, line: str) -> None:
-    """A sweep's own first line, then another's."""
+    """Write a sweep's own first line and then another text."""
 
     main(
         Case("sweep", "", "", (*TASK, "--model={place}/llama", "--output={here}/out", *FEW), done()).command_line(here)
@@ -175,7 +175,7 @@ def begun_sweep(here: Path, line: str) -> None:
 
 
 def caches(random: Random) -> Iterator[Case]:
-    """A file of the data's cache cut, flipped, emptied, gone: trained as ever, or refused by the file's name."""
+    """Yield cached data files cut, corrupted, emptied or missing: rebuilt, or refused by the file's name."""
     for kind in ("blocks", "documents", "tokenizers", "adapter_states"):
         acts: dict[str, Callable[[Path], object]] = {
             "empty": lambda path: path.write_bytes(b""),
@@ -211,7 +211,7 @@ def damaged(kind: str, what: str, act: Callable[[Path], object], which: float) -
 
 
 def events(random: Random) -> Iterator[Case]:
-    """TensorBoard's files of a run, which compare reads."""
+    """Yield event files of a run, which compare reads."""
     acts: dict[str, Callable[[Path], object]] = {
         "empty": lambda path: path.write_bytes(b""),
         "noise": lambda path: path.write_bytes(random.randbytes(900)),
@@ -237,7 +237,7 @@ def events(random: Random) -> Iterator[Case]:
 
 
 def resumed(random: Random) -> Iterator[Case]:
-    """A run that goes on from a checkpoint which is not what it was, or under other settings."""
+    """Yield runs resumed from a corrupted checkpoint, or with other settings."""
     for _ in range(5):
         share = random.random()
         yield going_on(f"cut at {share:.3f}", refused("ckpt_path"), lambda path, s=share: cut(path, s))

@@ -1,4 +1,4 @@
-"""What people train on: rows of other columns and types, folders of several kinds of files, under other commands."""
+"""Training data with odd rows, columns, chat messages and folders, also under inspect, validate and test."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from benchmarks.bad_input.verdict import Case, done, either, refused
 
 
 def cases(random: Random) -> Iterator[Case]:
-    yield from rows()
+    yield from odd_rows()
+    yield from odd_values()
+    yield from odd_columns()
+    yield from odd_shapes()
     yield from conversations()
     yield from folders()
+    yield from links_in_folders()
     yield from elsewhere(random)
 
 
-def rows() -> Iterator[Case]:
-    """One row among good ones, and columns of all sorts."""
-    good = [{"text": text} for text in DOCUMENTS]
+ROWS = [{"text": text} for text in DOCUMENTS]
+
+
+def odd_rows() -> Iterator[Case]:
+    """Yield one odd row among good ones."""
     odd = {
         "a number for a text": {"text": 5},
         "true for a text": {"text": True},
@@ -32,7 +38,7 @@ def rows() -> Iterator[Case]:
         "a lone surrogate": {"text": "a \ud83d b " * 9},
     }
     for what, row in odd.items():
-        at_end, at_first = [*good, row], [row, *good]
+        at_end, at_first = [*ROWS, row], [row, *ROWS]
         for place, data in (("last", lines(at_end)), ("first", lines(at_first))):
             yield of_bytes("rows", f"{what}, {place}", refused("source|text"), data, "d.jsonl")
     kept = {
@@ -40,12 +46,16 @@ def rows() -> Iterator[Case]:
         "an empty text": {"text": ""},
         "blanks alone": {"text": " \n "},
         "another column": {"text": DOCUMENTS[0], "meta": "x"},
-        "the row twice": good[0],
+        "the row twice": ROWS[0],
         "the key twice": None,
     }
     for what, row in kept.items():
         line = b'{"text": "zzz", "text": ' + json.dumps(DOCUMENTS[0]).encode() + b"}\n" if row is None else lines([row])
-        yield of_bytes("rows", what, READ_OR_NAMED, lines(good) + line, "d.jsonl")
+        yield of_bytes("rows", what, READ_OR_NAMED, lines(ROWS) + line, "d.jsonl")
+
+
+def odd_values() -> Iterator[Case]:
+    """Yield values that a reader could take for another type or for a token."""
     mixed = [
         {"text": text, "meta": value} for text, value in zip(DOCUMENTS, [None, 1, "a", [1], {"a": 1}] * 8, strict=True)
     ]
@@ -75,27 +85,35 @@ def rows() -> Iterator[Case]:
         lines([{"text": each} for each in ends]),
         "d.jsonl",
     )
+
+
+def odd_columns() -> Iterator[Case]:
+    """Yield rows without the columns of any kind of data."""
     for what, columns in COLUMNS.items():
         yield of_bytes("columns", what, refused("source|text_column|messages|prompt"), lines([columns] * 40), "d.jsonl")
-    yield of_bytes("rows", "a list of objects in .json", GOOD, json.dumps(good).encode(), "d.json")
+
+
+def odd_shapes() -> Iterator[Case]:
+    """Yield files of unusual form, nesting or size."""
+    yield of_bytes("rows", "a list of objects in .json", GOOD, json.dumps(ROWS).encode(), "d.json")
     yield of_bytes(
-        "rows", "one object in .json", refused("source|val_fraction|rows"), json.dumps(good[0]).encode(), "d.json"
+        "rows", "one object in .json", refused("source|val_fraction|rows"), json.dumps(ROWS[0]).encode(), "d.json"
     )
     yield of_bytes(
-        "rows", "a text of 5000 digits", refused("source"), lines(good) + b'{"text": ' + b"9" * 5000 + b"}\n", "d.jsonl"
+        "rows", "a text of 5000 digits", refused("source"), lines(ROWS) + b'{"text": ' + b"9" * 5000 + b"}\n", "d.jsonl"
     )
     yield of_bytes(
         "rows",
         "nested 5000 deep",
         refused("source"),
-        lines(good) + b'{"text": ' + b"[" * 5000 + b"]" * 5000 + b"}\n",
+        lines(ROWS) + b'{"text": ' + b"[" * 5000 + b"]" * 5000 + b"}\n",
         "d.jsonl",
     )
     yield of_bytes(
         "rows",
         "a document of 6 MB",
         either(done(), refused("source")),
-        lines([*good, {"text": "ab " * 2_000_000}]),
+        lines([*ROWS, {"text": "ab " * 2_000_000}]),
         "d.jsonl",
         "--trainer.max_steps=3",
     )
@@ -113,7 +131,7 @@ COLUMNS = {
 
 
 def conversations() -> Iterator[Case]:
-    """Chat messages, for a model with a template."""
+    """Yield chat messages, for a model with a chat template."""
 
     def talk(i: int) -> list[dict]:
         return [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"it is {i} and {i * i}"}]
@@ -163,12 +181,14 @@ def conversations() -> Iterator[Case]:
     yield of_bytes("messages", "no template", refused("template"), lines(good), "d.jsonl")
 
 
+TEXTS = {f"{i}.txt": text for i, text in enumerate(DOCUMENTS)}
+READ = done(trained_on(DOCUMENTS))
+READ_OR_REFUSED = either(READ, refused("source"))
+
+
 def folders() -> Iterator[Case]:
-    """Folders of several files; what is read, or what is said."""
-    texts = {f"{i}.txt": text for i, text in enumerate(DOCUMENTS)}
-    jsonl = {"train.jsonl": lines()}
-    plain = done(trained_on(DOCUMENTS))
-    told = either(plain, refused("source"))
+    """Yield folders of several files."""
+    jsonl, texts, plain, told = {"train.jsonl": lines()}, TEXTS, READ, READ_OR_REFUSED
     kinds = {
         "texts": (plain, texts),
         "texts, one in Latin-1": (told, {**texts, "z.txt": "é".encode("latin-1") * 30}),
@@ -196,6 +216,11 @@ def folders() -> Iterator[Case]:
     }
     for what, (right, content) in kinds.items():
         yield case("folder", what, right, lambda here, content=content: write(here / "d", content), "d")
+
+
+def links_in_folders() -> Iterator[Case]:
+    """Yield folders of texts and an entry that is not a plain file, and a link to a folder."""
+    texts, plain, told = TEXTS, READ, READ_OR_REFUSED
     links = {
         "a link to nothing": "nothing",
         "a link to itself": "z.txt",
@@ -240,7 +265,7 @@ def write(folder: Path, content: dict[str, str | bytes]) -> None:
 
 
 def elsewhere(random: Random) -> Iterator[Case]:
-    """Bad data under inspect, validate and test."""
+    """Yield bad data for inspect, validate and test."""
     data = lines()
     bad = {
         "cut": data[: random.randrange(len(data) // 2)] + b'{"text',

@@ -1,16 +1,15 @@
-"""A seeded fuzz: bad and odd input to every command, file and field of lskip, each with what is right said beforehand.
+"""A seeded fuzz test: bad and odd input to every command, file and field of lskip, with the right outcome of each.
 
     python -m benchmarks.bad_input.run --out bad_input.json
     python -m benchmarks.bad_input.run --only 'predict · jsonl' --seed 5
 
-Right is either one sentence that names the field, with exit code 2, or an effect that is looked at: so many whole
-lines, the texts of transformers, the text that a run was trained on. In every case there is no traceback, no hang, no
-gigabyte, nothing is called that a file names (it would leave a file MARK), inputs stay, and what is refused leaves
-nothing behind.
+A right outcome is either one sentence that names the field, with exit code 2, or an effect that is checked: the number
+of lines, the texts of transformers, the text that a run was trained on. No case may show a traceback, hang, use a
+gigabyte, call what a file names (it would leave a file MARK), change inputs, or leave files behind when refused.
 
-Each case runs in a process forked from this one, which has imported what they need and computes nothing. Linux.
-First come cases whose faults are planted in lskip: the program ends with 3 where it does not see one of them. It ends
-with 1 where a case is wrong, or where an option of the command line is one that no table of these cases knows.
+Each case runs in a process forked from this one, which has imported what they need. Linux only. The first cases are
+faults planted in lskip: the exit code is 3 if one of them is not detected. It is 1 if a case is wrong, or if a table of
+allowed values misses an option of the command line.
 """
 
 from __future__ import annotations
@@ -25,8 +24,10 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.command_line import command_parser
+
 os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-# What is forked should have one thread: these begin others when they are imported.
+# Set before the imports: a forked process should have one thread.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
 
 import torch
@@ -36,7 +37,7 @@ from tqdm import tqdm
 
 from benchmarks.bad_input.cases import all_cases, chosen, options_without_cases
 from benchmarks.bad_input.child import KINDS, Verdict, import_for, in_child, run_case
-from benchmarks.bad_input.place import make_place
+from benchmarks.bad_input.fixtures import make_place
 from benchmarks.bad_input.planted import PLANTS, missed_plants
 from benchmarks.bad_input.verdict import Case
 from benchmarks.environment import environment
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("benchmarks.bad_input.run", __doc__)
     add = parser.add_argument
     add("--seed", type=int, default=0, help="of the cases")
     add("--limit", type=int, default=LIMIT, help="so many of the cases, drawn by the seed")
@@ -84,7 +85,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run_all(cases: list[Case], place: Path, seconds: float, keep: bool) -> list[Verdict]:
-    """The verdicts; a wrong one is told at once."""
+    """Return the verdicts of all cases; wrong ones are printed at once."""
     verdicts = []
     for number, case in enumerate(tqdm(cases, unit="case", mininterval=5)):
         here = place / f"{number:04d}"
@@ -98,14 +99,14 @@ def run_all(cases: list[Case], place: Path, seconds: float, keep: bool) -> list[
 
 
 def in_words(case: Case, here: Path, longest: int = 100) -> str:
-    """The command line, long arguments cut, so that it can be printed."""
+    """Return the command line for printing, with long arguments cut."""
     line = case.command_line(here)
     cut = [part if len(part) <= longest else f"{part[:longest]}…" for part in line]
     return f"lskip {shlex.join(cut)}".encode("unicode_escape").decode()
 
 
 def command_of(case: Case) -> str:
-    """Its command; one word for all that are none."""
+    """Return the case's command, or "none" if there is no such command."""
     return case.command if case.command in COMMANDS else "none"
 
 
@@ -126,7 +127,7 @@ def print_outcome(
 
 
 def table_of(name: str, of: Callable[[Case], str], cases: list[Case], verdicts: list[Verdict]) -> Table:
-    """Verdicts by command or by kind of input."""
+    """Return a table of verdicts by command or by kind of input."""
     counts = Counter((of(case), verdict.kind) for case, verdict in zip(cases, verdicts, strict=True))
     found = [kind for kind in ("right", *KINDS.values(), "sentence") if any(key[1] == kind for key in counts)]
     table = Table(name, "cases", *found, title=f"By {name}", title_justify="left")
@@ -143,7 +144,7 @@ def record_of(
     missed: dict[str, str] | None,
     unknown: list[str],
 ) -> dict:
-    """What is written: where it was run, every count, and every case that is wrong."""
+    """Return the record: environment, counts, and every wrong case."""
     pairs = list(zip(cases, verdicts, strict=True))
     counts = {
         name: {

@@ -1,4 +1,4 @@
-"""What a stranger's config names in place of a class: whatever it is, it must not be called."""
+"""Untrusted configs that name functions and other classes in place of a class: they must not be called."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def case(command: str, field: str, what: str, value: object) -> Case:
 
 
 def nested(field: str, value: object) -> dict:
-    """{"a": {"b": value}} of a.b; an argument of a class under its init_args."""
+    """Return {"a": {"b": value}} for a.b, arguments of classes under init_args."""
     for start, owner in OWNERS.items():
         if field.startswith(start):
             name = field.removeprefix(start)

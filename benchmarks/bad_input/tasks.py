@@ -1,4 +1,4 @@
-"""Tasks and answers: task files of lm-eval, prompts with references of sweep and tune, answers for an adapter."""
+"""Bad task files of lm-eval, bad prompts with references for sweep and tune, bad answers for adapt."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from random import Random
 
 from benchmarks.bad_input.checks import holds, json_holds
+from benchmarks.bad_input.fixtures import PROMPTS, adapt_arguments
 from benchmarks.bad_input.options import BASES, own_task
-from benchmarks.bad_input.place import PROMPTS, adapt_arguments
 from benchmarks.bad_input.verdict import Case, Right, done, either, refused
 
 SCORED = done(json_holds("out.json", lambda found: found["results"]))
@@ -25,7 +25,7 @@ def cases(random: Random) -> Iterator[Case]:
 
 
 def harness(random: Random) -> Iterator[Case]:
-    """A task of lm-eval in a folder of one's own, something about it wrong."""
+    """Yield lm-eval tasks in an own folder with one error each."""
     changed = {
         # (What a task of one's own computes takes its time: lm-eval runs functions that it names, too.)
         "doc_to_text": ["{{nope.x}}", "{% if %}", "{{question", 5, "{% for i in range(10**5) %}x{% endfor %}"],
@@ -71,7 +71,7 @@ def of_task(what: str, right: Right, prepare: Callable[[Path], object]) -> Case:
 
 
 def mutations(lines: list[dict], random: Random) -> Iterator[tuple[str, bytes, bool]]:
-    """(what, content, whether it is still right), of a file of JSON lines."""
+    """Yield (description, content, whether it is valid) for a JSON Lines file."""
     data = "".join(json.dumps(line) + "\n" for line in lines).encode()
     yield "byte order mark", b"\xef\xbb\xbf" + data, True
     yield "CRLF", data.replace(b"\n", b"\r\n"), True
@@ -88,7 +88,7 @@ def mutations(lines: list[dict], random: Random) -> Iterator[tuple[str, bytes, b
 
 
 def local_tasks(random: Random) -> Iterator[Case]:
-    """A file of prompts and references under sweep and tune."""
+    """Yield files of prompts and references for sweep and tune."""
     for what, data, right in mutations(GOOD, random):
         yield of_examples(random.choice(["sweep", "tune"]), what, right, data)
     wrong = [
@@ -121,7 +121,7 @@ def local_tasks(random: Random) -> Iterator[Case]:
 
 
 def of_examples(command: str, what: str, right: bool | None, data: bytes, *more: str) -> Case:
-    """`right`: None where the refusal names the option that is given last."""
+    """Return a case; `right` None: the error names the last option."""
     whole = done(holds("sweep.json")) if command == "sweep" else done(holds("tuned.json", folder="model"))
     named = refused(
         "path|task|prompts|line" if right is False else more[0].partition("=")[0].rpartition(".")[2] if more else ""
@@ -138,7 +138,7 @@ def of_examples(command: str, what: str, right: bool | None, data: bytes, *more:
 
 
 def answer_files(random: Random) -> Iterator[Case]:
-    """Answers, and prompts to be answered, for an adapter."""
+    """Yield answers and prompts for adapt."""
     base = tuple(each for each in adapt_arguments("{place}") if not each.startswith(("--answers", "--cache_dir")))
     base = (*base, "--cache_dir={here}/cache", "--output={here}/out")
     learnt = done(holds("adapter.safetensors", "metrics.json"))

@@ -1,4 +1,4 @@
-"""Where output goes: to a terminal that knows ASCII alone, nowhere, to a full disk; and what `python -m` begins."""
+"""Standard output on an ASCII terminal, closed or full; and modules of the working directory that shadow libraries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def cases(random: Random) -> Iterator[Case]:
 
 @contextmanager
 def standard(stream: str, make: Callable[[], io.TextIOBase | None]) -> Iterator[None]:
-    """sys.stdout or sys.stderr is another while the command runs."""
+    """Replace sys.stdout or sys.stderr while the command runs."""
     before = getattr(sys, stream)
     setattr(sys, stream, make())
     try:
@@ -57,7 +57,7 @@ def terminal() -> io.TextIOWrapper:
 
 
 def escapes() -> Iterator[Case]:
-    """A model that says what a terminal acts on, on a terminal."""
+    """Yield a model whose text holds escape sequences, on a terminal."""
 
     def prepare(here: Path) -> None:
         shutil.copytree(here.parent / "llama", here / "m")
@@ -74,7 +74,7 @@ def escapes() -> Iterator[Case]:
 
 
 def terminals() -> Iterator[Case]:
-    """A terminal that knows ASCII alone; outputs that are closed, full, or that nobody reads any more."""
+    """Yield ASCII terminals, and outputs that are closed or full."""
     ready = {"generate", "predict", "sweep", "compare", "inspect", "adapt"}
     for command in sorted(ready):
         base, whole = BASES[command]
@@ -111,7 +111,7 @@ def terminals() -> Iterator[Case]:
 
 
 def real_process() -> Case:
-    """Modules of a stranger's folder do not stand in for those of lskip's libraries."""
+    """Return a case of modules in the working directory with the names of libraries, which must not be imported."""
 
     def check(seen: Seen) -> str | None:
         folder = seen.here / "stranger"

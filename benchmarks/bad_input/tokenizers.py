@@ -1,4 +1,4 @@
-"""Tokenizers: settings and templates that are wrong, do not end, grow or name code; broken vocabularies and rules."""
+"""Bad tokenizers: wrong settings, templates that do not end, grow or name code, broken vocabularies and rules."""
 
 from __future__ import annotations
 

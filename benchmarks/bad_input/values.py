@@ -1,4 +1,4 @@
-"""What an option may hold, said independently of lskip: of each kind of option wrong values, and right ones."""
+"""Bad and good values of each kind of option, defined independently of lskip."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ CLASSES = (
 
 @dataclass(frozen=True)
 class Domain:
-    """What an option may hold.
+    """The values of an option.
 
     Attributes:
         bad: (kind of fault, value as it is typed) each.

@@ -1,4 +1,4 @@
-"""What a case of bad_input.py is, what is right for it, and whether that is what came."""
+"""Cases, their right outcomes, and the comparison with what a command did."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 @dataclass(frozen=True)
 class Seen:
-    """What a command did.
+    """The observed outcome of a command.
 
     Attributes:
         code: its exit code; None where an exception came out of it.
@@ -29,7 +29,7 @@ class Seen:
 
     @property
     def sentence(self) -> str:
-        """The last line of stderr with something on it: bars go back to a line's begin, and leave blanks."""
+        """The last line of stderr that is not blank (progress bars leave blank ones)."""
         lines = re.split(r"[\n\r]|\x1b\[A", self.err)
         return next((line for line in reversed(lines) if line.strip()), "")
 
@@ -39,7 +39,7 @@ Check = Callable[[Seen], str | None]
 
 @dataclass(frozen=True)
 class Refused:
-    """Exit code 2 and one sentence that holds all of `words` (with `a|b` either of the two); then `check` holds."""
+    """Exit code 2 and one sentence with all of `words` (`a|b`: either of the two), and a passing `check`."""
 
     words: tuple[str, ...]
     check: Check = lambda seen: None
@@ -65,7 +65,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Done:
-    """Exit code 0, and `check` finds nothing wrong with what was made."""
+    """Exit code 0 and a passing `check`."""
 
     check: Check = lambda seen: None
     code: int = 0
@@ -79,7 +79,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Either:
-    """Any of these is right, as where nobody says which of two values a file means."""
+    """Any of several right outcomes, where a value may mean two things."""
 
     ways: tuple[Refused | Done, ...]
 
@@ -134,7 +134,7 @@ class Case:
         return f"{self.command} · {self.kind} · {self.what}"
 
     def command_line(self, here: Path) -> list[str]:
-        """As it is typed."""
+        """Return the command line with the folders filled in."""
         named = {"{here}": str(here), "{place}": str(here.parent)}
         line = [self.command, *self.arguments]
         for key, value in named.items():
@@ -143,10 +143,10 @@ class Case:
 
 
 def judge(case: Case, seen: Seen, before: dict[str, bytes], after: dict[str, bytes]) -> str | None:
-    """What is wrong; None where all is right.
+    """Return what is wrong with the outcome of a case; None if nothing is.
 
     Args:
-        before, after: what the files below {here} hold, by their path in it.
+        before, after: {relative path: content} of the case's folder.
     """
     if any(name.rpartition("/")[2] == "MARK" for name in after.keys() - before.keys()):
         return "ran what the input named"

@@ -1,6 +1,6 @@
-"""Weights that are not what they were: tensors missing, NaN, renamed; checkpoints and adapters cut and flipped.
+"""Bad weights: missing, NaN or renamed tensors; checkpoints and adapters cut or corrupted.
 
-What is read must be what was written, or it is refused.
+What is read must be what was written, or it must be refused.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.bad_input.checks import prints_the_answer
+from benchmarks.bad_input.fixtures import NEW_TOKENS, PROMPTS
 from benchmarks.bad_input.models import SAME, Make, cut, edit, flip, on_model
-from benchmarks.bad_input.place import NEW_TOKENS, PROMPTS
 from benchmarks.bad_input.verdict import Case, Right, done, either, refused
 
 READ_OR_NAMED = either(SAME, refused("model"))
@@ -116,7 +116,7 @@ def with_index(folder: Path, content: object) -> None:
 
 
 class Runs:
-    """What a pickle of it does when it is read: touch MARK."""
+    """An object whose pickle runs `touch MARK` when it is loaded."""
 
     def __reduce__(self):
         return __import__("os").system, ("touch MARK",)

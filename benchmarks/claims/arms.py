@@ -1,4 +1,4 @@
-"""What the claims benchmark trains: sizes, arms (a way to train), and which arms there are."""
+"""Arms (ways to train) of the claims benchmark, and the sizes of models and runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TARGETS: dict[str, type[ExitTarget]] = {"Labels": Labels, "SelfDistillation": Se
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the model is and how long everything trains.
+    """Sizes of the model and lengths of the runs.
 
     Attributes:
         source: of the text, as TextData takes it.
@@ -63,7 +63,7 @@ class Sizes:
 
     @property
     def middle(self) -> int:
-        """The exit layer in the middle, of which most claims speak."""
+        """The middle exit layer, which most claims are about."""
         return self.layers // 2
 
     @property

@@ -1,4 +1,4 @@
-"""The figures of the claims benchmark: marks that the colour-blind tell apart, perplexity on a log scale."""
+"""Figures of the claims benchmark, with colour-blind safe markers and perplexity on a log scale."""
 
 from __future__ import annotations
 

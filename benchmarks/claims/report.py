@@ -1,4 +1,4 @@
-"""A section for each question of the claims benchmark: its table, its claims with verdicts, its figure."""
+"""The report of the claims benchmark: one section per question, with table, claims, verdicts and figure."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from benchmarks.claims.statistics import RULE, Claim, paired, with_error
 
 @dataclass(frozen=True)
 class Section:
-    """One question, ready to be written.
+    """The section of one question.
 
     Attributes:
         header, rows: of its table.
@@ -57,7 +57,7 @@ def make_sections(results: Results) -> list[Section]:
 
 
 def report(sections: list[Section], where: dict) -> str:
-    """The whole table page: rule, sections, what did not reproduce, and where it was measured."""
+    """Return the whole page: rule, sections, claims that did not reproduce, environment."""
     claims = [claim for section in sections for claim in section.claims]
     failed = "\n".join(claim.line() for claim in claims if claim.verdict() != "reproduced") or "- nothing"
     measured = ", ".join(f"{name} {value}" for name, value in where.items())

@@ -1,4 +1,4 @@
-"""What the finished runs of the claims benchmark say, seed by seed."""
+"""Results of the finished runs of the claims benchmark, seed by seed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def run_folder(out: Path, name: str, seed: int) -> Path:
 
 
 class Results:
-    """Reads the folder of a benchmark that has ended; lists have an entry a seed."""
+    """Reader of the folder of a finished benchmark; lists have one entry per seed."""
 
     def __init__(self, out: Path, sizes: Sizes):
         self.out, self.sizes = out, sizes
@@ -37,7 +37,7 @@ class Results:
         return self.loss(name, self.sizes.layers)
 
     def agreement(self, name: str) -> list[float]:
-        """Of the middle layer with the last."""
+        """Agreement of the middle layer with the last."""
         return [result["readings"][-1]["agreement"][self.sizes.middle - 1] for result in self._each_seed(name)]
 
     def gap(self, name: str) -> list[float]:

@@ -1,10 +1,10 @@
-"""The paper's claims, measured on a model that is small enough to train many times: one table for each question.
+"""The claims of the LayerSkip paper, tested on a model small enough to train many times: one table per question.
 
     python -m benchmarks.claims.run --out runs/claims [--quick] [--workers 2] [--publish PAGE]
 
-Every arm and seed is a folder of its own under OUT/runs, done when its result.json is there: the same command again
-goes on with what is missing, the long run from its last checkpoint. Writes OUT/claims.md and figures beside it;
---publish puts them into a page, in place of what stands below its line `<!-- results -->`.
+Every arm and seed has a folder under OUT/runs and is done when its result.json exists: repeating the command runs what
+is missing, the long run from its last checkpoint. Writes OUT/claims.md and figures beside it; --publish copies them
+into a page, in place of everything below its line `<!-- results -->`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from benchmarks.claims.report import make_sections, report
 from benchmarks.claims.results import LONG, STEP_TIMES, Results, run_folder
 from benchmarks.claims.tasks import measure_tasks
 from benchmarks.claims.training import make_data, train
+from benchmarks.command_line import command_parser
 from benchmarks.environment import environment
 from benchmarks.training.timed_training import Kind, Trained
 from benchmarks.training.timed_training import Sizes as TimedSizes
@@ -44,14 +45,12 @@ def main(arguments: list[str] | None = None) -> None:
         if options.publish is not None:
             publish(options.out, options.publish)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"claims.py: {error}") from error
+        raise SystemExit(f"benchmarks.claims.run: {error}") from error
     print((options.out / "claims.md").read_text())
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "claims.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmarks.claims.run", __doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder for runs, tables and figures")
     parser.add_argument("--quick", action="store_true", help="everything runs, nothing is learned well: minutes")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
@@ -61,7 +60,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(out: Path, sizes: Sizes, workers: int, cache_dir: str | None) -> None:
-    """Everything that is missing in `out`, then its tables and figures.
+    """Run what is missing in `out`, then write tables and figures.
 
     Raises:
         ValueError: `out` holds runs of other sizes, or workers is below 1.
@@ -94,7 +93,7 @@ Job = Callable[[], None]
 
 
 def trainings(out: Path, sizes: Sizes, cache_dir: str | None) -> list[Job]:
-    """From scratch: the long plain run first, since it takes the longest; then every arm with every seed."""
+    """Return the jobs from scratch: the long plain run first, since it takes longest, then all arms and seeds."""
     arms = make_arms(sizes.layers)
     long = partial(
         train, run_folder(out, LONG, 0), arms[NEITHER], sizes, 0, cache_dir, sizes.long_steps,
@@ -110,7 +109,7 @@ def trainings(out: Path, sizes: Sizes, cache_dir: str | None) -> list[Job]:
 
 
 def followers(out: Path, sizes: Sizes, cache_dir: str | None) -> list[Job]:
-    """What starts from models that are trained: retrofits of the long run, and the tasks."""
+    """Return the jobs that need trained models: retrofits of the long run, and the tasks."""
     arm, long = make_arms(sizes.layers)[BOTH], run_folder(out, LONG, 0)
     jobs: list[Job] = []
     for seed in range(sizes.seeds):
@@ -123,7 +122,7 @@ def followers(out: Path, sizes: Sizes, cache_dir: str | None) -> list[Job]:
 
 
 def work(jobs: list[Job], workers: int) -> None:
-    """All of them, `workers` at a time, each in one thread; the first failure ends it, what is done stays done."""
+    """Run all jobs, `workers` at a time, each in one thread; the first failure stops the rest."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = [pool.submit(job) for job in jobs]

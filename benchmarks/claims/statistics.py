@@ -1,4 +1,4 @@
-"""How a claim is judged: paired differences over seeds, and a rule that turns them into words."""
+"""The verdict on a claim: paired differences over seeds, and the rule that turns them into words."""
 
 from __future__ import annotations
 

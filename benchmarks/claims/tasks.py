@@ -20,7 +20,7 @@ CHOICES = 4
 
 
 def measure_tasks(folder: Path, model_folder: Path, sizes: Sizes, seed: int, cache_dir: str | None) -> None:
-    """Writes tasks.json; nothing where it is there.
+    """Write tasks.json, unless it exists.
 
     multiple_choice: share of items whose own continuation has the highest likelihood among CHOICES held-out ones of
     equal length (chance 1 / CHOICES). open_generation: similarity (difflib's ratio, over tokens) of the exit's greedy

@@ -1,4 +1,4 @@
-"""One run of the claims benchmark: a folder that ends up with result.json, by lskip's module and a Trainer."""
+"""One training run of the claims benchmark, which ends with a file result.json."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def train(
     readings: int = 1,
     snapshots: tuple[int, ...] = (),
 ) -> None:
-    """Trains and writes result.json; nothing where that is there, and from last.ckpt where a run was cut short.
+    """Train and write result.json, unless it exists; an interrupted run resumes from last.ckpt.
 
     Args:
         source: a folder to retrofit; None: from scratch.

@@ -1,4 +1,4 @@
-"""The decoding benchmark's second part: tokens per second by batch, beside what the cost model says."""
+"""Tokens per second by batch size, beside the cost model's prediction: the second part of the decoding benchmark."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from itertools import cycle, islice
 
+from benchmarks.decoding.measuring import PROMPT, Groups, Measured, median, ratios
 from benchmarks.decoding.report import best_of_each, setting_of
-from benchmarks.decoding.runs import PROMPT, Groups, Measured, median, ratios
 from benchmarks.decoding.settings import Setting
 
 Rates = dict[Setting, dict[int, tuple[float, float]]]  # setting -> batch -> measured and predicted tokens per second

@@ -1,10 +1,10 @@
-"""The long versions of tests/test_decoding_*.py: is what the decoding engine brings right, and how often is it not?
+"""Long versions of tests/inference/test_decoding_*.py: correctness of the decoding engine, and how often it fails.
 
     python -m benchmarks.decoding.correctness equality     greedy text against transformers' generate, in float32
     python -m benchmarks.decoding.correctness bit_exact    logits under the bit-exact option, bit for bit
     python -m benchmarks.decoding.correctness sampling     draws against exact enumeration, by chi-square
 
-Each prints a line per model or setting and what went wrong in each, and ends with 1 if anything did.
+Each prints a line for each model or setting with its mismatches; the exit code is 1 if there are any.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from random import Random
 
 import torch
 
+from benchmarks.command_line import command_parser
 from benchmarks.environment import environment
 from lskip.inference import TextGenerator
 from lskip.utils.output_files import write_json
@@ -143,7 +144,7 @@ def summary(records: list[dict]) -> str:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser("benchmarks.decoding.correctness", __doc__.splitlines()[0])
     parser.add_argument("check", choices=CHECKS)
     parser.add_argument("--tokens", type=int, default=20_000, help="equality: tokens of `generate` to compare with")
     parser.add_argument("--seed", type=int, default=0, help="equality: of the first model")

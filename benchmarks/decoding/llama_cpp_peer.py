@@ -1,4 +1,4 @@
-"""llama.cpp on the same weights, as the decoding benchmark runs it: in a process of its own, idle while others run."""
+"""llama.cpp on the same weights, run in a separate process that is idle while other methods run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.decoding.runs import Run
+from benchmarks.decoding.measuring import Run
 from benchmarks.decoding.settings import LLAMA_CPP_PRECISIONS, Setting
 from lskip.export.to_gguf import write_gguf
 
@@ -21,10 +21,10 @@ CONTEXT_STEP = 256  # llama.cpp rounds its context up to this, llama_cpp's buffe
 
 
 class LlamaCppProcess:
-    """The worker and what it was asked for."""
+    """The worker process and its requests."""
 
     def __init__(self, python: str, log: Path):
-        """python: an interpreter that has llama_cpp; log: where llama.cpp's own words go."""
+        """Start the worker by the interpreter `python`, which has llama_cpp; its stderr goes to `log`."""
         self._log = log.open("a")
         self._process = subprocess.Popen(
             [python, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
@@ -32,10 +32,10 @@ class LlamaCppProcess:
         self.version: str = self.ask(do="version")["version"]
 
     def ask(self, **request) -> dict:
-        """One request and its answer.
+        """Send a request and return its answer.
 
         Raises:
-            RuntimeError: llama.cpp could not do it, or has died of it.
+            RuntimeError: llama.cpp failed or died.
         """
         print(json.dumps(request), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
@@ -45,7 +45,7 @@ class LlamaCppProcess:
         return answer
 
     def load(self, name: str, path: Path, context: int, lookup: int = 0) -> None:
-        """Loads a file, for texts of up to `context` positions; lookup: tokens that prompt lookup drafts."""
+        """Load a file for texts of up to `context` positions; `lookup`: tokens that prompt lookup drafts."""
         slots = -(-(context + lookup) // CONTEXT_STEP) * CONTEXT_STEP
         threads = torch.get_num_threads()
         self.ask(do="load", name=name, path=str(path), context=slots, threads=threads, lookup=lookup)
@@ -63,7 +63,7 @@ class LlamaCpp:
     def __init__(
         self, process: LlamaCppProcess, folder: Path, setting: Setting, eos_ids: tuple[int, ...], context: int
     ):
-        """folder: holds the files of `write_files`; context: the most positions that a text needs."""
+        """Use the files of `write_files` in `folder`, for texts of up to `context` positions."""
         self.process, self.setting, self.eos_ids = process, setting, eos_ids
         self.name = str(setting)
         process.load(self.name, folder / f"{setting.precision}.gguf", context, setting.num_speculations)
@@ -109,11 +109,11 @@ def find_python(given: str | None) -> str | None:
 
 
 def write_files(process: LlamaCppProcess, source: str, model: PreTrainedModel, folder: Path) -> None:
-    """Writes `<precision>.gguf` for each of LLAMA_CPP_PRECISIONS into `folder`.
+    """Write `<precision>.gguf` for each of LLAMA_CPP_PRECISIONS into `folder`.
 
     Args:
-        source: what --model said: the file of `smollm2`, or a .gguf, is written anew by llama.cpp itself.
-        model: any other Llama is written from this.
+        source: value of --model; the file of `smollm2`, or a .gguf, is requantized by llama.cpp itself.
+        model: any other Llama is written from this model.
 
     Raises:
         ValueError: the model cannot be written as GGUF.

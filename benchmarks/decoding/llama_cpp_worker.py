@@ -9,7 +9,7 @@ Needs llama_cpp and nothing of lskip, so that any interpreter with llama_cpp can
                                                                        "rounds": …, "drafted": …}
     {"do": "memory"}                                                                  -> {"mib": …}
 
-What goes wrong is answered with {"error": "…"}. llama.cpp's own words go to stderr.
+Errors are answered with {"error": "…"}. llama.cpp's own output goes to stderr.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Worker:
         self.models: dict[str, llama_cpp.Llama] = {}
 
     def answer(self, request: dict) -> dict:
-        """Does what `request` asks for (see the module)."""
+        """Carry out a request (see the module)."""
         return getattr(self, request.pop("do"))(**request)
 
     def version(self) -> dict:

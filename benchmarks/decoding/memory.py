@@ -1,8 +1,8 @@
-"""Peak memory of one setting, in a process of its own.
+"""Peak memory of one setting, measured in a separate process.
 
     python -m benchmarks.decoding.memory JOB      JOB as `peak_of` makes it
 
-What loading and converting a model takes on the way is left out: the peak is of decoding with the weights in place.
+Memory of loading and converting is left out: the peak is that of decoding with the weights in place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def peak_resident_mib() -> float:
 
 
 def forget_peak() -> None:
-    """Lets the peak begin anew at what the process holds now, after giving back to the system what is free."""
+    """Reset the peak to the present memory, after returning free memory to the system."""
     # Only here: llama.cpp's interpreter, which measures itself with this file, has no lskip.
     from lskip.utils.devices import trim_heap
 
@@ -43,11 +43,11 @@ def peak_of(setting, group: list[list[int]], options) -> float:
 
 
 def peak_here(job: dict) -> float:
-    """Runs the job in this process."""
+    """Run the job in this process."""
     # Only here, too: llama.cpp's interpreter has none of them.
     import torch
 
-    from benchmarks.decoding.contestants import Contestants, load
+    from benchmarks.decoding.contestant_builder import Contestants, load
     from benchmarks.decoding.settings import Setting
     from lskip.models.exit_adapter import find_adapter, load_adapter
 

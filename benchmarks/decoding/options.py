@@ -1,4 +1,4 @@
-"""The decoding benchmark's command line, checked before anything runs."""
+"""The command line of the decoding benchmark, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.decoding.contestants import Contestants, load
+from benchmarks.command_line import command_parser
+from benchmarks.decoding.contestant_builder import Contestants, load
 from benchmarks.decoding.llama_cpp_peer import find_python
 from benchmarks.decoding.settings import BASES, DRAFTS, METHODS, POLICIES, Grid, Setting, default_exit_layers
 from lskip.inference.prompt_file import read_prompts
@@ -63,9 +64,7 @@ def number(text: str) -> int:
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "decoding.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmarks.decoding.run", description)
     add = parser.add_argument
     add("--model", required=True, help="smollm2, a run, a folder, a .gguf file")
     add("--prompts", required=True, type=Path, help=".jsonl or .txt, as `lskip predict` takes it")
@@ -91,7 +90,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def prepare(options: argparse.Namespace) -> Job:
-    """Checks the options, fills in what they leave open and loads the model.
+    """Check the options, fills in what they leave open and loads the model.
 
     Raises:
         ValueError, FileNotFoundError: what is wrong, in one sentence.
@@ -121,7 +120,7 @@ def prepare(options: argparse.Namespace) -> Job:
 
 
 def fill_in(options: argparse.Namespace, defaults: dict) -> None:
-    """Sets what the command line has not named."""
+    """Set what the command line has not named."""
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -138,7 +137,7 @@ def check_names(options: argparse.Namespace) -> None:
 
 
 def choose_exit_layers(options: argparse.Namespace, num_layers: int) -> None:
-    """Fills in exit_layers, or raises ValueError for one that does not exit early."""
+    """Fill in exit_layers, or raises ValueError for one that does not exit early."""
     if options.exit_layers is None:
         exits = default_exit_layers(num_layers)
         options.exit_layers = exits[len(exits) // 2 :][:1] if options.quick else exits

@@ -1,13 +1,12 @@
-"""What the cost-aware policy costs where nothing pays, to half a percent: texts decoded in turns, round by round.
+"""Overhead of the cost-aware policy where drafts do not pay, to half a percent, from texts decoded round by round.
 
     python -m benchmarks.decoding.policy_overhead --model smollm2 --prompts lskip/prompts/chat.jsonl --out result
     python -m benchmarks.decoding.policy_overhead --model runs/small --prompts FILE --drafts layers --out out
 
-decoding.py times whole texts, and pairs of them scatter by a tenth on a busy machine. Here who has the fewest tokens is
-next, so that all meet the same moments of the machine. Autoregressive decoding runs twice (`control`). Where a draft is
-in use, autoregressive rounds find its weights in the caches, so that its gain is overstated by some percent; where none
-is, both meet the same. Prompts' own passes are left out. Writes overhead.json, a list with a record each by setting and
-batch, and environment.json into --out.
+benchmarks.decoding.run times whole texts, whose ratios scatter by a tenth on a busy machine. Here the setting with the
+fewest tokens so far runs the next round, so that all see the same conditions. Autoregressive decoding runs twice
+(`control`). While a draft is in use its weights fill the caches, which overstates its gain by some percent. Passes over
+prompts are left out. Writes overhead.json, a record for each setting and batch, and environment.json into --out.
 """
 
 from __future__ import annotations
@@ -25,11 +24,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command_line import command_parser
 from benchmarks.decoding.batches import batch_groups
-from benchmarks.decoding.contestants import load
-from benchmarks.decoding.lskip_runs import Generators, Lskip, run_of
+from benchmarks.decoding.contestant_builder import load
+from benchmarks.decoding.lskip_methods import Generators, Lskip, run_of
+from benchmarks.decoding.measuring import Run
 from benchmarks.decoding.options import number, numbers, words
-from benchmarks.decoding.runs import Run
 from benchmarks.decoding.settings import DRAFTS, Grid
 from benchmarks.environment import environment
 from lskip.inference.decoding.batch import Batch
@@ -44,7 +44,7 @@ console = Console(width=160)
 
 
 class UnderWay:
-    """One setting on one group of prompts, a round at a time; the first, which is the prompts', is not timed."""
+    """A setting on a group of prompts, advanced round by round; the first round, over the prompts, is not timed."""
 
     def __init__(self, contestant: Lskip, prompts: list[list[int]], max_new_tokens: int):
         generator, arguments = contestant.generator, contestant.arguments
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
         by_batch = [(size, contestants_of(options, generators, size)) for size in options.batch_sizes]
         options.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"policy_overhead.py: {error}") from error
+        raise SystemExit(f"benchmarks.decoding.policy_overhead: {error}") from error
     write_json(options.out / "environment.json", environment(torch.device("cpu")) | {"options": vars(options)})
     found = []
     for size, contestants in by_batch:
@@ -92,9 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "policy_overhead.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmarks.decoding.policy_overhead", __doc__)
     add = parser.add_argument
     add("--model", required=True, help="smollm2, a run, a folder, a .gguf file")
     add("--prompts", required=True, type=Path, help=".jsonl or .txt, as `lskip predict` takes it")

@@ -1,4 +1,4 @@
-"""The decoding benchmark's records as a table and two figures."""
+"""The table and the figures of the decoding benchmark."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.decoding.runs import Measured, first_differences
+from benchmarks.decoding.measuring import Measured, first_differences
 from benchmarks.decoding.settings import Setting
 
 COLUMNS = {

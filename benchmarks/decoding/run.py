@@ -3,8 +3,8 @@
     python -m benchmarks.decoding.run --model smollm2 --prompts lskip/prompts/chat.jsonl --out result
     python -m benchmarks.decoding.run --model runs/small --prompts prompts.jsonl --out result --batch_sizes 1,2,4,8,16
 
-Writes decoding.json (a record for each method and setting), environment.json, costs.json and figures into --out; the
-records after every prompt, so that a run that is killed leaves what it has measured. README.md explains the fields.
+Writes decoding.json (a record for each method and setting), environment.json, costs.json and figures into --out. The
+records are written after every prompt, so that a killed run keeps its measurements. benchmarks/README.md explains them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from rich.console import Console
 
 from benchmarks.decoding.batches import batch_gains, batch_groups, batch_rates, batch_settings
 from benchmarks.decoding.llama_cpp_peer import LlamaCpp, LlamaCppProcess
-from benchmarks.decoding.lskip_runs import PromptPass
+from benchmarks.decoding.lskip_methods import PromptPass
+from benchmarks.decoding.measuring import Contestant, Measured, measure, records, references
 from benchmarks.decoding.memory import peak_of
 from benchmarks.decoding.options import Job, make_parser, prepare
 from benchmarks.decoding.report import (
@@ -29,7 +30,6 @@ from benchmarks.decoding.report import (
     setting_of,
     speedup_figure,
 )
-from benchmarks.decoding.runs import Contestant, Measured, measure, records, references
 from benchmarks.decoding.settings import Setting
 from benchmarks.demo.report import distinct_3grams
 from benchmarks.environment import environment
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         job = prepare(options)
         options.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"decoding.py: {error}") from error
+        raise SystemExit(f"benchmarks.decoding.run: {error}") from error
     with tempfile.TemporaryDirectory() as files:
         try:
             run(job, Path(files))
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(job: Job, files: Path) -> None:
-    """Everything: one prompt at a time, batches, memory, and the report.
+    """Run everything: one prompt at a time, batches, memory, and the report.
 
     Args:
         files: a folder for llama.cpp's model files.
@@ -78,7 +78,7 @@ def run(job: Job, files: Path) -> None:
 
 
 def start_llama_cpp(job: Job, files: Path) -> None:
-    """Starts llama.cpp where it is asked for; where it cannot run, says why and drops its settings."""
+    """Start llama.cpp where it is asked for; where it cannot run, says why and drops its settings."""
     if not any(setting.method == "llama_cpp" for setting in job.settings):
         return
     reason = "it is not installed here; --llama_cpp_python names an interpreter that has it"
@@ -93,7 +93,7 @@ def start_llama_cpp(job: Job, files: Path) -> None:
 
 
 def build(job: Job, settings: list[Setting]) -> list[Contestant]:
-    """Those that work here; of the others, each reason is printed once."""
+    """Return the contestants that work here, and print each reason why others do not once."""
     batches = sorted({setting.batch for setting in settings})
     contestants, reasons = [PromptPass(job.shared.generators, batch) for batch in batches], set()
     for setting in settings:
@@ -143,7 +143,7 @@ def measure_batches(job: Job, alone: list[dict], reference: dict) -> list[dict]:
 
 
 def measure_memory(job: Job, found: list[dict], files: Path) -> None:
-    """Fills in peak_mib, record by record."""
+    """Fill in peak_mib, record by record."""
     options = job.options
     by_length = sorted(job.prompts, key=len, reverse=True)
     for record in found:
@@ -182,7 +182,7 @@ def write_environment(job: Job, reference: dict) -> None:
 
 
 def held_as(step) -> str:
-    """How the model's weights are held: FusedRunner chooses a form for this machine, ModuleRunner has none."""
+    """Return the layout of the model's weights, which FusedRunner chooses; ModuleRunner has none."""
     return step.form.__name__ if hasattr(step, "form") else "plain"
 
 

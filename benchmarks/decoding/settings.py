@@ -1,4 +1,4 @@
-"""What the decoding benchmark compares: one Setting a record, and the grid that the command line asks for."""
+"""Settings of the decoding benchmark (one a record), and the grid of them that the command line asks for."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OWN_WEIGHTS, ADAPTER = "own", "adapter"
 
 
 class Source(NamedTuple):
-    """What drafts, in the words of TextGenerator: `draft_weights` it is made with, `draft` it is called with.
+    """The source of drafts in TextGenerator's options: `draft_weights` of its constructor, `draft` of its calls.
 
     OWN_WEIGHTS: the model's own, as if they were another's: verification runs every block again.
     ADAPTER: the model's own, and an exit adapter behind its first blocks.
@@ -82,7 +82,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Grid:
-    """What is swept.
+    """The swept values.
 
     Attributes:
         precision: of the model, in lskip and in transformers.

@@ -1,4 +1,4 @@
-"""transformers' ways to decode, as the decoding benchmark runs them."""
+"""transformers' decoding methods in the decoding benchmark."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from benchmarks.decoding.runs import Run
+from benchmarks.decoding.measuring import Run
 from benchmarks.decoding.settings import Setting
 
 
@@ -18,7 +18,7 @@ class Assistants:
     """The second models of two-model drafting: a given one, or copies of the first blocks."""
 
     def __init__(self, model: PreTrainedModel, given: PreTrainedModel | None = None):
-        """Raises ValueError if the given one has another vocabulary."""
+        """Take a given assistant, if any; ValueError if it has another vocabulary."""
         if given is not None and given.config.vocab_size != model.config.vocab_size:
             raise ValueError(
                 f"assistant: its vocabulary has {given.config.vocab_size} tokens, the model's {model.config.vocab_size}"
@@ -27,7 +27,7 @@ class Assistants:
         self.copies: dict[int, PreTrainedModel] = {}
 
     def of(self, exit_layer: int | None) -> PreTrainedModel:
-        """exit_layer: blocks of a copy; None: the given one."""
+        """Return a copy of the first `exit_layer` blocks; None: the given assistant."""
         if exit_layer is None:
             return self.given
         if exit_layer not in self.copies:
@@ -95,7 +95,7 @@ def rows_of_last_block(model: PreTrainedModel) -> Iterator[list[int]]:
 
 @contextmanager
 def drafting_as(config: GenerationConfig | None, setting: Setting) -> Iterator[None]:
-    """Puts a draft's length and confidence where `generate` reads them: not its arguments, the assistant's config."""
+    """Put a draft's length and confidence where `generate` reads them: not its arguments, the assistant's config."""
     if config is None:
         yield
         return

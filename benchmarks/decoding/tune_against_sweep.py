@@ -1,12 +1,12 @@
-"""Does `lskip tune` find what a full sweep finds, and in what share of its time?
+"""Comparison of `lskip tune` with a full sweep: speed-up of the chosen cell, and time.
 
     python -m benchmarks.decoding.tune_against_sweep --model runs/small --out runs/tune_against_sweep
 
-For each task: the sweep of the grid (lskip/evaluation/sweep/), then tune on the same grid, both with the model's
-loading in their time. What counts is the sweep's own figure for the cell that tune chose, over the sweep's best:
-0.95 is what it should reach, in under a fifth of the time. Where tune says "do not draft", its cell is 1.
+For each task: a sweep of the grid (lskip/evaluation/sweep/), then tune on the same grid, both timed with loading. The
+result is the sweep's speed-up of the cell that tune chose over the best speed-up of the sweep; the target is 0.95 in a
+fifth of the time. "do not draft" counts as a speed-up of 1.
 
-Writes into --out: result.json, and a folder of the sweep's files for each task.
+Writes result.json and a folder of the sweep's files for each task into --out.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.command_line import command_parser
 from benchmarks.decoding.options import fill_in, number, numbers
 from benchmarks.environment import environment
 from lskip.evaluation.sweep.advice import best_cell, cell_of
 from lskip.evaluation.sweep.cells import Generators
-from lskip.evaluation.sweep.grid import DRAFTS, Cell, grid
+from lskip.evaluation.sweep.grid import draft_names, Cell, grid
 from lskip.evaluation.sweep.sweep import sweep
 from lskip.evaluation.sweep.tune import best_records
 from lskip.evaluation.tasks.embedded import DocstringToCode, HumanEval, PythonTopics, StdlibCode
@@ -52,18 +53,16 @@ def main(arguments: list[str] | None = None) -> None:
             write_json(options.out / "result.json", result)
             print(sentence(name, result["tasks"][name]))
     except (ValueError, OSError) as error:
-        raise SystemExit(f"tune_against_sweep.py: {error}") from error
+        raise SystemExit(f"benchmarks.decoding.tune_against_sweep: {error}") from error
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "tune_against_sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmarks.decoding.tune_against_sweep", __doc__)
     add = parser.add_argument
     add("--model", default="smollm2", help="as for lskip; one that was trained to exit")
     add("--out", required=True, type=Path, help="folder for the results; what it holds is replaced")
     add("--tasks", nargs="+", choices=TASKS, default=["StdlibCode", "DocstringToCode"])
-    add("--drafts", nargs="+", choices=[draft for draft in DRAFTS if draft != "adapter"], default=["layers"])
+    add("--drafts", nargs="+", choices=[draft for draft in draft_names() if draft != "adapter"], default=["layers"])
     add("--exit_layers", type=numbers, help="default: a sixth, a quarter, a third and half of the model")
     add("--num_speculations", type=numbers, help="default: 1,2,4,6,8")
     add("--num_prompts", type=number, help="of the sweep and of tune. Default: 8")

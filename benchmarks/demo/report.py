@@ -1,4 +1,4 @@
-"""What both parts of the demo measure and show."""
+"""Measures and tables of both parts of the demo."""
 
 from __future__ import annotations
 

@@ -1,16 +1,17 @@
-"""make demo: LayerSkip from scratch on this machine, and a real model beside transformers' `generate`.
+"""`make demo`: LayerSkip from scratch on this machine, and a real model beside transformers' `generate`.
+
+    python -m benchmarks.demo.run [--output DIR]
 
 1. Trains configs/quickstart.yaml on the standard library's source, shows every layer before and after, and
    decodes held-out functions, autoregressive and self-speculative, interleaved.
-2. Shows every layer of stock SmolLM2-135M-Instruct on held-out text, and answers ten chat prompts, lskip and
-   transformers `generate` interleaved.
+2. Shows every layer of stock SmolLM2-135M-Instruct on held-out text, and answers ten chat prompts by lskip and by
+   transformers' `generate`, interleaved.
 
 Ends with a summary, also in <output>/summary.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import json
 import shutil
@@ -25,6 +26,7 @@ from pydoc_data.topics import topics
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.command_line import command_parser
 from benchmarks.demo.report import acceptance, console, distinct_3grams, print_summary, show, speedup
 from benchmarks.environment import environment
 from lskip.cli import main as lskip
@@ -249,6 +251,6 @@ def generate_with_transformers(model, tokenizer, prompt: str, length: dict) -> t
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("benchmarks.demo.run", __doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for the run and the summary")
     run(parser.parse_args().output, Sizes())

@@ -1,12 +1,12 @@
-"""That what `lskip export` writes is the same model elsewhere: its greedy text in transformers and in llama.cpp.
+"""Check of `lskip export`: greedy texts of the exported model in transformers and llama.cpp equal lskip's.
 
     python -m benchmarks.export.check --model runs/home_assistant --draft 8 --prompts prompts.jsonl --out result
 
 Exports the model, its first blocks as a draft model, and both as GGUF, into --out/exported, and answers every prompt:
 the model by lskip, by transformers alone, with the draft as `assistant_model` and with `assistant_early_exit`, and by
-llama.cpp (left out where no interpreter has llama_cpp); the draft by all three alone. Prints how many texts are equal.
-A text that is not is given with the gap between the two likeliest logits at the first token that differs: other
-programs sum in another order, so that a gap within rounding may fall either way. Exits with 1 for a wider one.
+llama.cpp (if an interpreter has llama_cpp); the draft by all three alone. Prints how many texts are equal. For each
+other text it prints the gap between the two highest logits at the first token that differs: programs sum in different
+orders, so that a gap within rounding may fall either way. The exit code is 1 for a wider gap.
 
 Writes into --out: exported/ and export.json.
 """
@@ -24,6 +24,7 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.command_line import command_parser
 from benchmarks.decoding.llama_cpp_peer import LlamaCppProcess, find_python
 from benchmarks.decoding.options import number
 from lskip.export.to_hf import DRAFT_FOLDER, GGUF_FILE, export
@@ -49,13 +50,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result = run(options)
     except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"export_check.py: {error}") from error
+        raise SystemExit(f"benchmarks.export.check: {error}") from error
     print_result(result)
     return int(any(row["gap"] > ROUNDING for part in result["parts"].values() for row in part["parted"]))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("benchmarks.export.check", __doc__)
     add = parser.add_argument
     add("--model", required=True, help="a run folder, a checkpoint, a folder, a .gguf file, smollm2; Llama family")
     add("--draft", required=True, type=number, help="blocks of the draft model")

@@ -1,12 +1,11 @@
-"""What works in which family, from a run of tests/models/test_families.py: the table in docs/families.md.
+"""The table of families and features in docs/families.md, from a run of tests/models/test_families.py.
 
 python -m benchmarks.families.matrix            runs the tests and writes the table
-python -m benchmarks.families.matrix --check    runs them and ends with 1 where the table says something else
+python -m benchmarks.families.matrix --check    runs the tests; the exit code is 1 if the table differs
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import transformers
 
+from benchmarks.command_line import command_parser
 from lskip.models.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +71,7 @@ def with_table(page: str, written: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("benchmarks.families.matrix", __doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
     page = PAGE.read_text(encoding="utf-8")

@@ -1,17 +1,16 @@
-"""That `lskip inspect` finds what an independent program finds: every number of a given table, to within 1 %.
+"""Check of `lskip inspect` against an independent program: every number of a table, to within 1 %.
 
     python -m benchmarks.training.layer_table > layer_table.txt
     python -m benchmarks.inspection.check --table layer_table.txt
 
-The table is what `layer_table.py` printed: stock SmolLM2-135M-Instruct through transformers' own hidden states, on the
-first 8 x 512 tokens of the language topics in `pydoc_data` of the same Python. The tokens are made here as they are
-there, with the tokenizer as transformers reads it from the GGUF file: lskip's own splits numbers into digits (as
-llama.cpp does), which moves the blocks by a few tokens. Without a table, the numbers that lskip finds are printed.
+The table is the output of layer_table: stock SmolLM2-135M-Instruct through transformers' hidden states, on the first
+8 x 512 tokens of the language topics in `pydoc_data` of the same Python. Both use the tokenizer as transformers reads
+it from the GGUF file: lskip's own splits numbers into digits (as llama.cpp does), which shifts the blocks by a few
+tokens. Without a table, lskip's numbers are printed.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from benchmarks.command_line import command_parser
 from lskip.evaluation.layers.divergence import DivergenceReport, report_divergence
 from lskip.models.decoder import Decoder
 from lskip.models.pretrained import find_source, load_model
@@ -71,8 +71,8 @@ def differences(found: dict[str, float], table: str) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=Path, help="what layer_table.py printed")
+    parser = command_parser("benchmarks.inspection.check", __doc__)
+    parser.add_argument("--table", type=Path, help="output of benchmarks.training.layer_table")
     parser.add_argument("--model", default="smollm2", help="a GGUF file or folder of a model")
     parser.add_argument("--num_blocks", type=int, default=8)
     parser.add_argument("--block_size", type=int, default=512)

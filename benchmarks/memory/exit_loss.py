@@ -1,4 +1,4 @@
-"""Peak memory of the loss of several exits alone: lskip's head_loss, and a plain loop over the exits."""
+"""Peak memory of the loss of several exits, by lskip's head_loss and by a plain loop over the exits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The most memory that tensors take while something runs."""
+"""Peak memory of tensors while a function runs."""
 
 from __future__ import annotations
 

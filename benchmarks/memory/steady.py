@@ -1,12 +1,12 @@
-"""Whether memory stays where it is: resident memory over 1,000 sampled prompts, or over 5,000 training steps.
+"""Check for memory leaks: resident memory over 1,000 sampled prompts, or over 5,000 training steps.
 
     python -m benchmarks.memory.steady --what predict --out steady_predict.json
     python -m benchmarks.memory.steady --what train --out steady_train.json
 
-predict: `lskip predict` answers prompts, sampled and drafted, and beside it a thread looks at this process's resident
-memory each time that 50 more lines are in the output. train: `lskip fit` trains a tiny model, and a callback looks
-every 50 steps; validations, checkpoints and logs are part of it, as in any run. Prints the series, what it was after
-the first 100, the largest after that, and their ratio. Exits with 1 where that is above 1.05. Linux.
+predict: `lskip predict` answers prompts, sampled and drafted, while a thread records the resident memory after every 50
+lines of output. train: `lskip fit` trains a tiny model, with validation, checkpoints and logs, and a callback records
+the memory every 50 steps. Prints the series, its value after the first 100, the largest one after that, and their
+ratio. The exit code is 1 if the ratio is above 1.05. Linux only.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from benchmarks.command_line import command_parser
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -59,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("benchmarks.memory.steady", __doc__)
     add = parser.add_argument
     add("--what", choices=list(COUNTS), required=True, help="what is looked at")
     add("--count", type=int, help="prompts or steps; by default 1,000 or 5,000")
@@ -123,7 +125,7 @@ def prompt_of(index: int) -> str:
 
 @contextmanager
 def watched(output: Path, every: int, series: dict[int, float]) -> Iterator[None]:
-    """Fills `series` as lines are added to a file."""
+    """Fill `series` as lines are added to a file."""
     over = threading.Event()
 
     def look() -> None:
@@ -149,7 +151,7 @@ def watched(output: Path, every: int, series: dict[int, float]) -> Iterator[None
 
 
 class ResidentMemory(Callback):
-    """Writes a line with the step and the resident memory every so many steps."""
+    """A callback that writes the step and the resident memory every so many steps."""
 
     def __init__(self, path: str, every: int):
         self.path, self.every = Path(path), every
@@ -191,7 +193,7 @@ def trained(options: argparse.Namespace, folder: Path) -> dict[int, float]:
 
 def run(*arguments: str) -> None:
     if lskip(list(arguments)) != 0:
-        raise SystemExit(f"steady: lskip {arguments[0]} failed")
+        raise SystemExit(f"benchmarks.memory.steady: lskip {arguments[0]} failed")
 
 
 # What came of it.

@@ -1,11 +1,11 @@
-"""What each way to save memory in training saves, costs and changes, on one model.
+"""Peak memory, step time and gradients of each option that saves memory in training.
 
     python -m benchmarks.memory.training --out DIR [--quick] [--threads 2] [--device cpu]
 
-Every option is a process of its own: `lskip` module and Lightning's Trainer, rotational early exits, the same batch.
-The peak is that of two steps under the record of every allocation; the time is a median of steps that take turns with
-plain ones. The gradients of its first step are compared with the plain one's: relative error = |difference| / |plain
-gradients|, all weights together. Writes DIR/training_memory.json and DIR/training_memory.md.
+Every option runs in a separate process: lskip's module and Lightning's Trainer, rotational early exits, the same
+batch. The peak is that of two steps, from the profiler's record of allocations; the time is a median of steps
+interleaved with plain ones. Gradients of the first step are compared with the plain ones: relative error =
+|difference| / |plain gradients| over all weights. Writes DIR/training_memory.json and DIR/training_memory.md.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from benchmarks.command_line import command_parser
 from benchmarks.environment import environment
 from benchmarks.memory.training_options import OPTIONS, SIZES
 from benchmarks.training.train_step import megabytes, print_table
@@ -55,9 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "training_memory.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmarks.memory.training", __doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; its times say nothing")
     parser.add_argument("--threads", type=int, default=2)
@@ -66,17 +65,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def measure(name: str, options: argparse.Namespace) -> dict:
-    """One option in its own process, so that nobody else's memory is in its peak."""
+    """Measure one option in a separate process, so that its peak contains no other memory."""
     worker = [sys.executable, "-m", "benchmarks.memory.training_options", name, str(options.out)]
     flags = ["--threads", str(options.threads), "--device", options.device, *["--quick"] * options.quick]
     done = subprocess.run([*worker, *flags], capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"training_memory.py: the option {name!r} failed\n{done.stderr[-2000:]}")
+        raise SystemExit(f"benchmarks.memory.training: the option {name!r} failed\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def compare(rows: list[dict], folder: Path) -> None:
-    """Adds to each row what its option is against the plain one."""
+    """Add to each row what its option is against the plain one."""
     plain, exact = rows[0], load_file(folder / "plain.safetensors")
     size = torch.stack([gradient.norm() for gradient in exact.values()]).norm()
     for row in rows:

@@ -1,8 +1,7 @@
-"""One option of benchmarks/memory/training.py in a process of its own: prints its record as the last line."""
+"""One option of benchmarks.memory.training in a separate process; the last line of its output is the record."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import statistics
@@ -18,6 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
+from benchmarks.command_line import command_parser
 from benchmarks.memory.peak import peak_bytes, resident_bytes
 from benchmarks.training.timed_training import PERIOD, Sizes, model_config
 from lskip.callbacks import EarlyExitLoss
@@ -154,7 +154,7 @@ def step_seconds(option: Option, sizes: Sizes, device: torch.device) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_parser("benchmarks.memory.training_options", __doc__)
     parser.add_argument("option", choices=OPTIONS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, default=2)

@@ -1,4 +1,4 @@
-"""The methods that stand in a line: how each trains, and what decides where its texts exit."""
+"""The compared methods: training and exit criteria of each."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: the same in all arms.
+    """Sizes of models, data and training, the same in all arms.
 
     Attributes:
         source, vocab_size: of the language model's text.

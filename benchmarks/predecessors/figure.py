@@ -1,4 +1,4 @@
-"""The predecessors on one figure, quality against mean layers, and the table of thresholds behind it."""
+"""The figure of quality against mean layers, and the table of thresholds."""
 
 from __future__ import annotations
 

@@ -3,13 +3,13 @@
     python -m benchmarks.predecessors.run --out result
     python -m benchmarks.predecessors.run --out result --quick
 
-Every method trains a small Llama from the same first weights on the same batches (predecessors_arms.py): on Python
+Every method trains a small Llama from the same first weights on the same batches (arms.py): on Python
 source (generation), on what people say to a smart home and its intent (classification), on timers and ln of the
 hours that are asked for (regression). Held-out texts are then read off at fixed exits and where the method's
 criterion stops, threshold by threshold.
 
-Writes into --out: a JSON file for each arm, which is not run again when the command is repeated, and from all of them
-predecessors.json, predecessors.csv (the table of thresholds), predecessors.png, environment.json.
+Writes into --out a JSON file for each arm, which a repeated command does not run again, and from all of them
+predecessors.json, predecessors.csv (the table of thresholds), predecessors.png and environment.json.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from benchmarks.command_line import command_parser
 from benchmarks.environment import environment
 from benchmarks.predecessors.arms import ARMS, Arm, Sizes, train
 from benchmarks.predecessors.figure import COLUMNS, PANELS, figure
@@ -70,9 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "predecessors.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmarks.predecessors.run", __doc__)
     add = parser.add_argument
     add("--out", required=True, type=Path, help="folder for the results")
     add("--tasks", nargs="+", choices=tuple(PANELS), default=list(PANELS))
@@ -85,7 +84,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run_arm(task: str, name: str, sizes: Sizes, options: argparse.Namespace) -> None:
-    """Trains and scores one method on one task, unless its file is there.
+    """Train and scores one method on one task, unless its file is there.
 
     Raises:
         SystemExit: the file is of another run.
@@ -94,7 +93,9 @@ def run_arm(task: str, name: str, sizes: Sizes, options: argparse.Namespace) -> 
     settings = {"sizes": asdict(sizes), "seed": options.seed}
     if path.is_file():
         if json.loads(path.read_text())["settings"] != settings:
-            raise SystemExit(f"predecessors.py: out: '{path}' is of other sizes or another seed; name another folder")
+            raise SystemExit(
+                f"benchmarks.predecessors.run: out: '{path}' is of other sizes or another seed; name another folder"
+            )
         return
     began = time.perf_counter()
     points = language_arm(ARMS[name], sizes, options) if task == "generation" else task_arm(task, name, sizes, options)

@@ -1,4 +1,4 @@
-"""What a trained arm is worth at each exit: quality, and the layers that it took on average."""
+"""Scores of a trained arm: quality at each exit and criterion, and the mean number of layers."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def point(criterion: str, threshold: float | None, mean_layers: float, **quality
 
 
 class Given:
-    """A Chooser that takes the text's own next token, and notes what was thought of it."""
+    """A Chooser that takes the given text's next token, and records the loss and hit of each prediction."""
 
     def __init__(self, texts: Tensor):
-        """texts: [A, n], after the context."""
+        """Take the tokens of `texts` [A, n], which follow the context."""
         self.texts, self.losses, self.hits = texts, [], []
 
-    def settle(self, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
+    def verify(self, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
         own = self.texts[:, len(self.losses)]
         self.losses.append(torch.nn.functional.cross_entropy(logits[:, 0].float(), own, reduction="none"))
         self.hits.append(logits[:, 0].argmax(-1) == own)
@@ -50,7 +50,7 @@ class Given:
 def follow(
     runner: ModelRunner, exits: TrainedExits | None, texts: Tensor, context: int, criterion: ExitCriterion
 ) -> tuple[dict[str, float], float]:
-    """Decodes given texts [A, context + n] token by token, each at the exit that the criterion takes.
+    """Decode given texts [A, context + n] token by token, each at the exit that the criterion takes.
 
     As in early exit without verification: the context goes through all blocks, and a token that exits leaves keys and
     values made of its exit state above. Returns the quality of n predictions a text, and the mean layers.

@@ -1,4 +1,4 @@
-"""The texts of the predecessors' benchmark, all from packages on this machine, split by sentence template."""
+"""Texts of the predecessors' benchmark, from installed packages, split by sentence template."""
 
 from __future__ import annotations
 

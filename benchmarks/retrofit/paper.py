@@ -1,4 +1,4 @@
-r"""The paper's route on a real checkpoint: layers before and after, and the last one against plain fine-tuning.
+r"""LayerSkip fine-tuning of a real checkpoint: layers before and after, and the last layer against plain fine-tuning.
 
     python -m benchmarks.retrofit.paper --retrofit runs/retrofit_smollm2 \
         --plain runs/retrofit_smollm2_plain --out result
@@ -31,6 +31,7 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.command_line import command_parser
 from benchmarks.environment import environment
 from lskip.data import TextData
 from lskip.models.decoder import Decoder
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("benchmarks.retrofit.paper", __doc__)
     parser.add_argument("--retrofit", type=Path, required=True, help="run of lskip fit with EarlyExitLoss")
     parser.add_argument("--plain", type=Path, required=True, help="the same without")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")

@@ -1,15 +1,14 @@
-"""Prompts whose answers an exit adapter is trained on, without any network: what people ask an assistant for.
+"""Prompts of typical requests to an assistant, to train an exit adapter on the answers; made without network access.
 
     python -m benchmarks.retrofit.prompts --out prompts.jsonl --number 5000
 
 The standard library's docstrings ("Write a Python function …") and the paragraphs of its manual (explain, summarize,
-rewrite), sums, and everyday requests from the forms in retrofit_prompts.yaml. The subjects of lskip/prompts/chat.jsonl,
+rewrite), sums, and everyday requests from the forms in prompts.yaml. The subjects of lskip/prompts/chat.jsonl,
 on which figures are published, are in none of them.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import json
 import random
@@ -22,6 +21,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import yaml
+
+from benchmarks.command_line import command_parser
 
 EVERYDAY = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 ASKS_ABOUT_TEXT = (
@@ -40,7 +41,7 @@ def articled(noun: str) -> str:
 
 
 def everyday(kind: str) -> Iterator[str]:
-    """The prompts of one kind in retrofit_prompts.yaml."""
+    """Return the prompts of one kind in prompts.yaml."""
     parts = dict(EVERYDAY[kind])
     forms = parts.pop("forms")
     if "groups" in parts:
@@ -123,7 +124,7 @@ def make_prompts(number: int, seed: int = 0) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser("benchmarks.retrofit.prompts", __doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help=".jsonl file to write, one prompt a line")
     parser.add_argument("--number", type=int, default=5000, help="of prompts")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""Task fine-tune: a LayerSkip fine-tune beside the plain one, on held-out pairs of prompt and completion.
+"""A LayerSkip fine-tune on a task beside the plain one, on held-out pairs of prompt and completion.
 
     python -m benchmarks.retrofit.task_finetune --layerskip runs/mine --plain runs/mine_plain --out result
 
@@ -26,11 +26,12 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.decoding.contestants import load
-from benchmarks.decoding.lskip_runs import Generators, Lskip, run_of
+from benchmarks.command_line import command_parser
+from benchmarks.decoding.contestant_builder import load
+from benchmarks.decoding.lskip_methods import Generators, Lskip, run_of
+from benchmarks.decoding.measuring import Contestant, Measured, Run, measure, records
 from benchmarks.decoding.options import fill_in, number, numbers
 from benchmarks.decoding.report import print_records
-from benchmarks.decoding.runs import Contestant, Measured, Run, measure, records
 from benchmarks.decoding.settings import Setting
 from benchmarks.environment import environment
 from benchmarks.retrofit.task_scores import compare, draft_agreement
@@ -73,14 +74,12 @@ def main(arguments: list[str] | None = None) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         result = run(options, items)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"task_finetune.py: {error}") from error
+        raise SystemExit(f"benchmarks.retrofit.task_finetune: {error}") from error
     print_result(result)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "task_finetune.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmarks.retrofit.task_finetune", __doc__)
     add = parser.add_argument
     add("--layerskip", required=True, type=Path, help="run folder of the fine-tune with LayerSkip")
     add("--plain", required=True, type=Path, help="run folder of the fine-tune without")
@@ -133,7 +132,7 @@ def split_settings(folder: Path) -> dict:
 
 
 def run(options: argparse.Namespace, items: Items) -> dict:
-    """Everything; task.json is rewritten whenever there is more of it."""
+    """Run everything; task.json is rewritten after each step."""
     folder = find_adapter(options.plain_adapter, "plain_adapter") if options.plain_adapter else None
     loaded = {name: load(str(getattr(options, name)), options.dtype, "cpu") for name in ("layerskip", "plain")}
     adapters = {"plain": load_adapter(folder, loaded["plain"][0])} if folder else {}
@@ -224,7 +223,7 @@ def time_settings(
     options: argparse.Namespace,
     result: dict,
 ) -> None:
-    """Adds a record for each setting to `result`; `mismatches` are texts that are not the autoregressive ones."""
+    """Add a record for each setting to `result`; `mismatches` are texts that are not the autoregressive ones."""
     contestants: list[Contestant] = []
     for setting in settings:
         try:

@@ -1,4 +1,4 @@
-"""What the task benchmark counts: agreement of exits along a model's own answers, and two models on the same items."""
+"""Measures of the task benchmark: agreement of exits along a model's answers, and two models on the same items."""
 
 from __future__ import annotations
 

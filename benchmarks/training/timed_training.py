@@ -1,4 +1,4 @@
-"""The small model, the batch and the pieces of work that the train-step benchmark times."""
+"""The model, the batch and the timed functions of the train-step benchmark."""
 
 from __future__ import annotations
 

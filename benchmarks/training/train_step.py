@@ -1,4 +1,4 @@
-"""One training step: what layer dropout saves and what early exits cost, in time and in memory.
+"""Time and memory of a training step: savings of layer dropout, and costs of early exits.
 
     python -m benchmarks.training.train_step [--quick] [--output result.json] [--threads 2] [--device cpu]
 
@@ -8,7 +8,6 @@ plain step of the same round.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command_line import command_parser
 from benchmarks.environment import environment
 from benchmarks.memory.exit_loss import measure_exit_loss
 from benchmarks.memory.peak import peak_bytes, resident_bytes
@@ -176,7 +176,7 @@ def print_table(console: Console, title: str, columns: tuple[str, ...], rows: li
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser("benchmarks.training.train_step", __doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; its times say nothing")
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     parser.add_argument("--threads", type=int, default=2)

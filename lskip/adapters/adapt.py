@@ -1,12 +1,10 @@
-"""`lskip adapt`: an exit adapter for a model that stays as it is, trained on answers of its own."""
+"""`lskip adapt`: train an exit adapter for a frozen model on the model's own answers."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +15,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lskip.adapters.answers import AnswerRow, frequent_words, is_held_out, read_answers
+from lskip.adapters.join_fit import fit_join
 from lskip.adapters.module import AdapterModule, AveragedWeights, TimeBudget
 from lskip.adapters.options import AdapterData, AdapterTraining
 from lskip.adapters.record import record_answers
-from lskip.adapters.start import fit_join
 from lskip.adapters.states import AnswerData, StateCache
-from lskip.adapters.unroll import report
+from lskip.adapters.unroll import draft_metrics
 from lskip.callbacks.run_checkpoint import RunCheckpoint
 from lskip.inference.loading import resolve_device
 from lskip.inference.prompt_file import Prompt
@@ -40,13 +38,15 @@ from lskip.models.pretrained import load_model
 from lskip.training.lightning_utils import how_to_go_on, interruptible, quiet_lightning
 from lskip.training.step_bar import StepBar
 from lskip.utils.checks import check_whole
+from lskip.utils.console import say
+from lskip.utils.interrupts import interrupt_explained
 from lskip.utils.output_files import output_folder, write_json
-from lskip.utils.untrusted import printable
 from lskip.utils.user_paths import user_path
 
 METRICS_FILE = "metrics.json"
-CHECKPOINT = Path("training") / "last.ckpt"  # not where a run of `fit` has its own: an adapter is no model
+CHECKPOINT = Path("training") / "last.ckpt"  # not the place of a run of `fit`, since an adapter is not a model
 SAVED_DTYPE = torch.bfloat16
+_KEPT = "; answers and states so far are kept: the same command goes on"
 
 
 def adapt(
@@ -62,12 +62,12 @@ def adapt(
     start: str | None = None,
     resume: bool = False,
 ) -> None:
-    """Train an exit adapter: with it the exit of a model that stays as it is drafts what its last layer says.
+    """Train an exit adapter, with which an early exit of a frozen model drafts the tokens of its last layer.
 
     The model answers the prompts, and its states on each answer are kept on disk, so that a training step runs the
-    adapter alone. 3 % of the prompts are held out; of their answers those are measured on that the model writes
-    greedily. `output` gets adapter.json and adapter.safetensors (after every validation, too) and in the end
-    metrics.json; logs and the checkpoint to go on from lie in folders of it.
+    adapter alone. 3 % of the prompts are held out; the adapter is measured on those of their answers that are greedy.
+    `output` gets adapter.json and adapter.safetensors (after every validation, too) and in the end metrics.json; logs
+    and the checkpoint to resume from are in subfolders.
 
     Args:
         output: folder for the adapter; it must not exist yet, or be empty.
@@ -76,17 +76,15 @@ def adapt(
         model: a run folder, a checkpoint, a folder, a hub name, a .gguf file, smollm2.
         exit_layer: blocks of the model that run before the adapter.
         num_blocks: blocks of the adapter, at first copies of the model's last ones.
-        joins_last_state: it also gets the last layer's state of the token before, on drafted tokens its own.
-        vocabulary: it predicts so many tokens (or all, if there are fewer), the most frequent ones of the answers;
-            null: all.
+        joins_last_state: the adapter also gets the last layer's state of the previous token, or its own if drafted.
+        vocabulary: number of tokens that the adapter predicts, the most frequent ones of the answers; null: all.
         device: cpu, cuda …; auto takes a GPU where there is one.
-        start: folder of an adapter of the same shape whose weights it begins with (smollm2: the one that comes with
-            lskip), to train it further on other answers, or otherwise. null: it begins as a copy of the model's
-            top, with a join that is fitted to it.
+        start: folder of an adapter of the same shape whose weights are trained further (smollm2: the one that comes
+            with lskip). null: the adapter begins as a copy of the model's last blocks, with a join fitted to them.
         resume: go on with the training that `output` holds, with the same arguments.
 
     Raises:
-        ValueError: an argument out of its range, `output` holds something, answers that do not suffice.
+        ValueError: an argument out of its range, a non-empty `output`, or too few answers.
         FileNotFoundError: no such model, prompts or answers, or nothing to resume.
     """
     shape = AdapterShape(exit_layer, num_blocks, joins_last_state)
@@ -98,11 +96,24 @@ def adapt(
     if prompts is not None:
         _check_enough([is_held_out(prompt.content) for prompt in prompts], training.batch_size)
     with output_folder(folder):
-        _adapt(folder, data, training, model, shape, vocabulary, place, start, resume, prompts)
+        _adapt(
+            folder,
+            prompts,
+            data=data,
+            training=training,
+            source=model,
+            shape=shape,
+            vocabulary=vocabulary,
+            place=place,
+            start=start,
+            resume=resume,
+        )
 
 
 def _adapt(
     folder: Path,
+    prompts: list[Prompt] | None,
+    *,
     data: AdapterData,
     training: AdapterTraining,
     source: str,
@@ -111,47 +122,38 @@ def _adapt(
     place: torch.device,
     start: str | None,
     resume: bool,
-    prompts: list[Prompt] | None,
 ) -> None:
-    """adapt, its arguments checked and its output taken."""
+    """Train and save the adapter; arguments are checked and `folder` is locked."""
     frozen, tokenizer = _load(source, shape, data.block_size)
     _move(frozen, place, torch.float32 if training.precision == "32-true" else torch.bfloat16)
     started = None if start is None else load_adapter(find_adapter(start), frozen, shape)
-    with StateCache(frozen, shape.exit_layer, data.cache) as cache, _kept_when_interrupted():
+    with StateCache(frozen, shape.exit_layer, data.cache) as cache, interrupt_explained(_KEPT):
         if prompts is None:
             rows = read_answers(data.answer_files, frozen, tokenizer, data.block_size, data.chat)
         else:
-            limits = data.block_size, data.max_new_tokens, data.answers_at_once, data.chat
-            rows = record_answers(cache, frozen, tokenizer, prompts, *limits)
+            limits = {"block_size": data.block_size, "max_new_tokens": data.max_new_tokens}
+            answering = {"batch_size": data.answers_at_once, "chat": data.chat}
+            rows = record_answers(cache, frozen, tokenizer, prompts, **limits, **answering)
         _check_enough([row.held_out for row in rows], training.batch_size)
         adapter = _adapter(frozen, tokenizer, rows, shape, vocabulary, started)
         states = cache.states(rows)
     if start is None and not resume:
         fit_join(adapter, frozen, [row for row in rows if not row.held_out])
     batches = AnswerData(*states, training.batch_size, training.val_answers, training.seed)
-    del frozen, started  # from here on only the adapter runs
-    chosen = (getattr(training, name) for name in ("unroll", "decay", "unroll_every", "lr", "warmup_steps"))
-    module = AdapterModule(adapter, *chosen)
+    del frozen, started  # frees their memory: from here on only the adapter runs
+    chosen = {name: getattr(training, name) for name in ("unroll", "decay", "unroll_every", "lr", "warmup_steps")}
+    module = AdapterModule(adapter, **chosen)
     timer = TimeBudget(training.max_minutes)
     trainer = _trainer(folder, training, timer, place, resume)
     with interruptible(trainer, lambda: how_to_go_on(trainer, folder / CHECKPOINT, "--resume true")):
         trainer.fit(module, datamodule=batches, ckpt_path=folder / CHECKPOINT if resume else None, weights_only=True)
-    module.to(place)  # from where Lightning has taken it
+    module.to(place)  # Lightning has moved it to the CPU
     spent = {"steps": trainer.global_step, "seconds": round(timer.time_elapsed(), 1)}
     _finish(folder, module, {**_measure(module, batches), **spent})
 
 
-@contextmanager
-def _kept_when_interrupted() -> Iterator[None]:
-    """Around the answering, before there is a training to resume: says how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt as pressed:  # or what stands for another signal
-        raise type(pressed)("; answers and states so far are kept: the same command goes on") from None
-
-
 def _check_lengths(training: AdapterTraining, block_size: int) -> None:
-    """ValueError for draft steps beyond the longest answer, which a row of so many tokens cannot hold."""
+    """Raise ValueError unless draft steps fit into a row of block_size tokens."""
     for name in ("unroll", "unroll_every"):
         if getattr(training, name) >= block_size:
             raise ValueError(f"{name}: {getattr(training, name)} is not below block_size, {block_size}")
@@ -179,7 +181,7 @@ def _load(source: str, shape: AdapterShape, block_size: int) -> tuple[PreTrained
 
 
 def _check_enough(held_out: list[bool], batch_size: int) -> None:
-    """ValueError where the answers do not fill a batch."""
+    """Raise ValueError if the answers to train on do not fill a batch."""
     num = len(held_out) - sum(held_out)
     if num < batch_size:
         raise ValueError(f"batch_size: {batch_size}, but there are only {num} answers to train on")
@@ -193,23 +195,23 @@ def _adapter(
     vocabulary: int | None,
     started: ExitAdapter | None,
 ) -> ExitAdapter:
-    """A new one, with the weights of `started` if it is given; in float32 whatever the model is in."""
+    """Return a new adapter in float32, with the weights of `started` if that is given."""
     words = None if vocabulary is None else frequent_words(rows, vocabulary, model, tokenizer)
     adapter = ExitAdapter(model, shape, words)
     if started is not None:
         adapter.take_weights(started)
-    return adapter.float().eval()  # dropout would be the only thing that differs from run to run, or after resuming
+    return adapter.float().eval()  # without dropout, so that runs and resumed runs are reproducible
 
 
 def _move(model: PreTrainedModel, place: torch.device, dtype: torch.dtype) -> None:
-    """In place. Its parameters alone change type: `to` would round rotary frequencies too."""
+    """Move the model in place; only parameters change type, since `to` would round rotary frequencies too."""
     model.to(place)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
 class SavedAdapter(Callback):
-    """Saves the adapter after every validation: averaged, as it was validated, so it stands before AveragedWeights."""
+    """A callback that saves the adapter after every validation; before AveragedWeights, so the average is saved."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -219,10 +221,10 @@ class SavedAdapter(Callback):
 
 
 def save_atomically(adapter: ExitAdapter, folder: Path) -> None:
-    """`adapter.save`, but `folder` never holds half a file, nor one that says nothing.
+    """Save the adapter so that `folder` never holds half a file or weights that are not finite.
 
     Raises:
-        ValueError: weights that are not finite; what was saved before stays.
+        ValueError: the weights are not finite; the adapter saved before stays.
     """
     if not all(part.to(SAVED_DTYPE).isfinite().all() for part in adapter.trained_parameters()):
         raise ValueError(f"lr: training made weights NaN or infinite; '{folder}' keeps what was saved before")
@@ -235,12 +237,12 @@ def save_atomically(adapter: ExitAdapter, folder: Path) -> None:
 
 def _trainer(folder: Path, training: AdapterTraining, timer: TimeBudget, place: torch.device, resume: bool) -> Trainer:
     quiet_lightning()
-    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # as it is meant to be
+    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # intended, see _adapter
     checkpoint = RunCheckpoint(folder / CHECKPOINT.parent, training.checkpoint_every)
     callbacks = [timer, SavedAdapter(folder), checkpoint, StepBar()]
     if training.ema is not None:
         callbacks.append(AveragedWeights(training.ema, training.warmup_steps, place))
-    # What an interrupted run logged beyond its last checkpoint is hidden, since it is logged anew.
+    # Hides what an interrupted run logged after its last checkpoint: those steps are logged again.
     purge = _steps_done(folder / CHECKPOINT) + 1 if resume else None
     return Trainer(
         accelerator="gpu" if place.type == "cuda" else place.type,
@@ -262,13 +264,13 @@ def _trainer(folder: Path, training: AdapterTraining, timer: TimeBudget, place: 
 def _steps_done(path: Path) -> int:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-    except Exception as error:  # zip, pickle, end of file: it depends on where the file is damaged
+    except Exception as error:  # of zip, pickle …, depending on where the file is damaged
         raise ValueError(f"resume: '{path}' is not a readable checkpoint") from error
 
 
 @torch.inference_mode()
 def _measure(module: AdapterModule, data: AnswerData) -> dict:
-    """The report on all held-out answers, of the weights as they are saved, in float32."""
+    """Return the metrics on all held-out answers, computed in float32 with the weights rounded as they are saved."""
     for parameter in module.adapter.trained_parameters():
         parameter.copy_(parameter.to(SAVED_DTYPE))
     batches = tqdm(data.held_out_loader(), desc="held out", unit="batch")
@@ -278,7 +280,7 @@ def _measure(module: AdapterModule, data: AnswerData) -> dict:
     answered = data.held_out.answer_tokens()
     covered = np.isin(answered, module.adapter.token_ids.cpu().numpy()).mean()
     return {
-        **report(hits),
+        **draft_metrics(hits),
         "words": len(module.adapter.token_ids),
         "words_share_of_held_out_tokens": round(float(covered), 4),
         "answers": {"train": len(data.train), "held_out": len(hits)},
@@ -294,4 +296,4 @@ def _finish(folder: Path, module: AdapterModule, metrics: dict) -> None:
     rounds = ", ".join(f"{value:.2f} at d = {d}" for d, value in metrics["tokens_per_round"].items())
     print(f"draft_agreement {metrics['draft_agreement']:.3f} (by draft step: {steps})")
     print(f"tokens_per_round {rounds}, on {metrics['answers']['held_out']} held-out answers")
-    print(printable(f"adapter: {folder}", keep=""))
+    say(f"adapter: {folder}")

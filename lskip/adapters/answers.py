@@ -1,4 +1,4 @@
-"""Answers of a frozen model, read as what an exit adapter is trained on: prompts with answers, as tokens."""
+"""Training rows of an exit adapter: prompts with the frozen model's answers, as tokens."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class AnswerRow:
     """A prompt and its answer, as tokens.
 
     Attributes:
-        token_ids: both, one after the other.
-        prompt_length: how many are the prompt's. Positions from its last to the last but one predict the answer.
-        held_out: whether nothing is trained on it.
+        token_ids: of the prompt, then of the answer.
+        prompt_length: tokens of the prompt. Positions prompt_length - 1 to len(token_ids) - 2 predict the answer.
+        held_out: whether it is kept from training.
     """
 
     token_ids: tuple[int, ...]
@@ -38,12 +38,12 @@ class AnswerRow:
 
     @cached_property
     def digest(self) -> int:
-        """Stands for its tokens and where the answer begins."""
+        """Return a hash of the tokens and of prompt_length."""
         return digest_of([self.prompt_length, *self.token_ids])
 
 
 def digest_of(numbers: Sequence[int]) -> int:
-    """64 bits that stand for so many whole numbers."""
+    """Return a 64-bit hash of whole numbers."""
     return int.from_bytes(hashlib.sha256(np.array(numbers, np.int32).tobytes()).digest()[:8], "little")
 
 
@@ -54,16 +54,16 @@ def read_answers(
     block_size: int,
     chat: bool | None = None,
 ) -> list[AnswerRow]:
-    """The answers in files that `lskip predict` wrote, each once, cut to `block_size` tokens, shortest first.
+    """Return the unique answers in files that `lskip predict` wrote, cut to `block_size` tokens, shortest first.
 
-    What is held out is decided by the hash of the prompt, so that all answers to a prompt are on the same side.
+    The hash of the prompt decides what is held out, so that all answers to a prompt are on the same side.
 
     Args:
-        chat: as the prompts were given to the model: through the chat template or not; None: where it has one.
+        chat: whether `predict` used the chat template; None: if the model has one.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that is no answer (with file and number), or a side of the split without any.
+        ValueError: a line is not an answer (with file and number), or a side of the split is empty.
     """
     ends = end_tokens(model, tokenizer)
     end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else min(ends, default=None)
@@ -84,7 +84,7 @@ def read_answers(
 
 
 def in_order(rows: Collection[AnswerRow], block_size: int) -> list[AnswerRow]:
-    """Shortest first; ValueError for a side of the split without any."""
+    """Return the rows, shortest first; ValueError if a side of the split is empty."""
     for held_out in (False, True):
         if not any(row.held_out == held_out for row in rows):
             side = "is held out" if held_out else "is left to train on"
@@ -93,7 +93,7 @@ def in_order(rows: Collection[AnswerRow], block_size: int) -> list[AnswerRow]:
 
 
 def is_held_out(prompt: str | list[dict]) -> bool:
-    """Whether a prompt, a text or chat messages, is among the 3 % that are held out."""
+    """Return whether a prompt, a text or chat messages, is among the 3 % that are held out."""
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
     return fraction_of(text_digest(text)) < HELD_OUT
 
@@ -101,7 +101,7 @@ def is_held_out(prompt: str | list[dict]) -> bool:
 def frequent_words(
     rows: list[AnswerRow], size: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Tensor:
-    """At most [size] token ids, ascending: what ends a text, and the most frequent tokens of the training answers."""
+    """Return up to `size` token ids, ascending: end tokens and the most frequent tokens of the training answers."""
     answers = [np.array(row.token_ids[row.prompt_length :]) for row in rows if not row.held_out]
     counts = np.bincount(np.concatenate(answers), minlength=model.config.vocab_size)
     counts[list(end_tokens(model, tokenizer))] = counts.max() + 1

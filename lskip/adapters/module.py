@@ -1,4 +1,4 @@
-"""Training of an exit adapter on the drafts that it would make."""
+"""The LightningModule and callbacks that train an exit adapter on unrolled drafts."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, Timer
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lskip.adapters.unroll import drafted_at, report, unrolled_states
+from lskip.adapters.unroll import draft_metrics, drafted_at, unrolled_states
 from lskip.losses import rows_at_once
 from lskip.models.exit_adapter import ExitAdapter
 from lskip.optimization import WarmupCosine
 from lskip.training.finite_steps import FiniteSteps
 from lskip.training.resumed_settings import ResumedSettings
 
-MEASURED_STEPS = 6  # draft steps that validation looks at, at least
+MEASURED_STEPS = 6  # draft steps of validation, at least
 
 
 def step_weights(num_steps: int, decay: float) -> list[float]:
-    """decay^(j-1) for j = 1, 2, …, over their sum."""
+    """Return decay^(j-1) for draft steps j = 1, 2, …, normalized to a sum of 1."""
     weights = [decay**step for step in range(num_steps)]
     return [weight / sum(weights) for weight in weights]
 
 
 def draft_loss(states: Tensor, last_states: Tensor, head_weight: Tensor, row_weights: Tensor) -> Tensor:
-    """Σ row_weights · CE(softmax(last_states head^T), softmax(states head^T)), to differentiate by `states` alone.
+    """Return Σ row_weights · CE(softmax(last_states head^T), softmax(states head^T)), differentiable by `states` only.
 
-    Logits of a few rows at a time. As in `head_loss` the gradient is made in the forward pass, and products run in
-    autocast's dtype.
+    Logits are computed a few rows at a time. As in `head_loss`, the forward pass computes the gradient, and products
+    run in autocast's dtype.
 
     Args:
         states: [N, D], the adapter's.
@@ -73,22 +73,22 @@ class _DraftLoss(torch.autograd.Function):
 
 
 class AdapterModule(LightningModule):
-    """Trains an ExitAdapter to say what the frozen model's last layer says.
+    """Training of an ExitAdapter to predict what the frozen model's last layer predicts.
 
     A batch is {"exit_states" [B, S, D], "last_states" [B, S, D] after the final norm, "scored" [B, S] bool}, padded
-    at the right, and to validate on "choices" [B, S], the model's own likeliest next tokens. The loss is the
-    cross-entropy over the adapter's words between its distribution and the last layer's, a mean over the scored
-    positions of each draft step, and over the steps with weights decay^(j-1).
+    at the right; validation also needs "choices" [B, S], the argmax of the model. The loss is the cross-entropy between
+    the adapter's distribution and the last layer's over the adapter's words, a mean over the scored positions of each
+    draft step, and over the steps with weights decay^(j-1).
 
     Args:
         adapter: in float32.
-        unroll: draft steps to train on. Without the last layer's state as an input all steps are alike: 1.
+        unroll: draft steps to train on; 1 without joins_last_state, since all steps are then alike.
         decay: weight of a draft step against the one before, above 0.
-        unroll_every: steps after the first are trained on the rounds that begin at one position of so many, others in
-            each optimizer step: on all, each would cost as much as the first, to tell much the same.
-        lr: the full learning rate of AdamW.
-        warmup_steps: optimizer steps until that.
-        clip: norm that gradients are cut to.
+        unroll_every: draft steps after the first are trained only on rounds that begin at every n-th position, shifted
+            in each optimizer step: each step on all positions would cost as much as the first, for little gain.
+        lr: peak learning rate of AdamW.
+        warmup_steps: optimizer steps until the peak.
+        clip: maximal norm of the gradient.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class AdapterModule(LightningModule):
         self.decay, self.unroll_every = decay, unroll_every
         self.lr, self.warmup_steps, self.clip = lr, warmup_steps, clip
         self.finite_steps = FiniteSteps()
-        self.tokens_seen = 0  # scored positions, each as often as it was trained on
+        self.tokens_seen = 0  # scored positions, counted each time they are trained on
         self._hits: list[Tensor] = []
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -117,7 +117,7 @@ class AdapterModule(LightningModule):
         return loss
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Of one batch, in nats a token; 0 where nothing is scored."""
+        """Return the loss of a batch in nats a token; 0 if nothing is scored."""
         scored, last_states = batch["scored"], batch["last_states"]
         everywhere = torch.arange(scored.shape[1], device=scored.device)
         starts = everywhere[self.global_step % self.unroll_every :: self.unroll_every]
@@ -136,14 +136,14 @@ class AdapterModule(LightningModule):
         parts = [batch[name].to(self.adapter.join.weight.dtype) for name in ("exit_states", "last_states")]
         return unrolled_states(self.adapter, *parts, num_steps, starts)
 
-    # Validation: is each draft step's word the model's own next token, and what follows for a round.
+    # Validation: agreement of each draft step with the model's argmax, and tokens per round.
 
     def hits(self, batch: dict[str, Tensor]) -> list[Tensor]:
-        """For each row bool [A, J]: at its A scored positions, whether draft step j says what the model does."""
+        """Return for each row bool [A, J]: whether draft step j at scored position a is the model's argmax."""
         scored, choices, head = batch["scored"], batch["choices"], self.adapter.body.lm_head
         right = []
         for later, states in enumerate(self._unrolled(batch, max(self.unroll, MEASURED_STEPS))):
-            states = F.pad(states, (0, 0, later, 0))[:, : scored.shape[1]]  # from the start of a round to its own place
+            states = F.pad(states, (0, 0, later, 0))[:, : scored.shape[1]]  # index by drafted position
             words = self.adapter.token_ids[head(states[scored]).argmax(-1)]
             right.append(words == choices[scored])
         return list(torch.stack(right, 1).cpu().split(scored.sum(1).tolist()))
@@ -152,7 +152,7 @@ class AdapterModule(LightningModule):
         self._hits += self.hits(batch)
 
     def on_validation_epoch_end(self) -> None:
-        values, self._hits = report(self._hits), []
+        values, self._hits = draft_metrics(self._hits), []
         self.log("val/draft_agreement", values["draft_agreement"], prog_bar=True)
         told = {step: value for step, value in enumerate(values["agreement"], start=1) if value is not None}
         self.log_dict({f"val/agreement/step_{step}": value for step, value in told.items()})
@@ -175,7 +175,7 @@ class AdapterModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         return [self.finite_steps, ResumedSettings()]
 
-    # A checkpoint goes with one adapter; its words are no part of the weights.
+    # A checkpoint belongs to one adapter; its words are not part of the weights.
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["adapter"] = {**self._identity(), "tokens_seen": self.tokens_seen}
@@ -193,7 +193,7 @@ class AdapterModule(LightningModule):
 
 
 class TimeBudget(Timer):
-    """Counts the time of training, over interruptions too; with a limit it ends it, the learning rate decayed."""
+    """A timer of training, across interruptions; a limit ends training with the learning rate decayed."""
 
     def __init__(self, max_minutes: float | None):
         super().__init__(None if max_minutes is None else timedelta(minutes=max_minutes), verbose=False)
@@ -202,20 +202,20 @@ class TimeBudget(Timer):
     def on_train_batch_start(self, trainer: Trainer, pl_module: AdapterModule, batch, batch_idx: int) -> None:
         if self.max_seconds is None:
             return
-        # The schedule counts steps: it is told how many there will be at the pace so far.
+        # The schedule counts steps: extrapolate their number from the pace so far.
         steps = trainer.global_step * self.max_seconds / max(self.time_elapsed(), 1e-3)
         limit = trainer.max_steps if trainer.max_steps > 0 else steps
         pl_module.lr_schedulers().total_steps = max(min(steps, limit), 1)
 
 
 class AveragedWeights(EMAWeightAveraging):
-    """Lightning's, but the average replaces the weights only after the last checkpoint, which must hold both.
+    """EMA of the weights, which replaces them only after the last checkpoint, which must hold both.
 
-    Where training ends before the average begins, the weights stay.
+    If training ends before averaging begins, the weights stay.
     """
 
     def __init__(self, decay: float, first_step: int, device: torch.device | None = None):
-        """device: where the average is kept; None: where the module is when training is set up, the CPU as a rule."""
+        """Keep the average on `device`; None: where the module is when training is set up, usually the CPU."""
         super().__init__(device, use_buffers=False, decay=decay, update_starting_at_step=first_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: AdapterModule) -> None:

@@ -1,4 +1,4 @@
-"""The options of `lskip adapt`: what an exit adapter is trained on, and how."""
+"""The options of `lskip adapt`: data and training of an exit adapter."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ YEAR = 365 * 24 * 60  # minutes
 
 @dataclass(frozen=True)
 class AdapterData:
-    """What an adapter is trained on: prompts, which the model answers first, or answers that it has written.
+    """Data of an adapter: prompts, which the model answers first, or answers that it has written.
 
     Attributes:
         prompts: a .txt file with a prompt a line, or .jsonl with {"prompt": …} or {"messages": …} a line. The model
             answers them greedily; the answers are kept, with their states.
-        answers: instead of prompts, list of .jsonl files that `lskip predict` wrote with this model (sampled ones may
-            stand beside greedy ones).
+        answers: instead of prompts, list of .jsonl files that `lskip predict` wrote with this model, greedy or sampled.
         max_new_tokens: of an answer to a prompt, at most.
         answers_at_once: prompts that are answered together.
         block_size: tokens of a prompt with its answer; longer ones are cut.
         chat: whether plain prompts go through the chat template (for answers: whether they did in `lskip predict`);
             null: where the model has one.
-        cache_dir: where the states are kept, for SmolLM2 2.3 KB a token and 1.2 of each further exit_layer; null:
+        cache_dir: folder for the states, for SmolLM2 2.3 KB a token and 1.2 KB for each further exit_layer; null:
             ~/.cache/lskip.
 
     Raises:
-        ValueError: both prompts and answers, or neither; a number out of its range; a cache_dir that can be none.
+        ValueError: both prompts and answers, or neither; a number out of its range; a cache_dir that is not writable.
     """
 
     prompts: str | None = None
@@ -55,7 +54,7 @@ class AdapterData:
 
     @property
     def cache(self) -> Path:
-        """The folder for states."""
+        """The folder of cached states."""
         return check_cache(self.cache_dir) / "adapter_states"
 
     @property
@@ -63,11 +62,11 @@ class AdapterData:
         return [user_path(path, "answers") for path in self.answers or ()]
 
     def read_prompts(self) -> list[Prompt] | None:
-        """The prompts, or None where there are answers.
+        """Return the prompts, or None if `answers` are given.
 
         Raises:
             FileNotFoundError: no such file, of prompts or of answers.
-            ValueError: a file that holds no prompts.
+            ValueError: the file holds no prompts.
         """
         for path in self.answer_files:
             if not path.is_file():
@@ -77,22 +76,22 @@ class AdapterData:
 
 @dataclass(frozen=True)
 class AdapterTraining:
-    """How an adapter is trained.
+    """Training of an adapter.
 
     Attributes:
-        max_steps: optimizer steps, at most; null: 2000, or with max_minutes as many as go into them.
-        max_minutes: ends training after so many minutes, validations included, and the learning rate's decay with
-            it; two such runs are not the same to the bit. null: max_steps alone decides.
+        max_steps: optimizer steps, at most; null: 2000, or with max_minutes as many as fit into that time.
+        max_minutes: time limit of training, validations included, by which the learning rate is decayed; two such runs
+            are not the same to the bit. null: max_steps alone decides.
         batch_size: answers a step.
-        lr: full learning rate of AdamW.
-        warmup_steps: optimizer steps until the full rate.
-        unroll: draft steps that it is trained on, each on what it made of the one before.
-        decay: weight of a draft step in the loss, against the one before.
-        unroll_every: draft steps after the first are trained on the drafts that begin at one position of so many.
-        ema: what is kept is an average of the weights with this decay a step; null: the last weights.
+        lr: peak learning rate of AdamW.
+        warmup_steps: optimizer steps until the peak.
+        unroll: draft steps to train on, each on the adapter's own states of the step before.
+        decay: weight of a draft step in the loss, relative to the step before.
+        unroll_every: draft steps after the first are trained on drafts that begin at every n-th position.
+        ema: decay a step of the moving average of the weights, which is saved; null: the last weights are saved.
         precision: of training; bf16-mixed computes the model's states in bfloat16 too, faster where the CPU can.
         val_every: optimizer steps between two validations.
-        val_answers: held-out answers that a validation looks at; in the end it is all of them.
+        val_answers: held-out answers of a validation; the final metrics are on all of them.
         checkpoint_every: optimizer steps between two checkpoints.
         seed: of the order of the answers.
 
@@ -134,5 +133,5 @@ class AdapterTraining:
 
     @property
     def steps(self) -> int:
-        """-1: as many as there is time for."""
+        """The Trainer's max_steps; -1: limited by max_minutes only."""
         return self.max_steps or (DEFAULT_STEPS if self.max_minutes is None else -1)

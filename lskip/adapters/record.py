@@ -1,8 +1,7 @@
-"""Answers that a model writes for an exit adapter to be trained on, their states kept on the way."""
+"""Greedy answers of a model to prompts, recorded with their states to train an exit adapter on."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,8 +17,9 @@ from lskip.inference.layers.linear_choice import obstacle_to
 from lskip.inference.prompt_file import Prompt
 from lskip.inference.text import encode_prompt
 from lskip.models.decoder import Decoder
+from lskip.utils.console import warn
 
-GROUP = 4  # times the texts that are answered together: what a kill loses at most, and a few idle places at its end
+GROUP = 4  # batches between commits to disk: a kill loses at most one group, at whose end some slots are idle
 
 
 def record_answers(
@@ -32,30 +32,30 @@ def record_answers(
     batch_size: int,
     chat: bool | None = None,
 ) -> list[AnswerRow]:
-    """Greedy answers as `read_answers` gives them, their states in `cache`; what it has is not written again.
+    """Return greedy answers as `read_answers` does, their states stored in `cache`; cached answers are reused.
 
     Args:
-        cache: entered.
-        model: the one that `cache` is of.
-        prompts: those that leave no room in block_size are left out.
+        cache: an open cache of `model`.
+        model: the frozen model.
+        tokenizer: of the model.
+        prompts: prompts of block_size tokens or more are left out.
+        block_size: tokens of a prompt with its answer; longer ones are cut.
         max_new_tokens: of an answer, at most.
         batch_size: prompts that are answered together.
-        chat: whether texts go through the chat template; None: where the model has one.
+        chat: whether texts go through the chat template; None: if the model has one.
 
     Raises:
-        ValueError: no prompt, or none of a side of the split, leaves room for an answer.
+        ValueError: no prompt of a side of the split leaves room for an answer.
     """
     asked: dict[int, tuple[list[int], bool]] = {}
     for prompt in prompts:
         ids = _encoded(prompt, model, tokenizer, chat)
         if len(ids) < block_size:
             asked[digest_of([max_new_tokens, *ids])] = ids, is_held_out(prompt.content)
-    # All of what in_order asks for is known before hours of answering.
+    # Its checks need no answers: fail before hours of decoding.
     in_order([row_of(*each, [], block_size) for each in asked.values()], block_size)
     if damaged := cache.answers.forget_damaged(asked):
-        print(
-            f"warning: cache_dir: '{cache.answers.folder}': {damaged} damaged answers are given again", file=sys.stderr
-        )
+        warn(f"cache_dir: '{cache.answers.folder}': {damaged} damaged answers are given again")
     missing = [digest for digest in asked if digest not in cache.answers]
     if missing:
         limits = {"max_new_tokens": max_new_tokens, "block_size": block_size, "batch_size": batch_size}
@@ -83,10 +83,10 @@ def _answer(
     block_size: int,
     batch_size: int,
 ) -> None:
-    """Answers prompts group by group, and counts those of a group as answered all at once.
+    """Answer prompts group by group, and commit the answers of a group together.
 
-    A text's states depend, in their last bits, on the texts beside it. A group that a kill has cut short is answered
-    again as a whole, and those after it are the same as ever: so are all states, whenever a run was stopped.
+    States depend in their last bits on the other texts of the batch. A group cut short by a kill is answered again as a
+    whole, so that states are the same whether or not a run was interrupted.
     """
     generator = TextGenerator(model, tokenizer, weights=_weights_for(model), batch_size=batch_size)
     settings = {"states_at": cache.exit_layer, "max_new_tokens": max_new_tokens, "temperature": 0.0}
@@ -106,7 +106,7 @@ def _answer(
 
 
 def _weights_for(model: PreTrainedModel) -> str:
-    """How weights are held: never by a timing, as "auto" may in float32, since forms differ in their last bits."""
+    """Return the layout of the weights, in float32 by a fixed rule, since layouts differ in their last bits."""
     matrix = next(part for part in Decoder(model).blocks[0].parameters() if part.dim() == 2)
     if matrix.dtype != torch.float32:
         return "auto"
@@ -114,5 +114,5 @@ def _weights_for(model: PreTrainedModel) -> str:
 
 
 def row_of(prompt: list[int], held_out: bool, answer: list[int], block_size: int) -> AnswerRow:
-    """A prompt with its answer, cut to block_size tokens."""
+    """Return a prompt with its answer, cut to block_size tokens."""
     return AnswerRow(tuple([*prompt, *answer][:block_size]), len(prompt), held_out)

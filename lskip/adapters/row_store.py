@@ -1,4 +1,4 @@
-"""Rows of numbers on disk that only ever get more: each is computed once, and found again by its digest."""
+"""An append-only store of rows of numbers on disk, found by their digests."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
-INDEX_FILE = "rows.bin"  # written last: what it does not tell of was left by a kill
+INDEX_FILE = "rows.bin"  # written last: rows without an entry are leftovers of a kill
 SUMS_FILE = "sums.bin"  # a checksum for each row of the index, over all its parts
 INDEX = np.dtype([("digest", "<u8"), ("tokens", "<i8")])
 SUM = np.dtype("<u4")
 
 
 class RowStore:
-    """Parts of rows in files, a file for each part with all rows one after another, without padding.
+    """Rows of several parts; each part is a file with all rows one after another, without padding.
 
-    One process at a time may open it and append; what it has mapped stays readable.
+    Only one process at a time may open the store and append; mapped arrays stay readable.
 
     Attributes:
-        widths: part -> its type and how many numbers of it a token has.
+        folder: of the files.
+        widths: part -> (type, numbers for each token).
     """
 
     def __init__(self, folder: Path, widths: dict[str, tuple[type, int]]):
@@ -30,7 +31,7 @@ class RowStore:
         self._tokens = 0
 
     def open(self) -> None:
-        """Finds what there is, and takes away what a kill left of rows that are not whole, or a damaged index."""
+        """Read the index, and truncate what a kill or a damaged index left of incomplete rows."""
         self.folder.mkdir(parents=True, exist_ok=True)
         index = self._whole(self._read(INDEX_FILE, INDEX))
         self._places, self._sums, self._tokens = {}, {}, 0
@@ -49,12 +50,12 @@ class RowStore:
         return np.frombuffer(data[: len(data) - len(data) % kind.itemsize], kind)
 
     def _bytes(self, name: str) -> int:
-        """Of a token."""
+        """Return the bytes of a token."""
         kind, width = self.widths[name]
         return width * np.dtype(kind).itemsize
 
     def _whole(self, index: np.ndarray) -> np.ndarray:
-        """The rows before the first that a file of a part does not hold."""
+        """Return the entries before the first row that some file does not hold completely."""
         files = {name: self.folder / f"{name}.bin" for name in self.widths}
         room = min(path.stat().st_size // self._bytes(name) if path.exists() else 0 for name, path in files.items())
         lengths = np.clip(index["tokens"], -1, room + 1)  # so that no sum overflows
@@ -62,7 +63,7 @@ class RowStore:
         return index[: int(bad.argmax()) if bad.any() else len(index)]
 
     def _read_sums(self, digests: list[int]) -> None:
-        """Rows without a checksum, of a store that was made before there were any, get that of what is there."""
+        """Read the checksums; rows of a store from before there were any get those of their present content."""
         sums = self._read(SUMS_FILE, SUM)[: len(digests)].tolist()
         sums += [self._sum_of_mapped(digest) for digest in digests[len(sums) :]]
         self._sums = dict(zip(digests, sums, strict=True))
@@ -72,7 +73,7 @@ class RowStore:
         return _sum(self.mapped(name)[self._places[digest]] for name in self.widths)
 
     def forget_damaged(self, digests: Iterable[int]) -> int:
-        """How many of the rows are not what was written: they count as missing from here on."""
+        """Drop the rows whose checksum is wrong, and return their number."""
         damaged = [each for each in set(digests) & set(self._places) if self._sum_of_mapped(each) != self._sums[each]]
         for digest in damaged:
             del self._places[digest]
@@ -86,11 +87,11 @@ class RowStore:
         return digest in self._places
 
     def place(self, digest: int) -> slice:
-        """Which tokens of its parts are the row's; KeyError where it is not there."""
+        """Return the slice of a row in its parts; KeyError if it is missing."""
         return self._places[digest]
 
     def append(self, digests: Sequence[int], rows: Sequence[dict[str, np.ndarray]]) -> None:
-        """Adds rows, each {part: [tokens, width]} in that part's type; those that it has are left out."""
+        """Append rows, each {part: [tokens, width]} in that part's type; rows that exist are left out."""
         new = {digest: row for digest, row in zip(digests, rows, strict=True) if digest not in self}
         for name in self.widths:
             with (self.folder / f"{name}.bin").open("ab") as file:
@@ -107,7 +108,7 @@ class RowStore:
             self._take(digest, tokens)
 
     def mapped(self, name: str) -> np.ndarray:
-        """[tokens of all rows, width] of a part, mapped from the disk."""
+        """Return a part of all rows, [tokens, width], memory-mapped."""
         kind, width = self.widths[name]
         path, shape = self.folder / f"{name}.bin", (self._tokens, width)
         return np.memmap(path, kind, "r", shape=shape) if self._tokens else np.empty(shape, kind)

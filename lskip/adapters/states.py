@@ -1,9 +1,8 @@
-"""What an exit adapter is trained on: a frozen model's states on answers of its own, computed once, kept on disk."""
+"""States of a frozen model on its answers, cached on disk: the training data of an exit adapter."""
 
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,23 +21,23 @@ from lskip.adapters.answers import AnswerRow
 from lskip.adapters.row_store import RowStore
 from lskip.data.loading import ResumableLoader, ResumableSampler
 from lskip.models.decoder import Decoder
-from lskip.utils.untrusted import printable
+from lskip.utils.console import warn
 
 SPLITS = ("train", "held_out")
-GREEDY_SHARE = 0.98  # of an answer's tokens: so many are the model's likeliest if nothing was sampled
-ROWS_AT_ONCE = 8  # of the frozen model's pass; also what a kill loses at most
+GREEDY_SHARE = 0.98  # of an answer's tokens that are the argmax; near ties may differ in greedy answers
+ROWS_AT_ONCE = 8  # in a forward pass; a kill loses at most so many
 
 
 class AnswerStates(Dataset):
-    """Rows with their states, mapped from the disk. A row is a dict, S its tokens:
+    """Rows with their states, memory-mapped.
 
-    token_ids [S]; exit_states and last_states [S, D] in bfloat16, the last layer's after the final norm; scored [S],
-    true where the next token is the answer's; for held-out rows choices [S], the model's own likeliest next token
+    A row of S tokens is a dict: token_ids [S]; exit_states and last_states [S, D] in bfloat16, the latter after the
+    final norm; scored [S], true where the next token is the answer's; for held-out rows choices [S], the model's argmax
     where scored, else -1.
     """
 
     def __init__(self, rows: Sequence[AnswerRow], stores: Sequence[RowStore]):
-        """stores: hold all parts of all rows."""
+        """Map the rows from `stores`, which hold all their parts."""
         self.rows, self.lengths = rows, np.array([len(row.token_ids) for row in rows])
         self._parts = {
             name: (store.mapped(name), [store.place(row.digest) for row in rows])
@@ -50,7 +49,7 @@ class AnswerStates(Dataset):
         return len(self.rows)
 
     def part(self, name: str, index: int) -> np.ndarray:
-        """[S, width], of one row."""
+        """Return a part of one row, [S, width]."""
         numbers, places = self._parts[name]
         return numbers[places[index]]
 
@@ -64,7 +63,7 @@ class AnswerStates(Dataset):
         return row
 
     def greedy(self) -> np.ndarray:
-        """bool [rows]: which held-out answers are what the model says without sampling (but for a near tie or two)."""
+        """Return bool [rows]: which held-out answers are greedy, up to a few near ties."""
         shares = [
             np.mean(self.part("choices", index)[row.prompt_length - 1 : -1, 0] == row.token_ids[row.prompt_length :])
             for index, row in enumerate(self.rows)
@@ -72,34 +71,34 @@ class AnswerStates(Dataset):
         return np.array(shares) >= GREEDY_SHARE
 
     def answer_tokens(self) -> np.ndarray:
-        """The tokens of all answers, [N]."""
+        """Return the tokens of all answers, [N]."""
         return np.concatenate([row.token_ids[row.prompt_length :] for row in self.rows])
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """One batch [B, S, …], padded at the right with zeros (nothing there is scored)."""
+    """Return a batch [B, S, …], padded at the right with zeros, which are not scored."""
     return {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in rows[0]}
 
 
 class StateCache:
-    """What a frozen model, as it is, computes on rows, kept on disk; of one exit at a time.
+    """A frozen model's states on rows at one exit and at the last layer, cached on disk.
 
-    Further rows, or another exit_layer, cost only what is new about them, and a kill loses the last few rows. It is a
-    context, which other processes wait for; what it gave is readable after it.
+    For new rows or another exit_layer only the missing states are computed; a kill loses the last few rows. As a
+    context manager it locks the cache, for which other processes wait; mapped states stay readable after it.
 
     Attributes:
-        answers: token_ids of texts that the model wrote, by a digest of what they answer.
+        answers: token_ids of the model's answers, by a digest of their prompts.
     """
 
     def __init__(self, model: PreTrainedModel, exit_layer: int, cache: Path):
-        """exit_layer: blocks that run before the states of the exit. cache: a folder of many such."""
+        """Choose the subfolder of `cache` for this model and the states after `exit_layer` blocks."""
         self.decoder, self.exit_layer = Decoder(model), exit_layer
         folder, width = cache / _key(self.decoder), self.decoder.hidden_size
         self.answers = RowStore(folder / "answers", {"token_ids": (np.int32, 1)})
         self._stores = {}
         for split in SPLITS:
             choices = {"choices": (np.int32, 1)} if split == "held_out" else {}
-            # bfloat16 as the integers of its bits
+            # bfloat16, stored as int16 since NumPy has no such type
             early = RowStore(folder / split / f"exit_{exit_layer}", {"exit_states": (np.int16, width)})
             last = RowStore(folder / split / "last", {"last_states": (np.int16, width), **choices})
             self._stores[split] = early, last
@@ -119,19 +118,18 @@ class StateCache:
         self._lock.release()
 
     def add(self, row: AnswerRow, exit_states: Tensor, last_states: Tensor) -> None:
-        """States [S, D] of a row that were computed elsewhere; the last layer's are after the final norm."""
+        """Store states [S, D] of a row that were computed elsewhere; the last layer's are after the final norm."""
         for store in self._stores[_side(row)]:
             store.append([row.digest], [_parts_of(row, exit_states, last_states, self.decoder)])
 
     def states(self, rows: list[AnswerRow]) -> tuple[AnswerStates, AnswerStates]:
-        """(to train on, held out) of `rows`; what is missing, or damaged on the disk, is computed."""
+        """Return (training rows, held-out rows) with their states, after computing missing or damaged ones."""
         sides = {split: [row for row in rows if _side(row) == split] for split in SPLITS}
         for split, stores in self._stores.items():
             digests = [row.digest for row in sides[split]]
             for store in stores:
                 if damaged := store.forget_damaged(digests):
-                    said = f"{damaged} rows are damaged, and computed again"
-                    print(printable(f"warning: cache_dir: '{store.folder}': {said}", keep=""), file=sys.stderr)
+                    warn(f"cache_dir: '{store.folder}': {damaged} rows are damaged, and computed again")
         missing = {split: self._missing(split, side) for split, side in sides.items()}
         tokens = sum(len(row.token_ids) for groups in missing.values() for group in groups for row in group)
         with tqdm(total=tokens, unit="token", unit_scale=True, desc="states", disable=not tokens) as bar:
@@ -141,13 +139,13 @@ class StateCache:
         return tuple(AnswerStates(sides[split], self._stores[split]) for split in SPLITS)
 
     def _missing(self, split: str, rows: list[AnswerRow]) -> tuple[list[AnswerRow], list[AnswerRow]]:
-        """Those of one side that lack this exit alone, and those that lack all."""
+        """Return the rows of one side that lack only this exit's states, and those that lack all."""
         early, last = self._stores[split]
         known = [row for row in rows if row.digest in last and row.digest not in early]
         return known, [row for row in rows if row.digest not in last]
 
     def _fill(self, split: str, rows: list[AnswerRow], depth: int, bar: tqdm) -> None:
-        """Runs `depth` blocks on rows and keeps what that gives."""
+        """Run `depth` blocks on rows and store their states."""
         early, last = self._stores[split]
         for start in range(0, len(rows), ROWS_AT_ONCE):
             batch = rows[start : start + ROWS_AT_ONCE]
@@ -162,9 +160,9 @@ def _side(row: AnswerRow) -> str:
 
 
 def _key(decoder: Decoder) -> str:
-    """Of all that the states of a row depend on, but for the row."""
+    """Return a hash of the model: dtype, config, and a part of each weight."""
     digest = hashlib.sha256(repr((decoder.dtype, decoder.config.to_json_string())).encode())
-    for parameter in decoder.model.parameters():  # a little of each: any fine-tuning changes all of what it trains
+    for parameter in decoder.model.parameters():  # its first values, since fine-tuning changes all
         some = parameter.detach().flatten()[:256].float().cpu()
         digest.update(some.numpy().tobytes())
     return digest.hexdigest()[:32]
@@ -172,7 +170,7 @@ def _key(decoder: Decoder) -> str:
 
 @torch.inference_mode()
 def _states_of(rows: Sequence[AnswerRow], decoder: Decoder, exit_layer: int, depth: int) -> list[dict[str, np.ndarray]]:
-    """For each row what the stores hold of it; the exit's states alone where no more than `exit_layer` blocks run."""
+    """Return the stored parts of each row; only the exit's states if `depth` is `exit_layer`."""
     x = decoder.embed(pad_sequence([torch.tensor(row.token_ids) for row in rows], batch_first=True).to(decoder.device))
     inputs = decoder.block_inputs(x)
     for block in range(depth):
@@ -186,7 +184,7 @@ def _states_of(rows: Sequence[AnswerRow], decoder: Decoder, exit_layer: int, dep
 def _parts_of(
     row: AnswerRow, exit_states: Tensor, last_states: Tensor | None, decoder: Decoder
 ) -> dict[str, np.ndarray]:
-    """What the stores hold of a row, of its states [S or more, D]."""
+    """Return the stored parts of a row from its states, [S or more, D]."""
     parts, length = {"exit_states": _bits(exit_states[: len(row.token_ids)])}, len(row.token_ids)
     if last_states is None:
         return parts
@@ -195,21 +193,21 @@ def _parts_of(
     if row.held_out:
         scored = slice(row.prompt_length - 1, length - 1)
         parts["choices"] = np.full((length, 1), -1, np.int32)
-        likeliest = decoder.head(last_states[scored].to(decoder.device, decoder.dtype)).argmax(-1)
-        parts["choices"][scored, 0] = likeliest.cpu()
+        predicted = decoder.head(last_states[scored].to(decoder.device, decoder.dtype)).argmax(-1)
+        parts["choices"][scored, 0] = predicted.cpu()
     return parts
 
 
 def _bits(states: Tensor) -> np.ndarray:
-    """The integers of their bits in bfloat16."""
+    """Return states in bfloat16 as the int16 of the same bits."""
     return states.bfloat16().view(torch.int16).cpu().numpy()
 
 
 class AnswerData(LightningDataModule):
-    """Batches of states: of the training answers in an order that a resumed run goes on with, of held-out ones."""
+    """Batches of states of training answers, in a resumable order, and of held-out answers."""
 
     def __init__(self, train: AnswerStates, held_out: AnswerStates, batch_size: int, val_answers: int, seed: int):
-        """val_answers: held-out ones that validation looks at."""
+        """Take `val_answers` held-out answers for validation."""
         super().__init__()
         self.train, self.held_out = train, held_out
         self.batch_size, self.val_answers, self.seed = batch_size, val_answers, seed
@@ -226,9 +224,9 @@ class AnswerData(LightningDataModule):
         return self.held_out_loader(self.val_answers)
 
     def held_out_loader(self, num_answers: int | None = None) -> DataLoader:
-        """The held-out answers, or always the same few of them: greedy ones, which decoding is measured on."""
+        """Return a loader of the greedy held-out answers (all, if none is greedy), or of a fixed sample of them."""
         greedy = self.held_out.greedy()
         rows = np.flatnonzero(greedy) if greedy.any() else np.arange(len(greedy))
         picked = np.random.default_rng(0).permutation(rows)[:num_answers]
-        rows = Subset(self.held_out, np.sort(picked).tolist())  # by length, for little padding
+        rows = Subset(self.held_out, np.sort(picked).tolist())  # in order of length, for little padding
         return DataLoader(rows, self.batch_size, collate_fn=collate, generator=torch.Generator())

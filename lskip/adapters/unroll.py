@@ -1,4 +1,4 @@
-"""The drafts of an exit adapter as decoding would make them: unrolled along a text, and what they would be worth."""
+"""Drafts of an exit adapter unrolled along known texts, as decoding makes them, and their metrics."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ from transformers import DynamicCache
 from lskip.models.decoder import Decoder
 from lskip.models.exit_adapter import ExitAdapter
 
-DRAFT_LENGTHS = (2, 4, 6)  # for which it is told how many tokens a round brings
+DRAFT_LENGTHS = (2, 4, 6)  # for which tokens_per_round is reported
 
 
 def unrolled_states(
     adapter: ExitAdapter, exit_states: Tensor, last_states: Tensor, num_steps: int, starts: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """Yields for draft step j = 1, 2, … the states that the head reads, after the norm.
+    """Yield for draft step j = 1, 2, … the adapter's states after its norm, which the head reads.
 
-    Step 1 is computed at every position, [B, S, D]; each further one for the C rounds that begin at `starts` only, at
-    the positions starts + j - 1, [B, C, D]: there it stands for the j-th token drafted. The model itself has run on
-    what is before a round, so its queries see the keys of step 1 up to where the round began, and of each later step
-    only the one of their own round. The second input is the last layer's state of the position before at step 1, and
-    what the adapter made of that position one step earlier after that, which is trained through.
+    Step 1 is computed at every position, [B, S, D]; each further step only for the C rounds that begin at `starts`, at
+    the positions starts + j - 1 of their j-th drafted tokens, [B, C, D]. In decoding, the model has verified all tokens
+    before a round: queries therefore see the keys of step 1 up to the start of their round, and of each later step only
+    the key of their own round. The second input is the last layer's state of the previous position in step 1, and after
+    that the adapter's own state of that position from the step before, through which gradients flow.
 
     Args:
-        exit_states, last_states: [B, S, D], of the frozen model (padding at the right).
-        starts: [C], ascending; None: every position. What a round would draft past the end means nothing.
+        adapter: the adapter.
+        exit_states: [B, S, D], of the frozen model (padding at the right).
+        last_states: [B, S, D], of the frozen model after the final norm.
+        num_steps: number of draft steps.
+        starts: [C], ascending; None: every position. States of rounds that go past the end are meaningless.
     """
     joins, cache = adapter.shape.joins_last_state, DynamicCache()
     decoder, length = Decoder(adapter.body), exit_states.shape[1]
@@ -49,18 +52,18 @@ def unrolled_states(
 
 
 def one_later(states: Tensor) -> Tensor:
-    """[B, S, D] moved by one position, zeros at the first."""
+    """Return states [B, S, D] shifted by one position to the right, zeros at the first."""
     return F.pad(states[:, :-1], (0, 0, 1, 0))
 
 
 def chain_mask(starts: Tensor, length: int, step: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Additive mask [1, 1, C, length + (step - 1) C] of draft step `step` of C rounds.
+    """Return the additive mask [1, 1, C, length + (step - 1) C] of draft step `step` of C rounds.
 
-    Its columns are the keys of step 1, at every position, and then those of steps 2 … `step`, a round each.
+    The columns are the keys of step 1 at every position, then for each of the steps 2 … `step` one key per round.
     """
     distance = starts[:, None] + step - 1 - torch.arange(length, device=starts.device)
     visible = [distance >= step - 1 if window is None else (distance >= step - 1) & (distance < window)]
-    own = torch.eye(len(starts), dtype=torch.bool, device=starts.device)  # the last: no query is left without a key
+    own = torch.eye(len(starts), dtype=torch.bool, device=starts.device)  # so no query is without a key
     visible += [own & (window is None or step - earlier < window) for earlier in range(2, step + 1)]
     visible = torch.cat(visible, dim=1)
     mask = torch.zeros(visible.shape, dtype=dtype, device=starts.device)
@@ -68,21 +71,21 @@ def chain_mask(starts: Tensor, length: int, step: int, window: int | None, dtype
 
 
 def drafted_at(scored: Tensor, starts: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Where rounds that begin at `starts` [C] are at `step`.
+    """Return the positions that rounds beginning at `starts` [C] draft in `step`, and which of them count.
 
     Returns:
-        positions [C], the last one for what is past the end; and bool [B, C], which of them count: a round begins at
-        a scored position, and ends with the last one.
+        positions [C], clamped to the text; and bool [B, C], true where the round begins at a scored position and the
+        drafted position is scored and inside the text.
     """
     places = starts + step - 1
     inside = places.clamp(max=scored.shape[1] - 1)
     return inside, scored[:, starts] & scored[:, inside] & (places == inside)
 
 
-def report(hits: Sequence[Tensor]) -> dict:
-    """Of held-out answers, [A, J] each: draft_agreement, agreement of steps 1 … J, tokens_per_round {d: …}.
+def draft_metrics(hits: Sequence[Tensor]) -> dict:
+    """Return draft_agreement, agreement of steps 1 … J, and tokens_per_round {d: …} for hits [A, J] of each answer.
 
-    `draft_agreement` is step 1's. A step is only asked where the answer has had so many tokens: None where none has.
+    `draft_agreement` is that of step 1. Step j counts from the j-th token of an answer on; None if no answer has it.
     """
     steps = range(hits[0].shape[1])
     asked = [torch.cat([answer[step:, step] for answer in hits]) for step in steps]
@@ -93,7 +96,7 @@ def report(hits: Sequence[Tensor]) -> dict:
 
 
 def num_rounds(hits: list[list[bool]], num_speculations: int) -> int:
-    """Rounds that decoding takes along one answer, hits [A][J]: each keeps its right drafts and adds a token."""
+    """Return the number of rounds to decode one answer, hits [A][J]: a round accepts drafts up to the first miss."""
     rounds = start = 0
     while start < len(hits):
         accepted = 0

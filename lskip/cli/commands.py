@@ -1,4 +1,4 @@
-"""Every command but those of Lightning as a function, and how its arguments become options of the command line."""
+"""The commands that are plain functions: their arguments as options of the command line, parsed and called."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lskip.evaluation.tasks.task import Task
 from lskip.inference.drafting.policies import DraftPolicy
 from lskip.inference.exit_criteria import ExitCriterion
 
-# Where a command's function is; imported when it runs, since some bring Lightning and others must not wait for it.
+# The module of each command's function, imported when it runs: some import Lightning, which takes seconds.
 MODULES = {
-    "predict": "lskip.cli.generate",
+    "predict": "lskip.cli.predict",
     "generate": "lskip.cli.generate",
     "adapt": "lskip.adapters.adapt",
     "export": "lskip.export.to_hf",
@@ -35,9 +35,9 @@ _CLASSES = {"draft_policy": DraftPolicy, "exit_criterion": ExitCriterion, "crite
 
 
 def run_command(arguments: list[str]) -> None:
-    """Run one of MODULES: the first argument says which, the others are its options.
+    """Run the command named by the first argument with the others as its options.
 
-    Lists that the function takes by position alone are given so on the command line too.
+    Positional-only lists of its function are positional arguments on the command line too.
     """
     name, *options = arguments
     bound_yaml()
@@ -49,7 +49,7 @@ def run_command(arguments: list[str]) -> None:
     described = {part.arg_name: part.description for part in parse_docstring(command.__doc__).params}
     for key in lists:
         parser.add_argument(key, nargs="+", help=described[key])
-    # Arguments that stand for a group of options.
+    # Dataclass arguments: each of their fields is an option.
     groups = {key: kind for key, kind in get_type_hints(command).items() if is_dataclass(kind)}
     plain = parser.add_function_arguments(command, skip={*groups, *lists})
     members = {key: parser.add_class_arguments(kind) for key, kind in groups.items()}
@@ -59,15 +59,15 @@ def run_command(arguments: list[str]) -> None:
 
 
 def command_named(name: str) -> Callable[..., None]:
-    """The function that runs a command."""
+    """Return the function that runs a command."""
     return getattr(import_module(MODULES[name]), name)
 
 
 def _parse(parser: ArgumentParser, options: list[str]):
-    """The options' values, classes among them built.
+    """Return the values of the options, with class paths instantiated.
 
     Raises:
-        ValueError: one sentence on what is wrong with them.
+        ValueError: one sentence on the first bad option.
     """
     values = parse_options(parser, options, parser, _CLASSES)
     if isinstance(values.get("draft"), str):  # of export it is a number of layers

@@ -1,8 +1,7 @@
-"""`--config`: a file, or the name of one that comes with lskip; read within bounds, since it may be a stranger's."""
+"""The option `--config`: a YAML file, or the name of one that comes with lskip, read as untrusted input."""
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterator
 from enum import Enum
@@ -17,15 +16,15 @@ from jsonargparse._loaders_dumpers import get_yaml_default_loader
 from jsonargparse._paths import Path as PathOption
 
 from lskip.utils.untrusted import check_nodes, parse_yaml, read_text
-from lskip.utils.user_paths import user_path
+from lskip.utils.user_paths import did_you_mean, user_path
 
 CONFIG_HELP = "YAML file with the options below, or the name of one of `lskip configs`; later ones win"
 
 
 def bound_yaml() -> None:
-    """Let the parser of options take no YAML that unfolds without end, in a file or in an option's value.
+    """Bound the YAML that jsonargparse reads, in files and in values of options, and let it write enum defaults.
 
-    And write a default that is an enum (as of Lightning's Timer), which it would not, as the text that stands for it.
+    (An enum is the default of an argument of Lightning's Timer.)
     """
     yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, each: dumper.represent_data(each.value))
     loader = get_yaml_default_loader()
@@ -42,23 +41,23 @@ def _checked(compose, loader: yaml.SafeLoader) -> yaml.Node | None:
         check_nodes(document)
     except RecursionError as error:
         raise yaml.YAMLError("too deeply nested") from error
-    if document is None:  # of an option, such as `--text "# A title"`, it is then a text
+    if document is None:  # a comment: jsonargparse then takes `--text "# A title"` for a text
         raise yaml.YAMLError("it is empty")
     return document
 
 
 @lru_cache
 def _text_of(path: str) -> str:
-    # Once a command: a pipe (`--config <(…)`) can be read once.
+    # Cached: a pipe (`--config <(…)`) can be read only once.
     try:
         return read_text(Path(path), "config")
     except OSError as error:
-        # The parser reads whatever file a value names, and takes the value for a text where a ValueError says no.
+        # jsonargparse tries every value as a file name; after a ValueError it takes the value for a text.
         raise ValueError(f"config: '{path}' cannot be read ({error.strerror})") from error
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Return the configs that come with lskip: quickstart, curriculum/gradual …, and where each is."""
+    """Return {name: path} of the configs that come with lskip (quickstart, curriculum/gradual …)."""
     import lskip.configs
 
     folder = Path(next(iter(lskip.configs.__path__)))
@@ -66,7 +65,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def shipped_config(name: str) -> Path:
-    """Return the file of a config that comes with lskip, by its name or as README writes it (configs/NAME.yaml).
+    """Return the path of a config that comes with lskip, by its name or as configs/NAME.yaml.
 
     Raises:
         ValueError: there is none of that name.
@@ -74,14 +73,13 @@ def shipped_config(name: str) -> Path:
     known = shipped_configs()
     short = name.removeprefix("configs/").removesuffix(".yaml")
     if short not in known:
-        close = difflib.get_close_matches(short, known, 1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(short, known, cutoff=0.5)
         raise ValueError(f"config: there is no file {name!r}, and `lskip configs` lists none of that name{hint}")
     return known[short]
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the options in a YAML file, numbers as the command line reads them.
+    """Return the options in a YAML file, with numbers parsed as on the command line.
 
     Raises:
         ValueError: one sentence with the file's name.
@@ -94,7 +92,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def config_file(name: str) -> Path:
-    """Return where a config is: a file, or else one that comes with lskip. ValueError, OSError: it is neither."""
+    """Return the path of a config file, or else of a config that comes with lskip; ValueError, OSError if neither."""
     path = user_path(name, "config")
     if path.is_dir():
         raise IsADirectoryError(f"config: '{path}' is a folder")
@@ -102,7 +100,7 @@ def config_file(name: str) -> Path:
 
 
 class ConfigFile(ActionConfigFile):
-    """The option --config. Options may also stand in the value itself: `--config '{model: smollm2}'`."""
+    """The action of --config; a value in braces is read as the options themselves: `--config '{model: smollm2}'`."""
 
     def __call__(self, parser, cfg, values, option_string=None):
         if values.lstrip().startswith("{"):
@@ -115,7 +113,7 @@ class ConfigFile(ActionConfigFile):
 
 
 def _check_content(content: dict[str, Any], parser: ArgumentParser) -> None:
-    """ValueError for what jsonargparse would stumble over, or take no notice of."""
+    """Raise ValueError for content on which jsonargparse would crash, or which it would silently ignore."""
     names = {action.dest: isinstance(action, _ActionConfigLoad) for action in parser._actions}
     known = {name.partition(".")[0] for name in names}
     for name, value in content.items():
@@ -130,7 +128,7 @@ def _check_content(content: dict[str, Any], parser: ArgumentParser) -> None:
 
 
 def _with_nul(name: str, value: Any) -> Iterator[str]:
-    """Yield the whole names of the fields that hold a NUL."""
+    """Yield the dotted names of the fields that hold a NUL."""
     if isinstance(value, dict):
         for key, part in value.items():
             yield from _with_nul(f"{name}.{key}", part)

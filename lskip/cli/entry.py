@@ -1,8 +1,7 @@
-"""The command line: `lskip` and `python -m lskip`. Finds the command, runs it, and turns errors into one line."""
+"""The entry point of `lskip` and `python -m lskip`: runs a command and turns errors into one line."""
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import signal
@@ -14,6 +13,7 @@ from contextlib import contextmanager, suppress
 from lskip import __version__
 from lskip.utils.interrupts import ended_by_sigterm
 from lskip.utils.user_errors import is_users_mistake, one_line
+from lskip.utils.user_paths import did_you_mean
 
 HELP = """usage: lskip COMMAND [options]
 
@@ -23,7 +23,7 @@ HELP = """usage: lskip COMMAND [options]
   predict    answer a file of prompts, one JSON line each
   generate   answer one prompt, streamed
   sweep      speed-up of every way to draft on the prompts of a task: table, figure, advice
-  tune       the best way to draft for a task, in minutes; --task goes by it
+  tune       the best way to draft for a task, in minutes; generate and predict use it with --task
   inspect    what every layer would say, by depth and token by token: table, figure, page
   adapt      train an exit adapter for a model that stays as it is
   export     a run as a transformers folder, its draft, and GGUF files
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for the user's mistakes, 130 after Ctrl-C, 143 after SIGTERM.
 
     Args:
-        arguments: of the command line; None: those of this process, which then ends with the command.
+        arguments: the command and its options; None: those of this process, which then ends with the command.
     """
     of_process = arguments is None
     arguments = sys.argv[1:] if of_process else list(arguments)
@@ -51,13 +51,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = _outcome(arguments, of_process)
     except KeyboardInterrupt:
-        code = 130  # a second Ctrl-C, while the first was told of
+        code = 130  # a second Ctrl-C, while the first was reported
     except OSError as error:
         code = _complain_of_output(error)
     try:
         sys.stdout.flush()
     except OSError as error:
-        # At the end of the process Python would try, and tell, again.
+        # Else Python would flush, and report, once more when the process ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return code or _complain_of_output(error)
     return code
@@ -72,7 +72,7 @@ def _outcome(arguments: list[str], of_process: bool) -> int:
         print(f"lskip {__version__}")
         return 0
     if command not in COMMANDS:
-        return _complain("", f"{command!r} is not one of {', '.join(COMMANDS)}{_hint(command)}")
+        return _complain("", f"{command!r} is not one of {', '.join(COMMANDS)}{did_you_mean(command, COMMANDS)}")
     _be_quiet()
     try:
         _check_text(arguments)
@@ -82,12 +82,12 @@ def _outcome(arguments: list[str], of_process: bool) -> int:
                 run(arguments)
     except KeyboardInterrupt as interrupt:
         if of_process:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience changes nothing from here on
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the report
         _complain(command, f"interrupted{interrupt}", "")
         return getattr(interrupt, "exit_code", 130)
     except BrokenPipeError:
         raise
-    except BaseException as error:  # some libraries' errors are no Exception
+    except BaseException as error:  # panics of Rust libraries are no Exception
         if os.environ.get("LSKIP_TRACEBACK") == "1" or not is_users_mistake(error):
             raise
         return _complain(command, one_line(error))
@@ -100,11 +100,6 @@ def _complain(command: str, sentence: str, kind: str = "error: ") -> int:
     return 2
 
 
-def _hint(command: str) -> str:
-    close = difflib.get_close_matches(command, COMMANDS, 1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 def _check_text(arguments: list[str]) -> None:
     for argument in arguments:
         if "\0" in argument or any("\ud800" <= character <= "\udfff" for character in argument):
@@ -112,7 +107,7 @@ def _check_text(arguments: list[str]) -> None:
 
 
 def _command(name: str) -> Callable[[list[str]], None]:
-    """Return the function that runs a command. With it come the libraries that it needs."""
+    """Return the function that runs a command; importing it imports the libraries that it needs."""
     if name == "configs":
         from lskip.cli.shipped_configs import run_configs
 
@@ -129,9 +124,9 @@ def _command(name: str) -> Callable[[list[str]], None]:
 
 @contextmanager
 def _own_modules() -> Iterator[None]:
-    """Let classes be named by the modules of the working directory.
+    """Append the working directory to sys.path, so that options can name the user's own classes.
 
-    It comes last, after the libraries have been imported: what a stranger has put there stands in for none of them.
+    Appended after the libraries are imported, so that no file there can shadow one of them.
     """
     folder = os.path.abspath(os.curdir)
     known = folder in sys.path
@@ -145,7 +140,7 @@ def _own_modules() -> Iterator[None]:
 
 
 def _open_closed_streams() -> None:
-    # `lskip … >&-`: libraries write to what is then None.
+    # After `lskip … >&-` the stream is None, and libraries would fail to write to it.
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -153,23 +148,23 @@ def _open_closed_streams() -> None:
 
 def _complain_of_output(error: OSError) -> int:
     if isinstance(error, BrokenPipeError):
-        return 141  # the reader has gone (`lskip generate … | head`): nothing is left to do or to say
+        return 141  # the reader has closed the pipe (`lskip generate … | head`)
     return _complain("", f"standard output: {error.strerror}")
 
 
 def _be_quiet() -> None:
-    """Silence hints that no user of this command line can act on; real warnings stay."""
+    """Silence warnings of libraries that a user of the command line cannot act on."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for message in _HINTS:
         warnings.filterwarnings("ignore", message=message)
-    # It misses a package for products of 4 bits, which nothing here asks for.
+    # It warns of a missing package for 4-bit products, which lskip does not use.
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Show a warning as one line, without the line of code that says it."""
+    """Show warnings as one line each, without the source line."""
     with_code = warnings.formatwarning
     if os.environ.get("LSKIP_TRACEBACK") != "1":
         warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
@@ -180,12 +175,12 @@ def _plain_warnings() -> Iterator[None]:
 
 
 _HINTS = (
-    ".*does not have many workers.*",  # blocks are ready made: workers would only copy them
-    ".*your dataloader is not resumable.*",  # TextData is: its position follows from the batches done
+    ".*does not have many workers.*",  # rows are precomputed: workers would only copy them
+    ".*your dataloader is not resumable.*",  # TextData is: its position follows from the number of batches
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*exists and is not empty.*",
-    ".*Total length of `.*` across ranks is zero.*",  # data.val_fraction: 0 asks for that
+    ".*Total length of `.*` across ranks is zero.*",  # from data.val_fraction: 0
     ".*is not supported by the model summary.*",
     ".*isinstance\\(treespec, LeafSpec\\).*",
-    ".*torch\\.jit\\..* is deprecated.*",  # the fused blocks are compiled by it
+    ".*torch\\.jit\\..* is deprecated.*",  # used by the fused blocks
 )

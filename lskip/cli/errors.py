@@ -1,8 +1,7 @@
-"""What was wrong on the command line, in one line: jsonargparse's nested reports, read and shortened."""
+"""Error messages of jsonargparse (nested reports), turned into one sentence for the user."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import pydoc
 import re
@@ -12,6 +11,10 @@ from typing import get_args
 from jsonargparse import ArgumentParser
 from jsonargparse._common import ImportDenied
 from jsonargparse._util import import_object
+
+from lskip.utils.user_paths import did_you_mean
+
+_CUTOFF = 0.5  # similarity of a name that is hinted at
 
 _KINDS = {
     "int": "a whole number",
@@ -23,7 +26,7 @@ _KINDS = {
     "str": "text",
     "Path": "a path",
 }
-# What jsonargparse says of each type that might have been meant, and of no use to anybody.
+# Parts of a report, one for each type of a Union, that do not help the user.
 _NOISE = re.compile(
     r"Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Expected a path but .*"
     r"|Expected (an? )?<class '(NoneType|collections\.abc\.\w+)'>|Given value(?: type)?: .*|\. Got value: .*"
@@ -37,8 +40,8 @@ def explain(report: str, parser: ArgumentParser, choices: dict[str, type]) -> st
 
     Args:
         report: the message of the ArgumentError.
-        parser: that raised it, for the names of its options.
-        choices: last part of a field's name -> base class of what may be chosen there.
+        parser: the parser that raised it, for the names of its options.
+        choices: last part of a field's name -> base class of the classes allowed there.
     """
     report = re.sub(r"Subcommand '\w+' does not accept option '([^']+)'", r"unrecognized arguments: --\1", report)
     field = field_of(report)
@@ -66,13 +69,13 @@ def explain(report: str, parser: ArgumentParser, choices: dict[str, type]) -> st
 
 
 def field_of(report: str) -> str:
-    """Return the whole name of the field that a report is about."""
+    """Return the dotted name of the field that a report is about."""
     keys = re.findall(r'Parser key "([\w.]+)"', report)
     return ".".join(key for key, before in zip(keys, [None, *keys], strict=False) if key != before)
 
 
 def innermost(report: str) -> str:
-    """What a constructor said, out of a report that tells of every type that might have been meant."""
+    """Return the message of a constructor from a report with a part for each type of a Union."""
     if "Union subtypes" not in report:
         return report
     said = report.partition("Errors:")[2].partition("Given value type:")[0]
@@ -81,7 +84,7 @@ def innermost(report: str) -> str:
 
 
 def import_trouble(error: BaseException) -> str | None:
-    """Return a sentence on the class path whose module raised `error` while it was imported; None: it was not so."""
+    """Return a sentence that names the class path whose import raised `error`; None: no import did."""
     trace, path = error.__traceback__, None
     while trace is not None:
         if trace.tb_frame.f_code is import_object.__code__:
@@ -90,7 +93,7 @@ def import_trouble(error: BaseException) -> str | None:
     return None if path is None else f"class_path: {path!r}: {_words(error)}"
 
 
-# Classes: one that cannot be imported, one of the wrong kind, a name that is no class's.
+# Classes: not importable, of the wrong kind, or unknown.
 
 
 _PATHS = re.compile(
@@ -101,7 +104,7 @@ _PATHS = re.compile(
 
 
 def _wrong_class(field: str, report: str, base: type | None) -> str | None:
-    """Return what is wrong with the class that stands in a report; None where no class does."""
+    """Return a sentence on the class that a report names; None if it names no class."""
     if other := re.search(r"Import path ([\w.]+) does not correspond to a subclass of (\w+)", report):
         return f"{field}: {other[1]!r} is not a class of the kind {other[2]}"
     paths = dict.fromkeys(name for names in _PATHS.findall(report) for name in names if "." in name)
@@ -111,7 +114,7 @@ def _wrong_class(field: str, report: str, base: type | None) -> str | None:
         except ImportDenied as error:
             return f"{field}: {path!r} {_words(error)}"
         except ValueError:
-            continue  # 1.5 has a dot too
+            continue  # a number such as 1.5
         except Exception as error:
             return f"{field}: {path!r}: {_words(error)}"
     kind = r"to be a (?:subclass of|function that returns) (?:<class ')?(\w+)"
@@ -124,11 +127,11 @@ def _wrong_class(field: str, report: str, base: type | None) -> str | None:
     return None
 
 
-_EXTRAS = ("bitsandbytes",)  # that a config of lskip names
+_EXTRAS = ("bitsandbytes",)  # optional packages that shipped configs name
 
 
 def _words(error: BaseException) -> str:
-    """Return what was raised in an import, with the line of the module where it is not said."""
+    """Return the message of an error raised by an import, with file and line unless the message has them."""
     if isinstance(error, ImportDenied):
         return "is not a class of lskip, of its libraries or of your own"
     if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
@@ -146,12 +149,12 @@ def _unknown_class(field: str, name: str, base: type) -> str:
     known = sorted(set(class_names(base)))
     allowed = ", ".join(known)
     if len(allowed) > 200:
-        return f"{field}: {name!r} is not the name of a class of {base.__name__}{_hint(name, known)}"
+        return f"{field}: {name!r} is not the name of a class of {base.__name__}{did_you_mean(name, known, _CUTOFF)}"
     return f"{field}: {name!r} is not one of {allowed}"
 
 
 def class_names(base: type) -> Iterable[str]:
-    """Yield the names of a class's subclasses that can be made, of itself where it has none."""
+    """Yield the names of all concrete public subclasses, or of the class itself if it has none."""
     kinds = base.__subclasses__()
     if not kinds and not base.__name__.startswith("_"):
         yield base.__name__
@@ -165,7 +168,7 @@ def class_names(base: type) -> Iterable[str]:
 
 
 def _allowed(report: str, base: type | None) -> str:
-    """Return what a report says was expected: one of some words, a number …"""
+    """Return the expected value in words: "one of …", "a number" …; empty if the report does not say."""
     words = [
         word for group in re.findall(r"Expected (?:a )?typing\.Literal\[(.*?)\]", report) for word in group.split(", ")
     ]
@@ -184,13 +187,13 @@ def _allowed(report: str, base: type | None) -> str:
 
 
 def _last_value(report: str) -> str | None:
-    """The value complained about: the innermost report comes last but one, the outermost repeats it whole."""
+    """Return the rejected value: inner reports come first, the outermost repeats the whole value last."""
     values = re.findall(r"(?:import path string|Got value|Given value): ([^\n]*?)(?:\. Got value.*)?$", report, re.M)
     values = [value for value in values if not value.startswith(("NestedArg(", "Namespace("))]
     plain = [value for value in values if not value.startswith("{")] or values
     of_list = len(plain) > 1 and plain[-1].startswith("[") and not plain[0].startswith("[") and plain[0] in plain[-1]
     if of_list and "Subtypes: [list[str]" not in report:
-        return plain[0]  # the one that is wrong; of texts, 5 would seem to be one
+        return plain[0]  # the bad element; in a list of texts 5 would look like a text
     return None if not plain else plain[-1] if len(plain[-1]) <= 80 else f"{plain[-1][:79]}…"
 
 
@@ -214,7 +217,7 @@ _TASK_ARGUMENTS = ("max_new_tokens", "prompt_characters", "path", "metrics", "st
 
 
 def _inside_classes(parser: ArgumentParser) -> Iterator[str]:
-    """Yield the options that are arguments of a class: of the one that a field has where none is named."""
+    """Yield the options that are arguments of classes: of each field's default class or type."""
     for action in parser._actions:
         default = getattr(action.default, "get", lambda key: None)("class_path")
         kinds = [pydoc.locate(default)] if default else get_args(getattr(action, "_typehint", None))
@@ -228,11 +231,11 @@ def _is_text(parser: ArgumentParser, name: str) -> bool:
 
 
 def _hint_beside(name: str, known: list[str]) -> str:
-    """The hint of a misspelled option: one of its own group if it is said to be in one."""
+    """Return the hint for a misspelled option, from the options of its own group."""
     group = name[: name.rfind(".") + 1]
     beside = [option for option in known if option.startswith(group) and not name.startswith(f"{option}.")]
-    hint = _hint(name[len(group) :], [option[len(group) :] for option in beside])
-    return hint.replace("mean ", f"mean {group}")
+    names = [option[len(group) :] for option in beside]
+    return did_you_mean(name[len(group) :], names, _CUTOFF, lambda found: group + found)
 
 
 def _unknown_argument(field: str, name: str, report: str) -> str:
@@ -245,10 +248,5 @@ def _unknown_argument(field: str, name: str, report: str) -> str:
     known = list(inspect.signature(owner).parameters)
     takes = f"{owner.__name__} takes {', '.join(known)}" if known else f"{owner.__name__} takes none"
     if len(takes) > 150:
-        takes = f"{owner.__name__} does not take it{_hint(name, known)}"
+        takes = f"{owner.__name__} does not take it{did_you_mean(name, known, _CUTOFF)}"
     return f"{field}.{name}: there is no such option; {takes}"
-
-
-def _hint(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""

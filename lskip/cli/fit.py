@@ -1,4 +1,4 @@
-"""`lskip fit`, `validate` and `test`: LightningCLI over a LayerSkipModule whose arguments are at the top level."""
+"""`lskip fit`, `validate` and `test`: a LightningCLI with the arguments of LayerSkipModule at the top level."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from lskip.cli.config_files import CONFIG_HELP, ConfigFile, bound_yaml
 from lskip.cli.errors import innermost
 from lskip.cli.named_classes import restrict_imports
 from lskip.cli.option_parsing import parse_options
-from lskip.cli.runs.data_fit import check_rows_fit, check_tokenizer_is_there, check_tokens_fit, let_data_fit_model
+from lskip.cli.runs.data_checks import check_block_size, check_tokenizer, check_tokenizer_is_there, match_data_to_model
 from lskip.cli.runs.fit_help import explain_options
 from lskip.cli.runs.fit_report import print_end
-from lskip.cli.runs.own_data import with_own_data
 from lskip.cli.runs.resuming import (
     changed_settings,
-    goes_on,
+    check_resumable,
+    resume_message,
     settings_before,
     settings_of,
-    take_up,
 )
+from lskip.cli.runs.run_data import with_run_data
 from lskip.cli.runs.run_folder import RunConfig, check_room, refuse_existing_run, run_place
 from lskip.cli.runs.run_logger import RunLogger
 from lskip.cli.runs.trainer_checks import (
     check_callbacks,
     check_monitors,
     check_trainer,
+    missing_monitor_named,
     settings_named,
-    watched_is_measured,
 )
 from lskip.curricula import ExitCurriculum
 from lskip.data import TextData
@@ -56,12 +56,14 @@ from lskip.schedules import Schedule
 from lskip.targets import ExitTarget
 from lskip.training.lightning_utils import how_to_go_on, interruptible, quiet_lightning
 from lskip.training.step_bar import StepBar, wants_bar
+from lskip.utils.checks import check_whole
+from lskip.utils.console import say
 from lskip.utils.interrupts import ended_by_sigterm
 from lskip.utils.untrusted import parse_yaml
 from lskip.utils.user_paths import user_path
 
 _METHODS = {"layer_dropout": LayerDropout, "early_exit_loss": EarlyExitLoss}
-# What an error message lists where a class was misspelled. Short names work for whatever is imported here.
+# The classes that an error message lists after a misspelled one. Short names work for all that is imported here.
 _CHOICES = {
     **_METHODS,
     "curriculum": ExitCurriculum,
@@ -81,7 +83,7 @@ _CHOICES = {
 
 
 def run_training(arguments: list[str]) -> None:
-    """Run `fit`, `validate` or `test`: the first argument says which."""
+    """Run `fit`, `validate` or `test`, named by the first argument, with the others as its options."""
     quiet_lightning()
     bound_yaml()
     restrict_imports()
@@ -90,20 +92,20 @@ def run_training(arguments: list[str]) -> None:
 
 
 class LayerSkipCLI(LightningCLI):
-    """Parses one YAML or flags, checks what can be checked cheaply, builds, and hands over to the Trainer.
+    """The command line of training: parses, makes the cheap checks, builds, and calls the Trainer.
 
     The top level holds `model`, the other arguments of LayerSkipModule, `data` (TextData unless a class_path
     says otherwise), `layer_dropout`, `early_exit_loss` (both off unless named), `checkpoint`, `run_folder` and
     `trainer`.
 
     Raises:
-        ValueError, OSError, MisconfigurationException: the user's mistakes.
+        ValueError, OSError, MisconfigurationException: mistakes of the user.
     """
 
     def __init__(self, args: list[str]):
         self._command = args[0]
         parser_kwargs = {"exit_on_error": False, "allow_abbrev": False}
-        with ExitStack() as self.held:
+        with ExitStack() as self._locks:
             super().__init__(
                 seed_everything_default=0,
                 parser_kwargs={**parser_kwargs, self._command: dict(parser_kwargs)},
@@ -113,7 +115,7 @@ class LayerSkipCLI(LightningCLI):
                 args=args,
             )
 
-    # What the command line knows.
+    # Options.
 
     def init_parser(self, **settings) -> LightningArgumentParser:
         parser = self.parser_class(dump_header=[f"lightning.pytorch=={lightning.pytorch.__version__}"], **settings)
@@ -121,7 +123,7 @@ class LayerSkipCLI(LightningCLI):
         return parser
 
     def subcommands(self) -> dict[str, set[str]]:
-        return {self._command: LightningCLI.subcommands()[self._command]}  # a parser of each takes its time
+        return {self._command: LightningCLI.subcommands()[self._command]}  # building a parser for each takes seconds
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -148,41 +150,41 @@ class LayerSkipCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **settings) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **settings)
         if subcommand != "fit":
-            parser.set_defaults(verbose=False)  # the table of layers says it better
+            parser.set_defaults(verbose=False)  # the table of layers is printed instead
         explain_options(parser, subcommand)
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
-        args = args if args[0] == "fit" else with_own_data(args)
+        args = args if args[0] == "fit" else with_run_data(args)
         self.config = parse_options(parser, args, self._subcommand_parsers[args[0]], _CHOICES)
         seed = self.config[args[0]].seed_everything
-        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
-            raise ValueError(f"seed_everything: {seed} is not a whole number from 0 to {2**32 - 1}")
+        if not isinstance(seed, bool):
+            check_whole("seed_everything", seed, 0, 2**32 - 1)
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: what a checkpoint was trained with never overrides what the command line says."""
+        """Do nothing: the hyperparameters of a checkpoint never override the command line."""
 
-    # Checks that cost nothing, before the model is loaded.
+    # Cheap checks, before the model is loaded.
 
     def before_instantiate_classes(self) -> None:
         config = self._settings
         if config.get("weights_only") is False:
             raise ValueError("weights_only: false is not allowed: a checkpoint's own code is never run")
         if isinstance(config.model, str) and config.model.lstrip()[:1] in ("{", "["):
-            # A mapping that is none, or a list: it would be taken for a name.
+            # A malformed mapping, or a list, which would be taken for a name.
             parse_yaml(config.model, "model: the value")
             raise ValueError(f"model: {config.model[:40]!r} is neither a name nor a transformers config")
         self.folder = user_path(config.run_folder, "run_folder")
         if isinstance(config.model, dict):
-            # A flag like --model.hidden_size 64 arrives as text.
+            # Flags such as --model.hidden_size 64 arrive as text.
             plain = {key: parse_yaml(value, "model") for key, value in config.model.items() if isinstance(value, str)}
             config.model = {**config.model, **plain}
         check_trainer(config.trainer)
         self._resolve_checkpoint(config)
         if self.subcommand == "fit":
-            self._continue_run()
+            self._check_run()
         if not config.trainer.fast_dev_run:  # which writes nothing
-            self._take_folder()
+            self._lock_folder()
 
     @property
     def _settings(self) -> Namespace:
@@ -196,10 +198,10 @@ class LayerSkipCLI(LightningCLI):
         if not path.is_file():
             raise FileNotFoundError(f"ckpt_path: {config.ckpt_path!r}: there is no file '{path}'")
         self.ckpt_path, self.resumed = str(path), read_checkpoint(path, "ckpt_path", whole=True)
-        config.ckpt_path = None  # config.yaml says what the run is, not how often it was continued
+        config.ckpt_path = None  # so that config.yaml of a resumed run is that of the run
 
-    def _continue_run(self) -> None:
-        """What a run that goes on does otherwise than before; and that nothing else is the case with this folder."""
+    def _check_run(self) -> None:
+        """Check that a new run has a folder without one, or what a resumed run changes."""
         if self.resumed is None:
             if not self._settings.trainer.fast_dev_run:
                 refuse_existing_run(self.folder)
@@ -209,17 +211,17 @@ class LayerSkipCLI(LightningCLI):
         before, now = settings_before(self.resumed, Path(self.ckpt_path)), settings_of(self._settings.as_dict())
         self.changes = changed_settings(before, now, self.resumed)
 
-    def _take_folder(self) -> None:
+    def _lock_folder(self) -> None:
         fit = self.subcommand == "fit"
         folder = self.folder if fit else self.folder / self.subcommand
-        self.held.enter_context(run_place(folder, folder / LAST_CHECKPOINT.parent if fit else folder))
+        self._locks.enter_context(run_place(folder, folder / LAST_CHECKPOINT.parent if fit else folder))
         self.save_config_kwargs = {"folder": folder}
 
     # Building.
 
     def instantiate_classes(self) -> None:
         config = copy.deepcopy(self.config)
-        let_data_fit_model(config[self.subcommand])
+        match_data_to_model(config[self.subcommand])
         try:
             self.config_init = self.parser.instantiate_classes(config)
         except ValueError as error:
@@ -232,15 +234,15 @@ class LayerSkipCLI(LightningCLI):
         self.model = LayerSkipModule(built.model, seed=seed, **arguments)
         self.model.settings = settings_of(self._settings.as_dict())
         if self.resumed is not None:
-            take_up(self.resumed, self.model, self.ckpt_path)
-        check_rows_fit(self.datamodule, self.model)
-        check_tokens_fit(self.datamodule, self.model)
+            check_resumable(self.resumed, self.model, self.ckpt_path)
+        check_block_size(self.datamodule, self.model)
+        check_tokenizer(self.datamodule, self.model)
         self.trainer = self.instantiate_trainer()
         if self.subcommand == "fit":
             self._check_before_data()
 
     def _check_before_data(self) -> None:
-        """What would only be noticed once the text has been tokenized, or after the first steps."""
+        """Check now what would otherwise fail after the text is tokenized, or after the first steps."""
         steps = self.trainer.max_steps
         self.model.check_training(steps if steps > 0 else None)
         check_callbacks(self.trainer)
@@ -270,7 +272,7 @@ class LayerSkipCLI(LightningCLI):
 
     def _tensorboard(self) -> RunLogger:
         folder = self.folder if self.subcommand == "fit" else self.folder / self.subcommand
-        # What an interrupted run logged beyond its last checkpoint is hidden, since it is logged anew.
+        # Hides what an interrupted run logged after its last checkpoint: those steps are logged again.
         purge_step = None if self.resumed is None else self.resumed["global_step"] + 1
         return RunLogger(folder, name="", version="", purge_step=purge_step)
 
@@ -280,16 +282,16 @@ class LayerSkipCLI(LightningCLI):
         return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": self.ckpt_path}
 
     def fit(self, model: LayerSkipModule, **arguments) -> None:
-        """Trainer.fit, and how to go on after Ctrl-C."""
+        """Call Trainer.fit; after Ctrl-C the message says how to resume."""
         if self.resumed is not None and self.trainer.is_global_zero:
-            print(goes_on(self.resumed["global_step"], self.changes, self.trainer.max_steps))
+            say(resume_message(self.resumed["global_step"], self.changes, self.trainer.max_steps))
         advice = partial(how_to_go_on, self.trainer, self.folder / LAST_CHECKPOINT, "--ckpt_path last")
-        with interruptible(self.trainer, advice), watched_is_measured():
+        with interruptible(self.trainer, advice), missing_monitor_named():
             self.trainer.fit(model, **arguments)
         print_end(self.trainer, self.folder)
 
     def validate(self, model: LayerSkipModule, **arguments) -> None:
-        """Trainer.validate, or test."""
+        """Call Trainer.validate or Trainer.test."""
         with interruptible(self.trainer, lambda: " before all is measured; the same command begins anew"):
             getattr(self.trainer, self.subcommand)(model, **arguments)
 

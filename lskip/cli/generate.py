@@ -1,121 +1,71 @@
-"""`lskip predict` and `generate`: answers to a file of prompts, or to one."""
+"""`lskip generate`: the answer to one prompt, streamed."""
 
 from __future__ import annotations
 
 import json
 import sys
-import time
-from functools import partial
 from typing import Any
 
-from tqdm import tqdm
-
-from lskip.cli.predict_output import AnswerFile, answer_place, put_in_order, start_output
-from lskip.cli.predict_settings import (
-    answer_settings,
-    check_answers,
-    check_by_answering,
-    check_same_settings,
-    forget_settings,
-    keep_settings,
-)
 from lskip.evaluation.sweep.tuned import tuned_options
 from lskip.inference import Generation, GenerationSettings
 from lskip.inference.drafting.drafter import Available
 from lskip.inference.drafting.policies import DraftPolicy
 from lskip.inference.options import DecodingOptions, LoadingOptions
-from lskip.inference.prompt_file import Prompt, read_prompts, read_standard_input
-from lskip.utils.checks import check_unicode, check_whole
+from lskip.inference.prompt_file import read_standard_input
+from lskip.utils.checks import check_unicode
 from lskip.utils.untrusted import MAX_BYTES, printable
-from lskip.utils.user_paths import user_path
 
 
-def predict(
-    prompts: str,
-    output: str,
-    decoding: DecodingOptions,
-    loading: LoadingOptions,
-    task: str | None = None,
-    batch_size: int = 8,
-    overwrite: bool = False,
-    resume: bool = False,
+def generate(
+    prompt: str, decoding: DecodingOptions, loading: LoadingOptions, task: str | None = None, json: bool = False
 ) -> None:
-    """Answer a file of prompts, several at a time: one JSON line each, written as soon as it is done.
+    """Answer one prompt: the text on standard output as it comes, the counts on standard error.
+
+    On a terminal control characters of the text are escaped; a file or a pipe gets the text as it is.
 
     Args:
-        prompts: a .txt file with a prompt a line, or .jsonl with {"prompt": …} or {"messages": …} a line;
-            other keys are carried through. - is standard input, in either form.
-        output: .jsonl file to write, in the end in the order of the prompts. A line has the keys of its prompt and
-            line, text, tokens, seconds, acceptance_rate, tokens_per_round, finish_reason, seed.
-        decoding: how a prompt is continued. The prompt of index i (from 0, blank lines left out) has seed + i.
+        prompt: the text to continue or to answer; - reads it from standard input, without a newline at its end.
+        decoding: how it is continued.
         loading: which model.
-        task: a task that lskip tune has tuned for this model: it says what drafts where the options do not. null: none.
-        batch_size: prompts that are answered together; one that is done makes room for the next.
-        overwrite: start over an existing output.
-        resume: go on with an existing output, with the prompts that it does not answer yet; with the same settings.
+        task: a task that lskip tune has tuned for this model: it sets the draft where the options do not. null: none.
+        json: print one JSON object instead, when the answer is done: prompt, text and counts.
     """
     decoding, loading = tuned_options(task, decoding, loading)
     settings = decoding.settings()
-    check_whole("batch_size", batch_size, 1)
-    source = user_path(prompts, "prompts")
-    asked = read_prompts(source)
-    with answer_place(user_path(output, "output"), source) as path:
-        answered, mode = start_output(path, asked, overwrite, resume)
-        _check_exit(decoding, loading)
-        how = answer_settings(decoding, loading)
-        is_known = not answered or check_same_settings(path, how)
-        if not is_known:
-            check_answers(path, asked, decoding)
-        missing = [index for index in range(len(asked)) if index not in answered]
-        said = "all were there"
-        if missing:
-            generator = loading.load(min(batch_size, len(missing)))
-            chosen = generator.settings(**settings)
-            if not is_known:
-                check_by_answering(path, asked, generator, chosen)
-            ids = [asked[index].encode(generator, chosen) for index in missing]
-            outcomes = generator.generate_batch(ids, batch_size, missing, **settings)
-            with AnswerFile(path, mode, partial(keep_settings, path, how)) as file:
-                said = _write_answers(file, asked, outcomes, len(answered))
-        put_in_order(path)
-        forget_settings(path)
-    print(printable(f"{len(asked)} answers in '{output}' ({said})", keep=""), file=sys.stderr)
+    prompt = _read_prompt(prompt)
+    check_exit_layer(decoding, loading)
+    interrupt = None
+    stream = loading.load().stream(prompt, **settings)
+    try:
+        for piece in stream:
+            if not json:
+                _write(piece)
+    except KeyboardInterrupt as pressed:
+        interrupt = pressed
+    if json:
+        _write_json(prompt, stream.generation)
+    else:
+        _write("\n")
+        print(_summary(stream.generation, decoding.draft_policy), file=sys.stderr)
+    if interrupt is not None:
+        raise interrupt
 
 
-def _check_exit(decoding: DecodingOptions, loading: LoadingOptions) -> None:
-    """ValueError for layers that the model does not have, or a draft without any, before its weights are read."""
+def check_exit_layer(decoding: DecodingOptions, loading: LoadingOptions) -> None:
+    """Raise ValueError, before weights are read, for an exit layer that the model lacks or a draft without one."""
     if decoding.exit_layer is None and not decoding.num_speculations:
         return
     from lskip.models.pretrained import find_source, load_config  # brings the GGUF reader and the hub client
 
     if find_source(loading.model).kind == "gguf":
-        return  # to read its config takes as long as to load it
+        return  # reading its config takes as long as loading it
     layers = getattr(load_config(loading.model), "num_hidden_layers", None)
     if layers is not None and loading.exit_adapter is None:
         GenerationSettings(**decoding.settings()).check_model(Available(layers, loading.draft_weights is not None))
 
 
-def _write_answers(file: AnswerFile, asked: list[Prompt], outcomes, done: int) -> str:
-    """Writes the answers as they come; returns how many tokens they had, and how fast they came."""
-    tokens, began = 0, time.perf_counter()
-    with tqdm(initial=done, total=len(asked), unit="prompt", desc="predict") as bar:
-        try:
-            for index, generation in outcomes:
-                file.write({**asked[index].fields, "line": asked[index].line, **_counts(generation)})
-                tokens += len(generation.token_ids)
-                bar.set_postfix_str(speed := _speed(tokens, time.perf_counter() - began), refresh=False)
-                bar.update()
-        except KeyboardInterrupt as pressed:
-            message = f", {bar.n} of {len(asked)} prompts are done; go on with --resume true"
-            raise type(pressed)(message) from None
-    return f"{tokens} tokens, {speed}"
-
-
-def _speed(tokens: int, seconds: float) -> str:
-    return f"{tokens / seconds if seconds else 0.0:.1f} tokens/s"
-
-
-def _counts(generation: Generation) -> dict:
+def result_fields(generation: Generation) -> dict[str, Any]:
+    """Return the text of a result and its counts, as JSON lines and `generate --json` have them."""
     return {
         "text": generation.text,
         "tokens": len(generation.token_ids),
@@ -127,42 +77,7 @@ def _counts(generation: Generation) -> dict:
     }
 
 
-def generate(
-    prompt: str, decoding: DecodingOptions, loading: LoadingOptions, task: str | None = None, json: bool = False
-) -> None:
-    """Answer one prompt: the text on standard output as it comes, the counts on standard error.
-
-    A terminal is shown control characters of the text written out; a file or a pipe gets the text as it is.
-
-    Args:
-        prompt: the text to continue or to answer; - reads it from standard input, without a newline at its end.
-        decoding: how it is continued.
-        loading: which model.
-        task: a task that lskip tune has tuned for this model: it says what drafts where the options do not. null: none.
-        json: print one JSON object instead, when the answer is done: prompt, text and counts.
-    """
-    decoding, loading = tuned_options(task, decoding, loading)
-    settings = decoding.settings()
-    prompt = _prompt_text(prompt)
-    _check_exit(decoding, loading)
-    interrupt = None
-    stream = loading.load().stream(prompt, **settings)
-    try:
-        for piece in stream:
-            if not json:
-                _show(piece)
-    except KeyboardInterrupt as pressed:
-        interrupt = pressed
-    if json:
-        _show_json(prompt, stream.generation)
-    else:
-        _show("\n")
-        print(_summary(stream.generation, decoding.draft_policy), file=sys.stderr)
-    if interrupt is not None:
-        raise interrupt
-
-
-def _prompt_text(prompt: str) -> str:
+def _read_prompt(prompt: str) -> str:
     if prompt == "-":
         prompt = read_standard_input("prompt", MAX_BYTES)
         prompt = prompt.removesuffix("\r\n") if prompt.endswith("\r\n") else prompt.removesuffix("\n")
@@ -172,8 +87,8 @@ def _prompt_text(prompt: str) -> str:
     return prompt
 
 
-def _show(text: str) -> None:
-    """Prints on standard output. Whatever a model says moves no terminal's cursor and sets no title."""
+def _write(text: str) -> None:
+    """Write text to standard output, its control characters escaped if that is a terminal."""
     if sys.stdout.isatty():
         text = printable(text)
     encoding = sys.stdout.encoding or "utf-8"
@@ -185,9 +100,9 @@ def _show(text: str) -> None:
         raise ValueError(f"standard output: {error.strerror}") from error
 
 
-def _show_json(prompt: str, generation: Generation) -> None:
-    fields = {"prompt": prompt, "prompt_tokens": generation.prompt_tokens, **_counts(generation)}
-    _show(json.dumps(fields, ensure_ascii=False) + "\n")
+def _write_json(prompt: str, generation: Generation) -> None:
+    fields = {"prompt": prompt, "prompt_tokens": generation.prompt_tokens, **result_fields(generation)}
+    _write(json.dumps(fields, ensure_ascii=False) + "\n")
 
 
 def _summary(generation: Generation, policy: DraftPolicy | None) -> str:
@@ -204,11 +119,10 @@ def _summary(generation: Generation, policy: DraftPolicy | None) -> str:
 
 
 def _in_words(value: Any) -> str:
-    """A policy's summary, which may hold tables in tables, on one line."""
-    if isinstance(value, dict):
-        parts = [
-            (name, f"({_in_words(part)})" if isinstance(part, dict) else _in_words(part))
-            for name, part in value.items()
-        ]
-        return ", ".join(f"{name} {part}" for name, part in parts)
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    """Return a policy's summary, nested dicts included, on one line."""
+    if not isinstance(value, dict):
+        return f"{value:.2f}" if isinstance(value, float) else str(value)
+    inner = {
+        name: f"({_in_words(part)})" if isinstance(part, dict) else _in_words(part) for name, part in value.items()
+    }
+    return ", ".join(f"{name} {part}" for name, part in inner.items())

@@ -1,7 +1,7 @@
-"""What a config may name: a class of the kind that its field is made for. A config may be a stranger's.
+"""Checks of class paths in configs, which are untrusted: only subclasses of a field's type are instantiated.
 
-A function is never called, nothing of Python's own library is imported, and a class path where no class is expected is
-refused rather than built.
+Functions are never called, modules of the standard library never imported, and a class path in a field that takes no
+class is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lskip.utils.foreign import first_line
 
 
 def restrict_imports() -> None:
-    """Bar what no field is made for before it is imported, and class paths where any value may stand."""
+    """Make jsonargparse import no module of a denylist, and instantiate no class in a field of any type."""
     set_parsing_settings(
         import_path_denylist=[*sorted(sys.stdlib_module_names), "__main__", "pip", "setuptools", "lskip.__main__"],
         instantiate_subclass_spec_in_any=False,
@@ -32,12 +32,12 @@ def restrict_imports() -> None:
 
 
 def check_classes(parser: ArgumentParser, values: Namespace, prefix: str = "") -> None:
-    """Refuse parsed values that would call anything but a class of its field's kind, in classes' arguments too.
+    """Check that each class path in parsed values, nested ones included, is a subclass of its field's type.
 
-    And null where its field takes none, which the parser lets through.
+    Also that null stands only where it is allowed, which jsonargparse does not check.
 
     Raises:
-        ValueError: one sentence that names the field and what stands there.
+        ValueError: one sentence that names the field and its value.
     """
     with parser_context(parent_parser=parser):
         for action in parser._actions:

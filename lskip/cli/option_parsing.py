@@ -1,4 +1,4 @@
-"""Options of the command line to values: lists however they are spelled, and one sentence on what is wrong."""
+"""Parsing of command-line options with jsonargparse: spellings of lists, defaults, errors in one sentence."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from jsonargparse._typehints import ActionTypeHint
 from lskip.cli.errors import explain, field_of, import_trouble
 from lskip.cli.named_classes import check_classes
 
-_WANTS_LIST = re.compile(r"Expected (?:a )?<class '(?:list|tuple)'>")  # without a where that is the value itself
-_NAMES_AND_COMMAS = ("--exits", "--tasks")  # texts that the commands take apart
+_WANTS_LIST = re.compile(r"Expected (?:a )?<class '(?:list|tuple)'>")  # some reports lack the "a"
+_NAMES_AND_COMMAS = ("--exits", "--tasks")  # texts that their commands split
 _OF_TEXTS = re.compile(r"list\[(?:str|typing\.Any)\]")
 
 
 def parse_options(
     parser: ArgumentParser, arguments: list[str], command: ArgumentParser, choices: dict[str, type]
 ) -> Namespace:
-    """Return the values that `parser` reads, every class among them checked to be one that its field is made for.
+    """Return the parsed values, with every class checked to be of its field's type.
 
-    Lists may be written [2,4], 2,4 or as several words; a text with a comma in it is one text.
+    Lists may be written [2,4], 2,4 or as several words; in a list of texts a comma does not separate.
 
     Args:
-        command: the parser that knows the options: `parser` itself, or that of its subcommand.
-        choices: as in explain.
+        command: the parser of the options: `parser` itself, or that of its subcommand.
+        choices: as in errors.explain.
 
     Raises:
         ValueError: one sentence on what is wrong.
@@ -46,7 +46,7 @@ def parse_options(
         except argparse.ArgumentError as error:
             if (spelled := _with_list(arguments, str(error))) is None:
                 root = _root(error)
-                # The parser takes a KeyError for one of its own.
+                # jsonargparse reports a KeyError raised in an imported module as a parse error of its own.
                 trouble = import_trouble(root) if isinstance(root, KeyError | TypeError) else None
                 trouble = trouble or _endless_number(arguments, str(error))
                 raise ValueError(trouble or explain(str(error), command, choices)) from error
@@ -61,11 +61,12 @@ def parse_options(
 
 @contextmanager
 def _own_defaults(arguments: list[str], command: ArgumentParser) -> Iterator[None]:
-    """Let a class that is named in the place of another have its own defaults.
+    """Let a class that replaces another one start from its own defaults.
 
-    The parser hands on all arguments that both take: AdamW's weight decay to SGD, the batch size of TextData to data of
-    somebody's own. Here what was the other's default stays behind, unless one of `arguments` sets it. A learning rate
-    of lskip's does where the class finds its own (Adafactor, whose default is None).
+    jsonargparse passes on all arguments that both classes take: AdamW's weight decay to SGD, the batch size of TextData
+    to the user's data module. Inside this context arguments at the replaced class's defaults are dropped, unless one of
+    `arguments` sets them; so is lskip's default learning rate where the new class's default is None (Adafactor).
+    jsonargparse 4.53 has no setting for this, hence the patch of one of its functions.
     """
     discard = _typehints.discard_init_args_on_class_path_change
     preset = command.get_defaults().get("optimizer")
@@ -95,9 +96,9 @@ def _class_parser(path: str) -> ArgumentParser:
 
 
 def _put_int_first(action: argparse.Action) -> None:
-    """Let an option of whole numbers or others read 2 as 2 rather than as 2.0, which the Trainer takes for a share.
+    """Let an option of type int or float read 2 as an int: the Trainer takes 2.0 for a share.
 
-    Python keeps one Optional[Union[…]] of the same types, in the order of whoever was the first to write it.
+    typing caches Unions: their order is that of whichever module was imported first.
     """
     kinds = get_args(getattr(action, "_typehint", None))
     if int in kinds and float in kinds:
@@ -105,7 +106,7 @@ def _put_int_first(action: argparse.Action) -> None:
 
 
 def _endless_number(arguments: list[str], report: str) -> str | None:
-    """Return the sentence on a number of more digits than Python reads, of which a report may name the group alone."""
+    """Return a sentence on a number with more digits than Python parses; the report may not name its option."""
     if "integer string conversion" not in report:
         return None
     for at, argument in enumerate(arguments):
@@ -123,7 +124,7 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _join_words(arguments: list[str], parser: ArgumentParser) -> Iterator[str]:
-    """Yield the arguments, the words behind an option of a list as one list: --drafts layers ngram."""
+    """Yield the arguments, with several words after a list option joined to one list: --drafts layers ngram."""
     known = {option: action for action in parser._actions for option in action.option_strings}
     at = 0
     while at < len(arguments):
@@ -145,12 +146,12 @@ def _join_words(arguments: list[str], parser: ArgumentParser) -> Iterator[str]:
 def _takes_list(option: str, known: dict[str, argparse.Action]) -> bool:
     if option in known:
         return "list[" in str(getattr(known[option], "_typehint", ""))
-    # An argument of a class: what type it has is known once the class is.
+    # An argument of a class, whose type is known only once the class is.
     return any(option.startswith(f"{name}.") for name in known)
 
 
 def _with_list(arguments: list[str], report: str) -> list[str] | None:
-    """Return the arguments with the value that a report wants to be a list as one; None where no argument is it."""
+    """Return the arguments with the value that should be a list, by the report, as a list; None if there is none."""
     option = f"--{field_of(report)}"
     for at, argument in enumerate(arguments if _WANTS_LIST.search(report) else []):
         name, equals, given = argument.partition("=")

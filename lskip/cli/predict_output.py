@@ -1,4 +1,4 @@
-"""The output of `lskip predict`: a line for each answer, written when it is done, and gone on with after a kill."""
+"""The output of `lskip predict`: JSON lines, each written when its answer is done, and resumable after a kill."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lskip.utils.output_files import hidden_beside, only_writer
 
 
 @contextmanager
-def answer_place(output: Path, prompts: Path) -> Iterator[Path]:
-    """Keep the place of an output for this process: where links lead, its folder made.
+def lock_output(output: Path, prompts: Path) -> Iterator[Path]:
+    """Make the folder of an output, lock it for this process, and yield its path with links resolved.
 
     Raises:
-        ValueError: it is the file of the prompts, cannot be written, or another process writes it.
+        ValueError: it is the file of the prompts, is not writable, or another process writes it.
     """
-    path = Path(os.path.realpath(output))  # a link stays one
+    path = Path(os.path.realpath(output))  # so that the link's target is replaced, not the link
     if not path.exists() and output.exists():
-        path = output  # what /dev/stdout leads to has no name
+        path = output  # the target of /dev/stdout may have no name
     if path.exists() and prompts.exists() and path.samefile(prompts):
         raise ValueError(f"output: '{output}' is the file of the prompts; name another")
     missing = [folder for folder in path.parents if not folder.exists()]
@@ -34,20 +34,17 @@ def answer_place(output: Path, prompts: Path) -> Iterator[Path]:
         with only_writer(path, "output"):
             yield path
     finally:
-        for folder in missing:  # made for nothing where nothing was written
+        for folder in missing:  # removed again unless something was written
             with suppress(OSError):
                 folder.rmdir()
 
 
 def start_output(path: Path, prompts: list[Prompt], overwrite: bool, resume: bool) -> tuple[set[int], str]:
-    """See that `path` can be written and what is to happen to what it holds.
-
-    Returns:
-        The indices of the prompts that it already answers, and the mode to open it with.
+    """Check that `path` is writable, and return (indices of the prompts that it answers, mode to open it with).
 
     Raises:
-        ValueError: it holds something and neither flag says what to do (or both do), it answers other prompts,
-            or it cannot be written.
+        ValueError: it holds something and neither `overwrite` nor `resume` is set (or both are), it answers other
+            prompts, or it is not writable.
     """
     if overwrite and resume:
         raise ValueError("overwrite: true and resume: true exclude each other")
@@ -67,12 +64,12 @@ def start_output(path: Path, prompts: list[Prompt], overwrite: bool, resume: boo
 
 def _check_writable(path: Path) -> None:
     if path.is_fifo():
-        return  # who reads a named pipe would take the end of this for the end of all
+        return  # closing a named pipe would end the input of its reader
     with _named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab", buffering=0) as file:
             if stat.S_ISCHR(path.stat().st_mode) and not file.isatty():
-                file.write(b"\n")  # a device shows only then that it is full
+                file.write(b"\n")  # a full device fails only on a write
 
 
 @contextmanager
@@ -84,7 +81,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _find_answered(path: Path, prompts: list[Prompt]) -> set[int]:
-    """Indices of the prompts that `path` answers; a last line that a kill cut short is removed."""
+    """Return the indices of the prompts that `path` answers, and remove a last line that a kill cut short."""
     index_of = {prompt.line: index for index, prompt in enumerate(prompts)}
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
@@ -101,14 +98,14 @@ def _find_answered(path: Path, prompts: list[Prompt]) -> set[int]:
 
 
 def _parse_answer(line: str) -> dict:
-    """What a line of the output says; nothing if it is no such line."""
+    """Return the fields of a line of the output, or {} if it is not one."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError):
         return {}
     if not isinstance(fields, dict):
         return {}
-    # All but the line may be missing, as in outputs of earlier versions.
+    # All but "line" may be missing, as in outputs of earlier versions.
     kinds = {"line": int, "tokens": int, "seed": int, "text": str}
     whole = "line" in fields and all(type(fields.get(name, kind())) is kind for name, kind in kinds.items())
     return fields if whole else {}
@@ -119,19 +116,19 @@ def _answers(fields: dict, prompt: Prompt) -> bool:
 
 
 def rows_of(path: Path) -> Iterator[dict]:
-    """The lines of an output, one after the other."""
+    """Yield the lines of an output as dicts."""
     with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
         yield from map(json.loads, file)
 
 
 class AnswerFile:
-    """The lines of an output under way. Each is on the disk when it is said to be done.
+    """The output while it is written, unbuffered, so that every line is kept after a kill.
 
-    It is opened for the first of them: a command that fails before leaves nothing, and what there was.
+    The file is opened with the first line: a command that fails before leaves an existing output as it is.
     """
 
     def __init__(self, path: Path, mode: str, begun: Callable[[], None]):
-        """begun: what is to be kept beside it as soon as there is a line."""
+        """`begun` is called once, when the file is opened."""
         self.path, self.mode, self.begun = path, mode, begun
         self._file: FileIO | None = None
 
@@ -143,11 +140,11 @@ class AnswerFile:
             self._file.close()
 
     def write(self, row: dict) -> None:
-        """Adds a line.
+        """Append a line.
 
         Raises:
-            ValueError: there is no place left for it; what was written before stays.
-            BrokenPipeError: who read a pipe has gone, as `| head` does.
+            ValueError: the disk is full; earlier lines stay.
+            BrokenPipeError: the reader has closed the pipe (`| head`).
         """
         line = memoryview(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         try:
@@ -164,14 +161,14 @@ class AnswerFile:
 
 
 def put_in_order(path: Path) -> None:
-    """Puts the lines of a finished output into the order of their prompts, all at once.
+    """Sort the lines of a finished output by their prompts, atomically.
 
     Raises:
-        ValueError: its folder cannot be written; the lines then stay in the order in which they were done.
+        ValueError: its folder is not writable; the lines then stay in the order in which they were finished.
     """
     if not path.is_file():
-        return  # a pipe, or /dev/null: what went in there is gone
-    path = path.resolve()  # a link stays one
+        return  # a pipe or a device
+    path = path.resolve()
     lines = path.read_bytes().split(b"\n")[:-1]
     lines.sort(key=lambda line: json.loads(line)["line"])
     partial = hidden_beside(path, "partial")

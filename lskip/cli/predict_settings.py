@@ -1,4 +1,4 @@
-"""What decides the answers of `lskip predict`, kept beside them: a run goes on only as it was begun."""
+"""The settings of `lskip predict`, saved beside an unfinished output: --resume needs the same ones."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from lskip.models.reading.sources import digest_of
 from lskip.utils.output_files import hidden_beside, write_json
 from lskip.utils.untrusted import parse_json, read_text
 
-LOADING = ("dtype", "draft_weights", "exit_adapter", "bit_exact")  # of LoadingOptions; others only decide the speed
+LOADING = ("dtype", "draft_weights", "exit_adapter", "bit_exact")  # of LoadingOptions; the others change only the speed
 CHECKED_TOKENS = 32
 
 
 def answer_settings(decoding: DecodingOptions, loading: LoadingOptions) -> dict[str, Any]:
-    """What decides answers, in plain types."""
+    """Return all settings that change the answers, as plain types."""
     said = {each.name: _plain(getattr(decoding, each.name)) for each in fields(decoding)}
     said |= {name: getattr(loading, name) for name in LOADING}
     return {"model": loading.model, "model_files": digest_of(loading.model), **said}
 
 
 def settings_path(output: Path) -> Path:
-    """Where the settings of an output are kept: hidden, beside it."""
+    """Return the path of the hidden file with the settings of `output`."""
     return hidden_beside(output, "settings.json")
 
 
 def check_same_settings(output: Path, settings: dict[str, Any]) -> bool:
-    """Whether `output` was begun with these settings; False: nobody knows, since they were not kept.
+    """Return True if `output` was begun with these settings, False if no settings are saved.
 
     Raises:
-        ValueError: with others; it names the first that differs.
+        ValueError: the saved settings differ; it names the first that does.
     """
     path = settings_path(output)
     if not path.is_file():
@@ -61,19 +61,19 @@ ADVICE = "name the same, replace it by --overwrite true, or name another output"
 
 
 def forget_settings(output: Path) -> None:
-    """Takes away what only an unfinished output needs."""
+    """Remove the saved settings of a finished output."""
     if output.is_file():
         settings_path(output).unlink(missing_ok=True)
 
 
 def keep_settings(output: Path, settings: dict[str, Any]) -> None:
-    """Writes them beside the output, if that is a file that one can go on with."""
+    """Save the settings beside the output, unless that is a pipe or a device."""
     if output.is_file():
         write_json(settings_path(output), settings)
 
 
 def check_answers(output: Path, prompts: list[Prompt], decoding: DecodingOptions) -> None:
-    """ValueError for lines of `output` that show that these settings did not make them."""
+    """Raise ValueError if a line of `output` contradicts these settings (seed, number of tokens)."""
     index_of = {prompt.line: index for index, prompt in enumerate(prompts)}
     for number, row in enumerate(rows_of(output), start=1):
         most, seed = decoding.max_new_tokens, decoding.seed
@@ -90,9 +90,10 @@ def check_answers(output: Path, prompts: list[Prompt], decoding: DecodingOptions
 def check_by_answering(
     output: Path, prompts: list[Prompt], generator: TextGenerator, settings: GenerationSettings
 ) -> None:
-    """ValueError unless the model gives the first answer of `output` again, or how it begins.
+    """Raise ValueError unless the model gives the first answer of `output`, or its beginning, once more.
 
-    Only where it would for certain: not in types so coarse that texts part, nor where the text depends on the drafts.
+    Checked only where the text is reproducible: in float32, and with greedy or seeded decoding that does not depend on
+    the drafts (as acceptance "rejection" does).
     """
     first = next(rows_of(output))
     exact = generator.runner.dtype is torch.float32 and settings.acceptance != "rejection"
@@ -112,7 +113,7 @@ def check_by_answering(
 
 
 def _plain(value: Any) -> Any:
-    """A setting as JSON has it; of a policy or criterion its class and the numbers that it was made with."""
+    """Return a setting for JSON; a policy or criterion becomes its class and its public plain attributes."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):

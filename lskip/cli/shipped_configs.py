@@ -1,4 +1,4 @@
-"""`lskip configs`: the configs that come with lskip, listed and copied."""
+"""`lskip configs`: list or copy the configs that come with lskip."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from lskip.cli.config_files import shipped_config, shipped_configs
-from lskip.utils.untrusted import printable
+from lskip.utils.console import say
 from lskip.utils.user_paths import user_path
 
 USAGE = """usage: lskip configs                    the configs that come with lskip: --config takes their names
@@ -14,10 +14,10 @@ USAGE = """usage: lskip configs                    the configs that come with ls
 
 
 def run_configs(arguments: list[str]) -> None:
-    """Run `lskip configs`: the first argument is its name.
+    """Run `lskip configs`; the first argument is the command's name.
 
     Raises:
-        ValueError: one sentence on what is wrong with the others. OSError: the copy cannot be written.
+        ValueError: unknown arguments or no such config. OSError: the copy cannot be written.
     """
     match arguments[1:]:
         case []:
@@ -33,13 +33,13 @@ def run_configs(arguments: list[str]) -> None:
 
 
 def copy_config(name: str, place: Path) -> None:
-    """Copy a config into a folder, or to a file that is not there yet. ValueError, OSError: neither is possible."""
+    """Copy a config into a folder, or to a new file; ValueError, OSError if that is impossible."""
     source = shipped_config(name)
     target = place / source.name if place.is_dir() else place
     if target.exists():
         raise FileExistsError(f"DEST: '{target}' exists already")
     shutil.copyfile(source, target)
-    print(printable(f"config: {target}", keep=""))
+    say(f"config: {target}")
 
 
 def _listed() -> list[str]:

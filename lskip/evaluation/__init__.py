@@ -1,1 +1,1 @@
-"""What every layer of a model is worth: reports, sweeps of settings, tasks and their scores."""
+"""Evaluation: reports by layer, tasks and their scores, sweeps of decoding settings, comparison of runs."""

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, how to decode with it, how good its layers are."""
+"""The model card (README.md) of an exported model: origin, usage, and a table of its layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lskip.models.pretrained import is_run
 from lskip.utils.user_paths import user_path
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
-NUM_SPECULATIONS = 4  # where nothing is recommended
+NUM_SPECULATIONS = 4  # the default
 TAGS = ["lskip", "layerskip", "early-exit", "self-speculative-decoding"]
 
 
@@ -26,12 +26,13 @@ def model_card(
     draft: int | None = None,
     gguf: bool = False,
 ) -> str:
-    """The card's text, Markdown behind a head in YAML. The table of layers is there where a run has measured it.
+    """Return the card: Markdown with a YAML header, and a table of layers if the run has measured them.
 
     Args:
-        source: what `lskip export --model` said.
-        name: of the exported folder; `config` is its model's.
-        exit_layer, num_speculations, draft, gguf: as in `lskip.export.to_hf.export`.
+        source: value of `lskip export --model`.
+        name: of the exported folder.
+        config: of the exported model.
+        exit_layer: as in `lskip.export.to_hf.export`, like num_speculations, draft and gguf.
     """
     run = run_folder(source)
     trained_from = None if run is None else _trained_from(run)
@@ -50,7 +51,7 @@ def model_card(
 
 
 def run_folder(source: str) -> Path | None:
-    """The run of `lskip fit` that `source`, a run or a checkpoint, belongs to; None: it is something else."""
+    """Return the run folder that `source`, a run or a checkpoint, belongs to; None: it is something else."""
     path = user_path(source, "model")
     if is_run(path):
         return path
@@ -58,7 +59,7 @@ def run_folder(source: str) -> Path | None:
 
 
 def _trained_from(run: Path) -> str | dict | None:
-    """What `lskip fit --model` said; None: the run does not tell."""
+    """Return the run's value of `lskip fit --model`; None: unknown."""
     try:
         return yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")).get("model")
     except (OSError, yaml.YAMLError, AttributeError):
@@ -69,7 +70,7 @@ def _hub_name(source: str | dict | None) -> str | None:
     if source == "smollm2":
         return SMOLLM2
     is_name = isinstance(source, str) and source.count("/") == 1 and not source.endswith((".gguf", ".ckpt"))
-    # A folder like runs/mine is written in the same way.
+    # A folder such as runs/mine has the form of a hub name too.
     return source if is_name and not Path(source).parent.is_dir() else None
 
 
@@ -129,8 +130,8 @@ def _layers(run: Path) -> str | None:
         [
             "## Layers",
             "",
-            "Perplexity on the run's held-out text, and how often the layer's likeliest token is the last layer's, at "
-            "the run's last validation.",
+            "Perplexity on the run's held-out text, and how often the layer's most probable token is the last layer's, "
+            "at the run's last validation.",
             "",
             "| layer | perplexity | agreement |",
             "|---|---|---|",
@@ -140,12 +141,12 @@ def _layers(run: Path) -> str | None:
 
 
 def layer_table(run: Path) -> list[tuple[int, float, float]]:
-    """(layer, perplexity, agreement) of each layer at the last validation of a run; [] if it has logged none."""
+    """Return (layer, perplexity, agreement) of each layer at a run's last validation; [] if none is logged."""
     if not any(run.glob("events.out.tfevents.*")):
         return []
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a resumed run logs some steps again is no news
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of steps that a resumed run logs again
     events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 1}).Reload()
     tags = set(events.Tags()["scalars"])
     rows = []

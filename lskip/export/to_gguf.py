@@ -1,4 +1,4 @@
-"""A Llama as a GGUF file, which llama.cpp and its tools run."""
+"""Writing of Llama models as GGUF files for llama.cpp."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-# The ways to cut a text into words before byte-level BPE: llama.cpp's name -> the steps in a tokenizer.json.
+# Pre-tokenizers of byte-level BPE: llama.cpp's name -> the steps in tokenizer.json.
 _GPT2_WORDS = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 PRE_TOKENIZERS = {
-    "gpt-2": [_GPT2_WORDS],  # tokenizers trained by lskip, too
+    "gpt-2": [_GPT2_WORDS],  # also of tokenizers trained by lskip
     "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2_WORDS],
 }
 
@@ -22,12 +22,14 @@ PRE_TOKENIZERS = {
 def write_gguf(
     model: LlamaForCausalLM, path: Path, tokenizer: PreTrainedTokenizerBase | Path | None = None, name: str = ""
 ) -> None:
-    """Write `model` to `path`, its matrices in the model's own dtype, its norms in float32 (llama.cpp wants that).
+    """Write `model` to `path`, matrices in the model's dtype, norms in float32 as llama.cpp requires.
 
     Args:
-        tokenizer: goes into the file; a path is a GGUF file whose tokenizer is copied. None: the file has no
-            tokenizer, prompts and answers are token ids.
-        name: what tools call the model.
+        model: the model to write.
+        path: of the file.
+        tokenizer: to write into the file, or the path of a GGUF file whose tokenizer is copied; None: none is
+            written, prompts and answers are then token ids.
+        name: name of the model in the file.
 
     Raises:
         ValueError: obstacle(model.config, tokenizer) is not None.
@@ -57,7 +59,7 @@ def write_gguf(
 
 
 def obstacle(config, tokenizer: PreTrainedTokenizerBase | Path | None = None) -> str | None:
-    """Why this file cannot write a model of `config` with `tokenizer`; None when it can."""
+    """Return why a model of `config` with `tokenizer` cannot be written; None if it can."""
     if importlib.util.find_spec("gguf") is None:
         return "it needs: pip install gguf"
     if not isinstance(config, LlamaConfig):
@@ -87,21 +89,21 @@ def _tokenizer_obstacle(tokenizer: PreTrainedTokenizerBase, config: LlamaConfig)
 
 
 def _rules(tokenizer: PreTrainedTokenizerBase) -> dict | None:
-    """What is in its tokenizer.json; None: it has none."""
+    """Return the content of tokenizer.json; None for a slow tokenizer."""
     return json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else None
 
 
 def _pre_tokenizer(rules: dict) -> str | None:
-    """llama.cpp's name for how the tokenizer cuts a text into words; None: another way."""
+    """Return llama.cpp's name of the pre-tokenizer; None if it is not supported."""
     cut = rules["pre_tokenizer"] or {}
     steps = cut.get("pretokenizers", [cut])
-    # trim_offsets is about positions in the text: the tokens are the same.
+    # trim_offsets changes offsets only, not tokens.
     steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
     return next((name for name, known in PRE_TOKENIZERS.items() if known == steps), None)
 
 
 def _add_sizes(writer, config: LlamaConfig) -> None:
-    """What llama.cpp must know before it reads a weight."""
+    """Write the hyperparameters."""
     head_dim = config.head_dim
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -138,12 +140,12 @@ def _copy_tokenizer(writer, path: Path) -> None:
 def _add_byte_level_bpe(writer, tokenizer: PreTrainedTokenizerBase, config: LlamaConfig) -> None:
     rules = _rules(tokenizer)
     tokens, kinds = _entries(tokenizer, config.vocab_size)
-    writer.add_tokenizer_model("gpt2")  # llama.cpp's name for byte-level BPE, whoever trained it
+    writer.add_tokenizer_model("gpt2")  # llama.cpp's name for any byte-level BPE
     writer.add_tokenizer_pre(_pre_tokenizer(rules))
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges([" ".join(pair) for pair in rules["model"]["merges"]])
-    # Left out, llama.cpp would take a token of GPT-2's for the beginning of a text.
+    # Without one llama.cpp would use GPT-2's beginning-of-text token.
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
     ids = {"bos": bos, "eos": tokenizer.eos_token_id, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}
     for kind, token in ids.items():
@@ -157,7 +159,7 @@ def _add_byte_level_bpe(writer, tokenizer: PreTrainedTokenizerBase, config: Llam
 
 
 def _entries(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[list[str], list[int]]:
-    """Text and kind of each of the model's tokens; those that the tokenizer does not know are unused."""
+    """Return texts and types of the model's tokens; ids beyond the tokenizer are unused."""
     from gguf import TokenType
 
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
@@ -175,14 +177,14 @@ def _add_weights(writer, model: LlamaForCausalLM) -> None:
     kinds = gguf.GGMLQuantizationType
     matrices = {torch.float32: kinds.F32, torch.float16: kinds.F16, torch.bfloat16: kinds.BF16}[model.dtype]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
-    for name, weight in model.named_parameters():  # a tied head is no parameter of its own, and GGUF leaves it out too
+    for name, weight in model.named_parameters():  # a tied head is left out, in GGUF too
         kind = matrices if weight.ndim == 2 else kinds.F32
         array = gguf.quants.quantize(_array(name, weight, model.config), kind)
         writer.add_tensor(names.get_name(name, (".weight",)), array, raw_dtype=kind)
 
 
 def _array(name: str, weight: Tensor, config: LlamaConfig) -> np.ndarray:
-    """In float32, q and k in the order that llama.cpp's rotary embedding expects."""
+    """Return a weight in float32, with the rows of q and k in the order of llama.cpp's rotary embedding."""
     array = weight.detach().float().cpu().numpy()
     if "q_proj" in name:
         return rotary_pairs(array, config.num_attention_heads)
@@ -190,9 +192,9 @@ def _array(name: str, weight: Tensor, config: LlamaConfig) -> np.ndarray:
 
 
 def rotary_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
-    """[heads head_dim, in] with each head's rows reordered from [first half, second half] to interleaved pairs.
+    """Return [heads head_dim, in] with the rows of each head reordered from two halves to interleaved pairs.
 
-    transformers turns row i with row i + head_dim / 2 of a head, llama.cpp row 2 i with row 2 i + 1.
+    RoPE rotates rows i and i + head_dim / 2 of a head in transformers, rows 2 i and 2 i + 1 in llama.cpp.
     """
     halves = weight.reshape(heads, 2, -1, weight.shape[1])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)

@@ -1,4 +1,4 @@
-"""`lskip export`: what was trained, as plain folders and files that other tools read."""
+"""`lskip export`: write a model as a transformers folder, its first layers as a draft model, and GGUF files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -30,10 +29,11 @@ from lskip.models.families import family_of
 from lskip.models.pretrained import GENERATION_FILE, find_source, load_config, load_model, load_tokenizer
 from lskip.models.reading.config import with_layers
 from lskip.utils.checks import check_whole
+from lskip.utils.console import say
+from lskip.utils.devices import DType
 from lskip.utils.finite import check_finite_weights
 from lskip.utils.foreign import first_line, quietly
 from lskip.utils.output_files import hidden_beside, only_writer
-from lskip.utils.untrusted import printable
 from lskip.utils.user_paths import user_path
 
 DRAFT_FOLDER, GGUF_FILE, CARD_FILE = "draft", "model.gguf", "README.md"
@@ -42,7 +42,7 @@ DRAFT_FOLDER, GGUF_FILE, CARD_FILE = "draft", "model.gguf", "README.md"
 def export(
     model: str,
     output: str,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: DType = "float32",
     exit_layer: int | None = None,
     num_speculations: int | None = None,
     draft: int | None = None,
@@ -57,30 +57,31 @@ def export(
         model: a run folder, a checkpoint, a folder, a hub name, a .gguf file, smollm2.
         output: folder to make; it must not exist yet, or be empty.
         dtype: of the weights in the files.
-        exit_layer: blocks that are to draft: the model card says how. (assistant_early_exit in generation_config.json
-            would make transformers' drafts draft for themselves: slower than none.)
+        exit_layer: blocks that draft, as the model card explains. (Not set in generation_config.json, since
+            transformers would apply it to the draft too, which is slower than no draft.)
         num_speculations: tokens that transformers' `generate` drafts at a time, with exit_layer or draft; null: 4.
-        draft: blocks of a second, smaller model that is written as well, to output/draft: the first blocks, the final
-            norm and the head, for whatever decodes with a draft model (vLLM, llama.cpp, transformers); null: none.
+        draft: blocks of a draft model to write to output/draft: the first blocks, the final norm and the head, for
+            decoders that take a draft model (vLLM, llama.cpp, transformers); null: none.
         gguf: write model.gguf into output, and into output/draft, for llama.cpp; Llama family.
 
     Raises:
-        ValueError: `output` holds something or cannot be written, the model has fewer layers, or GGUF cannot hold
-            it. FileNotFoundError: no such model.
+        ValueError: `output` is not empty or not writable, the model has fewer layers, or GGUF does not support it.
+        FileNotFoundError: no such model.
     """
     folder = Path(os.path.abspath(user_path(output, "output")))
     with _partial(folder) as partial:
         config = load_config(model)
-        _check_drafts(config, exit_layer, num_speculations, draft)
+        drafts = {"exit_layer": exit_layer, "num_speculations": num_speculations, "draft": draft}
+        _check_drafts(config, **drafts)
         source = _check_gguf(model, config) if gguf else None
         loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
         exits = load_trained_exits(model, Decoder(loaded))
         check_finite_weights(loaded)
-        _set_drafts(loaded.generation_config, exit_layer, num_speculations, draft)
+        _set_drafts(loaded.generation_config, **drafts)
         parts = {folder.name: (loaded, partial)}
         if draft is not None:
             parts[f"{folder.name}-draft"] = first_layers(loaded, draft), partial / DRAFT_FOLDER
-        card = model_card(model, folder.name, config, exit_layer, num_speculations, draft, gguf)
+        card = model_card(model, folder.name, config, gguf=gguf, **drafts)
         with _written(folder):
             for name, (part, place) in parts.items():
                 _save(part, tokenizer, place)
@@ -89,15 +90,15 @@ def export(
             if exits is not None:
                 exits.save(partial)
             (partial / CARD_FILE).write_text(card, encoding="utf-8")
-            # Only a whole model ever stands under the name that was asked for.
+            # Renamed last, so that `output` is never a partial model.
             os.replace(partial, folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     advice = f"decode with it: lskip generate --model {folder} --prompt …"
-    print(printable(f"{folder}: {size / 1e6:,.1f} MB; {advice}", keep=""))
+    say(f"{folder}: {size / 1e6:,.1f} MB; {advice}")
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """As transformers does it, but for the settings for `generate`: it loads some that it then refuses to save."""
+    """Save model and tokenizer; generation settings separately, since transformers refuses to save some it loads."""
     settings, model.generation_config = model.generation_config, GenerationConfig()
     try:
         with quietly():
@@ -113,21 +114,21 @@ def _set_drafts(
     settings: GenerationConfig, exit_layer: int | None, num_speculations: int | None, draft: int | None
 ) -> None:
     if exit_layer is not None or draft is not None:
-        # transformers' own default of 20 is far too many for an exit.
+        # transformers' default of 20 is far too many for an exit.
         settings.num_assistant_tokens = num_speculations or NUM_SPECULATIONS
 
 
 def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
-    """A model of the same family: `num_layers` blocks from the bottom, then the final norm and the head.
+    """Return a model of the same family with the first `num_layers` blocks, the final norm and the head, all copied.
 
-    Its logits are those of `model`'s exit after so many blocks. It has weights of its own.
+    Its logits are those of `model`'s exit after so many blocks.
     """
     with no_init_weights():
         config = with_layers(model.config, slice(num_layers))
         draft = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False)
     weights = model.state_dict()
     draft.load_state_dict({name: weights[name] for name in draft.state_dict()})
-    draft.tie_weights()  # without initial values they are not
+    draft.tie_weights()  # no_init_weights leaves them untied
     draft.generation_config = copy.deepcopy(model.generation_config)
     draft.generation_config.assistant_early_exit = None  # the draft is the exit
     return draft.eval()
@@ -152,7 +153,7 @@ def _check_drafts(
 
 
 def _check_gguf(model: str, config: PreTrainedConfig) -> Path | None:
-    """The GGUF file that the model comes from, if any: its tokenizer is copied as it is."""
+    """Return the GGUF file that the model comes from, or None; ValueError if GGUF does not support the model."""
     found = find_source(model)
     source = Path(found.place) if found.kind == "gguf" else None
     if (reason := gguf_file.obstacle(config, source)) is None and source is None:
@@ -164,7 +165,7 @@ def _check_gguf(model: str, config: PreTrainedConfig) -> Path | None:
 
 @contextmanager
 def _partial(folder: Path) -> Iterator[Path]:
-    """The folder to write into first, beside the one asked for; nothing of it is left."""
+    """Lock `folder`, and yield a hidden folder beside it to write into first, which is removed afterwards."""
     if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"output: '{folder}' exists and is not an empty folder")
     partial = hidden_beside(folder, "partial")
@@ -184,7 +185,7 @@ def _partial(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _written(folder: Path) -> Iterator[None]:
-    """ValueError for what happens while files are written: a full disk, in the words of whoever wrote."""
+    """Turn errors of writing, such as a full disk, into a ValueError."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import sys
 from collections import deque
 from collections.abc import Iterator
 from copy import deepcopy
@@ -30,8 +29,8 @@ from lskip.models.decoder import Decoder
 from lskip.models.encoding import longest_text
 from lskip.models.exit_adapter import ExitAdapter, fingerprint
 from lskip.utils.checks import check_whole
+from lskip.utils.console import warn
 from lskip.utils.devices import trim_heap
-from lskip.utils.untrusted import printable
 from lskip.utils.user_paths import user_path
 
 if TYPE_CHECKING:
@@ -100,8 +99,7 @@ class TextGenerator:
         self.eos_ids = end_tokens(model, tokenizer)
         self.model_defaults = read_defaults(model.generation_config, self.eos_ids, decoder.device, decoder.vocab_size)
         if ignored := ignored_by_lskip(model.generation_config):
-            said = f"warning: generation_config: lskip does not go by {', '.join(ignored)}"
-            print(printable(said, keep=""), file=sys.stderr)
+            warn(f"generation_config: lskip does not go by {', '.join(ignored)}")
         self.num_layers, self.vocab_size = decoder.num_layers, decoder.vocab_size
         self.context_length = decoder.context_length
         # First, since building `runner` may take the model apart.

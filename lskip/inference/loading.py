@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
 from lskip.inference.drafting.costs_file import check_costs_file
 from lskip.inference.generator import TextGenerator
 from lskip.models.decoder import Decoder
 from lskip.models.exit_adapter import find_adapter, load_adapter
-from lskip.utils.checks import check_whole
+from lskip.utils.checks import check_choice, check_whole
+from lskip.utils.console import warn
+from lskip.utils.devices import DTYPES
 from lskip.utils.user_paths import user_path
 
 
@@ -42,21 +42,31 @@ def load_generator(
     from lskip.models.exit_heads import load_trained_exits
     from lskip.models.pretrained import load_model
 
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype: {dtype!r} is not one of float32, bfloat16, float16")
+    check_choice("dtype", dtype, DTYPES)
     check_whole("batch_size", batch_size, 1)
     folder = None if exit_adapter is None else find_adapter(exit_adapter)
     if costs_file is not None:
         check_costs_file(user_path(costs_file, "costs_file"))
     place = resolve_device(device)
     if compiled and place.type == "cpu":
-        print("warning: compiled: is meant for GPUs; on a CPU compiling takes minutes", file=sys.stderr)
+        warn("compiled: is meant for GPUs; on a CPU compiling takes minutes")
     loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
     loaded = loaded.eval().to(place)
     adapter = None if folder is None else load_adapter(folder, loaded)
     exits = load_trained_exits(model, Decoder(loaded))
-    converted = (weights, draft_weights, True, bit_exact, compiled, costs_file, adapter, exits, batch_size)
-    return TextGenerator(loaded, tokenizer, *converted)
+    return TextGenerator(
+        loaded,
+        tokenizer,
+        weights=weights,
+        draft_weights=draft_weights,
+        release_model=True,
+        bit_exact=bit_exact,
+        compiled=compiled,
+        costs_file=costs_file,
+        exit_adapter=adapter,
+        trained_exits=exits,
+        batch_size=batch_size,
+    )
 
 
 def resolve_device(device: str) -> torch.device:

@@ -8,7 +8,7 @@ from typing import Literal
 from lskip.inference import GenerationSettings, TextGenerator, load_generator
 from lskip.inference.drafting.policies import DraftPolicy
 from lskip.inference.exit_criteria import ExitCriterion
-from lskip.utils.user_paths import user_path
+from lskip.utils.devices import DType
 
 DraftWeights = Literal["int8", "int4", "int8_dynamic"]  # quantized.DRAFT_FORMS, in words that the parser reads
 
@@ -35,7 +35,7 @@ class LoadingOptions:
     """
 
     model: str = "smollm2"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: DType = "float32"
     weights: Literal["auto", "plain", "packed", "transposed", "halved"] = "auto"
     draft_weights: DraftWeights | None = None
     device: str = "auto"
@@ -45,9 +45,7 @@ class LoadingOptions:
     exit_adapter: str | None = None
 
     def load(self, batch_size: int = 1) -> TextGenerator:
-        """For so many texts at a time. ValueError, OSError: as load_generator, or a costs_file that can be none."""
-        if self.costs_file is not None and user_path(self.costs_file, "costs_file").is_dir():
-            raise IsADirectoryError(f"costs_file: '{self.costs_file}' is a folder, not a JSON file")
+        """Return load_generator's TextGenerator for batches of `batch_size` texts."""
         return load_generator(**vars(self), batch_size=batch_size)
 
 

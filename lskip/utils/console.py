@@ -1,6 +1,9 @@
-"""Tables and sentences that hold names which others chose: shown as they are, never carried out, never cut."""
+"""Printing of sentences and tables: control characters in names and paths are escaped, nothing is cut off."""
 
 from __future__ import annotations
+
+import sys
+from typing import TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -8,7 +11,17 @@ from rich.text import Text
 
 from lskip.utils.untrusted import printable
 
-WIDTH = 1000  # where no terminal says how wide it is: a table takes what it needs
+WIDTH = 1000  # of a table that goes to a file or a pipe
+
+
+def say(sentence: str, file: TextIO | None = None) -> None:
+    """Print one line to `file`, standard output by default, its control characters escaped."""
+    print(printable(sentence, keep=""), file=file)
+
+
+def warn(sentence: str) -> None:
+    """Print one line that begins with "warning: " on standard error, its control characters escaped."""
+    say(f"warning: {sentence}", sys.stderr)
 
 
 class _PlainConsole(Console):
@@ -17,7 +30,7 @@ class _PlainConsole(Console):
 
 
 def plain_console() -> Console:
-    """A console on standard output for which [bold] is a word, :smile: too, and an escape is written out."""
+    """Return a console on standard output that reads no markup and no emoji codes and escapes control characters."""
     console = _PlainConsole(markup=False, emoji=False)
     if not console.is_terminal:
         console.width = WIDTH
@@ -25,10 +38,10 @@ def plain_console() -> Console:
 
 
 def plain_table(*columns: str, title: str, right: int = 0) -> Table:
-    """A table whose cells go on in the next line where a terminal is too narrow for them.
+    """Return an empty table whose cells wrap where the terminal is too narrow.
 
     Args:
-        right: columns from this one on stand at the right: numbers.
+        right: index of the first right-aligned column (numbers).
     """
     table = Table(title=title, title_justify="left")
     for number, name in enumerate(columns):

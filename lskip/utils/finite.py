@@ -1,4 +1,4 @@
-"""Whether numbers are finite: all tensors of a model or a checkpoint at once, with one wait for the device."""
+"""Checks for NaN and infinity in all tensors of a model or a checkpoint, with one device synchronization."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 def all_finite(tree: Any) -> bool:
-    """Return whether no float in the tensors of `tree` (mappings, lists and tuples of them) is NaN or infinite.
+    """Return whether all floats in the tensors of `tree` (nested mappings, lists and tuples) are finite.
 
-    Tensors of somebody's own class, such as packed states of 8 bits, cannot be asked and are passed over.
+    Subclasses of Tensor, such as 8-bit optimizer states, may lack `isfinite` and are skipped.
     """
     flags: dict[torch.device, list[Tensor]] = {}
     for tensor in _tensors(tree):
@@ -32,13 +32,13 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def check_finite_weights(model: nn.Module, field: str = "model") -> None:
-    """ValueError, which names the weight, where a weight of `model` is NaN or infinite: what it computes means nothing.
+def check_finite_weights(model: nn.Module) -> None:
+    """Raise ValueError, naming the weight, if a weight of `model` is NaN or infinite.
 
-    Weights of which no values are there (the device meta) pass.
+    Weights on the meta device, which have no values, pass.
     """
     weights = {name: part for name, part in model.state_dict().items() if part.device.type != "meta"}
     if all_finite(weights):
         return
     name = next(name for name, part in weights.items() if not all_finite(part))
-    raise ValueError(f"{field}: its weights are not finite ({name} holds NaN or infinity), so it says nothing")
+    raise ValueError(f"model: its weights are not finite ({name} holds NaN or infinity), so it says nothing")

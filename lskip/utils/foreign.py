@@ -1,4 +1,4 @@
-"""Calls into transformers and tokenizers with files of strangers: what they raise, and what they print."""
+"""Calls into transformers and tokenizers with untrusted files: their exceptions and their output."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from contextlib import contextmanager
 
 from transformers.utils import logging as transformers_logging
 
+LONGEST = 100  # characters of an exception's message
+
 
 @contextmanager
 def foreign(where: str) -> Iterator[None]:
-    """ValueError, which begins with `where`, for whatever the libraries inside raise.
+    """Turn whatever the libraries called inside raise into a ValueError that begins with `where`.
 
-    A file may be broken in as many ways as there are readers below; all of them mean that it cannot be read.
+    Each reader fails on a broken file in its own way; all of them mean that it cannot be read.
     """
     try:
         yield
@@ -23,13 +25,13 @@ def foreign(where: str) -> Iterator[None]:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a library that is written in Rust gave up, as tokenizers does: what it raises then is no Exception."""
+    """Return whether `error` is the panic of a library written in Rust (tokenizers), which is no Exception."""
     return type(error).__name__ == "PanicException"
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """No bars and no table of transformers' while weights are read: what is wrong with them is said in a sentence."""
+    """Silence transformers' progress bars and reports while weights are read: errors are raised as one sentence."""
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -41,7 +43,7 @@ def quietly() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def first_line(error: BaseException, limit: int = 100) -> str:
-    """What an exception says, cut."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, cut to LONGEST characters."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if len(line) <= limit else line[: limit - 1] + "…"
+    return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"

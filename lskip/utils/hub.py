@@ -1,4 +1,4 @@
-"""Asks the Hugging Face hub, once and for seconds, whether it has a model or a data set."""
+"""A single short request to the Hugging Face hub: whether a model or a data set exists."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ _SECONDS = 5
 
 
 def hub_lacks(name: str, kind: Literal["model", "dataset"]) -> str | None:
-    """Return why the hub does not give what `name` says; None: it does.
+    """Return why the hub does not serve `name`; None: it does.
 
-    transformers and datasets ask five times and longer, also about a misspelled name.
+    transformers and datasets would retry five times, also for a misspelled name.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
@@ -31,7 +31,7 @@ def hub_lacks(name: str, kind: Literal["model", "dataset"]) -> str | None:
         return "HF_HUB_OFFLINE is set"
     except (HfHubHTTPError, OSError) as error:
         return f"the hub does not answer: {type(error).__name__}"
-    except Exception as error:  # of the HTTP client, which is another from version to version
+    except Exception as error:  # of the HTTP client, which differs between versions
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
             raise
         return f"the hub does not answer: {type(error).__name__}"

@@ -1,4 +1,4 @@
-"""Signals that end a command: Ctrl-C (SIGINT), and SIGTERM, by which clusters and containers end a process."""
+"""Signals that end a command: SIGINT (Ctrl-C), and SIGTERM, which clusters and containers send."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from contextlib import contextmanager
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does, with an exit code of its own."""
+    """SIGTERM as an exception: it ends a command as Ctrl-C does, with its own exit code."""
 
     exit_code = 128 + signal.SIGTERM
 
 
-def interrupt(signum: int, message: str = "") -> KeyboardInterrupt:
-    """Return the exception by which a signal ends a command."""
-    return Terminated(message) if signum == signal.SIGTERM else KeyboardInterrupt(message)
+def interrupt(signum: int) -> KeyboardInterrupt:
+    """Return the exception that a signal raises."""
+    return Terminated() if signum == signal.SIGTERM else KeyboardInterrupt()
 
 
 @contextmanager
 def ended_by_sigterm(message: str) -> Iterator[None]:
-    """Within, SIGTERM raises Terminated(message) where it otherwise would end the process without a word."""
+    """Make SIGTERM raise Terminated(message) inside the context (in the main thread only)."""
 
     def handler(signum, frame):
         raise Terminated(message)
@@ -36,11 +36,20 @@ def ended_by_sigterm(message: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+@contextmanager
+def interrupt_explained(message: str) -> Iterator[None]:
+    """Give a KeyboardInterrupt, or its subclass for SIGTERM, that is raised inside the context this message."""
+    try:
+        yield
+    except KeyboardInterrupt as pressed:
+        raise type(pressed)(message) from None
+
+
 class FirstSignal:
-    """Notes the first Ctrl-C or SIGTERM, so that a step can be finished and saved; the second one ends at once.
+    """Recorder of the first SIGINT or SIGTERM, so that a step can be finished and saved; the second one raises.
 
     Attributes:
-        signum: of the first; None while there was none.
+        signum: the first signal; None before it.
     """
 
     def __init__(self) -> None:
@@ -48,7 +57,7 @@ class FirstSignal:
         self._previous: dict = {}
 
     def listen(self) -> None:
-        """From here on signals are noted. (Only the main thread of a process can.)"""
+        """Start recording signals; does nothing outside the main thread."""
         self.signum = None
         if threading.current_thread() is threading.main_thread():
             self._previous = {kind: signal.signal(kind, self._note) for kind in (signal.SIGINT, signal.SIGTERM)}
@@ -61,7 +70,7 @@ class FirstSignal:
         print(f"\n{name}: finishing this step and saving; once more to stop at once", flush=True)
 
     def ignore(self) -> None:
-        """Signals do again what they did before `listen`."""
+        """Restore the handlers from before `listen`."""
         for kind, handler in self._previous.items():
             signal.signal(kind, handler)
         self._previous = {}

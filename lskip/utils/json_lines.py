@@ -1,4 +1,4 @@
-"""Files of one JSON object a line: read line by line, and what a line asks a model."""
+"""JSON Lines files (.jsonl): their objects, and the prompts or chat messages in them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 from lskip.utils.checks import check_unicode
 from lskip.utils.untrusted import parse_json
 
-ENDINGS = (".jsonl", ".ndjson")  # what such files are called, in capitals too
-MAX_LINE = 4 * 2**20  # bytes; a text of them would take gigabytes to tokenize
+ENDINGS = (".jsonl", ".ndjson")  # compared in lower case
+MAX_LINE = 4 * 2**20  # bytes; tokenizing a longer text would take gigabytes
 _BOM = b"\xef\xbb\xbf"
 
 
 def read_json_lines(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (where, fields) of every line that is not blank; `where` begins a sentence about that line.
+    """Yield (where, fields) for every line that is not blank; `where` begins an error message about that line.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that is not UTF-8, no JSON object, or too long.
+        ValueError: a line is not UTF-8, not a JSON object, or too long.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{field}: there is no file '{path}'")
@@ -43,7 +43,7 @@ def _fields(data: bytes, where: str) -> dict[str, Any]:
 
 
 def parse_line(text: str, where: str) -> dict[str, Any]:
-    """The fields of a line; ValueError if it is no JSON object, or says something twice."""
+    """Return the fields of a line; ValueError if it is not a JSON object or repeats a key."""
     fields = parse_json(text, where, _each_once)
     if not isinstance(fields, dict):
         raise ValueError(f"{where} is no object, like {{…}}")
@@ -51,7 +51,7 @@ def parse_line(text: str, where: str) -> dict[str, Any]:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of two prompts in one line only the last would be answered."""
+    """Return the fields; ValueError for a repeated key, of which json would keep the last value only."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
@@ -60,7 +60,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def text_of(fields: dict[str, Any], name: str, where: str) -> str:
-    """The text that a line has under a name; ValueError if it has none."""
+    """Return the text field `name` of a line; ValueError if it is missing or not a text."""
     if name not in fields:
         raise ValueError(f"{where}: {name}: is missing")
     value = fields[name]
@@ -71,7 +71,7 @@ def text_of(fields: dict[str, Any], name: str, where: str) -> str:
 
 
 def asked_of(fields: dict[str, Any], where: str) -> str | list[dict[str, Any]]:
-    """What a line asks: its prompt, or its chat messages; ValueError if that is not one of them."""
+    """Return the prompt or the chat messages of a line; ValueError unless it has exactly one of them."""
     if ("prompt" in fields) == ("messages" in fields):
         raise ValueError(f"{where}: needs either the key 'prompt' or the key 'messages'")
     if "prompt" in fields:

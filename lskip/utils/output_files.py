@@ -1,4 +1,4 @@
-"""Where results go: places that can be written, one writer at a time, and files that a kill leaves whole."""
+"""Output files and folders: checks that they are writable, locks for one writer, atomic writes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from filelock import FileLock, Timeout
 
 
 def hidden_beside(path: Path, end: str) -> Path:
-    """Return a name in the folder of `path` for what belongs to it: of a long name, which more would not fit into, a
-    part and a digest."""
+    """Return the path of a hidden file beside `path`, its name cut and hashed where it would become too long."""
     name = path.name
     if len(os.fsencode(name)) > 200:
         name = f"{name[:30]}…{sha256(os.fsencode(name)).hexdigest()[:16]}"
@@ -25,7 +24,7 @@ def hidden_beside(path: Path, end: str) -> Path:
 
 
 def make_writable(folder: Path, field: str = "output") -> None:
-    """Makes a folder where there is none; ValueError, which names the field, unless it can be written into."""
+    """Make a folder if it is missing; ValueError, naming `field`, unless it is writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder).close()
@@ -33,14 +32,23 @@ def make_writable(folder: Path, field: str = "output") -> None:
         raise ValueError(f"{field}: cannot write '{folder}' ({error.strerror})") from error
 
 
+def check_output_file(path: Path, field: str = "output") -> None:
+    """Raise ValueError or FileNotFoundError, naming `field`, unless a file can be written at `path`."""
+    if path.is_dir():
+        raise ValueError(f"{field}: '{path}' is a folder; name a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{field}: there is no folder '{path.parent}'")
+    make_writable(path.parent, field)
+
+
 @contextmanager
 def only_writer(path: Path, field: str, wait: float = 0) -> Iterator[None]:
-    """Keep `path` (a file or a folder, there or not) from a second process of lskip as long as this one writes it.
+    """Lock `path` (a file or a folder, existing or not) against other processes of lskip inside the context.
 
-    The lock is a hidden file beside it, which the system lets go of when a process dies.
+    The lock is on a hidden file beside it, and is released by the system when the process dies.
 
     Args:
-        wait: seconds that another process may take with it.
+        wait: seconds to wait for another process.
 
     Raises:
         ValueError: another process writes it.
@@ -61,22 +69,22 @@ def only_writer(path: Path, field: str, wait: float = 0) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed while it is held: whoever waits for this name opens a new file.
+        # Removed while locked: a waiting process then opens a new file.
         place.unlink(missing_ok=True)
         lock.release()
 
 
 @contextmanager
-def output_folder(folder: Path, field: str = "output") -> Iterator[None]:
-    """Keep a folder to this process while it writes there. It is made, and goes again if nothing came into it.
+def output_folder(folder: Path) -> Iterator[None]:
+    """Make and lock a folder while this process writes into it; a new folder that stays empty is removed.
 
     Raises:
-        ValueError: it cannot be written into, or another process writes there.
+        ValueError: it is not writable, or another process writes there.
     """
     existed = folder.exists()
-    make_writable(folder, field)
+    make_writable(folder)
     try:
-        with only_writer(folder, field):
+        with only_writer(folder, "output"):
             yield
     finally:
         if not existed and not any(folder.iterdir()):
@@ -84,20 +92,20 @@ def output_folder(folder: Path, field: str = "output") -> Iterator[None]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """All at once, as write_bytes. Paths in it become strings."""
+    """Write `content` as JSON atomically, paths as strings."""
     write_bytes(path, (json.dumps(content, indent=1, default=os.fspath) + "\n").encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """All at once: a kill, a full disk or a second writer leaves what was there before, or what is whole.
+    """Write `content` atomically: after a kill or a full disk the file is either the old one or the new one.
 
-    A link stays one; a pipe or a device is written into, never replaced.
+    The target of a symbolic link is replaced, not the link; pipes and devices are written into.
     """
     path = path.resolve()
     if path.exists() and not path.is_file():
         path.write_bytes(content)
         return
-    partial = hidden_beside(path, f"{os.getpid()}-{get_ident()}.partial")  # a second writer has its own
+    partial = hidden_beside(path, f"{os.getpid()}-{get_ident()}.partial")  # one for each writer
     try:
         partial.write_bytes(content)
         os.replace(partial, path)

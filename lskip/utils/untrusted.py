@@ -1,4 +1,4 @@
-"""Text that somebody else may have written: read within bounds, parsed to plain values, printed without effect.
+"""Untrusted text: files of bounded size, JSON and YAML parsed to plain values, terminal output escaped.
 
 Every reader raises ValueError with one sentence that names the field and the place, whatever was wrong.
 """
@@ -18,9 +18,9 @@ from typing import Any
 import yaml
 
 MAX_BYTES = 64 * 2**20  # of a file that is read whole and parsed
-MAX_NODES = 100_000  # of a YAML document, what its aliases repeat counted each time
+MAX_NODES = 100_000  # of a YAML document with its aliases expanded
 MAX_DEPTH = 100  # of lists in lists
-_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they turn the direction of writing
+_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # change the direction of writing
 
 
 def read_text(path: Path, field: str, max_bytes: int = MAX_BYTES) -> str:
@@ -40,10 +40,10 @@ def read_text(path: Path, field: str, max_bytes: int = MAX_BYTES) -> str:
 
 
 def parse_json(text: str, where: str, object_of: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """Return what a JSON text says; `where` begins the sentence of the ValueError if it is none.
+    """Return the value of a JSON text; `where` begins the message of the ValueError if it is not JSON.
 
     Args:
-        object_of: makes an object of its keys and values, and may raise ValueError; None: the last value of a key.
+        object_of: makes an object of its (key, value) pairs, and may raise ValueError; None: a dict.
     """
     try:
         return json.loads(text, object_pairs_hook=object_of)
@@ -57,9 +57,9 @@ def parse_json(text: str, where: str, object_of: Callable[[list[tuple[str, Any]]
 
 
 def parse_yaml(text: str, where: str, loader: type = yaml.SafeLoader) -> Any:
-    """Return what a YAML text says, as plain values; `where` begins the sentence of the ValueError if it is none.
+    """Return the plain values of a YAML text; `where` begins the message of the ValueError if it is not YAML.
 
-    A few hundred bytes of aliases may stand for billions of values: they are counted before any is made.
+    A few hundred bytes of aliases may expand to billions of values: they are counted before any is built.
     """
     try:
         document = yaml.compose(text, Loader=loader)
@@ -79,13 +79,13 @@ def parse_yaml(text: str, where: str, loader: type = yaml.SafeLoader) -> Any:
 
 
 def check_nodes(document: yaml.Node | None) -> None:
-    """Refuse a document that stands for too many values, is too deep or contains itself: ValueError."""
+    """Raise ValueError if a document expands to too many values, is nested too deeply or contains itself."""
     if document is not None:
         _count_nodes(document, {}, 0)
 
 
 def _count_nodes(node: yaml.Node, known: dict[int, int], depth: int) -> int:
-    """Return how many values a node stands for. ValueError: too many, too deep, or a node within itself."""
+    """Return how many values a node expands to. ValueError: too many, too deep, or a node within itself."""
     if id(node) in known:
         if known[id(node)] == 0:
             raise ValueError("it contains itself")
@@ -103,7 +103,7 @@ def _count_nodes(node: yaml.Node, known: dict[int, int], depth: int) -> int:
 
 
 def _check_keys(node: yaml.Node | None, seen: set[int]) -> None:
-    """ValueError for a key that a mapping has twice: of two values the loaders would take the last, without a word."""
+    """Raise ValueError for a repeated key, of which the loaders would silently take the last value."""
     if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
         return
     seen.add(id(node))
@@ -119,12 +119,12 @@ def _check_keys(node: yaml.Node | None, seen: set[int]) -> None:
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
-    """Return `text` with its control characters written out, which would move a terminal's cursor or set its title."""
+    """Return `text` with control characters escaped, which could move a terminal's cursor or set its title."""
     return "".join(each if each in keep or not _controls(each) else _written_out(each) for each in text)
 
 
 def _controls(character: str) -> bool:
-    # Cc: escape, bell, backspace …; Cs: lone surrogates, which cannot be printed.
+    # Cc: escape, bell, backspace …; Cs: lone surrogates, which cannot be encoded.
     return unicodedata.category(character) in ("Cc", "Cs") or character in _DIRECTIONS
 
 
@@ -134,9 +134,9 @@ def _written_out(character: str) -> str:
 
 @contextmanager
 def time_limit(seconds: float, message: str) -> Iterator[None]:
-    """Stop what runs inside after so many seconds: ValueError(message). For templates that do not end.
+    """Raise ValueError(message) in the code inside after so many seconds, as for chat templates that do not end.
 
-    By an alarm, which only the main thread of a Unix process can set: elsewhere nothing is limited.
+    Only the main thread of a Unix process can set the alarm; elsewhere nothing is limited.
     """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
@@ -149,7 +149,7 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
             raise ValueError(message)
 
     previous = signal.signal(signal.SIGALRM, stop)
-    # Again and again: a template's compiler takes whatever it computes in advance to be impossible if it raises.
+    # Repeated: jinja2 swallows an exception raised while it folds constants.
     signal.setitimer(signal.ITIMER_REAL, seconds, 0.2)
     try:
         yield

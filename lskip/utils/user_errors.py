@@ -1,4 +1,4 @@
-"""Which exceptions are the user's to mend, and the one line that is said of them."""
+"""Exceptions that the user can fix, and the one line that the command line prints for them."""
 
 from __future__ import annotations
 
@@ -7,35 +7,34 @@ from types import TracebackType
 
 from lskip.utils.untrusted import printable
 
-# By name, since importing these libraries would make `generate` wait for all of them. Each is raised only by what
-# somebody handed over: a template, a file, a setting. What lskip itself gets wrong (KeyError, AttributeError,
-# TypeError …) is not among them and shows its traceback.
+# By name, since importing these libraries would slow down every command. Each is raised only for user input: a
+# template, a file, a setting. Bugs of lskip (KeyError, AttributeError, TypeError …) show their traceback.
 _NAMES = {
     "MisconfigurationException",  # Lightning
     "ArgumentError",  # argparse
     "TemplateError",  # jinja2
     "YAMLError",
     "SafetensorError",
-    "PanicException",  # tokenizers, and all that is written in Rust; no Exception
+    "PanicException",  # of tokenizers and other libraries in Rust; not an Exception
     "ArrowException",
     "DatasetsError",
     "DatasetGenerationError",
-    "HTTPError",  # of the hub, by whichever of its libraries
+    "HTTPError",  # of the hub
     "TransportError",
     "HfHubHTTPError",
     "BadZipFile",
     "UnpicklingError",
     "EOFError",
 }
-# What Python raises where a number or a nesting of the user's is out of all bounds, if one of these libraries raises
-# it. A line of lskip that divides by zero is a fault of lskip.
+# User errors (a number or a nesting out of bounds) only if one of these libraries raises them, not lskip itself.
 _ABROAD = (ArithmeticError, RecursionError)
+LONGEST = 290  # characters of a message
 _LIBRARIES = {"lightning", "torch", "transformers", "datasets", "jinja2", "yaml", "json", "copy", "jsonargparse"}
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|alloc_cpu|Unable to allocate", re.I)
 
 
 def is_users_mistake(error: BaseException) -> bool:
-    """Return whether one sentence says what the user can do about `error`."""
+    """Return whether `error` is caused by user input, so that one sentence is enough."""
     names = {kind.__name__ for kind in type(error).__mro__}
     if isinstance(error, ValueError | OSError) or lacks_memory(error) or not names.isdisjoint(_NAMES):
         return True
@@ -43,8 +42,8 @@ def is_users_mistake(error: BaseException) -> bool:
     if isinstance(error, _ABROAD):
         return place.partition(".")[0] in _LIBRARIES
     if isinstance(error, ImportError):
-        return place.partition(".")[0] in _LIBRARIES  # what a setting needs is not installed
-    # How Lightning says that a metric to monitor is missing, that there are no such devices …
+        return place.partition(".")[0] in _LIBRARIES  # an optional package is not installed
+    # Lightning's errors for a missing metric to monitor, for devices that do not exist …
     return isinstance(error, RuntimeError | TypeError) and place.startswith(_OF_LIGHTNING)
 
 
@@ -57,8 +56,8 @@ _OF_LIGHTNING = (
 )
 
 
-def one_line(error: BaseException, limit: int = 290) -> str:
-    """Return what `error` says, on one line of at most `limit` characters that no terminal acts on."""
+def one_line(error: BaseException) -> str:
+    """Return the message of `error` on one line of at most LONGEST characters, control characters escaped."""
     if lacks_memory(error):
         return "memory: not enough for this; take a smaller model, batch_size, block_size or num_workers"
     if isinstance(error, OSError) and error.strerror and error.filename:
@@ -67,18 +66,18 @@ def one_line(error: BaseException, limit: int = 290) -> str:
         text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, _ABROAD):
         text = f"a number or a nesting is out of bounds for {_raised_in(error.__traceback__)} ({text})"
-    return printable(text if len(text) <= limit else text[: limit - 1] + "…", keep="")
+    return printable(text if len(text) <= LONGEST else text[: LONGEST - 1] + "…", keep="")
 
 
 def _raised_in(traceback: TracebackType | None) -> str:
-    """Return the name of the module whose line raised: the innermost."""
+    """Return the name of the module that raised the exception."""
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     return "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__", ""))
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Return whether `error` says that there is no memory left, on whichever device."""
+    """Return whether `error` is an out-of-memory error of any device."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))

@@ -17,7 +17,7 @@ from lskip.adapters.answers import read_answers
 from lskip.adapters.module import AdapterModule
 from lskip.adapters.options import AdapterData, AdapterTraining
 from lskip.adapters.states import StateCache, collate
-from lskip.adapters.unroll import report
+from lskip.adapters.unroll import draft_metrics
 from lskip.cli import commands
 from lskip.models.exit_adapter import AdapterShape, ExitAdapter, load_adapter
 from lskip.utils.output_files import only_writer
@@ -67,8 +67,8 @@ def test_an_adapter_learns_and_its_model_stays(run, frozen, capsys, answers_file
     with StateCache(frozen, 2, folder.parent / "cache" / "adapter_states") as cache:
         batch = collate(list(cache.states(rows)[1]))
     with torch.no_grad():
-        told = report(module.hits(batch))
-        at_first = report(AdapterModule(ExitAdapter(frozen, AdapterShape(2)).eval()).hits(batch))
+        told = draft_metrics(module.hits(batch))
+        at_first = draft_metrics(AdapterModule(ExitAdapter(frozen, AdapterShape(2)).eval()).hits(batch))
     assert told["draft_agreement"] == pytest.approx(metrics["draft_agreement"])
     likeliest = batch["choices"][batch["scored"]].unique(return_counts=True)[1].max() / batch["scored"].sum()
     assert told["draft_agreement"] > 0.15 + max(at_first["draft_agreement"], likeliest.item())

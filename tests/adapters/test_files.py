@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lskip.adapters.unroll import report
+from lskip.adapters.unroll import draft_metrics
 from lskip.models.exit_adapter import AdapterShape, ExitAdapter, load_adapter
 
 
@@ -99,6 +99,6 @@ def test_damaged_files_are_named(saved, change):
 
 @pytest.mark.kind("K17 metrics")
 def test_a_draft_step_that_no_answer_reaches_has_no_agreement():
-    found = report([torch.ones(2, 6, dtype=torch.bool)])
+    found = draft_metrics([torch.ones(2, 6, dtype=torch.bool)])
     assert found["agreement"] == [1.0, 1.0, None, None, None, None]
     assert json.loads(json.dumps(found, allow_nan=False))["draft_agreement"] == 1.0

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from lskip.adapters.module import AdapterModule, TimeBudget, draft_loss
 from lskip.adapters.states import collate
-from lskip.adapters.unroll import drafted_at, num_rounds, report, unrolled_states
+from lskip.adapters.unroll import draft_metrics, drafted_at, num_rounds, unrolled_states
 from lskip.models.exit_adapter import AdapterShape, ExitAdapter
 
 WORDS = torch.arange(0, 300, 7)
@@ -182,7 +182,7 @@ def test_tokens_per_round_by_hand():
     assert num_rounds(hits.tolist(), 1) == 3
     # d = 2: 0 and 1 are right, 2 added | 3 is right, 4 is not
     assert num_rounds(hits.tolist(), 2) == 2
-    told = report([torch.cat([hits, torch.zeros(5, 3, dtype=torch.bool)], 1)])
+    told = draft_metrics([torch.cat([hits, torch.zeros(5, 3, dtype=torch.bool)], 1)])
     assert told["draft_agreement"] == pytest.approx(3 / 5)
     assert told["agreement"][:3] == pytest.approx([3 / 5, 2 / 4, 0])
     assert told["tokens_per_round"][2] == 5 / 2

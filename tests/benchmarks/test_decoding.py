@@ -154,7 +154,7 @@ def test_bad_input_is_one_sentence(folder, tmp_path, more, sentence):
     with pytest.raises(SystemExit) as error:
         main(arguments(folder, tmp_path / "out", *more))
     message = str(error.value)
-    assert message.startswith(f"decoding.py: {sentence}") and "\n" not in message
+    assert message.startswith(f"benchmarks.decoding.run: {sentence}") and "\n" not in message
     assert not (tmp_path / "out").exists()
 
 
@@ -172,7 +172,7 @@ def test_lists_of_numbers_are_checked(folder, tmp_path, capsys):
 
 def measured_by_hand():
     """Two prompts; autoregressive, drafted, and `generate`, with times that are easy to reckon with."""
-    from benchmarks.decoding.runs import PROMPT, Measured, Run
+    from benchmarks.decoding.measuring import PROMPT, Measured, Run
     from benchmarks.decoding.settings import Setting
 
     plain, peer, prompt = (Setting(name, "float32") for name in ("autoregressive", "hf_generate", PROMPT))
@@ -190,7 +190,7 @@ def measured_by_hand():
 
 
 def test_a_record_by_hand():
-    from benchmarks.decoding.runs import record, references
+    from benchmarks.decoding.measuring import record, references
 
     measured, drafted = measured_by_hand()
     found = record(measured, drafted, "tiny", references(measured))
@@ -208,7 +208,7 @@ def test_a_record_by_hand():
 def test_what_a_batch_gains_by_hand():
     """Six tokens of two texts: the prompts bring one each, in a pass of their own."""
     from benchmarks.decoding.batches import batch_gains, batch_rates
-    from benchmarks.decoding.runs import PROMPT, Measured, Run
+    from benchmarks.decoding.measuring import PROMPT, Measured, Run
     from benchmarks.decoding.settings import Setting
 
     one, two = (Setting("autoregressive", "float32", batch=size) for size in (1, 2))
@@ -226,7 +226,7 @@ def test_what_a_batch_gains_by_hand():
 
 
 def test_texts_are_compared_as_far_as_they_can_be():
-    from benchmarks.decoding.runs import first_differences, references
+    from benchmarks.decoding.measuring import first_differences, references
 
     measured, drafted = measured_by_hand()
     assert first_differences(measured, drafted, references(measured)) == {(2,): 2}
@@ -238,7 +238,7 @@ def test_texts_are_compared_as_far_as_they_can_be():
 
 
 def test_settings_run_on_every_group_in_an_order_of_its_own():
-    from benchmarks.decoding.runs import Run, measure
+    from benchmarks.decoding.measuring import Run, measure
     from benchmarks.decoding.settings import Setting
 
     calls = []

@@ -74,8 +74,8 @@ def test_who_has_the_fewest_tokens_is_next(monkeypatch):
 
 
 def test_a_gain_by_hand():
+    from benchmarks.decoding.measuring import Run
     from benchmarks.decoding.policy_overhead import gain
-    from benchmarks.decoding.runs import Run
 
     base = [Run([[1, 2, 3]], 2.0, 2), Run([[4, 5, 6]], 8.0, 2)]
     runs = [Run([[1, 2, 3]], 1.0, 2), Run([[4, 5, 7]], 1.0, 1, drafted=3)]
@@ -102,5 +102,5 @@ def test_bad_input_is_one_sentence(arguments, tmp_path, more, sentence):
 
     with pytest.raises(SystemExit) as error:
         main([*arguments, *more])
-    assert str(error.value).startswith(f"policy_overhead.py: {sentence}")
+    assert str(error.value).startswith(f"benchmarks.decoding.policy_overhead: {sentence}")
     assert not (tmp_path / "out").exists()

@@ -111,7 +111,7 @@ def test_exact_match_is_what_transformers_text_gives(output, result, models, pai
 
 
 def test_an_answer_that_did_not_end_is_wrong(runs, models, tiny_tokenizer):
-    from benchmarks.decoding.lskip_runs import Generators
+    from benchmarks.decoding.lskip_methods import Generators
     from benchmarks.retrofit.task_finetune import Items, answer, parse
 
     model, prompt = models["layerskip"], "for i in range(1):"

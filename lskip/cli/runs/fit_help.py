@@ -1,4 +1,4 @@
-"""What `--help` of `fit`, `validate` and `test` says where the words of Lightning would be none, or untrue here."""
+"""Help texts of `fit`, `validate` and `test` in place of Lightning's where those are missing or untrue."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _GROUPS = {"A DataModule": "What is trained on and measured with", "Runs the ful
 
 
 def explain_options(parser: ArgumentParser, command: str) -> None:
-    """Put lskip's own words into the help of `command`, whose options `parser` knows."""
+    """Set lskip's help texts for the options of `command`, which are those of `parser`."""
     options = {**_OPTIONS, "ckpt_path": _CHECKPOINT["fit" if command == "fit" else "other"]}
     for action in parser._actions:
         action.help = options.get(action.dest, action.help)
         if action.dest == "data.help":
-            action.const = f"lskip.data.{TextData.__name__}"  # the base class, the default, has no arguments
+            action.const = f"lskip.data.{TextData.__name__}"  # else the help of LightningDataModule, which has no arguments
     for group in parser._action_groups:
         for beginning, title in _GROUPS.items():
             if (group.title or "").startswith(beginning):

@@ -1,4 +1,4 @@
-"""What `lskip fit` says at its end: the layers at the last validation, where the run is, and what to do with it."""
+"""The last lines of `lskip fit`: the layers at the last validation, the run's folder, commands to go on with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lskip.utils.untrusted import printable
 
 
 def print_end(trainer: Trainer, folder: Path) -> None:
-    """Print the end of a run that has been trained; in the first of several processes."""
+    """Print the end of a finished run, in the process of rank 0 only."""
     if not trainer.is_global_zero:
         return
     metrics = next(each for each in trainer.callbacks if isinstance(each, LayerMetrics))

@@ -1,10 +1,10 @@
-"""What a run that goes on may do otherwise than before, and what it must keep."""
+"""Checks of a resumed run: which settings may change, and which must be those of the checkpoint."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,53 +12,44 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lskip.data.tokenizer import same_tokens
+from lskip.evaluation.runs.settings import flatten
 from lskip.models.pretrained import load_tokenizer
 from lskip.cli.runs.run_folder import CONFIG_FILE
 from lskip.training.run_module import RunModule
-from lskip.utils.untrusted import parse_yaml, printable, read_text
+from lskip.utils.untrusted import parse_yaml, read_text
 
 KEPT = "a run that goes on keeps its data, tokenizer, model and optimizer; for another one there is --run_folder"
-# Of the data only these may change: how much of it is read at a time, and what nothing is learned from.
+# Of the data only these may change: sizes of batches and rows, the cache, and validation.
 _DATA_MAY_CHANGE = ("batch_size", "block_size", "num_workers", "cache_dir", "max_val_blocks")
 _KEPT = ("optimizer", "data", "exit_heads", "learned_exit")
 _PATHS = ("model", "data.source", "data.tokenizer")
-# Of the trainer's forty arguments, those that change what is learned.
+# The Trainer's arguments that change what is learned.
 _TRAINER = (
     *("max_steps", "max_epochs", "max_time", "min_steps", "min_epochs", "limit_train_batches", "overfit_batches"),
     *("accelerator", "strategy", "devices", "num_nodes"),
     *("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
 )
 _ELSEWHERE = ("run_folder", "checkpoint", "ckpt_path", "config", "verbose")
-# Set by lskip when it saves, or by the library; and how a model computes, not what.
+# Fields of a model's config that lskip or transformers set when saving, or that change only how it computes.
 _NO_SHAPE = ("eos_token_id", "transformers_version", "dtype", "architectures", "use_cache", "_name_or_path")
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a config.yaml says as {"optimizer.lr": 3e-4 …}, plain values: what a checkpoint notes of its run.
+    """Return a config.yaml flattened to {"optimizer.lr": 3e-4 …}, as a checkpoint stores the settings of its run.
 
-    A class stands under its own key, its arguments below. Where a run writes to and what it shows is left out.
+    A class_path is the value of its own key, with the class's arguments below. Output paths are left out.
     """
     plain = json.loads(json.dumps(dict(config), default=str))
-    settings = dict(_flat("", {key: value for key, value in plain.items() if key not in _ELSEWHERE}))
+    named = flatten({key: value for key, value in plain.items() if key not in _ELSEWHERE})
+    settings = {name: value for name, value, _ in named}
     chosen = {f"trainer.{name}" for name in _TRAINER}
     return {key: value for key, value in settings.items() if not key.startswith("trainer.") or key in chosen}
 
 
-def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        yield name, value
-        return
-    if "class_path" in value:
-        yield name, value["class_path"]
-        value = value.get("init_args") or {}
-    for key, part in value.items():
-        yield from _flat(f"{name}.{key}" if name else key, part)
-
-
 def settings_before(checkpoint: dict, path: Path) -> dict[str, Any]:
-    """Return settings_of the run that made a checkpoint: by its own word, or else by the config.yaml of its folder.
+    """Return the settings of the run that made a checkpoint: those stored in it, else of its folder's config.yaml.
 
-    Empty where neither says.
+    {} if there is neither.
     """
     if "settings" in checkpoint["lskip"]:
         return checkpoint["lskip"]["settings"]
@@ -68,16 +59,16 @@ def settings_before(checkpoint: dict, path: Path) -> dict[str, Any]:
 
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any], checkpoint: dict) -> list[str]:
-    """Return what a run goes on with otherwise than before, as "optimizer.lr 1e-05 (was 0.001)"; all of it may change.
+    """Return the changes of a resumed run's settings, as "optimizer.lr 1e-05 (was 0.001)".
 
     Raises:
-        ValueError: something has changed that a run keeps.
+        ValueError: a setting has changed that may not.
     """
     differing = {key for key in before.keys() & now.keys() if not _same(key, before[key], now[key])}
     changes = []
     for key in sorted(differing):
         if key.startswith("model."):
-            continue  # check_same_model compares what came of it
+            continue  # check_same_model compares the resulting configs
         if _is_kept(key) or (key == "model" and now.get("anchor_weight") is not None):
             raise ValueError(f"{key}: {now[key]!r}, but this run has {before[key]!r}; {KEPT}")
         if key in ("data.batch_size", "data.block_size") and "rows" not in checkpoint["lskip"]:
@@ -98,19 +89,19 @@ def _same(key: str, before: Any, now: Any) -> bool:
     return before == now
 
 
-def goes_on(step: int, changes: list[str], max_steps: int) -> str:
-    """Return the sentence that a resumed run begins with."""
+def resume_message(step: int, changes: list[str], max_steps: int) -> str:
+    """Return the sentence that a resumed run prints first."""
     if 0 < max_steps <= step:
         return f"the run is at step {step} already, of trainer.max_steps {max_steps}: there is nothing to train"
     otherwise = f" with {', '.join(changes)}" if changes else ""
-    return printable(f"goes on after step {step}{otherwise}", keep="")
+    return f"goes on after step {step}{otherwise}"
 
 
-def take_up(checkpoint: dict, module: RunModule, path: str) -> None:
-    """Let a module go on from a checkpoint: it is the model of that run, and has its tokenizer.
+def check_resumable(checkpoint: dict, module: RunModule, path: str) -> None:
+    """Check that a module can resume from a checkpoint, and give it the checkpoint's tokenizer if it has none.
 
     Raises:
-        ValueError: it is another one.
+        ValueError: the checkpoint is of another model, or has another tokenizer.
     """
     check_weights_fit(checkpoint, module, path)
     check_same_model(checkpoint, module.model.config)
@@ -124,7 +115,7 @@ def take_up(checkpoint: dict, module: RunModule, path: str) -> None:
 
 
 def check_same_model(checkpoint: dict, config: PreTrainedConfig) -> None:
-    """ValueError where the model's config is not the one that the checkpoint's weights were trained under."""
+    """Raise ValueError if the model's config differs from the checkpoint's."""
     before, now = checkpoint["lskip"]["config"], json.loads(config.to_json_string(use_diff=False))
     for key in sorted(before.keys() & now.keys() - set(_NO_SHAPE)):
         if before[key] != now[key]:
@@ -132,13 +123,13 @@ def check_same_model(checkpoint: dict, config: PreTrainedConfig) -> None:
 
 
 def check_same_tokenizer(before: PreTrainedTokenizerBase, now: PreTrainedTokenizerBase) -> None:
-    """ValueError where the model's tokenizer is another than that of the run: by name, or in its own folder."""
+    """Raise ValueError if the model's tokenizer differs from the run's."""
     if (differing := same_tokens(now, before)) is not None:
         raise ValueError(f"model: the tokenizer in {now.name_or_path!r} is not this run's ({differing}); {KEPT}")
 
 
 def check_weights_fit(checkpoint: dict, module: nn.Module, path: str) -> None:
-    """ValueError where a checkpoint's weights are not, one for one, those of a module."""
+    """Raise ValueError unless names and shapes of a checkpoint's weights are those of the module."""
     saved, own = checkpoint["state_dict"], module.state_dict()
     for name in sorted(saved.keys() | own.keys()):
         shapes = [tuple(weights[name].shape) if name in weights else "absent" for weights in (saved, own)]

@@ -1,4 +1,4 @@
-"""The folder of a run while a command works on it: made, kept from a second one, and gone again if nothing began."""
+"""The folder of a run: made and locked for a command, and removed again if the run did not begin."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ _LEFT_BY_LOGGER = ("events.out.tfevents.*", "hparams.yaml")
 
 @contextmanager
 def run_place(folder: Path, locked: Path) -> Iterator[None]:
-    """Make `folder`, and keep `locked`, it or a part of it, to this process and those that it starts.
+    """Make `folder` and lock `locked`, the folder or a part of it, for this process and its workers.
 
-    Where what is done within fails before it has begun (`config.yaml` of a run is written then), the folders that were
-    made for it are removed again.
+    If the code inside fails before config.yaml is written, the folders made here are removed again.
 
     Raises:
-        ValueError: it cannot be written, or another process is at it.
+        ValueError: it is not writable, or another process uses it.
     """
     first = getattr(rank_zero_only, "rank", 0) == 0
     made = [place for place in (folder, *folder.parents) if not place.exists()] if first else []
@@ -57,12 +56,12 @@ def _remove(folder: Path, made: list[Path]) -> None:
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes config.yaml when training begins: not of a run that was refused, or over that of one which stays as it is.
+    """A callback that writes config.yaml when training begins, or when `validate` or `test` ends.
 
-    Of `validate` and `test` when they have measured: it says on what.
+    Written that late, the file of an earlier run survives a run that is refused.
 
     Args:
-        folder: where.
+        folder: of the file.
         settings: parser and config, as LightningCLI passes them.
     """
 
@@ -97,7 +96,7 @@ class RunConfig(SaveConfigCallback):
 
 
 def refuse_existing_run(folder: Path) -> None:
-    """ValueError where a run begins in a folder that holds one."""
+    """Raise ValueError if the folder holds the checkpoint of a run."""
     if any((folder / LAST_CHECKPOINT.parent).glob("*.ckpt")):
         raise ValueError(
             f"run_folder: '{folder}' holds a run; continue it with --ckpt_path last, or choose another --run_folder"
@@ -105,12 +104,12 @@ def refuse_existing_run(folder: Path) -> None:
 
 
 def check_room(folder: Path, module: nn.Module, before: str | None) -> None:
-    """ValueError where the disk has no room for one checkpoint more.
+    """Raise ValueError if the disk has no room for one more checkpoint.
 
     Args:
-        folder: on the disk; it is there.
-        module: whose weights are the least that a checkpoint takes.
-        before: the checkpoint that the run goes on from, whose size is about that of the next; or None.
+        folder: an existing folder on the disk.
+        module: a checkpoint is at least as large as its weights.
+        before: the checkpoint that the run resumes from, about as large as the next one; or None.
     """
     size = sum(part.numel() * part.element_size() for part in module.parameters())
     size = max(size, Path(before).stat().st_size if before else 0)

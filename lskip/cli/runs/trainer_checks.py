@@ -1,4 +1,4 @@
-"""What Lightning's Trainer would take in silence, or refuse with a traceback, refused before anything is read."""
+"""Early checks of the Trainer's arguments, which Lightning accepts silently or refuses with a traceback."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, Learning
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lskip.callbacks.layer_metrics import LayerMetrics
+from lskip.utils.checks import is_whole
 
 Rule = tuple[str, Callable[[Any], bool]]
 
@@ -22,22 +23,18 @@ def _whole_from(lowest: int, but: int | None = None) -> Rule:
     also = "" if but is None else f", or {but}"
     return (
         f"a whole number from {lowest} up{also}",
-        lambda value: _is_whole(value) and (value >= lowest or value == but),
+        lambda value: is_whole(value) and (value >= lowest or value == but),
     )
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_some(value: Any) -> bool:
-    return value >= 1 if _is_whole(value) else 0 < value <= 1
+    return value >= 1 if is_whole(value) else 0 < value <= 1
 
 
 def _is_device(value: Any) -> bool:
-    """As Lightning takes it: how many, which of them, or auto."""
+    """Return whether Lightning takes `value` for devices: a number, a list of indices, or auto."""
     if isinstance(value, list | tuple):
-        return bool(value) and all(_is_whole(each) and each >= 0 for each in value)
+        return bool(value) and all(is_whole(each) and each >= 0 for each in value)
     return value == "auto" or bool(re.fullmatch(r"-1|[1-9]\d*|\d+(, *\d+)+", str(value)))
 
 
@@ -48,13 +45,13 @@ def _is_time(value: Any) -> bool:
         value = dict(zip(("days", "hours", "minutes", "seconds"), map(int, parts.groups()), strict=True))
     try:
         return (timedelta(**value) if isinstance(value, dict) else value) > timedelta()
-    except (TypeError, ValueError, OverflowError):  # a unit that there is none of, a number beyond all time
+    except (TypeError, ValueError, OverflowError):  # an unknown unit, or an overflow
         return False
 
 
 _SOME: Rule = ("a whole number from 1 up, or a share above 0 and at most 1", _is_some)
 _SOME_OR_NONE: Rule = ("a whole number from 0 up, or a share from 0 to 1", lambda value: value == 0 or _is_some(value))
-# Infinity is how torch is told to measure norms and to clip none of them.
+# Infinity makes torch measure norms without clipping them.
 _FROM_0: Rule = ("a number from 0 up", lambda value: isinstance(value, Real) and value >= 0)
 RULES: dict[str, Rule] = {
     "max_steps": _whole_from(1, -1),
@@ -70,7 +67,7 @@ RULES: dict[str, Rule] = {
     "reload_dataloaders_every_n_epochs": _whole_from(0),
     "fast_dev_run": (
         "true, false or a whole number from 0 up",
-        lambda value: isinstance(value, bool) or (_is_whole(value) and value >= 0),
+        lambda value: isinstance(value, bool) or (is_whole(value) and value >= 0),
     ),
     "limit_train_batches": _SOME,
     "limit_val_batches": _SOME_OR_NONE,
@@ -86,22 +83,22 @@ RULES: dict[str, Rule] = {
 
 
 def check_trainer(settings: Mapping[str, Any]) -> None:
-    """ValueError, which names the field and what is allowed, for a number that no training can be meant by.
+    """Raise ValueError, with the field and what is allowed, for an argument that makes no sense.
 
     Args:
-        settings: the Trainer's arguments; null where its own default holds.
+        settings: the Trainer's arguments; None for its defaults.
     """
     for name, (allowed, holds) in RULES.items():
         value = settings.get(name)
         if value is None or (name == "val_check_interval" and isinstance(value, str | dict)):
-            continue  # a time
+            continue  # a time interval
         if not holds(value):
             raise ValueError(f"trainer.{name}: {value!r} is not {allowed}")
 
 
 @contextmanager
 def settings_named(settings: Mapping[str, Any]) -> Iterator[None]:
-    """Put the name of the setting in front of what Lightning says where it refuses one."""
+    """Prefix errors that Lightning raises inside with the name of the setting they are about."""
     try:
         yield
     except (MisconfigurationException, ValueError) as error:
@@ -117,25 +114,28 @@ def _with_name(settings: Mapping[str, Any], words: str) -> str:
     return f"trainer: {words}"
 
 
-# They train on a part of the run before it begins, and set what stands elsewhere here.
+# They train before the run begins, and set attributes that lskip's modules do not have.
 _FINDERS = ((LearningRateFinder, "optimizer.lr"), (BatchSizeFinder, "data.batch_size"))
 
 
 def check_callbacks(trainer: Trainer) -> None:
-    """ValueError for callbacks that cannot do here what they are for."""
+    """Raise ValueError for callbacks that do not work with lskip."""
     for kind, name in _FINDERS:
         if any(isinstance(callback, kind) for callback in trainer.callbacks):
             raise ValueError(f"trainer.callbacks: {kind.__name__} is not supported; set {name}")
 
 
 def check_monitors(trainer: Trainer, module: LightningModule) -> None:
-    """ValueError where a callback watches a number that nothing measures; others look when there is a new one."""
+    """Raise ValueError if a callback monitors a metric that nothing logs.
+
+    Also makes EarlyStopping check after validation or after a training epoch, by where its metric comes from.
+    """
     watching = [each for each in trainer.callbacks if isinstance(getattr(each, "monitor", None), str)]
     known = _logged(trainer, module)
     for callback in watching:
         name, split = callback.monitor, callback.monitor.partition("/")[0]
         if isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end is None:
-            # What validation measures is not there yet where training ends before the first.
+            # Metrics of validation do not exist when training ends before the first validation.
             callback._check_on_train_epoch_end = split != "val"
         where = f"trainer.callbacks: {type(callback).__name__} watches {name!r}, but"
         if split == "val" and trainer.limit_val_batches == 0:
@@ -153,7 +153,7 @@ def _logged(trainer: Trainer, module: LightningModule) -> list[str]:
 
 
 def _may_log(callback: Callback) -> bool:
-    """Whether it is of somebody else's, who may measure what we do not know."""
+    """Return whether it is the user's own callback, which may log any metric."""
     return not type(callback).__module__.startswith(("lskip.", "lightning."))
 
 
@@ -164,8 +164,8 @@ def _shortened(names: list[str]) -> str:
 
 
 @contextmanager
-def watched_is_measured() -> Iterator[None]:
-    """Around Trainer.fit: ValueError for what check_monitors cannot know: somebody's own callback may measure too."""
+def missing_monitor_named() -> Iterator[None]:
+    """Turn EarlyStopping's error for a missing metric, which check_monitors may not foresee, into a ValueError."""
     try:
         yield
     except RuntimeError as error:  # EarlyStopping's

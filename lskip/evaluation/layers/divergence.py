@@ -1,4 +1,4 @@
-"""How far each layer is from the last one: what an early exit of a model would give, and what a perfect one saves."""
+"""Quality of every layer against the last one, and the layers that an ideal early exit would save."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from lskip.models.readout import first_depth, read_logits, scored_positions, set
 
 @dataclass(frozen=True)
 class DivergenceReport:
-    """Every layer of a model on a text, through the final norm and the head.
+    """Measures of every layer on a text, each read through the final norm and the head.
 
-    Lists have one entry a layer, shares are of all positions, depths count layers from 1.
+    Lists have one entry per layer, shares are of all positions, depths count layers from 1.
 
     Attributes:
-        positions: tokens that were predicted.
-        perplexity: inf where it exceeds what a float holds.
+        positions: number of predicted tokens.
+        perplexity: inf where it overflows a float.
         agreement: share where the layer's argmax is the last layer's.
         accuracy: share where the layer's argmax is the token that follows.
-        entropy: mean of the layer's distribution, in nats.
+        entropy: mean entropy of the layer's distribution, in nats.
         settled_at: share whose argmax no longer changes from this layer on (layers_needed).
-        first_agreeing_at: share where this is the first layer to say what the last one says.
+        first_agreeing_at: share where this is the first layer whose argmax is the last layer's.
         first_right_at: share where this is the first layer whose argmax is the token that follows.
     """
 
@@ -67,31 +67,23 @@ class DivergenceReport:
 
     @property
     def ideal_saving(self) -> float:
-        """Share of all layers that need not run if each token exits where its prediction settles."""
+        """Share of all layers saved if each token exits at the depth where its prediction settles."""
         return 1 - self.layers_needed / self.num_layers
 
     @property
     def ideal_saving_first_right(self) -> float | None:
-        """The same, over the positions that are ever right, if each of them exits where it is first right."""
+        """Share saved on positions that are ever right if each exits at the first right layer; None: there are none."""
         depth = self.first_right_depth
         return None if depth is None else 1 - depth / self.num_layers
 
     def layers(self) -> list[dict]:
-        """One record a layer, first to last, under the names of the attributes."""
-        names = (
-            "perplexity",
-            "agreement",
-            "accuracy",
-            "entropy",
-            "settled_at",
-            "first_agreeing_at",
-            "first_right_at",
-        )
+        """Return one dict per layer, first to last, with "layer" and the attributes that are lists."""
+        names = [name for name, value in vars(self).items() if isinstance(value, list)]
         columns = zip(*(getattr(self, name) for name in names), strict=True)
         return [{"layer": n, **dict(zip(names, row, strict=True))} for n, row in enumerate(columns, start=1)]
 
     def record(self) -> dict:
-        """Everything as plain types for JSON: a perplexity beyond a float, for which JSON has no word, is null."""
+        """Return everything as plain types for JSON, with null for an infinite perplexity."""
         rows = [{**row, "perplexity": _finite(row["perplexity"])} for row in self.layers()]
         summary = ("layers_needed", "first_agreeing_depth", "first_right_depth", "ever_right")
         savings = ("ideal_saving", "ideal_saving_first_right")
@@ -108,7 +100,7 @@ def _finite(value: float) -> float | None:
 
 
 class _Tally(NamedTuple):
-    """Sums over the positions of some batches, each [L]; those of two batches add up."""
+    """Sums over the positions of a batch, each [L]."""
 
     losses: Tensor
     agreeing: Tensor
@@ -121,20 +113,20 @@ class _Tally(NamedTuple):
 
 @torch.inference_mode()
 def report_divergence(decoder: Decoder, batches: Iterable[dict[str, Tensor]]) -> DivergenceReport:
-    """All layers of a model on a text, in one pass over each batch.
+    """Return the report on all layers, from one forward pass over each batch.
 
     Args:
         batches: {"input_ids", "labels"}, each [B, S]; labels are aligned with the inputs, -100 where not scored.
 
     Raises:
-        ValueError: a layer whose losses are no numbers, or nothing is scored.
+        ValueError: a loss is NaN, or nothing is scored.
     """
     tallies = [_tally(decoder, batch["input_ids"], batch["labels"]) for batch in batches]
     return _report(_Tally(*(torch.stack(parts).sum(0) for parts in zip(*tallies, strict=True))))
 
 
 def require_numbers(values: Tensor, exits: Sequence[int]) -> None:
-    """ValueError with the first exit of which something is NaN, [exits, …]: all such seem to say the same."""
+    """Raise ValueError, naming the exit, if `values` [exits, …] hold NaN: the argmax of NaN logits means nothing."""
     wrong = values.isnan().flatten(1).any(1).nonzero().flatten().tolist()
     if wrong:
         raise ValueError(
@@ -149,7 +141,7 @@ def _tally(decoder: Decoder, input_ids: Tensor, labels: Tensor) -> _Tally:
     require_numbers(losses, layers)
     agree = predictions == predictions[-1]
     right = predictions == scored_positions(input_ids, labels)[1]
-    # Sums in float64, on the CPU since Apple's GPUs have none.
+    # Summed in float64 on the CPU, since MPS has no float64.
     return _Tally(
         losses=losses.cpu().double().sum(1),
         agreeing=agree.sum(1).cpu(),
@@ -162,13 +154,13 @@ def _tally(decoder: Decoder, input_ids: Tensor, labels: Tensor) -> _Tally:
 
 
 def _measure(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy and entropy, both in nats, and argmax of each row."""
+    """Return cross-entropy and entropy, both in nats, and the argmax of each row."""
     losses = cross_entropy(logits, targets, reduction="none")
     return losses, torch.special.entr(logits.softmax(-1)).sum(-1), logits.argmax(-1)
 
 
 def _histogram(depths: Tensor, num_layers: int) -> Tensor:
-    """How many have each depth from 1 to num_layers: [L]; those beyond (never) are left out."""
+    """Return how many positions have each depth, [L]; depth num_layers + 1 (never) is left out."""
     return torch.bincount(depths.cpu() - 1, minlength=num_layers + 1)[:num_layers]
 
 

@@ -1,4 +1,4 @@
-"""A DivergenceReport for eyes: the table, and the figure of four panels over depth."""
+"""The table and the figure of a DivergenceReport."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lskip.evaluation.layers.divergence import DivergenceReport
 from lskip.evaluation.layers.figure import drawn, scale_by_factors
 from lskip.utils.console import plain_table
 
-# Okabe and Ito's colours, told apart by the colour-blind too; every line also has a mark of its own.
+# Okabe and Ito's colour-blind safe palette; every line also has its own marker.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6B6B6B"
 
 
 def print_divergence(report: DivergenceReport, console: Console, title: str) -> None:
-    """Print one line a layer, then what the depths come to."""
+    """Print one row per layer, then the summary."""
     names = ("layer", "perplexity", "agreement", "accuracy", "entropy, nats", "settled at", "first right at")
     table = plain_table(*names, title=title)
     for row in report.layers():
@@ -29,7 +29,7 @@ def print_divergence(report: DivergenceReport, console: Console, title: str) -> 
 
 
 def summary(report: DivergenceReport) -> list[str]:
-    """What the depths come to, in sentences."""
+    """Return the mean depths and the savings of an ideal exit, in sentences."""
     layers = report.num_layers
     lines = [
         f"layers_needed {report.layers_needed:.1f} of {layers}: the mean depth from which on the prediction no longer "
@@ -46,7 +46,7 @@ def summary(report: DivergenceReport) -> list[str]:
 
 
 def divergence_figure(report: DivergenceReport, title: str) -> Figure:
-    """Perplexity (log scale), agreement and accuracy, entropy, and the histogram of depths, each against layer."""
+    """Draw perplexity (log scale), agreement and accuracy, entropy, and the histogram of depths, each by layer."""
     figure = Figure(figsize=(10, 7), layout="constrained")
     figure.suptitle(drawn(title, 110))
     (perplexity, agreement), (entropy, depths) = figure.subplots(2, 2)
@@ -78,7 +78,7 @@ def _draw_agreement(axes: Axes, report: DivergenceReport) -> None:
 
 def _draw_depths(axes: Axes, report: DivergenceReport) -> None:
     layers = range(1, report.num_layers + 1)
-    axes.ban(layers, report.settled_at, color=BLUE, alpha=0.85, width=0.8, label="settles (layers needed)")
+    axes.bar(layers, report.settled_at, color=BLUE, alpha=0.85, width=0.8, label="settles (layers needed)")
     label = f"is first right ({report.ever_right:.0%} ever are)"
     axes.plot(layers, report.first_right_at, color=ORANGE, marker="s", markersize=4, label=label)
     mean, saving = report.layers_needed, report.ideal_saving

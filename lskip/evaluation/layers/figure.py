@@ -1,4 +1,4 @@
-"""A LayerReport for eyes: the table, and the figure of perplexity by depth. And what all figures have in common."""
+"""The table and the figure of a LayerReport, and functions that all figures share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONGEST = 60  # characters of a name in a figure
 
 
 def print_layers(report: LayerReport, console: Console, title: str = "Layers") -> None:
-    """Print one line a layer: perplexity, agreement with the last layer; then layers_needed."""
+    """Print one row per layer (perplexity, agreement with the last layer), then layers_needed."""
     table = plain_table("layer", "perplexity", "agreement", title=title)
     for row in report.layers():
         table.add_row(str(row["layer"]), f"{row['perplexity']:.4g}", f"{row['agreement']:.2f}")
@@ -28,7 +28,7 @@ def print_layers(report: LayerReport, console: Console, title: str = "Layers") -
 
 
 def perplexity_figure(reports: Mapping[str, LayerReport]) -> Figure:
-    """Perplexity (log scale) against layer, one line for each named report."""
+    """Draw perplexity (log scale) by layer, one line for each named report."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name, report in reports.items():
@@ -42,7 +42,7 @@ def perplexity_figure(reports: Mapping[str, LayerReport]) -> Figure:
 
 
 def scale_by_factors(axes: Axes) -> None:
-    """Make the y axis logarithmic, with numbers between the powers of ten too where there are few of those."""
+    """Make the y axis logarithmic, with labels between powers of ten if it spans only a few."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     between = (1, 1.5, 2, 3, 5, 7) if high < 20 * low else (1, 2, 5) if high < 1e5 * low else (1,)
@@ -52,7 +52,7 @@ def scale_by_factors(axes: Axes) -> None:
 
 
 def drawn(name: str, longest: int = LONGEST) -> str:
-    """A name as matplotlib draws it: it takes what is between two $ for a formula, and leaves out what _ begins."""
+    """Return a name as matplotlib should draw it: $ (a formula) and a leading _ (no legend) are escaped."""
     shown = printable(name, keep="")
     shown = shown if len(shown) <= longest else f"{shown[: longest - 1]}…"
     shown = shown.replace("$", r"\$")
@@ -60,9 +60,9 @@ def drawn(name: str, longest: int = LONGEST) -> str:
 
 
 def image_of(figure: Figure, kind: str = "png", dpi: int = 150) -> bytes:
-    """The content of an image file."""
+    """Return the bytes of an image file of `figure`."""
     image = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a name in a script that the font lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in a script that the font lacks
         figure.savefig(image, format=kind, dpi=dpi)
     return image.getvalue()

@@ -1,15 +1,12 @@
-"""`lskip inspect`: what every layer of a model would say, as table, figure, JSON and one page token by token."""
+"""`lskip inspect`: predictions of every layer, as a table, a figure, JSON, and a page token by token."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, get_args
 
 import torch
 from matplotlib.image import imread
@@ -32,11 +29,11 @@ from lskip.models.families import family_of
 from lskip.models.pretrained import load_config, load_model
 from lskip.utils.checks import check_choice, check_whole
 from lskip.utils.console import plain_console
+from lskip.utils.devices import DTYPES, DType
+from lskip.utils.interrupts import interrupt_explained
 from lskip.utils.output_files import output_folder
 from lskip.utils.user_paths import user_path
 
-DType = Literal["float32", "bfloat16", "float16"]
-DTYPES = get_args(DType)
 REPORT_FILE, FIGURE_FILE, PAGE_FILE = "report.json", "figure.png", "settling.html"
 
 
@@ -50,7 +47,7 @@ def inspect(
     device: str = "auto",
     overwrite: bool = False,
 ) -> None:
-    """Show how far each layer of a model is from the last one: what early exits would say and could save.
+    """Show how far each layer of a model is from the last one: what early exits predict and could save.
 
     Prints a table and writes report.json, figure.png (also for TensorBoard) and settling.html, a page that shows
     token by token at which layer the prediction settles.
@@ -59,7 +56,7 @@ def inspect(
         output: folder for what is written.
         data_options: which blocks of which data are read.
         model: a run folder, a checkpoint, an exported or downloaded folder, a hub name, a .gguf file, smollm2.
-        text: what the page shows; null: the beginning of the data.
+        text: the text of the page; null: the beginning of the data.
         text_tokens: tokens of the page, at most.
         dtype: of the weights in memory.
         device: cpu, cuda …; auto takes a GPU where there is one.
@@ -75,7 +72,7 @@ def inspect(
     folder = _free(user_path(output, "output"), overwrite)
     place, documents = resolve_device(device), data_options.open()
     _check_model(load_config(model), data_options.block_size)
-    with output_folder(folder), _told_when_interrupted():
+    with output_folder(folder), interrupt_explained("; nothing is written yet: the same command begins anew"):
         loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
         if tokenizer is None:
             raise ValueError(f"model: {model!r} has no tokenizer to read the data with")
@@ -93,23 +90,15 @@ def inspect(
     plain_console().print(f"{folder}: {REPORT_FILE}, {FIGURE_FILE}, {PAGE_FILE}", soft_wrap=True)
 
 
-@contextmanager
-def _told_when_interrupted() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt as pressed:  # or what stands for another signal
-        raise type(pressed)("; nothing is written yet: the same command begins anew") from None
-
-
 def _free(folder: Path, overwrite: bool) -> Path:
-    """The folder; ValueError where it holds a report already."""
+    """Return the folder; ValueError if it holds a report already."""
     if (folder / REPORT_FILE).exists() and not overwrite:
         raise ValueError(f"output: '{folder}' holds a report; replace it by --overwrite true, or name another folder")
     return folder
 
 
 def _check_model(config: PreTrainedConfig, block_size: int) -> None:
-    """ValueError if it is of a family that is not covered, or its context is shorter than a block."""
+    """Raise ValueError for an unsupported family, or a context shorter than a block."""
     family_of(config)
     longest = config.max_position_embeddings
     if block_size > longest:
@@ -117,7 +106,7 @@ def _check_model(config: PreTrainedConfig, block_size: int) -> None:
 
 
 def _beginning(batch: dict[str, Tensor]) -> Tensor:
-    """The first block's tokens [S], without what fills it up behind the last that is scored."""
+    """Return the tokens of the first block [S], without the padding after the last scored one."""
     scored = (batch["labels"][0] != NOT_SCORED).nonzero()
     return batch["input_ids"][0, : int(scored.max()) + 1]
 
@@ -135,7 +124,7 @@ def _page(settling: Settling, tokenizer: PreTrainedTokenizerBase, title: str) ->
 
 
 def _write(folder: Path, report: dict, figure: bytes, page: str) -> None:
-    """All of it or, on a full disk, nothing; the report last, since it says that there is one."""
+    """Write all files or, on a full disk, none; the report last, since it marks the folder as complete."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     with TemporaryDirectory(dir=folder, prefix=".unfinished-") as name:
         unfinished = Path(name)

@@ -1,4 +1,4 @@
-"""The text that `lskip inspect` reads: the first blocks of tokens of any source."""
+"""The data of `lskip inspect`: the first blocks of tokens of a source."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from lskip.data.sources import open_source
 from lskip.data.tokenizer import check_tokenizer
 from lskip.utils.checks import check_whole
 
-TOPICS = "topics"  # what Python's own help says about the language: English prose on every machine
-HELD_OUT = (0.05, 0.05)  # of `fit`, by default: shares of val and test
+TOPICS = "topics"  # Python's own help topics: English prose on every machine
+HELD_OUT = (0.05, 0.05)  # default shares of val and test in `fit`
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which blocks of which data are read.
+    """Options that choose the data and its blocks.
 
     Attributes:
         data: topics (English prose that comes with Python), or what --data.source of fit takes: stdlib, packages,
@@ -56,7 +56,7 @@ class DataOptions:
         return self.data if self.split is None else f"{self.data} ({self.split})"
 
     def open(self) -> Documents:
-        """The documents; ValueError or FileNotFoundError, one sentence, if they cannot be read."""
+        """Open the data; ValueError or FileNotFoundError if it cannot be read."""
         if self.data == TOPICS:
             return Documents("text", [{"text": "\n\n".join(topics[name] for name in sorted(topics))}], self.split)
         with _named_data():
@@ -67,7 +67,7 @@ class DataOptions:
 
 @contextmanager
 def _named_data() -> Iterator[None]:
-    """Around what reads: a ValueError or FileNotFoundError names the option, which is called source in `fit`."""
+    """Make errors raised inside name the option "data", which is called "source" in `fit`."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
@@ -76,12 +76,12 @@ def _named_data() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a source in its own order, read as they are asked for.
+    """Documents of a source, read lazily and in its order.
 
     Attributes:
         kind: text, pairs or chat, by the columns of the source.
-        rows: as the source has them.
-        split: train, val or test, as `fit` splits them by default; None: all of them.
+        rows: the rows of the source.
+        split: train, val or test, as `fit` splits by default; None: all.
     """
 
     kind: str
@@ -89,13 +89,13 @@ class Documents:
     split: str | None
 
     def batches(self, tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> list[dict[str, Tensor]]:
-        """The first num_blocks blocks, or all if there are fewer.
+        """Return the first num_blocks blocks, or all if there are fewer, in batches.
 
         Returns:
-            {"input_ids", "labels"}, each int64 [up to batch_size, block_size], labels as in transformers.
+            {"input_ids", "labels"}, each int64 [B, block_size] with B up to batch_size, labels as in transformers.
 
         Raises:
-            ValueError: not one row can be filled, or this tokenizer cannot write such documents.
+            ValueError: not one block can be filled, or the tokenizer lacks a chat template for chat data.
         """
         if self.kind == "chat":
             check_chat_template(tokenizer)

@@ -1,4 +1,4 @@
-"""Token by token: at which layer each prediction of a text settles, and what every layer would have said."""
+"""Predictions of every layer at every position of a text, and the layer at which each one settles."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lskip.models.decoder import Decoder
 from lskip.models.readout import first_depth, read_logits, settled_depth
 
 TOP_TOKENS = 5
-_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # how byte-level BPE writes bytes
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # of byte-level BPE
 
 
 @dataclass(frozen=True)
 class Settling:
-    """What L layers say at the N = S - 1 positions of a text of S tokens that predict the next one.
+    """Predictions of L layers at the N = S - 1 positions of a text of S tokens that have a next token.
 
     Attributes:
         input_ids: [S].
-        top_ids: [L, N, k], the most probable tokens, the first one the prediction.
-        probabilities: [L, N, k], theirs.
+        top_ids: [L, N, k], the most probable tokens, best first.
+        probabilities: [L, N, k], of these tokens.
         target_probabilities: [L, N], of the token that follows.
     """
 
@@ -42,24 +42,24 @@ class Settling:
 
     @property
     def settled(self) -> Tensor:
-        """[N], the depth from which on the prediction no longer changes."""
+        """int [N], depth from which on the prediction no longer changes."""
         return settled_depth(self._agree)
 
     @property
     def returns(self) -> Tensor:
-        """bool [N]: a layer says what the last one says, a later one something else: the model changes its mind."""
+        """bool [N], true where a layer agrees with the last one and a later layer does not."""
         return first_depth(self._agree) < self.settled
 
     @property
     def loses(self) -> Tensor:
-        """bool [N]: a layer predicts the token that follows, and the last one does not."""
+        """bool [N], true where a layer predicts the token that follows and the last layer does not."""
         right = self.top_ids[..., 0] == self.input_ids[1:]
         return right.any(0) & ~right[-1]
 
 
 @torch.inference_mode()
 def read_settling(decoder: Decoder, input_ids: Tensor, num_top: int = TOP_TOKENS) -> Settling:
-    """Every layer on a text [S] of at least 2 tokens, in one pass. ValueError for a layer that says no numbers."""
+    """Return the predictions of every layer on a text [S >= 2], from one pass; ValueError if one is NaN."""
 
     def look(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         probabilities = logits.softmax(-1)
@@ -73,19 +73,19 @@ def read_settling(decoder: Decoder, input_ids: Tensor, num_top: int = TOP_TOKENS
 
 
 def spellings(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict[int, str]:
-    r"""What each token stands for; the bytes of one that holds only a part of a character as \xf0."""
+    r"""Return {token id: text}; incomplete UTF-8 characters are written as bytes, \xf0."""
     return {token: _spelling(tokenizer, token) for token in ids}
 
 
 def _spelling(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     piece = tokenizer.convert_ids_to_tokens(token)
-    if piece is None:  # a row of the head that no token has
+    if piece is None:  # a row of the head beyond the tokenizer's vocabulary
         return f"[{token}]"
     if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):  # SentencePiece's bytes
         return text if text.isascii() else f"\\x{byte[1].lower()}"
     if "\ufffd" in text and all(character in _BYTES for character in piece):
         values = [_BYTES[character] for character in piece]
         return "".join(chr(value) if value < 128 else f"\\x{value:02x}" for value in values)
-    # SentencePiece: what is decoded alone loses the space before it.
+    # SentencePiece drops the leading space of a token that is decoded alone.
     return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else text

@@ -1,4 +1,4 @@
-"""A Settling as one HTML file that needs no network: settling.html with the numbers put in."""
+"""The HTML page of a Settling: the template settling.html with its numbers, in one file without network access."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _PLACE = "__SETTLING__"
 
 
 def settling_page(settling: Settling, spellings: dict[int, str], title: str) -> str:
-    """The page: every token coloured by the layer at which its prediction settles, each layer's top tokens on hover.
+    """Return the page: tokens coloured by the layer at which their prediction settles, top tokens of layers on hover.
 
     Args:
-        spellings: of every token that is shown.
-        title: what was read by which model.
+        spellings: texts of all of token_ids(settling).
+        title: of the page.
     """
     template = files("lskip.evaluation.layers").joinpath("settling.html").read_text(encoding="utf-8")
     text = json.dumps(_content(settling, spellings, title), ensure_ascii=False, separators=(",", ":"))
-    # Inside <script> only "<" can end it or change how it is read; in JSON it stands in strings alone.
+    # Only "<" could end the <script>; in JSON it occurs in strings only.
     return template.replace(_PLACE, text.replace("<", "\\u003c"))
 
 
 def token_ids(settling: Settling) -> list[int]:
-    """Every token that the page shows."""
+    """Return the ids of all tokens on the page, ascending."""
     return sorted({*settling.input_ids.tolist(), *settling.top_ids.flatten().tolist()})
 
 
@@ -47,7 +47,7 @@ def _content(settling: Settling, spellings: dict[int, str], title: str) -> dict:
 
 
 def _tops(settling: Settling) -> list[list[dict]]:
-    """For each position, for each layer: {"top": [[token, probability], …], "target": probability}."""
+    """Return for each position and layer {"top": [[token, probability], …], "target": probability}."""
     ids, probabilities = settling.top_ids.transpose(0, 1).tolist(), settling.probabilities.transpose(0, 1).tolist()
     rows = zip(ids, probabilities, settling.target_probabilities.T.tolist(), strict=True)
     return [
@@ -64,6 +64,6 @@ def _short(probability: float) -> float:
 
 
 def layer_colors(num_layers: int) -> list[str]:
-    """One colour a layer, from dark blue to yellow: the colour-blind see cividis as others do."""
+    """Return one colour per layer, from the colour-blind safe map cividis."""
     scale = matplotlib.colormaps["cividis"]
     return [matplotlib.colors.to_hex(scale(layer / max(num_layers - 1, 1))) for layer in range(num_layers)]

@@ -1,4 +1,4 @@
-"""`lskip evaluate`: what every exit scores on the tasks of lm-eval-harness."""
+"""`lskip evaluate`: scores of exits on the tasks of lm-eval-harness."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import traceback
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from rich.table import Table
@@ -27,17 +27,16 @@ from lskip.models.exit_names import exit_layers_of, exit_names, layers_of
 from lskip.models.pretrained import load_model
 from lskip.utils.checks import check_choice, check_real, check_whole
 from lskip.utils.console import plain_console, plain_table
-from lskip.utils.output_files import make_writable, only_writer, write_bytes
+from lskip.utils.devices import DTYPES, DType
+from lskip.utils.output_files import check_output_file, only_writer, write_bytes
 from lskip.utils.user_errors import one_line
 from lskip.utils.user_paths import user_path
 
 if TYPE_CHECKING:
-    from lskip.evaluation.lm_eval.adapter import ExitModel
+    from lskip.evaluation.lm_eval.exit_model import ExitModel
 
-DType = Literal["float32", "bfloat16", "float16"]
-DTYPES = get_args(DType)
-BOOTSTRAP_SAMPLES = 1000  # for the standard errors that lm-eval draws; its own default takes minutes an exit
-SEED = 1234  # lm-eval's default: of worked examples
+BOOTSTRAP_SAMPLES = 1000  # for standard errors; lm-eval's default takes minutes an exit
+SEED = 1234  # of few-shot examples, lm-eval's default
 
 
 def evaluate(
@@ -72,14 +71,14 @@ def evaluate(
         overwrite: replace an existing output.
         confirm_run_unsafe_code: let tasks that run what the model writes (HumanEval, MBPP) do so, on this machine.
     """
-    named, asked_exits = [name.strip() for name in tasks.split(",") if name.strip()], exit_names(exits)
+    names, asked_exits = [name.strip() for name in tasks.split(",") if name.strip()], exit_names(exits)
     _check_numbers(batch_size, num_fewshot, limit)
     check_choice("dtype", dtype, DTYPES)
-    path = _free(user_path(name_of(model) if output is None else output, "output"), overwrite)
+    path = _free(user_path(results_name(model) if output is None else output, "output"), overwrite)
     _require_lm_eval()
     place, exit_layers = resolve_device(device), exit_layers_of(asked_exits, layers_of(model))
     with only_writer(path, "output"):
-        loaded = _load_tasks(named, include_path, num_fewshot)
+        loaded = _load_tasks(names, include_path, num_fewshot)
         options = {
             "limit": limit if limit is None or limit < 1 else int(limit),
             "apply_chat_template": chat,
@@ -88,29 +87,29 @@ def evaluate(
         models = _exit_models(model, exit_layers, batch_size, getattr(torch, dtype), place)
         if chat and models[0].tokenizer.chat_template is None:
             raise ValueError("chat: true needs a chat template, and the model's tokenizer has none")
-        record = {"model": model, "dtype": dtype, "tasks": named, "num_fewshot": num_fewshot, **options}
+        record = {"model": model, "dtype": dtype, "tasks": names, "num_fewshot": num_fewshot, **options}
         results = _evaluate_all(models, loaded, options, path, record | {"lm_eval": version("lm-eval")})
     plain_console().print(results_table(results))
     plain_console().print(f"results: {path}", soft_wrap=True)
 
 
-def name_of(model: str) -> str:
-    """What a file of results is called where nobody has said: after the model and the time, as no other is."""
+def results_name(model: str) -> str:
+    """Return the default name of the results file, from the model's name and the time."""
     name = re.sub(r"[^\w.-]+", "-", user_path(model, "model").resolve().name)
     return f"results_{name}_{datetime.now():%Y-%m-%d_%H-%M-%S}.json"
 
 
 def _evaluate_all(models: list[ExitModel], tasks: dict, options: dict, path: Path, record: dict) -> dict[str, dict]:
-    """Exit layer -> what lm-eval reports, written after each exit: what is scored is not lost when the next one fails.
+    """Return {exit layer: lm-eval's results}, written to `path` after each exit, so that a failure loses one exit only.
 
     Raises:
-        ValueError: an exit that says no numbers, or a full disk (the table of what is scored is printed).
+        ValueError: the logits of an exit are NaN, or the disk is full (the table so far is then printed).
     """
     results: dict[str, dict] = {}
     for model in models:
         try:
             results[str(model.exit_layer)] = _evaluate_exit(model, tasks, options)
-        except KeyboardInterrupt as pressed:  # or what stands for another signal
+        except KeyboardInterrupt as pressed:  # or its subclass for SIGTERM
             kept = f"exits {', '.join(results)} are in '{path}'" if results else "nothing is scored yet"
             raise type(pressed)(f"; {kept}") from None
         try:
@@ -124,10 +123,10 @@ def _evaluate_all(models: list[ExitModel], tasks: dict, options: dict, path: Pat
 
 
 def results_table(results: dict[str, dict[str, dict]]) -> Table:
-    """One line a task and metric, one column an exit; standard errors after ±.
+    """Return a table with one row per task and metric, one column per exit, and standard errors after ±.
 
     Args:
-        results: exit layer -> task -> what lm-eval reports ("acc,none", "acc_stderr,none" …).
+        results: exit layer -> task -> lm-eval's results ("acc,none", "acc_stderr,none" …).
     """
     exits = (f"exit {exit_layer}" for exit_layer in results)
     table = plain_table("task", "metric", *exits, title="Exits on tasks", right=2)
@@ -158,14 +157,10 @@ def _check_numbers(batch_size: int, num_fewshot: int | None, limit: float | None
 
 
 def _free(path: Path, overwrite: bool) -> Path:
-    """The path; ValueError, FileNotFoundError where it holds something already, or cannot be written."""
-    if path.is_dir():
-        raise ValueError(f"output: '{path}' is a folder; name a file")
+    """Return the path; ValueError, FileNotFoundError if it exists or is not writable."""
+    check_output_file(path)
     if path.exists() and not overwrite:
         raise ValueError(f"output: '{path}' exists; replace it with --overwrite true, or name another file")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"output: there is no folder '{path.parent}'")
-    make_writable(path.parent)
     return path
 
 
@@ -176,21 +171,21 @@ def _require_lm_eval() -> None:
 
 
 def _load_tasks(names: list[str], include_path: str | None, num_fewshot: int | None) -> dict:
-    """The tasks and groups of these names as lm-eval takes them, their data read."""
+    """Return the tasks and groups of these names, loaded by lm-eval with their data."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not user_path(include_path, "include_path").is_dir():
         raise FileNotFoundError(f"include_path: there is no folder '{include_path}'")
     try:
         manager = _own_tasks(names, include_path) or TaskManager(include_path=include_path)
-    except Exception as error:  # whatever a task's file leads to; nothing of lskip runs in there, nor below
+    except Exception as error:  # a task file may raise anything; no code of lskip runs here
         raise _unreadable(names, error) from error
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown or not names:
         said = f"tasks: {', '.join(unknown) or 'none'} is not a task of lm-eval-harness or of include_path"
         close = difflib.get_close_matches(unknown[0], manager.all_tasks, 3) if unknown else []
         raise ValueError(f"{said}; did you mean {' or '.join(close)}?" if close else said)
-    random.seed(SEED)  # tasks may draw from it while they read their data
+    random.seed(SEED)  # tasks may sample while they load their data
     try:
         loaded = manager.load(names)
     except Exception as error:
@@ -199,7 +194,7 @@ def _load_tasks(names: list[str], include_path: str | None, num_fewshot: int | N
         own = task.get_config("num_fewshot")
         if own is not None:
             check_whole(f"tasks: {name}: num_fewshot", own, 0)
-        if own != 0:  # a task that says 0 means it, whatever is asked for: so does lm-eval
+        if own != 0:  # as in lm-eval, a task that sets 0 keeps it
             task.set_config("num_fewshot", (own or 0) if num_fewshot is None else num_fewshot)
     return loaded
 
@@ -210,14 +205,14 @@ def _unreadable(names: list[str], error: Exception) -> ValueError:
 
 
 def _runs_lskip(error: Exception) -> bool:
-    """Return whether lm-eval had called lskip, a model's scores, when this was raised: then it may be lskip's fault."""
+    """Return whether the error was raised in code of lskip that lm-eval had called."""
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     below = itertools.dropwhile(lambda name: not name.startswith("lm_eval."), modules)
     return any(name.startswith("lskip.") for name in below)
 
 
 def _own_tasks(names: list[str], include_path: str | None):
-    """A TaskManager of include_path alone, where that has all tasks: to read lm-eval's own takes up to a minute."""
+    """Return a TaskManager of include_path alone if it has all tasks, since reading lm-eval's own takes a minute."""
     from lm_eval.tasks import TaskManager
 
     if include_path is None:
@@ -229,7 +224,7 @@ def _own_tasks(names: list[str], include_path: str | None):
 def _exit_models(
     source: str, exit_layers: list[int], batch_size: int, dtype: torch.dtype, place: torch.device
 ) -> list[ExitModel]:
-    from lskip.evaluation.lm_eval.adapter import ExitModel, ExitScorer
+    from lskip.evaluation.lm_eval.exit_model import ExitModel, ExitScorer
 
     loaded, tokenizer = load_model(source, dtype)
     if tokenizer is None:
@@ -246,14 +241,14 @@ def _evaluate_exit(model: ExitModel, tasks: dict, options: dict) -> dict[str, di
     from lm_eval.evaluator import evaluate as evaluate_model
 
     for task in tasks["tasks"].values():
-        task.set_fewshot_seed(SEED)  # the same examples for every exit
+        task.set_fewshot_seed(SEED)  # the same few-shot examples for every exit
     sampled = {"bootstrap_iters": BOOTSTRAP_SAMPLES, "log_samples": False}
     try:
         return evaluate_model(model, tasks, **sampled, **options)["results"]
     except TemplateError as error:
         raise ValueError(f"tasks: a template cannot be filled in ({error})") from error
     except Exception as error:
-        if "math range error" in str(error):  # the exponential of a mean loss
+        if "math range error" in str(error):  # exp of a mean loss
             raise ValueError(f"exits: the perplexity of exit {model.exit_layer} is more than a float holds") from error
         if "larger than population" in str(error):
             raise ValueError("tasks: num_fewshot: is more than a task has worked examples") from error

@@ -9,12 +9,12 @@ from rich.table import Table
 
 from lskip.evaluation.runs.summary import RunSummary, read_run
 from lskip.evaluation.layers.figure import LONGEST, image_of, perplexity_figure
-from lskip.utils.output_files import make_writable, write_bytes
+from lskip.utils.output_files import check_output_file, write_bytes
 from lskip.utils.console import plain_console, plain_table
 from lskip.utils.user_paths import user_path
 
 IMAGES = (".png", ".svg", ".pdf")
-NOT_TOLD = "- (NaN)"  # layers whose losses are no numbers seem to agree
+NOT_TOLD = "- (NaN)"  # agreement of layers with NaN losses means nothing
 
 
 def compare(runs: list[str], /, figure: str = "compare.png") -> None:
@@ -35,7 +35,7 @@ def compare(runs: list[str], /, figure: str = "compare.png") -> None:
 
 
 def runs_table(summaries: dict[str, RunSummary]) -> Table:
-    """One column a run: how it was trained, and its last and middle layer."""
+    """Return a table with one column per run: its settings, and its last and middle layer."""
     table = plain_table("", *summaries, title="Runs", right=1)
     described = [_describe(summary) for summary in summaries.values()]
     for row in described[0]:
@@ -50,11 +50,7 @@ def _short(cell: str) -> str:
 def _image(path: Path) -> Path:
     if path.suffix not in IMAGES:
         raise ValueError(f"figure: '{path}' does not end in one of {', '.join(IMAGES)}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"figure: there is no folder '{path.parent}'")
-    if path.is_dir():
-        raise ValueError(f"figure: '{path}' is a folder; name a file")
-    make_writable(path.parent, "figure")
+    check_output_file(path, "figure")
     return path
 
 
@@ -76,7 +72,7 @@ def _describe(summary: RunSummary) -> dict[str, str]:
 
 
 def _steps(summary: RunSummary) -> str:
-    """Steps that were validated; of how many, where the run went on without."""
+    """Return the steps at the last validation, and the run's steps if it went on after that."""
     if summary.steps is None:
         return "?"
     on = summary.trained is not None and summary.trained > summary.steps
@@ -84,7 +80,7 @@ def _steps(summary: RunSummary) -> str:
 
 
 def _method(summary: RunSummary, method: str, *arguments: str) -> str:
-    """Arguments of a method that a run was trained with; - where it was trained without."""
+    """Return the arguments of a method in a run's settings; "-" if it was trained without, "?" if unknown."""
     if not summary.settings:
         return "?"
     given = [summary.settings.get(f"{method}.{argument}") for argument in arguments]
@@ -92,7 +88,7 @@ def _method(summary: RunSummary, method: str, *arguments: str) -> str:
 
 
 def _names(runs: list[str], folders: list[Path]) -> list[str]:
-    """The folders' own names where they tell the runs apart, else their paths."""
+    """Return the names of the folders, or their paths if two have the same name."""
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
         raise ValueError(f"runs: one is named twice: {', '.join(runs)}")

@@ -1,4 +1,4 @@
-"""A run in short: what it was asked to do, and every layer at its last validation, from the files that it left."""
+"""The summary of a run, read from its folder: settings, steps, and the layer report of its last validation."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from lskip.utils.untrusted import parse_yaml, read_text
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run.
+    """Settings, steps and layer report of a run.
 
     Attributes:
-        settings: as run_settings, with the data that the report is of; empty for a run that left no config.yaml.
-        steps: optimizer steps before the last validation; of the checkpoint, where that was `lskip validate`. None: it
-            is not known.
+        settings: of run_settings, with the data that the report is on; empty without config.yaml.
+        steps: optimizer steps before the last validation (for `lskip validate`, of the checkpoint); None: unknown.
         report: of that validation.
-        trained: optimizer steps of the checkpoint; None: it is not known.
+        trained: optimizer steps of the checkpoint; None: unknown.
     """
 
     settings: dict[str, str | float | int | bool]
@@ -32,16 +31,16 @@ class RunSummary:
 
     @property
     def middle_layer(self) -> int:
-        """1-based, half the layers rounded up."""
+        """Half the layers, rounded up; 1-based."""
         return (len(self.report.perplexity) + 1) // 2
 
 
 def read_run(folder: Path) -> RunSummary:
-    """The run in `folder`: its last validation while training, or else the last `lskip validate` with this run_folder.
+    """Return the summary of the run in `folder`, of its last validation in training, else of its last `lskip validate`.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: no validation has left numbers of its layers there.
+        ValueError: no validation is logged there.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"runs: there is no folder '{folder}'")
@@ -55,7 +54,7 @@ def read_run(folder: Path) -> RunSummary:
 
 
 def _with_data_of(settings: dict, folder: Path) -> dict:
-    """Return the settings with the data that `lskip validate` read, which may be others than the run's own."""
+    """Return the settings with the data that `lskip validate` read in place of the run's."""
     read = {key: value for key, value in _settings(folder / "config.yaml").items() if key.startswith("data.")}
     if not settings or not read:
         return settings
@@ -72,7 +71,7 @@ def _settings(path: Path) -> dict[str, str | float | int | bool]:
 
 
 def _steps_of(folder: Path) -> int | None:
-    """Of a run's checkpoint; None where there is none that can be read."""
+    """Return the optimizer steps of a run's checkpoint; None if it cannot be read."""
     path = folder / LAST_CHECKPOINT
     if not path.is_file():
         return None

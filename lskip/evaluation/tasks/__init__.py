@@ -1,4 +1,4 @@
-"""Tasks: prompts, what they should bring, and how that is scored. Subclass Task for one of your own."""
+"""Tasks: prompts with reference answers and metrics. Subclass Task to add one."""
 
 from lskip.evaluation.tasks.local import LocalTask
 from lskip.evaluation.tasks.task import Continuation, Example, Task

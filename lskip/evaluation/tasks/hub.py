@@ -8,12 +8,12 @@ from lskip.evaluation.tasks.task import Continuation, Example, Task
 
 
 def read_rows(source: str, columns: tuple[str, ...], cache_dir: str | None) -> Iterator[dict[str, str]]:
-    """Rows of a source, streamed: no more is downloaded than is read.
+    """Stream the rows of a source; no more is downloaded than is read.
 
     Raises:
         ValueError, FileNotFoundError: it cannot be read, or a column is missing.
     """
-    from lskip.data.sources import open_source  # brings datasets and Lightning: only when examples are asked for
+    from lskip.data.sources import open_source  # imports datasets and Lightning, which takes seconds
 
     rows, _ = open_source(source, streaming=True)
     for row in rows:
@@ -24,16 +24,17 @@ def read_rows(source: str, columns: tuple[str, ...], cache_dir: str | None) -> I
 
 
 class _HubTask(Task):
-    """One prompt a row: `template` around the column `question`; the reference is the column `target`."""
+    """A task with one prompt per row: `template` around the column `question`; the reference is the column `target`."""
 
     source = template = question = target = ""
 
     def __init__(self, max_new_tokens: int = 96, source: str | None = None, cache_dir: str | None = None):
-        """
+        """Set the source of the rows.
+
         Args:
-            source: the same columns from elsewhere: a .jsonl or .parquet file, a folder, or a hub name as name,
+            source: another source with the same columns: a .jsonl or .parquet file, a folder, or a hub name as name,
                 name:config or name:config:split. null: the usual one.
-            cache_dir: where data sets are kept; null is ~/.cache/lskip.
+            cache_dir: folder of cached data sets; null: ~/.cache/lskip.
         """
         super().__init__(max_new_tokens)
         self.source, self.cache_dir = source or self.source, cache_dir
@@ -44,7 +45,7 @@ class _HubTask(Task):
 
 
 class CnnDmSummarization(_HubTask):
-    """CNN/DailyMail (arXiv 1602.06023): the highlights of an article."""
+    """Summarize an article of CNN/DailyMail (arXiv 1602.06023); the reference is its highlights."""
 
     metrics = ("rouge",)
     stop_strings = ("\n\n",)
@@ -53,7 +54,7 @@ class CnnDmSummarization(_HubTask):
 
 
 class XsumSummarization(_HubTask):
-    """XSUM (arXiv 1808.08745): an article in one sentence."""
+    """Summarize an article of XSUM (arXiv 1808.08745) in one sentence."""
 
     metrics = ("rouge",)
     stop_strings = ("\n",)
@@ -62,7 +63,7 @@ class XsumSummarization(_HubTask):
 
 
 class TopV2(_HubTask):
-    """TOPv2 (arXiv 2010.03546): what is said to an assistant, and its parse."""
+    """Parse requests to an assistant, of TOPv2 (arXiv 2010.03546)."""
 
     metrics = ("exact_match", "edit_similarity")
     stop_strings = ("\n",)
@@ -72,7 +73,7 @@ class TopV2(_HubTask):
 
 
 class CnnDmContinuation(Continuation):
-    """CNN/DailyMail: an article, continued."""
+    """Continue an article of CNN/DailyMail."""
 
     metrics = ("rouge", "edit_similarity")
 
@@ -84,7 +85,12 @@ class CnnDmContinuation(Continuation):
         source: str = CnnDmSummarization.source,
         cache_dir: str | None = None,
     ):
-        """source, cache_dir: as in CnnDmSummarization."""
+        """Set lengths and source.
+
+        Args:
+            source: as in CnnDmSummarization.
+            cache_dir: as in CnnDmSummarization.
+        """
         super().__init__(max_new_tokens, prompt_characters, reference_characters)
         self.source, self.cache_dir = source, cache_dir
 

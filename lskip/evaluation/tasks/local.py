@@ -1,4 +1,4 @@
-"""A task of your own prompts, from a file."""
+"""A task of the user's own prompts, from a file."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lskip.utils.user_paths import user_path
 
 
 class LocalTask(Task):
-    """Your own prompts: a .jsonl (.ndjson) file with {"prompt": …, "reference": …} or {"messages": […],
-    "reference": …} a line.
+    """Your own prompts, from a .jsonl (.ndjson) file.
 
-    Its name is that of the file, without the extension.
+    A line is {"prompt": …, "reference": …} or {"messages": […], "reference": …}. The task is named after the file,
+    without the extension.
     """
 
     def __init__(
@@ -28,15 +28,16 @@ class LocalTask(Task):
         stop_strings: list[str] | None = None,
         chat: bool | None = None,
     ):
-        """
+        """Read the file, so that a bad line is reported before a model is loaded.
+
         Args:
-            path: the file; it is read whole at once, so that a bad line is told before a model is loaded.
+            path: the file.
             metrics: of its answers: rouge, bleu, edit_similarity, exact_match; null: edit_similarity.
             stop_strings: texts, each of which ends an answer; null: none.
             chat: whether a plain prompt goes through the chat template; null: when the model has one.
 
         Raises:
-            ValueError: what is wrong, with the line. FileNotFoundError: no such file.
+            ValueError: a bad argument, or a bad line, with its number. FileNotFoundError: no such file.
         """
         super().__init__(max_new_tokens)
         self.path, self.chat = user_path(path, "path"), chat
@@ -45,7 +46,7 @@ class LocalTask(Task):
         check_texts("stop_strings", stop_strings or ())
         self.stop_strings = tuple(stop_strings or ())
         self._examples = read_examples(self.path)
-        # A sweep goes on with the same examples alone.
+        # A sweep resumes only with the same examples.
         self.content = hashlib.sha256(repr(self._examples).encode()).hexdigest()[:16]
 
     @property
@@ -57,10 +58,10 @@ class LocalTask(Task):
 
 
 def read_examples(path: Path) -> list[Example]:
-    """The lines of a .jsonl file.
+    """Return the examples in a .jsonl file.
 
     Raises:
-        ValueError: a line that is no example, with its number, or none at all. FileNotFoundError: no such file.
+        ValueError: a line is not an example, or there is none. FileNotFoundError: no such file.
     """
     if path.suffix.lower() not in ENDINGS:
         raise ValueError(f"path: '{path}' is not a {' or '.join(ENDINGS)} file")

@@ -1,4 +1,4 @@
-"""A task's examples as a model is given them."""
+"""Prompts of a task, encoded for a model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lskip.evaluation.tasks.task import Example, Task
 from lskip.inference import TextGenerator
 from lskip.inference.text import encode_prompt
 
-LOOKED_AT = 40  # examples for each that is asked for, before it is said that none fits
+LOOKED_AT = 40  # examples tried for each prompt asked for
 
 
 class Prompt(NamedTuple):
-    """An example, its prompt as token ids, and how it is answered (GenerationSettings)."""
+    """An example, its prompt as token ids, and the GenerationSettings of its answer."""
 
     example: Example
     ids: list[int]
@@ -25,16 +25,16 @@ class Prompt(NamedTuple):
 
 
 def prompts_of(task: Task, generator: TextGenerator, count: int) -> list[Prompt]:
-    """The first `count` prompts whose answers have room in the model's context; those of long texts are left out.
+    """Return the first `count` prompts that fit into the model's context together with their answers.
 
     Raises:
-        ValueError: none has room, there is none at all, the model cannot take such prompts, or says no numbers.
+        ValueError: no prompt fits, there is none, the chat template refuses one, or the logits are not finite.
     """
     settings, found, looked = task.settings(), [], 0
     for example in islice(task.examples(), LOOKED_AT * count):
         looked += 1
         if isinstance(example.prompt, str) and len(example.prompt) > (generator.most_characters or math.inf):
-            continue  # to tokenize it would take hundreds of bytes a character
+            continue  # tokenizing a text takes hundreds of bytes a character
         try:
             ids = encode_prompt(example.prompt, generator.tokenizer, task.chat, generator.vocab_size)
         except ValueError as error:  # a chat template that refuses the messages, or is missing
@@ -56,18 +56,18 @@ def prompts_of(task: Task, generator: TextGenerator, count: int) -> list[Prompt]
 
 @torch.inference_mode()
 def check_numbers(generator: TextGenerator, ids: list[int]) -> None:
-    """ValueError where a model's logits are no numbers: its exits then all say the same, and seem to agree."""
-    step = generator.runner
-    last = torch.tensor([ids[-1:]], device=step.device)
-    states = step.run(step.embed(last, [0]), step.new_cache(1, 1), [0], 0, step.num_layers)
-    if not step.decode(states).isfinite().all():
+    """Raise ValueError if a model's logits are not finite: all its exits would then seem to agree."""
+    runner = generator.runner
+    last = torch.tensor([ids[-1:]], device=runner.device)
+    states = runner.run(runner.embed(last, [0]), runner.new_cache(1, 1), [0], 0, runner.num_layers)
+    if not runner.decode(states).isfinite().all():
         raise ValueError(
-            f"model: its logits are no finite numbers; are its weights whole, or too large for {step.dtype}?"
+            f"model: its logits are no finite numbers; are its weights whole, or too large for {runner.dtype}?"
         )
 
 
 def texts_in_order(generator: TextGenerator, prompts: Sequence[Prompt], batch_size: int, **settings) -> list[list[int]]:
-    """The answers to prompts of one task, token ids, several decoded at a time."""
+    """Return the answers to prompts of one task as token ids, decoded in batches."""
     ids = [prompt.ids for prompt in prompts]
     ended = generator.generate_batch(ids, batch_size, **prompts[0].settings, **settings)
     return [generation.token_ids for _, generation in sorted(ended, key=lambda pair: pair[0])]

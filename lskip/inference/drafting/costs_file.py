@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lskip.inference.drafting.costs import Costs, blocks_of, fields_of, measure_costs
+from lskip.utils.console import warn
 from lskip.utils.output_files import make_writable, write_json
 from lskip.utils.untrusted import parse_json, read_text
 from lskip.utils.user_errors import one_line
@@ -30,7 +30,7 @@ def keep_costs(
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"device": here, "costs": costs.to_dict()})
         except OSError as error:  # a full disk: the text that asked for them goes on
-            print(f"warning: costs_file: is not kept ({one_line(error)})", file=sys.stderr)
+            warn(f"costs_file: is not kept ({one_line(error)})")
         return costs
     device, costs = read_costs(path)
     if device != here:
@@ -59,7 +59,9 @@ def read_costs(path: Path) -> tuple[str, Costs]:
 
 
 def check_costs_file(path: Path) -> None:
-    """ValueError, before a model is loaded, where it can neither be read nor made."""
+    """Raise ValueError or OSError, before a model is loaded, if the file can be neither read nor made."""
+    if path.is_dir():
+        raise IsADirectoryError(f"costs_file: '{path}' is a folder, not a JSON file")
     if path.exists():
         read_costs(path)
     else:

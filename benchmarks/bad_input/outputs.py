@@ -1,4 +1,4 @@
-"""Every command that writes: on a full disk, on a read-only one, beside a second writer, stopped at any moment."""
+"""Every command that writes, on a full or read-only disk, beside a second writer, or interrupted at any moment."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 
 from benchmarks.bad_input.checks import answers, holds, json_holds, numbered, trained
 from benchmarks.bad_input.faults import full_disk, read_only, second_writer, signalled
+from benchmarks.bad_input.fixtures import PROMPTS, fit_arguments
 from benchmarks.bad_input.options import BASES, EXPORTED, own_task
-from benchmarks.bad_input.place import PROMPTS, fit_arguments
 from benchmarks.bad_input.verdict import Case, Check, Seen, done, either, refused
 from lskip.cli import main
 
-# command -> (arguments, what names where it writes, what a whole output is)
+# command -> (arguments, option of the output, check of a complete output)
 FIT = tuple(fit_arguments("{place}", "{here}/w/out"))
 SAVING = ("--checkpoint.every_n_train_steps=1",)
 WRITERS: dict[str, tuple[tuple[str, ...], str, Check]] = {
@@ -49,7 +49,7 @@ def cases(random: Random) -> Iterator[Case]:
 
 
 def arguments_of(command: str) -> tuple[str, ...]:
-    """What is written goes below {here}/w."""
+    """Return the arguments with outputs below {here}/w."""
     arguments = WRITERS[command][0]
     return tuple(a.replace("{here}/out", "{here}/w/out").replace("{here}/model", "{here}/w/model") for a in arguments)
 
@@ -66,7 +66,7 @@ def case(command: str, kind: str, what: str, right, around: Callable) -> Case:
 
 
 def full(command: str, random: Random) -> Iterator[Case]:
-    """A sentence, and with room again the same command (or its way to go on) brings the whole output."""
+    """Yield full disks: an error, after which the command, or its way to resume, completes the output."""
     _, _, whole = WRITERS[command]
     for room in (0, int(10 ** random.uniform(1.5, 4)), int(10 ** random.uniform(3, 6))):
         right = either(refused(SPACE, check=goes_on(command)), done(whole))
@@ -74,7 +74,7 @@ def full(command: str, random: Random) -> Iterator[Case]:
 
 
 def goes_on(command: str) -> Check:
-    """The same once more ends well; where something was saved, from there."""
+    """Check that the same command, or its way to resume, then completes the output."""
     whole = WRITERS[command][2]
 
     def check(seen: Seen) -> str | None:
@@ -91,14 +91,14 @@ def goes_on(command: str) -> Check:
 
 
 def unwritable(command: str) -> Iterator[Case]:
-    """Told before any work, by name."""
+    """Yield a read-only disk: refused by name before any work."""
     _, field, _ = WRITERS[command]
     right = refused(field, check=lambda seen: "began to work" if "100%" in seen.err else None)
     yield case(command, "read-only", "all of it", right, lambda here: read_only(here / "w"))
 
 
 def two_writers(command: str) -> Case:
-    """One is done; the other too, or it is refused by name; what is there is whole."""
+    """Return a case of two simultaneous writers: one is refused by name or both end, and the output is complete."""
     _, field, whole = WRITERS[command]
 
     def check(seen: Seen) -> str | None:
@@ -124,7 +124,7 @@ def two_writers(command: str) -> Case:
 
 
 def stopped(command: str, random: Random) -> Iterator[Case]:
-    """Ctrl-C at any moment: nothing but a word on it, and the command can be given again."""
+    """Yield Ctrl-C at random moments: one line of output, and the command can be repeated."""
     _, _, whole = WRITERS[command]
     for _ in range(3):
         after = random.uniform(0.0, 0.7)
@@ -139,7 +139,7 @@ def stopped(command: str, random: Random) -> Iterator[Case]:
 
 
 def terminated() -> Case:
-    """SIGTERM in a fit saves as the first Ctrl-C does."""
+    """Return a case of SIGTERM during a fit, which must save as Ctrl-C does."""
 
     def check(seen: Seen) -> str | None:
         path = seen.here / "w" / "out" / "checkpoints" / "last.ckpt"
@@ -160,7 +160,7 @@ def terminated() -> Case:
 
 
 def devices() -> Iterator[Case]:
-    """Outputs that are no files."""
+    """Yield outputs that are devices."""
     few = ("--prompts={place}/prompts.txt", "--model={place}/llama", "--max_new_tokens=4", "--device=cpu")
     yield Case("predict", "device", "/dev/full", (*few, "--output=/dev/full"), refused("output|/dev/full|space"))
     yield Case("predict", "device", "/dev/null", (*few, "--output=/dev/null"), done())

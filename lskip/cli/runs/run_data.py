@@ -1,4 +1,4 @@
-"""`validate` and `test` of a run read what it was trained on, unless they are told otherwise."""
+"""The data of a run, which `validate` and `test` read unless their options name other data."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 from lskip.cli.config_files import config_file, read_config
 from lskip.models.pretrained import is_run
-from lskip.utils.untrusted import printable
+from lskip.utils.console import say
 from lskip.utils.user_paths import user_path
 
 
-def with_own_data(arguments: list[str]) -> list[str]:
-    """Return the arguments of `validate` or `test`, with the data and the folder of the run that is their model.
+def with_run_data(arguments: list[str]) -> list[str]:
+    """Return the arguments of `validate` or `test`, with the data and the folder of the run that `model` names.
 
-    Nothing is added where the model is no run. Data of a `--config` and flags win over the run's.
+    Nothing is added if the model is not a run. Data named by `--config` or flags win over the run's.
 
     Raises:
-        ValueError: the run does not say what it was trained on, and neither do the arguments. OSError: unreadable.
+        ValueError: neither the run nor the arguments name data. OSError: the run's config is unreadable.
     """
     configs = [read_config(config_file(name)) for name in _values(arguments, "-c", "--config") if name[:1] != "{"]
     named = [*(config.get("model") for config in configs), *_values(arguments, "--model")]
@@ -31,18 +31,18 @@ def with_own_data(arguments: list[str]) -> list[str]:
         own["data"] = _data_of(run, bool(_values(arguments, "--data.source", "--data.init_args.source")))
     if not any("run_folder" in config for config in configs) and not _values(arguments, "--run_folder"):
         own["run_folder"] = str(run)
-    # In front: what comes later wins.
+    # In front, since later options win.
     own = {key: value for key, value in own.items() if value is not None}
     return [arguments[0], f"--config={json.dumps(own)}", *arguments[1:]] if own else arguments
 
 
 def run_of(model: Any) -> Path | None:
-    """Return the folder of the run that `model` names: itself, or the one that a checkpoint lies in; None: no run's."""
+    """Return the run folder that `model` names, itself or as a checkpoint in it; None: it names no run."""
     if not isinstance(model, str) or not model:
         return None
     try:
         path = user_path(model, "model")
-    except ValueError:  # too long for a name: a mapping; what is wrong with a path is said when it is read
+    except ValueError:  # too long for a name: a mapping; errors of a path are raised when it is read
         return None
     if path.suffix == ".ckpt" and path.absolute().parent.name == "checkpoints":
         return path.parent.parent
@@ -62,12 +62,12 @@ def _data_of(run: Path, has_source: bool) -> dict[str, Any] | None:
     source = arguments.get("source", "") if isinstance(arguments, dict) else ""
     if not has_source:
         said = f" (source {source})" if source else ""
-        print(printable(f"data: as in {path}{said}", keep=""), file=sys.stderr)
+        say(f"data: as in {path}{said}", sys.stderr)
     return data
 
 
 def _values(arguments: list[str], *options: str) -> list[str]:
-    """Return the values that the arguments give to one of `options`, in their order."""
+    """Return all values that the arguments give to any of `options`, in order."""
     found = []
     for at, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")

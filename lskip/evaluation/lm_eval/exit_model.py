@@ -1,4 +1,4 @@
-"""lm-eval-harness at any exit: scores of all exits from one forward pass, answers from lskip's engine."""
+"""Exits as models of lm-eval-harness: scores of all exits from one forward pass, answers from lskip's engine."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 class ExitScorer:
-    """Log-likelihoods of continuations at several exits, from one pass through the model, kept for all exits.
+    """Log-likelihoods of continuations at several exits from one forward pass, cached for all exits.
 
-    lm-eval evaluates one model at a time and asks each the same: the first exit that is asked has all computed.
+    lm-eval evaluates one model after the other on the same requests: the first exit computes the scores of all.
 
     Attributes:
         decoder: the model.
@@ -42,15 +42,15 @@ class ExitScorer:
     ):
         self.decoder, self.exits, self.batch_size = decoder, list(exits), batch_size
         self._trained = trained
-        self._scores: dict[bytes, list[tuple[float, bool]]] = {}  # one a pair and exit
+        self._scores: dict[bytes, list[tuple[float, bool]]] = {}  # hash of a pair -> a score for each exit
 
     def score(self, pairs: Sequence[Pair], exit_layer: int) -> list[tuple[float, bool]]:
-        """For each pair: the log-likelihood of the continuation, and whether greedy decoding would write it.
+        """Return for each pair (log-likelihood of the continuation, whether greedy decoding gives it).
 
         A pair that is longer than the model's context loses its first tokens.
 
         Raises:
-            ValueError: a continuation that is longer than the context, or an exit that says no numbers.
+            ValueError: a continuation is longer than the context, or an exit's logits are NaN.
         """
         keys = [_key(pair) for pair in pairs]
         self._run({key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self._scores})
@@ -69,12 +69,12 @@ class ExitScorer:
                 bar.update(len(batch))
 
     def _by_input(self, pairs: dict[bytes, Pair]) -> dict[tuple[int, ...], list[tuple[bytes, list[int]]]]:
-        """What the model is to read -> which continuations end there: answers of one token share their text."""
+        """Return {input: its (key, continuation) pairs}: continuations of one token share their input."""
         asked, length = defaultdict(list), self.decoder.context_length
         for key, (context, continuation) in pairs.items():
             if len(continuation) > length:
                 raise ValueError(f"tasks: an answer has {len(continuation)} tokens, the model's context holds {length}")
-            # The last token is not read: nobody asks what follows it.
+            # The last token is only a target.
             asked[tuple((context + continuation)[-(length + 1) : -1])].append((key, continuation))
         return asked
 
@@ -103,12 +103,13 @@ class ExitScorer:
 
 
 class ExitModel(HFLM):
-    """lm-eval's Hugging Face model (its tokens, windows and truncation) that is read at one exit.
+    """lm-eval's Hugging Face model (its tokens, windows and truncation), read at one exit.
 
     Args:
         exit_layer: one of the scorer's exits.
         scorer: shared by the models of all exits.
-        generator: makes, when it is asked for, what writes answers; shared too.
+        generator: returns the TextGenerator for generative tasks, also shared.
+        tokenizer: of the model.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class ExitModel(HFLM):
         return self._scorer.score(pairs, self.exit_layer)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each whole text, in windows of the context's length, all scored together."""
+        """Return the log-likelihood of each whole text, in windows of the context's length."""
         windows = [self._windows(request.args[0]) for request in requests]
         scores = iter(self._scorer.score([window for text in windows for window in text], self.exit_layer))
         return [sum(next(scores)[0] for _ in text) for text in windows]
@@ -144,7 +145,7 @@ class ExitModel(HFLM):
         return list(map(make_disjoint_window, windows))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The exit's own continuations, each up to its first stop string."""
+        """Return the exit's continuations, each up to its first stop string."""
         alike = defaultdict(list)
         for index, request in enumerate(requests):
             alike[json.dumps(request.args[1], sort_keys=True)].append(index)
@@ -158,7 +159,7 @@ class ExitModel(HFLM):
         return [answers[index] for index in range(len(requests))]
 
     def _answers(self, contexts: list[str], indices: list[int], asked: dict):
-        """Yields (index, answer) as they end."""
+        """Yield (index, answer) as answers are finished."""
         asked = normalize_gen_kwargs(asked, self.max_gen_toks)
         end_of_text = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         stops = [text for text in handle_stop_sequences(asked.pop("until"), end_of_text) if text]
@@ -177,13 +178,13 @@ class ExitModel(HFLM):
 
 
 def _key(pair: Pair) -> bytes:
-    # Short, since all pairs of a task are remembered.
+    # A hash, since the pairs of a whole task are kept.
     context, continuation = pair
     return blake2b(np.array([len(context), *context, *continuation]).tobytes(), digest_size=16).digest()
 
 
 def _sampling(asked: dict) -> dict:
-    """Generation settings of lm-eval's (normalized) generation_kwargs; ValueError for what lskip cannot do."""
+    """Return the settings for lm-eval's normalized generation_kwargs; ValueError for unsupported ones."""
     unknown = sorted(asked.keys() - {*_SAMPLING, "do_sample", "num_beams"})
     if unknown or asked.get("num_beams", 1) != 1:
         name = unknown[0] if unknown else "num_beams"

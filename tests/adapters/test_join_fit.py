@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from lskip.adapters.answers import AnswerRow
+from lskip.adapters.join_fit import ANSWERS, RIDGE, fit_join
 from lskip.adapters.module import AdapterModule
-from lskip.adapters.start import ANSWERS, RIDGE, fit_join
 from lskip.models.exit_adapter import AdapterShape, ExitAdapter
 
 LENGTHS = [(9, 4), (14, 2), (20, 11), (7, 6)]  # tokens, of which the prompt's
@@ -78,10 +78,10 @@ def test_training_begins_ahead_of_an_unfitted_one(tiny_model, rows):
 
 def test_of_many_answers_it_takes_some(tiny_model, rows, monkeypatch):
     seen = []
-    from lskip.adapters import start as adapter_start
+    from lskip.adapters import join_fit
 
-    original = adapter_start._regression
-    monkeypatch.setattr(adapter_start, "_regression", lambda *given: (seen.extend(given[2]), original(*given))[1])
+    original = join_fit._regression
+    monkeypatch.setattr(join_fit, "_regression", lambda *given: (seen.extend(given[2]), original(*given))[1])
     model = tiny_model()
     fit_join(ExitAdapter(model, AdapterShape(1)), model, rows * 100)
     assert ANSWERS <= len(seen) < 2 * ANSWERS

@@ -1,4 +1,4 @@
-"""lskip's own methods, as the decoding benchmark runs them."""
+"""lskip's methods in the decoding benchmark."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from statistics import mean
 
 from transformers import PreTrainedModel
 
-from benchmarks.decoding.runs import PROMPT, Run
+from benchmarks.decoding.measuring import PROMPT, Run
 from benchmarks.decoding.settings import ADAPTER, DRAFTS, OWN_WEIGHTS, Setting
 from lskip.evaluation.sweep.cells import remember_rounds
 from lskip.inference import Generation, TextGenerator
@@ -29,9 +29,10 @@ class Generators:
     """One model, ready for decoding with each kind of draft weights in batches of each size."""
 
     def __init__(self, model: PreTrainedModel, release: bool = False, exit_adapter: ExitAdapter | None = None):
-        """
+        """Prepare to build generators of a model.
+
         Args:
-            release: convert the model instead of copying it; then there can be one generator only.
+            release: convert the model instead of copying it; only one generator can then be built.
             exit_adapter: of the draft "adapter".
         """
         self.model, self.release, self.exit_adapter = model, release, exit_adapter
@@ -39,7 +40,7 @@ class Generators:
         self.costs: dict[TextGenerator, list[Costs]] = defaultdict(list)  # measured again and again
 
     def drafting_with(self, draft_weights: str | None, batch: int = 1) -> TextGenerator:
-        """Raises ValueError where such weights do not work."""
+        """Return the generator for these draft weights and batch; ValueError if they do not work."""
         if (draft_weights, batch) not in self.made:
             if draft_weights == OWN_WEIGHTS:
                 made = copy(self.drafting_with(None, batch))
@@ -56,14 +57,14 @@ class Generators:
         return TextGenerator(self.model, release_model=self.release, batch_size=batch, **drafting)
 
     def measure_costs(self, batches: Collection[int]) -> None:
-        """Of generators for these, once more: a machine that others share is faster at one moment than at another."""
+        """Measure the costs of generators once more, since a shared machine's speed varies."""
         for (_, batch), made in self.made.items():
             if batch in batches:
                 vars(made).pop("costs", None)
                 self.costs[made].append(made.costs)
 
     def by_name(self) -> dict[str, TextGenerator]:
-        """As files name them."""
+        """Return the costs by the names used in files."""
         return {
             f"{weights or 'none'}{f', batch {batch}' if batch > 1 else ''}": made
             for (weights, batch), made in self.made.items()
@@ -105,9 +106,9 @@ class Lskip:
         return run_of(generations, seconds)._replace(planned=planned)
 
     def _planned(self, rounds: list[tuple[DraftPlan, int]], steps: float, slots: int) -> float:
-        """Seconds that the cost model gives the rounds, which brought what `steps` bring undrafted.
+        """Return the cost model's seconds for the rounds, which replaced `steps` undrafted ones.
 
-        The mean by all costs that were measured.
+        The mean over all measured costs.
         """
         measured = self.costs[self.generator] or [self.generator.costs]
         return mean(self._by(costs, rounds, steps, slots) for costs in measured)
@@ -122,7 +123,7 @@ class Lskip:
 
 
 def run_of(generations: list[Generation], seconds: float) -> Run:
-    """What some texts took together; it knows no plan."""
+    """Return the Run of several generations, without a prediction of the cost model."""
     return Run(
         texts=[generation.token_ids for generation in generations],
         seconds=seconds,

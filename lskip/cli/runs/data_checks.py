@@ -1,4 +1,4 @@
-"""What a run's data and its model must agree on: the tokenizer, and the length of a row."""
+"""Agreement of a run's data with its model: the tokenizer, and the length of a row."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from lskip.module import LayerSkipModule
 from lskip.models.pretrained import make_config
 
 
-def let_data_fit_model(config: Namespace) -> None:
-    """The model's own tokenizer for its text, and for a model from scratch a tokenizer of its vocabulary's size."""
+def match_data_to_model(config: Namespace) -> None:
+    """Set data's tokenizer to the model's, or for a model from scratch data's vocab_size to the model's."""
     arguments = config.data.init_args if config.data is not None else {}
     if isinstance(config.model, dict):
         size = make_config(config.model).vocab_size
@@ -22,19 +22,19 @@ def let_data_fit_model(config: Namespace) -> None:
 
 
 def check_tokenizer_is_there(data: LightningDataModule | None, model: dict | str) -> None:
-    """Of a model from scratch, whose weights take long to draw. Other models are looked up first themselves."""
+    """Load the tokenizer before the weights of a model from scratch are initialized, which takes long."""
     if isinstance(model, dict) and isinstance(data, TextData) and data.tokenizer_source is not None:
         _ = data.tokenizer
 
 
-def check_rows_fit(data: LightningDataModule | None, module: LayerSkipModule) -> None:
-    """What the first step would refuse, before the text is tokenized."""
+def check_block_size(data: LightningDataModule | None, module: LayerSkipModule) -> None:
+    """Raise ValueError, before the text is tokenized, for rows longer than the model's context."""
     length, context = getattr(data, "block_size", 0), module.decoder.context_length
     if length > context:
         raise ValueError(f"block_size: {length} tokens, the model's context holds {context}")
 
 
-def check_tokens_fit(data: LightningDataModule | None, module: LayerSkipModule) -> None:
-    """That data which name their tokenizer name the model's, before they are tokenized by it."""
+def check_tokenizer(data: LightningDataModule | None, module: LayerSkipModule) -> None:
+    """Raise ValueError, before the text is tokenized, if data name another tokenizer than the model's."""
     if isinstance(data, TextData):
         module.check_tokenizer(None if data.tokenizer_source is None else data.tokenizer)

@@ -1,4 +1,4 @@
-"""Every option of fit, validate and test: what it may hold, and cases of what it may not."""
+"""Allowed values of every option of fit, validate and test, and cases of bad values."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from random import Random
 
 from benchmarks.bad_input.checks import trained
+from benchmarks.bad_input.fixtures import fit_arguments
 from benchmarks.bad_input.options import odd_files
-from benchmarks.bad_input.place import fit_arguments
 from benchmarks.bad_input.values import (
     a_class,
     anything,
@@ -147,7 +147,7 @@ CHANGES_STEPS = {"trainer.fast_dev_run", "trainer.max_epochs"}
 
 
 def cases(random: Random) -> Iterator[Case]:
-    """A few values of every option; of `fit` the good ones too."""
+    """Yield random bad values of every option, and for fit the good values."""
     for option, domain in OPTIONS.items():
         if option in ONLY_OTHERS:
             continue

@@ -1,4 +1,4 @@
-"""From a setting to something that runs it."""
+"""Building of contestants: objects that run a setting of the decoding benchmark."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from benchmarks.decoding.llama_cpp_peer import LlamaCpp, LlamaCppProcess, write_files
-from benchmarks.decoding.lskip_runs import Generators, Lskip
-from benchmarks.decoding.runs import Contestant
+from benchmarks.decoding.lskip_methods import Generators, Lskip
+from benchmarks.decoding.measuring import Contestant
 from benchmarks.decoding.settings import Setting
 from benchmarks.decoding.transformers_peer import Assistants, Transformers
 from lskip.inference.stopping import end_tokens
@@ -19,7 +19,7 @@ from lskip.models.pretrained import load_model
 
 
 class Contestants:
-    """What contestants share: the model, its generators, assistants, and llama.cpp's process."""
+    """The builder of contestants, with what they share: the model, generators, assistants, llama.cpp's process."""
 
     def __init__(
         self,
@@ -29,11 +29,12 @@ class Contestants:
         release: bool = False,
         exit_adapter: ExitAdapter | None = None,
     ):
-        """
+        """Prepare to build contestants for a model.
+
         Args:
-            source: what --model said.
+            source: value of --model.
             assistant: of two-model drafting; None: copies of the model's first blocks.
-            release: lskip converts the model instead of copying it; then one contestant can be built, not more.
+            release: lskip converts the model instead of copying it; only one contestant can then be built.
             exit_adapter: of lskip's draft "adapter".
 
         Raises:
@@ -45,7 +46,7 @@ class Contestants:
         self.llama_cpp: LlamaCppProcess | None = None
 
     def start_llama_cpp(self, python: str, files: Path, context: int, log: Path) -> None:
-        """Starts its process and writes its model files into `files`.
+        """Start llama.cpp's process and write its model files into `files`.
 
         Raises:
             ValueError: the model cannot be written for it.
@@ -55,7 +56,7 @@ class Contestants:
         write_files(self.llama_cpp, self.source, self.model, files)
 
     def build(self, setting: Setting) -> Contestant:
-        """Raises ValueError or RuntimeError where the setting does not work here."""
+        """Return the contestant for a setting; ValueError or RuntimeError if it does not work here."""
         if setting.method == "llama_cpp":
             ends = end_tokens(self.model, None)
             return LlamaCpp(self.llama_cpp, self.files, setting, ends, self.context)
@@ -69,7 +70,7 @@ class Contestants:
 
 
 def load(source: str, dtype: str, device: str) -> tuple:
-    """Model, on `device`, and tokenizer, or None; quietly. Raises what `load_model` raises."""
+    """Return (model on `device`, tokenizer or None), without progress bars; raises as `load_model` does."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model, tokenizer = load_model(source, dtype=getattr(torch, dtype))

@@ -1,4 +1,4 @@
-"""Where an exit adapter's training begins: its join gives its blocks what they know, as well as a linear map can."""
+"""The initial weights of an exit adapter's join, fitted by ridge regression."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from lskip.adapters.unroll import one_later
 from lskip.models.decoder import Decoder
 from lskip.models.exit_adapter import ExitAdapter, side_by_side
 
-ANSWERS = 128  # that it is fitted on: so many if there are, and less than twice as many
-RIDGE = 0.05  # against an input's mean square, which is about 1
+ANSWERS = 128  # to fit on: at least so many if there are, and fewer than twice as many
+RIDGE = 0.05  # relative to the mean square of an input, about 1
 
 
 @torch.inference_mode()
 def fit_join(adapter: ExitAdapter, model: PreTrainedModel, rows: Sequence[AnswerRow]) -> None:
-    """Sets the join to the ridge regression, on what is joined, of the states that the copied blocks take in the model.
+    """Set the join to the ridge regression from its inputs to the inputs that the copied blocks have in the model.
 
-    The adapter's blocks are copies of the model's last ones. Those get states of another size and other directions than
-    an early exit's; given what they are used to, they say at once some of what the last layer says.
+    The adapter's blocks are copies of the model's last ones, whose inputs differ from an early exit's states in size
+    and direction. With a fitted join the adapter predicts part of what the last layer does before any training.
 
     Args:
-        adapter: at its beginning.
+        adapter: untrained.
         model: the frozen model.
-        rows: answers to train on.
+        rows: answers to fit on.
     """
     size, width = adapter.join.in_features + 1, adapter.join.out_features
     gram, product = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, width, dtype=torch.float64)
@@ -45,12 +45,12 @@ def fit_join(adapter: ExitAdapter, model: PreTrainedModel, rows: Sequence[Answer
 def _regression(
     adapter: ExitAdapter, model: PreTrainedModel, rows: Sequence[AnswerRow]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each answer, at its scored positions, what the join gets [N, in] and should give [N, D], in float64."""
+    """Yield for each answer the join's inputs [N, in] and targets [N, D] at its N scored positions, in float64."""
     decoder, shape = Decoder(model), adapter.shape
     for row in rows:
         x = decoder.embed(torch.tensor([row.token_ids], device=decoder.device))
         inputs = decoder.block_inputs(x)
-        before = [x]  # each block's input, and what the last one makes
+        before = [x]  # the input of each block, and the last one's output
         for block in range(decoder.num_layers):
             before.append(decoder.block(block, before[-1], inputs))
         exit_states, wanted = before[shape.exit_layer], before[decoder.num_layers - shape.num_blocks]

@@ -1,4 +1,4 @@
-"""The folder that all cases of bad_input.py share: tiny models of three families, a run, an adapter, texts."""
+"""The folder that all cases share: tiny models of three families, a run, an adapter, texts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ NEW_TOKENS = 4
 
 
 def make_place(place: Path) -> None:
-    """Fills the folder `place`. Calls lskip's own commands for what only they make."""
+    """Fill the folder `place`, with lskip's own commands for runs, exports and adapters."""
     tokenizer = byte_tokenizer()
     for family, sizes in FAMILIES.items():
         torch.manual_seed(0)
@@ -66,7 +66,7 @@ def make_place(place: Path) -> None:
     steps = ("--trainer.max_steps=4", "--trainer.val_check_interval=2", "--checkpoint.every_n_train_steps=2")
     _run("fit", *fit_arguments(place, place / "run"), *steps)
     _run("fit", *fit_arguments(place, place / "scratch", json.dumps(SCRATCH)))
-    shutil.rmtree(place / "scratch")  # its tokenizer stays in the cache
+    shutil.rmtree(place / "scratch")  # only its tokenizer is needed, which stays in the cache
     _run("export", f"--model={place}/llama", f"--output={place}/exported", "--gguf=true")
     os.replace(place / "exported" / "model.gguf", place / "model.gguf")
     _run("export", f"--model={place}/run", f"--output={place}/trained")
@@ -79,7 +79,7 @@ def make_place(place: Path) -> None:
 
 
 def fit_arguments(place: Path | str, run: Path | str, model: Path | str | None = None) -> list[str]:
-    """A fit of two steps in about a second."""
+    """Return the arguments of a fit of two steps, which takes about a second."""
     return [
         f"--model={model or f'{place}/llama'}",
         f"--run_folder={run}",
@@ -117,7 +117,7 @@ def adapt_arguments(place: Path | str) -> list[str]:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with 300 entries, `<|endoftext|>` (id 0) at the end of a text."""
+    """Return a byte-level BPE tokenizer with 300 entries; `<|endoftext|>` (id 0) ends a text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -9,7 +9,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from lskip.evaluation.lm_eval.adapter import ExitModel, ExitScorer
+from lskip.evaluation.lm_eval.exit_model import ExitModel, ExitScorer
 from lskip.inference import TextGenerator
 from lskip.models import readout
 from lskip.models.decoder import Decoder

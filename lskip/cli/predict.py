@@ -1,0 +1,102 @@
+"""`lskip predict`: answers to a file of prompts, decoded in batches."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from functools import partial
+
+from tqdm import tqdm
+
+from lskip.cli.generate import check_exit_layer, result_fields
+from lskip.cli.predict_output import AnswerFile, lock_output, put_in_order, start_output
+from lskip.cli.predict_settings import (
+    answer_settings,
+    check_answers,
+    check_by_answering,
+    check_same_settings,
+    forget_settings,
+    keep_settings,
+)
+from lskip.evaluation.sweep.tuned import tuned_options
+from lskip.inference import Generation
+from lskip.inference.options import DecodingOptions, LoadingOptions
+from lskip.inference.prompt_file import Prompt, read_prompts
+from lskip.utils.checks import check_whole
+from lskip.utils.console import say
+from lskip.utils.user_paths import user_path
+
+
+def predict(
+    prompts: str,
+    output: str,
+    decoding: DecodingOptions,
+    loading: LoadingOptions,
+    task: str | None = None,
+    batch_size: int = 8,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> None:
+    """Answer a file of prompts, several at a time: one JSON line each, written as soon as it is done.
+
+    Args:
+        prompts: a .txt file with a prompt a line, or .jsonl with {"prompt": …} or {"messages": …} a line;
+            other keys are carried through. - is standard input, in either form.
+        output: .jsonl file to write, in the end in the order of the prompts. A line has the keys of its prompt and
+            line, text, tokens, seconds, acceptance_rate, tokens_per_round, finish_reason, seed.
+        decoding: how a prompt is continued. The prompt of index i (from 0, blank lines left out) has seed + i.
+        loading: which model.
+        task: a task that lskip tune has tuned for this model: it sets the draft where the options do not. null: none.
+        batch_size: prompts that are answered together; a finished one makes room for the next.
+        overwrite: start over an existing output.
+        resume: go on with an existing output, with the prompts that it does not answer yet; with the same settings.
+    """
+    decoding, loading = tuned_options(task, decoding, loading)
+    settings = decoding.settings()
+    check_whole("batch_size", batch_size, 1)
+    source = user_path(prompts, "prompts")
+    asked = read_prompts(source)
+    with lock_output(user_path(output, "output"), source) as path:
+        answered, mode = start_output(path, asked, overwrite, resume)
+        check_exit_layer(decoding, loading)
+        saved = answer_settings(decoding, loading)
+        is_known = not answered or check_same_settings(path, saved)
+        if not is_known:
+            check_answers(path, asked, decoding)
+        missing = [index for index in range(len(asked)) if index not in answered]
+        speed = "all were there"
+        if missing:
+            generator = loading.load(min(batch_size, len(missing)))
+            chosen = generator.settings(**settings)
+            if not is_known:
+                check_by_answering(path, asked, generator, chosen)
+            ids = [asked[index].encode(generator, chosen) for index in missing]
+            results = generator.generate_batch(ids, batch_size, missing, **settings)
+            with AnswerFile(path, mode, partial(keep_settings, path, saved)) as file:
+                speed = _write_answers(file, asked, results, len(answered))
+        put_in_order(path)
+        forget_settings(path)
+    say(f"{len(asked)} answers in '{output}' ({speed})", sys.stderr)
+
+
+def _write_answers(
+    file: AnswerFile, asked: list[Prompt], results: Iterable[tuple[int, Generation]], num_answered: int
+) -> str:
+    """Write each (index, result) as it comes, and return the number of tokens and their rate in words."""
+    tokens, began = 0, time.perf_counter()
+    with tqdm(initial=num_answered, total=len(asked), unit="prompt", desc="predict") as bar:
+        try:
+            for index, generation in results:
+                file.write({**asked[index].fields, "line": asked[index].line, **result_fields(generation)})
+                tokens += len(generation.token_ids)
+                bar.set_postfix_str(speed := _rate(tokens, time.perf_counter() - began), refresh=False)
+                bar.update()
+        except KeyboardInterrupt as pressed:
+            message = f", {bar.n} of {len(asked)} prompts are done; go on with --resume true"
+            raise type(pressed)(message) from None
+    return f"{tokens} tokens, {speed}"
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    return f"{tokens / seconds if seconds else 0.0:.1f} tokens/s"
