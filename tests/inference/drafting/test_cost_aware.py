@@ -12,7 +12,7 @@ import pytest
 from lskip.inference.drafting.cost_aware import CostAwareDraft
 from lskip.inference.drafting.costs import Costs, RowCosts
 from lskip.inference.drafting.draft import PLAIN, Draft, DraftPlan
-from lskip.inference.drafting.registry import ideal_speedup, round_seconds
+from lskip.inference.drafting.registry import round_seconds
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 EARLY, LATE, WEIGHTS, NGRAM = Draft("layers", 6), Draft("layers", 15), Draft("weights", 30), Draft("ngram", 0)
@@ -105,7 +105,7 @@ def best_fixed(costs, chances, num_speculations=8, slots=1):
     for draft, q in chances.items():
         for d in range(1, num_speculations + 1):
             tokens = 1 + sum(q**i for i in range(1, d + 1))
-            speeds.append(ideal_speedup(costs, DraftPlan(draft, d), slots, tokens))
+            speeds.append(tokens * costs.plain(slots) / round_seconds(costs, DraftPlan(draft, d), slots))
     return max(speeds)
 
 

@@ -11,7 +11,7 @@ from lskip.inference.drafting import costs as costs_module
 from lskip.inference.drafting.costs import ROWS, Costs, RowCosts, measure_costs
 from lskip.inference.drafting.costs_file import keep_costs, read_costs
 from lskip.inference.drafting.draft import Draft, DraftPlan
-from lskip.inference.drafting.registry import DRAFTERS, ideal_speedup, round_seconds
+from lskip.inference.drafting.registry import DRAFTERS, round_seconds
 from lskip.inference.layers.linear import Plain
 from lskip.inference.loading import load_generator
 from lskip.inference.runners.fused_runner import FusedRunner
@@ -77,12 +77,6 @@ def test_parts_of_a_round():
     drafting = [DRAFTERS[each.kind].seconds(each, 1, 2, COSTS) for each in (LAYERS, WEIGHTS, NGRAM)]
     assert drafting == [16 + 6, 13, 0]  # the states of the layers' last token are verification's too
     assert [COSTS.verify(done, 2) for done in (3, 0)] == [24, 30]
-
-
-def test_ideal_speedup_by_hand():
-    # A round takes 40, a plain one 20, and brings 1.8 tokens in place of one.
-    assert ideal_speedup(COSTS, DraftPlan(LAYERS, 1), 1, 1.8) == pytest.approx(1.8 * 20 / 40)
-    assert ideal_speedup(COSTS, DraftPlan(None, 0), 1, 1.0) == 1
 
 
 def test_draft_weights_that_were_not_measured():
