@@ -80,8 +80,8 @@ class TextGenerator:
             costs_file: JSON file to keep `costs` in, read where it exists; None: `costs` are measured anew by each
                 process with a policy that asks for them.
             exit_adapter: drafts behind the model's first blocks; trained for this model, on its device. It is
-                converted too, and left as it is.
-            trained_exits: affine maps and the classifier of the model's exits; None: there are none.
+                converted too (to int8 where that works), and left as it is.
+            trained_exits: what the model's exits have of their own; None: the shared norm and head read them.
             batch_size: texts that are going to be decoded together, as far as known: weights "auto" are what is fastest
                 for so many. Any number of them can be.
 
@@ -216,7 +216,7 @@ class TextGenerator:
 
     @cached_property
     def costs(self) -> Costs:
-        """Seconds of this model's passes on this machine: from `costs_file`, or measured, which takes seconds too."""
+        """Times of this model's passes on this machine: from `costs_file`, or measured, which takes a few seconds."""
         adapter_runner = None if self.adapter_runner is None else self.adapter_runner.runner
         if self.costs_file is not None:
             return keep_costs(user_path(self.costs_file, "costs_file"), self.runner, self.draft_runner, adapter_runner)

@@ -1,7 +1,7 @@
 """The bit-exact option: a position's logits are the same bits alone, among others, in any batch, drafted or not.
 
-Of this claim every part is compared with one token at a time in a cache of its own. The long version, over longer
-contexts and real sizes: `python -m benchmarks.decoding.correctness bit_exact`.
+Each part of this claim is compared with one token at a time in a cache of its own. Longer contexts and real sizes:
+`python -m benchmarks.decoding.correctness bit_exact`.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ SIZES = {
     "eos_token_id": None,
     "initializer_range": 0.1,
 }
-# oneDNN packs none without AVX-512.
+# Without AVX-512 oneDNN packs no bfloat16.
 PACKS_BFLOAT16 = obstacle_to(Packed, torch.ones(8, 8, dtype=torch.bfloat16)) is None
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """So many threads for torch, and afterwards as many as before."""
+    """Set torch's threads, and afterwards as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -61,24 +61,24 @@ def make_sized(family: str, dtype: str, **overrides):
 
 
 def make_ids(count: int, vocab_size: int = 501, seed: int = 0) -> Tensor:
-    """[1, count]."""
+    """Return random token ids [1, count]."""
     return torch.randint(1, vocab_size, (1, count), generator=torch.Generator().manual_seed(seed))
 
 
 def logits_of(step: ModelRunner, ids: Tensor, cache: KVCache, starts: list[int]) -> Tensor:
-    """[A, n, V] of ids [A, n] that stand from `starts` on."""
+    """Return logits [A, n, V] of ids [A, n] at positions from `starts` on."""
     return step.decode(step.run(step.embed(ids), cache, starts, 0, step.num_layers))
 
 
 def token_by_token(step: ModelRunner, ids: Tensor) -> tuple[Tensor, KVCache]:
-    """Logits [S, V] of ids [1, S], a pass for each, and the cache that this leaves."""
+    """Return logits [S, V] of ids [1, S], with a pass for each, and the cache that this leaves."""
     cache = step.new_cache(1, ids.shape[1])
     rows = [logits_of(step, ids[:, place : place + 1], cache, [place])[0] for place in range(ids.shape[1])]
     return torch.cat(rows), cache
 
 
 def differing_blocks(step: ModelRunner, ids: Tensor, truth: Tensor, cache: KVCache, cases) -> list[tuple[int, int]]:
-    """Which (start, rows) give other bits than one token at a time, each in one pass over what the cache holds.
+    """Return the (start, rows) that give other bits than one token at a time, each in one pass over the filled cache.
 
     The passes write keys and values again, the same ones unless there is a difference to be found.
     """
@@ -91,7 +91,7 @@ def differing_blocks(step: ModelRunner, ids: Tensor, truth: Tensor, cache: KVCac
 
 
 def blocks_everywhere(length: int, most: int = 16) -> list[tuple[int, int]]:
-    """(start, rows): every number of rows from each start mod 4, early and late and in between."""
+    """Return (start, rows): every number of rows from each start mod 4, early, late and in between."""
     random, cases = Random(length), []
     for rows, offset in product(range(1, most + 1), range(4)):
         last = (length - rows - offset) // 4
@@ -101,9 +101,9 @@ def blocks_everywhere(length: int, most: int = 16) -> list[tuple[int, int]]:
 
 
 def differing_slots(step: ModelRunner, ids: Tensor, truth: Tensor, cases) -> list[tuple[list[int], int]]:
-    """Which (starts, rows) give other bits than one token at a time in some slot of a batch.
+    """Return the (starts, rows) that give other bits than one token at a time in some slot of a batch.
 
-    Each slot holds the same text up to another length, prefilled alone in one pass, and garbage after it.
+    Each slot has the same text up to another length, prefilled alone in one pass, and garbage after it.
     """
     found = []
     for starts, rows in cases:
@@ -119,7 +119,7 @@ def differing_slots(step: ModelRunner, ids: Tensor, truth: Tensor, cases) -> lis
 
 
 def batches(length: int, count: int) -> list[tuple[list[int], int]]:
-    """(starts, rows): slots of unequal length, as many of each as comes up."""
+    """Return random (starts, rows), with slots of unequal length."""
     random = Random(count)
     cases = []
     for rows in (random.randint(1, 8) for _ in range(count)):
@@ -145,7 +145,7 @@ def test_logits_keep_their_bits(dtype, family):
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
 def test_logits_keep_their_bits_on_two_threads(dtype):
-    """A few passes only: on a busy machine threads wait for each other in every product."""
+    """Only a few passes: on a busy machine threads wait for each other in every product."""
     with threads(2):
         step = TextGenerator(make_sized("llama", dtype, num_hidden_layers=1), bit_exact=True).runner
         ids = make_ids(20)
@@ -207,7 +207,7 @@ WAYS = {
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.9, "seed": 11}], ids=["greedy", "sampled"])
 def test_bfloat16_texts_do_not_depend_on_draft_and_batch(sampling):
-    """With few words, so that n-grams come again."""
+    """The vocabulary is small, so that n-grams come again."""
     generator = TextGenerator(make_sized("llama", "bfloat16", vocab_size=30), draft_weights="int8", bit_exact=True)
     prompts = [make_ids(length, 30, seed=length)[0].tolist() for length in (5, 83, 1, 40)]
     settings = {"max_new_tokens": 18, **sampling}

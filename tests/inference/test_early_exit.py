@@ -1,4 +1,4 @@
-"""Exit criteria against a slow reference: no cache, every position recomputed, the criterion worked by hand."""
+"""Exit criteria against a slow reference without a cache, and criteria worked out by hand."""
 
 import math
 from collections import Counter
@@ -39,8 +39,8 @@ def entropy(logits, before, after):
 
 
 def margin(logits, before, after):
-    *_, second, likeliest = sorted(probabilities(logits))
-    return likeliest - second
+    *_, second, highest = sorted(probabilities(logits))
+    return highest - second
 
 
 def cosine(logits, before, after):
@@ -56,7 +56,7 @@ CRITERIA = {
 
 
 def build(tiny_model, family="llama", **overrides):
-    """A model that is sure of some tokens, and of which texts do not end or repeat themselves at once."""
+    """Return a model that is sure of some tokens, and whose texts neither end nor repeat themselves at once."""
     model = tiny_model(family, tie_word_embeddings=False, eos_token_id=None, **overrides)
     model.lm_head.weight.data *= 5
     return model
@@ -66,13 +66,13 @@ def build(tiny_model, family="llama", **overrides):
 def slow_reference(
     model, prompt, exits, first=2, every=1, full=4, new_tokens=NEW, translate=lambda layer, state: state
 ):
-    """Tokens and their depths: at each token all positions go through the blocks again, frozen above their exits.
+    """Return tokens and depths, where for each token all positions run again, frozen above their exits.
 
     translate: (exit_layer, states) -> what norm and head read.
     """
 
     def hidden(tokens, depths):
-        """States of all positions before block 0 and after each block."""
+        """Return the states of all positions before block 0 and after each block."""
         states = [model.model.embed_tokens(torch.tensor([tokens]))]
         positions = torch.arange(len(tokens))[None]
         rotary = model.model.rotary_emb(states[0], positions)
@@ -140,7 +140,7 @@ def test_a_criterion_that_never_fires_changes_nothing(tiny_model, family, name):
 @pytest.mark.parametrize("first", [1, 2, 3])
 @pytest.mark.parametrize("name", ALWAYS)
 def test_a_criterion_that_always_fires_is_the_fixed_exit(tiny_model, name, first):
-    """After the first token, which the prompt's own pass through all blocks brings."""
+    """The first token is an exception, since the prefill runs all blocks."""
     generator = TextGenerator(build(tiny_model))
     criterion = type(ALWAYS[name])(ALWAYS[name].threshold, first=first)
     ours = generator.generate(PROMPT, exit_criterion=criterion, max_new_tokens=NEW)
@@ -185,7 +185,7 @@ def test_a_slot_that_has_exited_is_not_called_back(tiny_model):
 
 
 class Learned(ExitCriterion):
-    """One linear layer on the state, as in BERxiT: what a criterion from outside may look like."""
+    """Criterion of a user's own: one linear layer on the state, as in BERxiT."""
 
     def __init__(self, weight, threshold):
         super().__init__()
@@ -230,7 +230,7 @@ def test_learned_exit_needs_a_classifier(tiny_model):
 
 
 class Counting(ModuleRunner):
-    """Counts blocks that run or are filled, and decoded exits."""
+    """Runner that counts blocks that run or are filled, and decoded exits."""
 
     def __init__(self, decoder):
         super().__init__(decoder)
@@ -256,10 +256,10 @@ def test_blocks_and_head_run_no_more_than_needed(tiny_model, name, bound):
     generator, full = TextGenerator(model), bound or 4
     step = generator.runner = Counting(Decoder(model))
     ours = generator.generate(PROMPT, exit_criterion=criterion(threshold), exit_layer=bound, max_new_tokens=NEW)
-    assert len(step.blocks) == full + ours.layers_run  # the prompt's pass, and what is counted
+    assert len(step.blocks) == full + ours.layers_run  # the prefill, and the counted blocks
     assert len(step.blocks) + len(step.filled) == full * NEW and max(step.blocks + step.filled) < full
     layers_looked_at = sum(block in (1, 2, 3) for block in step.blocks) - (full - 1)
-    # Saturation decodes the exit alone; the others each exit that they look at, and nobody a state twice.
+    # Saturation decodes the exit taken alone, the others each exit that they look at, and none a state twice.
     assert step.decoded == 1 + (NEW - 1 if name == "saturation" else layers_looked_at)
 
 
@@ -294,7 +294,7 @@ def test_fill_writes_what_the_blocks_would(tiny_model, family, step):
 
 
 def transformers_states(model, block, x, positions):
-    """Keys and values [n, KV, head_dim] that a transformers block leaves in its own cache for x [1, n, D]."""
+    """Return keys and values [n, KV, head_dim] that a block of transformers leaves in its cache for x [1, n, D]."""
     theirs, rotary = DynamicCache(), model.model.rotary_emb(x, positions)
     layer = model.model.layers[block]
     layer(x, position_ids=positions, position_embeddings=rotary, cache=theirs, use_cache=True)

@@ -118,7 +118,7 @@ def tuned_options(
 
 
 def _check_found(task: str, found: dict[str, Any], model: str) -> None:
-    """Raise ValueError where the model has no such layer, FileNotFoundError where the adapter is gone."""
+    """ValueError, FileNotFoundError where the model has no such layer, or the adapter is gone."""
     from lskip.models.pretrained import find_source, load_config
 
     if found["exit_adapter"] is not None:

@@ -1,4 +1,4 @@
-"""The cost model against equations worked by hand, and its measurement against steps whose time is known."""
+"""The cost model against equations worked by hand, and its measurement against runners whose time is known."""
 
 import errno
 import json
@@ -35,9 +35,9 @@ def test_times_between_and_beyond_the_measured_ones():
     times = RowCosts((1, 2, 4, 8), (1.0, 2.0, 6.0, 8.0), (10.0, 10.0, 30.0, 20.0))
     assert [times.block_seconds(n) for n in (1, 2, 3, 4, 5, 7)] == [1, 2, 4, 6, 6.5, 7.5]
     assert times.block_seconds(12) == 10  # on by (8 - 6) / (8 - 4) a row
-    assert times.head_seconds(100) == 20  # times that fell by chance do not fall below nothing
+    assert times.head_seconds(100) == 20  # times that fall by chance are not extrapolated downwards
     assert RowCosts((2, 4), (2.0, 3.0), (1.0, 1.0)).block_seconds(1) == 1.5
-    # By the upper half of the table, not by its last two, which chance may have set apart.
+    # By the upper half of the table, not by its last two, whose difference may be chance.
     assert RowCosts((1, 4, 7, 8), (1.0, 4.0, 9.0, 8.0), (1.0,) * 4).block_seconds(10) == 10
 
 
@@ -62,7 +62,7 @@ def test_rounds_by_hand(draft, d, slots, seconds):
         # d (3 block(1) + head_a(1)) + 2 (block_a(d + 2) + (d - 1) block_a(1)) + b(3, 1) + V_3(2)
         (ADAPTER, 1, 1, (3 + 3) + 2 * 1.5 + 3 + (7 * 2 + 10)),
         (ADAPTER, 3, 2, 3 * (3 * 2 + 3) + 2 * (5 + 2 * 1) + 3 * 2 + (7 * 8 + 30)),
-        # to the others it makes no difference
+        # rounds of the other drafts cost the same
         (WEIGHTS, 3, 1, 3 * (8 + 5) + (10 * 4 + 30)),
         (NGRAM, 3, 2, 10 * 8 + 30),
         (None, 0, 4, 10 * 4 + 30),
@@ -127,7 +127,7 @@ def test_damaged_files_are_refused_in_one_sentence(saved, message):
 
 
 class Clock:
-    """Stands in for perf_counter: time passes only where a fake step lets it."""
+    """Stand-in for perf_counter, which only fake runners advance."""
 
     def __init__(self):
         self.now = 0.0
@@ -137,7 +137,7 @@ class Clock:
 
 
 class FakeStep:
-    """Takes `block` + `row` n seconds for a block over n rows and `head` for the head, on a clock of its own."""
+    """Runner that takes `block` + `row` n seconds for a block over n rows and `head` for the head, by `clock`."""
 
     num_layers, device = 5, torch.device("cpu")
 
@@ -237,7 +237,7 @@ def test_waits_for_a_device_around_each_timing(clock, monkeypatch):
 
 
 class StepWithLogits(FakeStep):
-    """Finds the likeliest token by logits, half of the head's time in making them and half in looking through them."""
+    """Runner that needs all logits for an argmax: half of the head's time to compute, half to search them."""
 
     def argmax(self, x):
         return None
