@@ -19,7 +19,7 @@ from lskip.inference.drafting.drafter import Runners
 from lskip.inference.generation import Generation, TextStream
 from lskip.inference.layers.linear_choice import mix_for
 from lskip.inference.layers.lm_head import screened_head
-from lskip.inference.model_defaults import read_defaults, warn_of_ignored
+from lskip.inference.model_defaults import read_defaults
 from lskip.inference.runners.build import build_draft_runner, build_runner
 from lskip.inference.settings import GenerationSettings
 from lskip.inference.stopping import end_tokens, stop_rule
@@ -77,8 +77,7 @@ class TextGenerator:
                 bfloat16 too. Costs 15 to 22 % of the speed. False: texts are equal in float32 up to ties within
                 rounding. None: true for packed bfloat16 weights on a CPU (form_choice.EXACT_BY_DEFAULT), else false.
             compiled: run the blocks through torch.compile (for GPUs; the first rounds take minutes).
-            costs_file: JSON file to keep `costs` in, read where it exists; None: `costs` are measured anew by each
-                process with a policy that asks for them.
+            costs_file: JSON file that keeps `costs`, made where there is none; None: each process measures anew.
             exit_adapter: drafts behind the model's first blocks; trained for this model, on its device. It is
                 converted too (to int8 where that works), and left as it is.
             trained_exits: what the model's exits have of their own; None: the shared norm and head read them.
@@ -86,17 +85,13 @@ class TextGenerator:
                 for so many. Any number of them can be.
 
         Raises:
-            ValueError: an unsupported family, `weights`, `draft_weights` or `bit_exact` that are unknown or do not work
-                here, an adapter of another model, or a batch_size below 1.
+            ValueError: an unsupported family, a value that is unknown or does not work here, another model's adapter.
         """
         check_whole("batch_size", batch_size, 1)
-        decoder = Decoder(model)
-        if exit_adapter is not None and exit_adapter.made_for != fingerprint(decoder):
-            raise ValueError(f"exit_adapter: was made for another model ({exit_adapter.made_for})")
+        decoder = _decoder_for(model, exit_adapter)
         self.tokenizer, self.costs_file = tokenizer, costs_file
         self.eos_ids = end_tokens(model, tokenizer)
         self.model_defaults = read_defaults(model.generation_config, self.eos_ids, decoder.device, decoder.vocab_size)
-        warn_of_ignored(model.generation_config)
         self.num_layers, self.vocab_size = decoder.num_layers, decoder.vocab_size
         self.context_length = decoder.context_length
         # First, since building `runner` may take the model apart.
@@ -287,3 +282,11 @@ class TextGenerator:
                 piece += under_way.pop(request).rest()
             if piece:
                 yield request.index, piece
+
+
+def _decoder_for(model: PreTrainedModel, exit_adapter: ExitAdapter | None) -> Decoder:
+    """Return the model's Decoder; ValueError for another model's adapter."""
+    decoder = Decoder(model)
+    if exit_adapter is not None and exit_adapter.made_for != fingerprint(decoder):
+        raise ValueError(f"exit_adapter: was made for another model ({exit_adapter.made_for})")
+    return decoder

@@ -68,7 +68,7 @@ class ModelDefaults:
 def read_defaults(
     config: GenerationConfig | None, eos_ids: Iterable[int], device: torch.device, vocab_size: int
 ) -> ModelDefaults:
-    """Return the defaults of `config`; None: lskip's own.
+    """Return the defaults of `config` (None: lskip's own), and warn of what lskip ignores in it.
 
     Raises:
         ValueError: a value that transformers' logits processor refuses, or a token id that the model does not have.
@@ -92,11 +92,11 @@ def read_defaults(
         ("epsilon_cutoff", lambda epsilon: 0 < epsilon < 1, EpsilonLogitsWarper),
         ("eta_cutoff", lambda eta: 0 < eta < 1, lambda eta: EtaLogitsWarper(eta, device=device)),
     )
+    _warn_of_ignored(config)
     return ModelDefaults(settings, refused, by_text, warpers)
 
 
-def warn_of_ignored(config: GenerationConfig | None) -> None:
-    """Print a warning with what `config` sets and lskip ignores, if anything."""
+def _warn_of_ignored(config: GenerationConfig) -> None:
     usual = GenerationConfig._get_default_generation_params() | OFF
     set_here = {name: getattr(config, name, None) for name in IGNORED}
     # 0 may mean something: the token of that id, no seconds, no guidance.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lskip.inference.decoding.batch_chooser import BatchChooser
 from lskip.inference.decoding.early_exit import exit_round
-from lskip.inference.decoding.engine import LONGEST_DRAFT, Round, check_logits, prefill, verify
+from lskip.inference.decoding.engine import Round, check_logits, prefill, verify
 from lskip.inference.decoding.sampling import TokenChooser
 from lskip.inference.decoding.state_recorder import StateRecorder
 from lskip.inference.drafting.costs import Costs
@@ -25,12 +25,15 @@ from lskip.inference.drafting.registry import DRAFTERS, drafts_of
 from lskip.inference.drafting.round import Drafted, Slots, nothing_drafted
 from lskip.inference.exit_criteria import ExitCriterion, Logits
 from lskip.inference.generation import Generation
+from lskip.inference.layers.kv_cache import PREFILL_ROWS
 from lskip.inference.runners.exit_head_runner import read_at
 from lskip.inference.settings import GenerationSettings
 from lskip.inference.stopping import StopRule
 
 if TYPE_CHECKING:
     from lskip.models.exit_heads import TrainedExits
+
+LONGEST_DRAFT = PREFILL_ROWS - 1  # tokens in each slot that one pass may verify
 
 
 @dataclass(eq=False)
@@ -106,8 +109,8 @@ class Batch:
         self.waiting: deque[Request] = deque()
         self.policy: DraftPolicy = settings.draft_policy or FixedDraft()
         self.criterion = bound(settings.exit_criterion, runners.exits)
-        self.stops_draft = bound(getattr(self.policy, "criterion", None), runners.exits)
-        self.reading = read_at(runners.model, runners.exits, self.full)
+        self.draft_criterion = bound(getattr(self.policy, "criterion", None), runners.exits)
+        self.runner = read_at(runners.model, runners.exits, self.full)
         self.drafts = []
         if num_speculations:
             self.drafts = drafts_of(settings.draft, settings.exit_layer, runners.available)
@@ -157,7 +160,7 @@ class Batch:
             observer = None if self.slots.observer is None else self.slots.observer.begin(slot)
             for drafter in self.drafters.values():
                 drafter.begin(slot)
-            logits = prefill(self.reading, self.cache.slot(slot), request.prompt, self.full, observer)
+            logits = prefill(self.runner, self.cache.slot(slot), request.prompt, self.full, observer)
             check_logits(logits)
             self.cache.lengths[slot] = len(request.prompt)
             none = torch.empty(1, 0, dtype=torch.long, device=logits.device)
@@ -200,7 +203,7 @@ class Batch:
     def _speculate(self, chooser: BatchChooser) -> Round:
         began = time.perf_counter()
         plan, drafted = self._draft(chooser)
-        outcome = verify(self.reading, self.slots, drafted, self.full, chooser)
+        outcome = verify(self.runner, self.slots, drafted, self.full, chooser)
         if self.drafts:
             self.policy.learn(plan, max(outcome.drafted), outcome.accepted, time.perf_counter() - began)
         return outcome
@@ -241,8 +244,8 @@ class Batch:
     def _goes_on(
         self, exit_layer: int, logits: Logits, margins: Callable[[], Tensor] | None, ids: Tensor, states: Tensor
     ) -> bool:
-        if self.stops_draft is not None:
-            sure = self.stops_draft.exits(exit_layer, states[:, 0], states[:, 0], lambda: logits()[:, 0])
+        if self.draft_criterion is not None:
+            sure = self.draft_criterion.exits(exit_layer, states[:, 0], states[:, 0], lambda: logits()[:, 0])
             return 2 * int((~sure).sum()) < len(sure)
         return self.policy.goes_on(
             lambda: logits()[:, 0].float().softmax(-1).gather(1, ids[:, None])[:, 0].tolist(),

@@ -18,8 +18,6 @@ from lskip.inference.drafting.round import Chooser, Drafted, Observer, Slots, fi
 from lskip.inference.layers.kv_cache import PREFILL_ROWS, KVCache
 from lskip.inference.runners.base import ModelRunner
 
-LONGEST_DRAFT = PREFILL_ROWS - 1  # tokens in each slot that one pass may verify
-
 
 class Round(NamedTuple):
     """Outcome of a round, by slot: the new tokens, how many were drafted, and how many of these were accepted."""

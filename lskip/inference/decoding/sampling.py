@@ -63,16 +63,16 @@ class TokenChooser:
 
     @property
     def takes_argmax(self) -> bool:
-        """Whether `draw` is the argmax of logits after `ban`."""
+        """Whether `sample` is the argmax of logits after `ban`."""
         return self.greedy and not self.by_text
 
     def ban(self, logits: Tensor, drafted: Tensor) -> None:
-        """Ban, in place, the end tokens where the text is too short for one. Arguments as in `draw`."""
+        """Ban, in place, the end tokens where the text is too short for one. Arguments as in `sample`."""
         if (rows := self.first_eos - self._first_position(logits, drafted)) > 0:
             for token in self.eos_ids:
                 logits[:rows, token] = float("-inf")
 
-    def draw(self, logits: Tensor, drafted: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, drafted: Tensor) -> Tensor:
         """Return token ids [n] for n consecutive positions.
 
         Args:
@@ -84,14 +84,12 @@ class TokenChooser:
             scores = scores + self.noise(self._first_position(logits, drafted), scores)
         return scores.argmax(-1)
 
-    sample = draw
-
     def verify(self, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
         """Return the number of kept tokens [1] and the token after them [1], from logits [d+1, V] and drafted [d]."""
-        return keep_agreeing(self.draw(logits, drafted)[None], drafted[None])
+        return keep_agreeing(self.sample(logits, drafted)[None], drafted[None])
 
     def scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
-        """Return the processed logits, float32 [n, V], in the order of transformers' generate; arguments as `draw`."""
+        """Return the processed logits, float32 [n, V], in the order of transformers' generate; see `sample`."""
         first, scores = self._first_position(logits, drafted), logits.float()
         if self.by_text:
             before = torch.cat([self._text_on(drafted.device), drafted])[None]

@@ -105,7 +105,7 @@ def test_memory_counts_every_weight_once(tiny_model):
     assert sum(parts.values()) + norms == sum(p.nbytes for p in model.parameters())
     assert parts["head"] == 0 and parts["embedding"] == model.lm_head.weight.nbytes
     packed = TextGenerator(model, weights="packed").memory()
-    assert packed["head"] == packed["embedding"]  # a tied head in another form is held beside the embedding
+    assert packed["head"] == packed["embedding"]  # a tied head in another layout is kept beside the embedding
     rounded = TextGenerator(model, weights="plain", draft_weights="int8").memory()
     assert 0.25 * (parts["blocks"] + parts["embedding"]) < rounded["draft"] < 0.35 * sum(parts.values())
 

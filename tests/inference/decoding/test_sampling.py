@@ -56,7 +56,7 @@ def test_sampled_tokens_follow_the_processed_distribution(settings, warpers):
     logits = random_logits(1, 12, seed=5)
     probabilities = LogitsProcessorList(warpers)(None, logits.clone()).softmax(-1)[0].double()
     draws = torch.cat(
-        [make_chooser(1, prompt=[0] * position, **settings).draw(logits, NONE) for position in range(2500)]
+        [make_chooser(1, prompt=[0] * position, **settings).sample(logits, NONE) for position in range(2500)]
     )
     assert chi_square_p(torch.bincount(draws, minlength=12).double(), probabilities) > 1e-4
 
@@ -66,10 +66,10 @@ def test_sampling_is_argmax_with_the_noise_of_the_absolute_position():
     chooser = make_chooser(9, prompt=PROMPT, temperature=1.0)
     for _ in range(2):
         own = [(row + gumbel_noise(9, len(chooser.text) + j, 50)).argmax() for j, row in enumerate(logits)]
-        assert chooser.draw(logits, drafted).tolist() == own
+        assert chooser.sample(logits, drafted).tolist() == own
         # A draft's row stands where the drafted tokens end.
-        assert chooser.draw(logits[2:], drafted).tolist() == own[2:]
-        assert chooser.draw(logits[1:], drafted).tolist() == own[1:]
+        assert chooser.sample(logits[2:], drafted).tolist() == own[2:]
+        assert chooser.sample(logits[1:], drafted).tolist() == own[1:]
         chooser.text.append(1)
 
 
@@ -119,7 +119,7 @@ def test_greedy_with_a_repetition_penalty_equals_generate(tiny_model):
     )  # fmt: skip
     emitted = theirs.sequences[0, len(PROMPT) :]
     chooser = make_chooser(prompt=PROMPT, repetition_penalty=1.5)
-    assert torch.equal(chooser.draw(torch.cat(theirs.logits), emitted[:-1]), emitted)
+    assert torch.equal(chooser.sample(torch.cat(theirs.logits), emitted[:-1]), emitted)
     assert not torch.equal(torch.cat(theirs.logits).argmax(-1), emitted)  # the penalty did something
 
 
@@ -198,7 +198,7 @@ def test_nothing_waits_for_the_device(settings, drafts):
 def test_noise_of_past_positions_is_freed():
     chooser = make_chooser(prompt=PROMPT, temperature=1.0)
     for _ in range(50):
-        chooser.draw(random_logits(3, 20), torch.tensor([1, 1]))
+        chooser.sample(random_logits(3, 20), torch.tensor([1, 1]))
         chooser.text += [1, 2]
         assert len(chooser._noise) <= 3
 
@@ -209,7 +209,7 @@ def test_end_tokens_are_banned_until_min_new_tokens():
     for settings in ({}, {"temperature": 0.2}, {"temperature": 0.2, "acceptance": "rejection"}):
         chooser = make_chooser(eos_ids=(2,), prompt=[1] * 8, min_new_tokens=4, **settings)
         chooser.text += [1, 1]
-        tokens = chooser.draw(logits[0], torch.tensor([0, 0])).tolist()
+        tokens = chooser.sample(logits[0], torch.tensor([0, 0])).tolist()
         assert 2 not in tokens[:2] and tokens[2] == 2
         assert logits[0, 0, 2] == 5.0  # the caller's logits are not changed
         for drafted, allowed in ((2, True), (1, False)):
