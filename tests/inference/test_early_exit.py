@@ -21,7 +21,7 @@ from lskip.models.exit_heads import TrainedExits
 PROMPT = [7, 42, 99, 3, 250, 18, 77]
 PROMPTS = [PROMPT, [5], [11, 12, 13] * 9, [200, 4, 61], [90] * 15]
 NEW = 40
-STEPS = {
+RUNNERS = {
     "plain": lambda decoder: FusedRunner(decoder, Plain),
     "packed": lambda decoder: FusedRunner(decoder, Packed),
     "exact": lambda decoder: FusedRunner(decoder, Packed, width=4),
@@ -109,7 +109,7 @@ def test_tokens_and_depths_equal_the_slow_reference(tiny_model, family, name, lo
     tokens, depths = slow_reference(model, PROMPT, partial(exits, threshold=threshold), full=full or 4, **looks)
     settings = {"exit_criterion": criterion(threshold, **looks), "exit_layer": full, "max_new_tokens": NEW}
     generator = TextGenerator(model)
-    for build_runner in STEPS.values():
+    for build_runner in RUNNERS.values():
         generator.runner = build_runner(Decoder(model))
         ours = generator.generate(PROMPT, **settings)
         assert ours.token_ids == tokens
@@ -151,14 +151,14 @@ def test_a_criterion_that_always_fires_is_the_fixed_exit(tiny_model, name, first
     assert (ours.rounds, ours.drafted, ours.tokens_per_round) == (NEW, 0, 1.0)
 
 
-@pytest.mark.parametrize("step", ["plain", "exact", "module"])
+@pytest.mark.parametrize("runner", ["plain", "exact", "module"])
 @pytest.mark.parametrize("name", CRITERIA)
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_k": 30}], ids=["greedy", "sampled"])
-def test_a_batch_of_unequal_slots_equals_solo(tiny_model, sampling, name, step):
+def test_a_batch_of_unequal_slots_equals_solo(tiny_model, sampling, name, runner):
     """Three slots for five prompts, so that slots leave and join; neighbours exit at other depths."""
     model, (criterion, _, threshold) = build(tiny_model, "qwen3"), CRITERIA[name]
     generator = TextGenerator(model)
-    generator.runner = STEPS[step](Decoder(model))
+    generator.runner = RUNNERS[runner](Decoder(model))
     settings = {"exit_criterion": criterion(threshold), "max_new_tokens": NEW, "seed": 3, **sampling}
     together = dict(generator.generate_batch(PROMPTS, batch_size=3, **settings))
     for index, prompt in enumerate(PROMPTS):
@@ -217,7 +217,7 @@ def test_learned_exit_equals_the_slow_reference(tiny_model):
 
     tokens, depths = slow_reference(model, PROMPT, certain)
     generator = TextGenerator(model, trained_exits=exits)
-    for build_runner in STEPS.values():
+    for build_runner in RUNNERS.values():
         generator.runner = build_runner(Decoder(model))
         ours = generator.generate(PROMPT, exit_criterion=LearnedExit(0.55), max_new_tokens=NEW)
         assert (ours.token_ids, ours.layers_run) == (tokens, sum(depths))
@@ -254,25 +254,25 @@ class Counting(ModuleRunner):
 def test_blocks_and_head_run_no_more_than_needed(tiny_model, name, bound):
     model, (criterion, _, threshold) = build(tiny_model), CRITERIA[name]
     generator, full = TextGenerator(model), bound or 4
-    step = generator.runner = Counting(Decoder(model))
+    runner = generator.runner = Counting(Decoder(model))
     ours = generator.generate(PROMPT, exit_criterion=criterion(threshold), exit_layer=bound, max_new_tokens=NEW)
-    assert len(step.blocks) == full + ours.layers_run  # the prefill, and the counted blocks
-    assert len(step.blocks) + len(step.filled) == full * NEW and max(step.blocks + step.filled) < full
-    layers_looked_at = sum(block in (1, 2, 3) for block in step.blocks) - (full - 1)
+    assert len(runner.blocks) == full + ours.layers_run  # the prefill, and the counted blocks
+    assert len(runner.blocks) + len(runner.filled) == full * NEW and max(runner.blocks + runner.filled) < full
+    layers_looked_at = sum(block in (1, 2, 3) for block in runner.blocks) - (full - 1)
     # Saturation decodes the exit taken alone, the others each exit that they look at, and none a state twice.
-    assert step.decoded == 1 + (NEW - 1 if name == "saturation" else layers_looked_at)
+    assert runner.decoded == 1 + (NEW - 1 if name == "saturation" else layers_looked_at)
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @torch.inference_mode()
-def test_fill_writes_what_the_blocks_would(tiny_model, family, step):
+def test_fill_writes_what_the_blocks_would(tiny_model, family, runner):
     """Two slots of three rows, blocks 1 and 2: the keys and values that transformers' blocks make of these states."""
     model = tiny_model(family)
     for parameter_name, parameter in model.named_parameters():
         if "bias" in parameter_name or "norm" in parameter_name:  # zeros and ones would hide a part left out
             torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.3)
-    run = STEPS[step](Decoder(model))
+    run = RUNNERS[runner](Decoder(model))
     x, starts = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(5)), [9, 4]
     given, cache, ran = x.clone(), run.new_cache(3, 16), run.new_cache(3, 16)
     run.fill(x, cache, starts, 1, 3)
@@ -286,7 +286,7 @@ def test_fill_writes_what_the_blocks_would(tiny_model, family, step):
         written[1:3, slot, positions] = True
         for block in (1, 2):
             keys, values = transformers_states(model, block, x[slot : slot + 1], positions[None])
-            if step != "module":  # FusedRunner holds a key's two halves interleaved
+            if runner != "module":  # FusedRunner holds a key's two halves interleaved
                 keys = keys.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
             assert torch.allclose(cache.states[block, slot, 0][:, positions].transpose(0, 1), keys, atol=1e-5)
             assert torch.allclose(cache.states[block, slot, 1][:, positions].transpose(0, 1), values, atol=1e-5)

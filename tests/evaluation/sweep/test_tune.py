@@ -72,7 +72,7 @@ def place(tmp_path, tiny_tokenizer):
 def test_a_whole_run_finds_the_exit_that_is_always_right(place, monkeypatch, capsys):
     """Costs and measured times are set, so that no clock decides."""
     row = RowCosts((1, 64), (1e-3, 1e-3), (1e-4, 1e-4))
-    monkeypatch.setattr("lskip.inference.generator.measure_costs", lambda *steps, **more: Costs(6, row))
+    monkeypatch.setattr("lskip.inference.generator.measure_costs", lambda *runners, **more: Costs(6, row))
     measure, decoded = tune_module.measure_cell, []
 
     def measured(generators, cell, prompts, rounds):

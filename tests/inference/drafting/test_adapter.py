@@ -98,10 +98,10 @@ def decode_and_record(generator, policy, slots, monkeypatch):
     batch.slots.observer.cache.states.normal_()  # what others have left must not matter
     rounds = []
 
-    def verify(step, running, drafted, *more):
+    def verify(runner, running, drafted, *more):
         for text, ids in zip(batch.requests, drafted.ids.tolist(), strict=True):
             rounds.append((list(text.chooser.text), ids, drafted.exit_block))
-        return engine_module.verify(step, running, drafted, *more)
+        return engine_module.verify(runner, running, drafted, *more)
 
     for text in texts:
         batch.add(text)
@@ -195,14 +195,14 @@ def counted(monkeypatch):
     """Return a generator with an adapter of two blocks, and a list of their passes: (first block, blocks, rows)."""
     model = make_damped("modules")
     generator, passes = TextGenerator(model, exit_adapter=make_adapter(model, num_blocks=2)), []
-    step = generator.adapter_runner.runner
-    run = step.run
+    runner = generator.adapter_runner.runner
+    run = runner.run
 
     def counting(x, cache, starts, first, last):
         passes.append((first, last - first, x.shape[1]))
         return run(x, cache, starts, first, last)
 
-    monkeypatch.setattr(step, "run", counting)  # `fill` of modules runs them too
+    monkeypatch.setattr(runner, "run", counting)  # `fill` of modules runs them too
     return generator, passes
 
 
@@ -255,13 +255,13 @@ def test_rounded_weights_say_nearly_the_same(words, form, monkeypatch):
     adapter = make_adapter(model, words=words)
     usable = adapter_module.usable_forms
     monkeypatch.setattr(adapter_module, "usable_forms", lambda forms, samples: usable([form], samples))
-    step = AdapterRunner(adapter)
-    assert step.runner.form is form
+    runner = AdapterRunner(adapter)
+    assert runner.runner.form is form
     exits, last = torch.randn(2, 1, 5, 32)
     with torch.inference_mode():
         exact = adapter.joined(exits, last)
-        assert torch.allclose(step.joined(exits, last), exact, atol=1e-5)
-        logits, expected = step.decode(exits), adapter.body.lm_head(adapter.norm(exits))
+        assert torch.allclose(runner.joined(exits, last), exact, atol=1e-5)
+        logits, expected = runner.decode(exits), adapter.body.lm_head(adapter.norm(exits))
     assert logits.shape == (1, 5, 300)
     unknown = sorted(set(range(300)) - set(adapter.token_ids.tolist()))
     assert (logits[..., unknown] == -torch.inf).all() and len(unknown) == 300 - len(adapter.token_ids)
@@ -270,9 +270,9 @@ def test_rounded_weights_say_nearly_the_same(words, form, monkeypatch):
 
 def test_slots_begin_with_nothing_and_move(unrounded):
     model = make_damped()
-    step, cache = AdapterRunner(make_adapter(model)), TextGenerator(model, weights="plain").runner.new_cache(3, 8)
-    slots = AdapterSlots.beside(cache, step)
-    assert step.runner.form is Plain and slots.cache.states.shape[1] == 3
+    runner, cache = AdapterRunner(make_adapter(model)), TextGenerator(model, weights="plain").runner.new_cache(3, 8)
+    slots = AdapterSlots.beside(cache, runner)
+    assert runner.runner.form is Plain and slots.cache.states.shape[1] == 3
     for states in (slots.cache.states, slots.exits, slots.before):
         states.normal_()
     slots.lengths[:], slots.waiting[:] = [0, 8, 5], [0, 1, 2]

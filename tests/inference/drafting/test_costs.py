@@ -136,7 +136,7 @@ class Clock:
         return self.now
 
 
-class FakeStep:
+class FakeRunner:
     """Runner that takes `block` + `row` n seconds for a block over n rows and `head` for the head, by `clock`."""
 
     num_layers, device = 5, torch.device("cpu")
@@ -176,8 +176,10 @@ def clock(monkeypatch):
 
 
 def test_measures_all_weights_as_they_are(clock):
-    adapter = FakeStep(clock, 2e-5, 1e-5, 2e-4)
-    costs = measure_costs(FakeStep(clock, 1e-4, 1e-5, 3e-4), FakeStep(clock, 5e-5, 2e-5, 1e-4), adapter_runner=adapter)
+    adapter = FakeRunner(clock, 2e-5, 1e-5, 2e-4)
+    costs = measure_costs(
+        FakeRunner(clock, 1e-4, 1e-5, 3e-4), FakeRunner(clock, 5e-5, 2e-5, 1e-4), adapter_runner=adapter
+    )
     assert (costs.num_layers, costs.adapter_blocks) == (5, 5)
     assert costs.adapter.block_seconds(7) == pytest.approx(9e-5) and costs.adapter.head_seconds(7) == pytest.approx(
         2e-4
@@ -189,15 +191,15 @@ def test_measures_all_weights_as_they_are(clock):
     assert costs.model.head_seconds(3) == pytest.approx(3e-4)
     assert costs.draft.head_seconds(3) == pytest.approx(1e-4)
     assert clock.now < 4
-    alone = measure_costs(FakeStep(clock, 1e-4, 1e-5, 3e-4), adapter_runner=adapter)
+    alone = measure_costs(FakeRunner(clock, 1e-4, 1e-5, 3e-4), adapter_runner=adapter)
     assert alone.draft is None and alone.adapter is not None
-    alone = measure_costs(FakeStep(clock, 1e-4, 1e-5, 3e-4))
+    alone = measure_costs(FakeRunner(clock, 1e-4, 1e-5, 3e-4))
     assert (alone.draft, alone.adapter, alone.adapter_blocks) == (None, None, 0)
 
 
 def test_rounds_are_interleaved_and_a_hiccup_does_not_count(clock):
     log = []
-    model, draft = FakeStep(clock, 1e-4, 1e-5, 3e-4, "model", log), FakeStep(clock, 1e-4, 1e-5, 3e-4, "draft", log)
+    model, draft = FakeRunner(clock, 1e-4, 1e-5, 3e-4, "model", log), FakeRunner(clock, 1e-4, 1e-5, 3e-4, "draft", log)
     warm_up = 2 * (len(ROWS) + 1)
     model.hiccups = [0, warm_up + 2, warm_up + 2 * len(ROWS) + 5]
     costs = measure_costs(model, draft)
@@ -209,8 +211,8 @@ def test_rounds_are_interleaved_and_a_hiccup_does_not_count(clock):
 @pytest.mark.parametrize("block", [0.002, 0.01, 0.03])
 @pytest.mark.parametrize("with_draft", [False, True])
 def test_a_slow_model_is_measured_at_fewer_rows_and_in_time(clock, block, with_draft):
-    model = FakeStep(clock, block, block / 4, block)
-    draft = FakeStep(clock, block / 2, block / 8, block) if with_draft else None
+    model = FakeRunner(clock, block, block / 4, block)
+    draft = FakeRunner(clock, block / 2, block / 8, block) if with_draft else None
     costs = measure_costs(model, draft, seconds=4.0)
     assert clock.now <= 4.0
     assert 2 <= len(costs.model.rows) <= len(ROWS) and costs.model.rows == ROWS[: len(costs.model.rows)]
@@ -219,7 +221,7 @@ def test_a_slow_model_is_measured_at_fewer_rows_and_in_time(clock, block, with_d
 
 
 def test_a_very_slow_model_is_still_measured_at_two_rows(clock):
-    costs = measure_costs(FakeStep(clock, 1.0, 0.5, 1.0))
+    costs = measure_costs(FakeRunner(clock, 1.0, 0.5, 1.0))
     assert costs.model.rows == (1, 2)
     assert costs.plain(1) == pytest.approx(5 * 1.5 + 1)
 
@@ -227,16 +229,16 @@ def test_a_very_slow_model_is_still_measured_at_two_rows(clock):
 def test_waits_for_a_device_around_each_timing(clock, monkeypatch):
     waits = []
     monkeypatch.setattr(torch.accelerator, "synchronize", waits.append)
-    step = FakeStep(clock, 1e-4, 1e-5, 3e-4)
-    measure_costs(step)
+    runner = FakeRunner(clock, 1e-4, 1e-5, 3e-4)
+    measure_costs(runner)
     assert not waits
-    step.device = torch.device("meta")
-    calls = len(step.log)
-    measure_costs(step)
-    assert waits == [step.device] * 3 * (len(step.log) - calls)
+    runner.device = torch.device("meta")
+    calls = len(runner.log)
+    measure_costs(runner)
+    assert waits == [runner.device] * 3 * (len(runner.log) - calls)
 
 
-class StepWithLogits(FakeStep):
+class RunnerWithLogits(FakeRunner):
     """Runner that needs all logits for an argmax: half of the head's time to compute, half to search them."""
 
     def argmax(self, x):
@@ -257,14 +259,14 @@ class SlowLogits:
 
 
 def test_choosing_a_token_is_part_of_the_heads_time(clock):
-    costs = measure_costs(StepWithLogits(clock, 1e-4, 1e-5, 3e-4))
+    costs = measure_costs(RunnerWithLogits(clock, 1e-4, 1e-5, 3e-4))
     assert costs.model.head == pytest.approx([3e-4] * len(ROWS))
 
 
-@pytest.mark.parametrize("make_step", [lambda decoder: FusedRunner(decoder, Plain), ModuleRunner])
-def test_measures_real_steps(tiny_model, make_step):
-    step = make_step(Decoder(tiny_model("llama")))
-    costs = measure_costs(step, step, seconds=0.5)
+@pytest.mark.parametrize("make_runner", [lambda decoder: FusedRunner(decoder, Plain), ModuleRunner])
+def test_measures_real_runners(tiny_model, make_runner):
+    runner = make_runner(Decoder(tiny_model("llama")))
+    costs = measure_costs(runner, runner, seconds=0.5)
     assert costs.num_layers == 4
     assert Costs.from_dict(costs.to_dict()) == costs
     assert round_seconds(costs, DraftPlan(Draft("weights", 4), 2), 1) > 0 and costs.plain(1) > 0
@@ -272,24 +274,24 @@ def test_measures_real_steps(tiny_model, make_step):
 
 def test_costs_are_kept_in_a_file(clock, tmp_path):
     path = tmp_path / "costs" / "here.json"
-    step = FakeStep(clock, 1e-4, 1e-5, 3e-4)
-    costs = keep_costs(path, step)
-    runs = len(step.log)
-    assert keep_costs(path, step) == costs
-    assert len(step.log) == runs  # read, not measured again
+    runner = FakeRunner(clock, 1e-4, 1e-5, 3e-4)
+    costs = keep_costs(path, runner)
+    runs = len(runner.log)
+    assert keep_costs(path, runner) == costs
+    assert len(runner.log) == runs  # read, not measured again
     with pytest.raises(ValueError, match=r"costs_file: .* other draft_weights"):
-        keep_costs(path, step, step)
-    adapter, other = FakeStep(clock, 1e-5, 1e-6, 1e-5), tmp_path / "with_adapter.json"
+        keep_costs(path, runner, runner)
+    adapter, other = FakeRunner(clock, 1e-5, 1e-6, 1e-5), tmp_path / "with_adapter.json"
     with pytest.raises(ValueError, match=r"costs_file: .* another exit_adapter"):
-        keep_costs(path, step, None, adapter)
-    measured = keep_costs(other, step, None, adapter)
-    assert measured == keep_costs(other, step, None, adapter) and measured.adapter_blocks == 5
-    step.device = torch.device("meta")
+        keep_costs(path, runner, None, adapter)
+    measured = keep_costs(other, runner, None, adapter)
+    assert measured == keep_costs(other, runner, None, adapter) and measured.adapter_blocks == 5
+    runner.device = torch.device("meta")
     with pytest.raises(ValueError, match=r"costs_file: .* measured on 'cpu', not on 'meta'"):
-        keep_costs(path, step)
+        keep_costs(path, runner)
     path.write_text("{")
     with pytest.raises(ValueError, match=r"costs_file: .* is not JSON"):
-        keep_costs(path, step)
+        keep_costs(path, runner)
 
 
 GOOD = {"num_layers": 5, "model": {"rows": [1, 64], "block": [1e-4, 1e-3], "head": [1e-4, 1e-3]}}
@@ -342,7 +344,7 @@ def test_costs_that_cannot_be_kept_stop_nothing(clock, tmp_path, monkeypatch, ca
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr("lskip.utils.output_files.Path.write_bytes", refuse)
-    costs = keep_costs(tmp_path / "costs.json", FakeStep(clock, 1e-4, 1e-5, 3e-4))
+    costs = keep_costs(tmp_path / "costs.json", FakeRunner(clock, 1e-4, 1e-5, 3e-4))
     assert costs.num_layers == 5 and not list(tmp_path.iterdir())
     assert "warning: costs_file: is not kept" in capsys.readouterr().err
 
