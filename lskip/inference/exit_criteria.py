@@ -79,7 +79,11 @@ class Entropy(ExitCriterion):
     reads_probabilities = True
 
     def __init__(self, threshold: float, first: int = 2, every: int = 1):
-        """threshold: in [0, 1]; at 0 no token exits. The rest as in ExitCriterion."""
+        """Set the threshold, and the layers as ExitCriterion does.
+
+        Args:
+            threshold: in [0, 1]; at 0 no token exits.
+        """
         super().__init__(first, every)
         self.threshold = _checked(threshold)
 
@@ -97,7 +101,11 @@ class Margin(ExitCriterion):
     reads_probabilities = True
 
     def __init__(self, threshold: float, first: int = 2, every: int = 1):
-        """threshold: in [0, 1]; at 0 every token exits at `first`. The rest as in ExitCriterion."""
+        """Set the threshold, and the layers as ExitCriterion does.
+
+        Args:
+            threshold: in [0, 1]; at 0 every token exits at `first`.
+        """
         super().__init__(first, every)
         self.threshold = _checked(threshold)
 
@@ -115,7 +123,11 @@ class Saturation(ExitCriterion):
     compares_blocks = True
 
     def __init__(self, threshold: float, first: int = 2, every: int = 1):
-        """threshold: in [-1, 1]. The rest as in ExitCriterion."""
+        """Set the threshold, and the layers as ExitCriterion does.
+
+        Args:
+            threshold: in [-1, 1].
+        """
         super().__init__(first, every)
         self.threshold = _checked(threshold, lowest=-1)
 
@@ -131,7 +143,11 @@ class LearnedExit(ExitCriterion):
     """
 
     def __init__(self, threshold: float, first: int = 2, every: int = 1):
-        """threshold: in [0, 1]; at 0 every token exits at `first`. The rest as in ExitCriterion."""
+        """Set the threshold, and the layers as ExitCriterion does.
+
+        Args:
+            threshold: in [0, 1]; at 0 every token exits at `first`.
+        """
         super().__init__(first, every)
         self.threshold = _checked(threshold)
         self.classifier: ExitClassifier | None = None

@@ -15,7 +15,7 @@ DraftWeights = Literal["int8", "int4", "int8_dynamic"]  # quantized.DRAFT_FORMS,
 
 @dataclass(frozen=True)
 class LoadingOptions:
-    """Which model to load, and how.
+    """Options for loading a model.
 
     Attributes:
         model: a run folder, a checkpoint, an exported or downloaded folder, a hub name, a .gguf file, smollm2.
@@ -57,7 +57,7 @@ class LoadingOptions:
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How to continue a prompt.
+    """Options for continuing a prompt.
 
     Attributes:
         max_new_tokens: tokens to generate at most; null takes the model's default.

@@ -20,7 +20,7 @@ CRITERION_METHODS = ("looks_at", "exits", "bound")
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How to continue a prompt. The checkpoint's generation_config sets the defaults; these are for what it leaves out.
+    """Settings for continuing a prompt. These defaults are for what the checkpoint's generation_config leaves out.
 
     Attributes:
         max_new_tokens: tokens to generate at most; cut to what the context leaves.

@@ -42,7 +42,7 @@ NOTHING = Underway(PLAIN, False, False, 1.0, [], [])
 
 
 class CostAwareDraft(DraftPolicy):
-    """Each round the draft and the number of tokens that promise most tokens per second; none where none pays.
+    """The draft and the number of tokens that promise most tokens per second, each round; none where none pays.
 
     A round of d tokens, each accepted with chance q, brings 1 + q + ... + q^d tokens; q is counted for each draft. A
     round's seconds come from `Costs`, corrected by measured rounds where they are timed.
@@ -70,7 +70,11 @@ class CostAwareDraft(DraftPolicy):
     chooses_draft = True
 
     def __init__(self, budget: float = 0.01, memory: int = 80):
-        """Set the share of time that may be lost, and how many tested tokens the count of q goes back.
+        """Set what the policy may lose and remember.
+
+        Args:
+            budget: share of the time that may be lost.
+            memory: tested tokens that the count of q goes back.
 
         Raises:
             ValueError: a budget that is not from 0 to 1, or a memory that is not a whole number from 2 up.

@@ -95,7 +95,13 @@ class ConfidenceDraft(FixedDraft):
     """
 
     def __init__(self, threshold: float = 0.6, target: float = 0.8, step: float = 0.01):
-        """Set the first threshold, the acceptance_rate to aim at, and the move; ValueError unless all from 0 to 1."""
+        """Set the rule; ValueError unless all numbers are from 0 to 1.
+
+        Args:
+            threshold: the first threshold on the probability of the drafted token.
+            target: the acceptance_rate to aim at.
+            step: the threshold's move after a round.
+        """
         for name, value in (("threshold", threshold), ("target", target), ("step", step)):
             check_real(name, value, "from 0 to 1", lambda number: 0 <= number <= 1)
         self.threshold, self.target, self.step = threshold, target, step
@@ -128,7 +134,11 @@ class CriterionDraft(FixedDraft):
     """
 
     def __init__(self, criterion: ExitCriterion):
-        """Take Entropy, Margin or LearnedExit; ValueError for one that compares blocks: a draft has one state."""
+        """Set the criterion; ValueError for one that compares blocks, since a draft has one state.
+
+        Args:
+            criterion: Entropy, Margin or LearnedExit.
+        """
         if criterion.compares_blocks:
             name = type(criterion).__name__
             raise ValueError(f"criterion: {name} compares two blocks' states, a draft has its exit's alone")

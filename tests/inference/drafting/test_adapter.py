@@ -57,7 +57,7 @@ def make_adapter(model, num_blocks=1, joins=True, words=None, noise=0.05):
 
 @pytest.fixture
 def unrounded(monkeypatch):
-    """Adapters keep float32, so that their drafts can be compared token by token."""
+    """Let adapters keep float32, so that their drafts can be compared token by token."""
     monkeypatch.setattr(adapter_module, "usable_forms", lambda forms, samples: [])
 
 
