@@ -26,7 +26,7 @@ from benchmarks.decoding.options import fill_in, number, numbers
 from benchmarks.environment import environment
 from lskip.evaluation.sweep.advice import best_cell, cell_of
 from lskip.evaluation.sweep.cells import Generators
-from lskip.evaluation.sweep.grid import draft_names, Cell, grid
+from lskip.evaluation.sweep.grid import Cell, draft_names, grid
 from lskip.evaluation.sweep.sweep import sweep
 from lskip.evaluation.sweep.tune import best_records
 from lskip.evaluation.tasks.embedded import DocstringToCode, HumanEval, PythonTopics, StdlibCode

@@ -1,4 +1,4 @@
-"""Decoding: autoregressive, from a fixed exit, or self-speculative, behind one object. No Lightning in here."""
+"""Decoding behind one object: autoregressive, early exit or self-speculative. Nothing in here imports Lightning."""
 
 from lskip.inference.drafting.cost_aware import CostAwareDraft
 from lskip.inference.drafting.drafter import Drafter

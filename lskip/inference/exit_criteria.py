@@ -1,4 +1,4 @@
-"""Exit criteria: whether a token has gone deep enough (DeeBERT, CALM, BERxiT)."""
+"""Exit criteria, which decide after a block whether a token goes deeper (DeeBERT, CALM, BERxiT)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ Logits = Callable[[], Tensor]
 
 
 class ExitCriterion(ABC):
-    """Decides after a block which slots go no deeper. Subclass it for a criterion of your own.
+    """Decision, after a block, which slots exit. Subclass it for a criterion of your own.
 
     Attributes:
-        first: the first exit_layer at which it looks. EarlyExitLoss does not train the exit after block 1 (e(0) = 0).
-        every: it looks again after so many blocks.
-        reads_probabilities: whether it needs a choice among tokens or classes; a regression has none.
-        compares_blocks: whether it looks at `before`, which a draft does not have.
+        first: the first exit_layer at which it is asked. EarlyExitLoss does not train the exit after block 1
+            (e(0) = 0).
+        every: it is asked again after so many blocks.
+        reads_probabilities: whether it needs probabilities of tokens or classes, which a regression does not have.
+        compares_blocks: whether it reads `before`, which a draft does not have.
     """
 
     first = 2
@@ -36,15 +37,17 @@ class ExitCriterion(ABC):
     compares_blocks = False
 
     def __init__(self, first: int = 2, every: int = 1):
-        """Raises:
-        ValueError: not whole numbers from 1 up.
+        """Set the layers at which it is asked.
+
+        Raises:
+            ValueError: not whole numbers from 1 up.
         """
         check_whole("first", first, 1)
         check_whole("every", every, 1)
         self.first, self.every = first, every
 
     def looks_at(self, exit_layer: int) -> bool:
-        """Whether `exits` is asked there. At the last layer that may run it is not: every slot exits."""
+        """Return whether `exits` is asked at this layer; never at the last that may run, where every slot exits."""
         return exit_layer >= self.first and (exit_layer - self.first) % self.every == 0
 
     def bound(self, classifier: ExitClassifier | None) -> ExitCriterion:
@@ -53,14 +56,14 @@ class ExitCriterion(ABC):
 
     @abstractmethod
     def exits(self, exit_layer: int, before: Tensor, after: Tensor, logits: Logits) -> Tensor:
-        """Which slots exit here. Each answer must come of the slot's own row, so that texts do not meet.
+        """Return which slots exit here, each decided by its own row alone, so that texts do not depend on each other.
 
         Args:
             exit_layer: blocks that have run.
-            before, after: [A, D], the states that went into the last of them and came out. A slot that has exited
-                shows the state that it exited with; what is said of it does not matter.
-            logits: decodes `after` to [A, V], before temperature and the like. It costs a head product at the first
-                call, and nothing if the token is chosen here.
+            before, after: [A, D], input and output of the last of these blocks. A slot that has exited already shows
+                its exit state in both, and the answer for it is ignored.
+            logits: decodes `after` to [A, V], before temperature and the like. The first call costs a product with
+                the head, which the token's choice reuses if it is chosen here.
 
         Returns:
             bool [A].
@@ -68,7 +71,7 @@ class ExitCriterion(ABC):
 
 
 class Entropy(ExitCriterion):
-    """Exit where H(softmax(z)) / ln V < threshold: 0 is certainty, 1 the uniform distribution.
+    """Exit where H(softmax(z)) / ln V < threshold, from 0 (all on one token) to 1 (the uniform distribution).
 
     DeeBERT (Xin et al., arXiv 2004.12993), divided by ln V, so that a threshold carries between vocabularies.
     """
@@ -76,10 +79,13 @@ class Entropy(ExitCriterion):
     reads_probabilities = True
 
     def __init__(self, threshold: float, first: int = 2, every: int = 1):
-        """threshold: in [0, 1]; at 0 no token exits. The rest as in ExitCriterion."""
+        """Set the threshold, and the layers as ExitCriterion does.
+
+        Args:
+            threshold: in [0, 1]; at 0 no token exits.
+        """
         super().__init__(first, every)
-        check_real("threshold", threshold, "from 0 to 1", lambda value: 0 <= value <= 1)
-        self.threshold = float(threshold)
+        self.threshold = _checked(threshold)
 
     def exits(self, exit_layer: int, before: Tensor, after: Tensor, logits: Logits) -> Tensor:
         z = logits().float()
@@ -87,7 +93,7 @@ class Entropy(ExitCriterion):
 
 
 class Margin(ExitCriterion):
-    """Exit where the likeliest token's probability is at least `threshold` above the second's.
+    """Exit where the most probable token is at least `threshold` above the second in probability.
 
     CALM's softmax response (arXiv 2207.07061).
     """
@@ -95,18 +101,21 @@ class Margin(ExitCriterion):
     reads_probabilities = True
 
     def __init__(self, threshold: float, first: int = 2, every: int = 1):
-        """threshold: in [0, 1]; at 0 every token exits at `first`. The rest as in ExitCriterion."""
+        """Set the threshold, and the layers as ExitCriterion does.
+
+        Args:
+            threshold: in [0, 1]; at 0 every token exits at `first`.
+        """
         super().__init__(first, every)
-        check_real("threshold", threshold, "from 0 to 1", lambda value: 0 <= value <= 1)
-        self.threshold = float(threshold)
+        self.threshold = _checked(threshold)
 
     def exits(self, exit_layer: int, before: Tensor, after: Tensor, logits: Logits) -> Tensor:
-        likeliest, second = logits().float().softmax(-1).topk(2, -1).values.unbind(-1)
-        return likeliest - second >= self.threshold
+        highest, second = logits().float().softmax(-1).topk(2, -1).values.unbind(-1)
+        return highest - second >= self.threshold
 
 
 class Saturation(ExitCriterion):
-    """Exit where the last block has hardly turned the state: cos(x_l, x_{l+1}) >= threshold.
+    """Exit where the last block has hardly changed the state's direction: cos(x_l, x_{l+1}) >= threshold.
 
     CALM's hidden-state saturation (arXiv 2207.07061). Only the exit that is taken is decoded.
     """
@@ -114,35 +123,37 @@ class Saturation(ExitCriterion):
     compares_blocks = True
 
     def __init__(self, threshold: float, first: int = 2, every: int = 1):
-        """threshold: in [-1, 1]. The rest as in ExitCriterion."""
+        """Set the threshold, and the layers as ExitCriterion does.
+
+        Args:
+            threshold: in [-1, 1].
+        """
         super().__init__(first, every)
-        check_real("threshold", threshold, "from -1 to 1", lambda value: -1 <= value <= 1)
-        self.threshold = float(threshold)
+        self.threshold = _checked(threshold, lowest=-1)
 
     def exits(self, exit_layer: int, before: Tensor, after: Tensor, logits: Logits) -> Tensor:
         return F.cosine_similarity(before.float(), after.float(), dim=-1) >= self.threshold
 
 
 class LearnedExit(ExitCriterion):
-    """Exit where the model's exit classifier says that the exit is right: u = sigmoid(w · h + b) >= threshold.
+    """Exit where the model's exit classifier rates the exit right: u = sigmoid(w · h + b) >= threshold.
 
     BERxiT's learning to exit (Xin et al., EACL 2021). It needs a model that was trained with learned_exit: true. Only
     the exit that is taken is decoded.
     """
 
     def __init__(self, threshold: float, first: int = 2, every: int = 1):
-        """threshold: in [0, 1]; at 0 every token exits at `first`. The rest as in ExitCriterion."""
+        """Set the threshold, and the layers as ExitCriterion does.
+
+        Args:
+            threshold: in [0, 1]; at 0 every token exits at `first`.
+        """
         super().__init__(first, every)
-        check_real("threshold", threshold, "from 0 to 1", lambda value: 0 <= value <= 1)
-        self.threshold = float(threshold)
+        self.threshold = _checked(threshold)
         self.classifier: ExitClassifier | None = None
 
     def bound(self, classifier: ExitClassifier | None) -> LearnedExit:
-        """Return a copy that asks this exit classifier.
-
-        Raises:
-            ValueError: there is none.
-        """
+        """Return a copy that asks this exit classifier; ValueError if it is None."""
         if classifier is None:
             raise ValueError("exit_criterion: LearnedExit needs a model that was trained with learned_exit: true")
         known = copy(self)
@@ -151,3 +162,8 @@ class LearnedExit(ExitCriterion):
 
     def exits(self, exit_layer: int, before: Tensor, after: Tensor, logits: Logits) -> Tensor:
         return self.classifier(after) >= self.threshold
+
+
+def _checked(threshold: float, lowest: int = 0) -> float:
+    check_real("threshold", threshold, f"from {lowest} to 1", lambda value: lowest <= value <= 1)
+    return float(threshold)

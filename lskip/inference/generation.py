@@ -1,4 +1,4 @@
-"""What a prompt brought: its tokens and text, and the counts that tell how it was decoded."""
+"""The outcome of a prompt: its tokens and text, and counts of drafted and accepted tokens."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from lskip.inference.text import TextPieces, decode_text
 
 @dataclass
 class Generation:
-    """What one prompt brought.
+    """The outcome of one prompt.
 
     Attributes:
         text: the continuation, special tokens left out ("" without a tokenizer).
         token_ids: its tokens, an end-of-text token included.
         prompt_tokens: tokens of the prompt, chat template included.
-        seconds: from the prompt's tokens to the last token; the prompt's own pass is part of it.
+        seconds: from the start of the prefill to the last token.
         finish_reason: "eos", "stop_string", "length" (max_new_tokens reached), "context" (no position left), or None
             while it runs or where the caller stopped it.
-        drafted: tokens drafted. accepted: of these, how many are in the text.
-        rounds: passes of the whole model (of the exit, at a fixed exit), the one that takes the prompt included.
-        accepted_counts: accepted tokens of a drafting round -> how many rounds had that many.
-        layers_run: with an exit criterion, blocks that the tokens after the first ran, in all.
-        seed: fixes the sampled text; the one drawn when none was asked for.
+        drafted: tokens drafted.
+        accepted: drafted tokens that are in the text.
+        rounds: passes of the whole model (at a fixed exit: of its blocks), the prefill included.
+        accepted_counts: number of accepted tokens -> drafting rounds with that number.
+        layers_run: with an exit criterion, the sum of the exit layers of all tokens but the first.
+        seed: of sampling; where the settings name none, the one that was drawn.
         states: where they were asked for, [2, tokens of prompt and text, D] in bfloat16 on the CPU: after the exit's
             blocks, and after the final norm; zeros for the last token, which no block has seen.
     """
@@ -47,12 +48,12 @@ class Generation:
 
     @property
     def acceptance_rate(self) -> float | None:
-        """accepted / drafted; None when nothing was drafted."""
+        """Accepted over drafted tokens; None when nothing was drafted."""
         return self.accepted / self.drafted if self.drafted else None
 
     @property
     def tokens_per_round(self) -> float:
-        """Emitted tokens per verification."""
+        """Mean number of tokens that a round adds to the text."""
         return len(self.token_ids) / self.rounds if self.rounds else 0.0
 
     @property
@@ -61,11 +62,11 @@ class Generation:
 
     @property
     def mean_exit_layer(self) -> float | None:
-        """Blocks that a token ran on average; None without an exit criterion."""
+        """Mean exit layer of the tokens after the first; None without an exit criterion."""
         return self.layers_run / (len(self.token_ids) - 1) if self.layers_run else None
 
     def add(self, kept: list[int], drafted: int = 0, accepted: int = 0) -> None:
-        """Counts a round of which `kept` tokens belong to the text: what follows a stop is accepted by nobody."""
+        """Add a round's `kept` tokens and its counts; drafted tokens behind the end of the text are not accepted."""
         accepted = min(accepted, len(kept))
         self.token_ids += kept
         self.rounds += 1
@@ -76,10 +77,10 @@ class Generation:
 
 
 class TextStream:
-    """A generation under way: iterate for pieces of text, each final and never a part of a character.
+    """A generation under way, as an iterable of pieces of text, each final and never a part of a character.
 
-    `generation` holds what there is so far, complete once the iteration has ended. Leaving early (a break, or
-    ctrl-C) is fine.
+    `generation` is what there is so far, complete once the iteration has ended. It may be left early (a break, or
+    Ctrl-C).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, rounds: Iterator[list[int]], generation: Generation):
@@ -96,14 +97,14 @@ class TextStream:
             yield piece
 
     def run(self) -> Generation:
-        """Generates to the end."""
+        """Generate to the end and return the outcome."""
         for _ in self._rounds:
             pass
         return self.generation
 
     @property
     def generation(self) -> Generation:
-        """The outcome so far."""
+        """Outcome so far."""
         if self._tokenizer is not None:
             self._generation.text = decode_text(self._tokenizer, self._generation.token_ids)
         return self._generation

@@ -1,4 +1,4 @@
-"""Request in, text out: one object that holds a model ready for decoding."""
+"""The object that users decode with: a model made ready for decoding, its tokenizer and its defaults."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from copy import deepcopy
 from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING
 
-from lskip.inference.decoding.batch import Batch, Request, bound, full_depth, longest_draft
+from lskip.inference.decoding.batch import Batch, Request, bound, longest_draft
 from lskip.inference.decoding.sampling import TokenChooser
-from lskip.inference.decoding.state_recorder import StateRecorder
+from lskip.inference.decoding.state_recorder import StateRecorder, check_states_at
 from lskip.inference.drafting.adapter import AdapterRunner
 from lskip.inference.drafting.costs import Costs, measure_costs
 from lskip.inference.drafting.costs_file import keep_costs
 from lskip.inference.drafting.drafter import Runners
-from lskip.inference.drafting.registry import DRAFTERS, drafts_of
 from lskip.inference.generation import Generation, TextStream
 from lskip.inference.layers.linear_choice import mix_for
 from lskip.inference.layers.lm_head import screened_head
-from lskip.inference.model_defaults import ignored_by_lskip, read_defaults
+from lskip.inference.model_defaults import read_defaults
 from lskip.inference.runners.build import build_draft_runner, build_runner
 from lskip.inference.settings import GenerationSettings
 from lskip.inference.stopping import end_tokens, stop_rule
@@ -29,7 +28,6 @@ from lskip.models.decoder import Decoder
 from lskip.models.encoding import longest_text
 from lskip.models.exit_adapter import ExitAdapter, fingerprint
 from lskip.utils.checks import check_whole
-from lskip.utils.console import warn
 from lskip.utils.devices import trim_heap
 from lskip.utils.user_paths import user_path
 
@@ -40,12 +38,12 @@ if TYPE_CHECKING:
 
 
 class TextGenerator:
-    """A model made ready for decoding; use it for any number of prompts, one at a time or in batches.
+    """A model made ready for decoding, for any number of prompts, one at a time or in batches.
 
     Attributes:
-        model_defaults: what the model's generation_config asks for.
-        runner: how blocks are run (FusedRunner or ModuleRunner).
-        draft_runner: the blocks that draft when they have weights of their own; None: `runner` drafts.
+        model_defaults: defaults of the model's generation_config.
+        runner: runs the model's blocks and head (FusedRunner or ModuleRunner).
+        draft_runner: the same in rounded weights, which draft; None: there are none.
         adapter_runner: the exit adapter that drafts behind `runner`'s first blocks, or None.
     """
 
@@ -63,7 +61,7 @@ class TextGenerator:
         trained_exits: TrainedExits | None = None,
         batch_size: int = 1,
     ):
-        """Converts the weights once.
+        """Convert the weights, once.
 
         Args:
             model: a causal LM of a supported family, on its device and in its dtype. It is left as it is.
@@ -79,27 +77,21 @@ class TextGenerator:
                 bfloat16 too. Costs 15 to 22 % of the speed. False: texts are equal in float32 up to ties within
                 rounding. None: true for packed bfloat16 weights on a CPU (form_choice.EXACT_BY_DEFAULT), else false.
             compiled: run the blocks through torch.compile (for GPUs; the first rounds take minutes).
-            costs_file: JSON file to keep `costs` in, read where it exists; None: measured anew by each process that
-                has a policy that asks for them.
-            exit_adapter: trained for this model, on its device: what drafts then, behind the first blocks (rounded to
-                int8 where that works). It is converted too, and left as it is.
+            costs_file: JSON file that keeps `costs`, made where there is none; None: each process measures anew.
+            exit_adapter: drafts behind the model's first blocks; trained for this model, on its device. It is
+                converted too (to int8 where that works), and left as it is.
             trained_exits: what the model's exits have of their own; None: the shared norm and head read them.
             batch_size: texts that are going to be decoded together, as far as known: weights "auto" are what is fastest
                 for so many. Any number of them can be.
 
         Raises:
-            ValueError: an unsupported family, `weights`, `draft_weights` or `bit_exact` that are unknown or do not work
-                here, an adapter of another model, or a batch_size below 1.
+            ValueError: an unsupported family, a value that is unknown or does not work here, another model's adapter.
         """
         check_whole("batch_size", batch_size, 1)
-        decoder = Decoder(model)
-        if exit_adapter is not None and exit_adapter.made_for != fingerprint(decoder):
-            raise ValueError(f"exit_adapter: was made for another model ({exit_adapter.made_for})")
+        decoder = _decoder_for(model, exit_adapter)
         self.tokenizer, self.costs_file = tokenizer, costs_file
         self.eos_ids = end_tokens(model, tokenizer)
         self.model_defaults = read_defaults(model.generation_config, self.eos_ids, decoder.device, decoder.vocab_size)
-        if ignored := ignored_by_lskip(model.generation_config):
-            warn(f"generation_config: lskip does not go by {', '.join(ignored)}")
         self.num_layers, self.vocab_size = decoder.num_layers, decoder.vocab_size
         self.context_length = decoder.context_length
         # First, since building `runner` may take the model apart.
@@ -113,10 +105,10 @@ class TextGenerator:
         self.trained_exits = deepcopy(trained_exits)
         if trained_exits is not None:
             self.trained_exits.to(self.runner.device, self.runner.dtype)
-        trim_heap()  # converting has freed what it made on the way, the model's own blocks among it
+        trim_heap()  # give back what converting has freed, the model's own blocks among it
 
     def generate(self, prompt, **settings) -> Generation:
-        """Continues a prompt.
+        """Continue a prompt and return the outcome.
 
         Args:
             prompt: a text, a list of chat messages, or token ids (list, or tensor of one row).
@@ -128,7 +120,7 @@ class TextGenerator:
         return self.stream(prompt, **settings).run()
 
     def stream(self, prompt, **settings) -> TextStream:
-        """The same as an iterator of text pieces. Everything is checked here, before the first piece."""
+        """Return the same as an iterable of text pieces. Everything is checked here, before the first piece."""
         chosen = self.settings(**settings)
         request = self.prepare(prompt, chosen)
         rounds = (news for _, news in self._rounds(deque([request]), 1, chosen))
@@ -142,12 +134,12 @@ class TextGenerator:
         states_at: int | None = None,
         **settings,
     ) -> Iterator[tuple[int, Generation]]:
-        """Continues many prompts, up to `batch_size` of them at a time: one that ends makes room for the next.
+        """Continue many prompts, up to `batch_size` at a time: one that ends makes room for the next.
 
         Args:
             prompts: as in `generate`.
             batch_size: texts that are decoded together.
-            indices: a number for each prompt, 0, 1, 2 … when not given.
+            indices: a number for each prompt; None: 0, 1, 2 …
             states_at: blocks (1 … L) after which to keep the text's states, for Generation.states; None: keep none.
             settings: as in `generate`. With a seed, the prompt of index i gets seed + i.
 
@@ -160,26 +152,13 @@ class TextGenerator:
         """
         requests, chosen = self._prepare_all(prompts, batch_size, indices, settings)
         if states_at is not None:
-            self._check_states_at(states_at, chosen)
+            check_states_at(states_at, chosen, self.runners.available)
         return self._endings(requests, batch_size, chosen, states_at)
-
-    def _check_states_at(self, states_at: int, settings: GenerationSettings) -> None:
-        if not 1 <= states_at <= self.num_layers:
-            raise ValueError(f"states_at: {states_at} is not from 1 to {self.num_layers}")
-        exits = settings.exit_criterion is not None or full_depth(settings, self.num_layers) < self.num_layers
-        if exits or self.adapter_runner is not None:
-            raise ValueError("states_at: goes neither with an early exit nor with an exit_adapter")
-        drafts = drafts_of(settings.draft, settings.exit_layer, self.runners.available)
-        deepest = max((draft.exit_layer for draft in drafts if DRAFTERS[draft.kind].leaves_states), default=0)
-        if (
-            settings.num_speculations and deepest > states_at
-        ):  # verification goes on from there, and never passes states_at
-            raise ValueError(f"states_at: {states_at} lies below layer {deepest}, which drafts")
 
     def stream_batch(
         self, prompts: list, batch_size: int = 8, indices: list[int] | None = None, **settings
     ) -> Iterator[tuple[int, str]]:
-        """The same as (index of the prompt, piece of its text), each piece final and never a part of a character."""
+        """Return the same as (index of the prompt, piece of its text), each final and never a part of a character."""
         if self.tokenizer is None:
             raise ValueError("prompt: streaming text needs a tokenizer, and the model came without one")
         requests, chosen = self._prepare_all(prompts, batch_size, indices, settings)
@@ -187,7 +166,7 @@ class TextGenerator:
 
     @property
     def runners(self) -> Runners:
-        """All that runs blocks here."""
+        """All that runs blocks here: the model, and what may draft for it."""
         return Runners(self.runner, self.draft_runner, self.adapter_runner, self.trained_exits)
 
     @property
@@ -196,10 +175,10 @@ class TextGenerator:
         return self.model_defaults.settings
 
     def settings(self, **settings) -> GenerationSettings:
-        """`defaults` with some settings changed, checked against this model.
+        """Return `defaults` with some settings changed, checked against this model.
 
         Raises:
-            ValueError: an unknown name, or a value that is not allowed (here).
+            ValueError: an unknown name, or a value that is not allowed, in general or for this model.
         """
         chosen = self.model_defaults.changed(**settings)
         chosen.check_model(self.runners.available)
@@ -210,7 +189,7 @@ class TextGenerator:
         return chosen
 
     def prepare(self, prompt, settings: GenerationSettings, index: int = 0) -> Request:
-        """A prompt as the engine takes it. `index`: its place in a batch, which its seed depends on."""
+        """Return the request of a prompt. `index`: its place in a batch, which its seed depends on."""
         ids = encode_prompt(prompt, self.tokenizer, settings.chat, self.vocab_size, self.most_characters)
         stop = stop_rule(
             self.eos_ids,
@@ -227,19 +206,19 @@ class TextGenerator:
 
     @cached_property
     def most_characters(self) -> int | None:
-        """Of a prompt that can have room in the context; None without a tokenizer."""
+        """Length of the longest prompt that the context can have room for; None without a tokenizer."""
         return None if self.tokenizer is None else longest_text(self.tokenizer, self.context_length)
 
     @cached_property
     def costs(self) -> Costs:
-        """What passes of this model cost on this machine: from `costs_file`, or measured, which takes seconds."""
+        """Times of this model's passes on this machine: from `costs_file`, or measured, which takes a few seconds."""
         adapter_runner = None if self.adapter_runner is None else self.adapter_runner.runner
         if self.costs_file is not None:
             return keep_costs(user_path(self.costs_file, "costs_file"), self.runner, self.draft_runner, adapter_runner)
         return measure_costs(self.runner, self.draft_runner, adapter_runner=adapter_runner)
 
     def memory(self) -> dict[str, int]:
-        """Bytes by part: "blocks", "head", "embedding", "draft" for rounded weights, "adapter" for an exit adapter."""
+        """Return bytes by part: "blocks", "head", "embedding", "draft" (rounded weights), "adapter" (exit adapter)."""
         parts = self.runner.memory()
         if self.draft_runner is not None:
             draft = self.draft_runner.memory()
@@ -265,9 +244,9 @@ class TextGenerator:
     def _rounds(
         self, requests: deque[Request], slots: int, settings: GenerationSettings, states_at: int | None = None
     ) -> Iterator[tuple[Request, list[int]]]:
-        """Runs round after round until all requests have ended; yields what each round adds to each.
+        """Run round after round until all requests have ended, and yield the tokens that each round adds to each.
 
-        It takes them out of `requests`, so that one that has ended is freed, with all that sampling kept of it.
+        Requests are taken out of the deque, so that one that has ended is freed, with all that sampling kept of it.
         """
         if not requests:
             return
@@ -303,3 +282,11 @@ class TextGenerator:
                 piece += under_way.pop(request).rest()
             if piece:
                 yield request.index, piece
+
+
+def _decoder_for(model: PreTrainedModel, exit_adapter: ExitAdapter | None) -> Decoder:
+    """Return the model's Decoder; ValueError for another model's adapter."""
+    decoder = Decoder(model)
+    if exit_adapter is not None and exit_adapter.made_for != fingerprint(decoder):
+        raise ValueError(f"exit_adapter: was made for another model ({exit_adapter.made_for})")
+    return decoder

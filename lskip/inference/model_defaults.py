@@ -1,4 +1,4 @@
-"""What a model's generation_config asks for: settings, rules for tokens, and what lskip does not go by, by name."""
+"""Reading of a model's generation_config: default settings, logits processors, and the names that lskip ignores."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from lskip.inference.settings import GenerationSettings
+from lskip.utils.console import warn
 
-# These change a text in transformers' `generate`, and here they do not. (In beam search alone: length_penalty …)
+# They change a text in transformers' `generate` and are ignored here. (The last line: in beam search alone.)
 IGNORED = (
     *("max_length", "min_length", "max_time", "num_beams", "num_return_sequences", "penalty_alpha", "dola_layers"),
     *("guidance_scale", "sequence_bias", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "top_h"),
@@ -34,13 +35,13 @@ OFF |= {"penalty_alpha": 0, "token_healing": False}
 
 @dataclass
 class ModelDefaults:
-    """What a model asks for, where the caller names nothing.
+    """Defaults that a model brings, for what the caller does not name.
 
     Attributes:
-        settings: as far as lskip allows them; what the model leaves open is lskip's own.
-        refused: name of a setting -> why what the model says is not allowed. A caller may name another value.
-        by_text: rules for tokens that depend on the text so far.
-        warpers: rules for sampling, after those of the settings.
+        settings: the model's where lskip allows them, else lskip's own defaults.
+        refused: name of a setting -> why the model's value is not allowed. A caller may name another.
+        by_text: logits processors that depend on the text so far.
+        warpers: logits processors of sampling, applied after those of the settings.
     """
 
     settings: GenerationSettings = field(default_factory=GenerationSettings)
@@ -49,10 +50,10 @@ class ModelDefaults:
     warpers: tuple[LogitsProcessor, ...] = ()
 
     def changed(self, **settings) -> GenerationSettings:
-        """The settings with some changed.
+        """Return the settings with some changed.
 
         Raises:
-            ValueError: an unknown name, a value that is not allowed, or one of the model's that is not, and stays.
+            ValueError: an unknown name, a value that is not allowed, or one of `refused` that is not overridden.
         """
         for name, reason in self.refused.items():
             if name not in settings:
@@ -66,10 +67,10 @@ class ModelDefaults:
 def read_defaults(
     config: GenerationConfig | None, eos_ids: Iterable[int], device: torch.device, vocab_size: int
 ) -> ModelDefaults:
-    """What `config` asks for.
+    """Return the defaults of `config` (None: lskip's own), and warn of what lskip ignores in it.
 
     Raises:
-        ValueError: a rule for tokens that is none, or for tokens that there are not.
+        ValueError: a value that transformers' logits processor refuses, or a token id that the model does not have.
     """
     if config is None:
         return ModelDefaults()
@@ -90,15 +91,17 @@ def read_defaults(
         ("epsilon_cutoff", lambda epsilon: 0 < epsilon < 1, EpsilonLogitsWarper),
         ("eta_cutoff", lambda eta: 0 < eta < 1, lambda eta: EtaLogitsWarper(eta, device=device)),
     )
+    _warn_of_ignored(config)
     return ModelDefaults(settings, refused, by_text, warpers)
 
 
-def ignored_by_lskip(config: GenerationConfig | None) -> list[str]:
-    """Names and values of what `config` sets and lskip does not go by."""
+def _warn_of_ignored(config: GenerationConfig) -> None:
     usual = GenerationConfig._get_default_generation_params() | OFF
     set_here = {name: getattr(config, name, None) for name in IGNORED}
     # 0 may mean something: the token of that id, no seconds, no guidance.
-    return [f"{name}: {value!r}" for name, value in set_here.items() if value not in (None, [], usual.get(name))]
+    ignored = [f"{name}: {value!r}" for name, value in set_here.items() if value not in (None, [], usual.get(name))]
+    if ignored:
+        warn(f"generation_config: lskip does not go by {', '.join(ignored)}")
 
 
 def _given(config: GenerationConfig, name: str, default: Any) -> Any:
@@ -107,7 +110,7 @@ def _given(config: GenerationConfig, name: str, default: Any) -> Any:
 
 
 def _rule(config: GenerationConfig, name: str, matters, make) -> LogitsProcessor | None:
-    """A rule of transformers', which checks what it is made of."""
+    """Return a logits processor of transformers', which checks its argument; None where it does nothing."""
     if (value := getattr(config, name, None)) is None:
         return None
     try:
@@ -119,12 +122,12 @@ def _rule(config: GenerationConfig, name: str, matters, make) -> LogitsProcessor
 def _bad_words(words: list[list[int]], ends: list[int] | None, vocab_size: int) -> LogitsProcessor:
     rule = NoBadWordsLogitsProcessor(words, ends)
     if any(token >= vocab_size for word in words for token in word):
-        raise ValueError  # transformers would tell while decoding
+        raise ValueError  # transformers would raise only while decoding
     return rule
 
 
 def _settings(config: GenerationConfig) -> tuple[GenerationSettings, dict[str, str]]:
-    """The settings of `config` that are allowed, and why the others are not."""
+    """Return the settings of `config` that are allowed, and why the others are not."""
     stop_strings, sampled = _given(config, "stop_strings", ()), _given(config, "do_sample", False)
     asked = {
         "max_new_tokens": _given(config, "max_new_tokens", GenerationSettings.max_new_tokens),

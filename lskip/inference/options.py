@@ -1,4 +1,4 @@
-"""What the commands that decode have in common: which model, and how a prompt is continued."""
+"""Options of the commands that decode: which model to load, and how to continue a prompt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DraftWeights = Literal["int8", "int4", "int8_dynamic"]  # quantized.DRAFT_FORMS,
 
 @dataclass(frozen=True)
 class LoadingOptions:
-    """Which model, and how it is held.
+    """Options for loading a model.
 
     Attributes:
         model: a run folder, a checkpoint, an exported or downloaded folder, a hub name, a .gguf file, smollm2.
@@ -51,26 +51,25 @@ class LoadingOptions:
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How a prompt is continued.
+    """Options for continuing a prompt.
 
     Attributes:
         max_new_tokens: tokens to generate at most; null takes the model's default.
-        exit_layer: blocks that run before a token is read off, 1 to the model's layers; null runs all.
-        exit_criterion: stops each token at the first layer that is sure enough (Entropy, Margin, Saturation,
-            LearnedExit; another text, not verified); null: none.
+        exit_layer: blocks that run before a token is predicted, 1 to the model's layers; null runs all.
+        exit_criterion: lets each token exit at the first layer that is sure enough (Entropy, Margin, Saturation,
+            LearnedExit); nothing is verified, so the text is another one; null: none.
         num_speculations: tokens drafted, at most, before the whole model verifies them; 0 does not draft. null: what
             the task is tuned to, else 0.
         draft: what drafts: layers (the first exit_layer blocks), weights (the draft_weights), ngram (what followed
             the same tokens earlier in the text) or adapter (the exit_adapter); null: the exit_adapter, else the
             draft_weights, else the layers.
-        draft_policy: decides round by round how many tokens are drafted, and by what; null: num_speculations always.
+        draft_policy: decides round by round what drafts, and how many tokens; null: num_speculations every time.
         acceptance: which drafted tokens are kept when sampling; shared_noise gives the same text as without drafts,
             rejection keeps more of them.
-        temperature: 0 takes the likeliest token; null takes the model's default.
-        top_k: sample among so many likeliest tokens; null takes the model's default.
-        top_p: sample among the likeliest that together reach this probability; null takes the model's default.
-        min_p: sample among those with at least this share of the likeliest one's probability; null takes the
-            model's default.
+        temperature: 0 takes the most probable token; null takes the model's default.
+        top_k: sample among so many most probable tokens; null takes the model's default.
+        top_p: sample among the most probable that together reach this probability; null takes the model's default.
+        min_p: sample among those with at least this share of the highest probability; null takes the model's default.
         repetition_penalty: above 1 makes tokens that were there before less likely; null takes the model's default.
         stop_strings: a list of texts, each of which ends the answer where it appears; null takes the model's default.
         seed: of sampling; null: another one each time.
@@ -94,7 +93,7 @@ class DecodingOptions:
     chat: bool | None = None
 
     def settings(self) -> dict:
-        """Generation settings; what is null is left to the model.
+        """Return generation settings; what is null is left to the model.
 
         Raises:
             ValueError: a value that no model allows, before any model is loaded.

@@ -1,4 +1,4 @@
-"""The prompts of `lskip predict`, checked whole before a model is loaded."""
+"""Reading of prompt files for `lskip predict`; every line is checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Prompt:
 
     Attributes:
         line: its number in the file, from 1.
-        fields: what its line says, the prompt among it.
+        fields: keys and values of its line, the prompt among them.
     """
 
     line: int
@@ -31,11 +31,11 @@ class Prompt:
 
     @property
     def content(self) -> str | list[dict]:
-        """A text, or chat messages."""
+        """The prompt: a text, or chat messages."""
         return self.fields["prompt"] if "prompt" in self.fields else self.fields["messages"]
 
     def encode(self, generator: TextGenerator, settings: GenerationSettings) -> list[int]:
-        """Its tokens; ValueError with the line if this model cannot answer it: too long, no chat template …"""
+        """Return its token ids; ValueError with the line if this model cannot answer it (too long, no template)."""
         try:
             return generator.prepare(self.content, settings).prompt
         except ValueError as error:
@@ -43,7 +43,7 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """All prompts of a .txt (one a line) or .jsonl file, or of standard input ("-"); blank lines are left out.
+    """Return the prompts of a .txt (one a line) or .jsonl file, or of standard input ("-"), blank lines left out.
 
     Standard input holds JSON lines if its first line is one that has a prompt, and else a prompt a line.
 
@@ -66,7 +66,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def _read(path: Path) -> tuple[str, bool | None]:
-    """What the file holds, and whether it is JSON lines; None: look at them."""
+    """Return the file's text, and whether it is JSON lines; None: the first line tells."""
     if str(path) in STANDARD_INPUT:
         return read_standard_input("prompts", MAX_BYTES), None
     kind = path.suffix.lower()
@@ -78,7 +78,7 @@ def _read(path: Path) -> tuple[str, bool | None]:
 
 
 def read_standard_input(field: str, max_bytes: int) -> str:
-    """Return what standard input holds, as untrusted.read_text does of a file."""
+    """Return the text of standard input, checked as untrusted.read_text checks a file's."""
     if sys.stdin is None:
         raise ValueError(f"{field}: '-' is standard input, which is closed")
     data = getattr(sys.stdin, "buffer", sys.stdin).read(max_bytes + 1)
@@ -110,7 +110,7 @@ def _parse_json(line: int, text: str) -> dict:
 
 
 def _check_writable(where: str, name: str, value) -> None:
-    """ValueError for what could not be carried through: found out now, not when answers have been computed."""
+    """Raise ValueError for what could not be written beside the answer, before any answer is computed."""
     try:
         text = json.dumps([[[[[[[[{name: value}]]]]]]]], ensure_ascii=False, allow_nan=False)
     except RecursionError as error:

@@ -1,4 +1,4 @@
-"""What a caller may choose for one generation, and the checks that come before any work."""
+"""Settings of one generation, checked before any work."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ CRITERION_METHODS = ("looks_at", "exits", "bound")
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How to continue a prompt. Where the checkpoint's generation_config says otherwise, it sets the default.
+    """Settings for continuing a prompt. These defaults are for what the checkpoint's generation_config leaves out.
 
     Attributes:
         max_new_tokens: tokens to generate at most; cut to what the context leaves.
         min_new_tokens: an end-of-text token is not chosen before this many, as in transformers.
-        exit_layer: blocks that run before a token is read off (1 … L). None: all of them.
-        exit_criterion: decides token by token how deep to go, never deeper than exit_layer where that is named, and
-            nothing is verified: another text. The prompt and its first token are not asked. None: every token goes
-            to the end.
+        exit_layer: blocks that run before a token is predicted (1 … L). None: all of them.
+        exit_criterion: decides token by token how deep to go, never deeper than exit_layer where that is named.
+            Nothing is verified, so the text is another one. The prompt and the first token run all these blocks.
+            None: every token does.
         num_speculations: tokens drafted before the whole model verifies them (at most, where a draft_policy decides).
             0 with an `exit_layer` below L generates from that layer alone.
         draft: what drafts: "layers" (blocks 1 … exit_layer of the model), "weights" (those, or all blocks where no
@@ -41,10 +41,10 @@ class GenerationSettings:
             the same noise, and a seed's text is the same with and without speculation. "rejection" (arXiv 2211.17192)
             keeps somewhat more; every token is still an exact draw from the model's distribution, but a seed's text
             depends on what was drafted.
-        temperature: 0.0 takes the likeliest token, 1.0 samples from the model's distribution.
-        top_k: sample among the k likeliest only; None: all.
-        top_p: sample among the likeliest that together reach this probability, in (0, 1].
-        min_p: sample among those with at least this share of the likeliest one's probability, in [0, 1]; 0: all.
+        temperature: 0.0 takes the argmax, 1.0 samples from the model's distribution.
+        top_k: sample among the k most probable tokens only; None: all.
+        top_p: sample among the most probable that together reach this probability, in (0, 1].
+        min_p: sample among those with at least this share of the highest probability, in [0, 1]; 0: all.
         repetition_penalty: above 1 makes tokens that are in the prompt or the text less likely, below 1 more, in
             greedy decoding too; 1: off.
         stop_strings: texts that end the generation, with the token that completes one; they need a tokenizer. Only
@@ -72,7 +72,7 @@ class GenerationSettings:
 
     def __post_init__(self):
         self._check_counts()
-        # Below that, logits divided by it are beyond float32.
+        # Logits divided by less overflow float32.
         check_real("temperature", self.temperature, "0, or from 1e-30 up", lambda value: value == 0 or value >= 1e-30)
         check_real("top_p", self.top_p, "above 0 and at most 1", lambda value: 0 < value <= 1)
         check_real("min_p", self.min_p, "from 0 to 1", lambda value: 0 <= value <= 1)
@@ -109,7 +109,7 @@ class GenerationSettings:
             raise ValueError(f"seed: {self.seed} is not below 2**64")
 
     def check_model(self, available: Available) -> None:
-        """Check what drafts, and where, against a model.
+        """Check exit_layer, exit_criterion and draft against a model.
 
         Raises:
             ValueError: exit_layer beyond the model, a criterion that would never be asked, or a draft that lacks what
@@ -127,8 +127,12 @@ class GenerationSettings:
             chosen_later = getattr(self.draft_policy, "chooses_draft", False)
             check_draft(self.draft, self.exit_layer, self.num_speculations, available, chosen_later)
 
+    def full_depth(self, num_layers: int) -> int:
+        """Return the number of blocks that decide a token: all, or at a fixed exit its own."""
+        return num_layers if self.num_speculations else self.exit_layer or num_layers
+
     def changed(self, **settings) -> GenerationSettings:
-        """A copy with some settings changed.
+        """Return a copy with some settings changed.
 
         Raises:
             ValueError: an unknown name, or a value that is not allowed.

@@ -1,4 +1,4 @@
-"""When a text ends: an end-of-text token, a stop string, the number of tokens asked for, or the context."""
+"""End of a text: at an end-of-text token, a stop string, the number of tokens asked for, or the context's end."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from lskip.inference.text import LONGEST_HELD, UNFINISHED, decode_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Decoding that starts inside a text may drop a space or show up to three pieces of a character that was cut.
-MARGIN = 8
+# Characters decoded before those that matter: a start inside a text may drop a space, or show up to three pieces of a
+# character that was cut.
+LOOKBACK = 8
 
 
 @dataclass(frozen=True)
 class StopRule:
-    """Ends a text at the first token of `eos_ids`, or that completes a stop string (both kept), or at a number.
+    """End of a text: the first of `eos_ids`, the token that completes a stop string (both kept), or a length.
 
     Attributes:
         eos_ids: tokens that end a text.
-        max_new_tokens: what may be generated at most, context included.
-        limit: why it ends there: "length" (as asked) or "context" (no more positions).
-        stop_strings: they are looked for in what was generated, special tokens included, never in the prompt.
+        max_new_tokens: tokens that may be generated at most, the context's room considered.
+        limit: the reason for an end there: "length" (as asked) or "context" (no more positions).
+        stop_strings: looked for in what was generated, special tokens included, never in the prompt.
         tokenizer: needed with stop_strings.
     """
 
@@ -38,7 +39,7 @@ class StopRule:
     tokenizer: PreTrainedTokenizerBase | None = None
 
     def cut(self, tokens: list[int], done: list[int]) -> tuple[list[int], str | None]:
-        """What of `tokens` belongs to a text that has generated `done` so far, and why it ends there.
+        """Return the first of `tokens` that still belong to a text of `done` so far, and the reason for its end.
 
         Returns:
             The kept tokens, and "eos", "stop_string", "length" or "context"; None: the text goes on.
@@ -52,9 +53,9 @@ class StopRule:
         return tokens, self.limit if len(done) + len(tokens) == self.max_new_tokens else None
 
     def _until_stop_string(self, tokens: list[int], done: list[int]) -> int:
-        """How many of `tokens` it takes to complete a stop string; 0: they do not.
+        """Return how many of `tokens` complete a stop string; 0: they do not.
 
-        Each is tried by itself: an incomplete character behind a stop string can make it unreadable again.
+        Each prefix is tried: an incomplete character behind a stop string can make it unreadable again.
         """
         if self.stop_strings:
             for num in range(1, len(tokens) + 1):
@@ -63,12 +64,12 @@ class StopRule:
         return 0
 
     def _completes_one(self, done: list[int], tokens: list[int]) -> bool:
-        """Whether the last of `tokens`, behind `done`, completes a stop string.
+        """Return whether the last of `tokens`, behind `done`, completes a stop string.
 
-        Where decoding starts depends on the text alone, not on how it came in rounds. That is bounded work, however
-        long the text.
+        The work is bounded, however long the text, and where decoding starts depends on the text alone, not on its
+        rounds.
         """
-        characters = max(map(len, self.stop_strings)) + MARGIN
+        characters = max(map(len, self.stop_strings)) + LOOKBACK
         size = characters  # as a rule a token is a character at least
         while True:
             start = self._no_character_cut(done, tokens, len(done) + len(tokens) - 1 - size)
@@ -76,14 +77,15 @@ class StopRule:
             if start == 0 or _num_characters(self._decode(ids[:-1])) >= characters:
                 break
             size *= 2
-        # Decoding that starts inside a text may show what is not in it, such as the mark of a word's second part.
-        text = self._decode(ids)[MARGIN // 2 if start else 0 :]
+        # A start inside a text may show what is not in it, such as the mark of a word's second part.
+        text = self._decode(ids)[LOOKBACK // 2 if start else 0 :]
         return any(stop_string in text for stop_string in self.stop_strings)
 
     def _no_character_cut(self, done: list[int], tokens: list[int], start: int) -> int:
-        """The last place up to `start` where decoding may begin: the beginning of a run of byte tokens.
+        """Return the last place up to `start` where decoding may begin, outside a run of byte tokens.
 
-        Of a run that is wrong somewhere nothing is shown. Of a long one, the beginning of a character.
+        A tokenizer shows no character of a run that is not valid UTF-8 throughout. A long run is cut between two
+        characters.
         """
         values, first = self._byte_values, max(start, 0)
 
@@ -100,7 +102,7 @@ class StopRule:
 
     @cached_property
     def _byte_values(self) -> dict[int, int]:
-        """Token id -> byte, of a tokenizer that writes characters it does not know as <0xE4><0xB8><0xAD>."""
+        """Byte by token id, of a tokenizer that writes characters it does not know as <0xE4><0xB8><0xAD>."""
         if not isinstance(self.tokenizer, PreTrainedTokenizerFast):
             return {}
         vocabulary = self.tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
@@ -112,7 +114,7 @@ class StopRule:
 
 
 def _num_characters(text: str) -> int:
-    """How many characters `text` has at least: a byte of an incomplete one is shown as if it were one itself."""
+    """Return a lower bound of the characters in `text`: of an incomplete one each byte is shown as a character."""
     return len(text) - 3 * text.count(UNFINISHED) // 4
 
 
@@ -124,7 +126,7 @@ def stop_rule(
     stop_strings: tuple[str, ...] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> StopRule:
-    """The rule for a prompt of `prompt_tokens` in a context of `context_length` positions.
+    """Return the rule for a prompt of `prompt_tokens` in a context of `context_length` positions.
 
     Raises:
         ValueError: the prompt leaves no room for a single token.
@@ -140,9 +142,9 @@ def stop_rule(
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
-    """Tokens that end a text: generation_config's, else the tokenizer's, else none.
+    """Return the tokens that end a text: generation_config's, else the tokenizer's, else none.
 
-    What is no token of the model ends nothing. ValueError for what is no token id at all.
+    Ids beyond the model's vocabulary are left out. ValueError for what is no token id at all.
     """
     ids = model.generation_config.eos_token_id if model.generation_config is not None else None
     if ids is None and tokenizer is not None:

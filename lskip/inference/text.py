@@ -1,4 +1,4 @@
-"""Tokens to text, piece by piece, and prompts to tokens."""
+"""Conversion of prompts to tokens, and of tokens to text as they come."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from transformers import PreTrainedTokenizerBase
 from lskip.models.encoding import encode, open_ended, render_chat
 
 UNFINISHED = "\ufffd"  # what a tokenizer prints for bytes that are not a character yet
-LONGEST_HELD = 256  # tokens: what is no character after so many is none
+LONGEST_HELD = 256  # tokens: bytes that are not a character after so many never become one
 
 
 class TextPieces:
-    """Turns tokens into text as they come, holding back what later bytes may still change.
+    """Text of tokens as they come, without what later bytes may still change.
 
-    Token by token, however many come at a time: the pieces joined are the text of `decode_text`.
+    However many tokens come at a time, the pieces joined are the text of `decode_text`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        # Text up to `given` is out. Decoding starts at `anchor`, one piece earlier: some tokenizers drop the
-        # space in front of whatever they are given first.
+        # Text of the first `given` tokens is out. Decoding starts at `anchor`, one piece earlier: some tokenizers drop
+        # the space in front of the first token.
         self.anchor = self.given = 0
 
     def push(self, ids: list[int]) -> str:
-        """The text that is final now that `ids` have been added; "" inside a character."""
+        """Return the text that is final now that `ids` have been added; "" inside a character."""
         return "".join(map(self._push_one, ids))
 
     def rest(self) -> str:
-        """What was held back, when no more tokens come."""
+        """Return the text that was held back, when no more tokens come."""
         piece, self.given = self._new_text(), len(self.ids)
         return piece
 
@@ -38,7 +38,7 @@ class TextPieces:
         piece = self._new_text()
         if piece.endswith(UNFINISHED) and len(self.ids) - self.given < LONGEST_HELD:
             return ""
-        if piece:  # what has no text, a special token, is nothing to start at
+        if piece:  # never start at a token without text, such as a special one
             self.anchor, self.given = self.given, len(self.ids)
         return piece
 
@@ -47,12 +47,12 @@ class TextPieces:
         text = decode_tokens(self.tokenizer, self.ids[self.anchor :])
         if text.startswith(before):
             return text[len(before) :]
-        # A byte that begins a character, or none, makes some tokenizers forget the whole characters before it.
+        # An invalid or incomplete character makes some tokenizers drop the valid ones before it.
         return decode_tokens(self.tokenizer, self.ids[self.given :])
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of `ids`, without special tokens and exactly as generated: what TextPieces makes of it."""
+    """Return the text of `ids` without special tokens, equal to the joined pieces of TextPieces."""
     text = decode_tokens(tokenizer, ids)
     if UNFINISHED not in text:
         return text
@@ -61,7 +61,7 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_tokens: bool = True) -> str:
-    """What the tokenizer says of `ids`, nothing tidied up."""
+    """Return the tokenizer's text of `ids`, spaces left as they are."""
     return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
 
@@ -72,12 +72,12 @@ def encode_prompt(
     vocab_size: int,
     most_characters: int | None = None,
 ) -> list[int]:
-    """Token ids of a prompt, to go on with.
+    """Return the token ids of a prompt.
 
     Args:
         prompt: a text, chat messages ({"role", "content"} each), or token ids (list, or tensor of one row).
         chat: whether a text becomes a user's message in the chat template; None: when there is a template.
-        most_characters: of a text that can have room in the context; None: any number.
+        most_characters: the longest text that the context can have room for; None: any.
 
     Raises:
         ValueError: an empty prompt, one that needs a tokenizer or template that is missing, text that is too long, not
@@ -129,7 +129,7 @@ def _encode_messages(
 
 
 def _check_length(text: str, most_characters: int | None) -> None:
-    # Before it is tokenized: that takes hundreds of bytes a character.
+    # Before it is tokenized, which takes hundreds of bytes a character.
     if most_characters is not None and len(text) > most_characters:
         raise ValueError(
             f"prompt: {len(text)} characters leave no room for an answer in the model's context, which holds"

@@ -1,6 +1,6 @@
-"""Sampled tokens against exact enumeration: the first four of a model of five words, whatever drafts and accepts them.
+"""Sampled tokens against exact enumeration: the first four of a model of five words, for every draft and acceptance.
 
-The long version, over more draws: `python -m benchmarks.decoding.correctness sampling`.
+More draws: `python -m benchmarks.decoding.correctness sampling`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LEAST_P = 1e-4
 
 
 class Setup(NamedTuple):
-    """How to draw: what drafts, how many tokens, how they are accepted, and how many texts go side by side."""
+    """Settings of the draws: draft, number of tokens, acceptance and batch size."""
 
     draft: str
     num_speculations: int
@@ -62,20 +62,20 @@ TESTED = [
 
 
 def five_words(seed: int):
-    """A random model, peaked but not degenerate, whose first exit says something else."""
+    """Return a random model, peaked but not degenerate, whose first exit predicts something else."""
     sizes = {"vocab_size": WORDS, "num_hidden_layers": LAYERS, "eos_token_id": None, "bos_token_id": None}
     return make_model("llama", seed, initializer_range=0.3, tie_word_embeddings=False, **sizes)
 
 
 def make_generator() -> TextGenerator:
-    """The model, and for its draft weights another model's, in int8: they agree with it no more than by chance."""
+    """Return a generator whose draft weights are another model's, in int8: they agree with it by chance alone."""
     generator = TextGenerator(five_words(5), weights="plain", draft_weights="int8")
     generator.draft_runner = build_draft_runner(Decoder(five_words(9)), "int8")
     return generator
 
 
 def with_adapter(generator: TextGenerator) -> TextGenerator:
-    """The same with an exit adapter that knows three of the words, nothing of the others, and is not trained."""
+    """Return the same with an untrained exit adapter whose vocabulary is three of the words."""
     made = copy(generator)
     adapter = ExitAdapter(five_words(5), AdapterShape(EXIT), torch.tensor([0, 2, 3]))
     made.adapter_runner = AdapterRunner(adapter)
@@ -84,7 +84,7 @@ def with_adapter(generator: TextGenerator) -> TextGenerator:
 
 @torch.inference_mode()
 def next_word_probabilities(exit_layer: int) -> list[Tensor]:
-    """For 0, 1, 2, 3 words after the prompt: [words^n, words], from transformers' model and warpers alone."""
+    """Return [words^n, words] for n = 0, 1, 2, 3 words after the prompt, from transformers' model and warpers alone."""
     model = five_words(5)
     warpers = LogitsProcessorList([TemperatureLogitsWarper(0.8), TopPLogitsWarper(0.9)])
     tables = []
@@ -97,7 +97,7 @@ def next_word_probabilities(exit_layer: int) -> list[Tensor]:
 
 
 def joint(tables: list[Tensor]) -> Tensor:
-    """[words^4]: the probability of each text."""
+    """Return the probability of each text: [words^4]."""
     probabilities = torch.ones(1, dtype=torch.float64)
     for table in tables:
         probabilities = (probabilities[:, None] * table).flatten()
@@ -105,7 +105,7 @@ def joint(tables: list[Tensor]) -> Tensor:
 
 
 def draw(generator: TextGenerator, setup: Setup, draws: int, seed: int) -> Tensor:
-    """[words^4]: how often each text was drawn."""
+    """Return how often each text was drawn: [words^4]."""
     settings = {**SAMPLING, **DRAFTS[setup.draft], "num_speculations": setup.num_speculations}
     if setup.draft == "adapter":
         generator = with_adapter(generator)
@@ -123,7 +123,7 @@ def draw(generator: TextGenerator, setup: Setup, draws: int, seed: int) -> Tenso
 
 
 def chi_square_p(counts: Tensor, probabilities: Tensor) -> float:
-    """How likely counts as far from `probabilities` are, by Pearson's test; cells that expect less than 5 are one."""
+    """Return the p-value of Pearson's test of counts; categories with expectations below 5 are pooled."""
     if counts[probabilities == 0].any():
         return 0.0
     expected = probabilities * counts.sum()
@@ -219,7 +219,7 @@ def test_the_same_test_rejects_shared_noise_that_accepts_all(generator, truth, m
 @pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_a_seeds_text_is_the_same_with_and_without_speculation(generator, draft, batch_size):
-    """Longer texts, of which drafts that are far from the model guess some tokens and miss others."""
+    """The texts are long enough for drafts far from the model to hit some tokens and miss others."""
     settings = {**SAMPLING, "max_new_tokens": 24, "seed": 3}
     prompts = [PROMPT[:length] for length in (27, 3, 1, 20, 8, 15)]
     if draft == "adapter":

@@ -1,6 +1,6 @@
-"""Greedy text against transformers' `generate`, token by token in float32: whatever drafts, decides and runs beside it.
+"""Greedy text against transformers' `generate`, token by token in float32, for every draft, policy and batch.
 
-The long version, over more models and prompts: `python -m benchmarks.decoding.correctness equality`.
+More models and prompts: `python -m benchmarks.decoding.correctness equality`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ FAMILIES = {
     "mistral": {"sliding_window": 11},
     "modules": {"family": "llama", "hidden_act": "gelu"},  # the fused runner does not cover it
 }
-ROUNDING = 2e-5  # a likeliest token that is ahead by more than this is the same in any order of summation
+ROUNDING = 2e-5  # an argmax with a lead above this is the same in any order of summation
 POLICIES = (FixedDraft, lambda: ConfidenceDraft(threshold=0.3), CostAwareDraft)
 
 
 class Reference(NamedTuple):
-    """Prompts, what `generate` makes of each, and by how much each token's logit was ahead of the second."""
+    """Prompts, transformers' text for each, and each token's lead over the second logit."""
 
     prompts: list[list[int]]
     texts: list[list[int]]
@@ -45,7 +45,7 @@ class Reference(NamedTuple):
 
 
 class Way(NamedTuple):
-    """One way to decode: a generator's name, the texts side by side, settings, and a policy made for it."""
+    """One way to decode: a generator's name, the batch size, settings, and a policy made for it."""
 
     generator: str
     batch_size: int
@@ -54,7 +54,7 @@ class Way(NamedTuple):
 
 
 def make_case_model(family: str, seed: int, context: int = CONTEXT):
-    """A random model whose upper blocks add little, so that drafts are accepted sometimes; no token ends a text."""
+    """Return a random model whose upper blocks add little, so that drafts are accepted sometimes; no token ends."""
     overrides = {"num_hidden_layers": LAYERS, "max_position_embeddings": context, "eos_token_id": None}
     overrides |= FAMILIES[family]
     model = make_model(overrides.pop("family", family), seed, **overrides)
@@ -65,14 +65,14 @@ def make_case_model(family: str, seed: int, context: int = CONTEXT):
 
 
 def make_prompt(length: int, random: Random) -> list[int]:
-    """Random tokens, or a phrase of them over and over: something for n-grams to find."""
+    """Return random tokens, or a phrase of them over and over for n-grams to find."""
     phrase = [random.randrange(1, 300) for _ in range(random.choice((3, 5, length, length)))]
     return list(islice(cycle(phrase), length))
 
 
 @torch.inference_mode()
 def transformers_texts(model, prompts: list[list[int]], most: int, context: int = CONTEXT) -> Reference:
-    """Up to `most` tokens for each prompt, fewer where the context ends."""
+    """Return up to `most` tokens for each prompt, fewer where the context ends."""
     texts, margins = [], []
     for prompt in prompts:
         room = min(most, context - len(prompt))
@@ -83,9 +83,9 @@ def transformers_texts(model, prompts: list[list[int]], most: int, context: int 
             output_logits=True,
             return_dict_in_generate=True,
         )
-        likeliest, second = torch.cat(truth.logits).topk(2).values.unbind(1)
+        highest, second = torch.cat(truth.logits).topk(2).values.unbind(1)
         texts.append(truth.sequences[0, len(prompt) :].tolist())
-        margins.append((likeliest - second).tolist())
+        margins.append((highest - second).tolist())
     return Reference(prompts, texts, margins)
 
 
@@ -104,7 +104,7 @@ def make_generators(model, family: str) -> dict[str, TextGenerator]:
 
 
 def cheap_drafts(generator: TextGenerator) -> Costs:
-    """Made-up costs by which more rows are free and a draft's blocks cost little: every draft is worth a try."""
+    """Return made-up costs by which every draft is worth a try: more rows are free, and a draft's blocks cheap."""
     times = RowCosts((1, 64), (1.0, 1.01), (0.1, 0.11))
     rounded = RowCosts((1, 64), (0.05, 0.06), (0.1, 0.11))
     adapter = {} if generator.adapter_runner is None else {"adapter": rounded, "adapter_blocks": 1}
@@ -112,7 +112,7 @@ def cheap_drafts(generator: TextGenerator) -> Costs:
 
 
 def make_way(generators: dict[str, TextGenerator], exit_layer: int, num_speculations: int, random: Random) -> Way:
-    """That exit and draft length; what drafts, the policy and the batch are drawn."""
+    """Return a way with this exit and draft length, and random draft, policy and batch size."""
     name = random.choice(list(generators))
     draft = random.choice(("layers", "layers", "ngram", None))
     if generators[name].adapter_runner is not None:
@@ -124,7 +124,7 @@ def make_way(generators: dict[str, TextGenerator], exit_layer: int, num_speculat
 
 
 def decode(generator: TextGenerator, prompts: list[list[int]], way: Way, most: int) -> list:
-    """The prompts' generations, in order."""
+    """Return the prompts' generations, in order."""
     settings = {**way.settings, "draft_policy": way.policy, "max_new_tokens": most}
     if way.batch_size == 1:
         return [generator.generate(prompt, **settings) for prompt in prompts]
@@ -134,7 +134,7 @@ def decode(generator: TextGenerator, prompts: list[list[int]], way: Way, most: i
 
 
 def mismatches(reference: Reference, texts: list[list[int]]) -> list[dict]:
-    """Where texts part from the reference (they differ in everything after it), and how close the decision was."""
+    """Return the first difference of each text from the reference, and how close the decision was."""
     found = []
     for index, (truth, ours) in enumerate(zip(reference.texts, texts, strict=True)):
         if truth != ours:

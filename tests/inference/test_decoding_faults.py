@@ -1,6 +1,6 @@
 """Texts that join, stop, are cancelled and rolled back in random order, each against its own run alone.
 
-Alone is: one text, one token a round, nothing drafted, and no end; what would end it is worked out here.
+That run has one text, drafts nothing and never ends; its end is worked out here.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ EXIT = 2  # of the adapter
 
 
 class Whim(DraftPolicy):
-    """Another draft and another number of tokens every round, dropped at any token: all that a policy may do."""
+    """Policy of a random draft, number of tokens and stop each round: all that a policy may do."""
 
     def __init__(self, random: Random):
         self.random = random
@@ -58,7 +58,7 @@ class Whim(DraftPolicy):
 
 @dataclass(eq=False)
 class Solo:
-    """A prompt, how its tokens are chosen, and the first LONGEST of them, alone."""
+    """A prompt, its chooser's settings, and the first LONGEST tokens of its run alone."""
 
     prompt: list[int]
     settings: GenerationSettings
@@ -68,7 +68,7 @@ class Solo:
 
 @dataclass(eq=False)
 class Joined:
-    """A text in the batch: the run alone that it must equal, and what may end it."""
+    """A text in the batch, the run alone that it must equal, and its end conditions."""
 
     solo: Solo
     text: Request
@@ -76,7 +76,7 @@ class Joined:
     got: list[int]  # what the rounds reported
 
     def expected(self, tokenizer) -> tuple[list[int], str]:
-        """The text and its finish_reason, from the run alone and the definition of each ending."""
+        """Return the text and its finish_reason, from the run alone and the definition of each ending."""
         for count in range(1, self.text.stop.max_new_tokens + 1):
             kept = self.solo.tokens[:count]
             if kept[-1] in self.eos_ids:
@@ -88,7 +88,7 @@ class Joined:
 
 @pytest.fixture(scope="module")
 def generator():
-    """A model whose upper blocks add little, so that drafts are accepted sometimes; its draft weights in int8."""
+    """Return a generator with int8 draft weights, whose upper blocks add little: drafts are accepted sometimes."""
     model = make_model("llama", 5, eos_token_id=None, tie_word_embeddings=False)
     for layer in model.model.layers[2:]:
         layer.self_attn.o_proj.weight.data *= 0.4
@@ -110,7 +110,7 @@ def solos(generator) -> list[Solo]:
 
 
 def join(solo: Solo, random: Random, tokenizer) -> Joined:
-    """A text that ends by number, by one of its tokens, by a piece of what it says, or by whatever comes first."""
+    """Add a text that ends at a length, at one of its tokens, at a string of its text, or at the first of these."""
     most = random.choice((random.randint(1, 3), LONGEST, LONGEST, random.randint(1, LONGEST)))
     eos_ids = tuple(random.sample(range(VOCABULARY), 8)) if random.random() < 0.3 else ()
     if random.random() < 0.3:
@@ -126,7 +126,7 @@ def join(solo: Solo, random: Random, tokenizer) -> Joined:
 
 
 def random_settings(random: Random, with_adapter: bool) -> GenerationSettings:
-    """How the batch drafts, if it does."""
+    """Return random settings of the batch's drafts, if any."""
     if random.random() < 0.1:
         return GenerationSettings()
     policy = random.choice((None, Whim(random), Whim(random), ConfidenceDraft(random.random()), CostAwareDraft()))
@@ -138,7 +138,7 @@ def random_settings(random: Random, with_adapter: bool) -> GenerationSettings:
 
 
 class Interleaving:
-    """One batch and what happens to it, at random."""
+    """One batch, and random events in it."""
 
     def __init__(self, generator: TextGenerator, solos: list[Solo], tokenizer, seed: int, with_adapter: bool):
         self.random, self.solos, self.tokenizer = Random(seed), solos, tokenizer
@@ -166,7 +166,7 @@ class Interleaving:
                 self.round()
 
     def cancel(self, one: Joined) -> None:
-        """Waiting, running or long gone."""
+        """Cancel a text that waits, runs or is long gone."""
         self.batch.cancel(one.text)
         if not one.text.ended and one not in self.cancelled:
             self.cancelled.append(one)
@@ -182,7 +182,7 @@ class Interleaving:
         assert not any(text.ended for text in self.batch.requests)
 
     def check(self) -> Counter[str]:
-        """What ended the texts."""
+        """Compare all texts with their runs alone, and return their finish_reasons."""
         for one in self.joined:
             generation = one.text.generation
             if one in self.cancelled:

@@ -1,4 +1,4 @@
-"""Exit criteria against a slow reference: no cache, every position recomputed, the criterion worked by hand."""
+"""Exit criteria against a slow reference without a cache, and criteria worked out by hand."""
 
 import math
 from collections import Counter
@@ -21,7 +21,7 @@ from lskip.models.exit_heads import TrainedExits
 PROMPT = [7, 42, 99, 3, 250, 18, 77]
 PROMPTS = [PROMPT, [5], [11, 12, 13] * 9, [200, 4, 61], [90] * 15]
 NEW = 40
-STEPS = {
+RUNNERS = {
     "plain": lambda decoder: FusedRunner(decoder, Plain),
     "packed": lambda decoder: FusedRunner(decoder, Packed),
     "exact": lambda decoder: FusedRunner(decoder, Packed, width=4),
@@ -39,8 +39,8 @@ def entropy(logits, before, after):
 
 
 def margin(logits, before, after):
-    *_, second, likeliest = sorted(probabilities(logits))
-    return likeliest - second
+    *_, second, highest = sorted(probabilities(logits))
+    return highest - second
 
 
 def cosine(logits, before, after):
@@ -56,7 +56,7 @@ CRITERIA = {
 
 
 def build(tiny_model, family="llama", **overrides):
-    """A model that is sure of some tokens, and of which texts do not end or repeat themselves at once."""
+    """Return a model that is sure of some tokens, and whose texts neither end nor repeat themselves at once."""
     model = tiny_model(family, tie_word_embeddings=False, eos_token_id=None, **overrides)
     model.lm_head.weight.data *= 5
     return model
@@ -66,13 +66,13 @@ def build(tiny_model, family="llama", **overrides):
 def slow_reference(
     model, prompt, exits, first=2, every=1, full=4, new_tokens=NEW, translate=lambda layer, state: state
 ):
-    """Tokens and their depths: at each token all positions go through the blocks again, frozen above their exits.
+    """Return tokens and depths, where for each token all positions run again, frozen above their exits.
 
     translate: (exit_layer, states) -> what norm and head read.
     """
 
     def hidden(tokens, depths):
-        """States of all positions before block 0 and after each block."""
+        """Return the states of all positions before block 0 and after each block."""
         states = [model.model.embed_tokens(torch.tensor([tokens]))]
         positions = torch.arange(len(tokens))[None]
         rotary = model.model.rotary_emb(states[0], positions)
@@ -109,7 +109,7 @@ def test_tokens_and_depths_equal_the_slow_reference(tiny_model, family, name, lo
     tokens, depths = slow_reference(model, PROMPT, partial(exits, threshold=threshold), full=full or 4, **looks)
     settings = {"exit_criterion": criterion(threshold, **looks), "exit_layer": full, "max_new_tokens": NEW}
     generator = TextGenerator(model)
-    for build_runner in STEPS.values():
+    for build_runner in RUNNERS.values():
         generator.runner = build_runner(Decoder(model))
         ours = generator.generate(PROMPT, **settings)
         assert ours.token_ids == tokens
@@ -140,7 +140,7 @@ def test_a_criterion_that_never_fires_changes_nothing(tiny_model, family, name):
 @pytest.mark.parametrize("first", [1, 2, 3])
 @pytest.mark.parametrize("name", ALWAYS)
 def test_a_criterion_that_always_fires_is_the_fixed_exit(tiny_model, name, first):
-    """After the first token, which the prompt's own pass through all blocks brings."""
+    """The first token is an exception, since the prefill runs all blocks."""
     generator = TextGenerator(build(tiny_model))
     criterion = type(ALWAYS[name])(ALWAYS[name].threshold, first=first)
     ours = generator.generate(PROMPT, exit_criterion=criterion, max_new_tokens=NEW)
@@ -151,14 +151,14 @@ def test_a_criterion_that_always_fires_is_the_fixed_exit(tiny_model, name, first
     assert (ours.rounds, ours.drafted, ours.tokens_per_round) == (NEW, 0, 1.0)
 
 
-@pytest.mark.parametrize("step", ["plain", "exact", "module"])
+@pytest.mark.parametrize("runner", ["plain", "exact", "module"])
 @pytest.mark.parametrize("name", CRITERIA)
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_k": 30}], ids=["greedy", "sampled"])
-def test_a_batch_of_unequal_slots_equals_solo(tiny_model, sampling, name, step):
+def test_a_batch_of_unequal_slots_equals_solo(tiny_model, sampling, name, runner):
     """Three slots for five prompts, so that slots leave and join; neighbours exit at other depths."""
     model, (criterion, _, threshold) = build(tiny_model, "qwen3"), CRITERIA[name]
     generator = TextGenerator(model)
-    generator.runner = STEPS[step](Decoder(model))
+    generator.runner = RUNNERS[runner](Decoder(model))
     settings = {"exit_criterion": criterion(threshold), "max_new_tokens": NEW, "seed": 3, **sampling}
     together = dict(generator.generate_batch(PROMPTS, batch_size=3, **settings))
     for index, prompt in enumerate(PROMPTS):
@@ -185,7 +185,7 @@ def test_a_slot_that_has_exited_is_not_called_back(tiny_model):
 
 
 class Learned(ExitCriterion):
-    """One linear layer on the state, as in BERxiT: what a criterion from outside may look like."""
+    """Criterion of a user's own: one linear layer on the state, as in BERxiT."""
 
     def __init__(self, weight, threshold):
         super().__init__()
@@ -217,7 +217,7 @@ def test_learned_exit_equals_the_slow_reference(tiny_model):
 
     tokens, depths = slow_reference(model, PROMPT, certain)
     generator = TextGenerator(model, trained_exits=exits)
-    for build_runner in STEPS.values():
+    for build_runner in RUNNERS.values():
         generator.runner = build_runner(Decoder(model))
         ours = generator.generate(PROMPT, exit_criterion=LearnedExit(0.55), max_new_tokens=NEW)
         assert (ours.token_ids, ours.layers_run) == (tokens, sum(depths))
@@ -230,7 +230,7 @@ def test_learned_exit_needs_a_classifier(tiny_model):
 
 
 class Counting(ModuleRunner):
-    """Counts blocks that run or are filled, and decoded exits."""
+    """Runner that counts blocks that run or are filled, and decoded exits."""
 
     def __init__(self, decoder):
         super().__init__(decoder)
@@ -254,25 +254,25 @@ class Counting(ModuleRunner):
 def test_blocks_and_head_run_no_more_than_needed(tiny_model, name, bound):
     model, (criterion, _, threshold) = build(tiny_model), CRITERIA[name]
     generator, full = TextGenerator(model), bound or 4
-    step = generator.runner = Counting(Decoder(model))
+    runner = generator.runner = Counting(Decoder(model))
     ours = generator.generate(PROMPT, exit_criterion=criterion(threshold), exit_layer=bound, max_new_tokens=NEW)
-    assert len(step.blocks) == full + ours.layers_run  # the prompt's pass, and what is counted
-    assert len(step.blocks) + len(step.filled) == full * NEW and max(step.blocks + step.filled) < full
-    layers_looked_at = sum(block in (1, 2, 3) for block in step.blocks) - (full - 1)
-    # Saturation decodes the exit alone; the others each exit that they look at, and nobody a state twice.
-    assert step.decoded == 1 + (NEW - 1 if name == "saturation" else layers_looked_at)
+    assert len(runner.blocks) == full + ours.layers_run  # the prefill, and the counted blocks
+    assert len(runner.blocks) + len(runner.filled) == full * NEW and max(runner.blocks + runner.filled) < full
+    layers_looked_at = sum(block in (1, 2, 3) for block in runner.blocks) - (full - 1)
+    # Saturation decodes the exit taken alone, the others each exit that they look at, and none a state twice.
+    assert runner.decoded == 1 + (NEW - 1 if name == "saturation" else layers_looked_at)
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @torch.inference_mode()
-def test_fill_writes_what_the_blocks_would(tiny_model, family, step):
+def test_fill_writes_what_the_blocks_would(tiny_model, family, runner):
     """Two slots of three rows, blocks 1 and 2: the keys and values that transformers' blocks make of these states."""
     model = tiny_model(family)
     for parameter_name, parameter in model.named_parameters():
         if "bias" in parameter_name or "norm" in parameter_name:  # zeros and ones would hide a part left out
             torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.3)
-    run = STEPS[step](Decoder(model))
+    run = RUNNERS[runner](Decoder(model))
     x, starts = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(5)), [9, 4]
     given, cache, ran = x.clone(), run.new_cache(3, 16), run.new_cache(3, 16)
     run.fill(x, cache, starts, 1, 3)
@@ -286,7 +286,7 @@ def test_fill_writes_what_the_blocks_would(tiny_model, family, step):
         written[1:3, slot, positions] = True
         for block in (1, 2):
             keys, values = transformers_states(model, block, x[slot : slot + 1], positions[None])
-            if step != "module":  # FusedRunner holds a key's two halves interleaved
+            if runner != "module":  # FusedRunner holds a key's two halves interleaved
                 keys = keys.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
             assert torch.allclose(cache.states[block, slot, 0][:, positions].transpose(0, 1), keys, atol=1e-5)
             assert torch.allclose(cache.states[block, slot, 1][:, positions].transpose(0, 1), values, atol=1e-5)
@@ -294,7 +294,7 @@ def test_fill_writes_what_the_blocks_would(tiny_model, family, step):
 
 
 def transformers_states(model, block, x, positions):
-    """Keys and values [n, KV, head_dim] that a transformers block leaves in its own cache for x [1, n, D]."""
+    """Return keys and values [n, KV, head_dim] that a block of transformers leaves in its cache for x [1, n, D]."""
     theirs, rotary = DynamicCache(), model.model.rotary_emb(x, positions)
     layer = model.model.layers[block]
     layer(x, position_ids=positions, position_embeddings=rotary, cache=theirs, use_cache=True)

@@ -12,7 +12,7 @@ SPECULATE = {"exit_layer": 2, "num_speculations": 5}
 
 @pytest.fixture
 def endless(tiny_model):
-    """A generator that accepts every draft, without an end token, and its text."""
+    """Return a generator without an end token that accepts every draft, and its text."""
     model = tiny_model("llama", eos_token_id=None)
     for layer in model.model.layers[2:]:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)

@@ -85,7 +85,7 @@ def test_predict_resumes_and_overwrites_only_when_told(tmp_path, model_folder, c
 
 @pytest.fixture
 def thirty(tmp_path, model_folder) -> tuple[list[str], list[str]]:
-    """30 prompts, whose answers end after different numbers of tokens, and the command that answers them."""
+    """Return 30 prompts, whose answers differ in length, and the command that answers them."""
     prompts = [f"def f{i}(x):" + " x" * (i * 7 % 30) for i in range(30)]
     # a blank line after every third: a prompt's index is not its line
     lines = [prompt + "\n" * (1 + (i % 3 == 2)) for i, prompt in enumerate(prompts)]

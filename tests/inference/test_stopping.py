@@ -1,4 +1,4 @@
-"""Where a text ends, against decoding every prefix of it."""
+"""The end of a text, against decoding every prefix of it."""
 
 import random
 from itertools import pairwise
@@ -13,7 +13,7 @@ BYTES = "K1 text that depends on how its tokens come"
 
 
 class Pieces:
-    """A tokenizer whose token i is the i-th of some texts; it counts the tokens that it decodes."""
+    """Tokenizer whose token i is the i-th of some texts; it counts the tokens that it decodes."""
 
     def __init__(self, *pieces: str):
         self.pieces, self.decoded = pieces, 0
@@ -24,7 +24,7 @@ class Pieces:
 
 
 def expected(tokens, rule):
-    """The rule by brute force: the first prefix that ends the text, and why."""
+    """Return the first prefix that ends the text, and the reason, by brute force."""
     for num in range(1, len(tokens) + 1):
         text = rule.tokenizer.decode(tokens[:num], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if tokens[num - 1] in rule.eos_ids:
@@ -47,7 +47,7 @@ def cut_in_rounds(rounds, rule):
 
 
 def random_stop_strings(text, draw):
-    """Some that are in the text, mostly, and one that mostly is not."""
+    """Return some strings that mostly are in the text, and one that mostly is not."""
     inside = [text[start : start + draw.choice([1, 3, 7, 30])] for start in draw.choices(range(len(text) + 1), k=2)]
     outside = draw.choice(["end.\n", "🙃", " ab", "##", "</s>", "m_end|>", "zzz" * 40])
     return tuple(text for text in (*inside, outside) if text and "\ufffd" not in text)
@@ -98,7 +98,7 @@ def test_a_stop_string_before_a_cut_character(names, rounds, stop_string, length
 @pytest.mark.kind(BYTES, "F1")
 @pytest.mark.parametrize("num_speculations", [0, 1, 2, 3, 8])
 def test_drafting_does_not_move_the_end(tiny_model, num_speculations):
-    """A model whose blocks add nothing, so that every exit agrees, says what its embedding and head make it say."""
+    """The model's blocks add nothing, so that every exit agrees, and embedding and head alone decide the text."""
     import torch
 
     tokenizer = tokenizer_of("byte fallback")

@@ -1,4 +1,4 @@
-"""Pieces of a text as they are streamed, against the whole text."""
+"""Pieces of a text as they are streamed, against the text decoded at once."""
 
 import random
 

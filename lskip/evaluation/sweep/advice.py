@@ -1,4 +1,4 @@
-"""What to set for a task, of the cells that were measured."""
+"""Advice on what to set for a task, from the cells that were measured."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any
 
 from lskip.evaluation.sweep.grid import Cell
 
-PAYS = 1.02  # speed-up from which drafting is advised: less is what neighbours on the machine make of a timing
-TURNS = 0.75  # share of the turns in which it must have been faster, for the same reason
+MIN_SPEEDUP = 1.02  # from which drafting is advised: other load on the machine can make a timing differ by less
+MIN_TURNS = 0.75  # share of the turns in which it must have been faster, for the same reason
 
 
 def best_cell(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The record of the fastest cell; None where none pays. One of which nothing was accepted was lucky."""
+    """Return the record of the fastest cell; None where none pays. A cell that accepted no draft is never chosen."""
     paying = [record for record in records if record["acceptance_rate"] and pays(record["times"])]
     return max(paying, key=lambda record: record["times"]["speedup"], default=None)
 
 
 def pays(times: dict[str, Any]) -> bool:
-    """Whether it is surely faster. A clock that stood still (no number, or infinity) is no proof."""
+    """Return whether drafting is surely faster. Times of a clock that stood still (NaN or infinity) are no proof."""
     faster = sum(speedup > 1 for speedup in times["speedups"])
-    return PAYS <= times["speedup"] < math.inf and faster >= TURNS * len(times["speedups"])
+    return MIN_SPEEDUP <= times["speedup"] < math.inf and faster >= MIN_TURNS * len(times["speedups"])
 
 
 def advice(task: str, records: Sequence[dict[str, Any]]) -> str:
-    """One sentence: what to use for this task, or not to draft."""
+    """Return one sentence: the settings to use for this task, or not to draft."""
     best = best_cell(records)
     if best is None:
         measured = [speedup for record in records if math.isfinite(speedup := record["times"]["speedup"])]
@@ -43,7 +43,7 @@ def cell_of(record: dict[str, Any]) -> Cell:
 
 
 def flags(cell: Cell) -> list[str]:
-    """A cell in the options of generate and predict."""
+    """Return a cell as options of generate and predict."""
     given = {"exit_layer": cell.exit_layer, "num_speculations": cell.num_speculations}
     given |= {"draft": cell.settings()["draft"], "draft_weights": cell.draft_weights}
     if cell.policy != "FixedDraft":

@@ -1,4 +1,4 @@
-"""One cell of a sweep: a way to draft, timed against autoregressive decoding of the same prompts, turn by turn."""
+"""Measurement of one cell of a sweep: drafting timed in turns with autoregressive decoding of the same prompts."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ WARM_UP_TOKENS = 16
 
 
 class Generators:
-    """The model as it decodes alone, and beside it one that drafts: never more than these two are held.
+    """Generators of a sweep: one that decodes autoregressively and at most one more, which has what a draft needs.
 
-    Drafts that need nothing loaded need no second one.
+    Drafts that need nothing loaded use the first.
     """
 
     def __init__(self, loading: LoadingOptions):
         self.loading = replace(loading, exit_adapter=None)
         self.exit_adapter = loading.exit_adapter
         self.plain = self.loading.load()
-        self._held: tuple[str, TextGenerator] | None = None
+        self._loaded: tuple[str, TextGenerator] | None = None
 
     def drafting(self, cell: Cell) -> TextGenerator:
-        """Raises ValueError where such a draft does not work."""
+        """Return the generator for a cell; ValueError where its draft does not work on this machine."""
         if cell.drafter.needs is None:
-            self._held = None
+            self._loaded = None
             return self.plain
-        if self._held is None or self._held[0] != cell.draft:
-            self._held = None  # first, so that its memory is free for the next
+        if self._loaded is None or self._loaded[0] != cell.draft:
+            self._loaded = None  # first, so that its memory is free for the next
             adapter = self.exit_adapter if cell.drafter.needs == "exit_adapter" else None
             loading = replace(self.loading, draft_weights=cell.draft_weights, exit_adapter=adapter)
-            self._held = cell.draft, loading.load()
-        return self._held[1]
+            self._loaded = cell.draft, loading.load()
+        return self._loaded[1]
 
 
 class Pair(NamedTuple):
-    """One prompt's turn: its own pass alone, the autoregressive answer, the drafted one."""
+    """Outcomes of one prompt's turn: the first token alone, the autoregressive answer, the drafted one."""
 
     first_token: Generation
     plain: Generation
@@ -56,13 +56,13 @@ class Pair(NamedTuple):
 
 
 def measure_cell(generators: Generators, cell: Cell, prompts: Sequence[Prompt], rounds: int) -> dict[str, Any]:
-    """A cell's record. Everything but what is in "times" is the same whenever it is measured, with FixedDraft.
+    """Return a cell's record, in which with FixedDraft nothing but "times" depends on the clock.
 
     Args:
-        rounds: how often each prompt is answered, each time by both, who begins changing from turn to turn.
+        rounds: how often each prompt is answered, each time by both ways, which take turns in going first.
 
     Returns:
-        The cell's fields; "tokens"; "acceptance_rate"; "tokens_per_round", the prompt's own pass being one of them;
+        The cell's fields; "tokens"; "acceptance_rate"; "tokens_per_round", where the prefill counts as a round;
         "accepted_counts"; "mismatches": prompts whose text is not the autoregressive one; "times", of `times_of`.
     """
     generator, policy = generators.drafting(cell), POLICIES[cell.policy]()
@@ -92,7 +92,7 @@ def measure_cell(generators: Generators, cell: Cell, prompts: Sequence[Prompt], 
 
 
 def _warm_up(plain: TextGenerator, drafting: TextGenerator, prompt: Prompt, settings: dict[str, Any]) -> None:
-    """Both once: the first passes pay for what is made on demand."""
+    """Decode a few tokens both ways, since the first passes pay for what is made on demand."""
     few = {**prompt.settings, "max_new_tokens": min(WARM_UP_TOKENS, prompt.settings["max_new_tokens"])}
     plain.generate(prompt.ids, **few)
     drafting.generate(prompt.ids, **few, **settings)
@@ -115,13 +115,17 @@ def _pair(
 def times_of(
     pairs: Sequence[Pair], plain: Costs, drafting: Costs, planned: list[tuple[DraftPlan, int]]
 ) -> dict[str, Any]:
-    """What depends on the clock, and what the costs of either side say; their weights' forms may differ.
+    """Return all of a record that depends on the clock.
+
+    Args:
+        plain, drafting: costs of either generator, whose weights may be packed in different layouts.
+        planned: each round's plan and number of slots.
 
     Returns:
-        "speedup": the median over all turns of autoregressive seconds over drafted seconds, the prompt's pass in
-        both; "speedups": each of them; "tokens_per_second", "autoregressive_tokens_per_second"; "share_of_ideal":
-        measured over what the cost model gives the rounds that were planned, the prompt's pass
-        left out. None where a text has one token. NaN for a turn of which the clock saw nothing.
+        "speedup": the median over all turns of autoregressive over drafted seconds, prefill included; "speedups": each
+        of them, NaN where the clock stood still; "tokens_per_second", "autoregressive_tokens_per_second";
+        "share_of_ideal": the speed-up over the cost model's for the planned rounds, prefill left out in both; None
+        where a text has one token.
     """
     speedups = [pair.plain.seconds / (pair.drafted.seconds or math.nan) for pair in pairs]
     gained = [
@@ -142,7 +146,7 @@ def times_of(
 
 
 def remember_rounds(policy: DraftPolicy, rounds: list[tuple[DraftPlan, int]]) -> None:
-    """Makes `policy` append to `rounds` what each round drafted and in how many slots, besides learning from it."""
+    """Make `policy` append each round's plan, as drafted, and its number of slots to `rounds` when it learns."""
     learn = policy.learn
 
     def learn_and_remember(plan: DraftPlan, drafted: int, accepted: list[int], *more) -> None:

@@ -1,4 +1,4 @@
-"""What drafts would bring along a model's own text, told without decoding."""
+"""Prediction of the rounds of drafts along a model's own text, without decoding again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lskip.losses import rows_at_once
 
 
 class DraftRound(NamedTuple):
-    """A round that did not happen: tokens that it would have drafted, and how many of them are the model's own."""
+    """A predicted round: tokens that it would draft, and how many of them would be accepted."""
 
     drafted: int
     accepted: int
@@ -26,7 +26,7 @@ class OwnText(NamedTuple):
 
     Attributes:
         prompt, answer: token ids.
-        max_new_tokens: up to which it might have gone on: near that, rounds draft less.
+        max_new_tokens: the limit on the answer, near which rounds draft less.
     """
 
     prompt: list[int]
@@ -36,10 +36,10 @@ class OwnText(NamedTuple):
 
 @torch.inference_mode()
 def exit_predictions(runner: ModelRunner, text: OwnText, vocab_size: int) -> torch.Tensor:
-    """[L, N]: what each exit, first to last, takes for each of the N tokens of the answer, given all before it.
+    """Return the argmax [L, N] of each exit, first to last, for each of the N tokens of the answer.
 
-    One pass: the exit that drafts sees the model's own tokens only, up to the first that it gets wrong, so that
-    these are the very tokens it would draft.
+    One pass suffices: up to its first wrong token, a drafting exit sees the model's own tokens alone, so these are the
+    tokens that it would draft.
     """
     ids = torch.tensor([text.prompt + text.answer[:-1]], device=runner.device)
     cache, first = runner.new_cache(1, ids.shape[1]), len(text.prompt) - 1
@@ -48,22 +48,22 @@ def exit_predictions(runner: ModelRunner, text: OwnText, vocab_size: int) -> tor
         x, layers = runner.embed(ids[:, start : start + PREFILL_ROWS], [start]), []
         for block in range(runner.num_layers):
             x = runner.run(x, cache, [start], block, block + 1)
-            if start + x.shape[1] > first:  # else the piece is of the prompt alone
+            if start + x.shape[1] > first:  # else this piece predicts no token of the answer
                 layers.append(_decode(runner, x[0, max(first - start, 0) :], rows_at_once(vocab_size, runner.device)))
         columns += [torch.stack(layers)] if layers else []
     return torch.cat(columns, 1)
 
 
 def _decode(runner: ModelRunner, states: torch.Tensor, rows: int) -> torch.Tensor:
-    """[N, D] -> [N]."""
+    """Return the argmax [N] of states [N, D]."""
     return torch.cat([runner.decode(part[None])[0].argmax(-1) for part in states.split(rows)])
 
 
 def rounds_of_exit(text: OwnText, hits: Sequence[bool], num_speculations: int) -> list[DraftRound]:
-    """The rounds after the prompt's own pass, drafted by an exit.
+    """Return the rounds after the prefill, drafted by an exit.
 
     Args:
-        hits: for each token of the answer, whether the exit takes it for the next one.
+        hits: for each token of the answer, whether it is the exit's argmax.
     """
 
     def right(done: int, most: int) -> DraftRound:
@@ -73,7 +73,7 @@ def rounds_of_exit(text: OwnText, hits: Sequence[bool], num_speculations: int) -
 
 
 def rounds_of_ngrams(text: OwnText, num_speculations: int) -> list[DraftRound]:
-    """The same, drafted by what followed the same n-grams earlier. A round that finds none drafts nothing."""
+    """Return the rounds after the prefill, drafted by prompt lookup. A round that finds no n-gram drafts nothing."""
     index = NgramIndex()
 
     def right(done: int, most: int) -> DraftRound:
@@ -86,28 +86,28 @@ def rounds_of_ngrams(text: OwnText, num_speculations: int) -> list[DraftRound]:
 
 
 def leading(hits: Sequence[bool]) -> int:
-    """How many are true before the first that is not."""
+    """Return how many are true before the first that is not."""
     return next((place for place, hit in enumerate(hits) if not hit), len(hits))
 
 
 def _rounds(text: OwnText, num_speculations: int, right: Callable[[int, int], DraftRound]) -> list[DraftRound]:
-    done, rounds = 1, []  # the prompt's pass has brought the first token
+    done, rounds = 1, []  # the prefill has brought the first token
     while done < len(text.answer):
-        # No more than the text may still get, its last token being the model's own: as lskip.inference.decoding.batch.
+        # As Batch: no more than the text may still get, less the model's own token.
         rounds.append(right(done, min(num_speculations, text.max_new_tokens - done - 1)))
         done += rounds[-1].accepted + 1
     return rounds
 
 
 def shorter_rounds(accepted_counts: Counter[int], num_speculations: int) -> list[DraftRound]:
-    """About the rounds of a draft that were measured with more tokens, had it drafted only so many.
+    """Return about the rounds that a draft would have with fewer tokens, from rounds measured with more.
 
-    Each round keeps its place: what a shorter one would have left for the next is taken to fare alike.
+    Each measured round makes one. The tokens that a shorter round leaves to the next are taken to fare alike.
     """
     counts = ((min(accepted, num_speculations), rounds) for accepted, rounds in accepted_counts.items())
     return [DraftRound(num_speculations, accepted) for accepted, rounds in counts for _ in range(rounds)]
 
 
 def tokens_of(rounds: Iterable[DraftRound]) -> int:
-    """Tokens that they bring, each its accepted ones and the model's own."""
+    """Return the tokens that rounds bring: in each the accepted ones and the model's own."""
     return sum(each.accepted + 1 for each in rounds)

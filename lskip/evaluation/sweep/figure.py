@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from lskip.evaluation.layers.figure import drawn
 
-COLORS = "cividis"  # even to eyes that see no red or no green
+COLORS = "cividis"  # legible with red-green colour blindness
 LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito
 LEVELS = 12
 MARKS = "osD^vP"
@@ -21,7 +21,7 @@ Records = Sequence[dict[str, Any]]
 
 
 def sweep_figure(task: str, model: str, records: Records) -> Figure:
-    """A map of each draft with two exit layers or more, and lines for all others against num_speculations."""
+    """Return a map for each draft with two exit layers or more, and lines over num_speculations for all others."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
         groups.setdefault((record["draft"], record["policy"]), []).append(record)
@@ -50,13 +50,13 @@ def title_of(draft: str, policy: str) -> str:
 
 
 def is_map(group: Records) -> bool:
-    """Whether exit_layer and num_speculations both vary."""
+    """Return whether exit_layer and num_speculations both vary."""
     exits = {record["exit_layer"] for record in group}
     return None not in exits and len(exits) > 1 and len({record["num_speculations"] for record in group}) > 1
 
 
 def draw_map(axes: Axes, group: Records, levels: np.ndarray, best: float):
-    """Contours over the grid, each cell's value written at its place, the best of all cells framed."""
+    """Draw contours over the grid, each cell's value at its place, the best of all cells framed."""
     exits = sorted({record["exit_layer"] for record in group})
     counts = sorted({record["num_speculations"] for record in group})
     found = {(r["exit_layer"], r["num_speculations"]): r["times"]["speedup"] for r in group}
@@ -70,7 +70,7 @@ def draw_map(axes: Axes, group: Records, levels: np.ndarray, best: float):
         weight = "bold" if speedup == best else "normal"
         axes.text(count, exit_layer, f"{speedup:.2f}", ha="center", va="center", fontsize=8, bbox=frame, weight=weight)
     axes.set(xlabel="num_speculations", ylabel="exit_layer", xticks=counts, yticks=exits)
-    axes.use_sticky_edges = False  # else the values at the edges lie over the ticks
+    axes.use_sticky_edges = False  # otherwise the values at the edges lie over the ticks
     axes.margins(0.12)
     return shown
 

@@ -1,4 +1,4 @@
-"""The file of a sweep under way: a line for each finished part, so that a kill loses one part at most."""
+"""The file of a sweep under way, with a line for each finished part, so that a kill loses one part at most."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ TIMES |= {"share_of_ideal": int | float | None}
 
 
 class SweepFile:
-    """Parts of one sweep by name. The first line says of what sweep; another sweep does not go on with it.
+    """Finished parts of one sweep. The first line says of which; another sweep does not go on with it.
 
     Attributes:
         parts: name -> record, in the order in which they were finished.
     """
 
     def __init__(self, path: Path, sweep: dict[str, Any], resume: bool, overwrite: bool):
-        """
+        """Read the parts that the file has, if this sweep goes on with it.
+
         Args:
-            sweep: what all parts have in common, in plain types.
+            sweep: task, options and counts of all parts, in plain types.
 
         Raises:
             ValueError: the file exists and neither flag says what to do (or both do), or it is of another sweep.
@@ -39,14 +40,14 @@ class SweepFile:
                 f"output: '{path.parent}' holds a sweep; go on with it by --resume true, replace it by --overwrite"
                 " true, or name another"
             )
-        self._header = ""  # to be written with the first part, so that a sweep that is refused leaves no file
+        self._header = ""  # is written with the first part, so that a sweep that is refused leaves no file
         if found and resume:
             self._take(found, sweep)
         else:
             self._header = json.dumps({"sweep": sweep}) + "\n"
 
     def _whole_lines(self) -> list[Any]:
-        """What the file holds; a last line that a kill cut short is removed."""
+        """Return the file's lines; a last one that a kill cut short is removed from it."""
         data = self.path.read_bytes() if self.path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
@@ -76,7 +77,7 @@ class SweepFile:
             self.parts[part["part"]] = part["record"]
 
     def add(self, name: str, record: dict[str, Any]) -> None:
-        """Keeps a finished part; ValueError if it cannot be written: what was there before still is."""
+        """Write a finished part; ValueError if that fails, with the earlier ones still there."""
         try:
             with self.path.open("w" if self._header else "a", encoding="utf-8") as file:
                 file.write(f"{self._header}{json.dumps({'part': name, 'record': record})}\n")
@@ -88,7 +89,7 @@ class SweepFile:
 
 
 def _is_part(part: Any) -> bool:
-    """Whether it is a line of a cell (which has times) or of a fixed exit (which has scores), as far as it is read."""
+    """Return whether it is a cell's line, with times, or a fixed exit's, with scores; only fields in use count."""
     record = part.get("record") if isinstance(part, dict) else None
     if not isinstance(record, dict) or not isinstance(part.get("part"), str):
         return False

@@ -1,4 +1,4 @@
-"""The cells of a sweep: what drafts, with how many blocks, how many tokens, by which policy."""
+"""The cells of a sweep: draft, exit layer, number of tokens and policy."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lskip.utils.checks import check_choice, check_whole
 
 PolicyName = Literal["FixedDraft", "ConfidenceDraft", "CostAwareDraft"]
 DRAFT_WEIGHTS = get_args(DraftWeights)
-SHARES = (1 / 6, 1 / 4, 1 / 3, 1 / 2)  # of the layers: where drafts exit when nothing is said
+SHARES = (1 / 6, 1 / 4, 1 / 3, 1 / 2)  # of the layers: the default exits
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell sets.
+    """Settings of one cell.
 
     Attributes:
         draft: as `--draft`, or a name in DRAFT_WEIGHTS: draft "weights" of these `draft_weights`.
-        exit_layer: blocks that draft; None: not for this draft to say, or all blocks (DRAFT_WEIGHTS).
-        num_speculations: tokens drafted, at most where another policy than FixedDraft decides.
+        exit_layer: blocks that draft; None: all blocks (DRAFT_WEIGHTS), or the draft has no such setting.
+        num_speculations: tokens drafted; at most, where another policy than FixedDraft decides.
         policy: the name of a DraftPolicy.
     """
 
@@ -47,21 +47,18 @@ class Cell:
         return drafter_named(self.draft)
 
     def settings(self) -> dict[str, Any]:
-        """GenerationSettings that carry it out."""
-        return {
-            "draft": self.drafter.kind,
-            "exit_layer": self.exit_layer,
-            "num_speculations": self.num_speculations,
-        }
+        """Return the cell as fields of GenerationSettings, without the policy."""
+        kind = self.drafter.kind
+        return {"draft": kind, "exit_layer": self.exit_layer, "num_speculations": self.num_speculations}
 
 
 def draft_names() -> tuple[str, ...]:
-    """Return what a cell's `draft` may be."""
+    """Return the values that a cell's `draft` may have."""
     return (*(kind for kind in DRAFTERS if kind != "weights"), *DRAFT_WEIGHTS)
 
 
 def drafter_named(draft: str) -> type[Drafter]:
-    """Return what drafts in cells of this name."""
+    """Return the drafter of cells with this `draft`."""
     return DRAFTERS["weights" if draft in DRAFT_WEIGHTS else draft]
 
 
@@ -72,14 +69,14 @@ def grid(
     policies: Sequence[str],
     num_layers: int,
 ) -> list[Cell]:
-    """All cells, those of one draft side by side.
+    """Return all cells, those of one draft side by side.
 
     Args:
-        exit_layers: for drafts that exit; the last layer stands for drafts of all blocks, which rounded weights make.
-            None: SHARES of the layers, and all blocks for rounded weights.
+        exit_layers: for drafts that exit; the last layer stands for all blocks of rounded weights. None: SHARES of the
+            layers, and all blocks for rounded weights.
 
     Raises:
-        ValueError: no cell is left of these values, or an exit_layer is beyond the model.
+        ValueError: these values make no cell, or an exit_layer is beyond the model.
     """
     cells = []
     for draft in dict.fromkeys(drafts):
@@ -93,7 +90,7 @@ def grid(
 
 
 def exits_of(draft: str, exit_layers: Sequence[int] | None, num_layers: int) -> list[int | None]:
-    """What a draft's cells have for exit_layer."""
+    """Return the exit layers of a draft's cells; None: the draft has none, or runs all blocks."""
     for exit_layer in exit_layers or ():
         if exit_layer > num_layers:
             raise ValueError(f"exit_layers: {exit_layer} is not from 1 to {num_layers}, the model's layers")
@@ -112,7 +109,7 @@ def check_grid(
     policies: Sequence[str],
     loading: LoadingOptions,
 ) -> None:
-    """What can be known before a model is loaded.
+    """Check a grid's values as far as is possible before a model is loaded.
 
     Raises:
         ValueError: an empty list or a value that no model allows, or loading options that a grid sets itself.

@@ -1,4 +1,4 @@
-"""`lskip sweep`: every way to draft on the prompts of a task, and what the task's metric says of fixed exits."""
+"""`lskip sweep`: the speed of every way to draft on a task's prompts, and the task's metric at fixed exits."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NUM_SPECULATIONS = (2, 4, 6, 8)
 
 @dataclass(frozen=True)
 class FixedExit:
-    """A part of a sweep that is no cell: the task's metric for the answers of one exit."""
+    """Part of a sweep that is no cell: the task's metric for the answers of one exit."""
 
     exit_layer: int
 
@@ -109,7 +109,7 @@ def sweep(
 
 
 def describe(task: Task, loading: LoadingOptions) -> dict[str, Any]:
-    """What all cells of a sweep have in common, in plain types."""
+    """Return the task and the options that all cells of a sweep have in common, in plain types."""
     options = {f"task.{name}": str(value) for name, value in vars(task).items() if not name.startswith("_")}
     return {"task": task.name, **options, **asdict(loading), "model_files": digest_of(loading.model)}
 
@@ -117,7 +117,7 @@ def describe(task: Task, loading: LoadingOptions) -> dict[str, Any]:
 def measure_missing(
     parts: Sequence[Part], file: SweepFile, task: Task, loading: LoadingOptions, counts: dict[str, int]
 ) -> None:
-    """Measures the parts that `file` does not hold yet; with Ctrl-C it keeps what is done and says how to go on."""
+    """Measure the parts that `file` lacks; with Ctrl-C the finished ones stay, and the error says how to go on."""
     missing = [part for part in parts if str(part) not in file.parts]
     if not missing:
         return
@@ -133,13 +133,13 @@ def measure_missing(
                     record = score_exit(generators, part, task, counts)
                 file.add(str(part), record)
                 bar.update()
-        except KeyboardInterrupt as pressed:  # or what stands for another signal
+        except KeyboardInterrupt as pressed:  # or its subclass for another signal
             message = f", {bar.n} of {len(parts)} cells are done; go on with --resume true"
             raise type(pressed)(message) from None
 
 
 def score_exit(generators: Generators, part: FixedExit, task: Task, counts: dict[str, int]) -> dict[str, Any]:
-    """{"exit_layer", "prompts", "scores"}: the metrics of the texts that this exit writes alone."""
+    """Return {"exit_layer", "prompts", "scores"}, with the metrics of the texts generated from this exit alone."""
     generator = generators.plain
     prompts = prompts_of(task, generator, counts["scored_prompts"])
     answers = texts_in_order(generator, prompts, counts["batch_size"], exit_layer=part.exit_layer)
@@ -149,7 +149,7 @@ def score_exit(generators: Generators, part: FixedExit, task: Task, counts: dict
 
 
 def write_results(folder: Path, task: Task, shared: dict[str, Any], found: dict[Part, dict[str, Any]]) -> None:
-    """The tables and the advice onto the terminal; sweep.json, sweep.csv and sweep.png into the folder."""
+    """Print the tables and the advice, and write sweep.json, sweep.csv and sweep.png into the folder."""
     cells = [record for part, record in found.items() if isinstance(part, Cell)]
     exits = [record for part, record in found.items() if not isinstance(part, Cell)]
     advised, console = advice(task.name, cells), plain_console()
@@ -165,7 +165,7 @@ def write_results(folder: Path, task: Task, shared: dict[str, Any], found: dict[
 
 
 def csv_of(cells: Sequence[dict[str, Any]]) -> str:
-    """A line a cell; what is a list or a table in the JSON file is left out."""
+    """Return a CSV table with a line a cell; lists and tables of the JSON file are left out."""
     rows, text = [flat(record) for record in cells], io.StringIO(newline="")
     writer = csv.DictWriter(text, rows[0])
     writer.writeheader()

@@ -39,11 +39,11 @@ from lskip.utils.console import plain_console
 from lskip.utils.user_errors import one_line
 
 MOST_SPECULATIONS = 8
-NEED_NO_TRAINING = ("int4", "ngram")  # drafts that any model may have
+NEED_NO_TRAINING = ("int4", "ngram")  # drafts for any model
 
 
 class Forecast(NamedTuple):
-    """What the cost model gives a cell: the speed-up of the rounds after the prompt's own pass."""
+    """Prediction of the cost model for a cell: the speed-up of the rounds after the prefill."""
 
     cell: Cell
     speedup: float
@@ -94,7 +94,7 @@ def tune(
     prompts = prompts_of(task, generators.plain, num_prompts)
     try:
         records = best_records(generators, cells, prompts, rounds, decoded_cells, batch_size)
-    except KeyboardInterrupt as pressed:  # or what stands for another signal
+    except KeyboardInterrupt as pressed:  # or its subclass for another signal
         raise type(pressed)("; nothing is saved yet: the same command begins anew") from None
     show_and_save(records, task, drafts, path, found_of(records, loading, prompts))
 
@@ -102,7 +102,7 @@ def tune(
 def show_and_save(
     records: Sequence[dict[str, Any]], task: Task, drafts: Sequence[str], path: Path, found: dict[str, Any]
 ) -> None:
-    """The table and the advice onto the terminal; then what was found into the file. ValueError if that fails."""
+    """Print the table and the advice, then save what was found; ValueError if that fails."""
     console = plain_console()
     print_cells(records, console)
     console.print(advice(task.name, records), untried(drafts, records), sep="", soft_wrap=True)
@@ -114,7 +114,7 @@ def show_and_save(
 
 
 def untried(drafts: Sequence[str], records: Sequence[dict[str, Any]]) -> str:
-    """What may pay where nothing did: drafts that need no training and were not tried."""
+    """Return a line that names untried drafts that need no training; "" where a draft pays or none is left."""
     left = [name for name in NEED_NO_TRAINING if name not in drafts]
     if not left or best_cell(records) is not None:
         return ""
@@ -129,7 +129,7 @@ def best_records(
     decoded_cells: int,
     batch_size: int,
 ) -> list[dict[str, Any]]:
-    """The records, as a sweep's, of the cells that are worth decoding."""
+    """Return the records, as a sweep's, of the cells that are worth decoding."""
     best = worth_decoding(forecast(generators, cells, prompts, batch_size), decoded_cells)
     return [measure_cell(generators, cell, prompts, rounds) for cell in tqdm(best, desc="decode", unit="cell")]
 
@@ -137,7 +137,7 @@ def best_records(
 def candidates(
     drafts: Sequence[str], exit_layers: Sequence[int] | None, num_speculations: Sequence[int], num_layers: int
 ) -> list[Cell]:
-    """As a sweep's grid, but with every exit: reading them all costs one pass."""
+    """Return the grid of a sweep, but with every exit for "layers": one pass reads them all."""
     cells = []
     for draft in dict.fromkeys(drafts):
         exits = range(1, num_layers) if exit_layers is None and draft == "layers" else exit_layers
@@ -148,7 +148,7 @@ def candidates(
 def forecast(
     generators: Generators, cells: Sequence[Cell], prompts: Sequence[Prompt], batch_size: int
 ) -> list[Forecast]:
-    """What each cell promises, the best first."""
+    """Return a forecast for each cell, the best first."""
     plain = generators.plain
     most = prompts[0].settings["max_new_tokens"]
     answers = texts_in_order(plain, prompts, batch_size)
@@ -170,7 +170,7 @@ def forecast(
     return best_first(forecasts)
 
 
-# Drafts whose rounds can be told along a text, without decoding: (text, hits of each exit, cell) -> rounds.
+# Drafts whose rounds can be predicted along a text, without decoding: (text, hits of each exit, cell) -> rounds.
 READ_AHEAD: dict[str, Callable[[OwnText, list[list[bool]], Cell], list[DraftRound]]] = {
     "layers": lambda text, hits, cell: rounds_of_exit(text, hits[cell.exit_layer - 1], cell.num_speculations),
     "ngram": lambda text, hits, cell: rounds_of_ngrams(text, cell.num_speculations),
@@ -178,12 +178,12 @@ READ_AHEAD: dict[str, Callable[[OwnText, list[list[bool]], Cell], list[DraftRoun
 
 
 def best_first(forecasts: Sequence[Forecast]) -> list[Forecast]:
-    """By speed-up; last what is no number."""
+    """Return the forecasts by speed-up, the highest first and those that are not finite last."""
     return sorted(forecasts, key=lambda each: each.speedup if math.isfinite(each.speedup) else 0.0, reverse=True)
 
 
 def hits_of(generator: TextGenerator, text: OwnText) -> list[list[bool]]:
-    """By exit, first to last: for each token of the answer, whether the exit takes it."""
+    """Return, by exit, first to last, and token of the answer, whether the token is the exit's argmax."""
     predictions = exit_predictions(generator.runner, text, generator.vocab_size)
     return (predictions.cpu() == torch.tensor(text.answer)).tolist()
 
@@ -191,14 +191,17 @@ def hits_of(generator: TextGenerator, text: OwnText) -> list[list[bool]]:
 def accepted_counts(
     generator: TextGenerator, cell: Cell, prompts: Sequence[Prompt], batch_size: int, most: int
 ) -> Counter[int]:
-    """Of a draft that no pass can tell, since what it sees depends on its rounds: decoded, with `most` tokens."""
+    """Return the accepted counts of a draft decoded with `most` tokens.
+
+    For drafts whose input depends on earlier rounds, so that no single pass can predict them.
+    """
     settings = {**cell.settings(), "num_speculations": most}
     ended = generator.generate_batch([p.ids for p in prompts], batch_size, **prompts[0].settings, **settings)
     return sum((generation.accepted_counts for _, generation in ended), Counter())
 
 
 def promised(generator: TextGenerator, cell: Cell, rounds: Sequence[DraftRound]) -> Forecast:
-    """By the cost model: the seconds of plain steps for these tokens over those of the rounds (1 where none is)."""
+    """Return the forecast of a cell: by the cost model, seconds of plain decoding over seconds of these rounds."""
     if not rounds:
         return Forecast(cell, 1.0, 1.0)
     costs = generator.costs
@@ -212,7 +215,7 @@ def promised(generator: TextGenerator, cell: Cell, rounds: Sequence[DraftRound])
 
 
 def worth_decoding(forecasts: Sequence[Forecast], count: int) -> list[Cell]:
-    """The best of each draft, then the best of the others, `count` in all; those of one draft side by side."""
+    """Return the best cell of each draft, then the best others, `count` in all, those of one draft side by side."""
     firsts = {forecast.cell.draft: forecast.cell for forecast in reversed(forecasts)}
     ranked = [forecast.cell for forecast in forecasts]
     chosen = [*sorted(firsts.values(), key=ranked.index), *(cell for cell in ranked if cell not in firsts.values())]
@@ -220,7 +223,7 @@ def worth_decoding(forecasts: Sequence[Forecast], count: int) -> list[Cell]:
 
 
 def found_of(records: Sequence[dict[str, Any]], loading: LoadingOptions, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What is saved of a task: what to set, and where and on what that was measured."""
+    """Return the entry that is saved of a task: what to set, and where and on what that was measured."""
     best = best_cell(records)
     cell = None if best is None else cell_of(best)
     drafted = {"exit_layer": None, "num_speculations": 0, "draft": None} if cell is None else cell.settings()

@@ -1,4 +1,4 @@
-"""What `lskip tune` found, kept beside the model by task, and `--task` of generate and predict that goes by it."""
+"""Settings that `lskip tune` found, kept beside the model by task, and their use by `--task`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from lskip.utils.user_paths import user_path
 
 FILE = "tuned.json"
 CACHE = "~/.cache/lskip/tuned"
-DECODING = ("exit_layer", "num_speculations", "draft")  # what a task sets, of DecodingOptions and LoadingOptions
-LOADING = ("draft_weights", "exit_adapter")
+DECODING = ("exit_layer", "num_speculations", "draft")  # options that a task sets, of DecodingOptions
+LOADING = ("draft_weights", "exit_adapter")  # and of LoadingOptions
 WAIT = 60  # seconds for another process to save its task in the same file
 
 
 def tuned_path(model: str) -> Path:
-    """Where the tuned tasks of a model are: beside its checkpoint or in its folder; ~/.cache/lskip for all others.
+    """Return the file of a model's tuned tasks: beside its checkpoint or in its folder, else in ~/.cache/lskip.
 
     Raises:
         ValueError, FileNotFoundError: there is no such model.
     """
-    from lskip.models.pretrained import find_source  # brings the GGUF reader and the hub client: only when asked
+    from lskip.models.pretrained import find_source  # late: it imports the GGUF reader and the hub client
 
     found = find_source(model)
     if found.kind == "folder":
@@ -39,7 +39,7 @@ def tuned_path(model: str) -> Path:
 
 
 def read_tuned(path: Path) -> dict[str, dict[str, Any]]:
-    """Task -> what was found; nothing where no task was tuned. ValueError for a file that holds something else."""
+    """Return what was found by task; {} where no task was tuned; ValueError for a file that has something else."""
     if not path.exists():
         return {}
     try:
@@ -52,7 +52,7 @@ def read_tuned(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _is_found(found: Any) -> bool:
-    """Whether it is what tune saves of a task, as far as it is used."""
+    """Return whether it is an entry that tune saves of a task; only fields in use count."""
     if not isinstance(found, dict) or not {*DECODING, *LOADING, "device"} <= set(found):
         return False
     try:
@@ -67,18 +67,18 @@ def _is_found(found: Any) -> bool:
 
 
 def adapter_place(name: str) -> str:
-    """What names an exit adapter from every folder: its whole path, or the name of one that comes with lskip."""
+    """Return an exit adapter's name that holds in every folder: its absolute path, or the name of a shipped one."""
     return name if name in SHIPPED else str(user_path(name, "exit_adapter").resolve())
 
 
 def check_place(path: Path) -> None:
-    """ValueError, before anything is measured, where no task can be saved."""
+    """Raise ValueError, before anything is measured, where no task can be saved."""
     read_tuned(path)
     make_writable(path.parent, "model: what is tuned is kept beside it")
 
 
 def save_tuned(path: Path, task: str, found: dict[str, Any]) -> None:
-    """Puts a task among those that the file holds, all at once; another process may be at it too."""
+    """Add a task to the file, in one step, since another process may write it at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with only_writer(path, "task", WAIT):
         write_json(path, read_tuned(path) | {task: found})
@@ -87,10 +87,10 @@ def save_tuned(path: Path, task: str, found: dict[str, Any]) -> None:
 def tuned_options(
     task: str | None, decoding: DecodingOptions, loading: LoadingOptions
 ) -> tuple[DecodingOptions, LoadingOptions]:
-    """The options with what a task sets in place of what the user has left open.
+    """Return the options, with the task's settings in place of what the user has left open.
 
-    A user who says that nothing drafts (num_speculations 0, an exit_criterion), or that something else does, gets
-    no draft of the task's.
+    A user who turns drafting off (num_speculations 0, an exit_criterion), or names another draft, gets no draft of the
+    task's.
 
     Raises:
         ValueError: no such task was tuned for this model (it lists those that were), or on another kind of device.
@@ -104,7 +104,7 @@ def tuned_options(
         advice = f"lskip tune --model {loading.model} --task {task}, or --task LocalTask --task.path {task}.jsonl"
         raise ValueError(f"task: {task!r} is not tuned for {loading.model} ({known}); run: {advice}")
     found = tasks[task]
-    from lskip.inference.loading import resolve_device  # brings torch: only when asked
+    from lskip.inference.loading import resolve_device  # late: it imports torch
 
     here = resolve_device("auto").type if loading.device == "auto" else loading.device.partition(":")[0]
     if here != found["device"]:
@@ -125,13 +125,13 @@ def _check_found(task: str, found: dict[str, Any], model: str) -> None:
         find_adapter(found["exit_adapter"], f"task: {task!r} was tuned with an exit_adapter")
     exit_layer = found["exit_layer"]
     if exit_layer is None or find_source(model).kind not in ("folder", "checkpoint"):
-        return  # of others the file goes by their name
+        return  # the tuned file of others goes by their name, so it is of this model
     if exit_layer > (layers := load_config(model).num_hidden_layers):
         raise ValueError(f"task: {task!r} was tuned for another model: exit_layer {exit_layer} of {layers}; tune again")
 
 
 def _drafts_otherwise(found: dict[str, Any], decoding: DecodingOptions, loading: LoadingOptions) -> bool:
-    """Whether the user names another draft than the task's."""
+    """Return whether the user names another draft than the task's."""
     mine, theirs = loading.exit_adapter, found["exit_adapter"]
     if mine is not None and (theirs is None or adapter_place(mine) != adapter_place(theirs)):
         return True

@@ -1,4 +1,4 @@
-"""Texts come and go: a batch whose slots are refilled from a queue while the others go on (continuous batching)."""
+"""Continuous batching: a batch whose slots are refilled from a queue while the other texts go on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lskip.inference.decoding.batch_chooser import BatchChooser
 from lskip.inference.decoding.early_exit import exit_round
-from lskip.inference.decoding.engine import LONGEST_DRAFT, Round, check_logits, prefill, verify
+from lskip.inference.decoding.engine import Round, check_logits, prefill, verify
 from lskip.inference.decoding.sampling import TokenChooser
 from lskip.inference.decoding.state_recorder import StateRecorder
 from lskip.inference.drafting.costs import Costs
@@ -25,6 +25,7 @@ from lskip.inference.drafting.registry import DRAFTERS, drafts_of
 from lskip.inference.drafting.round import Drafted, Slots, nothing_drafted
 from lskip.inference.exit_criteria import ExitCriterion, Logits
 from lskip.inference.generation import Generation
+from lskip.inference.layers.kv_cache import PREFILL_ROWS
 from lskip.inference.runners.exit_head_runner import read_at
 from lskip.inference.settings import GenerationSettings
 from lskip.inference.stopping import StopRule
@@ -32,17 +33,20 @@ from lskip.inference.stopping import StopRule
 if TYPE_CHECKING:
     from lskip.models.exit_heads import TrainedExits
 
+LONGEST_DRAFT = PREFILL_ROWS - 1  # tokens in each slot that one pass may verify
+
 
 @dataclass(eq=False)
 class Request:
-    """One prompt and what becomes of it.
+    """One prompt on its way to a text.
 
     Attributes:
         prompt: token ids.
-        chooser: how its tokens are chosen.
-        stop: when it ends.
-        generation: the outcome, growing.
+        chooser: chooses its tokens.
+        stop: ends its text.
+        generation: the outcome so far.
         index: its place among the prompts of a batch.
+        began: time of the start of its prefill, of time.perf_counter.
     """
 
     prompt: list[int]
@@ -54,7 +58,7 @@ class Request:
 
     @property
     def left(self) -> int:
-        """Tokens that it may still get."""
+        """Number of tokens that it may still get."""
         return self.stop.max_new_tokens - len(self.generation.token_ids)
 
     @property
@@ -62,7 +66,7 @@ class Request:
         return self.generation.finish_reason is not None
 
     def add(self, tokens: list[int], drafted: int = 0, accepted: int = 0) -> list[int]:
-        """Takes a round's tokens up to where the text ends, and returns these."""
+        """Add a round's tokens up to the end of the text, and return these."""
         kept, self.generation.finish_reason = self.stop.cut(tokens, self.generation.token_ids)
         self.generation.add(kept, drafted, accepted)
         self.generation.seconds = time.perf_counter() - self.began
@@ -71,10 +75,10 @@ class Request:
 
 
 class Batch:
-    """Decodes any number of requests, at most so many at a time as there are slots (continuous batching).
+    """Batch of requests, at most as many at a time as there are slots; others wait in a queue.
 
-    Slots 0 … A-1 of the cache are in use. A request that ends gives its slot to the last one's, whose keys and values
-    move, once; then waiting requests join behind it, each prefilled by itself.
+    Slots 0 … A-1 of the cache are in use. When a request ends, the one in the last slot moves into its slot, keys and
+    values included. Waiting requests join behind the others, each prefilled alone.
     """
 
     def __init__(
@@ -90,23 +94,23 @@ class Batch:
 
         Args:
             runners: the model, and what may draft for it.
-            settings: how to draft and how deep to go; how tokens are chosen is each request's own.
+            settings: how to draft and how deep to go; each request's chooser has the settings of sampling.
             slots: requests that are decoded at a time.
-            cells: positions that the longest text needs, its last token left out.
+            cells: cells that the longest text needs: one a token, but for its last.
             costs: measures what rounds cost, for a policy that asks.
-            recorder: keeps the states of each text for its Generation, where no adapter is; None: nobody does.
+            recorder: keeps the states of each text for its Generation, where there is no adapter; None: keep none.
         """
         self.runners, self.recorder, num_layers = runners, recorder, runners.model.num_layers
-        self.full, num_speculations = full_depth(settings, num_layers), longest_draft(settings)
-        # A slot near its end drafts as many as the others: room for what it will not keep.
+        self.full, num_speculations = settings.full_depth(num_layers), longest_draft(settings)
+        # A slot near its end drafts as many tokens as the others: cells for those that it will not keep.
         self.cache = runners.model.new_cache(slots, cells + (num_speculations if slots > 1 else 0))
         self.slots = Slots(self.cache, torch.empty(0, dtype=torch.long, device=runners.model.device))
         self.requests: list[Request] = []
         self.waiting: deque[Request] = deque()
         self.policy: DraftPolicy = settings.draft_policy or FixedDraft()
         self.criterion = bound(settings.exit_criterion, runners.exits)
-        self.stops_draft = bound(getattr(self.policy, "criterion", None), runners.exits)
-        self.reading = read_at(runners.model, runners.exits, self.full)
+        self.draft_criterion = bound(getattr(self.policy, "criterion", None), runners.exits)
+        self.runner = read_at(runners.model, runners.exits, self.full)
         self.drafts = []
         if num_speculations:
             self.drafts = drafts_of(settings.draft, settings.exit_layer, runners.available)
@@ -117,12 +121,12 @@ class Batch:
             self.policy.begin(self.drafts, costs, num_speculations)
 
     def add(self, request: Request) -> None:
-        """Queues a request; it joins when a slot is free."""
+        """Queue a request; it joins when a slot is free."""
         self.waiting.append(request)
 
     @torch.inference_mode()
     def cancel(self, request: Request) -> None:
-        """Takes a request out, whether it waits or runs."""
+        """Take a request out, whether it waits or runs."""
         if request in self.waiting:
             self.waiting.remove(request)
         elif request in self.requests:
@@ -135,7 +139,7 @@ class Batch:
 
     @torch.inference_mode()
     def round(self) -> list[tuple[Request, list[int]]]:
-        """Lets waiting requests join, and adds tokens to every request; returns what each one got."""
+        """Let waiting requests join, add tokens to every request, and return what each one got."""
         news = self._join()
         if self.requests:
             for request, tokens in self._advance():
@@ -147,7 +151,7 @@ class Batch:
         return list(news.items())
 
     def _join(self) -> dict[Request, list[int]]:
-        """Prefills waiting requests into free slots; the prompt's pass brings the first token."""
+        """Prefill waiting requests into free slots, and return the first token of each, which the prefill brings."""
         news = {}
         while self.waiting and len(self.requests) < len(self.cache.lengths):
             request = self.waiting.popleft()
@@ -156,7 +160,7 @@ class Batch:
             observer = None if self.slots.observer is None else self.slots.observer.begin(slot)
             for drafter in self.drafters.values():
                 drafter.begin(slot)
-            logits = prefill(self.reading, self.cache.slot(slot), request.prompt, self.full, observer)
+            logits = prefill(self.runner, self.cache.slot(slot), request.prompt, self.full, observer)
             check_logits(logits)
             self.cache.lengths[slot] = len(request.prompt)
             none = torch.empty(1, 0, dtype=torch.long, device=logits.device)
@@ -171,7 +175,7 @@ class Batch:
         return news
 
     def _record(self, request: Request, slot: int) -> None:
-        """Gives a request that has ended its states, before another has its slot."""
+        """Store the states of a request that has ended in its Generation, before another has its slot."""
         if self.recorder is not None:
             request.generation.states = self.recorder.of(
                 slot, len(request.prompt) + len(request.generation.token_ids) - 1
@@ -199,7 +203,7 @@ class Batch:
     def _speculate(self, chooser: BatchChooser) -> Round:
         began = time.perf_counter()
         plan, drafted = self._draft(chooser)
-        outcome = verify(self.reading, self.slots, drafted, self.full, chooser)
+        outcome = verify(self.runner, self.slots, drafted, self.full, chooser)
         if self.drafts:
             self.policy.learn(plan, max(outcome.drafted), outcome.accepted, time.perf_counter() - began)
         return outcome
@@ -233,15 +237,15 @@ class Batch:
         return PLAIN, nothing_drafted(self.slots)
 
     def _most(self) -> int:
-        """Tokens that a slot can be drafted: more than any request may still get is of no use, nor has it a cell."""
+        """Return the most tokens that a round can draft in each slot, by what requests may get and by their cells."""
         room = self.cache.cells - 1 - max(self.slots.starts)
         return min(room, max(request.left for request in self.requests) - 1, LONGEST_DRAFT)
 
     def _goes_on(
         self, exit_layer: int, logits: Logits, margins: Callable[[], Tensor] | None, ids: Tensor, states: Tensor
     ) -> bool:
-        if self.stops_draft is not None:
-            sure = self.stops_draft.exits(exit_layer, states[:, 0], states[:, 0], lambda: logits()[:, 0])
+        if self.draft_criterion is not None:
+            sure = self.draft_criterion.exits(exit_layer, states[:, 0], states[:, 0], lambda: logits()[:, 0])
             return 2 * int((~sure).sum()) < len(sure)
         return self.policy.goes_on(
             lambda: logits()[:, 0].float().softmax(-1).gather(1, ids[:, None])[:, 0].tolist(),
@@ -250,15 +254,10 @@ class Batch:
 
 
 def bound(criterion: ExitCriterion | None, exits: TrainedExits | None) -> ExitCriterion | None:
-    """A criterion for this model; ValueError if it needs an exit classifier that the model does not have."""
+    """Return a criterion for this model; ValueError if it needs an exit classifier that the model does not have."""
     return None if criterion is None else criterion.bound(None if exits is None else exits.classifier)
 
 
 def longest_draft(settings: GenerationSettings) -> int:
-    """Tokens that a round may draft in each slot at most."""
+    """Return the most tokens that a round may draft in each slot."""
     return min(settings.num_speculations, LONGEST_DRAFT)
-
-
-def full_depth(settings: GenerationSettings, num_layers: int) -> int:
-    """Blocks that decide a token: all, or at a fixed exit its own."""
-    return num_layers if settings.num_speculations else settings.exit_layer or num_layers

@@ -1,4 +1,4 @@
-"""Choosing the tokens of a round in all cells of a batch."""
+"""Choice of a round's tokens in all slots of a batch."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from lskip.inference.decoding.sampling import TokenChooser
 
 
 class BatchChooser:
-    """Chooses the tokens of a round in all slots.
+    """Choice of a round's tokens in all slots.
 
     Attributes:
-        takes_argmax: whether what is chosen is the argmax of logits, after `ban`.
+        takes_argmax: whether the tokens are the argmax of logits after `ban`.
     """
 
     def __init__(self, choosers: list[TokenChooser]):
-        """choosers: one a slot, in the order of the slots."""
+        """Take one chooser a slot, in the order of the slots."""
         self.choosers = choosers
         self.takes_argmax = all(chooser.takes_argmax for chooser in choosers)
         self._slots = [RejectionChooser(chooser) if chooser.rejection else chooser for chooser in choosers]
 
     def ban(self, logits: Tensor, drafted: Tensor) -> None:
-        """Bars the end tokens of texts that are too short for one, in place. Arguments as in `verify` or `sample`."""
+        """Ban, in place, the end tokens of texts that are too short for one. Arguments as in `verify` or `sample`."""
         for chooser, rows, ids in zip(self.choosers, logits, drafted, strict=True):
             chooser.ban(rows, ids)
 
     def sample(self, logits: Tensor, drafted: Tensor) -> Tensor:
-        """The draft's next tokens [B], from its logits [B, 1, V] and the `drafted` [B, i] of this round so far.
+        """Return the draft's next tokens [B], from its logits [B, 1, V] and the `drafted` [B, i] of this round so far.
 
         The logits may be written to.
         """
@@ -38,14 +38,11 @@ class BatchChooser:
         return torch.cat([slot.sample(*rows) for slot, *rows in zip(self._slots, logits, drafted, strict=True)])
 
     def verify(self, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
-        """What a verification brings.
+        """Return the number of drafted tokens [B] that are kept, and the model's own token [B] after them.
 
         Args:
             logits: [B, d+1, V], the model's, after the text and after each drafted token; may be written to.
             drafted: [B, d], d >= 0.
-
-        Returns:
-            [B]: how many drafted tokens are kept; [B]: the model's own token after them.
         """
         if self.takes_argmax:
             return keep_agreeing(self._argmax(logits, drafted), drafted)
@@ -54,6 +51,5 @@ class BatchChooser:
         return torch.cat(accepted), torch.cat(own)
 
     def _argmax(self, logits: Tensor, drafted: Tensor) -> Tensor:
-        """One argmax for all slots."""
         self.ban(logits, drafted)
         return logits.argmax(-1)

@@ -1,8 +1,7 @@
-"""Early exit without verification: each token goes as deep as a criterion asks, and its text is another one.
+"""Early exit without verification: a criterion decides how deep each token goes, so the text is another one.
 
-Other than at a fixed exit, tokens of one text differ in depth. One that has exited leaves no states above its exit
-for later tokens to attend to. There its exit state stands in: blocks above the exit make their keys and values of it
-(CALM, Schuster et al., arXiv 2207.07061).
+A token that has exited has no states above its exit for later tokens to attend to. Blocks above the exit make their
+keys and values from its exit state instead (CALM, Schuster et al., arXiv 2207.07061).
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ def exit_round(
     chooser: Chooser,
     trained: TrainedExits | None = None,
 ) -> tuple[Round, list[int]]:
-    """Adds one token to each slot, chosen at its own exit: the last of `full` blocks where the criterion names none.
+    """Add one token to each slot, chosen at its own exit: after all `full` blocks where the criterion names none.
 
     Args:
-        trained: what the exits have of their own.
+        trained: affine maps of the exits; None: there are none.
 
     Returns:
-        The round, and the blocks that each slot's token ran.
+        The round, and the exit layer of each slot's token.
     """
     logits, depths = descend(runner, slots, criterion, full, trained)
     _, slots.pending = chooser.verify(logits()[:, None], nothing_drafted(slots).ids)
@@ -52,13 +51,13 @@ def exit_round(
 def descend(
     runner: ModelRunner, slots: Slots, criterion: ExitCriterion, full: int, trained: TrainedExits | None = None
 ) -> tuple[Logits, list[int]]:
-    """Runs the pending tokens block by block until all have exited, and fills the cache above.
+    """Run the pending tokens block by block until all have exited, and fill the cache above.
 
-    All slots go through the blocks while one does: a few rows cost about what one does. One that has exited meets
-    each with its exit state, of which the block's keys and values are made, and keeps that state.
+    All slots go through the blocks while one does: a few rows cost about what one does. One that has exited keeps its
+    exit state, and each further block makes keys and values from it.
 
     Returns:
-        Logits of the exits [A, V], and how many blocks each slot ran.
+        Logits of the exits [A, V], and the exit layer of each slot.
     """
     starts = slots.starts
     x = runner.embed(slots.pending[:, None], starts)
@@ -79,5 +78,5 @@ def descend(
 
 
 def exit_logits(runner: ModelRunner, x: Tensor) -> Logits:
-    """Decodes x [A, 1, D] to [A, V] when first asked, and only then."""
+    """Return a function that decodes x [A, 1, D] to [A, V] when first called, and only then."""
     return cache(lambda: runner.decode(x)[:, 0])

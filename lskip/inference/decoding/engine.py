@@ -1,10 +1,10 @@
-"""Decoding a batch of texts: prefill, then rounds of draft and verify (arXiv 2404.16710, section 4.3).
+"""Decoding of a batch of texts: prefill, then rounds of draft and verify (arXiv 2404.16710, section 4.3).
 
 Every text has a slot of the cache and, between rounds, one pending token: its last, which no block has seen yet.
-A round drafts d tokens a slot, runs the blocks that the draft has not run once over the states that it left, and
-keeps in each slot the longest prefix that the whole model agrees with, plus the model's own next token.
-Autoregressive decoding is a round that drafts nothing; generating from a fixed exit is that on the first blocks.
-What this file does not know: text, stopping, sampling, when slots come and go, how blocks are run.
+A round drafts d tokens a slot and runs the remaining blocks in one pass over the states that the draft left. Each slot
+keeps the longest prefix that the full model agrees with, and the model's own next token.
+Autoregressive decoding is rounds that draft nothing; a fixed exit is the same on the first blocks alone.
+Stopping, sampling, slots' coming and going and the running of blocks are elsewhere.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from lskip.inference.drafting.round import Chooser, Drafted, Observer, Slots, fi
 from lskip.inference.layers.kv_cache import PREFILL_ROWS, KVCache
 from lskip.inference.runners.base import ModelRunner
 
-LONGEST_DRAFT = PREFILL_ROWS - 1  # tokens in each slot that one pass may verify
-
 
 class Round(NamedTuple):
-    """What a round brought, by slot: the tokens, how many were drafted, and how many of these are among the tokens."""
+    """Outcome of a round, by slot: the new tokens, how many were drafted, and how many of these were accepted."""
 
     tokens: list[list[int]]
     drafted: list[int]
@@ -32,7 +30,7 @@ class Round(NamedTuple):
 def run_past(
     runner: ModelRunner, x: Tensor, cache: KVCache, starts: list[int], first: int, full: int, observer: Observer | None
 ) -> tuple[Tensor | None, Tensor]:
-    """Blocks `first` … `full`-1 as `run` does: the states at an observer's exit (None without one), and at the end."""
+    """Run blocks `first` … `full`-1; return the states at the observer's exit (None without one), and at the end."""
     if observer is None:
         return None, runner.run(x, cache, starts, first, full)
     at_exit = runner.run(x, cache, starts, first, observer.exit_layer)
@@ -42,13 +40,13 @@ def run_past(
 def prefill(
     runner: ModelRunner, cache: KVCache, prompt: list[int], full: int, observer: Observer | None = None
 ) -> Tensor:
-    """Runs blocks 0 … `full`-1 on a prompt, in pieces, into a `cache` of one slot, from its first cell on.
+    """Run blocks 0 … `full`-1 on a prompt, in pieces, into a `cache` of one slot, from its first cell on.
 
     Args:
         observer: of that slot.
 
     Returns:
-        [1, 1, V]: the logits after its last token, the only ones that are needed.
+        [1, 1, V]: the logits after the prompt's last token.
     """
     start = 0
     for rows in torch.tensor([prompt], device=runner.device).split(PREFILL_ROWS, dim=1):
@@ -60,13 +58,13 @@ def prefill(
 
 
 def keep_agreeing(own: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
-    """own [B, d+1], drafted [B, d] -> length of the prefix in which they agree [B], and `own` there [B]."""
+    """Return the length [B] of the prefix in which own [B, d+1] and drafted [B, d] agree, and `own` [B] behind it."""
     accepted = (own[:, :-1] == drafted).long().cumprod(1).sum(1)
     return accepted, own.gather(1, accepted[:, None])[:, 0]
 
 
 def check_logits(logits: Tensor) -> None:
-    """ValueError unless a token can be chosen by them; of numbers that are none, argmax takes any."""
+    """Raise ValueError where the highest logit is not finite, so that argmax would take any token."""
     if not logits.max().isfinite():
         raise ValueError(
             "model: what it computes for this prompt is not finite (NaN or infinite logits); its weights or its config"
@@ -75,10 +73,7 @@ def check_logits(logits: Tensor) -> None:
 
 
 def verify(runner: ModelRunner, slots: Slots, drafted: Drafted, full: int, chooser: Chooser) -> Round:
-    """Runs the rest of the `full` blocks over pending and drafted tokens, and settles what is kept.
-
-    Adds 1 to d + 1 tokens to each slot.
-    """
+    """Run the rest of the `full` blocks over pending and drafted tokens, and add 1 to d + 1 tokens to each slot."""
     starts, num_drafted = slots.starts, drafted.ids.shape[1]
     if drafted.states:
         last = [start + num_drafted for start in starts]
@@ -97,7 +92,7 @@ def verify(runner: ModelRunner, slots: Slots, drafted: Drafted, full: int, choos
         slots.observer.observe(at_exit, runner.norm(x), starts, [count for count, *_ in table])
     slots.pending = own
     for slot, (count, *_) in enumerate(table):
-        # Rolling back is not moving on: cells of refused tokens are beyond the new length, to be written over.
+        # Refused tokens need no rollback: their cells lie beyond the new length and are written over.
         slots.cache.lengths[slot] += 1 + count
     tokens = [[*ids[:count], token] for count, token, *ids in table]
     counts = drafted.counts or [num_drafted] * len(table)

@@ -1,4 +1,4 @@
-"""Random numbers of sampling: functions of their key, from no global generator."""
+"""Random numbers of sampling, which depend on their key alone and on no global generator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Purpose(IntEnum):
-    """What random numbers are for; those of different purposes are independent."""
+    """Purpose of random numbers; those of different purposes are independent."""
 
     OWN = 0  # the model's own token; with shared noise also the draft's
     DRAFT = 1  # the draft's token in rejection sampling
@@ -18,13 +18,13 @@ class Purpose(IntEnum):
 
 
 def random_source(seed: int, position: int, purpose: Purpose = Purpose.OWN, index: int = 0) -> np.random.Generator:
-    """A generator that depends on its arguments and nothing else; other arguments give an independent one."""
-    # Philox is a function of key and counter. It counts in the counter's lowest word, so that streams that differ
-    # in the higher ones never meet.
+    """Return a generator that depends on its arguments alone; other arguments give an independent one."""
+    # Philox is a function of key and counter. It counts in the counter's lowest word, so that streams that differ in
+    # the other words never meet.
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, index, purpose, position]))
 
 
 def gumbel_noise(seed: int, position: int, size: int, purpose: Purpose = Purpose.OWN, index: int = 0) -> Tensor:
-    """float32 [size] on the CPU: argmax(log weights + it) is an exact draw from the normalized weights."""
+    """Return float32 [size] on the CPU: argmax(log weights + noise) is an exact draw from the normalized weights."""
     exponential = random_source(seed, position, purpose, index).standard_exponential(size)
     return torch.from_numpy(-np.log(np.maximum(exponential, np.finfo(np.float64).tiny))).float()

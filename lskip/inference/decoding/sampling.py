@@ -1,4 +1,4 @@
-"""Choosing tokens from logits: greedy, or sampled with noise that draft and verification share."""
+"""Choice of tokens from logits: greedy, or sampled with noise that draft and verification share."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ from lskip.utils.devices import to_device
 
 
 class TokenChooser:
-    """Chooses the tokens of one text.
+    """Choice of one text's tokens.
 
     Sampling is argmax(processed logits + Gumbel noise), the noise a function of (seed, position) alone: an exact
-    draw from the processed distribution. Draft and verification see the same noise, so a drafted token is
-    accepted when it equals the verifier's own choice, and the text does not depend on whether, or how, it
-    was drafted.
+    draw from the processed distribution. Draft and verification see the same noise. So a drafted token is accepted
+    where it equals the model's own choice, and the text does not depend on whether, or how, it was drafted.
 
     Nothing here waits for the logits' device.
 
     Attributes:
-        text: prompt and every token emitted so far; its owner extends it after each round.
-        rejection: whether drafted tokens are to be accepted by rejection sampling (RejectionChooser).
+        text: tokens of the prompt and the answer so far; its owner extends it after each round.
+        rejection: whether drafted tokens are to be verified by rejection sampling (RejectionChooser).
     """
 
     def __init__(
@@ -44,11 +43,12 @@ class TokenChooser:
         by_text: tuple[LogitsProcessor, ...] = (),
         more_warpers: tuple[LogitsProcessor, ...] = (),
     ):
-        """
+        """Prepare for the text behind `prompt`.
+
         Args:
-            eos_ids: barred from the first `settings.min_new_tokens` positions after the prompt.
-            by_text: further rules for a token that depend on the text before it.
-            more_warpers: further rules of sampling.
+            eos_ids: banned from the first `settings.min_new_tokens` positions after the prompt.
+            by_text: further logits processors that depend on the text before a token.
+            more_warpers: further logits processors of sampling.
         """
         self.text, self.seed, self.eos_ids = list(prompt), seed, tuple(eos_ids)
         self.first_eos = len(prompt) + settings.min_new_tokens
@@ -63,38 +63,33 @@ class TokenChooser:
 
     @property
     def takes_argmax(self) -> bool:
-        """Whether `draw` is an argmax, but for barred end tokens."""
+        """Whether `sample` is the argmax of logits after `ban`."""
         return self.greedy and not self.by_text
 
     def ban(self, logits: Tensor, drafted: Tensor) -> None:
-        """Bars the end tokens where the text is too short for one, in place. Arguments as in `draw`."""
+        """Ban, in place, the end tokens where the text is too short for one. Arguments as in `sample`."""
         if (rows := self.first_eos - self._first_position(logits, drafted)) > 0:
             for token in self.eos_ids:
                 logits[:rows, token] = float("-inf")
 
-    def draw(self, logits: Tensor, drafted: Tensor) -> Tensor:
-        """Tokens for n consecutive positions.
+    def sample(self, logits: Tensor, drafted: Tensor) -> Tensor:
+        """Return token ids [n] for n consecutive positions.
 
         Args:
             logits: [n, V]; row j is for the token at position len(text) + m - (n - 1) + j.
             drafted: [m], m >= n - 1: tokens after the text; row j stands after the first m - (n - 1) + j of them.
-
-        Returns:
-            Token ids [n].
         """
         scores = self.scores(logits, drafted)
         if not self.greedy:
             scores = scores + self.noise(self._first_position(logits, drafted), scores)
         return scores.argmax(-1)
 
-    sample = draw
-
     def verify(self, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
-        """logits [d+1, V], drafted [d] -> how many drafted tokens are kept [1], and the token after them [1]."""
-        return keep_agreeing(self.draw(logits, drafted)[None], drafted[None])
+        """Return the number of kept tokens [1] and the token after them [1], from logits [d+1, V] and drafted [d]."""
+        return keep_agreeing(self.sample(logits, drafted)[None], drafted[None])
 
     def scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
-        """float32 [n, V]: the processed logits, in the order of transformers' generate. Arguments as in `draw`."""
+        """Return the processed logits, float32 [n, V], in the order of transformers' generate; see `sample`."""
         first, scores = self._first_position(logits, drafted), logits.float()
         if self.by_text:
             before = torch.cat([self._text_on(drafted.device), drafted])[None]
@@ -106,12 +101,12 @@ class TokenChooser:
         return self.warpers(None, scores)
 
     def noise(self, first: int, like: Tensor) -> Tensor:
-        """Gumbel noise of `like`'s shape [n, V] for the tokens from position `first` on."""
+        """Return Gumbel noise of `like`'s shape [n, V] for the tokens from position `first` on."""
         for position in [position for position in self._noise if position < len(self.text)]:
             del self._noise[position]
         num, size = like.shape
         for position in range(first, first + num):
-            if position not in self._noise:  # verification asks for what the draft has just used
+            if position not in self._noise:  # verification uses the draft's noise again
                 self._noise[position] = to_device(gumbel_noise(self.seed, position, size), like.device)
         return torch.stack([self._noise[position] for position in range(first, first + num)])
 
@@ -119,7 +114,7 @@ class TokenChooser:
         return len(self.text) + drafted.shape[-1] - (logits.shape[-2] - 1)
 
     def _text_on(self, device: torch.device) -> Tensor:
-        """The text's ids on the device; only what is new travels."""
+        """Return the text's ids on the device, of which only the new ones are copied."""
         known = self._text_ids
         if known is None:
             known = torch.empty(0, dtype=torch.long, device=device)
@@ -130,7 +125,7 @@ class TokenChooser:
 
 
 def warpers(settings: GenerationSettings) -> list:
-    """What sampling does to logits, in the order of transformers' `_get_logits_processor`."""
+    """Return the logits processors of sampling, in the order of transformers' `_get_logits_processor`."""
     chosen = []
     if settings.temperature != 1:
         chosen.append(TemperatureLogitsWarper(float(settings.temperature)))

@@ -1,4 +1,4 @@
-"""The policy that drafts what pays, by what passes cost on this machine and by what was accepted so far."""
+"""The policy that drafts what pays, by the costs of passes on this machine and the acceptance so far."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 class Underway(NamedTuple):
-    """The round that CostAwareDraft has planned: what another token must promise, and what is known of those there are.
+    """The round that CostAwareDraft has planned, and its drafted tokens so far.
 
     Attributes:
-        plan: what it drafts.
-        is_try: whether it is to find out about a draft.
-        in_vain: whether it drafts nothing, since of all drafts none promised to pay.
-        speed: tokens that the best plan known brings in a plain step's time.
+        plan: draft and number of tokens.
+        is_try: whether its purpose is to learn a draft's acceptance.
+        in_vain: whether it drafts nothing because no draft promised to pay.
+        speed: tokens that the best plan known brings in the time of a plain round.
         reach: by slot, the chance that all its tokens so far are accepted.
-        seen: of each token so far the margins, by slot.
+        seen: margins of each token so far, by slot.
     """
 
     plan: DraftPlan
@@ -42,36 +42,39 @@ NOTHING = Underway(PLAIN, False, False, 1.0, [], [])
 
 
 class CostAwareDraft(DraftPolicy):
-    """Each round the draft and the number of tokens that promise most tokens per second; none where none pays.
+    """The draft and the number of tokens that promise most tokens per second, each round; none where none pays.
 
     A round of d tokens, each accepted with chance q, brings 1 + q + ... + q^d tokens; q is counted for each draft. A
-    round costs what `Costs` say, corrected by what rounds took where they are timed.
+    round's seconds come from `Costs`, corrected by measured rounds where they are timed.
     A draft that is not in use is tried where a hopeful q would make it the fastest, the least tested one first.
-    Where margins can be seen, q is counted by margin too, and a round ends where more tokens promise less for their
-    cost than the draft does on the whole: it is planned as long as may be. Where nothing promises to pay, the next
-    REST rounds are plain without another thought.
+    Where margins can be seen, q is counted by margin too. Then a round is planned as long as may be, and ends where
+    more tokens promise less for their cost than the draft does on average. Where no draft promises to pay, the next
+    REST rounds are plain without a new plan.
 
-    What may be lost is bounded, in plain steps: by `_patience` against plain decoding, whatever the reason, and by
+    Losses are bounded, in times of a plain round: by `_patience` against plain decoding, whatever the reason, and by
     `_curiosity` against the best plan known, in tries. Both begin at ALLOWANCE, grow by `budget` of the time, and
-    never exceed SAVINGS. A round that would overdraw them if all its tokens were refused is not planned. So by
-    these costs, and by what rounds took where they are timed, N tokens a slot take at most (1 + budget) N + ALLOWANCE
-    plain steps, whatever is accepted: by default never less than 0.97 x plain decoding's speed from 300 tokens on.
-    (A later stretch may lose SAVINGS.)
+    never exceed SAVINGS. A round that would overdraw them if all its tokens were refused is not planned. So, by these
+    seconds, N tokens a slot take at most (1 + budget) N + ALLOWANCE plain rounds, whatever is accepted: by default
+    never less than 0.97 x plain decoding's speed from 300 tokens on. (A later stretch may lose SAVINGS.)
     """
 
     ALLOWANCE = 6.0
     SAVINGS = 20.0
-    MARGIN = 1.02  # what a draft must promise over plain decoding to be used, and over the best plan to be tried
+    MIN_SPEEDUP = 1.02  # over plain decoding, for a draft to be used; over the best plan, for it to be tried
     FADING = 10  # counts fade as slowly as if a token were tested in one round of so many
-    PLAIN_EVERY = 50  # rounds that are timed before a plain one must be among them again, and another before it
-    TABLE = 8  # timed rounds that the table of costs counts as
-    STEADY = 32  # rounds that go into what corrects it: after few, the plan that looks best is the luckiest
-    REST = 8  # plain rounds without a plan, where none paid: it takes a hundredth of a small model's round
+    PLAIN_EVERY = 50  # timed rounds after which a plain one is timed again, behind one that is not (_has_just_drafted)
+    TABLE = 8  # weight of the table of costs, in timed rounds
+    STEADY = 32  # timed rounds that the correction averages: after few, the plan that looks best is the luckiest
+    REST = 8  # plain rounds without a plan where no draft paid: planning takes a hundredth of a small model's round
 
     chooses_draft = True
 
     def __init__(self, budget: float = 0.01, memory: int = 80):
-        """The share of time that may be lost, and how many tested tokens the count of q goes back.
+        """Set what the policy may lose and remember.
+
+        Args:
+            budget: share of the time that may be lost.
+            memory: tested tokens that the count of q goes back.
 
         Raises:
             ValueError: a budget that is not from 0 to 1, or a memory that is not a whole number from 2 up.
@@ -87,9 +90,9 @@ class CostAwareDraft(DraftPolicy):
         self._ratios = {"plain": 1.0}  # kind of draft -> seconds measured over predicted
         self._timed: dict[str, float] = {}  # kind of draft -> rounds of late
         self._since_plain = self.PLAIN_EVERY - 1  # timed rounds since a plain one
-        self._has_just_drafted = False  # which has driven the model's weights out of caches: a plain round is slow then
+        self._has_just_drafted = False  # drafting drives the model's weights out of caches: a plain round is slow then
         self._resting = 0  # slots of plain rounds that go without a plan
-        self._rested: list[float | None] = []  # what these took, where they were timed
+        self._rested: list[float | None] = []  # seconds of these, where they were timed
 
     def begin(self, drafts: Sequence[Draft], costs: Callable[[], Costs], num_speculations: int) -> None:
         super().begin(drafts, costs, num_speculations)
@@ -107,7 +110,7 @@ class CostAwareDraft(DraftPolicy):
             return PLAIN
         offers = [(*self._offer(draft, self._records[draft].cautious, slots, most), draft) for draft in drafts]
         best = max(offers)
-        speed, count, used = best if best[0] >= self.MARGIN else (1.0, 0, None)
+        speed, count, used = best if best[0] >= self.MIN_SPEEDUP else (1.0, 0, None)
         trial = self._trial([draft for draft in drafts if draft != used], slots, most, speed)
         if trial is None and used in self._by_margin:
             count = max(count, self._longest(used, slots, most))
@@ -117,7 +120,7 @@ class CostAwareDraft(DraftPolicy):
         return plan
 
     def _longest(self, draft: Draft, slots: int, most: int) -> int:
-        """The most tokens that patience allows for, should all of them be refused."""
+        """Return the most tokens that patience allows, should all of them be refused."""
         limit = (1 + self._patience) / self._ratio(draft.kind)
         return len(list(takewhile(lambda steps: steps <= limit, self._steps(draft, slots)[:most])))
 
@@ -132,7 +135,7 @@ class CostAwareDraft(DraftPolicy):
         reach[:] = [chance * by_margin.chance(margin, usual) for chance, margin in zip(reach, seen[-1], strict=True)]
         steps, now, ratio = self._steps(draft, len(reach)), len(seen) - 1, self._ratio(draft.kind)
         chance, tokens = sum(reach) / len(reach), 0.0
-        for after in range(now + 1, most):  # further ones may pay where the next alone does not: rows cost unevenly
+        for after in range(now + 1, most):  # more may pay where the next alone does not: costs grow in steps
             chance *= usual
             tokens += chance
             if tokens >= speed * ratio * (steps[after] - steps[now]):
@@ -140,21 +143,21 @@ class CostAwareDraft(DraftPolicy):
         return False
 
     def _trial(self, drafts: list[Draft], slots: int, most: int, speed: float) -> DraftPlan | None:
-        """The least tested of `drafts` that might beat `speed`, with as many tokens as are likeliest to pay."""
+        """Return the least tested of `drafts` that might beat `speed`, with the tokens that would pay most; or None."""
         for draft in sorted(drafts, key=lambda draft: self._records[draft].tested):
             record = self._records[draft]
-            if self._offer(draft, record.hopeful, slots, most)[0] < speed * self.MARGIN:
+            if self._offer(draft, record.hopeful, slots, most)[0] < speed * self.MIN_SPEEDUP:
                 continue
-            # If all is refused, the round brings one token, for which the best plan takes 1 / speed.
+            # If all tokens are refused, the round brings one, for which the best plan takes 1 / speed.
             count = self._offer(draft, record.likely, slots, most, self._curiosity + 1 / speed)[1]
             if count:
                 return DraftPlan(draft, count)
         return None
 
     def _offer(self, draft: Draft, chance: float, slots: int, most: int, limit: float = math.inf) -> tuple[float, int]:
-        """What a draft promises if each token is accepted with `chance`: its best speed over plain, and tokens for it.
+        """Return a draft's best speed-up if each token is accepted with `chance`, and the number of tokens for it.
 
-        Rounds that cost more than `limit` plain steps, or more than patience allows, are left out: (0, 0) if all are.
+        Rounds that cost more than `limit` plain rounds, or more than patience allows, are left out: (0, 0) if all are.
         """
         ratio, limit = self._ratio(draft.kind), min(limit, 1 + self._patience)
         best, reached, tokens = (0.0, 0), 1.0, 1.0
@@ -167,14 +170,14 @@ class CostAwareDraft(DraftPolicy):
         return best
 
     def _steps(self, draft: Draft, slots: int) -> list[float]:
-        """The cost of a round with 1, 2, ... num_speculations tokens in plain steps, as the table of costs has it."""
+        """Return the costs of rounds of 1, 2, … num_speculations tokens in plain rounds, by the table of costs."""
         if (draft, slots) not in self._tables:
             rounds = [round_seconds(self._costs, DraftPlan(draft, 1 + d), slots) for d in range(self.num_speculations)]
             self._tables[draft, slots] = [seconds / self._costs.plain(slots) for seconds in rounds]
         return self._tables[draft, slots]
 
     def _ratio(self, kind: str) -> float:
-        """By how much rounds of this kind exceed their predicted cost, compared with plain rounds."""
+        """Return measured over predicted seconds of rounds of this kind, relative to the same of plain rounds."""
         return self._ratios.get(kind, self._ratios["plain"]) / self._ratios["plain"]
 
     def learn(self, plan: DraftPlan, drafted: int, accepted: list[int], seconds: float | None = None) -> None:
@@ -194,7 +197,7 @@ class CostAwareDraft(DraftPolicy):
         self._has_just_drafted = drafted > 0
 
     def _learn_plain(self, seconds: list[float | None], slots: int) -> None:
-        """From rounds that drafted nothing, and what each took."""
+        """Learn from rounds that drafted nothing; `seconds` of each, None where it was not timed."""
         self._fade(len(seconds))
         self._spend(len(seconds), len(seconds))
         if timed := [each for each in seconds if each is not None]:
@@ -213,7 +216,7 @@ class CostAwareDraft(DraftPolicy):
             self._correct(draft.kind, seconds / (steps * self._costs.plain(slots)), 1)
 
     def _fade(self, rounds: int) -> None:
-        """So that a draft that is not in use becomes worth another try."""
+        """Fade all counts, so that a draft that is not in use becomes worth another try."""
         for record in self._records.values():
             record.add(0, 0, kept=(1 - 1 / (self.FADING * self.memory)) ** rounds)
 
@@ -223,9 +226,9 @@ class CostAwareDraft(DraftPolicy):
                 self._by_margin[draft].add(margins[slot], index < count, kept=1 - 1 / self.memory)
 
     def _taken(self, kind: str, steps: float, slots: int, seconds: float | None) -> float:
-        """Plain steps that a drafting round took: measured where it was timed, for what it lost is lost.
+        """Return the time of a drafting round in plain rounds: measured where it was timed, else expected.
 
-        Within a factor of two of what was expected: a hiccup of the machine is not the draft's.
+        A measured one is kept within a factor of two of the expected one: a hiccup of the machine is not the draft's.
         """
         expected = steps * self._ratio(kind)
         if seconds is None:
@@ -234,13 +237,13 @@ class CostAwareDraft(DraftPolicy):
         return min(max(measured, expected / 2), expected * 2)
 
     def _spend(self, steps: float, tokens: float) -> None:
-        """Books a round that cost so many plain steps and brought so many tokens to each slot."""
+        """Book a round that cost so many plain rounds (`steps`) and brought so many tokens to each slot."""
         self._patience = min(self.SAVINGS, self._patience + (1 + self.budget) * tokens - steps)
         lost = steps - tokens / self._under_way.speed if self._under_way.is_try else 0.0
         self._curiosity = min(self.SAVINGS, self._curiosity + self.budget * steps - lost)
 
     def _correct(self, kind: str, ratio: float, rounds: int) -> None:
-        """Takes in what rounds took over what was predicted; a single hiccup of the machine moves little."""
+        """Average in the measured over the predicted seconds of rounds, cut so that one hiccup moves little."""
         known = self._ratios.get(kind, self._ratios["plain"])
         for other in self._timed:
             self._timed[other] *= (1 - 1 / self.STEADY) ** rounds
@@ -250,7 +253,7 @@ class CostAwareDraft(DraftPolicy):
         self._since_plain = 0 if kind == "plain" else self._since_plain + 1
 
     def summary(self) -> dict[str, Any]:
-        """By draft (and "plain"): rounds, the q of late (None: nothing tested), and num_speculations -> rounds."""
+        """Return, by draft (and "plain"): rounds, the recent q (None: nothing tested), num_speculations -> rounds."""
         said: dict[str, Any] = {"plain": {"rounds": self._plain_rounds}}
         for draft, record in self._records.items():
             q = record.accepted / record.tested if record.tested else None

@@ -1,4 +1,4 @@
-"""What a round of decoding costs: a table measured once per model and machine, and the cost model on top of it."""
+"""Seconds of a round of decoding: a table measured once per model and machine, and the cost model on top of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RowCosts:
     Attributes:
         rows: measured numbers of rows, ascending.
         block: seconds of one block over so many rows (the mean over all blocks).
-        head: seconds of final norm, head and the likeliest token over so many rows.
+        head: seconds of final norm, head and argmax over so many rows.
     """
 
     rows: tuple[int, ...]
@@ -36,7 +36,7 @@ class RowCosts:
     head: tuple[float, ...]
 
     def __post_init__(self):
-        """ValueError unless there are two numbers of rows or more, ascending, with a time above 0 each."""
+        """Raise ValueError unless there are two numbers of rows or more, ascending, with a time above 0 each."""
         for count in self.rows:
             check_whole("rows", count, 1)
         if len(self.rows) < 2 or any(a >= b for a, b in zip(self.rows, self.rows[1:], strict=False)):
@@ -49,24 +49,24 @@ class RowCosts:
                     raise ValueError(f"{name}: {value!r} is not a number of seconds above 0")
 
     def block_seconds(self, rows: int) -> float:
-        """One block over `rows` rows."""
+        """Return the seconds of one block over `rows` rows."""
         return self._between(self.block, rows)
 
     def head_seconds(self, rows: int) -> float:
-        """Final norm, head and the likeliest token over `rows` rows."""
+        """Return the seconds of final norm, head and argmax over `rows` rows."""
         return self._between(self.head, rows)
 
     def token_seconds(self, blocks: int, rows: int) -> float:
-        """Return the seconds of a token in each of `rows` rows that is read off after `blocks` blocks."""
+        """Return the seconds of predicting a token in each of `rows` rows after `blocks` blocks."""
         return blocks * self.block_seconds(rows) + self.head_seconds(rows)
 
     def _between(self, seconds: tuple[float, ...], rows: int) -> float:
-        """Linear between measured numbers of rows, and beyond the last one."""
+        """Interpolate linearly between measured numbers of rows, and extrapolate beyond the last."""
         index = bisect_left(self.rows, rows)
         if index < len(self.rows) and self.rows[index] == rows:
             return seconds[index]
         if index == len(self.rows):
-            # Over the upper half of the table: neighbours may differ by less than they were measured to.
+            # A slope over the upper half of the table, since neighbours may differ by less than their error.
             low, high = min(bisect_left(self.rows, self.rows[-1] / 2), index - 2), index - 1
             slope = max(0.0, self._slope(seconds, low, high))
         else:
@@ -80,7 +80,7 @@ class RowCosts:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a round by the cost model, from bare calls of blocks and head.
+    """Cost model of a round, in seconds, from bare calls of blocks and head.
 
     Attributes:
         num_layers: L.
@@ -101,16 +101,16 @@ class Costs:
         return self.model.token_seconds(self.num_layers - done, rows)
 
     def plain(self, slots: int) -> float:
-        """A round that drafts nothing: one full step."""
+        """Return the seconds of a round that drafts nothing: one token a slot through all blocks."""
         return self.verify(0, slots)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON."""
+        """Return the costs in plain types, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, saved: Any) -> Costs:
-        """The inverse of `to_dict`, after JSON or not.
+        """Return the costs that `to_dict` gave, after JSON or not.
 
         Raises:
             ValueError: what is missing or wrong, in one sentence.
@@ -136,7 +136,7 @@ def _row_costs(saved: Any) -> RowCosts:
 
 
 def fields_of(saved: Any, name: str, expected: tuple[str, ...]) -> dict[str, Any]:
-    """A table with just the `expected` keys, in their order; ValueError, which begins with `name`, for another."""
+    """Return `saved` with its keys in `expected` order; ValueError, which begins with `name`, for other keys."""
     if not isinstance(saved, dict) or set(saved) != set(expected):
         found = repr(list(saved) if isinstance(saved, dict) else saved)[:80]
         raise ValueError(f"{name}: {found} is not a table of {', '.join(expected)}")
@@ -150,9 +150,9 @@ def measure_costs(
     seconds: float = 4.0,
     adapter_runner: ModelRunner | None = None,
 ) -> Costs:
-    """Times blocks and heads of all steps over growing numbers of rows, in about `seconds` or less.
+    """Time blocks and head of each runner over growing numbers of rows, in about `seconds` or less.
 
-    Medians of up to 9 rounds, each of which goes over everything once, so that a busy spell of the machine
+    Returns medians of up to 9 rounds, each of which times everything once, so that a busy spell of the machine
     meets all alike. On a slow model the larger numbers of rows are left out.
     """
     begin = perf_counter()
@@ -172,12 +172,12 @@ def measure_costs(
 
 
 def blocks_of(runner: ModelRunner | None) -> int:
-    """0 where there is none."""
+    """Return its number of blocks; 0 for None."""
     return 0 if runner is None else runner.num_layers
 
 
 class Timer:
-    """Times bare passes of one runner in a cache of their own, one slot long."""
+    """Timer of one runner's bare passes, with a cache of one slot."""
 
     def __init__(self, runner: ModelRunner):
         self.runner = runner
@@ -185,11 +185,11 @@ class Timer:
         self.samples: dict[int, list[tuple[float, float]]] = {}
 
     def choose_rows(self, seconds: float) -> None:
-        """Warms up with one pass of each number of rows, from few to many, until `seconds` are about to be over."""
-        self.time(ROWS[0])  # the first of all passes pays for what is made on demand
+        """Warm up with one pass of each number of rows, from few to many, until `seconds` are about to be over."""
+        self.time(ROWS[0])  # the first pass also pays for what is made on demand
         spent = a_row = 0.0
         for rows in ROWS:
-            # A row of many costs no more than one of few; a line needs two points.
+            # `a_row` bounds the time of a row in a larger pass from above. A line needs two points.
             if len(self.samples) >= 2 and spent + rows * a_row > seconds:
                 break
             self.samples[rows] = []
@@ -197,24 +197,25 @@ class Timer:
             spent, a_row = spent + last, last / rows
 
     def time_all(self) -> None:
-        """One more sample of each chosen number of rows."""
+        """Take one more sample of each chosen number of rows."""
         for rows, samples in self.samples.items():
             samples.append(self.time(rows))
 
     def time(self, rows: int) -> tuple[float, float]:
-        """Seconds of all blocks, and of the head, over `rows` rows of one slot."""
+        """Return the seconds of all blocks, and of the head, over `rows` rows of one slot."""
         runner = self.runner
         x = runner.embed(torch.zeros(1, rows, dtype=torch.long, device=runner.device), [0])
         begin = self._now()
         runner.run(x, self.cache, [CONTEXT], 0, runner.num_layers)
         middle = self._now()
-        # Not of what the blocks made: behind an empty cache that is like no text, and all tokens about as likely.
+        # The head is timed on the embeddings: behind an empty cache the blocks' output is unlike any text's, with all
+        # tokens about as probable, so that a screened head could rule none out.
         if runner.argmax(x) is None:
-            runner.decode(x).argmax(-1)  # which `argmax` has done
+            runner.decode(x).argmax(-1)
         return middle - begin, self._now() - middle
 
     def medians(self) -> RowCosts:
-        """Of all samples so far."""
+        """Return the medians of all samples so far."""
         runs, heads = zip(*(map(median, zip(*samples, strict=True)) for samples in self.samples.values()), strict=True)
         return RowCosts(tuple(self.samples), tuple(run / self.runner.num_layers for run in runs), heads)
 

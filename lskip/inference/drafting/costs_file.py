@@ -1,4 +1,4 @@
-"""The JSON file that keeps what passes of a model cost on a machine."""
+"""The JSON file that keeps the costs of a model's passes on a machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def keep_costs(
     path: Path, runner: ModelRunner, draft_runner: ModelRunner | None = None, adapter_runner: ModelRunner | None = None
 ) -> Costs:
-    """The costs in a JSON file, for the same model on the same machine; measured and written where there is none.
+    """Return the costs in a JSON file of this model on this machine; measure and write them where there is none.
 
     Raises:
         ValueError: a file that holds something else, or costs of another model or device.
@@ -35,15 +35,15 @@ def keep_costs(
     device, costs = read_costs(path)
     if device != here:
         raise ValueError(f"costs_file: '{path}' was measured on {device!r}, not on {here!r}; name another")
-    held = costs.num_layers, costs.draft is None, costs.adapter_blocks
-    if held != (runner.num_layers, draft_runner is None, blocks_of(adapter_runner)):
+    measured = costs.num_layers, costs.draft is None, costs.adapter_blocks
+    if measured != (runner.num_layers, draft_runner is None, blocks_of(adapter_runner)):
         parts = "another model, of other draft_weights or of another exit_adapter"
         raise ValueError(f"costs_file: '{path}' is of {parts}; name another file")
     return costs
 
 
 def read_costs(path: Path) -> tuple[str, Costs]:
-    """What a costs_file says: the device, and its costs. ValueError if it says something else."""
+    """Return the device and the costs of a costs_file; ValueError if it has something else."""
     advice = "remove it to measure again"
     try:
         saved = parse_json(read_text(path, "costs_file"), f"costs_file: '{path}'")

@@ -1,4 +1,4 @@
-"""What a round drafts: from which source, and how many tokens."""
+"""Drafts and plans: the source that a round drafts from, and the number of tokens."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import NamedTuple
 
 
 class Draft(NamedTuple):
-    """A source of drafted tokens."""
+    """A kind of drafter and the number of the model's blocks that it runs."""
 
     kind: str  # a name in registry.DRAFTERS
-    exit_layer: int  # blocks that draft; 0 where none do
+    exit_layer: int  # 0: none
 
     def __str__(self) -> str:
         return f"{self.kind} {self.exit_layer}" if self.exit_layer else self.kind
 
 
 class DraftPlan(NamedTuple):
-    """What a round drafts: `num_speculations` tokens in each slot, from `draft`."""
+    """Plan of a round: `num_speculations` tokens in each slot, from `draft` (None: none)."""
 
     draft: Draft | None
     num_speculations: int

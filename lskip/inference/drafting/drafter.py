@@ -1,4 +1,4 @@
-"""The base of every source of drafts. A new one is a class in a file of its own, registered under its name."""
+"""The base class of all drafters. A new kind is a class in a file of its own, registered under its name."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from lskip.inference.drafting.adapter import AdapterRunner
     from lskip.models.exit_heads import TrainedExits
 
-# Told, of the token drafted last, what makes its logits [A, 1, V] and its margins [A] (None: not to be had), its ids
-# [A] and the states [A, 1, D] that it was read from; False ends the draft.
+# Asked after each drafted token: (function that returns its logits [A, 1, V], one that returns the margins [A] between
+# the two highest, or None, token ids [A], the exit's states [A, 1, D]) -> False ends the draft.
 GoesOn = Callable[[Callable[[], Tensor], Callable[[], Tensor] | None, Tensor, Tensor], bool]
 
 
 class Available(NamedTuple):
-    """What a model offers for drafting.
+    """Parts of a loaded model that may draft.
 
     Attributes:
         num_layers: L.
         draft_weights: whether there is a copy in rounded weights.
-        adapter_exit: the layer that its exit adapter was made for; None: it has none.
+        adapter_exit: exit layer of its exit adapter; None: it has none.
     """
 
     num_layers: int
@@ -37,20 +37,20 @@ class Available(NamedTuple):
     adapter_exit: int | None = None
 
     def has(self, option: str | None) -> bool:
-        """Return whether it was loaded with a Drafter's `needs`."""
+        """Return whether the model was loaded with a Drafter's `needs`."""
         loaded = {None: True, "draft_weights": self.draft_weights, "exit_adapter": self.adapter_exit is not None}
         return loaded[option]
 
 
 @dataclass(frozen=True)
 class Runners:
-    """What a generator has loaded.
+    """All that a generator has loaded.
 
     Attributes:
-        model: the model's own blocks.
+        model: the model's own blocks and head.
         draft: the same in rounded weights, or None.
         adapter: the model's exit adapter, or None.
-        exits: what the model's exits have of their own, or None.
+        exits: affine maps and the classifier of the model's exits, or None.
     """
 
     model: ModelRunner
@@ -60,20 +60,21 @@ class Runners:
 
     @property
     def available(self) -> Available:
-        """What there is to draft with."""
+        """Parts that may draft."""
         adapter_exit = None if self.adapter is None else self.adapter.shape.exit_layer
         return Available(self.model.num_layers, self.draft is not None, adapter_exit)
 
 
 class Drafter(ABC):
-    """A source of drafted tokens, for the texts of one batch. Verification keeps the text the model's own.
+    """A source of drafted tokens for the texts of one batch. Verification keeps the text the model's own.
 
     Attributes:
-        kind: what `--draft` names it by.
+        kind: its name for `--draft`.
         needs: the loading option without which it cannot draft (draft_weights, exit_adapter); None: nothing.
         takes_exit: whether exit_layer says how many blocks draft.
         leaves_states: whether verification goes on from the states after its exit_layer.
-        observer: is shown the states of all that the texts keep, told where texts begin and move; None: it needs none.
+        observer: sees the states of all tokens that the texts keep, and where texts begin and move; None: there is
+            none.
     """
 
     kind: ClassVar[str]
@@ -88,9 +89,10 @@ class Drafter(ABC):
 
     @classmethod
     def check(cls, available: Available, exit_layer: int | None, count: int) -> None:
-        """Refuse, before a model is read, what it cannot serve.
+        """Refuse settings, or a model, that it cannot draft with.
 
         Args:
+            available: parts of the model that may draft.
             exit_layer: as in GenerationSettings.
             count: tokens that a round drafts at most; 0: nothing drafts.
 
@@ -112,18 +114,18 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, draft: Draft, count: int, chooser: Chooser, goes_on: GoesOn) -> Drafted | None:
-        """Return up to `count` tokens behind each text; None: it has nothing to offer in this round.
+        """Return up to `count` tokens behind each text; None: it has none in this round.
 
         Args:
             draft: one of `drafts`.
-            chooser: chooses tokens from logits, where it makes any.
-            goes_on: to be asked after each token but the last, where it makes one after another.
+            chooser: chooses tokens from logits, for drafters that compute logits.
+            goes_on: to be asked after each token but the last, by drafters that make one token after another.
         """
 
     def begin(self, slot: int) -> None:
-        """Let a new text begin in `slot`."""
+        """Forget the last text of `slot`, where a new one begins."""
         return
 
     def move(self, source: int, target: int) -> None:
-        """Give slot `target`, whose text has ended, what is known of the text in slot `source`."""
+        """Move the record of the text in slot `source` to slot `target`, whose text has ended."""
         return

@@ -18,7 +18,7 @@ from lskip.inference.runners.exit_head_runner import read_at
 
 
 class LayersDrafter(Drafter):
-    """Drafts with blocks 1 … exit_layer; verification goes on from the keys, values and states that they leave."""
+    """Drafter of the model's blocks 1 … exit_layer; verification goes on from their keys, values and states."""
 
     kind = "layers"
     takes_exit = True
@@ -59,16 +59,15 @@ def draft_tokens(
     exit_block: int,
     num_speculations: int,
     chooser: Chooser,
-    goes_on: GoesOn | None = None,
+    goes_on: GoesOn,
     decode: Callable[[Tensor, list[int]], Tensor] | None = None,
 ) -> Drafted:
-    """Drafts up to `num_speculations` tokens a slot with blocks 0 … `exit_block`-1.
+    """Draft up to `num_speculations` tokens a slot with blocks 0 … `exit_block`-1.
 
     Args:
-        goes_on: is given, of what was drafted last, what makes the logits [A, 1, V], what makes the margin [A] between
-            the two highest, the token ids [A] and the exit's states [A, 1, D]; False ends the draft. No margin from a
-            GPU, which each drafted token would have to wait for, nor where noise has the last word.
-        decode: makes logits [A, 1, V] of the exit's states [A, 1, D] and of where they stand; None: the runner's head.
+        goes_on: asked after each token but the last. It gets no margins from a GPU, for which each drafted token
+            would have to wait, nor where tokens are sampled.
+        decode: (exit's states [A, 1, D], their positions [A]) -> logits [A, 1, V]; None: the runner's norm and head.
     """
     starts, ids = slots.starts, slots.pending
     states, drafted = [], nothing_drafted(slots).ids
@@ -82,17 +81,17 @@ def draft_tokens(
         ids = chooser.sample(logits(), drafted) if found is None else found.ids[:, 0]
         drafted = torch.cat([drafted, ids[:, None]], 1)
         margins = partial(margin_of, logits, found) if tells_margins else None
-        if len(states) == num_speculations or (goes_on is not None and not goes_on(logits, margins, ids, x)):
+        if len(states) == num_speculations or not goes_on(logits, margins, ids, x):
             return Drafted(drafted, states, exit_block)
 
 
 def margin_of(logits: Callable[[], Tensor], found: Argmax | None) -> Tensor:
-    """[A]: the lead of the highest of logits [A, 1, V], which are made only where nothing was found."""
+    """Return the margin [A] of logits [A, 1, V], or of the two highest in `found`, for which none are computed."""
     return lead(logits() if found is None else found.logits)[:, 0]
 
 
 def lead(logits: Tensor) -> Tensor:
-    """[..., V] -> [...]: how far the highest is above the next one; infinite where there is none."""
+    """Return how far the highest of logits [..., V] is above the second: [...]; infinite where V is 1."""
     if logits.shape[-1] == 1:
         return logits.new_full(logits.shape[:-1], torch.inf)
     first, second = logits.topk(2, -1).values.unbind(-1)

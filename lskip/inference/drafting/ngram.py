@@ -1,4 +1,4 @@
-"""Drafting from the text itself: what followed the same n-gram earlier (prompt lookup)."""
+"""Prompt lookup: drafts of the tokens that followed the same n-gram earlier in the text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lskip.utils.checks import check_whole
 
 
 class NgramDrafter(Drafter):
-    """Drafts what followed the last tokens of a text where they stood before in it."""
+    """Drafter of the tokens that followed the text's last n-gram at its latest earlier occurrence."""
 
     kind = "ngram"
 
@@ -37,18 +37,18 @@ class NgramDrafter(Drafter):
 
     def _guess(self, slot: int, text: list[int], count: int) -> list[int]:
         index = self._indices[slot]
-        index.push(text[len(index.text) :])  # only now: most texts are never asked
+        index.push(text[len(index.text) :])  # only now, since most texts never draft
         return index.guess(count)
 
 
 class NgramIndex:
-    """The text of one slot, and where each of its n-grams was last followed by a token.
+    """Index of one text's n-grams, each with the position behind its latest occurrence.
 
-    One dictionary entry a token and n: pushing costs the same however long the text is.
+    Each token adds one dictionary entry for each n, so that it takes the same time however long the text is.
     """
 
     def __init__(self, max_n: int = 3, min_n: int = 2):
-        """The last `max_n` tokens are looked up first, then fewer, down to `min_n`.
+        """Look up the last `max_n` tokens first, then fewer, down to `min_n`.
 
         Raises:
             ValueError: not whole numbers with 1 <= min_n <= max_n.
@@ -62,10 +62,10 @@ class NgramIndex:
         self.followers: dict[tuple[int, ...], int] = {}  # n-gram -> position of the token after its latest occurrence
 
     def push(self, ids: Iterable[int]) -> None:
-        """Adds tokens to the end of the text."""
+        """Add tokens to the end of the text."""
         for token in ids:
-            # The n-grams that end here are entered only now that something follows them: the end of the text
-            # itself is never found as its own earlier occurrence.
+            # The n-grams that end here are entered only now that a token follows them, so that the end of the text is
+            # never found as its own earlier occurrence.
             end = len(self.text)
             for size in self.sizes:
                 if size <= end:
@@ -73,7 +73,7 @@ class NgramIndex:
             self.text.append(token)
 
     def guess(self, num: int) -> list[int]:
-        """Up to `num` tokens that followed the latest earlier occurrence of the longest n-gram that ends the text.
+        """Return up to `num` tokens that followed the latest earlier occurrence of the longest n-gram at the end.
 
         Fewer where the text ends; none where no n-gram occurred before.
         """

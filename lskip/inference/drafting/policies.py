@@ -1,4 +1,4 @@
-"""Who drafts a round, and how many tokens: policies that decide it round by round (CostAwareDraft: cost_aware.py)."""
+"""Draft policies, which choose each round's draft and number of tokens (CostAwareDraft: cost_aware.py)."""
 
 from __future__ import annotations
 
@@ -15,61 +15,62 @@ if TYPE_CHECKING:
 
 
 class DraftPolicy(ABC):
-    """Decides what each round drafts, and learns from what came of it. Subclass it for a policy of your own.
+    """Choice of each round's draft, which learns from the outcome. Subclass it for a policy of your own.
 
-    It may live on over many prompts. Under shared noise the text does not depend on it, only the time does.
+    One policy may serve many prompts. Under shared noise the text does not depend on it, only the time does.
     """
 
     drafts: tuple[Draft, ...] = ()
     num_speculations = 0
     chooses_draft = False  # whether it picks among all drafts, and so needs none named
-    criterion: ExitCriterion | None = None  # asked in place of goes_on, of each token's exit
+    criterion: ExitCriterion | None = None  # asked in place of goes_on, with the exit's state of each drafted token
 
     def begin(self, drafts: Sequence[Draft], costs: Callable[[], Costs], num_speculations: int) -> None:
-        """At the start of a generation, or of a batch.
+        """Prepare for a generation, or a batch of them.
 
         Args:
-            drafts: what there is to choose from; the first is what the user named.
-            costs: measures the model where that has not been done: call it only if they matter.
+            drafts: the drafts to choose from, the one that the user named first.
+            costs: returns the costs of the model's passes; measures them first where that has not been done, so call
+                it only if they matter.
             num_speculations: tokens that a round may draft in each slot at most.
         """
         self.drafts, self.num_speculations = tuple(drafts), num_speculations
 
     @abstractmethod
     def plan(self, slots: int, most: int, without: frozenset[Draft] = frozenset()) -> DraftPlan:
-        """What the next round drafts. It changes nothing, so that it may be asked again for the same round.
+        """Return the plan of the next round. It may be called again for the same round, and learns nothing.
 
         Args:
             slots: texts decoded together, all of which draft the same number of tokens.
             most: a bound on num_speculations for this round.
-            without: drafts that have nothing to offer in this round: n-grams that do not occur in the text.
+            without: drafts that have no tokens in this round: n-grams that do not occur in the text.
         """
 
     def goes_on(
         self, probabilities: Callable[[], list[float]], margins: Callable[[], list[float]] | None = None
     ) -> bool:
-        """Whether to draft another token; asked after each drafted token but the plan's last.
+        """Return whether to draft another token; asked after each drafted token but the plan's last.
 
         Args:
-            probabilities: makes, by slot, the draft's of the token it has just drafted; to call it is to wait for the
-                device.
-            margins: likewise, how far that token's logit is above the next one's; None where it would mean to wait
-                for a GPU, or says nothing since tokens are sampled.
+            probabilities: returns, by slot, the probability that the draft gave the token just drafted. The call waits
+                for the device.
+            margins: returns, by slot, how far that token's logit is above the second; None on a GPU, for which it
+                would have to wait, and where tokens are sampled.
         """
         return True
 
     def learn(self, plan: DraftPlan, drafted: int, accepted: list[int], seconds: float | None = None) -> None:
-        """After each round.
+        """Learn from the outcome of a round.
 
         Args:
             drafted: tokens drafted in each slot, perhaps fewer than planned.
             accepted: how many of them were accepted, by slot.
-            seconds: what the round took, where it was timed.
+            seconds: the round's time; None where it was not timed.
         """
         return
 
     def summary(self) -> dict[str, Any]:
-        """What was learnt, in plain types, for printing."""
+        """Return what was learnt, in plain types, for printing."""
         return {}
 
 
@@ -94,7 +95,13 @@ class ConfidenceDraft(FixedDraft):
     """
 
     def __init__(self, threshold: float = 0.6, target: float = 0.8, step: float = 0.01):
-        """Where the threshold begins, the acceptance_rate it aims at, its move; ValueError unless all from 0 to 1."""
+        """Set the rule; ValueError unless all numbers are from 0 to 1.
+
+        Args:
+            threshold: the first threshold on the probability of the drafted token.
+            target: the acceptance_rate to aim at.
+            step: the threshold's move after a round.
+        """
         for name, value in (("threshold", threshold), ("target", target), ("step", step)):
             check_real(name, value, "from 0 to 1", lambda number: 0 <= number <= 1)
         self.threshold, self.target, self.step = threshold, target, step
@@ -123,11 +130,15 @@ class ConfidenceDraft(FixedDraft):
 class CriterionDraft(FixedDraft):
     """The draft that the user named, stopped where an exit criterion, in at least half of the slots, is unsure.
 
-    The same question as in early exit, but here the model verifies, and the text stays its own.
+    The criterion is the same as in early exit, but here the model verifies, so the text stays its own.
     """
 
     def __init__(self, criterion: ExitCriterion):
-        """Entropy, Margin or LearnedExit; ValueError for one that compares blocks: a draft has one state."""
+        """Set the criterion; ValueError for one that compares blocks, since a draft has one state.
+
+        Args:
+            criterion: Entropy, Margin or LearnedExit.
+        """
         if criterion.compares_blocks:
             name = type(criterion).__name__
             raise ValueError(f"criterion: {name} compares two blocks' states, a draft has its exit's alone")

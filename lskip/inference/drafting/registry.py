@@ -1,4 +1,4 @@
-"""The sources of drafts by name, and the time of a round with one of them."""
+"""The registry of drafters by kind, and the seconds of a round with one of them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ DRAFTERS: dict[str, type[Drafter]] = {
 
 
 def register_drafter(drafter: type[Drafter]) -> type[Drafter]:
-    """Make a source of drafts known by its `kind`; a decorator.
+    """Register a drafter under its `kind`, and return it; a decorator.
 
     Raises:
-        ValueError: it has none, or another class has the same.
+        ValueError: it has no kind, or another class has the same.
     """
     if not isinstance(getattr(drafter, "kind", None), str):
         raise ValueError(f"kind: the drafter {drafter.__qualname__} has none, by which it could be named")
@@ -31,7 +31,7 @@ def register_drafter(drafter: type[Drafter]) -> type[Drafter]:
 
 
 def drafts_of(kind: str | None, exit_layer: int | None, available: Available) -> list[Draft]:
-    """Return the drafts that these settings allow, of one kind or (None) of all, the one to prefer first."""
+    """Return the drafts of one kind, or (None) of all, that exit_layer and the model allow, the preferred one first."""
     drafters = DRAFTERS.values() if kind is None else [DRAFTERS[kind]]
     return [draft for drafter in drafters for draft in drafter.drafts(available, exit_layer)]
 
@@ -46,7 +46,7 @@ def check_draft(
         count: tokens that a round drafts at most; 0: nothing drafts.
 
     Raises:
-        ValueError: as Drafter.check; or an exit_layer that is not the adapter's, where one is loaded.
+        ValueError: as Drafter.check, or an exit_layer that is not that of the exit adapter.
     """
     if count and available.adapter_exit is not None and exit_layer not in (None, available.adapter_exit):
         raise ValueError(
@@ -60,9 +60,9 @@ def check_draft(
 
 
 def round_seconds(costs: Costs, plan: DraftPlan, slots: int) -> float:
-    """Return what a round of `slots` texts costs: drafting, and the model's pass over what was drafted.
+    """Return the seconds of a round of `slots` texts: drafting, and the model's pass over pending and drafted tokens.
 
-    A round that drafts d tokens for B texts costs d c(E, B) + b(E, B) + V_E(B (d + 1)) with E blocks of the model
+    A round that drafts d tokens for B texts takes d c(E, B) + b(E, B) + V_E(B (d + 1)) with E blocks of the model
     drafting, d c'(E, B) + V_0(B (d + 1)) with rounded ones (c' by their times) and V_0(B (d + 1)) with n-grams, where
     c(E, n) = E block(n) + head(n), b(E, n) = E block(n) and V_E(n) = (L - E) block(n) + head(n).
     """
@@ -72,8 +72,3 @@ def round_seconds(costs: Costs, plan: DraftPlan, slots: int) -> float:
     drafter = DRAFTERS[draft.kind]
     done = draft.exit_layer if drafter.leaves_states else 0
     return drafter.seconds(draft, count, slots, costs) + costs.verify(done, slots * (count + 1))
-
-
-def ideal_speedup(costs: Costs, plan: DraftPlan, slots: int, tokens_per_round: float) -> float:
-    """Return the speed over plain decoding of rounds that bring each text so many tokens and cost what they must."""
-    return tokens_per_round * costs.plain(slots) / round_seconds(costs, plan, slots)

@@ -1,4 +1,4 @@
-"""The values that drafting and verification hand to each other in a round of decoding."""
+"""Types that drafting and verification hand to each other in a round of decoding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lskip.inference.runners.base import ModelRunner
 
 
 class Chooser(Protocol):
-    """How tokens are chosen: BatchChooser."""
+    """Choice of tokens from logits; see BatchChooser."""
 
     takes_argmax: bool
 
@@ -25,7 +25,7 @@ class Chooser(Protocol):
 
 
 class Observer(Protocol):
-    """Who sees the states of the texts under way: AdapterSlots, StateRecorder."""
+    """Receiver of the states of the texts under way: AdapterSlots, StateRecorder."""
 
     exit_layer: int
 
@@ -38,12 +38,13 @@ class Observer(Protocol):
 
 @dataclass
 class Slots:
-    """The texts under way, in the cache's first A slots.
+    """Texts under way, in the cache's first A slots.
 
     Attributes:
         pending: [A], the last token of each.
         texts: the tokens of each, prompt and answer so far.
-        observer: sees the states of all that they keep, at its exit and after the last block; None: nobody does.
+        observer: sees the states of all tokens that the texts keep, after its exit's blocks and after the final norm;
+            None: there is none.
     """
 
     cache: KVCache
@@ -53,19 +54,19 @@ class Slots:
 
     @property
     def starts(self) -> list[int]:
-        """Where the pending tokens stand."""
+        """Positions of the pending tokens."""
         return self.cache.lengths[: len(self.pending)]
 
 
 class Drafted(NamedTuple):
-    """What a draft leaves for verification.
+    """Drafted tokens, and the states with which verification goes on.
 
     Attributes:
         ids: [A, d].
         states: of the pending and of all drafted tokens but the last, [A, 1, D] each, after `exit_block` blocks
-            of the model; empty where something else drafted.
+            of the model; empty where the draft left none.
         exit_block: blocks that the model need not run again for them.
-        counts: tokens of each slot that were drafted for it, where the rest of its row is filler; None: all.
+        counts: drafted tokens of each slot, where the rest of its row is filler; None: d each.
     """
 
     ids: Tensor
@@ -75,10 +76,10 @@ class Drafted(NamedTuple):
 
 
 def nothing_drafted(slots: Slots) -> Drafted:
-    """The draft of a plain round."""
+    """Return the draft of a plain round."""
     return Drafted(slots.pending.new_empty(len(slots.pending), 0))
 
 
 def find_argmax(runner: ModelRunner, x: Tensor, chooser: Chooser, drafted: Tensor) -> Argmax | None:
-    """Of x [A, n, D], where the chooser takes the likeliest token and the runner finds it without logits."""
+    """Return the argmax of x [A, n, D] where the chooser takes it and the runner finds it without all logits."""
     return runner.argmax(x, partial(chooser.ban, drafted=drafted)) if chooser.takes_argmax else None

@@ -11,7 +11,7 @@ from lskip.inference.runners.exit_head_runner import read_at
 
 
 class WeightsDrafter(Drafter):
-    """Drafts with a copy of the blocks in 8 or 4 bits: all of them, or those up to exit_layer."""
+    """Drafter of a copy of the blocks in 8 or 4 bits: all of them, or those up to exit_layer."""
 
     kind = "weights"
     needs = "draft_weights"
@@ -30,6 +30,6 @@ class WeightsDrafter(Drafter):
     def propose(self, draft: Draft, count: int, chooser: Chooser, goes_on: GoesOn) -> Drafted:
         runner = read_at(self.runners.draft, self.runners.exits, draft.exit_layer)
         drafted = draft_tokens(runner, self.slots, draft.exit_layer, count, chooser, goes_on)
-        # Their states are not the model's own: verification starts at the first block. Both share the cache: drafts
-        # see the model's own keys and values, and verification writes over theirs.
+        # Its states are not the model's own, so verification starts at the first block. Both share the cache: drafts
+        # attend to the model's own keys and values, and verification writes over the draft's.
         return Drafted(drafted.ids)

@@ -1,4 +1,4 @@
-"""What drafts would bring, told from one pass: against transformers' hidden states, and against decoding itself."""
+"""Rounds predicted from one pass, against transformers' hidden states and against decoding itself."""
 
 from collections import Counter
 
@@ -55,7 +55,7 @@ def test_predictions_are_those_of_hidden_states_through_norm_and_head(model, gen
 
 
 def test_a_piece_stands_where_it_stands(monkeypatch):
-    """GPT-2 learns an embedding of positions: a later piece must not be embedded as if it began the text."""
+    """GPT-2 embeds positions, so a later piece must not be embedded as if it began the text."""
     generator = TextGenerator(make_model("gpt2", num_key_value_heads=4))
     text = OwnText(PROMPTS[1], list(range(60, 60 + NEW_TOKENS)), NEW_TOKENS)
     whole = exit_predictions(generator.runner, text, generator.vocab_size)
@@ -96,7 +96,7 @@ def test_rounds_of_ngrams_are_those_that_decoding_makes(generator, num_speculati
 
 
 def test_a_text_that_ends_early_ends_its_last_round():
-    """By hand: five tokens, the first by the prompt; then 2 of 2 right and one more (4 tokens), then the last."""
+    """By hand: five tokens, the first by the prefill; then 2 of 2 accepted and one more (4 tokens), then the last."""
     text = OwnText([1], [10, 11, 12, 13, 14], max_new_tokens=50)
     assert rounds_of_exit(text, [True] * 5, 2) == [DraftRound(2, 2), DraftRound(2, 1)]
     assert rounds_of_exit(text, [True, False, True, True, False], 2) == [DraftRound(2, 0), DraftRound(2, 2)]

@@ -1,4 +1,4 @@
-"""`lskip sweep`: cells, resuming, what is written; and that a stopped one ends like an uninterrupted one."""
+"""`lskip sweep`: cells, resuming and results; a resumed sweep ends like an uninterrupted one."""
 
 import csv
 import errno
@@ -33,7 +33,7 @@ NEW_TOKENS = 12
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_tokenizer):
-    """A model and a task."""
+    """Return a folder with a model and a task."""
     folder = tmp_path_factory.mktemp("sweep")
     make_model(eos_token_id=None).save_pretrained(folder / "model")
     tiny_tokenizer.save_pretrained(folder / "model")
@@ -50,7 +50,7 @@ def arguments(place, output: str, *more: str) -> list[str]:
 
 
 def timeless(path) -> dict:
-    """A sweep's JSON without what depends on the clock."""
+    """Return a sweep's JSON without what depends on the clock."""
     report = json.loads(path.read_text())
     report.pop("times")
     for cell in report["cells"]:
@@ -60,7 +60,7 @@ def timeless(path) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(place):
-    """The report of an uninterrupted sweep."""
+    """Return the report of an uninterrupted sweep."""
     assert main(arguments(place, "whole")) == 0
     return timeless(place / "whole" / "sweep.json")
 
@@ -140,7 +140,7 @@ def test_grid_of_a_model():
 
 
 def test_both_take_turns_and_the_median_of_their_ratios_counts(place, monkeypatch):
-    """By hand, with set times: prompts A and B, two rounds; who begins changes from turn to turn."""
+    """By hand, with set times: prompts A and B, two rounds; the ways take turns in going first."""
     generators = Generators(LoadingOptions(model=f"{place}/model"))
     settings = {"temperature": 0.0, "max_new_tokens": NEW_TOKENS}
     prompts = [Prompt(Example("", ""), [5, 6, number], settings) for number in (7, 8)]
@@ -162,7 +162,7 @@ def test_both_take_turns_and_the_median_of_their_ratios_counts(place, monkeypatc
     assert record["times"]["speedups"] == [2.0, 3.0, 4.0, 1.0]
     assert record["times"]["speedup"] == 2.5
     assert record["mismatches"] == 0
-    # Without the prompt's half second: 3, 5, 5, 1; the ideal is by the generator's own costs.
+    # Without the prefill's half second: 3, 5, 5, 1; the ideal is by the generator's own costs.
     costs, plain = generators.plain.costs, 4 * (NEW_TOKENS - 1)
     assert 4.0 / record["times"]["share_of_ideal"] < plain * costs.plain(1) / costs.verify(0, 1)
 
@@ -342,7 +342,7 @@ def test_exits_that_are_none_are_told(exits):
 @pytest.mark.kind("B6 predict goes on with other settings, another model or another seed")
 @pytest.mark.parametrize(("file", "name"), [("model/model.safetensors", "model_files"), ("adds.jsonl", "task.content")])
 def test_a_sweep_goes_on_with_the_files_it_was_begun_with(place, whole, capsys, tmp_path, file, name):
-    """What has the same name as before may not be the same."""
+    """A model of the same name may be another one."""
     for part in ("model", "whole"):
         shutil.copytree(place / part, tmp_path / part)
     shutil.copy(place / "adds.jsonl", tmp_path)

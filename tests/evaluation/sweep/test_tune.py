@@ -1,4 +1,4 @@
-"""`lskip tune`: the ranking by the cost model, by hand, and what is saved of a whole run."""
+"""`lskip tune`: the ranking by the cost model, worked by hand, and the saved entry of a run."""
 
 import errno
 import json
@@ -16,18 +16,18 @@ from lskip.inference.drafting.costs import Costs, RowCosts
 from lskip.inference.drafting.drafter import Runners
 from tests.conftest import make_model
 
-# A block costs 1 ms and the head 2 ms, however many rows: a plain step of 10 blocks 12 ms.
+# A block costs 1 ms and the head 2 ms, however many rows: a plain round of 10 blocks 12 ms.
 COSTS = Costs(10, RowCosts((1, 64), (1e-3, 1e-3), (2e-3, 2e-3)))
 
 
 class Priced:
-    """Stands in for a generator of which only the costs are asked."""
+    """Stand-in for a generator of which only the costs are asked."""
 
     costs, runners = COSTS, Runners(SimpleNamespace(num_layers=10))
 
 
 def test_a_forecast_by_hand():
-    """Rounds of 2 drafts at layer 3: 2 (3 + 2) + 3 + (7 + 2) = 22 ms; 3 + 1 tokens, for which plain steps take 48."""
+    """Rounds of 2 drafts at layer 3: 2 (3 + 2) + 3 + (7 + 2) = 22 ms; 3 + 1 tokens, for which plain rounds take 48."""
     rounds = [DraftRound(2, 2), DraftRound(2, 0)]
     assert promised(Priced, Cell("layers", 3, 2), rounds) == (
         Cell("layers", 3, 2),
@@ -36,8 +36,8 @@ def test_a_forecast_by_hand():
     )
 
 
-def test_a_round_that_drafts_nothing_costs_a_plain_step():
-    """N-grams cost nothing: 2 rounds of one plain step each, 4 tokens."""
+def test_a_round_that_drafts_nothing_costs_a_plain_round():
+    """N-grams cost nothing: 2 rounds that cost a plain one each, 4 tokens."""
     rounds = [DraftRound(0, 0), DraftRound(3, 2)]
     assert promised(Priced, Cell("ngram", None, 3), rounds).speedup == pytest.approx(4 * 12 / (2 * 12))
     assert promised(Priced, Cell("ngram", None, 3), []).speedup == 1.0
@@ -70,9 +70,9 @@ def place(tmp_path, tiny_tokenizer):
 
 
 def test_a_whole_run_finds_the_exit_that_is_always_right(place, monkeypatch, capsys):
-    """With costs that are set; what is measured is set too, so that no clock decides."""
+    """Costs and measured times are set, so that no clock decides."""
     row = RowCosts((1, 64), (1e-3, 1e-3), (1e-4, 1e-4))
-    monkeypatch.setattr("lskip.inference.generator.measure_costs", lambda *steps, **more: Costs(6, row))
+    monkeypatch.setattr("lskip.inference.generator.measure_costs", lambda *runners, **more: Costs(6, row))
     measure, decoded = tune_module.measure_cell, []
 
     def measured(generators, cell, prompts, rounds):
@@ -104,7 +104,7 @@ def test_where_nothing_pays_it_is_saved_that_nothing_drafts(place, monkeypatch, 
 
 @pytest.fixture
 def one_cell(place, monkeypatch):
-    """The arguments of a run in which nothing is measured and nothing pays."""
+    """Return the arguments of a run in which nothing is measured and nothing pays."""
     monkeypatch.setattr(tune_module, "measure_cell", lambda g, cell, p, r: slow(cell))
     monkeypatch.setattr(tune_module, "forecast", lambda g, cells, *more: [Forecast(cells[0], 1.0, 1.0)])
     task = ["--task=LocalTask", f"--task.path={place}/adds.jsonl", "--task.max_new_tokens=6"]

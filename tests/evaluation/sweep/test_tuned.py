@@ -1,4 +1,4 @@
-"""What a tuned task sets: where it is kept, and that what the user says goes before it."""
+"""Settings of a tuned task: the file that keeps them, and the user's own, which go before them."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +31,7 @@ def folder(tmp_path_factory, tiny_tokenizer) -> Path:
 
 
 def options_of(folder: Path, task: str | None, loading: dict | None = None, **decoding) -> dict:
-    """All that a task may set, after it has."""
+    """Return all options that a task may set, after it has."""
     loading = {"device": "cpu", **(loading or {})}
     both = tuned_options(task, DecodingOptions(**decoding), LoadingOptions(model=str(folder), **loading))
     return {name: getattr(options, name) for options in both for name in LAYERS if hasattr(options, name)}

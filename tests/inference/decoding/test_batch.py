@@ -22,7 +22,7 @@ WAYS = {
 
 @pytest.fixture
 def generator(tiny_model, tiny_tokenizer):
-    """Random text, one token in twelve of which ends it."""
+    """Return a generator of random texts, which one token in twelve ends."""
     generator = TextGenerator(tiny_model("llama"), tiny_tokenizer)
     generator.eos_ids = tuple(range(0, 300, 12))
     return generator
@@ -53,13 +53,13 @@ def test_indices_name_and_seed_the_prompts(generator):
 
 
 def test_a_free_slot_is_taken_at_once(generator, monkeypatch):
-    """In every round as many texts run as there are slots, or texts left; what ends early is given out early."""
+    """In every round as many texts run as there are slots, or texts left; those that end early come out early."""
     running = []
     advance = Batch._advance
     monkeypatch.setattr(Batch, "_advance", lambda self: running.append(len(self.requests)) or advance(self))
     settings = {"temperature": 1.5, "seed": 5, "max_new_tokens": 30}
     lengths = {i: len(one.token_ids) for i, one in generator.generate_batch(PROMPTS, 3, **settings)}
-    # A text is in a round for each of its tokens but the first, which the prompt's pass brings.
+    # A text is in a round for each of its tokens but the first, which the prefill brings.
     assert sum(running) == sum(length - 1 for length in lengths.values())
     full = [count == 3 for count in running]
     assert full == sorted(full, reverse=True)  # once a slot stays free, no text was waiting
@@ -105,13 +105,13 @@ def test_memory_counts_every_weight_once(tiny_model):
     assert sum(parts.values()) + norms == sum(p.nbytes for p in model.parameters())
     assert parts["head"] == 0 and parts["embedding"] == model.lm_head.weight.nbytes
     packed = TextGenerator(model, weights="packed").memory()
-    assert packed["head"] == packed["embedding"]  # a tied head in another form is held beside the embedding
+    assert packed["head"] == packed["embedding"]  # a tied head in another layout is kept beside the embedding
     rounded = TextGenerator(model, weights="plain", draft_weights="int8").memory()
     assert 0.25 * (parts["blocks"] + parts["embedding"]) < rounded["draft"] < 0.35 * sum(parts.values())
 
 
 def test_slots_move_when_a_text_leaves(tiny_model):
-    """The cache's part of the engine alone: what slot 2 held is slot 0's, and nothing else has changed."""
+    """Slot 0 of the cache gets the text of slot 2, and nothing else changes."""
     generator = TextGenerator(tiny_model("llama"))
     cache = generator.runner.new_cache(3, 8)
     cache.states.copy_(torch.randn(cache.states.shape))
@@ -125,7 +125,7 @@ def test_slots_move_when_a_text_leaves(tiny_model):
 
 
 def test_filler_beside_a_neighbours_guess_is_not_counted_as_drafted(generator):
-    """Counts of n-gram drafts are a text's own, whatever its neighbours find in theirs."""
+    """Counts of n-gram drafts are a text's own, whatever n-grams its neighbours have."""
     settings = {"max_new_tokens": 40, "temperature": 0.0, **WAYS["ngram"]}
     generator.eos_ids = ()
     for index, one in generator.generate_batch(PROMPTS, 7, **settings):
@@ -134,14 +134,14 @@ def test_filler_beside_a_neighbours_guess_is_not_counted_as_drafted(generator):
 
 
 def test_every_text_ends_once(generator):
-    """Also one that ends in the round that it joined: with one token, or with two."""
+    """A text may end in the round that it joined, with one token or with two."""
     for max_new_tokens in (1, 2, 3):
         ended = [index for index, _ in generator.generate_batch(PROMPTS, 2, max_new_tokens=max_new_tokens)]
         assert sorted(ended) == list(range(len(PROMPTS)))
 
 
 def living_numbers() -> int:
-    """Elements of all tensors that somebody holds."""
+    """Return the number of elements of all living tensors."""
     gc.collect()
     return sum(each.numel() for each in gc.get_objects() if type(each) is torch.Tensor)
 

@@ -1,4 +1,4 @@
-"""Rounds of draft and verify against slow references, and what they compute."""
+"""Rounds of draft and verify against slow references, and the passes that they take."""
 
 from collections import Counter
 
@@ -15,7 +15,7 @@ FULL = {"max_new_tokens": 40, "min_new_tokens": 40}
 
 
 def damped(model, exit_layer, factor):
-    """What blocks from `exit_layer` on add, times `factor`: at 0 the draft is the model, at 0.5 it often agrees."""
+    """Multiply the output of blocks from `exit_layer` on: at 0 the draft is the model, at 0.5 it often agrees."""
     for layer in model.model.layers[exit_layer:]:
         layer.self_attn.o_proj.weight.data *= factor
         layer.mlp.down_proj.weight.data *= factor
@@ -23,7 +23,7 @@ def damped(model, exit_layer, factor):
 
 
 class NeverAccepting(ModuleRunner):
-    """A step that ranks tokens the other way round wherever it decodes a state of block 2, the draft's exit."""
+    """Runner that ranks tokens the other way round where it decodes a state of block 2, the draft's exit."""
 
     def run(self, x, cache, starts, first, last):
         self.last = last
@@ -36,7 +36,7 @@ class NeverAccepting(ModuleRunner):
 
 @torch.inference_mode()
 def slow_reference(model, prompt, exit_layer, num_speculations, new_tokens):
-    """Self-speculation without any cache, every state recomputed: (tokens, accepted counts by round)."""
+    """Return (tokens, accepted counts by round) of self-speculation without a cache, every state recomputed."""
 
     def best(tokens, last):
         states = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
@@ -44,7 +44,7 @@ def slow_reference(model, prompt, exit_layer, num_speculations, new_tokens):
         return model.lm_head(x)[0].argmax(-1).tolist()
 
     layers = model.config.num_hidden_layers
-    text, counts = [*prompt, best(prompt, layers)[-1]], [(0, 0)]  # the prompt's own pass brings the first token
+    text, counts = [*prompt, best(prompt, layers)[-1]], [(0, 0)]  # the prefill brings the first token
     while len(text) < len(prompt) + new_tokens:
         room = min(num_speculations, len(prompt) + new_tokens - len(text) - 1)
         drafted = []
@@ -73,7 +73,7 @@ def test_model_always_accepts(tiny_model):
     truth = generator.generate(PROMPT, **FULL).token_ids
     ours = generator.generate(PROMPT, exit_layer=2, num_speculations=4, **FULL)
     assert ours.token_ids == truth
-    # 1 token from the prompt's pass, 7 rounds of 4 + 1, and the last 4 tokens by a draft of 3.
+    # 1 token from the prefill, 7 rounds of 4 + 1, and the last 4 tokens by a draft of 3.
     assert (ours.acceptance_rate, ours.rounds, ours.tokens_per_round) == (1.0, 9, 40 / 9)
     assert ours.accepted_counts == Counter({4: 7, 3: 1})
 
@@ -106,7 +106,7 @@ def test_model_sometimes_accepts_as_the_slow_reference(tiny_model, exit_layer, n
 
 
 class Curious(FixedDraft):
-    """Asks for the margin of the first of two drafted tokens."""
+    """Policy that asks for the margin of the first of two drafted tokens."""
 
     def __init__(self):
         self.margins, self.accepted = [], []
@@ -167,10 +167,10 @@ def test_nothing_is_computed_twice(tiny_model):
             with_kwargs=True,
         )
     ours = generator.generate(PROMPT, exit_layer=exit_layer, num_speculations=num_speculations, **FULL)
-    # The prompt's pass, and one row for each pending and each drafted token.
+    # The prefill, and one row for each pending and each drafted token.
     rows = len(PROMPT) + ours.drafted + ours.rounds - 1
     assert [len(seen[block]) for block in range(4)] == [rows] * 4
-    # Only what was refused is ever computed again.
+    # Only refused positions are ever computed again.
     refused = ours.drafted - ours.accepted
     for block in range(4):
         assert len(seen[block]) - len(set(seen[block])) <= refused

@@ -1,4 +1,4 @@
-"""Random numbers of sampling: Gumbel, functions of their key, independent for different keys."""
+"""Random numbers of sampling: Gumbel, the same for the same key, independent for different keys."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_other_keys_give_independent_noise(other):
 
 
 def test_the_noise_of_texts_that_exist_stays_what_it_was():
-    """A seed's text must not change with the version: the first values of lskip 0.1's (seed 3, position 11)."""
+    """A seed's text must not change with the version: the first values of lskip 0.1 (seed 3, position 11)."""
     source = np.random.Generator(np.random.Philox(key=3, counter=[0, 0, 0, 11]))
     assert torch.equal(gumbel_noise(3, 11, 5), torch.from_numpy(-np.log(source.standard_exponential(5))).float())
 

@@ -1,4 +1,4 @@
-"""Speculative sampling against exact enumeration, and the known ways to get it wrong, which the same test refuses.
+"""Speculative sampling against exact enumeration; the same test must refuse the known ways to get it wrong.
 
 The model and its draft are tables: logits for each text of tokens 0 … 4 after the prompt.
 """
@@ -29,7 +29,7 @@ PENALIZED = {**PLAIN, "repetition_penalty": 1.6}
 
 @cache
 def table(name, length):
-    """Logits [5^length, 5] of "model" or "draft", which have nothing to do with each other."""
+    """Return logits [5^length, 5] of "model" or "draft", which are independent of each other."""
     seed = length + {"model": 0, "draft": 273}[name]
     return torch.randn(VOCAB**length, VOCAB, generator=torch.Generator().manual_seed(seed))
 
@@ -42,7 +42,7 @@ def logits_after(name, tokens):
 
 
 def distribution(name, tokens, settings):
-    """Processed as transformers does, by itself: [5]."""
+    """Return the distribution [5] as transformers' own processors make it."""
     processors = LogitsProcessorList(
         [TemperatureLogitsWarper(settings["temperature"]), TopPLogitsWarper(settings["top_p"])]
     )
@@ -53,7 +53,7 @@ def distribution(name, tokens, settings):
 
 
 def exact_joint(settings):
-    """Probabilities [125] of the first three tokens."""
+    """Return the probabilities [125] of the first three tokens."""
     joint = torch.zeros(VOCAB, VOCAB, VOCAB).double()
     first = distribution("model", [], settings)
     for a in range(VOCAB):
@@ -64,7 +64,7 @@ def exact_joint(settings):
 
 
 def sample(batch, num_drafts):
-    """The draft's tokens [B, num_drafts]."""
+    """Return the draft's tokens [B, num_drafts]."""
     drafted = torch.empty(len(batch.choosers), 0, dtype=torch.long)
     for _ in range(num_drafts):
         logits = stacked("draft", batch, drafted, [drafted.shape[1]])
@@ -73,12 +73,12 @@ def sample(batch, num_drafts):
 
 
 def guess(batch, num_drafts):
-    """What an n-gram draft does: tokens from nowhere, of which `sample` hears nothing."""
+    """Return tokens as an n-gram draft does, without `sample`."""
     return torch.tensor([[(sum(c.text) + i) % VOCAB for i in range(num_drafts)] for c in batch.choosers])
 
 
 def stacked(name, batch, drafted, counts):
-    """Logits [B, len(counts), 5] after the text and so many drafted tokens."""
+    """Return logits [B, len(counts), 5] after the text and so many drafted tokens."""
     return torch.stack(
         [
             torch.stack([logits_after(name, (chooser.text + ids[:count])[len(PROMPT) :]) for count in counts])
@@ -88,7 +88,7 @@ def stacked(name, batch, drafted, counts):
 
 
 def joint_counts(settings, draws, slots=10, draft=sample, num_drafts=2):
-    """How often each triple of first tokens came [125]; and the share of drafted tokens that were accepted."""
+    """Return counts [125] of the first three tokens, and the share of drafted tokens that were accepted."""
     counts, kept, total = torch.zeros(VOCAB**WANTED).double(), 0, 0
     for seed in range(0, draws, slots):
         batch = BatchChooser([TokenChooser(settings, seed + slot, (), PROMPT) for slot in range(slots)])
@@ -133,9 +133,9 @@ def test_the_joint_distribution_is_exact(acceptance, chosen, draft, num_drafts):
 
 
 def test_every_draw_is_fresh():
-    """Two drafts of a round, the same position drafted again a round later, the model's own: nothing is shared.
+    """A round's drafts, the same position drafted a round later and the model's own token share no random numbers.
 
-    So a draft policy may look at what was refused before it decides whether to draft again.
+    So a draft policy may look at refused tokens before it decides whether to draft again.
     """
     settings = GenerationSettings(temperature=1.0, acceptance="rejection")
     even, none = torch.zeros(1, 1, 40), torch.empty(1, 0, dtype=torch.long)

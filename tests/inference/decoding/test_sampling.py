@@ -1,4 +1,4 @@
-"""Choosing tokens: transformers' processors row by row, the right distribution, one argmax where that is enough."""
+"""Choice of tokens: transformers' processors row by row, the right distribution, one argmax where that is enough."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_sampled_tokens_follow_the_processed_distribution(settings, warpers):
     logits = random_logits(1, 12, seed=5)
     probabilities = LogitsProcessorList(warpers)(None, logits.clone()).softmax(-1)[0].double()
     draws = torch.cat(
-        [make_chooser(1, prompt=[0] * position, **settings).draw(logits, NONE) for position in range(2500)]
+        [make_chooser(1, prompt=[0] * position, **settings).sample(logits, NONE) for position in range(2500)]
     )
     assert chi_square_p(torch.bincount(draws, minlength=12).double(), probabilities) > 1e-4
 
@@ -66,16 +66,16 @@ def test_sampling_is_argmax_with_the_noise_of_the_absolute_position():
     chooser = make_chooser(9, prompt=PROMPT, temperature=1.0)
     for _ in range(2):
         own = [(row + gumbel_noise(9, len(chooser.text) + j, 50)).argmax() for j, row in enumerate(logits)]
-        assert chooser.draw(logits, drafted).tolist() == own
+        assert chooser.sample(logits, drafted).tolist() == own
         # A draft's row stands where the drafted tokens end.
-        assert chooser.draw(logits[2:], drafted).tolist() == own[2:]
-        assert chooser.draw(logits[1:], drafted).tolist() == own[1:]
+        assert chooser.sample(logits[2:], drafted).tolist() == own[2:]
+        assert chooser.sample(logits[1:], drafted).tolist() == own[1:]
         chooser.text.append(1)
 
 
 @pytest.mark.parametrize("settings", [{"repetition_penalty": 1.4}, {"repetition_penalty": 0.8}, EVERYTHING])
 def test_every_row_is_processed_with_its_own_prefix(settings):
-    """Against transformers' processors, one row at a time, unpadded: no drafted token too many or too few."""
+    """The reference runs transformers' processors on one unpadded row at a time."""
     processors = [RepetitionPenaltyLogitsProcessor(settings["repetition_penalty"])]
     if "temperature" in settings:
         processors += [TemperatureLogitsWarper(0.7), TopKLogitsWarper(9), TopPLogitsWarper(0.9), MinPLogitsWarper(0.05)]
@@ -93,7 +93,7 @@ def test_every_row_is_processed_with_its_own_prefix(settings):
 
 
 def test_scores_equal_those_of_generate(tiny_model):
-    """The order of processors and min_new_tokens, against what transformers' generate makes of the same logits."""
+    """The order of processors and min_new_tokens are those of transformers' generate for the same logits."""
     model = tiny_model("llama", eos_token_id=5)
     torch.manual_seed(0)
     theirs = model.generate(
@@ -119,12 +119,12 @@ def test_greedy_with_a_repetition_penalty_equals_generate(tiny_model):
     )  # fmt: skip
     emitted = theirs.sequences[0, len(PROMPT) :]
     chooser = make_chooser(prompt=PROMPT, repetition_penalty=1.5)
-    assert torch.equal(chooser.draw(torch.cat(theirs.logits), emitted[:-1]), emitted)
+    assert torch.equal(chooser.sample(torch.cat(theirs.logits), emitted[:-1]), emitted)
     assert not torch.equal(torch.cat(theirs.logits).argmax(-1), emitted)  # the penalty did something
 
 
 def test_agreement_worked_by_hand():
-    """Slots that keep none, some with a later match by chance, and all."""
+    """There are slots that keep none, some with a later match by chance, and all."""
     own = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
     drafted = torch.tensor([[9, 2, 3], [1, 9, 3], [1, 2, 3]])
     logits = torch.nn.functional.one_hot(own, 10).float()
@@ -153,7 +153,7 @@ def test_a_slot_does_not_depend_on_its_neighbours(acceptance):
 
 
 class Operations(TorchDispatchMode):
-    """Names of the tensor operations that run under it."""
+    """Record of the names of the tensor operations that run under it."""
 
     def __init__(self):
         super().__init__()
@@ -181,7 +181,7 @@ def test_greedy_is_one_argmax_whatever_the_number_of_slots():
 @pytest.mark.parametrize("settings", [{}, EVERYTHING, {**EVERYTHING, "acceptance": "rejection"}])
 @pytest.mark.parametrize("drafts", [True, False])
 def test_nothing_waits_for_the_device(settings, drafts):
-    """Meta tensors have no values: whoever asks for one fails."""
+    """Meta tensors have no values, so that any read of one fails."""
     choosers = [make_chooser(slot, (2,), PROMPT, min_new_tokens=slot, **settings) for slot in range(3)]
     batch = BatchChooser(choosers)
     drafted = torch.empty(3, 0, dtype=torch.long, device="meta")
@@ -195,21 +195,21 @@ def test_nothing_waits_for_the_device(settings, drafts):
     assert accepted.device.type == own.device.type == "meta"
 
 
-def test_noise_of_settled_positions_is_let_go():
+def test_noise_of_past_positions_is_freed():
     chooser = make_chooser(prompt=PROMPT, temperature=1.0)
     for _ in range(50):
-        chooser.draw(random_logits(3, 20), torch.tensor([1, 1]))
+        chooser.sample(random_logits(3, 20), torch.tensor([1, 1]))
         chooser.text += [1, 2]
         assert len(chooser._noise) <= 3
 
 
-def test_end_tokens_are_barred_until_min_new_tokens():
+def test_end_tokens_are_banned_until_min_new_tokens():
     logits = torch.zeros(1, 3, 4)
     logits[..., 2] = 5.0
     for settings in ({}, {"temperature": 0.2}, {"temperature": 0.2, "acceptance": "rejection"}):
         chooser = make_chooser(eos_ids=(2,), prompt=[1] * 8, min_new_tokens=4, **settings)
         chooser.text += [1, 1]
-        tokens = chooser.draw(logits[0], torch.tensor([0, 0])).tolist()
+        tokens = chooser.sample(logits[0], torch.tensor([0, 0])).tolist()
         assert 2 not in tokens[:2] and tokens[2] == 2
         assert logits[0, 0, 2] == 5.0  # the caller's logits are not changed
         for drafted, allowed in ((2, True), (1, False)):
@@ -219,7 +219,7 @@ def test_end_tokens_are_barred_until_min_new_tokens():
 
 @pytest.mark.parametrize("acceptance", ["shared_noise", "rejection"])
 def test_generated_text_follows_the_exact_joint_distribution(tiny_model, acceptance):
-    """The first three tokens, by enumeration; the draft is far from the model."""
+    """The first three tokens are compared with enumeration; the draft is far from the model."""
     model = tiny_model("llama", vocab_size=5, initializer_range=0.5, eos_token_id=None)
     prefixes = torch.cartesian_prod(torch.tensor([1]), torch.tensor([2]), torch.arange(5), torch.arange(5))
     with torch.inference_mode():

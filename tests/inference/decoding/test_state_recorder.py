@@ -1,4 +1,4 @@
-"""States that are kept while texts are decoded: against those of transformers on the finished text."""
+"""Recorded states of texts under way, against those of transformers on the finished text."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ PROMPTS = [[7, 42, 99], [5] * 30, [250], [18, 77, 3, 4], [9, 8, 9, 8, 9, 8], [31
     "way", [{}, {"exit_layer": 2, "num_speculations": 3}, {"draft": "ngram", "num_speculations": 4}]
 )
 def test_states_are_those_of_the_whole_text(tiny_model, hidden_act, way, batch_size):
-    """Texts join, end, in the midst of what was accepted too, and move slots."""
+    """Texts join, move slots and end, also in the middle of accepted tokens."""
     model = tiny_model(hidden_act=hidden_act)
     generator = TextGenerator(model)
     generator.eos_ids = tuple(range(0, 300, 12))

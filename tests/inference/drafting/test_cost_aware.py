@@ -1,4 +1,4 @@
-"""CostAwareDraft: how fast it is on simulated texts of known acceptance, and what it never loses."""
+"""CostAwareDraft: its speed on simulated texts of known acceptance, and the bound on its losses."""
 
 import json
 import random
@@ -12,14 +12,14 @@ import pytest
 from lskip.inference.drafting.cost_aware import CostAwareDraft
 from lskip.inference.drafting.costs import Costs, RowCosts
 from lskip.inference.drafting.draft import PLAIN, Draft, DraftPlan
-from lskip.inference.drafting.registry import ideal_speedup, round_seconds
+from lskip.inference.drafting.registry import round_seconds
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 EARLY, LATE, WEIGHTS, NGRAM = Draft("layers", 6), Draft("layers", 15), Draft("weights", 30), Draft("ngram", 0)
 
 
 def flat(seconds):
-    """Packed weights on a CPU: 8 rows cost what 1 does, more cost more."""
+    """Return costs like packed weights' on a CPU: 8 rows cost what 1 does, more cost more."""
     return tuple(seconds * (1 + 0.004 * rows + 0.03 * max(0, rows - 8)) for rows in ROWS)
 
 
@@ -34,7 +34,7 @@ TABLES = {
 
 
 class Moment(NamedTuple):
-    """After a round: tokens of each slot and plain steps spent so far, and what the round drafted."""
+    """Totals after a round: tokens of each slot, times of a plain round spent, and the round's plan."""
 
     tokens: float
     steps: float
@@ -42,18 +42,18 @@ class Moment(NamedTuple):
 
     @property
     def speed(self):
-        """Over plain decoding."""
+        """Speed over plain decoding."""
         return self.tokens / self.steps
 
 
 def simulate(policy, costs, accepts, num_speculations=8, slots=1, tokens=2000, seed=0, seconds=None, margins=None):
-    """Decodes a text of so many tokens a slot.
+    """Simulate a text of so many tokens a slot, and return the Moment after each round.
 
     Args:
-        accepts: draft -> chance of acceptance, or a function of (tokens so far) -> that; what it leaves out has
-            nothing to offer.
-        seconds: a function of (plan) -> by how much a round exceeds its predicted cost; None: rounds are not timed.
-        margins: a function of (rng) -> a token's margin and its own chance of acceptance; None: margins are not told.
+        accepts: draft -> chance of acceptance, or a function of (tokens so far) -> that; a draft that is left out
+            never has tokens.
+        seconds: a function of (plan) -> measured over predicted seconds of a round; None: rounds are not timed.
+        margins: a function of (rng) -> a token's margin and its own chance of acceptance; None: margins are not seen.
     """
     rng, moments, done, steps = random.Random(seed), [], 0.0, 0.0
     chances = accepts if callable(accepts) else lambda _: accepts
@@ -86,7 +86,7 @@ def accepted_of(plan, chances, rng):
 
 
 def drafted_by_margin(policy, plan, margins, slots, rng):
-    """How many tokens were drafted, and of each slot how many were accepted."""
+    """Return the number of drafted tokens, and of accepted ones by slot."""
     drafted, accepted, right = 0, [0] * slots, [True] * slots
     while drafted < plan.num_speculations:
         tokens = [margins(rng) for _ in range(slots)]
@@ -100,12 +100,12 @@ def drafted_by_margin(policy, plan, margins, slots, rng):
 
 
 def best_fixed(costs, chances, num_speculations=8, slots=1):
-    """Speed over plain decoding of the best draft and number of tokens, by the equation."""
+    """Return the speed over plain decoding of the best draft and number of tokens, by the equation."""
     speeds = [1.0]
     for draft, q in chances.items():
         for d in range(1, num_speculations + 1):
             tokens = 1 + sum(q**i for i in range(1, d + 1))
-            speeds.append(ideal_speedup(costs, DraftPlan(draft, d), slots, tokens))
+            speeds.append(tokens * costs.plain(slots) / round_seconds(costs, DraftPlan(draft, d), slots))
     return max(speeds)
 
 
@@ -169,7 +169,7 @@ def test_tries_are_bounded_however_many_drafts_there_are():
 
 
 def of_rounded_weights(rng):
-    """SmolLM2's copy in int4: a token in twenty has another that is about as likely, and only there it errs."""
+    """Return a token's margin and chance as of SmolLM2's int4 copy: it errs only at one token in twenty, near a tie."""
     return (0.05, 0.85) if rng.random() < 0.05 else (2.0, 1.0)
 
 
@@ -237,7 +237,7 @@ def test_finds_out_that_an_unused_draft_has_become_good():
         assert speed > 0.8 * best_fixed(TABLES["flat"], GOOD)
 
 
-def test_ngrams_are_judged_by_what_they_found():
+def test_ngrams_are_rated_by_their_drafts_alone():
     """In every third stretch of 60 tokens the text repeats; elsewhere n-grams find nothing, which costs nothing."""
     novel, repeating = {WEIGHTS: 0.8}, {WEIGHTS: 0.8, NGRAM: 0.9}
     policy = CostAwareDraft()
@@ -248,7 +248,7 @@ def test_ngrams_are_judged_by_what_they_found():
 
 
 def test_planning_changes_nothing():
-    """Red: if asking again, as the owner does after n-grams found nothing, counts as another round."""
+    """Red: if another call for the same round, as after n-grams found nothing, counts as another round."""
 
     class Asked(CostAwareDraft):
         def plan(self, slots, most, without=frozenset()):
@@ -285,9 +285,9 @@ def test_costs_are_corrected_by_measured_seconds():
 
 @pytest.mark.parametrize("table", TABLES)
 def test_what_slow_rounds_lose_is_lost_once(table):
-    """Drafts that take twice what the table says: ALLOWANCE and what the last round takes beyond its expectation.
+    """Drafts take twice the table's time; they lose ALLOWANCE and the last round's excess over its expectation.
 
-    Red where rounds are booked as the table, corrected little by little, has them: up to 17 plain steps were lost.
+    Red where rounds are booked at the slowly corrected time of the table: up to 17 plain rounds were lost.
     """
     for seed, q in product(range(3), (0.75, 0.95)):
         moments = simulate(CostAwareDraft(), TABLES[table], {EARLY: q}, tokens=500, seed=seed, seconds=excess(1.0, 2.0))
@@ -295,7 +295,7 @@ def test_what_slow_rounds_lose_is_lost_once(table):
 
 
 def test_plain_rounds_that_have_become_faster_are_noticed():
-    """Red: without a plain round now and then, whose time would tell."""
+    """Red: without a timed plain round now and then."""
     rounds = iter(range(10**6))
     costs, later = TABLES["flat"], slice(-150, None)
     moments = simulate(
@@ -310,7 +310,7 @@ def test_plain_rounds_that_have_become_faster_are_noticed():
 
 
 def test_a_plain_round_after_a_drafted_one_does_not_say_what_plain_rounds_take():
-    """Caches hold the draft's weights then. Red where it is timed: a draft that has begun to lose 3 % seems to gain."""
+    """Caches have the draft's weights then. Red where it is timed: a draft that has begun to lose 3 % seems to gain."""
     rounds, before = iter(range(10**6)), [PLAIN]
     best = best_fixed(TABLES["flat"], {WEIGHTS: 0.75})
 
@@ -326,7 +326,7 @@ def test_a_plain_round_after_a_drafted_one_does_not_say_what_plain_rounds_take()
 
 @pytest.mark.parametrize("factor", [0.5, 3.0])
 def test_a_machine_that_is_slower_throughout_changes_no_plan(factor):
-    """Red: if drafts are held against the table's time of a plain step, or a plain step is never timed."""
+    """Red: if drafts are compared with the table's time of a plain round, or a plain round is never timed."""
     moments = simulate(CostAwareDraft(), TABLES["flat"], {EARLY: 0.75}, seconds=excess(factor, factor))
     assert moments[-1].speed * factor > 0.93 * best_fixed(TABLES["flat"], {EARLY: 0.75})
 
@@ -341,7 +341,7 @@ def test_a_hiccup_of_the_machine_changes_little():
 
 @pytest.mark.parametrize(("q", "least"), [(0.2, 0.993), (0.5, 1.055)])
 def test_rounds_of_uneven_time_mislead_little(q, least):
-    """Red where the last few rounds say what a draft costs: a lucky moment lures, an unlucky one puts it off."""
+    """Red where a draft's cost is that of its last few rounds, which are faster or slower by chance."""
     costs, speeds = TABLES["flat"], []
     for seed in range(12):
         noise = partial(random.Random(seed + 99).lognormvariate, -0.02, 0.2)

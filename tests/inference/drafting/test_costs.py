@@ -1,4 +1,4 @@
-"""The cost model against equations worked by hand, and its measurement against steps whose time is known."""
+"""The cost model against equations worked by hand, and its measurement against runners whose time is known."""
 
 import errno
 import json
@@ -11,7 +11,7 @@ from lskip.inference.drafting import costs as costs_module
 from lskip.inference.drafting.costs import ROWS, Costs, RowCosts, measure_costs
 from lskip.inference.drafting.costs_file import keep_costs, read_costs
 from lskip.inference.drafting.draft import Draft, DraftPlan
-from lskip.inference.drafting.registry import DRAFTERS, ideal_speedup, round_seconds
+from lskip.inference.drafting.registry import DRAFTERS, round_seconds
 from lskip.inference.layers.linear import Plain
 from lskip.inference.loading import load_generator
 from lskip.inference.runners.fused_runner import FusedRunner
@@ -35,9 +35,9 @@ def test_times_between_and_beyond_the_measured_ones():
     times = RowCosts((1, 2, 4, 8), (1.0, 2.0, 6.0, 8.0), (10.0, 10.0, 30.0, 20.0))
     assert [times.block_seconds(n) for n in (1, 2, 3, 4, 5, 7)] == [1, 2, 4, 6, 6.5, 7.5]
     assert times.block_seconds(12) == 10  # on by (8 - 6) / (8 - 4) a row
-    assert times.head_seconds(100) == 20  # times that fell by chance do not fall below nothing
+    assert times.head_seconds(100) == 20  # times that fall by chance are not extrapolated downwards
     assert RowCosts((2, 4), (2.0, 3.0), (1.0, 1.0)).block_seconds(1) == 1.5
-    # By the upper half of the table, not by its last two, which chance may have set apart.
+    # By the upper half of the table, not by its last two, whose difference may be chance.
     assert RowCosts((1, 4, 7, 8), (1.0, 4.0, 9.0, 8.0), (1.0,) * 4).block_seconds(10) == 10
 
 
@@ -62,7 +62,7 @@ def test_rounds_by_hand(draft, d, slots, seconds):
         # d (3 block(1) + head_a(1)) + 2 (block_a(d + 2) + (d - 1) block_a(1)) + b(3, 1) + V_3(2)
         (ADAPTER, 1, 1, (3 + 3) + 2 * 1.5 + 3 + (7 * 2 + 10)),
         (ADAPTER, 3, 2, 3 * (3 * 2 + 3) + 2 * (5 + 2 * 1) + 3 * 2 + (7 * 8 + 30)),
-        # to the others it makes no difference
+        # rounds of the other drafts cost the same
         (WEIGHTS, 3, 1, 3 * (8 + 5) + (10 * 4 + 30)),
         (NGRAM, 3, 2, 10 * 8 + 30),
         (None, 0, 4, 10 * 4 + 30),
@@ -77,12 +77,6 @@ def test_parts_of_a_round():
     drafting = [DRAFTERS[each.kind].seconds(each, 1, 2, COSTS) for each in (LAYERS, WEIGHTS, NGRAM)]
     assert drafting == [16 + 6, 13, 0]  # the states of the layers' last token are verification's too
     assert [COSTS.verify(done, 2) for done in (3, 0)] == [24, 30]
-
-
-def test_ideal_speedup_by_hand():
-    # A round takes 40, a plain one 20, and brings 1.8 tokens in place of one.
-    assert ideal_speedup(COSTS, DraftPlan(LAYERS, 1), 1, 1.8) == pytest.approx(1.8 * 20 / 40)
-    assert ideal_speedup(COSTS, DraftPlan(None, 0), 1, 1.0) == 1
 
 
 def test_draft_weights_that_were_not_measured():
@@ -133,7 +127,7 @@ def test_damaged_files_are_refused_in_one_sentence(saved, message):
 
 
 class Clock:
-    """Stands in for perf_counter: time passes only where a fake step lets it."""
+    """Stand-in for perf_counter, which only fake runners advance."""
 
     def __init__(self):
         self.now = 0.0
@@ -142,8 +136,8 @@ class Clock:
         return self.now
 
 
-class FakeStep:
-    """Takes `block` + `row` n seconds for a block over n rows and `head` for the head, on a clock of its own."""
+class FakeRunner:
+    """Runner that takes `block` + `row` n seconds for a block over n rows and `head` for the head, by `clock`."""
 
     num_layers, device = 5, torch.device("cpu")
 
@@ -182,8 +176,10 @@ def clock(monkeypatch):
 
 
 def test_measures_all_weights_as_they_are(clock):
-    adapter = FakeStep(clock, 2e-5, 1e-5, 2e-4)
-    costs = measure_costs(FakeStep(clock, 1e-4, 1e-5, 3e-4), FakeStep(clock, 5e-5, 2e-5, 1e-4), adapter_runner=adapter)
+    adapter = FakeRunner(clock, 2e-5, 1e-5, 2e-4)
+    costs = measure_costs(
+        FakeRunner(clock, 1e-4, 1e-5, 3e-4), FakeRunner(clock, 5e-5, 2e-5, 1e-4), adapter_runner=adapter
+    )
     assert (costs.num_layers, costs.adapter_blocks) == (5, 5)
     assert costs.adapter.block_seconds(7) == pytest.approx(9e-5) and costs.adapter.head_seconds(7) == pytest.approx(
         2e-4
@@ -195,15 +191,15 @@ def test_measures_all_weights_as_they_are(clock):
     assert costs.model.head_seconds(3) == pytest.approx(3e-4)
     assert costs.draft.head_seconds(3) == pytest.approx(1e-4)
     assert clock.now < 4
-    alone = measure_costs(FakeStep(clock, 1e-4, 1e-5, 3e-4), adapter_runner=adapter)
+    alone = measure_costs(FakeRunner(clock, 1e-4, 1e-5, 3e-4), adapter_runner=adapter)
     assert alone.draft is None and alone.adapter is not None
-    alone = measure_costs(FakeStep(clock, 1e-4, 1e-5, 3e-4))
+    alone = measure_costs(FakeRunner(clock, 1e-4, 1e-5, 3e-4))
     assert (alone.draft, alone.adapter, alone.adapter_blocks) == (None, None, 0)
 
 
 def test_rounds_are_interleaved_and_a_hiccup_does_not_count(clock):
     log = []
-    model, draft = FakeStep(clock, 1e-4, 1e-5, 3e-4, "model", log), FakeStep(clock, 1e-4, 1e-5, 3e-4, "draft", log)
+    model, draft = FakeRunner(clock, 1e-4, 1e-5, 3e-4, "model", log), FakeRunner(clock, 1e-4, 1e-5, 3e-4, "draft", log)
     warm_up = 2 * (len(ROWS) + 1)
     model.hiccups = [0, warm_up + 2, warm_up + 2 * len(ROWS) + 5]
     costs = measure_costs(model, draft)
@@ -215,8 +211,8 @@ def test_rounds_are_interleaved_and_a_hiccup_does_not_count(clock):
 @pytest.mark.parametrize("block", [0.002, 0.01, 0.03])
 @pytest.mark.parametrize("with_draft", [False, True])
 def test_a_slow_model_is_measured_at_fewer_rows_and_in_time(clock, block, with_draft):
-    model = FakeStep(clock, block, block / 4, block)
-    draft = FakeStep(clock, block / 2, block / 8, block) if with_draft else None
+    model = FakeRunner(clock, block, block / 4, block)
+    draft = FakeRunner(clock, block / 2, block / 8, block) if with_draft else None
     costs = measure_costs(model, draft, seconds=4.0)
     assert clock.now <= 4.0
     assert 2 <= len(costs.model.rows) <= len(ROWS) and costs.model.rows == ROWS[: len(costs.model.rows)]
@@ -225,7 +221,7 @@ def test_a_slow_model_is_measured_at_fewer_rows_and_in_time(clock, block, with_d
 
 
 def test_a_very_slow_model_is_still_measured_at_two_rows(clock):
-    costs = measure_costs(FakeStep(clock, 1.0, 0.5, 1.0))
+    costs = measure_costs(FakeRunner(clock, 1.0, 0.5, 1.0))
     assert costs.model.rows == (1, 2)
     assert costs.plain(1) == pytest.approx(5 * 1.5 + 1)
 
@@ -233,17 +229,17 @@ def test_a_very_slow_model_is_still_measured_at_two_rows(clock):
 def test_waits_for_a_device_around_each_timing(clock, monkeypatch):
     waits = []
     monkeypatch.setattr(torch.accelerator, "synchronize", waits.append)
-    step = FakeStep(clock, 1e-4, 1e-5, 3e-4)
-    measure_costs(step)
+    runner = FakeRunner(clock, 1e-4, 1e-5, 3e-4)
+    measure_costs(runner)
     assert not waits
-    step.device = torch.device("meta")
-    calls = len(step.log)
-    measure_costs(step)
-    assert waits == [step.device] * 3 * (len(step.log) - calls)
+    runner.device = torch.device("meta")
+    calls = len(runner.log)
+    measure_costs(runner)
+    assert waits == [runner.device] * 3 * (len(runner.log) - calls)
 
 
-class StepWithLogits(FakeStep):
-    """Finds the likeliest token by logits, half of the head's time in making them and half in looking through them."""
+class RunnerWithLogits(FakeRunner):
+    """Runner that needs all logits for an argmax: half of the head's time to compute, half to search them."""
 
     def argmax(self, x):
         return None
@@ -263,14 +259,14 @@ class SlowLogits:
 
 
 def test_choosing_a_token_is_part_of_the_heads_time(clock):
-    costs = measure_costs(StepWithLogits(clock, 1e-4, 1e-5, 3e-4))
+    costs = measure_costs(RunnerWithLogits(clock, 1e-4, 1e-5, 3e-4))
     assert costs.model.head == pytest.approx([3e-4] * len(ROWS))
 
 
-@pytest.mark.parametrize("make_step", [lambda decoder: FusedRunner(decoder, Plain), ModuleRunner])
-def test_measures_real_steps(tiny_model, make_step):
-    step = make_step(Decoder(tiny_model("llama")))
-    costs = measure_costs(step, step, seconds=0.5)
+@pytest.mark.parametrize("make_runner", [lambda decoder: FusedRunner(decoder, Plain), ModuleRunner])
+def test_measures_real_runners(tiny_model, make_runner):
+    runner = make_runner(Decoder(tiny_model("llama")))
+    costs = measure_costs(runner, runner, seconds=0.5)
     assert costs.num_layers == 4
     assert Costs.from_dict(costs.to_dict()) == costs
     assert round_seconds(costs, DraftPlan(Draft("weights", 4), 2), 1) > 0 and costs.plain(1) > 0
@@ -278,24 +274,24 @@ def test_measures_real_steps(tiny_model, make_step):
 
 def test_costs_are_kept_in_a_file(clock, tmp_path):
     path = tmp_path / "costs" / "here.json"
-    step = FakeStep(clock, 1e-4, 1e-5, 3e-4)
-    costs = keep_costs(path, step)
-    runs = len(step.log)
-    assert keep_costs(path, step) == costs
-    assert len(step.log) == runs  # read, not measured again
+    runner = FakeRunner(clock, 1e-4, 1e-5, 3e-4)
+    costs = keep_costs(path, runner)
+    runs = len(runner.log)
+    assert keep_costs(path, runner) == costs
+    assert len(runner.log) == runs  # read, not measured again
     with pytest.raises(ValueError, match=r"costs_file: .* other draft_weights"):
-        keep_costs(path, step, step)
-    adapter, other = FakeStep(clock, 1e-5, 1e-6, 1e-5), tmp_path / "with_adapter.json"
+        keep_costs(path, runner, runner)
+    adapter, other = FakeRunner(clock, 1e-5, 1e-6, 1e-5), tmp_path / "with_adapter.json"
     with pytest.raises(ValueError, match=r"costs_file: .* another exit_adapter"):
-        keep_costs(path, step, None, adapter)
-    measured = keep_costs(other, step, None, adapter)
-    assert measured == keep_costs(other, step, None, adapter) and measured.adapter_blocks == 5
-    step.device = torch.device("meta")
+        keep_costs(path, runner, None, adapter)
+    measured = keep_costs(other, runner, None, adapter)
+    assert measured == keep_costs(other, runner, None, adapter) and measured.adapter_blocks == 5
+    runner.device = torch.device("meta")
     with pytest.raises(ValueError, match=r"costs_file: .* measured on 'cpu', not on 'meta'"):
-        keep_costs(path, step)
+        keep_costs(path, runner)
     path.write_text("{")
     with pytest.raises(ValueError, match=r"costs_file: .* is not JSON"):
-        keep_costs(path, step)
+        keep_costs(path, runner)
 
 
 GOOD = {"num_layers": 5, "model": {"rows": [1, 64], "block": [1e-4, 1e-3], "head": [1e-4, 1e-3]}}
@@ -348,7 +344,7 @@ def test_costs_that_cannot_be_kept_stop_nothing(clock, tmp_path, monkeypatch, ca
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr("lskip.utils.output_files.Path.write_bytes", refuse)
-    costs = keep_costs(tmp_path / "costs.json", FakeStep(clock, 1e-4, 1e-5, 3e-4))
+    costs = keep_costs(tmp_path / "costs.json", FakeRunner(clock, 1e-4, 1e-5, 3e-4))
     assert costs.num_layers == 5 and not list(tmp_path.iterdir())
     assert "warning: costs_file: is not kept" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ from lskip.inference.drafting.ngram import NgramIndex
 
 
 def searched(text, num, max_n, min_n):
-    """What followed the latest earlier occurrence of the longest n-gram at the end, found by looking everywhere."""
+    """Return the tokens behind the latest earlier occurrence of the longest n-gram at the end, by a full search."""
     for size in range(max_n, min_n - 1, -1):
         for start in range(len(text) - size - 1, -1, -1):
             if len(text) > size and text[start : start + size] == text[-size:]:

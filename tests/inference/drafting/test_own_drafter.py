@@ -1,4 +1,4 @@
-"""A source of drafts of one's own: one file, and every way to decode knows it."""
+"""A drafter of a user's own: one file, and every way to decode knows it."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from lskip.inference.drafting.drafter import Drafter
 from lskip.inference.drafting.registry import DRAFTERS, register_drafter
 from tests.conftest import make_model
 
-# The whole of what its author writes.
+# All that its author writes.
 LAST_TOKEN = """
 from lskip.inference import Drafter, register_drafter
 from lskip.inference.drafting.round import Drafted
@@ -30,7 +30,7 @@ PROMPTS = [[5, 9, 5, 9, 5], [7, 7, 7], [200, 3, 80, 3]]
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """The author's folder; what is registered is forgotten afterwards."""
+    """Return the author's folder; the registry is restored afterwards."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_drafts.py").write_text(LAST_TOKEN)
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("aaaa", "hello")))
@@ -71,14 +71,14 @@ def test_texts_are_those_without_drafts(imported, temperature, batch_size):
 
 def test_what_it_drafts_is_accepted_where_it_is_right(imported):
     model = make_model(eos_token_id=None)
-    with torch.no_grad():  # whatever is read, the next token is 9
+    with torch.no_grad():  # the next token is always 9
         model.model.norm.weight.zero_()
         model.lm_head = torch.nn.Linear(32, 300)
         model.lm_head.weight.zero_()
         model.lm_head.bias.zero_()[9] = 1.0
     answer = TextGenerator(model).generate([9], max_new_tokens=11, draft="last_token", num_speculations=4)
     assert answer.token_ids == [9] * 11 and answer.acceptance_rate == 1.0
-    assert answer.rounds == 3  # the prompt's pass, then 2 rounds of 4 drafts and the model's own token
+    assert answer.rounds == 3  # the prefill, then 2 rounds of 4 drafts and the model's own token
 
 
 def test_a_policy_that_chooses_among_all_drafts_tries_it(imported, quick_costs):

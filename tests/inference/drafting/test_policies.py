@@ -1,4 +1,4 @@
-"""Draft policies: what they plan by hand-worked rules (test_inference_cost_aware.py: CostAwareDraft)."""
+"""Draft policies against rules worked by hand (CostAwareDraft: test_cost_aware.py)."""
 
 import random
 
@@ -54,7 +54,7 @@ def test_the_threshold_adapts_by_the_rule():
 
 @pytest.mark.parametrize("trust", [0.8, 1.0, 1.25])
 def test_confidence_beats_every_fixed_number_of_tokens(trust):
-    """Tokens are accepted with `trust` x the draft's probability: too sure of itself, calibrated, too modest."""
+    """Tokens are accepted with `trust` x the draft's probability: overconfident, calibrated, underconfident."""
     fixed = max(confident_speed(FixedDraft(), trust, d) for d in range(1, 9))
     low, high = (confident_speed(ConfidenceDraft(threshold), trust, 8) for threshold in (0.1, 1.0))
     assert min(low, high) > 0.98 * fixed
@@ -62,7 +62,7 @@ def test_confidence_beats_every_fixed_number_of_tokens(trust):
 
 
 def packed_weights():
-    """Packed weights on a CPU: 8 rows cost little more than 1 does, further ones more."""
+    """Return costs like packed weights' on a CPU: 8 rows cost little more than 1 does, further ones more."""
     rows, seconds = (1, 8, 64), (1.004, 1.032, 2.936)
 
     def row_costs(block, head):
