@@ -6,18 +6,14 @@ import sys
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lskip.adapters.answers import AnswerRow, digest_of, in_order, is_held_out
 from lskip.adapters.states import StateCache
 from lskip.inference import TextGenerator
-from lskip.inference.layers.linear import Packed
-from lskip.inference.layers.linear_choice import obstacle_to
 from lskip.inference.prompt_file import Prompt
 from lskip.inference.text import encode_prompt
-from lskip.models.decoder import Decoder
 
 GROUP = 4  # times the texts that are answered together: what a kill loses at most, and a few idle places at its end
 
@@ -88,7 +84,7 @@ def _answer(
     A text's states depend, in their last bits, on the texts beside it. A group that a kill has cut short is answered
     again as a whole, and those after it are the same as ever: so are all states, whenever a run was stopped.
     """
-    generator = TextGenerator(model, tokenizer, weights=_weights_for(model), batch_size=batch_size)
+    generator = TextGenerator(model, tokenizer, batch_size=batch_size)
     settings = {"states_at": cache.exit_layer, "max_new_tokens": max_new_tokens, "temperature": 0.0}
     digests = list(asked)
     with tqdm(total=len(digests), desc="answers") as bar:
@@ -103,14 +99,6 @@ def _answer(
                 answers[group[index]] = np.array(generation.token_ids, np.int32)[:, None]
                 bar.update()
             cache.answers.append(list(answers), [{"token_ids": answer} for answer in answers.values()])
-
-
-def _weights_for(model: PreTrainedModel) -> str:
-    """How weights are held: never by a timing, as "auto" may in float32, since forms differ in their last bits."""
-    matrix = next(part for part in Decoder(model).blocks[0].parameters() if part.dim() == 2)
-    if matrix.dtype != torch.float32:
-        return "auto"
-    return "packed" if obstacle_to(Packed, matrix.detach()) is None else "plain"
 
 
 def row_of(prompt: list[int], held_out: bool, answer: list[int], block_size: int) -> AnswerRow:

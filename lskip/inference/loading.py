@@ -1,8 +1,6 @@
-"""From a name to a model ready for decoding."""
+"""Loading: from the name of a model to one ready for decoding."""
 
 from __future__ import annotations
-
-import sys
 
 import torch
 
@@ -21,16 +19,16 @@ def load_generator(
     draft_weights: str | None = None,
     device: str = "auto",
     bit_exact: bool | None = None,
-    compiled: bool = False,
     costs_file: str | None = None,
     exit_adapter: str | None = None,
     batch_size: int = 1,
 ) -> TextGenerator:
-    """A generator from whatever `--model` can name: "smollm2", a run, a checkpoint, a folder, a hub name, a GGUF file.
+    """Return a generator from whatever `--model` can name.
 
     Args:
+        model: "smollm2", a run, a checkpoint, a folder, a hub name, a GGUF file.
         dtype: "float32", "bfloat16" or "float16".
-        weights, draft_weights, bit_exact, compiled, costs_file, batch_size: as in TextGenerator.
+        weights, draft_weights, bit_exact, costs_file, batch_size: as in TextGenerator.
         device: "cpu", "cuda", …; "auto": a GPU where there is one.
         exit_adapter: the folder of an exit adapter that was trained for this model, or "smollm2", the one that comes
             with lskip; None: none.
@@ -49,18 +47,26 @@ def load_generator(
     if costs_file is not None:
         check_costs_file(user_path(costs_file, "costs_file"))
     place = resolve_device(device)
-    if compiled and place.type == "cpu":
-        print("warning: compiled: is meant for GPUs; on a CPU compiling takes minutes", file=sys.stderr)
     loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
     loaded = loaded.eval().to(place)
     adapter = None if folder is None else load_adapter(folder, loaded)
     exits = load_trained_exits(model, Decoder(loaded))
-    converted = (weights, draft_weights, True, bit_exact, compiled, costs_file, adapter, exits, batch_size)
-    return TextGenerator(loaded, tokenizer, *converted)
+    return TextGenerator(
+        loaded,
+        tokenizer,
+        weights,
+        draft_weights,
+        release_model=True,
+        bit_exact=bit_exact,
+        costs_file=costs_file,
+        exit_adapter=adapter,
+        trained_exits=exits,
+        batch_size=batch_size,
+    )
 
 
 def resolve_device(device: str) -> torch.device:
-    """ValueError unless torch knows the device and this machine has it."""
+    """Return the device; ValueError unless torch knows it and this machine has it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

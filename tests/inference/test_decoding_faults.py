@@ -146,9 +146,9 @@ class Interleaving:
         adapter = generator.adapter_runner if with_adapter else None
         self.batch = Batch(generator.runner, generator.draft_runner, settings, slots, SLOTS, lambda: COSTS, adapter)
         # Keys and values that others have left must not matter.
-        self.batch.cache.states.normal_()
+        self.batch.cache.kv.normal_()
         if self.batch.adapter is not None:
-            self.batch.adapter.cache.states.normal_()
+            self.batch.adapter.cache.kv.normal_()
         self.left = self.random.randint(2, 9)
         self.joined: list[Joined] = []
         self.cancelled: list[Joined] = []
@@ -178,7 +178,7 @@ class Interleaving:
             by_text[id(text)].got += tokens
         for one in self.joined:
             assert one.got == one.text.generation.token_ids == one.solo.tokens[: len(one.got)]
-        assert len(self.batch.texts) <= self.batch.cache.states.shape[1]
+        assert len(self.batch.texts) <= self.batch.cache.kv.shape[1]
         assert not any(text.ended for text in self.batch.texts)
 
     def check(self) -> Counter[str]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lskip.inference.layers.kv_cache import KVCache
-from lskip.inference.layers.linear import Form, Plain
-from lskip.inference.layers.linear_choice import STEPS_AND_VERIFICATION, choose_form, fastest
-from lskip.inference.layers.quantized import DynamicInt8, Int8, usable_forms
+from lskip.inference.layers.layout_choice import choose_layouts
+from lskip.inference.layers.linear import Plain, pack
+from lskip.inference.layers.quantized import choose_draft_layouts
 from lskip.inference.runners.fused_blocks import obstacle, sample_weights
 from lskip.inference.runners.fused_runner import FusedRunner
 from lskip.inference.runners.module_runner import ModuleRunner
@@ -35,16 +35,16 @@ class AdapterRunner:
         token_ids: [W], the words that it knows; None: all.
     """
 
-    def __init__(self, adapter: ExitAdapter):
-        """Converts the weights; `adapter` is left as it is."""
+    def __init__(self, adapter: ExitAdapter, batch_size: int = 1):
+        """Convert the weights, for so many texts at a time; `adapter` is left as it is."""
         self.shape, self.hidden_size = adapter.shape, adapter.join.out_features
-        self.runner = build_adapter_runner(Decoder(adapter.body))
+        self.runner = build_adapter_runner(Decoder(adapter.body), batch_size)
         self.vocab_size = adapter.made_for["vocab_size"]
         self.token_ids = None if len(adapter.token_ids) == self.vocab_size else adapter.token_ids
         weight, bias = adapter.join.weight.detach(), adapter.join.bias.detach()
         # Not rounded: a row's one large number, for what goes straight through, would set the scale of all others.
-        form = choose_form("auto", [weight])
-        self.join, self.join_dtype = form(weight, bias), form.inner_dtype or weight.dtype
+        layouts = choose_layouts("auto", weight, batch_size)
+        self.join, self.join_dtype = pack(layouts, weight, bias), layouts[0].inner_dtype or weight.dtype
 
     def joined(self, exit_states: Tensor, last_states: Tensor | None) -> Tensor:
         """The input of its first block [A, n, D], from [A, n, D] each, as ExitAdapter.joined."""
@@ -216,18 +216,15 @@ class AdapterSlots:
                 states[target] = states[source]
 
 
-def build_adapter_runner(decoder: Decoder) -> ModelRunner:
-    """Its blocks and head: FusedRunner, in int8 where that works here; else the modules themselves."""
+def build_adapter_runner(decoder: Decoder, batch_size: int = 1) -> ModelRunner:
+    """Return a runner of its blocks and head: FusedRunner, in int8 where that works here; else of the modules."""
     if obstacle(decoder) is not None:
         return ModuleRunner(decoder)
-    runner = FusedRunner(decoder, choose_adapter_form(sample_weights(decoder)))
+    try:
+        layouts = choose_draft_layouts("int8", sample_weights(decoder), batch_size)
+    except ValueError:  # this machine has no such kernels, or not for these matrices
+        layouts = [Plain]
+    runner = FusedRunner(decoder, layouts)
     # It never embeds a token, and would keep the head's original for that; one row is for those who time it.
     runner.embedding = runner.embedding[:1].clone()
     return runner
-
-
-def choose_adapter_form(samples: list[Tensor]) -> Form:
-    """The faster kind of int8 that works on all `samples` [out, in]; Plain where none does."""
-    usable = usable_forms((DynamicInt8, Int8), samples)
-    # It drafts a row at a time, and is shown all rows of a verification at once.
-    return fastest(usable, samples, STEPS_AND_VERIFICATION) if usable else Plain

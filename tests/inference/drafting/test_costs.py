@@ -266,7 +266,7 @@ def test_choosing_a_token_is_part_of_the_heads_time(clock):
     assert costs.model.head == pytest.approx([3e-4] * len(ROWS))
 
 
-@pytest.mark.parametrize("make_step", [lambda decoder: FusedRunner(decoder, Plain), ModuleRunner])
+@pytest.mark.parametrize("make_step", [lambda decoder: FusedRunner(decoder, [Plain]), ModuleRunner])
 def test_measures_real_steps(tiny_model, make_step):
     step = make_step(Decoder(tiny_model("llama")))
     costs = measure_costs(step, step, seconds=0.5)
