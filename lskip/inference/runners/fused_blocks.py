@@ -20,7 +20,7 @@ FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 class Block:
-    """A block of the model, made ready for a few rows at a time.
+    """A block of the model, made ready for a few rows at a time; on a CPU in TorchScript.
 
     Attributes:
         qkv: D -> (H + 2 KV) head_dim; q and k rows in rotary pairs.
@@ -38,7 +38,6 @@ class Block:
         layouts: Sequence[Layout],
         dtype: torch.dtype,
         width: int,
-        without_python: bool,
     ):
         """Convert the weights of the model's `layer`.
 
@@ -46,7 +45,6 @@ class Block:
             layouts: each matrix takes the first that can hold it.
             dtype: of states between the products.
             width: rows that bits are to be kept for; 1: any.
-            without_python: run it in TorchScript.
         """
         attention, mlp, self.window = layer.self_attn, layer.mlp, window
         device = attention.q_proj.weight.device
@@ -57,7 +55,7 @@ class Block:
         self.down = fuse(layouts, (mlp.down_proj,))
         attention_norm, mlp_norm = Norm(layer.input_layernorm, dtype), Norm(layer.post_attention_layernorm, dtype)
         inner_dtype = layouts[0].inner_dtype or attention.q_proj.weight.dtype
-        self.functions = block_functions(tuple(type(matrix) for matrix in self.matrices), without_python)
+        self.functions = block_functions(tuple(map(type, self.matrices)), device.type == "cpu")
         self.packed = (
             (tuple(heads), attention_norm.eps, width, dtype, inner_dtype),
             (attention_norm.weight, mlp_norm.weight, qk_norm(attention, heads), attention_norm.floor),

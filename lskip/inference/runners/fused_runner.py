@@ -73,11 +73,8 @@ class FusedRunner:
         self.screen = screen
         self.head = head or pack_head(layouts, decoder)
         self.blocks: list[Block] = []
-        without_python = self.device.type == "cpu"
         for index in range(self.num_layers):
-            window = decoder.window(index)
-            block = Block(layers[index], window, self.heads, layouts, self.dtype, width, without_python)
-            self.blocks.append(block)
+            self.blocks.append(Block(layers[index], decoder.window(index), self.heads, layouts, self.dtype, width))
             if release:
                 layers[index] = nn.Identity()
         self.stack = Stack(self.blocks)
