@@ -16,13 +16,10 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lskip.inference.layers import convolved
+from lskip.inference.layers.layout_choice import obstacle_to
 from lskip.inference.layers.linear import Halved
-from lskip.inference.layers.linear_choice import obstacle_to
 
 HALVED_WORKS = obstacle_to(Halved, torch.ones(8, 8)) is None
-# Another of its kernels' users: drafts that are left out where it is missing.
-FBGEMM_DRAFTS = ["int8_dynamic"] if "fbgemm" in torch.backends.quantized.supported_engines else []
 needs_halved = pytest.mark.skipif(not HALVED_WORKS, reason="this build has no FBGEMM")
 
 TINY = {
@@ -100,12 +97,6 @@ def answers_file(tmp_path) -> Path:
     ]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path / "answers.jsonl"
-
-
-@pytest.fixture
-def tiny_convolutions(monkeypatch):
-    """Convolved takes tiny matrices too, whose layouts depend on the rows: that costs microseconds, and no bit."""
-    monkeypatch.setattr(convolved, "sizes_of_one_layout", lambda shape, threads: [4, 8, 16, 20, 32, 64, 128])
 
 
 @pytest.fixture

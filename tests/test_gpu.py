@@ -102,12 +102,6 @@ def test_exits_stop_where_they_do_on_the_cpu():
     assert texts_of(ours, exit_layer=2, draft=None) == texts_of(theirs, exit_layer=2, draft=None)
 
 
-def test_compiled_blocks_write_the_same_text():
-    model = on_gpu()
-    expected = texts_of(TextGenerator(model))
-    assert texts_of(TextGenerator(model, compiled=True), **settings_of("layers")) == expected
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bit_exact_text_depends_on_neither_draft_nor_batch(dtype):
     generator = TextGenerator(on_gpu().to(dtype), bit_exact=True)

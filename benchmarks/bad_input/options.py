@@ -38,7 +38,6 @@ LOADING = {
     "draft_weights": choice("int8", "int4", null=True),
     "device": choice("auto", "cpu", good=("cpu",)),
     "bit_exact": flag(null=True, good=("true", "false", "null")),
-    "compiled": flag(),
     "costs_file": place_to_write(),
     "exit_adapter": file_to_read(),
 }

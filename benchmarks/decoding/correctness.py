@@ -101,7 +101,7 @@ def compare_bits(dtype: str, family: str, context: int) -> dict:
     return {
         "dtype": dtype,
         "family": family,
-        "form": step.form.__name__,
+        "layout": step.layout,
         "cpu": os.environ.get("ONEDNN_MAX_CPU_ISA", "all of it"),
         "context": context,
         "passes": len(blocks) + len(batches),

@@ -174,16 +174,16 @@ def write_environment(job: Job, reference: dict) -> None:
         "prompts": len(job.prompts),
         "prompt_tokens": sum(map(len, job.prompts)),
         "distinct_3grams": distinct,
-        "weights": {name: held_as(made.runner) for name, made in job.shared.generators.by_name().items()},
+        "weights": {name: layout_of(made.runner) for name, made in job.shared.generators.by_name().items()},
         "llama_cpp": job.shared.llama_cpp.version if job.shared.llama_cpp else None,
     }
     write(job, "environment.json", content)
     console.print(", ".join(f"{name} {value}" for name, value in content.items() if name != "options"))
 
 
-def held_as(step) -> str:
-    """Return the layout of the model's weights, which FusedRunner chooses; ModuleRunner has none."""
-    return step.form.__name__ if hasattr(step, "form") else "plain"
+def layout_of(step) -> str:
+    """Return the layout of the model's weights: FusedRunner chooses one for this machine, ModuleRunner has none."""
+    return getattr(step, "layout", "plain")
 
 
 def write(job: Job, name: str, content) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lskip.inference.layers.quantized import DRAFT_FORMS
+from lskip.inference.layers.quantized import DRAFT_WEIGHTS
 
 METHODS = (
     "autoregressive",
@@ -41,7 +41,7 @@ DRAFTS = {
     "layers": Source(None, "layers"),
     # The same drafts, without the cached exit states: what that cache is worth (the paper: 6 to 12 %).
     "layers_uncached": Source(OWN_WEIGHTS, "weights"),
-    **{name: Source(name, "weights") for name in DRAFT_FORMS},
+    **{name: Source(name, "weights") for name in DRAFT_WEIGHTS},
     "adapter": Source(ADAPTER, "adapter"),
     "ngram": Source(None, "ngram"),
     # Everything that the generator has: the cost-aware policy chooses.

@@ -60,7 +60,7 @@ class Sizes:
     blocks: int = 16
     exit_layer: int = 2
     num_speculations: int = 2
-    smollm2_drafts: tuple[tuple[str, int], ...] = (("int8_dynamic", 5), ("int4", 16), ("adapter", 2))
+    smollm2_drafts: tuple[tuple[str, int], ...] = (("int8", 5), ("int4", 16), ("adapter", 2))
 
 
 def run(output: Path, sizes: Sizes) -> dict:
@@ -192,7 +192,7 @@ def answers(model, tokenizer, sizes: Sizes) -> dict:
     runs = {draft: every[1:] for draft, every in runs.items()}
     plain = runs.pop(None)
     return {
-        "weights": {draft or "autoregressive": generators[draft].runner.form.__name__ for draft in settings},
+        "weights": {draft or "autoregressive": generators[draft].runner.layout for draft in settings},
         "tokens": sum(map(len, reference)),
         "distinct_3grams": distinct_3grams(reference),
         "generate_tokens_per_second": statistics.median(len(a) / s for a, s in zip(reference, seconds, strict=True)),

@@ -37,7 +37,7 @@ from benchmarks.environment import environment
 from benchmarks.retrofit.task_scores import compare, draft_agreement
 from lskip.data import TextData
 from lskip.inference import TextGenerator
-from lskip.inference.layers.quantized import DRAFT_FORMS
+from lskip.inference.layers.quantized import DRAFT_WEIGHTS
 from lskip.inference.text import decode_text
 from lskip.models.decoder import Decoder
 from lskip.models.encoding import open_ended
@@ -200,10 +200,10 @@ def settings_of(options: argparse.Namespace, num_layers: int, exits: bool, adapt
     exit_layers = options.exit_layers or sorted({max(1, round(share * num_layers)) for share in SHARES})
     if max(exit_layers) >= num_layers:
         raise ValueError(f"exit_layers: {max(exit_layers)} is not from 1 to {num_layers - 1}, below the last layer")
-    drafts = [(None, draft) for draft in (*DRAFT_FORMS, "ngram")]
+    drafts = [(None, draft) for draft in (*DRAFT_WEIGHTS, "ngram")]
     adaptive = [(None, "int4+any")]
     if exits:
-        drafts += [(exit_layer, draft) for exit_layer in exit_layers for draft in ("layers", *DRAFT_FORMS)]
+        drafts += [(exit_layer, draft) for exit_layer in exit_layers for draft in ("layers", *DRAFT_WEIGHTS)]
         adaptive += [(exit_layer, draft) for exit_layer in exit_layers for draft in ("any", "int4+any")]
     if adapter:
         drafts.append((None, "adapter"))

@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lskip.adapters.answers import AnswerRow, digest_of, in_order, is_held_out
 from lskip.adapters.states import StateCache
 from lskip.inference import TextGenerator
-from lskip.inference.layers.linear import Packed
-from lskip.inference.layers.linear_choice import obstacle_to
 from lskip.inference.prompt_file import Prompt
 from lskip.inference.text import encode_prompt
-from lskip.models.decoder import Decoder
 from lskip.utils.console import warn
 
 GROUP = 4  # batches between commits to disk: a kill loses at most one group, at whose end some slots are idle
@@ -88,7 +84,7 @@ def _answer(
     States depend in their last bits on the other texts of the batch. A group cut short by a kill is answered again as a
     whole, so that states are the same whether or not a run was interrupted.
     """
-    generator = TextGenerator(model, tokenizer, weights=_weights_for(model), batch_size=batch_size)
+    generator = TextGenerator(model, tokenizer, batch_size=batch_size)
     settings = {"states_at": cache.exit_layer, "max_new_tokens": max_new_tokens, "temperature": 0.0}
     digests = list(asked)
     with tqdm(total=len(digests), desc="answers") as bar:
@@ -103,14 +99,6 @@ def _answer(
                 answers[group[index]] = np.array(generation.token_ids, np.int32)[:, None]
                 bar.update()
             cache.answers.append(list(answers), [{"token_ids": answer} for answer in answers.values()])
-
-
-def _weights_for(model: PreTrainedModel) -> str:
-    """Return the layout of the weights, in float32 by a fixed rule, since layouts differ in their last bits."""
-    matrix = next(part for part in Decoder(model).blocks[0].parameters() if part.dim() == 2)
-    if matrix.dtype != torch.float32:
-        return "auto"
-    return "packed" if obstacle_to(Packed, matrix.detach()) is None else "plain"
 
 
 def row_of(prompt: list[int], held_out: bool, answer: list[int], block_size: int) -> AnswerRow:

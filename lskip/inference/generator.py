@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 from lskip.inference.decoding.batch import Batch, Request, bound, longest_draft
 from lskip.inference.decoding.sampling import TokenChooser
 from lskip.inference.decoding.state_recorder import StateRecorder, check_states_at
-from lskip.inference.drafting.adapter import AdapterRunner
 from lskip.inference.drafting.costs import Costs, measure_costs
 from lskip.inference.drafting.costs_file import keep_costs
 from lskip.inference.drafting.drafter import Runners
 from lskip.inference.generation import Generation, TextStream
-from lskip.inference.layers.linear_choice import mix_for
 from lskip.inference.layers.lm_head import screened_head
 from lskip.inference.model_defaults import read_defaults
+from lskip.inference.runners.adapter_runner import AdapterRunner
 from lskip.inference.runners.build import build_draft_runner, build_runner
 from lskip.inference.settings import GenerationSettings
 from lskip.inference.stopping import end_tokens, stop_rule
@@ -55,7 +54,6 @@ class TextGenerator:
         draft_weights: str | None = None,
         release_model: bool = False,
         bit_exact: bool | None = None,
-        compiled: bool = False,
         costs_file: str | None = None,
         exit_adapter: ExitAdapter | None = None,
         trained_exits: TrainedExits | None = None,
@@ -66,23 +64,21 @@ class TextGenerator:
         Args:
             model: a causal LM of a supported family, on its device and in its dtype. It is left as it is.
             tokenizer: None: prompts are token ids, and the text stays empty.
-            weights: how they are held: "plain"; "packed", "transposed" or "halved" (for the CPU); or "auto": what is
-                fastest on this machine (on a CPU without bfloat16 products bfloat16 is computed in float32).
-            draft_weights: "int8", "int4" (in 8 bits where these are the faster) or "int8_dynamic": drafts come from a
-                rounded copy of the blocks (of all of them where no exit_layer is named) and are verified by the model's
-                own weights, so that the text is the same. Needs no training; CPU only. None: drafts come from the
-                model's own first layers.
+            weights: their layout: "plain"; "packed" or "halved" (for the CPU); or "auto": by a rule what suits them
+                and this machine (on a CPU without bfloat16 products bfloat16 is computed in float32).
+            draft_weights: "int8" or "int4": drafts come from a rounded copy of the blocks (of all of them where no
+                exit_layer is named) and are verified by the model's own weights, so that the text is the same. Needs
+                no training; CPU only. None: drafts come from the model's own first layers.
             release_model: free the model's blocks while converting. The model is of no use afterwards.
             bit_exact: a text's logits are the same bits alone, in any batch, with and without speculation, in
                 bfloat16 too. Costs 15 to 22 % of the speed. False: texts are equal in float32 up to ties within
-                rounding. None: true for packed bfloat16 weights on a CPU (form_choice.EXACT_BY_DEFAULT), else false.
-            compiled: run the blocks through torch.compile (for GPUs; the first rounds take minutes).
+                rounding. None: true for packed bfloat16 weights on a CPU (layout_choice.exact_by_default), else false.
             costs_file: JSON file that keeps `costs`, made where there is none; None: each process measures anew.
             exit_adapter: drafts behind the model's first blocks; trained for this model, on its device. It is
                 converted too (to int8 where that works), and left as it is.
             trained_exits: what the model's exits have of their own; None: the shared norm and head read them.
-            batch_size: texts that are going to be decoded together, as far as known: weights "auto" are what is fastest
-                for so many. Any number of them can be.
+            batch_size: texts that are going to be decoded together, as far as known: layouts are chosen for so many.
+                Any number of them can be.
 
         Raises:
             ValueError: an unsupported family, a value that is unknown or does not work here, another model's adapter.
@@ -99,9 +95,8 @@ class TextGenerator:
         self.draft_runner = None
         if draft_weights is not None:
             self.draft_runner = build_draft_runner(decoder, draft_weights, screen, batch_size)
-        self.adapter_runner = None if exit_adapter is None else AdapterRunner(exit_adapter)
-        mix = mix_for(batch_size, rounded=draft_weights is not None, adapter=exit_adapter is not None)
-        self.runner = build_runner(decoder, weights, release_model, mix, bit_exact, compiled, screen)
+        self.adapter_runner = None if exit_adapter is None else AdapterRunner(exit_adapter, batch_size)
+        self.runner = build_runner(decoder, weights, release_model, batch_size, bit_exact, screen)
         self.trained_exits = deepcopy(trained_exits)
         if trained_exits is not None:
             self.trained_exits.to(self.runner.device, self.runner.dtype)

@@ -1,4 +1,4 @@
-"""From a name to a model ready for decoding."""
+"""Loading: from the name of a model to one ready for decoding."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from lskip.inference.generator import TextGenerator
 from lskip.models.decoder import Decoder
 from lskip.models.exit_adapter import find_adapter, load_adapter
 from lskip.utils.checks import check_choice, check_whole
-from lskip.utils.console import warn
 from lskip.utils.devices import DTYPES
 from lskip.utils.user_paths import user_path
 
@@ -21,16 +20,16 @@ def load_generator(
     draft_weights: str | None = None,
     device: str = "auto",
     bit_exact: bool | None = None,
-    compiled: bool = False,
     costs_file: str | None = None,
     exit_adapter: str | None = None,
     batch_size: int = 1,
 ) -> TextGenerator:
-    """A generator from whatever `--model` can name: "smollm2", a run, a checkpoint, a folder, a hub name, a GGUF file.
+    """Return a generator from whatever `--model` can name.
 
     Args:
+        model: "smollm2", a run, a checkpoint, a folder, a hub name, a GGUF file.
         dtype: "float32", "bfloat16" or "float16".
-        weights, draft_weights, bit_exact, compiled, costs_file, batch_size: as in TextGenerator.
+        weights, draft_weights, bit_exact, costs_file, batch_size: as in TextGenerator.
         device: "cpu", "cuda", …; "auto": a GPU where there is one.
         exit_adapter: the folder of an exit adapter that was trained for this model, or "smollm2", the one that comes
             with lskip; None: none.
@@ -48,8 +47,6 @@ def load_generator(
     if costs_file is not None:
         check_costs_file(user_path(costs_file, "costs_file"))
     place = resolve_device(device)
-    if compiled and place.type == "cpu":
-        warn("compiled: is meant for GPUs; on a CPU compiling takes minutes")
     loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
     loaded = loaded.eval().to(place)
     adapter = None if folder is None else load_adapter(folder, loaded)
@@ -61,7 +58,6 @@ def load_generator(
         draft_weights=draft_weights,
         release_model=True,
         bit_exact=bit_exact,
-        compiled=compiled,
         costs_file=costs_file,
         exit_adapter=adapter,
         trained_exits=exits,
@@ -70,7 +66,7 @@ def load_generator(
 
 
 def resolve_device(device: str) -> torch.device:
-    """ValueError unless torch knows the device and this machine has it."""
+    """Return the device; ValueError unless torch knows it and this machine has it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

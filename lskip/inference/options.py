@@ -10,7 +10,7 @@ from lskip.inference.drafting.policies import DraftPolicy
 from lskip.inference.exit_criteria import ExitCriterion
 from lskip.utils.devices import DType
 
-DraftWeights = Literal["int8", "int4", "int8_dynamic"]  # quantized.DRAFT_FORMS, in words that the parser reads
+DraftWeights = Literal["int8", "int4"]  # quantized.DRAFT_WEIGHTS, in words that the parser reads
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,12 @@ class LoadingOptions:
     Attributes:
         model: a run folder, a checkpoint, an exported or downloaded folder, a hub name, a .gguf file, smollm2.
         dtype: of the weights in memory.
-        weights: how they are held while decoding; auto takes what is fastest on this machine. halved: in 16 bits,
+        weights: their layout while decoding; auto takes what suits them and this machine. halved: in 16 bits,
             computed in float32, where that changes no number, as for bfloat16 checkpoints.
-        draft_weights: a copy of the model in int8 or int4 that may draft (int8_dynamic: states are rounded too, faster
-            for several texts at a time); null: none.
+        draft_weights: a copy of the model in int8 or int4 that may draft; null: none.
         device: cpu, cuda …; auto takes a GPU where there is one.
         bit_exact: a text is the same to the bit alone, in any batch, with and without drafts, in bfloat16 too;
             costs some speed. null: in bfloat16 on a CPU that has bfloat16 products.
-        compiled: run the blocks through torch.compile; for GPUs.
         costs_file: JSON file that keeps what a pass costs on this machine, which CostAwareDraft goes by; made where
             there is none. null: measured each time, which takes seconds.
         exit_adapter: folder of an exit adapter that was trained for this model, or smollm2, the one that comes with
@@ -36,11 +34,10 @@ class LoadingOptions:
 
     model: str = "smollm2"
     dtype: DType = "float32"
-    weights: Literal["auto", "plain", "packed", "transposed", "halved"] = "auto"
+    weights: Literal["auto", "plain", "packed", "halved"] = "auto"
     draft_weights: DraftWeights | None = None
     device: str = "auto"
     bit_exact: bool | None = None
-    compiled: bool = False
     costs_file: str | None = None
     exit_adapter: str | None = None
 

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from lskip.models.exit_adapter import AdapterShape, ExitAdapter
-from tests.conftest import FBGEMM_DRAFTS, make_model
+from tests.conftest import make_model
 
 pytestmark = pytest.mark.usefixtures("process_settings")
 ENDS = list(range(0, 300, 4))  # a random model ends no text: a quarter of its tokens end one
@@ -171,7 +171,7 @@ def test_items_of_a_group_are_drawn_together():
 def test_every_draft_is_timed_and_changes_no_text(result):
     settings = {name: [r for r in result["decoding"] if r["model"] == name] for name in ("layerskip", "plain")}
     kinds = {name: {(r["draft"], r["exit_layer"], r["policy"]) for r in rows} for name, rows in settings.items()}
-    rounded = ("int8", "int4", *FBGEMM_DRAFTS)
+    rounded = ("int8", "int4")
     untrained = {(draft, None, "fixed") for draft in (*rounded, "ngram")}
     adaptive = {("int4+any", None, "cost_aware"), (None, None, None)}
     assert kinds["plain"] == untrained | adaptive | {("adapter", None, "fixed")}

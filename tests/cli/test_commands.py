@@ -58,7 +58,7 @@ def test_loading_options_reach_the_generator(model_folder, monkeypatch):
     asked = {}
     monkeypatch.setattr(command_options, "load_generator", lambda **options: asked.update(options) or 1 / 0)
     options = {"dtype": "bfloat16", "weights": "plain", "draft_weights": "int8", "device": "cpu", "bit_exact": True}
-    options |= {"compiled": True, "costs_file": "costs.json", "exit_adapter": "adapter"}
+    options |= {"costs_file": "costs.json", "exit_adapter": "adapter"}
     flags = [f"--{name}={str(value).lower()}" for name, value in options.items()]
     with pytest.raises(ZeroDivisionError):
         main(["generate", "--prompt=x", f"--model={model_folder}", *flags])
@@ -227,12 +227,3 @@ def test_what_does_not_fit_the_model_is_refused_before_it_is_loaded(talker, caps
 def test_a_device_that_is_none(talker, capsys, device):
     assert main(["generate", "--prompt=x", f"--model={talker}", f"--device={device}"]) == 2
     assert f"device: '{device}' cannot be used here" in capsys.readouterr().err
-
-
-@pytest.mark.kind(LATE)
-def test_compiling_on_a_cpu_is_warned_of_before_it_takes_minutes(talker, capsys):
-    assert (
-        main(["generate", "--prompt=x", f"--model={talker}", "--device=cpu", "--compiled=true", "--bit_exact=true"])
-        == 2
-    )
-    assert "warning: compiled: is meant for GPUs" in capsys.readouterr().err

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lskip.inference import TextGenerator
 from lskip.inference.layers.kv_cache import KVCache
-from lskip.inference.layers.linear import Packed, Plain, Sliced, Widened
-from lskip.inference.layers.linear_choice import obstacle_to
+from lskip.inference.layers.layout_choice import obstacle_to
+from lskip.inference.layers.linear import Packed, Plain, Sliced
 from lskip.inference.runners.base import ModelRunner
 from lskip.inference.runners.fused_runner import FusedRunner
 from lskip.models.decoder import Decoder
@@ -108,7 +108,7 @@ def differing_slots(runner: ModelRunner, ids: Tensor, truth: Tensor, cases) -> l
     found = []
     for starts, rows in cases:
         cache = runner.new_cache(len(starts) + 1, max(starts) + rows)
-        cache.states.normal_()
+        cache.kv.normal_()
         for slot, start in enumerate(starts):
             if start:
                 runner.run(runner.embed(ids[:, :start]), cache.slot(slot), [0], 0, runner.num_layers)
@@ -139,7 +139,7 @@ def test_logits_keep_their_bits(dtype, family):
     assert differing_blocks(runner, ids, truth, cache, blocks_everywhere(ids.shape[1])) == []
     assert differing_slots(runner, ids, truth, batches(ids.shape[1], 12)) == []
     if dtype == "bfloat16" and not PACKS_BFLOAT16:
-        assert runner.form in (Widened, Sliced)
+        assert runner.layout in ("Widened", "Sliced")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -167,14 +167,14 @@ def test_bits_do_not_depend_on_how_threads_share_the_work(dtype):
         assert torch.equal(logits_of(runner, ids, cache, [0]), torch.cat(truth, 1))
 
 
-@pytest.mark.parametrize("form", [Sliced, Packed])
+@pytest.mark.parametrize("layout", [Sliced, Packed])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
-def test_a_prompt_in_one_pass_and_a_draft_left_at_an_exit(dtype, form):
+def test_a_prompt_in_one_pass_and_a_draft_left_at_an_exit(dtype, layout):
     """Prefill against single tokens; rows that ran to the exit one by one and go on together, as drafts do."""
-    if form is Packed and dtype == "bfloat16" and not PACKS_BFLOAT16:
+    if layout is Packed and dtype == "bfloat16" and not PACKS_BFLOAT16:
         pytest.skip("this CPU packs no bfloat16")
-    runner = FusedRunner(Decoder(make_sized("llama", dtype)), form, width=4)
+    runner = FusedRunner(Decoder(make_sized("llama", dtype)), [layout], width=4)
     ids = make_ids(150)
     truth, _ = token_by_token(runner, ids)
     cache = runner.new_cache(1, 150)
@@ -188,8 +188,8 @@ def test_a_prompt_in_one_pass_and_a_draft_left_at_an_exit(dtype, form):
 @torch.inference_mode()
 def test_without_the_option_bits_do_depend_on_the_rows():
     """Otherwise the tests above would show nothing about the option."""
-    for form in (Packed, Plain) if PACKS_BFLOAT16 else (Plain,):
-        runner = FusedRunner(Decoder(make_sized("llama", "bfloat16")), form)
+    for layout in (Packed, Plain) if PACKS_BFLOAT16 else (Plain,):
+        runner = FusedRunner(Decoder(make_sized("llama", "bfloat16")), [layout])
         ids = make_ids(120)
         truth, cache = token_by_token(runner, ids)
         if differing_blocks(runner, ids, truth, cache, blocks_everywhere(120)):

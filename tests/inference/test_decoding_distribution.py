@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 
 from lskip.inference import TextGenerator
 from lskip.inference.decoding import rejection
-from lskip.inference.drafting.adapter import AdapterRunner
+from lskip.inference.runners.adapter_runner import AdapterRunner
 from lskip.inference.runners.build import build_draft_runner
 from lskip.models.decoder import Decoder
 from lskip.models.exit_adapter import AdapterShape, ExitAdapter

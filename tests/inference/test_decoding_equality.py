@@ -90,12 +90,12 @@ def transformers_texts(model, prompts: list[list[int]], most: int, context: int 
 
 
 def make_generators(model, family: str) -> dict[str, TextGenerator]:
-    """Every form of weights that the family can have, by name."""
+    """Generators with every layout of weights that the family can have, by name."""
     adapter = ExitAdapter(model, AdapterShape(exit_layer=2))
     if family == "modules":
         return {"plain": TextGenerator(model), "adapter": TextGenerator(model, exit_adapter=adapter)}
-    generators = {form: TextGenerator(model, weights=form) for form in ("plain", "transposed", "packed")}
-    generators |= {form: TextGenerator(model, weights="plain", draft_weights=form) for form in ("int8", "int4")}
+    generators = {each: TextGenerator(model, weights=each) for each in ("plain", "packed")}
+    generators |= {each: TextGenerator(model, weights="plain", draft_weights=each) for each in ("int8", "int4")}
     generators["bit_exact"] = TextGenerator(model, bit_exact=True)
     generators["adapter"] = TextGenerator(model, weights="plain", draft_weights="int8", exit_adapter=adapter)
     for generator in generators.values():

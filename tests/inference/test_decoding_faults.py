@@ -146,9 +146,9 @@ class Interleaving:
         runners = generator.runners if with_adapter else replace(generator.runners, adapter=None)
         self.batch = Batch(runners, settings, slots, SLOTS, lambda: COSTS)
         # Keys and values that others have left must not matter.
-        self.batch.cache.states.normal_()
+        self.batch.cache.kv.normal_()
         if self.batch.slots.observer is not None:
-            self.batch.slots.observer.cache.states.normal_()
+            self.batch.slots.observer.cache.kv.normal_()
         self.left = self.random.randint(2, 9)
         self.joined: list[Joined] = []
         self.cancelled: list[Joined] = []
@@ -178,7 +178,7 @@ class Interleaving:
             by_text[id(text)].got += tokens
         for one in self.joined:
             assert one.got == one.text.generation.token_ids == one.solo.tokens[: len(one.got)]
-        assert len(self.batch.requests) <= self.batch.cache.states.shape[1]
+        assert len(self.batch.requests) <= self.batch.cache.kv.shape[1]
         assert not any(text.ended for text in self.batch.requests)
 
     def check(self) -> Counter[str]:

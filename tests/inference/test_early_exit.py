@@ -22,9 +22,9 @@ PROMPT = [7, 42, 99, 3, 250, 18, 77]
 PROMPTS = [PROMPT, [5], [11, 12, 13] * 9, [200, 4, 61], [90] * 15]
 NEW = 40
 RUNNERS = {
-    "plain": lambda decoder: FusedRunner(decoder, Plain),
-    "packed": lambda decoder: FusedRunner(decoder, Packed),
-    "exact": lambda decoder: FusedRunner(decoder, Packed, width=4),
+    "plain": lambda decoder: FusedRunner(decoder, [Plain]),
+    "packed": lambda decoder: FusedRunner(decoder, [Packed]),
+    "exact": lambda decoder: FusedRunner(decoder, [Packed], width=4),
     "module": ModuleRunner,
 }
 
@@ -279,7 +279,7 @@ def test_fill_writes_what_the_blocks_would(tiny_model, family, runner):
     assert torch.equal(x, given) and cache.lengths == [0, 0, 0]
     for block in (1, 2):
         run.run(x, ran, starts, block, block + 1)
-    assert torch.equal(cache.states, ran.states)  # bit for bit what the block writes when it runs
+    assert torch.equal(cache.kv, ran.kv)  # bit for bit what the block writes when it runs
     written = torch.zeros(4, 3, 16, dtype=torch.bool)
     for slot, start in enumerate(starts):
         positions = torch.arange(start, start + 3)
@@ -288,9 +288,9 @@ def test_fill_writes_what_the_blocks_would(tiny_model, family, runner):
             keys, values = transformers_states(model, block, x[slot : slot + 1], positions[None])
             if runner != "module":  # FusedRunner holds a key's two halves interleaved
                 keys = keys.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-            assert torch.allclose(cache.states[block, slot, 0][:, positions].transpose(0, 1), keys, atol=1e-5)
-            assert torch.allclose(cache.states[block, slot, 1][:, positions].transpose(0, 1), values, atol=1e-5)
-    assert not cache.states.movedim(4, 2)[~written].any()
+            assert torch.allclose(cache.kv[block, slot, 0][:, positions].transpose(0, 1), keys, atol=1e-5)
+            assert torch.allclose(cache.kv[block, slot, 1][:, positions].transpose(0, 1), values, atol=1e-5)
+    assert not cache.kv.movedim(4, 2)[~written].any()
 
 
 def transformers_states(model, block, x, positions):

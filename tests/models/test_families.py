@@ -22,7 +22,8 @@ from lskip.export.to_hf import export
 from lskip.inference import TextGenerator
 from lskip.inference.decoding import engine
 from lskip.inference.exit_criteria import Margin
-from lskip.inference.layers.quantized import Int8, obstacle_to_rounding
+from lskip.inference.layers.layout_choice import obstacle_to
+from lskip.inference.layers.quantized import Int8
 from lskip.inference.runners.fused_blocks import obstacle
 from lskip.models.decoder import Decoder
 from lskip.models.exit_adapter import AdapterShape, ExitAdapter
@@ -154,7 +155,7 @@ def test_self_speculative(family):
     drafts = [{"exit_layer": 2, "num_speculations": 3}, {"draft": "ngram", "num_speculations": 4}]
     answers = [generator.generate(PROMPTS[1], max_new_tokens=20, **draft) for draft in drafts]
     if obstacle(Decoder(model)) is None:
-        if obstacle_to_rounding(Int8, Decoder(model).blocks[0].self_attn.q_proj.weight.detach()) is None:
+        if obstacle_to(Int8, Decoder(model).blocks[0].self_attn.q_proj.weight.detach()) is None:
             rounded = TextGenerator(model, draft_weights="int8")
             answers.append(rounded.generate(PROMPTS[1], max_new_tokens=20, num_speculations=3))
     else:

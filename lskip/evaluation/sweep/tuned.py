@@ -60,7 +60,7 @@ def _is_found(found: Any) -> bool:
     except ValueError:
         return False
     weights, adapter = found["draft_weights"], found["exit_adapter"]
-    if weights not in (None, *get_args(DraftWeights)) or not isinstance(adapter, str | None):
+    if not isinstance(weights, str | None) or not isinstance(adapter, str | None):
         return False
     needs = None if found["draft"] is None else DRAFTERS[found["draft"]].needs
     return isinstance(found["device"], str) and (needs is None or found[needs] is not None)
@@ -118,9 +118,13 @@ def tuned_options(
 
 
 def _check_found(task: str, found: dict[str, Any], model: str) -> None:
-    """ValueError, FileNotFoundError where the model has no such layer, or the adapter is gone."""
+    """ValueError, FileNotFoundError where the model has no such layer, or the weights or the adapter are gone."""
     from lskip.models.pretrained import find_source, load_config
 
+    weights, allowed = found["draft_weights"], get_args(DraftWeights)
+    if weights not in (None, *allowed):
+        one_of = f"is not one of {', '.join(allowed)}; tune again"
+        raise ValueError(f"task: {task!r} was tuned with draft_weights {weights!r}, which {one_of}")
     if found["exit_adapter"] is not None:
         find_adapter(found["exit_adapter"], f"task: {task!r} was tuned with an exit_adapter")
     exit_layer = found["exit_layer"]

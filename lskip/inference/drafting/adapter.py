@@ -1,9 +1,8 @@
-"""Drafting with an exit adapter: how it is run, and what it knows of the texts under way."""
+"""Drafts of an exit adapter: a small trained module behind the model's first blocks (Kangaroo, arXiv 2404.18911)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,25 +13,14 @@ from lskip.inference.drafting.drafter import Available, Drafter, GoesOn, Runners
 from lskip.inference.drafting.layers import draft_tokens
 from lskip.inference.drafting.round import Chooser, Drafted, Slots
 from lskip.inference.layers.kv_cache import KVCache
-from lskip.inference.layers.linear import Form, Plain
-from lskip.inference.layers.linear_choice import STEPS_AND_VERIFICATION, choose_form, fastest
-from lskip.inference.layers.quantized import DynamicInt8, Int8, usable_forms
-from lskip.inference.runners.fused_blocks import obstacle, sample_weights
-from lskip.inference.runners.fused_runner import FusedRunner
-from lskip.inference.runners.module_runner import ModuleRunner
-from lskip.models.decoder import Decoder
-from lskip.models.exit_adapter import ExitAdapter, side_by_side
+from lskip.inference.runners.adapter_runner import AdapterRunner
 from lskip.utils.devices import to_device
-
-if TYPE_CHECKING:
-    from lskip.inference.runners.base import ModelRunner
-
 
 ROWS_THAT_WAIT = 32  # a pass over so many costs little more than over one; and where batches are uneven, not too much
 
 
 class AdapterDrafter(Drafter):
-    """Drafts with the blocks under an exit and a small trained module behind them (Kangaroo, arXiv 2404.18911)."""
+    """Drafts with the blocks under an exit and the exit adapter behind them."""
 
     kind = "adapter"
     needs = "exit_adapter"
@@ -64,46 +52,6 @@ class AdapterDrafter(Drafter):
     def propose(self, draft: Draft, count: int, chooser: Chooser, goes_on: GoesOn) -> Drafted:
         model = self.runners.model
         return draft_tokens(model, self.slots, draft.exit_layer, count, chooser, goes_on, self.observer.reader())
-
-
-class AdapterRunner:
-    """An exit adapter made ready for decoding. It only drafts: where int8 works, its blocks and head are rounded.
-
-    Attributes:
-        shape: its AdapterShape.
-        runner: runs its blocks, norm and head.
-        token_ids: [W], the words that it knows; None: all.
-    """
-
-    def __init__(self, adapter: ExitAdapter):
-        """Converts the weights; `adapter` is left as it is."""
-        self.shape, self.hidden_size = adapter.shape, adapter.join.out_features
-        self.runner = build_adapter_runner(Decoder(adapter.body))
-        self.vocab_size = adapter.made_for["vocab_size"]
-        self.token_ids = None if len(adapter.token_ids) == self.vocab_size else adapter.token_ids
-        weight, bias = adapter.join.weight.detach(), adapter.join.bias.detach()
-        # Not rounded: a row's one large number, for what goes straight through, would set the scale of all others.
-        form = choose_form("auto", [weight])
-        self.join, self.join_dtype = form(weight, bias), form.inner_dtype or weight.dtype
-
-    def joined(self, exit_states: Tensor, last_states: Tensor | None) -> Tensor:
-        """The input of its first block [A, n, D], from [A, n, D] each, as ExitAdapter.joined."""
-        last_states = None if last_states is None else last_states.to(self.runner.dtype)
-        rows = side_by_side(exit_states.to(self.runner.dtype), last_states).flatten(0, 1)
-        return self.join(rows.to(self.join_dtype)).to(self.runner.dtype).view(exit_states.shape)
-
-    def decode(self, x: Tensor) -> Tensor:
-        """States of its last block [A, n, D] -> logits [A, n, V], -inf for words that it does not know."""
-        logits = self.runner.decode(x)
-        if self.token_ids is None:
-            return logits
-        everywhere = logits.new_full((*x.shape[:-1], self.vocab_size), float("-inf"))
-        return everywhere.index_copy_(-1, self.token_ids, logits)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its weights."""
-        return sum(self.runner.memory().values()) + self.join.nbytes
 
 
 class AdapterSlots:
@@ -141,7 +89,7 @@ class AdapterSlots:
         return cls(adapter, cache, [0] * slots, exits, before)
 
     def begin(self, slot: int) -> AdapterSlots:
-        """A view of one slot's memory, for a new text."""
+        """Return a view of one slot's memory, for a new text."""
         part = slice(slot, slot + 1)
         self.lengths[slot] = self.waiting[slot] = 0
         before = None if self.before is None else self.before[part]
@@ -154,7 +102,7 @@ class AdapterSlots:
     def observe(
         self, exit_states: Tensor, last_states: Tensor, starts: list[int], accepted: list[int] | None = None
     ) -> None:
-        """Takes in what the model has run and the texts keep.
+        """Take in what the model has run and the texts keep.
 
         Args:
             exit_states: [A, n, D] after `exit_layer` blocks; those of slot a stand from starts[a] on.
@@ -176,7 +124,7 @@ class AdapterSlots:
             self.waiting[self.slot + slot] += count
 
     def reader(self) -> Callable[[Tensor, list[int]], Tensor]:
-        """Decodes a draft's exit states one after another: ([A, 1, D], starts) -> logits [A, 1, V].
+        """Return what decodes a draft's exit states one after another: ([A, 1, D], starts) -> logits [A, 1, V].
 
         From the second on, its own state of the token before stands in for the last layer's.
         """
@@ -196,7 +144,7 @@ class AdapterSlots:
         return decode
 
     def _draft_first(self, exit_states: Tensor) -> Tensor:
-        """The pending tokens' states after its blocks [A, 1, D]; all that waits goes with them."""
+        """Return the pending tokens' states after its blocks [A, 1, D]; all that waits goes with them."""
         slots = len(exit_states)
         waiting = self._waiting(slots)
         device = exit_states.device
@@ -208,13 +156,13 @@ class AdapterSlots:
         return x[places][:, None]
 
     def _take_in(self, slots: int) -> None:
-        """Nothing waits any more."""
+        """Take in all rows that wait."""
         if rows := max(self._waiting(slots)):
             self._fill(self._joined(slots, rows))
             self._have_taken_in(slots)
 
     def _pass_on(self, exit_states: Tensor, last_states: Tensor, kept: list[int]) -> None:
-        """Takes in rows that are too many to wait, where none does."""
+        """Take in rows that are too many to wait, where none does."""
         before = self.before
         if before is not None:
             before = torch.cat([before[: len(kept), :1], last_states[:, :-1].to(before.dtype)], 1)
@@ -225,7 +173,7 @@ class AdapterSlots:
                 self.before[slot, 0] = last_states[slot, count - 1]
 
     def _joined(self, slots: int, rows: int) -> Tensor:
-        """The input of its first block for the first rows that wait [A, n, D]."""
+        """Return the input of its first block for the first rows that wait, [A, n, D]."""
         before = None if self.before is None else self.before[:slots, :rows]
         return self.adapter.joined(self.exits[:slots, :rows], before)
 
@@ -248,26 +196,9 @@ class AdapterSlots:
         return self.lengths[self.slot : self.slot + slots]
 
     def move(self, source: int, target: int) -> None:
-        """Gives slot `target`, whose text has ended, what slot `source` holds."""
+        """Give slot `target`, whose text has ended, what slot `source` holds."""
         self.cache.move(source, target)
         self.waiting[target] = self.waiting[source]
         for states in (self.exits, self.before):
             if states is not None:
                 states[target] = states[source]
-
-
-def build_adapter_runner(decoder: Decoder) -> ModelRunner:
-    """Its blocks and head: FusedRunner, in int8 where that works here; else the modules themselves."""
-    if obstacle(decoder) is not None:
-        return ModuleRunner(decoder)
-    runner = FusedRunner(decoder, choose_adapter_form(sample_weights(decoder)))
-    # It never embeds a token, and would keep the head's original for that; one row is for those who time it.
-    runner.embedding = runner.embedding[:1].clone()
-    return runner
-
-
-def choose_adapter_form(samples: list[Tensor]) -> Form:
-    """The faster kind of int8 that works on all `samples` [out, in]; Plain where none does."""
-    usable = usable_forms((DynamicInt8, Int8), samples)
-    # It drafts a row at a time, and is shown all rows of a verification at once.
-    return fastest(usable, samples, STEPS_AND_VERIFICATION) if usable else Plain

@@ -15,7 +15,7 @@ from lskip.inference.drafting.round import Chooser, Drafted, Observer, Slots
 from lskip.inference.runners.base import ModelRunner
 
 if TYPE_CHECKING:
-    from lskip.inference.drafting.adapter import AdapterRunner
+    from lskip.inference.runners.adapter_runner import AdapterRunner
     from lskip.models.exit_heads import TrainedExits
 
 # Asked after each drafted token: (function that returns its logits [A, 1, V], one that returns the margins [A] between

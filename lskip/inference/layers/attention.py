@@ -1,4 +1,4 @@
-"""Attention over the cache for a few rows in each slot: as fast as it goes, or with bits that nothing else moves."""
+"""Attention over the cache for a few rows in each slot: the fastest, one for rings of cells, one of constant bits."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lskip.utils.devices import to_device
+from lskip.inference.layers.kv_cache import cell_positions, positions, ring_size
 
 
 class Heads(NamedTuple):
-    """How a block's attention is cut: H query heads share KV key heads, H / KV each."""
+    """The shape of a block's attention: H query heads share KV key heads, H / KV each."""
 
     queries: int
     keys: int
@@ -25,17 +25,17 @@ class Heads(NamedTuple):
 
 
 class View(NamedTuple):
-    """Which cells the rows of a pass see in a block: `low` … stop-1, less what `mask` [A, 1, G n, K] hides."""
+    """The cells that the rows of a pass see in a block: `low` … stop-1, less what `mask` [A, 1, G n, K] hides."""
 
     low: int
     mask: Tensor | None
 
 
 class Span(NamedTuple):
-    """What every block needs to know about the rows of one pass: n positions in each of A slots.
+    """The rows of one pass, for every block: n positions in each of A slots.
 
     Attributes:
-        starts: of each slot (zeros where shapes are static: there only their number counts).
+        starts: of each slot.
         rows: n.
         stop: the cells that the farthest slot sees.
         written: where keys and values go: of a lone slot's cells, or [A n, 2 KV] of all slots' (`places_of`).
@@ -67,7 +67,7 @@ class Part(NamedTuple):
 
 
 def write(qkv: Tensor, target: Tensor, written: Tensor | None) -> None:
-    """Keys and values of the rows qkv [A n, H + 2 KV, head_dim] into their cells."""
+    """Write keys and values of the rows qkv [A n, H + 2 KV, head_dim] into their cells."""
     if written is None:
         target.copy_(qkv[:, -target.size(1) :])
     else:
@@ -77,7 +77,7 @@ def write(qkv: Tensor, target: Tensor, written: Tensor | None) -> None:
 def attend(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, slots: int, rows: int, scale: float
 ) -> Tensor:
-    """queries [A n, H, head_dim] of n rows in each of A slots -> [A n, H head_dim]."""
+    """Return [A n, H head_dim], what the queries [A n, H, head_dim] of n rows in each of A slots attend to."""
     kv_heads, size = keys.size(1), queries.size(2)
     group = queries.size(1) // kv_heads
     if rows > 1:  # for a lone row of each slot it changes nothing but takes time, here and below
@@ -99,13 +99,15 @@ class Attention:
     def __init__(
         self, heads: Heads, windows: set[int | None], dtype: torch.dtype, device: torch.device, width: int = 1
     ):
-        """width: rows of a group, where attention goes by groups."""
+        """Take the type of scores, and as `width` the rows of a group, where attention goes by groups."""
         self.heads, self.windows, self.dtype, self.device, self.width = heads, windows, dtype, device, width
 
     def span(self, starts: list[int], rows: int, cells: int) -> Span:
-        """For `rows` positions in each slot, those of slot a from starts[a] on, in a cache of `cells` a slot."""
+        """Return the Span of `rows` positions in each slot, slot a's from starts[a] on; `cells`: of a slot's cache."""
         stop = max(starts) + rows
-        written = slice(starts[0], stop) if len(starts) == 1 else self._places(starts, rows, cells)
+        written = slice(starts[0], stop)
+        if len(starts) > 1:
+            written = places_of(positions(starts, rows, self.device), 2 * self.heads.keys, cells)
         views = {window: self._view(starts, rows, stop, window) for window in self.windows}
         return Span(starts, rows, stop, written, views)
 
@@ -113,34 +115,31 @@ class Attention:
         low = 0 if window is None else max(0, min(starts) + 1 - window)
         if rows == 1 and len(starts) == 1:
             return View(low, None)
-        return self._masked(starts, rows, low, stop, window)
+        return View(low, self._mask(starts, rows, torch.arange(low, stop, device=self.device)[None], window))
 
-    def _masked(self, starts: list[int], rows: int, low: int, stop: int, window: int | None) -> View:
-        """Cells `low` … stop-1 behind a mask, repeated for the rows of a key head's query heads."""
-        distance = positions(starts, rows, self.device)[:, :, None] - torch.arange(low, stop, device=self.device)
+    def _mask(self, starts: list[int], rows: int, seen: Tensor, window: int | None) -> Tensor:
+        """Return what hides cells of positions `seen` [A or 1, K], for all query heads of a key head."""
+        distance = positions(starts, rows, self.device)[:, :, None] - seen[:, None]
         mask = hiding(distance, window, self.dtype)  # [A, n, K]
-        return View(low, mask[:, None].expand(-1, self.heads.group, -1, -1).flatten(1, 2)[:, None])
+        return mask[:, None].expand(-1, self.heads.group, -1, -1).flatten(1, 2)[:, None]
 
-    def _places(self, starts: list[int], rows: int, cells: int) -> Tensor:
-        return places_of(positions(starts, rows, self.device), 2 * self.heads.keys, cells)
-
-    def parts(self, states: Tensor, span: Span, windows: list[int | None]) -> list[Part]:
-        """What each of some blocks sees and writes: taken for all of them at once, since each view costs time.
+    def parts(self, kv: Tensor, span: Span, windows: list[int | None]) -> list[Part]:
+        """Return what each of some blocks sees and writes: for all of them at once, since each view costs time.
 
         Args:
-            states: their part of the cache, [blocks, slots, 2, KV, cells, head_dim].
+            kv: their part of the cache, [blocks, slots, 2, KV, cells, head_dim].
             windows: of each block.
         """
-        blocks, _, _, heads, cells, size = states.shape
+        blocks, _, _, heads, cells, size = kv.shape
         if isinstance(span.written, slice):
-            slot = states[:, 0].view(blocks, 2 * heads, cells, size)
+            slot = kv[:, 0].view(blocks, 2 * heads, cells, size)
             targets, written = slot[:, :, span.written].transpose(1, 2).unbind(), None
         else:
-            targets, written = states.view(blocks, -1, size).unbind(), span.written
+            targets, written = kv.view(blocks, -1, size).unbind(), span.written
         seen = {}
         for window in set(windows):
             low, slots = span.views[window].low, len(span.starts)
-            both = states[:, :slots, :, :, low : span.stop]
+            both = kv[:, :slots, :, :, low : span.stop]
             seen[window] = both[:, :, 0].unbind(), both[:, :, 1].unbind(), span.views[window].mask
         parts = []
         for block, (target, window) in enumerate(zip(targets, windows, strict=True)):
@@ -149,12 +148,30 @@ class Attention:
         return parts
 
 
-class StaticAttention(Attention):
-    """Shapes do not tell how far the texts have come: every pass sees all cells, behind a mask. For torch.compile."""
+class RollingAttention(Attention):
+    """Over a RollingCache: as Attention, but cells are looked up, and a mask tells which of them a row sees."""
 
     def span(self, starts: list[int], rows: int, cells: int) -> Span:
-        views = {window: self._masked(starts, rows, 0, cells, window) for window in self.windows}
-        return Span([0] * len(starts), rows, cells, self._places(starts, rows, cells), views)
+        views = {window: self._ring_view(starts, rows, ring_size(window, cells), window) for window in self.windows}
+        # Where rows go depends on the block: `parts` says it.
+        return Span(starts, rows, cells, slice(0), views)
+
+    def _ring_view(self, starts: list[int], rows: int, size: int, window: int | None) -> View:
+        return View(0, self._mask(starts, rows, cell_positions(starts, rows, size, self.device), window))
+
+    def parts(self, kv: list[Tensor], span: Span, windows: list[int | None]) -> list[Part]:
+        """Return what each of some blocks sees and writes; `kv`, `windows`: theirs."""
+        slots, stop = len(span.starts), max(span.starts) + span.rows
+        rows = positions(span.starts, span.rows, self.device)
+        written, parts = {}, []
+        for part, window in zip(kv, windows, strict=True):
+            size = part.shape[3]
+            if size not in written:
+                written[size] = places_of(rows % size, 2 * self.heads.keys, size)
+            keys, values = part[:slots, :, :, : min(stop, size)].unbind(1)
+            target, mask = part.view(-1, part.shape[-1]), span.views[window].mask
+            parts.append(Part(target, written[size], keys, values, mask))
+        return parts
 
 
 class AlignedAttention(Attention):
@@ -171,7 +188,7 @@ class AlignedAttention(Attention):
         return span._replace(stop=-(-span.stop // self.width) * self.width)
 
     def _view(self, starts: list[int], rows: int, stop: int, window: int | None) -> View:
-        """The mask of the last group [1, 1, G W, K]; a group before it sees the end of it."""
+        """Return the mask of the last group [1, 1, G W, K]; a group before it sees the end of it."""
         keys = -(-stop // self.width) * self.width
         cells = torch.arange(self.width, device=self.device)
         distance = (keys - self.width + cells)[:, None] - torch.arange(keys, device=self.device)
@@ -179,7 +196,7 @@ class AlignedAttention(Attention):
         return View(0, mask.expand(self.heads.group, -1, -1).flatten(0, 1)[None, None])
 
     def attend(self, queries: Tensor, part: Part, span: Span) -> Tensor:
-        """queries [A n, H, head_dim] -> [A n, H head_dim], over what `part` already holds of the rows."""
+        """Return [A n, H head_dim] of queries [A n, H, head_dim], over what `part` already holds of the rows."""
         output = queries.new_empty(len(queries), queries[0].numel())
         for slot, start in enumerate(span.starts):
             for group in range(start // self.width, (start + span.rows - 1) // self.width + 1):
@@ -195,22 +212,15 @@ class AlignedAttention(Attention):
         return output
 
 
-def positions(starts: list[int], rows: int, device: torch.device) -> Tensor:
-    """[A, n]: `rows` positions in each slot, those of slot a from starts[a] on."""
-    if len(starts) == 1:
-        return torch.arange(starts[0], starts[0] + rows, device=device)[None]
-    return to_device(torch.tensor(starts), device)[:, None] + torch.arange(rows, device=device)
-
-
 def places_of(cells: Tensor, heads: int, per_head: int) -> Tensor:
-    """[A, n] cells of each slot -> [A n, heads]: where these are among all slots' heads of `per_head` cells each."""
+    """Return [A n, heads]: where [A, n] cells of each slot are among all slots' heads of `per_head` cells each."""
     slots = torch.arange(len(cells), device=cells.device)[:, None]
     first = (slots * heads + torch.arange(heads, device=cells.device)) * per_head  # [A, heads]
     return (cells[:, :, None] + first[:, None]).flatten(0, 1)
 
 
 def hiding(distance: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Additive mask: -inf for keys that lie ahead of their query (distance < 0) or `window` or more behind it."""
+    """Return an additive mask: -inf for keys ahead of their query (distance < 0) or `window` or more behind it."""
     hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
     return torch.zeros(distance.shape, dtype=dtype, device=distance.device).masked_fill_(hidden, float("-inf"))
 
@@ -219,35 +229,27 @@ class Rotary:
     """Rotary embedding as one complex product: heads come with each pair of dimensions side by side."""
 
     def __init__(self, inv_freq: Tensor, scale: float):
-        """inv_freq [head_dim / 2]; scale multiplies the turned vectors (YaRN's)."""
+        """Take inv_freq [head_dim / 2]; scale multiplies the rotated vectors (YaRN's)."""
         self.inv_freq, self.scale = inv_freq.float(), scale
-        self.table = self._turns(0)
+        self.table = self._table(0)
 
-    def _turns(self, stop: int) -> Tensor:
+    def _table(self, stop: int) -> Tensor:
         angle = torch.outer(torch.arange(stop, device=self.inv_freq.device).float(), self.inv_freq)
         return torch.polar(torch.full_like(angle, self.scale), angle)[:, None]
 
-    def turns(self, starts: list[int], rows: int) -> Tensor:
-        """[A n, 1, head_dim / 2] complex, for n rows in each slot from starts[a] on."""
+    def factors(self, starts: list[int], rows: int) -> Tensor:
+        """Return [A n, 1, head_dim / 2] complex factors, for n rows in each slot from starts[a] on."""
         stop = max(starts) + rows
         if len(self.table) < stop:
-            self.table = self._turns(max(stop, 2 * len(self.table)))
+            self.table = self._table(max(stop, 2 * len(self.table)))
         if len(starts) == 1:
             return self.table[starts[0] : stop]
         return self.table[positions(starts, rows, self.table.device).flatten()]
 
 
-def turn(heads: Tensor, turns: Tensor) -> None:
-    """Rotary embedding of heads [A n, heads, head_dim], in place.
-
-    turns: complex, or [..., 2] real, which torch.compile can fuse.
-    """
+def apply_rope(heads: Tensor, factors: Tensor) -> None:
+    """Multiply heads [A n, heads, head_dim] by their positions' complex factors, in place."""
     exact = heads.float()
-    if turns.is_complex():
-        torch.view_as_complex(exact.unflatten(-1, [-1, 2])).mul_(turns)
-    else:
-        x, y = exact.unflatten(-1, [-1, 2]).unbind(-1)
-        cos, sin = turns.unbind(-1)
-        exact = torch.stack([x * cos - y * sin, x * sin + y * cos], -1).flatten(-2)
+    torch.view_as_complex(exact.unflatten(-1, [-1, 2])).mul_(factors)
     if exact is not heads:
         heads.copy_(exact)

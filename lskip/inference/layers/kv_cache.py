@@ -1,8 +1,11 @@
-"""The preallocated memory of a batch: keys and values of every block, written by position."""
+"""The preallocated memory of a batch: keys and values of every block, by position or in a ring of cells."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from lskip.utils.devices import to_device
 
 PREFILL_ROWS = 256  # a pass's mask and activations grow with its rows: a long prompt goes in pieces
 
@@ -14,29 +17,94 @@ class KVCache:
     is leaving the length where it is, and nothing is copied or cleared.
 
     Attributes:
-        states: [L, slots, 2, KV, cells, head_dim]; index 0 of the third dimension holds keys, 1 values. What a head
+        kv: [L, slots, 2, KV, cells, head_dim]; index 0 of the third dimension holds keys, 1 values. What a head
             attends to lies in one piece.
         lengths: per slot, the positions that every block has seen and that the text keeps.
     """
 
-    def __init__(self, states: torch.Tensor, lengths: list[int]):
-        self.states, self.lengths = states, lengths
-
-    @classmethod
-    def of_zeros(cls, num_layers: int, slots: int, cells: int, heads: int, head_dim: int, dtype, device) -> KVCache:
-        """An empty cache. Zeros, not garbage: a cell behind a mask must still be finite."""
-        shape = num_layers, slots, 2, heads, cells, head_dim
-        return cls(torch.zeros(shape, dtype=dtype, device=device), [0] * slots)
+    def __init__(self, kv: Tensor, lengths: list[int]):
+        self.kv, self.lengths = kv, lengths
 
     def slot(self, index: int) -> KVCache:
-        """A view of one slot's memory."""
-        return KVCache(self.states[:, index : index + 1], [self.lengths[index]])
+        """Return a view of one slot's memory."""
+        return KVCache(self.kv[:, index : index + 1], [self.lengths[index]])
 
     def move(self, source: int, target: int) -> None:
-        """Gives slot `target`, whose text has ended, what slot `source` holds."""
+        """Give slot `target`, whose text has ended, what slot `source` holds."""
         length = self.lengths[target] = self.lengths[source]
-        self.states[:, target, :, :, :length] = self.states[:, source, :, :, :length]
+        self.kv[:, target, :, :, :length] = self.kv[:, source, :, :, :length]
 
     @property
     def cells(self) -> int:
-        return self.states.shape[4]
+        return self.kv.shape[4]
+
+
+def positions(starts: list[int], rows: int, device: torch.device) -> Tensor:
+    """Return [A, n]: `rows` positions in each slot, those of slot a from starts[a] on."""
+    if len(starts) == 1:
+        return torch.arange(starts[0], starts[0] + rows, device=device)[None]
+    return to_device(torch.tensor(starts), device)[:, None] + torch.arange(rows, device=device)
+
+
+def ring_size(window: int | None, cells: int) -> int:
+    """Return the cells that a block needs for a text of `cells` positions.
+
+    A window, and the rows of one pass: position p lies in cell p mod size. What a pass writes then takes the place of
+    nothing that one of its rows sees; nor does a draft that is refused afterwards.
+    """
+    return cells if window is None else min(cells, window + PREFILL_ROWS)
+
+
+class RollingCache(KVCache):
+    """A KVCache in which a block with a window has only `ring_size` cells a slot, used again and again.
+
+    Attributes:
+        kv: of each block [slots, 2, KV, its cells, head_dim].
+        lengths: per slot, the positions that every block has seen and that the text keeps.
+    """
+
+    def __init__(self, kv: list[Tensor], lengths: list[int], cells: int):
+        """Take the blocks' memory; cells: positions that the longest text may have."""
+        super().__init__(kv, lengths)
+        self._cells = cells
+
+    def slot(self, index: int) -> RollingCache:
+        """Return a view of one slot's memory."""
+        kv = [part[index : index + 1] for part in self.kv]
+        return RollingCache(kv, [self.lengths[index]], self._cells)
+
+    def move(self, source: int, target: int) -> None:
+        """Give slot `target`, whose text has ended, what slot `source` holds."""
+        self.lengths[target] = self.lengths[source]
+        for part in self.kv:
+            part[target] = part[source]
+
+    @property
+    def cells(self) -> int:
+        return self._cells
+
+
+def new_cache(
+    windows: list[int | None], slots: int, cells: int, heads: int, head_dim: int, dtype: torch.dtype, device
+) -> KVCache:
+    """Return an empty cache for blocks with these windows, a RollingCache where one needs less than all `cells`.
+
+    Zeros, not garbage: a cell behind a mask must still be finite.
+    """
+    sizes = [ring_size(window, cells) for window in windows]
+    if min(sizes) == cells:
+        kv = torch.zeros(len(sizes), slots, 2, heads, cells, head_dim, dtype=dtype, device=device)
+        return KVCache(kv, [0] * slots)
+    rings = [torch.zeros(slots, 2, heads, size, head_dim, dtype=dtype, device=device) for size in sizes]
+    return RollingCache(rings, [0] * slots, cells)
+
+
+def cell_positions(starts: list[int], rows: int, size: int, device: torch.device) -> Tensor:
+    """Return [A, K], the position in each cell of a ring once `rows` of each slot are written, from starts[a] on.
+
+    A cell that holds nothing yet is told to lie after all rows, where none of them looks.
+    """
+    last = positions(starts, 1, device) + rows - 1
+    cells = torch.arange(min(max(starts) + rows, size), device=device)
+    newest = last - (last - cells) % size
+    return torch.where(newest < 0, last + 1, newest)

@@ -1,169 +1,115 @@
-"""How a weight is held while decoding: a class with one product."""
+"""Layouts of a weight matrix for decoding: how it lies in memory, and its product with a few rows."""
 
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lskip.inference.layers.torchscript import scripted
+
 EXACT_WIDTH = 4  # rows that products and attention groups see at once where bits must not depend on neighbours
+WIDEST = 120  # numbers of an embedding: more do not fit into the 16 registers of AVX2 beside what else is there
 
 # The products, in the part of Python that TorchScript knows.
 
 
-def plain_product(x: Tensor, held: tuple[Tensor, Tensor | None]) -> Tensor:
-    weight, bias = held
+def plain_product(x: Tensor, packed: tuple[Tensor, Tensor | None]) -> Tensor:
+    weight, bias = packed
     return F.linear(x, weight, bias)
 
 
-def plain_plus(residual: Tensor, x: Tensor, held: tuple[Tensor, Tensor | None]) -> Tensor:
-    return residual + plain_product(x, held)
-
-
-def transposed_product(x: Tensor, held: tuple[Tensor, Tensor | None]) -> Tensor:
-    weight, bias = held
-    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
-
-
-def transposed_plus(residual: Tensor, x: Tensor, held: tuple[Tensor, Tensor | None]) -> Tensor:
-    if residual.dtype != x.dtype:
-        return residual + transposed_product(x, held)
-    weight, bias = held
-    return torch.addmm(residual if bias is None else residual + bias, x, weight)
-
-
-def packed_product(x: Tensor, held: tuple[Tensor, Tensor | None]) -> Tensor:
-    weight, bias = held
+def packed_product(x: Tensor, packed: tuple[Tensor, Tensor | None]) -> Tensor:
+    weight, bias = packed
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def packed_plus(residual: Tensor, x: Tensor, held: tuple[Tensor, Tensor | None]) -> Tensor:
+def packed_plus(residual: Tensor, x: Tensor, packed: tuple[Tensor, Tensor | None]) -> Tensor:
     if residual.dtype != x.dtype:
-        return residual + packed_product(x, held)
-    weight, bias = held
+        return residual + packed_product(x, packed)
+    weight, bias = packed
     return torch.ops.mkldnn._linear_pointwise(x, residual, weight, bias, "add")
 
 
-def split_product(x: Tensor, held: tuple[Tensor, Tensor | None]) -> Tensor:
-    parts, bias = held
-    product = torch.bmm(x.expand(parts.size(0), -1, -1), parts).transpose(0, 1).reshape(x.size(0), -1)
+def bagged_product(x: Tensor, packed: tuple[Tensor, Tensor | None, Tensor, Tensor]) -> Tensor:
+    parts, bias, rows, starts = packed
+    if x.size(0) > 1:
+        product = torch.bmm(x.expand(parts.size(0), -1, -1), parts).transpose(0, 1).reshape(x.size(0), -1)
+    else:
+        share = x.expand(parts.size(0), -1).flatten()
+        sums, _, _, _ = torch.embedding_bag(
+            parts.flatten(0, 1), rows, starts, scale_grad_by_freq=False, mode=0, sparse=False, per_sample_weights=share
+        )
+        product = sums.view(1, -1)
     return product if bias is None else product + bias
 
 
-def split_plus(residual: Tensor, x: Tensor, held: tuple[Tensor, Tensor | None]) -> Tensor:
-    return residual + split_product(x, held)
-
-
-def sliced_product(x: Tensor, held: tuple[Tensor, Tensor | None, int]) -> Tensor:
-    weight, bias, width = held
+def sliced_product(x: Tensor, packed: tuple[Tensor, Tensor | None, int]) -> Tensor:
+    weight, bias, width = packed
     return torch.cat([F.linear(rows, weight, bias) for rows in x.split(width)])
 
 
-def sliced_plus(residual: Tensor, x: Tensor, held: tuple[Tensor, Tensor | None, int]) -> Tensor:
-    return residual + sliced_product(x, held)
-
-
 def halved_product(
-    x: Tensor, held: tuple[torch.classes.quantized.LinearPackedParamsBase, float, Tensor, Tensor | None]
+    x: Tensor, packed: tuple[torch.classes.quantized.LinearPackedParamsBase, float, Tensor, Tensor | None]
 ) -> Tensor:
-    packed, _, unit, bias = held
-    product = torch.ops.quantized.linear_dynamic_fp16(x, packed).mul_(unit)  # a number would become a tensor each time
+    weight, _, unit, bias = packed
+    product = torch.ops.quantized.linear_dynamic_fp16(x, weight).mul_(unit)  # a number would become a tensor each time
     return product if bias is None else product.add_(bias)
 
 
 def halved_plus(
     residual: Tensor,
     x: Tensor,
-    held: tuple[torch.classes.quantized.LinearPackedParamsBase, float, Tensor, Tensor | None],
+    packed: tuple[torch.classes.quantized.LinearPackedParamsBase, float, Tensor, Tensor | None],
 ) -> Tensor:
-    packed, unit, _, bias = held
+    weight, unit, _, bias = packed
     if bias is not None:
-        return residual + halved_product(x, held)
-    return torch.add(residual, torch.ops.quantized.linear_dynamic_fp16(x, packed), alpha=unit)
-
-
-@functools.cache
-def scripted(function: Callable) -> Callable:
-    """`function` in TorchScript, made once.
-
-    From Python an operation costs microseconds before it begins, one on a matrix that FBGEMM has packed 30.
-    """
-    return in_torchscript(function)
-
-
-def in_torchscript(function: Callable) -> Callable:
-    """A function or a module in TorchScript, which torch calls deprecated; itself where it no longer has that."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        try:
-            return torch.jit.script(function)
-        except (AttributeError, OSError, RuntimeError):
-            return function
+        return residual + halved_product(x, packed)
+    return torch.add(residual, torch.ops.quantized.linear_dynamic_fp16(x, weight), alpha=unit)
 
 
 class Plain:
-    """The matrix as the checkpoint has it: GPUs, and wherever nothing better exists.
+    """The matrix as the checkpoint has it, and the interface of every layout.
 
     Attributes:
-        product: (x [N, in], held) -> [N, out].
-        plus: (residual [N, out], x [N, in], held) -> residual + the product, in the residual's type.
+        product: (x [N, in], packed) -> [N, out].
+        plus: (residual [N, out], x [N, in], packed) -> residual + the product, in the residual's type; None: there
+            is nothing faster than to add them.
+        packed: what both are given.
+        error: how far products are off from exact ones, at most; None: by rounding to the matrix's type alone.
 
-    Both are functions that TorchScript understands, `held` what it can be given (block_functions.py).
+    Both are functions that TorchScript understands (torchscript.py).
     """
 
-    lone_row_width = 1  # rows that a single row is repeated to before the linears see it
-    rounds_inputs = False  # then states are turned first (rotation.py), so that few large ones do not set the scale
     inner_dtype: torch.dtype | None = None  # what inputs are best given in, and products come in; None: the model's
-    product, plus = staticmethod(plain_product), staticmethod(plain_plus)
+    error: float | None = None
+    product: Callable = staticmethod(plain_product)
+    plus: Callable | None = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        """weight [out, in], bias [out]; kept, not copied."""
+        """Keep weight [out, in] and bias [out], without a copy."""
         self.weight, self.bias = weight, bias
-        self.held: tuple = weight, bias
+        self.packed: tuple = weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[N, in] -> [N, out]."""
-        return self.product(x, self.held)
+        """Return the product of [N, in], [N, out]."""
+        return self.product(x, self.packed)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual [N, out] + self([N, in]), in the residual's type."""
-        return self.plus(residual, x, self.held)
+        """Return residual [N, out] + self([N, in]), in the residual's type."""
+        return residual + self(x) if self.plus is None else self.plus(residual, x, self.packed)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it holds. An opaque layout does not tell its padding: its numbers are counted."""
-        parts = [part for part in self.held if isinstance(part, Tensor)]
-        return sum(part.numel() * part.element_size() for part in parts)
+        """Count the bytes of its tensors. An opaque one does not tell its padding: its numbers are counted."""
+        tensors = [part for part in self.packed if isinstance(part, Tensor)]
+        return sum(part.numel() * part.element_size() for part in tensors)
 
 
-class Transposed(Plain):
-    """The matrix stored [in, out]: on some CPUs the kernel for few rows that reads memory fastest (float32)."""
-
-    product, plus = staticmethod(transposed_product), staticmethod(transposed_plus)
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        """weight [out, in] is copied into the new layout; bias [out] is kept."""
-        super().__init__(weight.t().contiguous(), bias)
-
-
-class Split(Plain):
-    """The matrix as it is, taken as four: torch.bmm of a few rows reads it faster than F.linear does on some CPUs."""
-
-    product, plus = staticmethod(split_product), staticmethod(split_plus)
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        """weight [out, in], bias [out]; kept, not copied.
-
-        Raises:
-            ValueError: `out` is not a multiple of four.
-        """
-        if len(weight) % 4:
-            raise ValueError(f"it has {len(weight)} rows, not a multiple of 4")
-        super().__init__(weight.view(4, -1, weight.shape[1]).transpose(1, 2), bias)
+Layout = type[Plain]
 
 
 class Packed(Plain):
@@ -176,14 +122,8 @@ class Packed(Plain):
     product, plus = staticmethod(packed_product), staticmethod(packed_plus)
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        """weight [out, in] is copied into the new layout; bias [out] is kept."""
+        """Copy weight [out, in] into the new layout; keep bias [out]."""
         super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), self.expected_rows), bias)
-
-
-class PackedWide(Packed):
-    """Packed, with a lone row sent as four: a single row goes to another kernel, on some CPUs a slower one."""
-
-    lone_row_width = 4
 
 
 class Widened(Packed):
@@ -195,7 +135,7 @@ class Widened(Packed):
     inner_dtype = torch.float32
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        """weight [out, in] is copied, widened; bias [out] too."""
+        """Copy weight [out, in] and bias [out], widened."""
         super().__init__(weight.float(), None if bias is None else bias.float())
 
 
@@ -210,7 +150,7 @@ class Halved(Plain):
     product, plus = staticmethod(halved_product), staticmethod(halved_plus)
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        """weight [out, in] is copied; bias [out] too where it is not float32.
+        """Copy weight [out, in]; bias [out] too where it is not float32.
 
         Raises:
             ValueError: numbers that need more than 16 bits.
@@ -219,12 +159,12 @@ class Halved(Plain):
         if power is None:
             raise ValueError("its numbers do not fit into 16 bits without loss")
         self.shape, self.bias = weight.shape, None if bias is None else bias.float()
-        packed = torch.ops.quantized.linear_prepack_fp16(weight.float() * 2.0**power, None)
+        halved = torch.ops.quantized.linear_prepack_fp16(weight.float() * 2.0**power, None)
         unit = 2.0**-power
-        self.held = packed, unit, torch.tensor(unit), self.bias
+        self.packed = halved, unit, torch.tensor(unit), self.bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return scripted(self.product)(x, self.held)
+        return scripted(self.product)(x, self.packed)
 
     @property
     def nbytes(self) -> int:
@@ -232,10 +172,12 @@ class Halved(Plain):
 
 
 def power_to_halve(weight: Tensor) -> int | None:
-    """k such that float16 holds each of weight's numbers times 2^k exactly; None where there is none.
+    """Return a k such that float16 holds each of weight's numbers times 2^k exactly; None where there is none.
 
     With the largest one at the top of float16's range, 8 bits of precision (bfloat16's) reach down to 2^-32 of it.
     """
+    if len(weight) > 1 and power_to_halve(weight[:1]) is None:  # soon seen where numbers have all their bits
+        return None
     largest = weight.abs().max().float()
     if not torch.isfinite(largest):
         return None
@@ -244,47 +186,71 @@ def power_to_halve(weight: Tensor) -> int | None:
     return power if torch.equal(scaled.half().float(), scaled) else None
 
 
+class Bagged(Plain):
+    """The matrix in parts of some outputs each, [in, part], one after another in memory (float32).
+
+    A lone row's product with a part is a sum of its rows, weighted: a bag of embeddings. FBGEMM's kernel for these
+    keeps the sum in registers while it reads the part from its first number to its last, and fetches ahead. Several
+    rows go by torch.bmm over the parts.
+    """
+
+    product = staticmethod(bagged_product)
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        """Copy weight [out, in] into the new layout; keep bias [out].
+
+        Raises:
+            ValueError: it is not float32, or `out` not a multiple of 8.
+        """
+        if weight.dtype != torch.float32:
+            raise ValueError(f"not for {weight.dtype}")
+        super().__init__(in_parts(weight), bias)
+        self.packed = self.weight, bias, *bags(len(self.weight), weight.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Count the bytes without the bags, which all matrices of a shape share."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+def bags_pay() -> bool:
+    """Say whether bags are the fastest for a lone row of float32, and as fast as oneDNN for several: with AVX2 alone.
+
+    With AVX-512 oneDNN takes half of their time for three rows and more.
+    """
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def in_parts(weight: Tensor) -> Tensor:
+    """Return [out, in] as [parts, in, part], as wide as parts may be; ValueError where `out` is no multiple of 8."""
+    if len(weight) % 8:
+        raise ValueError(f"it has {len(weight)} rows, not a multiple of 8")
+    width = max(count for count in range(8, WIDEST + 1, 8) if len(weight) % count == 0)
+    return weight.unflatten(0, (-1, width)).transpose(1, 2).contiguous()
+
+
+@functools.cache
+def bags(count: int, size: int) -> tuple[Tensor, Tensor]:
+    """Return `count` bags of `size` embeddings each, one after another: which ones, and where each bag begins."""
+    return torch.arange(count * size, dtype=torch.int32), torch.arange(0, count * size, size, dtype=torch.int32)
+
+
 class Sliced(Plain):
     """Plain, four rows at a time: whatever kernel takes them, every row meets the same product."""
 
-    product, plus = staticmethod(sliced_product), staticmethod(sliced_plus)
+    product = staticmethod(sliced_product)
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__(weight, bias)
-        self.held = weight, bias, EXACT_WIDTH
+        self.packed = weight, bias, EXACT_WIDTH
 
 
-class Mixed:
-    """In place of one form for all matrices: for each shape of matrix its own."""
-
-    lone_row_width, rounds_inputs, inner_dtype = Plain.lone_row_width, Plain.rounds_inputs, Plain.inner_dtype
-
-    def __init__(self, by_shape: dict[tuple[int, int], type[Plain]], otherwise: type[Plain]):
-        """by_shape: (out, in) -> form; otherwise: of other shapes."""
-        self.by_shape, self.otherwise = by_shape, otherwise
-
-    def __call__(self, weight: Tensor, bias: Tensor | None = None) -> Plain:
-        """weight [out, in], bias [out], held."""
-        return self.by_shape.get(tuple(weight.shape), self.otherwise)(weight, bias)
-
-    @property
-    def __name__(self) -> str:
-        return "+".join(sorted({form.__name__ for form in self.by_shape.values()}))
-
-
-Form = type[Plain] | Mixed
-
-
-def hold(form: Form, weight: Tensor, bias: Tensor | None = None) -> Plain:
-    """weight [out, in] in `form`.
-
-    A single matrix that cannot be, Halved or Convolved say, is packed as float32, or plain where no matrix can be.
-    """
-    try:
-        return form(weight, bias)
-    except ValueError:
-        pass
-    try:
-        return Widened(weight, bias)
-    except (AttributeError, RuntimeError):
-        return Plain(weight.float(), None if bias is None else bias.float())
+def pack(layouts: Sequence[Layout], weight: Tensor, bias: Tensor | None = None) -> Plain:
+    """Return weight [out, in] and bias [out] in the first of `layouts` that can hold them, else plain."""
+    for layout in layouts:
+        try:
+            return layout(weight, bias)
+        except ValueError:  # its numbers or its shape do not allow it
+            continue
+    dtype = layouts[0].inner_dtype or weight.dtype
+    return Plain(weight.to(dtype), None if bias is None else bias.to(dtype))

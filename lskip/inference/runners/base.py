@@ -1,4 +1,4 @@
-"""What every runner of a model's blocks can do: the seam between decoding and how blocks are run."""
+"""The interface between decoding and how blocks are run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lskip.inference.layers.lm_head import Argmax, Ban
 
 
 class ModelRunner(Protocol):
-    """How blocks are run: FusedRunner or ModuleRunner.
+    """A runner of a model's blocks: FusedRunner or ModuleRunner.
 
     States are [A, n, D]: n consecutive positions in each of the cache's first A slots, those of slot a from
     starts[a] on.

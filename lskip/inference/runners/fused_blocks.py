@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from lskip.inference.layers.attention import Heads, Part
 from lskip.inference.layers.block_functions import block_functions, norm
-from lskip.inference.layers.linear import Form, Plain, hold
+from lskip.inference.layers.linear import Layout, Plain, pack
 from lskip.models.decoder import Decoder
 
 # Families whose blocks are made of the parts that `Block` lists.
@@ -19,7 +20,7 @@ FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 class Block:
-    """A block of the model, made ready for a few rows at a time.
+    """A block of the model, made ready for a few rows at a time; on a CPU in TorchScript.
 
     Attributes:
         qkv: D -> (H + 2 KV) head_dim; q and k rows in rotary pairs.
@@ -34,73 +35,71 @@ class Block:
         layer: nn.Module,
         window: int | None,
         heads: Heads,
-        form: Form,
+        layouts: Sequence[Layout],
         dtype: torch.dtype,
         width: int,
-        without_python: bool,
     ):
-        """Converts the weights of the model's `layer`.
+        """Convert the weights of the model's `layer`.
 
         Args:
-            form: how its matrices are held.
+            layouts: each matrix takes the first that can hold it.
             dtype: of states between the products.
             width: rows that bits are to be kept for; 1: any.
-            without_python: run it in TorchScript.
         """
         attention, mlp, self.window = layer.self_attn, layer.mlp, window
         device = attention.q_proj.weight.device
         orders = pair_order(heads.queries, heads.size, device), pair_order(heads.keys, heads.size, device), None
-        self.qkv = fuse(form, (attention.q_proj, attention.k_proj, attention.v_proj), orders)
-        self.output = fuse(form, (attention.o_proj,))
-        self.gate_up = fuse(form, (mlp.gate_proj, mlp.up_proj))
-        self.down = fuse(form, (mlp.down_proj,))
+        self.qkv = fuse(layouts, (attention.q_proj, attention.k_proj, attention.v_proj), orders)
+        self.output = fuse(layouts, (attention.o_proj,))
+        self.gate_up = fuse(layouts, (mlp.gate_proj, mlp.up_proj))
+        self.down = fuse(layouts, (mlp.down_proj,))
         attention_norm, mlp_norm = Norm(layer.input_layernorm, dtype), Norm(layer.post_attention_layernorm, dtype)
-        inner_dtype = form.inner_dtype or attention.q_proj.weight.dtype
-        self.functions = block_functions(tuple(type(matrix) for matrix in self.matrices), without_python)
-        self.held = (
+        inner_dtype = layouts[0].inner_dtype or attention.q_proj.weight.dtype
+        self.functions = block_functions(tuple(map(type, self.matrices)), device.type == "cpu")
+        self.packed = (
             (tuple(heads), attention_norm.eps, width, dtype, inner_dtype),
             (attention_norm.weight, mlp_norm.weight, qk_norm(attention, heads), attention_norm.floor),
-            *(matrix.held for matrix in self.matrices),
+            *(matrix.packed for matrix in self.matrices),
         )
 
     @property
     def matrices(self) -> tuple[Plain, Plain, Plain, Plain]:
         return self.qkv, self.output, self.gate_up, self.down
 
-    def project(self, x: Tensor, turns: Tensor) -> Tensor:
-        """x [N, D] -> [A n, H + 2 KV, head_dim], as the cache and attention take them."""
-        return self.functions.project(x, turns, self.held)
+    def project(self, x: Tensor, factors: Tensor) -> Tensor:
+        """Return [A n, H + 2 KV, head_dim] of x [N, D], as the cache and attention take them."""
+        return self.functions.project(x, factors, self.packed)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """x [N, D] + what its rows attended to [A n, H head_dim], + MLP."""
-        return self.functions.finish(x, attended, self.held)
+        """Return x [N, D] + what its rows attended to [A n, H head_dim], + MLP."""
+        return self.functions.finish(x, attended, self.packed)
 
 
 class Stack:
-    """Blocks one after another, in one call where they are held in the same forms: to enter TorchScript costs 30 µs."""
+    """Blocks one after another, in one call where their layouts are the same: to enter TorchScript costs 30 µs."""
 
     def __init__(self, blocks: list[Block]):
         self._runs, first = [], 0
         for functions, alike in groupby(blocks, lambda block: block.functions):
-            held = [block.held for block in alike]
-            self._runs.append((first, first + len(held), functions.stack(held)))
-            first += len(held)
+            packed = [block.packed for block in alike]
+            self._runs.append((first, first + len(packed), functions.stack(packed)))
+            first += len(packed)
 
-    def __call__(self, x: Tensor, turns: Tensor, parts: list[Part], slots: int, first: int) -> Tensor:
-        """x [N, D] through as many blocks from `first` on as there are `parts`, their own of the cache."""
+    def __call__(self, x: Tensor, factors: Tensor, parts: list[Part], slots: int, first: int) -> Tensor:
+        """Return x [N, D] after as many blocks from `first` on as there are `parts`, their own of the cache."""
         last = first + len(parts)
         for begin, end, run in self._runs:
             low, high = max(first, begin), min(last, end)
             if low < high:
-                x = run(x, turns, parts[low - first : high - first], slots, low - begin)
+                x = run(x, factors, parts[low - first : high - first], slots, low - begin)
         return x
 
 
 class Norm:
-    """An RMS norm, its weight as `norm` likes to be given it."""
+    """An RMS norm, its weight as `norm` takes it."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype):
-        """dtype: of the states."""
+        """Take the weight of a norm of the model; dtype: of the states."""
         self.eps, self.weight, self.floor = module.variance_epsilon, module.weight.detach().to(dtype), None
         if self.weight.device.type == "cpu" and dtype == torch.float32:
             self.floor = torch.tensor((len(self.weight) * self.eps) ** 0.5)
@@ -111,13 +110,13 @@ class Norm:
 
 
 def pair_order(heads: int, size: int, device: torch.device) -> Tensor:
-    """[heads size]: the row that each reordered row of q or k comes from, so that rotary pairs are side by side."""
+    """Return [heads size]: the row that each reordered row of q or k comes from; rotary pairs are side by side then."""
     rows = torch.arange(heads * size, device=device)
     return rows.view(heads, 2, -1).transpose(1, 2).reshape(-1)
 
 
 def qk_norm(attention: nn.Module, heads: Heads) -> Tensor | None:
-    """[H + KV, head_dim]: Qwen3's norm weights of every head, in the order of `pair_order`."""
+    """Return [H + KV, head_dim]: Qwen3's norm weights of every head, in the order of `pair_order`."""
     if not hasattr(attention, "q_norm"):
         return None
     q, k = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
@@ -125,8 +124,8 @@ def qk_norm(attention: nn.Module, heads: Heads) -> Tensor | None:
     return torch.cat([q[order].expand(heads.queries, -1), k[order].expand(heads.keys, -1)])
 
 
-def fuse(form: Form, parts: tuple[nn.Linear, ...], orders: tuple[Tensor | None, ...] = ()):
-    """One product in place of several on the same input, the rows of each part reordered where an order is given."""
+def fuse(layouts: Sequence[Layout], parts: tuple[nn.Linear, ...], orders: tuple[Tensor | None, ...] = ()) -> Plain:
+    """Return one matrix for several on the same input, the rows of each part reordered where an order is given."""
     orders = orders or (None,) * len(parts)
 
     def joined(name: str) -> Tensor:
@@ -134,11 +133,11 @@ def fuse(form: Form, parts: tuple[nn.Linear, ...], orders: tuple[Tensor | None, 
         ordered = [t if order is None else t[order] for t, order in zip(tensors, orders, strict=True)]
         return torch.cat(ordered) if len(ordered) > 1 else ordered[0]
 
-    return hold(form, joined("weight"), None if parts[0].bias is None else joined("bias"))
+    return pack(layouts, joined("weight"), None if parts[0].bias is None else joined("bias"))
 
 
 def obstacle(decoder: Decoder) -> str | None:
-    """Why the fused runner cannot stand in for this model's own blocks; None when it can."""
+    """Say why the fused runner cannot stand in for this model's own blocks; None when it can."""
     config, block = decoder.config, decoder.blocks[0]
     if config.model_type not in LEAN_FAMILIES:
         return f"its family is {config.model_type}"
@@ -148,22 +147,14 @@ def obstacle(decoder: Decoder) -> str | None:
     if rope not in FIXED_ROPE:
         return f"its rotary embedding is of type {rope}"
     if 2 * len(decoder.rotary.inv_freq) != block.self_attn.head_dim:
-        return "its rotary embedding turns a part of each head"
+        return "its rotary embedding rotates a part of each head"
     return unexpected_part(block)
 
 
-def sample_weights(decoder: Decoder, nbytes: int = 2**25) -> list[Tensor]:
-    """Matrices of the first blocks, fused as `Block` has them, about `nbytes` in all: more than caches hold."""
-    samples, size = [], 0
-    for layer in decoder.blocks:
-        attention, mlp = layer.self_attn, layer.mlp
-        fused = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
-        for parts in (fused[0], (attention.o_proj,), fused[1], (mlp.down_proj,)):
-            samples.append(torch.cat([part.weight.detach() for part in parts]))
-            size += samples[-1].nbytes
-        if size >= nbytes:
-            break
-    return samples
+def sample_weights(decoder: Decoder) -> list[Tensor]:
+    """Return matrices of the first block, one for each kind of input."""
+    attention, mlp = decoder.blocks[0].self_attn, decoder.blocks[0].mlp
+    return [linear.weight.detach() for linear in (attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.down_proj)]
 
 
 EXPECTED = {
@@ -174,7 +165,7 @@ EXPECTED = {
 
 
 def unexpected_part(layer: nn.Module) -> str | None:
-    """Names a module of a block that the fused runner would leave out (an adapter, a quantized linear, a new norm)."""
+    """Name a module of a block that the fused runner would leave out (an adapter, a quantized linear, a new norm)."""
     for name, expected in EXPECTED.items():
         for child, module in layer.get_submodule(name).named_children():
             if child not in expected:

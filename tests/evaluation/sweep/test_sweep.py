@@ -326,10 +326,10 @@ def test_no_name_is_cut_in_a_table(capsys, monkeypatch, terminal):
         monkeypatch.setenv("FORCE_COLOR", "1")
         monkeypatch.setenv("COLUMNS", "60")
     times = {"speedup": 1.0, "tokens_per_second": 12345.6, "share_of_ideal": 0.5}
-    cell = Cell("int8_dynamic", 29, 8, "ConfidenceDraft")
+    cell = Cell("adapter", 29, 8, "ConfidenceDraft")
     print_cells([{**record_of(cell, 1.0), "mismatches": 0, "times": times}], plain_console())
     printed = capsys.readouterr().out
-    assert "…" not in printed and (terminal or ("int8_dynamic" in printed and "ConfidenceDraft" in printed))
+    assert "…" not in printed and (terminal or ("adapter" in printed and "ConfidenceDraft" in printed))
 
 
 @pytest.mark.kind("M a new user's first hour")

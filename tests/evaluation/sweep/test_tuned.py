@@ -127,7 +127,7 @@ DAMAGED = {
     "a text for a number": json.dumps({"a": LAYERS | ON_CPU | {"num_speculations": "4"}}),
     "null": json.dumps({"a": LAYERS | ON_CPU | {"num_speculations": None}}),
     "another draft": json.dumps({"a": LAYERS | ON_CPU | {"draft": "magic"}}),
-    "other weights": json.dumps({"a": WEIGHTS | ON_CPU | {"draft_weights": "int1"}}),
+    "weights that are a number": json.dumps({"a": WEIGHTS | ON_CPU | {"draft_weights": 8}}),
     "an adapter that is a list": json.dumps({"a": LAYERS | ON_CPU | {"exit_adapter": ["x"]}}),
     "an adapter's draft without one": json.dumps({"a": LAYERS | ON_CPU | {"draft": "adapter"}}),
     "a draft of weights without any": json.dumps({"a": WEIGHTS | ON_CPU | {"draft_weights": None}}),
@@ -142,6 +142,21 @@ def test_a_file_of_something_else_is_told(tmp_path, content):
     (tmp_path / "tuned.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=r"task: '.*tuned.json' .*remove it, and tune again"):
         read_tuned(tmp_path / "tuned.json")
+
+
+def test_a_task_tuned_with_weights_that_are_gone_is_told_when_it_is_asked_for(tmp_path, monkeypatch):
+    path = tmp_path / "tuned.json"
+    monkeypatch.setattr("lskip.evaluation.sweep.tuned.tuned_path", lambda model: path)
+    old = WEIGHTS | ON_CPU | {"draft_weights": "int8_dynamic"}
+    save_tuned(path, "old", old)
+    save_tuned(path, "new", WEIGHTS | ON_CPU)
+    assert read_tuned(path)["old"] == old
+    loading = LoadingOptions(device="cpu")
+    assert tuned_options("new", DecodingOptions(), loading)[1].draft_weights == "int4"
+    gone = r"task: 'old' was tuned with draft_weights 'int8_dynamic', which is not one of int8, int4; tune again"
+    with pytest.raises(ValueError, match=gone):
+        tuned_options("old", DecodingOptions(), loading)
+    assert tuned_options("old", DecodingOptions(draft="ngram"), loading)[1].draft_weights is None
 
 
 @pytest.mark.kind("B18 damaged caches and files")

@@ -114,14 +114,14 @@ def test_slots_move_when_a_text_leaves(tiny_model):
     """Slot 0 of the cache gets the text of slot 2, and nothing else changes."""
     generator = TextGenerator(tiny_model("llama"))
     cache = generator.runner.new_cache(3, 8)
-    cache.states.copy_(torch.randn(cache.states.shape))
+    cache.kv.copy_(torch.randn(cache.kv.shape))
     cache.lengths = [3, 8, 5]
-    before = cache.states.clone()
+    before = cache.kv.clone()
     cache.move(2, 0)
     assert cache.lengths == [5, 8, 5]
-    assert torch.equal(cache.states[:, 0, ..., :5, :], before[:, 2, ..., :5, :])
-    assert torch.equal(cache.states[:, 0, ..., 5:, :], before[:, 0, ..., 5:, :])
-    assert torch.equal(cache.states[:, 1:], before[:, 1:])
+    assert torch.equal(cache.kv[:, 0, ..., :5, :], before[:, 2, ..., :5, :])
+    assert torch.equal(cache.kv[:, 0, ..., 5:, :], before[:, 0, ..., 5:, :])
+    assert torch.equal(cache.kv[:, 1:], before[:, 1:])
 
 
 def test_filler_beside_a_neighbours_guess_is_not_counted_as_drafted(generator):

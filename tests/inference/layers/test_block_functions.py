@@ -4,73 +4,63 @@ import pytest
 import torch
 
 from lskip.inference import TextGenerator
-from lskip.inference.layers.bagged import Bagged
 from lskip.inference.layers.block_functions import block_functions
-from lskip.inference.layers.convolved import Convolved
 from lskip.inference.layers.linear import (
     EXACT_WIDTH,
+    Bagged,
     Halved,
-    Mixed,
     Packed,
-    PackedWide,
     Plain,
     Sliced,
-    Split,
-    Transposed,
-    scripted,
 )
-from lskip.inference.layers.quantized import BaggedInt8, DynamicInt8, Int4, Int8
+from lskip.inference.layers.quantized import BaggedInt8, Int4, Int8
+from lskip.inference.layers.torchscript import scripted
 from lskip.inference.runners.fused_blocks import Stack
 from lskip.inference.runners.fused_runner import FusedRunner
 from lskip.models.decoder import Decoder
 from tests.conftest import needs_halved
 
-FORMS = [
+LAYOUTS = [
     Plain,
-    Transposed,
-    Split,
     Bagged,
     Packed,
-    PackedWide,
-    Convolved,
     Sliced,
     Int8,
     BaggedInt8,
     Int4,
-    DynamicInt8,
     pytest.param(Halved, marks=needs_halved),
 ]
 
 
-def states_after(step, starts, rows):
+def outcome_of(step, starts, rows):
     """The rows' states and the whole cache, after a pass on random rows over a random cache."""
     generator = torch.Generator().manual_seed(1)
     cache = step.new_cache(len(starts), 16)
-    for part in cache.states:
+    for part in cache.kv:
         part.normal_(generator=generator)
     x = torch.randn(len(starts), rows, step.hidden_size, generator=generator)
-    return step.run(x, cache, starts, 0, step.num_layers), list(cache.states)
+    return step.run(x, cache, starts, 0, step.num_layers), list(cache.kv)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])  # qwen2 has biases, qwen3 more norms
-def test_torchscript_changes_no_bit(tiny_model, tiny_convolutions, family, form):
+def test_torchscript_changes_no_bit(tiny_model, family, layout):
     """Not in the first call, nor in later ones, which TorchScript would like to make faster."""
-    width = EXACT_WIDTH if form in (Sliced, Packed) else 1
+    width = EXACT_WIDTH if layout in (Sliced, Packed) else 1
     model = tiny_model(family, hidden_size=64, head_dim=16)
     for parameter in model.parameters():
         parameter.data = parameter.bfloat16().float()  # what Halved can hold
-    step = FusedRunner(Decoder(model), form, width=width)
+    step = FusedRunner(Decoder(model), [layout], width=width)
     inside, stack = [block.functions for block in step.blocks], step.stack
     assert all(isinstance(each, torch.jit.ScriptFunction) for block in step.blocks for each in block.functions[1:])
     assert [type(run) for _, _, run in stack._runs] == [torch.jit.RecursiveScriptModule]
     with torch.inference_mode():
         for starts, rows in (([0], 6), ([6], 1), ([5], 3), ([7], 1), ([3, 0, 5], 1), ([4, 1, 0], 4)):
-            fast = [states_after(step, starts, rows) for _ in range(4)]
+            fast = [outcome_of(step, starts, rows) for _ in range(4)]
             for block in step.blocks:
                 block.functions = block_functions(tuple(map(type, block.matrices)), without_python=False)
             step.stack = Stack(step.blocks)
-            slow = states_after(step, starts, rows)
+            slow = outcome_of(step, starts, rows)
             step.stack = stack
             for block, functions in zip(step.blocks, inside, strict=True):
                 block.functions = functions
@@ -79,27 +69,29 @@ def test_torchscript_changes_no_bit(tiny_model, tiny_convolutions, family, form)
                 assert all(map(torch.equal, cache, slow[1]))
 
 
-class PlainOrTransposed(Mixed):
-    """As where a single matrix cannot be held as the others are."""
+class NotNegative(Bagged):
+    """A layout that some matrices cannot have."""
 
-    def __call__(self, weight, bias=None):
-        return (Plain if weight[0, 0] > 0 else Transposed)(weight, bias)
+    def __init__(self, weight, bias=None):
+        if weight[0, 0] < 0:
+            raise ValueError("a number is negative")
+        super().__init__(weight, bias)
 
 
-def test_blocks_need_not_be_held_alike(tiny_model):
+def test_blocks_may_differ_in_their_layouts(tiny_model):
     model = tiny_model("llama", num_hidden_layers=5)
     decoder = Decoder(model)
     for layer, sign in zip(decoder.blocks, (1, 1, -1, -1, 1), strict=True):
         for name, parameter in layer.named_parameters():
             if name.endswith("proj.weight"):
                 parameter.data[0, 0] = sign * parameter.data[0, 0].abs()
-    mixed, plain = FusedRunner(decoder, PlainOrTransposed({}, Plain)), FusedRunner(decoder, Plain)
+    mixed, plain = FusedRunner(decoder, [NotNegative]), FusedRunner(decoder, [Plain])
     assert [run[:2] for run in mixed.stack._runs] == [(0, 2), (2, 4), (4, 5)]
     for first in range(5):
         for last in range(first, 6):
             torch.manual_seed(0)
             x = torch.randn(2, 3, mixed.hidden_size)
-            ends = [step.run(x, step.new_cache(2, 8), [0, 2], first, last) for step in (mixed, plain)]
+            ends = [runner.run(x, runner.new_cache(2, 8), [0, 2], first, last) for runner in (mixed, plain)]
             torch.testing.assert_close(*ends)
 
 

@@ -6,11 +6,11 @@ import torch
 from lskip.inference import TextGenerator
 from lskip.inference.drafting.layers import lead
 from lskip.inference.layers import lm_head as module
-from lskip.inference.layers.lm_head import ScreenedHead, keeps_bounds, screened_head
+from lskip.inference.layers.lm_head import ScreenedHead, ScreenInt8, keeps_bounds, screened_head
 from lskip.models.decoder import Decoder
-from tests.conftest import FBGEMM_DRAFTS, make_model
+from tests.conftest import make_model, needs_halved
 
-pytestmark = pytest.mark.skipif(not FBGEMM_DRAFTS, reason="this build has no FBGEMM")
+pytestmark = needs_halved  # the same kernels' build
 WORDS, SIZE = 3000, 64
 PROMPT = list(range(40, 60))
 
@@ -32,6 +32,26 @@ def head_and_states(kind):
     if kind == "large":  # numbers that all have one sign: sums in 16 bits would be full at once
         weight, x = weight.abs(), x.abs() + 5
     return weight, x
+
+
+def rounded_to_8_bits(x):
+    """Levels 0 … 255 from the least to the largest number, 0 among them, in float64."""
+    x = x.double()
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+    scale = (high - low) / 255
+    zero = torch.round(-low / scale)
+    return ((torch.round(x / scale) + zero).clamp(0, 255) - zero) * scale
+
+
+def test_the_screens_products_round_both_sides_and_nothing_else():
+    """Whole numbers are multiplied exactly; some of these would overflow 16 bits if weights had all 8."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 64), torch.randn(3, 64)
+    scale = weight.double().abs().amax(1, keepdim=True) / 64
+    expected = rounded_to_8_bits(x) @ (torch.round(weight.double() / scale) * scale).T
+    matrix = ScreenInt8(weight)
+    assert torch.allclose(matrix(x).double(), expected, atol=1e-4) and matrix(x).dtype == torch.float32
+    assert matrix.nbytes == 96 * 64 + 4 * 96
 
 
 KINDS = ["clear", "flat", "close", "outlier", "uneven", "large"]
@@ -70,15 +90,15 @@ def test_rounded_logits_are_within_their_bounds(kind):
     weight, x = head_and_states(kind)
     head = ScreenedHead(weight)
     off = (head(x).double() - x.double() @ weight.double().T).abs()
-    assert (off <= head.bound(head.rotation.turn(x))).all()
-    assert off.max() > 0.02 * head.bound(head.rotation.turn(x)).max()  # not so wide that they say nothing
+    assert (off <= head.bound(head.rotation.rotate(x))).all()
+    assert off.max() > 0.02 * head.bound(head.rotation.rotate(x)).max()  # not so wide that they say nothing
     assert keeps_bounds(weight)
 
 
 def test_sums_of_16_bits_do_not_overflow(monkeypatch):
-    """In the turned basis, where rounding happens: every product as large as it can be."""
+    """In the rotated basis, where rounding happens: every product as large as it can be."""
     head = ScreenedHead(torch.randn(32, SIZE))
-    monkeypatch.setattr(head.rotation, "turn", lambda x: x)
+    monkeypatch.setattr(head.rotation, "rotate", lambda x: x)
     head.rounded = type(head.rounded)(torch.ones(32, SIZE))
     assert torch.allclose(head(torch.ones(1, SIZE)), torch.full((1, 32), float(SIZE)))
 
@@ -156,7 +176,7 @@ def texts(generator, **settings):
 WAYS = [
     (None, {}),
     (None, {"num_speculations": 2, "exit_layer": 2}),
-    ("int8_dynamic", {"num_speculations": 3, "draft": "weights"}),
+    ("int8", {"num_speculations": 3, "draft": "weights"}),
     ("int4", {"num_speculations": 2, "exit_layer": 2, "draft": "weights"}),
 ]
 
@@ -182,7 +202,7 @@ def test_texts_are_those_of_the_whole_head(screened, draft_weights, settings, mi
 @pytest.mark.parametrize("settings", [{"temperature": 0.7, "seed": 1}, {"repetition_penalty": 1.3}])
 def test_logits_are_made_where_a_chooser_wants_them(screened, settings):
     model = make_model(tie_word_embeddings=True, hidden_size=64)
-    texts(TextGenerator(model, weights="plain", draft_weights="int8_dynamic"), num_speculations=2, **settings)
+    texts(TextGenerator(model, weights="plain", draft_weights="int8"), num_speculations=2, **settings)
     assert not screened
 
 

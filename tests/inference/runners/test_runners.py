@@ -1,21 +1,16 @@
 """FusedRunner and ModuleRunner against transformers' own forward pass and `generate`."""
 
-from functools import partial
-
 import pytest
 import torch
 
 from lskip.inference import TextGenerator
-from lskip.inference.layers.bagged import Bagged
-from lskip.inference.layers.convolved import Convolved
-from lskip.inference.layers.linear import Halved, Mixed, Packed, PackedWide, Plain, Sliced, Split, Transposed
+from lskip.inference.layers.linear import Bagged, Halved, Packed, Plain, Sliced
 from lskip.inference.runners.fused_blocks import obstacle
 from lskip.inference.runners.fused_runner import FusedRunner
 from lskip.inference.runners.module_runner import ModuleRunner
 from lskip.models.decoder import Decoder
 from tests.conftest import HALVED_WORKS
 
-pytestmark = pytest.mark.usefixtures("tiny_convolutions")
 FAMILIES = {
     "llama": {},
     "mistral": {},
@@ -52,21 +47,16 @@ FAMILIES = {
         "layer_types": ["full_attention", "full_attention", "sliding_attention", "sliding_attention"],
     },
 }
-STEPS = {
-    "plain": lambda decoder: FusedRunner(decoder, Plain),
-    "transposed": lambda decoder: FusedRunner(decoder, Transposed),
-    "split": lambda decoder: FusedRunner(decoder, Split),
-    "bagged": lambda decoder: FusedRunner(decoder, Bagged),
-    "mixed": lambda decoder: FusedRunner(decoder, Mixed({(32, 64): Split, (128, 32): Transposed}, Packed)),
-    "packed": lambda decoder: FusedRunner(decoder, Packed),
-    "convolved": lambda decoder: FusedRunner(decoder, Convolved),
-    "packed_wide": lambda decoder: FusedRunner(decoder, PackedWide),
-    "sliced_exact": lambda decoder: FusedRunner(decoder, Sliced, width=4),
-    "packed_exact": lambda decoder: FusedRunner(decoder, Packed, width=4),
+RUNNERS = {
+    "plain": lambda decoder: FusedRunner(decoder, [Plain]),
+    "bagged": lambda decoder: FusedRunner(decoder, [Bagged]),
+    "packed": lambda decoder: FusedRunner(decoder, [Packed]),
+    "sliced_exact": lambda decoder: FusedRunner(decoder, [Sliced], width=4),
+    "packed_exact": lambda decoder: FusedRunner(decoder, [Packed], width=4),
     "module": ModuleRunner,
 }
 if HALVED_WORKS:
-    STEPS["halved"] = lambda decoder: FusedRunner(decoder, Halved)
+    RUNNERS["halved"] = lambda decoder: FusedRunner(decoder, [Halved])
 
 
 def build(tiny_model, name):
@@ -75,20 +65,20 @@ def build(tiny_model, name):
     for parameter_name, parameter in model.named_parameters():
         if "bias" in parameter_name or "norm" in parameter_name:  # zeros and ones would hide a part left out
             torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.3)
-    return model.bfloat16().float()  # numbers that every form can hold
+    return model.bfloat16().float()  # numbers that every layout can hold
 
 
 def prompt_ids(length, seed=1):
     return torch.randint(1, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.inference_mode()
-def test_logits_equal_transformers(tiny_model, name, step):
+def test_logits_equal_transformers(tiny_model, name, runner):
     """In uneven pieces (a prompt, a lone row, a draft's worth) as in one transformers pass over all tokens."""
     model = build(tiny_model, name)
-    run = STEPS[step](Decoder(model))
+    run = RUNNERS[runner](Decoder(model))
     ids = torch.tensor(prompt_ids(24))
     cache, rows, start = run.new_cache(1, 24), [], 0
     for piece in ids[None].split([11, 1, 1, 5, 1, 4, 1], dim=1):
@@ -98,13 +88,13 @@ def test_logits_equal_transformers(tiny_model, name, step):
     assert torch.allclose(torch.cat(rows, 1), model(ids[None]).logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.inference_mode()
-def test_slots_of_unequal_length_do_not_meet(tiny_model, name, step):
+def test_slots_of_unequal_length_do_not_meet(tiny_model, name, runner):
     """Three texts in slots of a larger cache, prefilled alone, then a pass of 1 and one of 3 rows for all."""
     model = build(tiny_model, name)
-    run = STEPS[step](Decoder(model))
+    run = RUNNERS[runner](Decoder(model))
     texts = [prompt_ids(length, seed=length) for length in (19, 6, 12)]
     cache, starts = run.new_cache(4, 24), [len(text) - 4 for text in texts]
     for index, (text, start) in enumerate(zip(texts, starts, strict=True)):
@@ -116,12 +106,12 @@ def test_slots_of_unequal_length_do_not_meet(tiny_model, name, step):
         assert torch.allclose(logits, model(torch.tensor([text])).logits[0, -4:], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_greedy_text_equals_generate(tiny_model, name, step):
+def test_greedy_text_equals_generate(tiny_model, name, runner):
     model = build(tiny_model, name)
     generator = TextGenerator(model)
-    generator.runner = STEPS[step](Decoder(model))
+    generator.runner = RUNNERS[runner](Decoder(model))
     for length in (1, 9):
         ids = prompt_ids(length, seed=length)
         truth = model.generate(torch.tensor([ids]), max_new_tokens=30, min_new_tokens=30, do_sample=False)[0, length:]
@@ -129,11 +119,11 @@ def test_greedy_text_equals_generate(tiny_model, name, step):
         assert ours.token_ids == truth.tolist()
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_long_prompt_goes_in_pieces(tiny_model, step):
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_long_prompt_goes_in_pieces(tiny_model, runner):
     model = tiny_model("llama", max_position_embeddings=700)
     generator = TextGenerator(model)
-    generator.runner = STEPS[step](Decoder(model))
+    generator.runner = RUNNERS[runner](Decoder(model))
     ids = prompt_ids(600)
     truth = model.generate(torch.tensor([ids]), max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, 600:]
     ours = generator.generate(ids, max_new_tokens=8, min_new_tokens=8, exit_layer=2, num_speculations=3)
@@ -148,8 +138,8 @@ def test_bfloat16_logits_are_near_transformers(tiny_model, name):
     ids = torch.tensor(prompt_ids(20))
     with torch.inference_mode():
         truth, theirs = exact(ids[None]).logits[0], model(ids[None]).logits[0].float()
-        step = FusedRunner(Decoder(model), Plain)
-        ours = step.decode(step.run(step.embed(ids[None]), step.new_cache(1, 20), [0], 0, 4))[0].float()
+        runner = FusedRunner(Decoder(model), [Plain])
+        ours = runner.decode(runner.run(runner.embed(ids[None]), runner.new_cache(1, 20), [0], 0, 4))[0].float()
     # Rounding differs; it must not be worse than transformers' own by more than a little.
     assert (ours - truth).abs().mean() < 1.5 * (theirs - truth).abs().mean()
 
@@ -161,7 +151,7 @@ def test_bfloat16_logits_are_near_transformers(tiny_model, name):
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rotary"),
     ],
 )
-def test_what_the_lean_step_does_not_cover_runs_on_modules(tiny_model, overrides, reason):
+def test_what_the_fused_runner_does_not_cover_runs_on_modules(tiny_model, overrides, reason):
     model = tiny_model("llama", **overrides)
     assert reason in obstacle(Decoder(model))
     generator = TextGenerator(model)
@@ -170,14 +160,14 @@ def test_what_the_lean_step_does_not_cover_runs_on_modules(tiny_model, overrides
     truth = model.generate(torch.tensor([ids]), max_new_tokens=20, min_new_tokens=20, do_sample=False)[0, 8:]
     assert generator.generate(ids, max_new_tokens=20, min_new_tokens=20).token_ids == truth.tolist()
     with pytest.raises(ValueError, match="fused runner does not cover"):
-        FusedRunner(Decoder(model), Plain)
+        FusedRunner(Decoder(model), [Plain])
     with pytest.raises(ValueError, match="weights: 'packed' is not for this model"):
         TextGenerator(model, weights="packed")
     with pytest.raises(ValueError, match="bit_exact: is not for this model"):
         TextGenerator(model, bit_exact=True)
 
 
-def test_a_part_the_lean_step_does_not_know_is_not_left_out(tiny_model):
+def test_a_part_the_fused_runner_does_not_know_is_not_left_out(tiny_model):
     model = tiny_model("llama")
     model.model.layers[0].mlp.extra = torch.nn.Linear(2, 2)
     assert "extra" in obstacle(Decoder(model))
@@ -187,31 +177,14 @@ def test_a_part_the_lean_step_does_not_know_is_not_left_out(tiny_model):
     assert "q_proj" in obstacle(Decoder(wrapped))
 
 
-@pytest.mark.parametrize("form", ["plain", "packed"])
-def test_the_model_stays_as_it_is_unless_released(tiny_model, form):
+@pytest.mark.parametrize("weights", ["plain", "packed"])
+def test_the_model_stays_as_it_is_unless_released(tiny_model, weights):
     model = tiny_model("llama")
     ids = torch.tensor([prompt_ids(6)])
     before = model(ids).logits
-    generator = TextGenerator(model, weights=form)
+    generator = TextGenerator(model, weights=weights)
     assert torch.equal(model(ids).logits, before)
     tokens = generator.generate(ids, max_new_tokens=12).token_ids
-    released = TextGenerator(model, weights=form, release_model=True)
+    released = TextGenerator(model, weights=weights, release_model=True)
     assert not any("layers" in name for name, _ in model.named_parameters())
     assert released.generate(ids, max_new_tokens=12).token_ids == tokens
-
-
-def test_compiled_blocks_write_the_same_text(tiny_model, monkeypatch):
-    """Static shapes: a pass compiled once serves every position. (Captured and made functional; no C++ is built.)"""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    model = tiny_model("llama", num_hidden_layers=1)
-    truth = TextGenerator(model, weights="plain")
-    generator = TextGenerator(model, compiled=True)
-    torch._dynamo.utils.counters.clear()
-    for length, new in ((3, 12), (9, 20), (9, 7), (20, 9)):
-        ids = prompt_ids(length)
-        settings = {"max_new_tokens": new, "min_new_tokens": new}
-        assert generator.generate(ids, **settings).token_ids == truth.generate(ids, **settings).token_ids
-    # Prompts of 3 and of 9 tokens and the pass of a single row; neither the text's length nor a long prompt adds one.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
-    with pytest.raises(ValueError, match="compiled: goes with weights 'plain' only"):
-        TextGenerator(model, compiled=True, weights="packed")

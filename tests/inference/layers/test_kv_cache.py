@@ -6,10 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lskip.inference import TextGenerator
 from lskip.inference.decoding import batch, engine
-from lskip.inference.layers import rolling
-from lskip.inference.layers.kv_cache import KVCache
+from lskip.inference.layers import kv_cache
+from lskip.inference.layers.kv_cache import KVCache, RollingCache, cell_positions
 from lskip.inference.layers.linear import Plain
-from lskip.inference.layers.rolling import RollingCache, held_positions
 from lskip.inference.runners.fused_runner import FusedRunner
 from lskip.inference.runners.module_runner import ModuleRunner
 from lskip.models.decoder import Decoder
@@ -40,7 +39,7 @@ def few_rows_a_pass(monkeypatch):
 
 
 def set_rows_of_a_pass(monkeypatch, rows):
-    for module in (engine, rolling):
+    for module in (engine, kv_cache):
         monkeypatch.setattr(module, "PREFILL_ROWS", rows)
     monkeypatch.setattr(batch, "LONGEST_DRAFT", rows - 1)
 
@@ -53,9 +52,9 @@ def test_what_slots_hold():
         ring = [None] * size
         for position in range(start + rows):
             ring[position % size] = position
-        expected.append([start + rows if held is None else held for held in ring])
-    assert held_positions(starts, rows, size, torch.device("cpu")).tolist() == expected
-    assert held_positions([2, 0], 2, 10, torch.device("cpu")).tolist() == [[0, 1, 2, 3], [0, 1, 2, 2]]
+        expected.append([start + rows if cell is None else cell for cell in ring])
+    assert cell_positions(starts, rows, size, torch.device("cpu")).tolist() == expected
+    assert cell_positions([2, 0], 2, 10, torch.device("cpu")).tolist() == [[0, 1, 2, 3], [0, 1, 2, 2]]
 
 
 @pytest.mark.parametrize("family", SLIDING)
@@ -86,7 +85,7 @@ def test_logits_of_slots_that_were_rolled_back(family, lean):
     """Two slots of unequal length; drafts of 8 tokens are run and refused before the true ones come."""
     model = make(family, **SLIDING[family])
     decoder, texts = Decoder(model), random_ids(2, 60)
-    step = FusedRunner(decoder, Plain) if lean else ModuleRunner(decoder)
+    step = FusedRunner(decoder, [Plain]) if lean else ModuleRunner(decoder)
     cache, starts = step.new_cache(3, 64), [40, 17]
     assert isinstance(cache, RollingCache)
     for slot, start in enumerate(starts):
@@ -103,13 +102,13 @@ def test_logits_of_slots_that_were_rolled_back(family, lean):
 
 def test_blocks_keep_their_window_and_the_rows_of_a_pass():
     cache = ModuleRunner(Decoder(make("gemma3_text"))).new_cache(2, 100)
-    assert [part.shape[3] for part in cache.states] == [14, 100, 14, 100] and cache.cells == 100
-    assert all(part.shape[0] == 2 for part in cache.states)
-    lean = FusedRunner(Decoder(make("mistral")), Plain)
-    assert [part.shape[3] for part in lean.new_cache(1, 100).states] == [14] * 4
+    assert [part.shape[3] for part in cache.kv] == [14, 100, 14, 100] and cache.cells == 100
+    assert all(part.shape[0] == 2 for part in cache.kv)
+    lean = FusedRunner(Decoder(make("mistral")), [Plain])
+    assert [part.shape[3] for part in lean.new_cache(1, 100).kv] == [14] * 4
     # No longer than the text; and where a cell has to stand for its position, whole.
     assert type(lean.new_cache(1, 14)) is KVCache
-    assert type(FusedRunner(Decoder(make("mistral")), Plain, width=4).new_cache(1, 100)) is KVCache
+    assert type(FusedRunner(Decoder(make("mistral")), [Plain], width=4).new_cache(1, 100)) is KVCache
 
 
 class LargestTensor(TorchDispatchMode):

@@ -1,0 +1,69 @@
+"""The weights of an exit adapter as decoding uses them, and the runner of its blocks."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lskip.inference.layers.layout_choice import choose_layouts
+from lskip.inference.layers.linear import Plain, pack
+from lskip.inference.layers.quantized import choose_draft_layouts
+from lskip.inference.runners.base import ModelRunner
+from lskip.inference.runners.fused_blocks import obstacle, sample_weights
+from lskip.inference.runners.fused_runner import FusedRunner
+from lskip.inference.runners.module_runner import ModuleRunner
+from lskip.models.decoder import Decoder
+from lskip.models.exit_adapter import ExitAdapter, side_by_side
+
+
+class AdapterRunner:
+    """An exit adapter made ready for decoding. It only drafts: where int8 works, its blocks and head are rounded.
+
+    Attributes:
+        shape: its AdapterShape.
+        runner: runs its blocks, norm and head.
+        token_ids: [W], the tokens that it knows; None: all.
+    """
+
+    def __init__(self, adapter: ExitAdapter, batch_size: int = 1):
+        """Convert the weights, for so many texts at a time; `adapter` is left as it is."""
+        self.shape, self.hidden_size = adapter.shape, adapter.join.out_features
+        self.runner = build_adapter_runner(Decoder(adapter.body), batch_size)
+        self.vocab_size = adapter.made_for["vocab_size"]
+        self.token_ids = None if len(adapter.token_ids) == self.vocab_size else adapter.token_ids
+        weight, bias = adapter.join.weight.detach(), adapter.join.bias.detach()
+        # Not rounded: a row's one large number, for what goes straight through, would set the scale of all others.
+        layouts = choose_layouts("auto", weight, batch_size)
+        self.join, self.join_dtype = pack(layouts, weight, bias), layouts[0].inner_dtype or weight.dtype
+
+    def joined(self, exit_states: Tensor, last_states: Tensor | None) -> Tensor:
+        """Return the input of its first block [A, n, D], from [A, n, D] each, as ExitAdapter.joined."""
+        last_states = None if last_states is None else last_states.to(self.runner.dtype)
+        rows = side_by_side(exit_states.to(self.runner.dtype), last_states).flatten(0, 1)
+        return self.join(rows.to(self.join_dtype)).to(self.runner.dtype).view(exit_states.shape)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Return logits [A, n, V] of states of its last block [A, n, D]: -inf for tokens that it does not know."""
+        logits = self.runner.decode(x)
+        if self.token_ids is None:
+            return logits
+        everywhere = logits.new_full((*x.shape[:-1], self.vocab_size), float("-inf"))
+        return everywhere.index_copy_(-1, self.token_ids, logits)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its weights."""
+        return sum(self.runner.memory().values()) + self.join.nbytes
+
+
+def build_adapter_runner(decoder: Decoder, batch_size: int = 1) -> ModelRunner:
+    """Return a runner of its blocks and head: FusedRunner, in int8 where that works here; else of the modules."""
+    if obstacle(decoder) is not None:
+        return ModuleRunner(decoder)
+    try:
+        layouts = choose_draft_layouts("int8", sample_weights(decoder), batch_size)
+    except ValueError:  # this machine has no such kernels, or not for these matrices
+        layouts = [Plain]
+    runner = FusedRunner(decoder, layouts)
+    # It never embeds a token, and would keep the head's original for that; one row is for those who time it.
+    runner.embedding = runner.embedding[:1].clone()
+    return runner
