@@ -1,7 +1,5 @@
 """Layer dropout (arXiv 2404.16710, section 4.1): a block runs only on the sequences that do not skip it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

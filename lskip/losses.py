@@ -1,7 +1,5 @@
 """The early exit loss (arXiv 2404.16710, section 4.2): exit weights, and one loss over the rows of all exits."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

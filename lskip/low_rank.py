@@ -1,7 +1,5 @@
 """LoRA (arXiv 2106.09685) on the blocks below an exit: only two low-rank factors for each linear layer train."""
 
-from __future__ import annotations
-
 import importlib.util
 
 from torch import nn

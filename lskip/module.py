@@ -1,7 +1,5 @@
 """The LightningModule that trains a decoder with a drop rate and an exit weight for each block."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Parameter groups, gradient norm and clipping, and the default learning-rate schedule."""
 
-from __future__ import annotations
-
 import math
 
 from lightning.pytorch import Trainer

@@ -1,7 +1,5 @@
 """Targets of an exit: the text's next token, the last layer's distribution, or both."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The LightningModule for sequence classification and regression, with a head after every block."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import ClassVar, NamedTuple

@@ -1,7 +1,5 @@
 """`lskip adapt`: train an exit adapter for a frozen model on the model's own answers."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import warnings

@@ -1,7 +1,5 @@
 """Training rows of an exit adapter: prompts with the frozen model's answers, as tokens."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Collection, Sequence

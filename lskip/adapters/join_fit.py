@@ -1,7 +1,5 @@
 """The initial weights of an exit adapter's join, fitted by ridge regression."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

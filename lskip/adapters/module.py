@@ -1,7 +1,5 @@
 """The LightningModule and callbacks that train an exit adapter on unrolled drafts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from datetime import timedelta
 

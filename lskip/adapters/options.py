@@ -1,7 +1,5 @@
 """The options of `lskip adapt`: data and training of an exit adapter."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args

@@ -1,7 +1,5 @@
 """Greedy answers of a model to prompts, recorded with their states to train an exit adapter on."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """An append-only store of rows of numbers on disk, found by their digests."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path

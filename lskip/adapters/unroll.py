@@ -1,7 +1,5 @@
 """Drafts of an exit adapter unrolled along known texts, as decoding makes them, and their metrics."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 

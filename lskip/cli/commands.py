@@ -1,7 +1,5 @@
 """The commands that are plain functions: their arguments as options of the command line, parsed and called."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from importlib import import_module

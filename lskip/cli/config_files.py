@@ -1,7 +1,5 @@
 """The option `--config`: a YAML file, or the name of one that comes with lskip, read as untrusted input."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from enum import Enum

@@ -1,7 +1,5 @@
 """The entry point of `lskip` and `python -m lskip`: runs a command and turns errors into one line."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

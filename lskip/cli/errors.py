@@ -1,7 +1,5 @@
 """Error messages of jsonargparse (nested reports), turned into one sentence for the user."""
 
-from __future__ import annotations
-
 import inspect
 import pydoc
 import re

@@ -1,7 +1,5 @@
 """`lskip fit`, `validate` and `test`: a LightningCLI with the arguments of LayerSkipModule at the top level."""
 
-from __future__ import annotations
-
 import copy
 from contextlib import ExitStack
 from functools import partial

@@ -1,7 +1,5 @@
 """`lskip generate`: the answer to one prompt, streamed."""
 
-from __future__ import annotations
-
 import json
 import sys
 from typing import Any

@@ -4,8 +4,6 @@ Functions are never called, modules of the standard library never imported, and 
 class is refused.
 """
 
-from __future__ import annotations
-
 import inspect
 import sys
 from functools import partial

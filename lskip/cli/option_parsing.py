@@ -1,7 +1,5 @@
 """Parsing of command-line options with jsonargparse: spellings of lists, defaults, errors in one sentence."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

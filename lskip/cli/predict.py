@@ -1,7 +1,5 @@
 """`lskip predict`: answers to a file of prompts, decoded in batches."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The settings of `lskip predict`, saved beside an unfinished output: --resume needs the same ones."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from pathlib import Path
 from typing import Any

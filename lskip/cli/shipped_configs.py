@@ -1,7 +1,5 @@
 """`lskip configs`: list or copy the configs that come with lskip."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

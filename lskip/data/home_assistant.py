@@ -11,8 +11,6 @@ The parse has the format of TOPv2, its slots in alphabetical order. The template
 template stay on one side of the split, so that held-out sentences have templates that are not in training.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from importlib.metadata import version

@@ -1,7 +1,5 @@
 """The model card (README.md) of an exported model: origin, usage, and a table of its layers."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Writing of Llama models as GGUF files for llama.cpp."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from pathlib import Path

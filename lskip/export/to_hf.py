@@ -1,7 +1,5 @@
 """`lskip export`: write a model as a transformers folder, its first layers as a draft model, and GGUF files."""
 
-from __future__ import annotations
-
 import copy
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The outcome of a prompt: its tokens and text, and counts of drafted and accepted tokens."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Loading: from the name of a model to one ready for decoding."""
 
-from __future__ import annotations
-
 import torch
 
 from lskip.inference.drafting.costs_file import check_costs_file

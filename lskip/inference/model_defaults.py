@@ -1,7 +1,5 @@
 """Reading of a model's generation_config: default settings, logits processors, and the names that lskip ignores."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Options of the commands that decode: which model to load, and how to continue a prompt."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Reading of prompt files for `lskip predict`; every line is checked before a model is loaded."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import dataclass

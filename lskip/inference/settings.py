@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
 
 from lskip.inference.drafting.drafter import Available
+from lskip.inference.drafting.policies import DraftPolicy
 from lskip.inference.drafting.registry import DRAFTERS, check_draft
+from lskip.inference.exit_criteria import ExitCriterion
 from lskip.utils.checks import check_choice, check_parts, check_real, check_texts, check_unicode, check_whole
-
-if TYPE_CHECKING:
-    from lskip.inference.drafting.policies import DraftPolicy
-    from lskip.inference.exit_criteria import ExitCriterion
 
 ACCEPTANCES = ("shared_noise", "rejection")
 POLICY_METHODS = ("begin", "plan", "goes_on", "learn")

@@ -1,7 +1,5 @@
 """Conversion of prompts to tokens, and of tokens to text as they come."""
 
-from __future__ import annotations
-
 import torch
 from transformers import PreTrainedTokenizerBase
 

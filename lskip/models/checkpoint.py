@@ -1,7 +1,5 @@
 """The checkpoint format: packing of config and tokenizer, reading, checksums, merging of LoRA, random states."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 import zipfile

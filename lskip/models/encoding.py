@@ -1,7 +1,5 @@
 """Calls of tokenizers and chat templates of unknown origin; whatever they raise becomes a ValueError."""
 
-from __future__ import annotations
-
 from transformers import PreTrainedTokenizerBase
 
 from lskip.utils.checks import check_unicode

@@ -4,8 +4,6 @@ They train with the model or on a frozen one. They are saved in its checkpoint, 
 that `lskip export` writes; the model itself stays an ordinary one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Parsing of exit layers as a user writes them: 8,16,last."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from lskip.models.families import family_of

@@ -1,7 +1,5 @@
 """The supported families of causal LMs: paths to their modules, and what differs around their blocks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig

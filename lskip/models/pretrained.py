@@ -14,8 +14,6 @@ No code that comes with a model is run: checkpoints are read with `weights_only`
 False. Only the files of a tokenizer are trusted: package tokenizers reads them, without limits of time or memory.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Gradient accumulation over micro-batches with unequal numbers of scored tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

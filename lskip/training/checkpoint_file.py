@@ -1,7 +1,5 @@
 """Atomic writing of checkpoint files."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any, BinaryIO

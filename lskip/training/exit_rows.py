@@ -1,7 +1,5 @@
 """The rows of one exit that a training step decodes: all scored positions, or a sampled share of them."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Lightning's messages and interrupts in every training of lskip."""
 
-from __future__ import annotations
-
 import logging
 import signal
 from collections.abc import Callable, Iterator

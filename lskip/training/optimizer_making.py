@@ -1,7 +1,5 @@
 """Construction of optimizer and schedule from user settings, with one-sentence errors."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import re

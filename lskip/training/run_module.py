@@ -1,7 +1,5 @@
 """The part of a LightningModule that is independent of its loss: optimizer, tokenizer, checkpoints."""
 
-from __future__ import annotations
-
 import math
 
 from lightning.pytorch import Callback, LightningModule

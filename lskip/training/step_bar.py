@@ -1,7 +1,5 @@
 """The progress bar of training, in optimizer steps, and of validation, in batches."""
 
-from __future__ import annotations
-
 import math
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """The supervision of the exits: early ones by the exit target, the last one by the text and an optional anchor."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 
 import torch

@@ -1,7 +1,5 @@
 """Checks of arguments; the ValueError names the argument, its value and what is allowed."""
 
-from __future__ import annotations
-
 import sys
 from numbers import Real
 

@@ -1,7 +1,5 @@
 """Printing of sentences and tables: control characters in names and paths are escaped, nothing is cut off."""
 
-from __future__ import annotations
-
 import sys
 from typing import TextIO
 

@@ -1,7 +1,5 @@
 """Copies of small tensors to a device, and freed memory given back to the system."""
 
-from __future__ import annotations
-
 import ctypes
 from typing import Literal, get_args
 

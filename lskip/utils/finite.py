@@ -1,7 +1,5 @@
 """Checks for NaN and infinity in all tensors of a model or a checkpoint, with one device synchronization."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Calls into transformers and tokenizers with untrusted files: their exceptions and their output."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

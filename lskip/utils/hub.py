@@ -1,7 +1,5 @@
 """A single short request to the Hugging Face hub: whether a model or a data set exists."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 _SECONDS = 5

@@ -1,7 +1,5 @@
 """Signals that end a command: SIGINT (Ctrl-C), and SIGTERM, which clusters and containers send."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """JSON Lines files (.jsonl): their objects, and the prompts or chat messages in them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

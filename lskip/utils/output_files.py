@@ -1,7 +1,5 @@
 """Output files and folders: checks that they are writable, locks for one writer, atomic writes."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

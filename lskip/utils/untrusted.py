@@ -3,8 +3,6 @@
 Every reader raises ValueError with one sentence that names the field and the place, whatever was wrong.
 """
 
-from __future__ import annotations
-
 import json
 import signal
 import threading

@@ -1,7 +1,5 @@
 """Exceptions that the user can fix, and the one line that the command line prints for them."""
 
-from __future__ import annotations
-
 import re
 from types import TracebackType
 

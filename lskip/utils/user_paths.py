@@ -1,7 +1,5 @@
 """Paths as the user types them: expansion of ~, checks, and hints for misspelled names."""
 
-from __future__ import annotations
-
 import difflib
 import os
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """Agreement of a run's data with its model: the tokenizer, and the length of a row."""
 
-from __future__ import annotations
-
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 

@@ -1,7 +1,5 @@
 """Help texts of `fit`, `validate` and `test` in place of Lightning's where those are missing or untrue."""
 
-from __future__ import annotations
-
 from argparse import ArgumentParser
 
 from lskip.data import TextData

@@ -1,7 +1,5 @@
 """The last lines of `lskip fit`: the layers at the last validation, the run's folder, commands to go on with."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Checks of a resumed run: which settings may change, and which must be those of the checkpoint."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

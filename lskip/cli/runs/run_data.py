@@ -1,7 +1,5 @@
 """The data of a run, which `validate` and `test` read unless their options name other data."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The folder of a run: made and locked for a command, and removed again if the run did not begin."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

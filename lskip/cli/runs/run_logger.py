@@ -1,7 +1,5 @@
 """TensorBoard logger of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from lightning.pytorch.loggers import TensorBoardLogger

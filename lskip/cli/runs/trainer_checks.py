@@ -1,7 +1,5 @@
 """Early checks of the Trainer's arguments, which Lightning accepts silently or refuses with a traceback."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Quality of every layer against the last one, and the layers that an ideal early exit would save."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The table and the figure of a DivergenceReport."""
 
-from __future__ import annotations
-
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter

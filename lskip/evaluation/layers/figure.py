@@ -1,7 +1,5 @@
 """The table and the figure of a LayerReport, and functions that all figures share."""
 
-from __future__ import annotations
-
 import io
 import warnings
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """`lskip inspect`: predictions of every layer, as a table, a figure, JSON, and a page token by token."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

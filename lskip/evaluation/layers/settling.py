@@ -1,7 +1,5 @@
 """Predictions of every layer at every position of a text, and the layer at which each one settles."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass

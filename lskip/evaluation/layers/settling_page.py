@@ -1,7 +1,5 @@
 """The HTML page of a Settling: the template settling.html with its numbers, in one file without network access."""
 
-from __future__ import annotations
-
 import json
 from importlib.resources import files
 

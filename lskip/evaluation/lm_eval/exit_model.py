@@ -1,7 +1,5 @@
 """Exits as models of lm-eval-harness: scores of all exits from one forward pass, answers from lskip's engine."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The layer report of a run's last validation, read from its TensorBoard event files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

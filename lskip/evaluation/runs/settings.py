@@ -1,7 +1,5 @@
 """The settings of a run as flat names and plain values, for TensorBoard's hparams and `lskip compare`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The summary of a run, read from its folder: settings, steps, and the layer report of its last validation."""
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import dataclass
 from pathlib import Path

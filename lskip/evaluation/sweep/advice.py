@@ -1,7 +1,5 @@
 """Advice on what to set for a task, from the cells that were measured."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

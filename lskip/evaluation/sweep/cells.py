@@ -1,7 +1,5 @@
 """Measurement of one cell of a sweep: drafting timed in turns with autoregressive decoding of the same prompts."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Prediction of the rounds of drafts along a model's own text, without decoding again."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The figure of a sweep: speed-up over exit_layer and num_speculations."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The file of a sweep under way, with a line for each finished part, so that a kill loses one part at most."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The cells of a sweep: draft, exit layer, number of tokens and policy."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args

@@ -1,7 +1,5 @@
 """`lskip sweep`: the speed of every way to draft on a task's prompts, and the task's metric at fixed exits."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """`lskip tune`: the cells of a sweep ranked by the cost model, so that only the best few are decoded."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Settings that `lskip tune` found, kept beside the model by task, and their use by `--task`."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args

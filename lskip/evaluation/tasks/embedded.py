@@ -1,7 +1,5 @@
 """Tasks without network access, made from installed packages."""
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 from collections.abc import Iterator

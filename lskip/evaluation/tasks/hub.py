@@ -1,7 +1,5 @@
 """Tasks on data sets of the Hugging Face hub, or on local copies of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from lskip.evaluation.tasks.task import Continuation, Example, Task

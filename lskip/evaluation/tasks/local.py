@@ -1,7 +1,5 @@
 """A task of the user's own prompts, from a file."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path

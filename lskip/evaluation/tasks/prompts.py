@@ -1,7 +1,5 @@
 """Prompts of a task, encoded for a model."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import islice

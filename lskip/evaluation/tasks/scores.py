@@ -1,7 +1,5 @@
 """Metrics of answers: ROUGE, BLEU, exact match, edit similarity, pass@1."""
 
-from __future__ import annotations
-
 import math
 import unicodedata
 from collections import Counter

@@ -1,7 +1,5 @@
 """The base classes of tasks: prompts with reference answers and metrics."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, NamedTuple

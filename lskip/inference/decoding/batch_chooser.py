@@ -1,7 +1,5 @@
 """Choice of a round's tokens in all slots of a batch."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -7,8 +7,6 @@ Autoregressive decoding is rounds that draft nothing; a fixed exit is the same o
 Stopping, sampling, slots' coming and going and the running of blocks are elsewhere.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

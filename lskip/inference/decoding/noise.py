@@ -1,7 +1,5 @@
 """Random numbers of sampling, which depend on their key alone and on no global generator."""
 
-from __future__ import annotations
-
 from enum import IntEnum
 
 import numpy as np

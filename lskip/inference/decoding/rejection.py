@@ -1,7 +1,5 @@
 """Rejection sampling of drafted tokens (Leviathan et al., arXiv 2211.17192, algorithm 1)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

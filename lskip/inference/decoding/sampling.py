@@ -1,7 +1,5 @@
 """Choice of tokens from logits: greedy, or sampled with noise that draft and verification share."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from transformers import (

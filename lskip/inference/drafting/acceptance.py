@@ -1,7 +1,5 @@
 """Records of accepted and refused tokens, from which a policy estimates acceptance."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect
 from collections import Counter

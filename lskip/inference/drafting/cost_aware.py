@@ -6,16 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 from statistics import mean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from lskip.inference.drafting.acceptance import ByMargin, Record
+from lskip.inference.drafting.costs import Costs
 from lskip.inference.drafting.draft import PLAIN, Draft, DraftPlan
 from lskip.inference.drafting.policies import DraftPolicy
 from lskip.inference.drafting.registry import round_seconds
 from lskip.utils.checks import check_real, check_whole
-
-if TYPE_CHECKING:
-    from lskip.inference.drafting.costs import Costs
 
 
 class Underway(NamedTuple):

@@ -7,14 +7,12 @@ from bisect import bisect_left
 from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from lskip.inference.runners.base import ModelRunner
 from lskip.utils.checks import check_whole
-
-if TYPE_CHECKING:
-    from lskip.inference.runners.base import ModelRunner
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 CONTEXT = 128  # positions that the measured rows attend to, besides each other

@@ -1,18 +1,13 @@
 """The JSON file that keeps the costs of a model's passes on a machine."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lskip.inference.drafting.costs import Costs, blocks_of, fields_of, measure_costs
+from lskip.inference.runners.base import ModelRunner
 from lskip.utils.console import warn
 from lskip.utils.output_files import make_writable, write_json
 from lskip.utils.untrusted import parse_json, read_text
 from lskip.utils.user_errors import one_line
-
-if TYPE_CHECKING:
-    from lskip.inference.runners.base import ModelRunner
 
 
 def keep_costs(

@@ -1,7 +1,5 @@
 """Drafts and plans: the source that a round drafts from, and the number of tokens."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 

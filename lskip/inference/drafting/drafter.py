@@ -12,10 +12,10 @@ from torch import Tensor
 from lskip.inference.drafting.costs import Costs
 from lskip.inference.drafting.draft import Draft
 from lskip.inference.drafting.round import Chooser, Drafted, Observer, Slots
+from lskip.inference.runners.adapter_runner import AdapterRunner
 from lskip.inference.runners.base import ModelRunner
 
 if TYPE_CHECKING:
-    from lskip.inference.runners.adapter_runner import AdapterRunner
     from lskip.models.exit_heads import TrainedExits
 
 # Asked after each drafted token: (function that returns its logits [A, 1, V], one that returns the margins [A] between

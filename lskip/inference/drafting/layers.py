@@ -1,7 +1,5 @@
 """Self-speculation: the model's own first layers draft (arXiv 2404.16710, section 4.3)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache, partial
 

@@ -1,7 +1,5 @@
 """Prompt lookup: drafts of the tokens that followed the same n-gram earlier in the text."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lskip.inference.drafting.costs import Costs
 from lskip.inference.drafting.draft import PLAIN, Draft, DraftPlan
 from lskip.inference.exit_criteria import ExitCriterion
 from lskip.utils.checks import check_real
-
-if TYPE_CHECKING:
-    from lskip.inference.drafting.costs import Costs
 
 
 class DraftPolicy(ABC):

@@ -1,7 +1,5 @@
 """The registry of drafters by kind, and the seconds of a round with one of them."""
 
-from __future__ import annotations
-
 from lskip.inference.drafting.adapter import AdapterDrafter
 from lskip.inference.drafting.costs import Costs
 from lskip.inference.drafting.draft import Draft, DraftPlan

@@ -1,7 +1,5 @@
 """Drafts of the model's own blocks in rounded weights: no training, no second model."""
 
-from __future__ import annotations
-
 from lskip.inference.drafting.costs import Costs
 from lskip.inference.drafting.draft import Draft
 from lskip.inference.drafting.drafter import Available, Drafter, GoesOn

@@ -1,7 +1,5 @@
 """Attention over the cache for a few rows in each slot: the fastest, one for rings of cells, one of constant bits."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

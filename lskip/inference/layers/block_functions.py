@@ -1,7 +1,5 @@
 """The functions of a Llama-like block on a few rows, in the part of Python that TorchScript runs (torchscript.py)."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import NamedTuple, get_type_hints

@@ -4,8 +4,6 @@ Nothing is timed: layouts round differently, and a text must not depend on how b
 A layout is left out only where its operations are missing or compute something else (`obstacle_to`).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

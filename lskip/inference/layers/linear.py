@@ -1,7 +1,5 @@
 """Layouts of a weight matrix for decoding: how it lies in memory, and its product with a few rows."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """The argmax of a large head without all its logits: a rounded copy of it rules out all but a few tokens, exactly."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple

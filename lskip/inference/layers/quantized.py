@@ -1,7 +1,5 @@
 """Weights rounded to 8 or 4 bits: for drafts only, since the model's own text needs the model's own weights."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """A basis of the states in which none of their numbers stands out, so that rounding them costs less."""
 
-from __future__ import annotations
-
 import math
 
 import torch

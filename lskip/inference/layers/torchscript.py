@@ -6,8 +6,6 @@ what is to follow it wants a C++ compiler, a minute, and that again for every sh
 longer has it, the same functions run as they stand.
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Callable

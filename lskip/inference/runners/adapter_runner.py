@@ -1,7 +1,5 @@
 """The weights of an exit adapter as decoding uses them, and the runner of its blocks."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from lskip.inference.layers.layout_choice import choose_layouts

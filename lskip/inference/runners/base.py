@@ -1,7 +1,5 @@
 """The interface between decoding and how blocks are run."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import torch

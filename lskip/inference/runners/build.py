@@ -1,7 +1,5 @@
 """From a model to the runner of its blocks: FusedRunner where it covers the model, in the layouts of this machine."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

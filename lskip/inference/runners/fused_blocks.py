@@ -1,7 +1,5 @@
 """The weights of Llama-like blocks as the fused runner uses them, made from a model's own."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import groupby
 

@@ -1,7 +1,5 @@
 """The fast path: Llama-like blocks on a few rows of some slots, with as few operations as they allow."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The general path: any family that `Decoder` knows, through its own transformers blocks."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Building of transformers configs from untrusted values, each field checked before a model is made."""
 
-from __future__ import annotations
-
 import copy
 import difflib
 import logging

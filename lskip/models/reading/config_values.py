@@ -1,7 +1,5 @@
 """Checks of the values in a model's config, under the field names of every family."""
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Checks of the types of values in a generation_config."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

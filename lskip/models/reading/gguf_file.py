@@ -4,8 +4,6 @@ transformers ignores metadata and tensors that it does not know, so that the mod
 llama.cpp runs without a word. Here small differences are corrected, and all others are refused by name.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import logging

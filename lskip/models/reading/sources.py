@@ -1,7 +1,5 @@
 """Resolution of `--model` to a place: on this disk, in a package, or on the Hugging Face hub."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import re

@@ -1,7 +1,5 @@
 """Checks of the weights that transformers loaded; it fills missing ones with random numbers."""
 
-from __future__ import annotations
-
 import logging
 import re
 from pathlib import Path
