@@ -96,7 +96,8 @@ class TextGenerator:
         if draft_weights is not None:
             self.draft_runner = build_draft_runner(decoder, draft_weights, screen, batch_size)
         self.adapter_runner = None if exit_adapter is None else AdapterRunner(exit_adapter, batch_size)
-        self.runner = build_runner(decoder, weights, release_model, batch_size, bit_exact, screen)
+        lone_rows = batch_size == 1 and draft_weights is None and exit_adapter is None
+        self.runner = build_runner(decoder, weights, release_model, lone_rows, bit_exact, screen)
         self.trained_exits = deepcopy(trained_exits)
         if trained_exits is not None:
             self.trained_exits.to(self.runner.device, self.runner.dtype)

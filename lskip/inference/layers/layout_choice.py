@@ -22,13 +22,13 @@ from lskip.inference.layers.linear import (
 LAYOUTS = {"plain": Plain, "packed": Packed, "halved": Halved}
 
 
-def choose_layouts(weights: str, sample: Tensor, batch_size: int = 1) -> list[Layout]:
+def choose_layouts(weights: str, sample: Tensor, lone_rows: bool = True) -> list[Layout]:
     """Return the layouts for a model's weights; each matrix takes the first that can hold it (`pack`).
 
     Args:
-        weights: a name in LAYOUTS; or "auto": by the model's type, and whether one text is decoded at a time.
+        weights: a name in LAYOUTS; or "auto": by the model's type, and by what its products will see.
         sample: [out, in], one of the model's matrices.
-        batch_size: texts that are decoded together.
+        lone_rows: most passes have a single row: one text at a time, and nothing drafts that has weights of its own.
 
     Raises:
         ValueError: unknown layout, or one that does not work here.
@@ -41,7 +41,7 @@ def choose_layouts(weights: str, sample: Tensor, batch_size: int = 1) -> list[La
             raise ValueError(f"weights: {weights!r} does not work here ({reason}); use 'auto' or 'plain'")
         return [layout, Widened] if layout is Halved and obstacle_to(Widened, sample) is None else [layout]
     if sample.dtype == torch.float32:
-        wanted = [Halved, *([Bagged] if batch_size == 1 and bags_pay() else []), Packed]
+        wanted = [Halved, *([Bagged] if lone_rows and bags_pay() else []), Packed]
     elif obstacle_to(Packed, sample) is None:
         wanted = [Packed]
     else:

@@ -30,7 +30,7 @@ class AdapterRunner:
         self.token_ids = None if len(adapter.token_ids) == self.vocab_size else adapter.token_ids
         weight, bias = adapter.join.weight.detach(), adapter.join.bias.detach()
         # Not rounded: a row's one large number, for what goes straight through, would set the scale of all others.
-        layouts = choose_layouts("auto", weight, batch_size)
+        layouts = choose_layouts("auto", weight, lone_rows=batch_size == 1)
         self.join, self.join_dtype = pack(layouts, weight, bias), layouts[0].inner_dtype or weight.dtype
 
     def joined(self, exit_states: Tensor, last_states: Tensor | None) -> Tensor:

@@ -19,14 +19,14 @@ def build_runner(
     decoder: Decoder,
     weights: str,
     release: bool,
-    batch_size: int,
+    lone_rows: bool,
     bit_exact: bool | None,
     screen: Callable[[], ScreenedHead | None],
 ) -> ModelRunner:
     """Return a FusedRunner where it covers the model, else one of the model's own modules.
 
     Args:
-        batch_size: texts that are decoded together.
+        lone_rows: most passes have a single row, as in `choose_layouts`.
         screen: makes what finds the argmax in float32, where that is what products come in.
 
     Raises:
@@ -39,7 +39,7 @@ def build_runner(
             raise ValueError(f"bit_exact: is not for this model ({reason}); leave it out")
         return ModuleRunner(decoder)
     sample = sample_weights(decoder)[0]
-    layouts = [choose_exact_layout(weights, sample)] if bit_exact else choose_layouts(weights, sample, batch_size)
+    layouts = [choose_exact_layout(weights, sample)] if bit_exact else choose_layouts(weights, sample, lone_rows)
     if exact_by_default(layouts, sample) if bit_exact is None else bit_exact:
         return FusedRunner(decoder, layouts, release, width=EXACT_WIDTH)
     of_float32 = (layouts[0].inner_dtype or decoder.dtype) is torch.float32

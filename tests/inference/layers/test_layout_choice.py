@@ -111,23 +111,23 @@ def works_everywhere(monkeypatch, *missing, avx2=True):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "batch_size", "missing", "avx2", "layouts"),
+    ("dtype", "lone_rows", "missing", "avx2", "layouts"),
     [
-        (torch.float32, 1, [], True, [Halved, Bagged, Packed]),
-        (torch.float32, 8, [], True, [Halved, Packed]),
-        (torch.float32, 1, [], False, [Halved, Packed]),  # AVX-512: bags are slow for several rows
-        (torch.float32, 1, [Halved], True, [Bagged, Packed]),  # no FBGEMM
-        (torch.float32, 8, [Halved, Packed], True, [Plain]),
-        (torch.bfloat16, 1, [], True, [Packed]),
-        (torch.bfloat16, 8, [Packed], True, [Halved, Widened]),
-        (torch.bfloat16, 1, [Packed, Halved], True, [Widened]),
-        (torch.bfloat16, 1, [Packed, Halved, Widened], True, [Plain]),
-        (torch.float16, 1, [Packed], True, [Halved, Widened]),
+        (torch.float32, True, [], True, [Halved, Bagged, Packed]),
+        (torch.float32, False, [], True, [Halved, Packed]),
+        (torch.float32, True, [], False, [Halved, Packed]),  # AVX-512: bags are slow for several rows
+        (torch.float32, True, [Halved], True, [Bagged, Packed]),  # no FBGEMM
+        (torch.float32, False, [Halved, Packed], True, [Plain]),
+        (torch.bfloat16, True, [], True, [Packed]),
+        (torch.bfloat16, False, [Packed], True, [Halved, Widened]),
+        (torch.bfloat16, True, [Packed, Halved], True, [Widened]),
+        (torch.bfloat16, True, [Packed, Halved, Widened], True, [Plain]),
+        (torch.float16, True, [Packed], True, [Halved, Widened]),
     ],
 )
-def test_the_rule(monkeypatch, dtype, batch_size, missing, avx2, layouts):
+def test_the_rule(monkeypatch, dtype, lone_rows, missing, avx2, layouts):
     works_everywhere(monkeypatch, *missing, avx2=avx2)
-    assert choose_layouts("auto", numbers(dtype), batch_size) == layouts
+    assert choose_layouts("auto", numbers(dtype), lone_rows) == layouts
 
 
 def test_what_a_matrix_gets_depends_on_its_numbers(tiny_model, monkeypatch):
@@ -138,6 +138,9 @@ def test_what_a_matrix_gets_depends_on_its_numbers(tiny_model, monkeypatch):
     assert (
         TextGenerator(model).runner.layout == "Bagged" and TextGenerator(model, batch_size=8).runner.layout == "Packed"
     )
+    # Where something with weights of its own drafts, the model's see several rows, those to verify.
+    for drafting in ({"draft_weights": "int8"}, {"exit_adapter": ExitAdapter(model, AdapterShape(2))}):
+        assert TextGenerator(model, **drafting).runner.layout == "Packed"
     model.bfloat16().float()
     assert TextGenerator(model).runner.layout == TextGenerator(model, batch_size=8).runner.layout == "Halved"
     with torch.no_grad():
