@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from tokenizers import decoders, normalizers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -72,7 +73,8 @@ def parsed_once() -> Iterator[None]:
     """Parse a GGUF file once inside this context.
 
     transformers parses it anew for the config, the weights and the tokenizer, and derives the names of all tensors anew
-    for every module: seconds each time. Its progress bar is hidden too.
+    for every module: seconds each time. Its progress bar is hidden too, and the file is sliced as a plain array: a
+    vocabulary is a million slices, each of which takes a memmap three times as long.
 
     Raises:
         ValueError: package gguf or accelerate is missing.
@@ -83,11 +85,15 @@ def parsed_once() -> Iterator[None]:
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reading
 
+    class PlainReader(gguf.GGUFReader):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
     slow = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
     bar = reading.tqdm
     try:
-        for name, original in slow.items():
-            setattr(gguf, name, functools.cache(original))
+        gguf.GGUFReader = functools.cache(PlainReader)
+        gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
         reading.tqdm = lambda tensors, **_: tensors
         yield
     finally:
