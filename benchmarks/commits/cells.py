@@ -1,6 +1,6 @@
-"""Name what texts.py decodes: models, ways of loading them, ways of decoding. The names stay.
+"""Name what compare_texts.py and compare_speed.py decode: models, ways of loading them, ways of decoding.
 
-Only public faces of lskip are used, so that it runs on any commit.
+The names stay. Only public faces of lskip are used, so that it runs on any commit.
 """
 
 from __future__ import annotations
@@ -97,11 +97,11 @@ def tiny_model(tied: bool) -> LlamaForCausalLM:
 
 
 def tiny(tied: bool, folder: Path) -> Model:
-    """Save the tiny model into `folder`, with a random judge of its exits, and return its description."""
+    """Save the tiny model into `folder`, with a random exit classifier, and return its description."""
     tiny_model(tied).save_pretrained(folder)
     torch.manual_seed(1)
-    judge = {"certainty.linear.weight": torch.randn(1, 32), "certainty.linear.bias": torch.zeros(1)}
-    save_file(judge, folder / "exits.safetensors")
+    classifier = {"certainty.linear.weight": torch.randn(1, 32), "certainty.linear.bias": torch.zeros(1)}
+    save_file(classifier, folder / "exits.safetensors")
     return Model("tiny_tied" if tied else "tiny_untied", str(folder), TINY_LAYERS, 2, TINY_PROMPTS, 40)
 
 

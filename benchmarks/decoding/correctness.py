@@ -91,17 +91,17 @@ def bit_exact(options: argparse.Namespace) -> Iterator[dict]:
 def compare_bits(dtype: str, family: str, context: int) -> dict:
     """One token at a time against blocks of 1 to 16 rows at every start mod 4, and against batches of unequal rows."""
     model = bits.make_sized(family, dtype, **REAL_SIZES, max_position_embeddings=context)
-    step = TextGenerator(model, bit_exact=True).runner
+    runner = TextGenerator(model, bit_exact=True).runner
     ids = bits.make_ids(context, REAL_SIZES["vocab_size"])
-    truth, cache = bits.token_by_token(step, ids)
+    truth, cache = bits.token_by_token(runner, ids)
     blocks = [case for length in (context // 4, context) for case in bits.blocks_everywhere(length)]
     batches = bits.batches(context, 12)
-    wrong = bits.differing_blocks(step, ids, truth, cache, blocks) + bits.differing_slots(step, ids, truth, batches)
+    wrong = bits.differing_blocks(runner, ids, truth, cache, blocks) + bits.differing_slots(runner, ids, truth, batches)
     positions = sum(rows for _, rows in blocks) + sum(rows * len(starts) for starts, rows in batches)
     return {
         "dtype": dtype,
         "family": family,
-        "layout": step.layout,
+        "layout": runner.layout,
         "cpu": os.environ.get("ONEDNN_MAX_CPU_ISA", "all of it"),
         "context": context,
         "passes": len(blocks) + len(batches),

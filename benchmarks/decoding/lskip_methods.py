@@ -45,7 +45,7 @@ class Generators:
             if draft_weights == OWN_WEIGHTS:
                 made = copy(self.drafting_with(None, batch))
                 made.draft_runner = copy(made.runner)
-                vars(made).pop("costs", None)  # measured without a draft step
+                vars(made).pop("costs", None)  # measured without a draft runner
             elif draft_weights == ADAPTER:
                 made = self._convert(batch, exit_adapter=self.exit_adapter)
             else:

@@ -184,6 +184,6 @@ def share_of_ideal(measured: Measured, setting: Setting) -> float | None:
     gained = [before / after for before, after in pairs if before > 0 and after > 0]
     if not gained:
         return None
-    # Each by the costs of its own weights: their layouts may differ, and with them what a plain step takes.
+    # Each by the costs of its own weights: their layouts may differ, and with them what a plain round takes.
     ideal = sum(run.planned() for run in base) / sum(run.planned() for run in runs)
     return statistics.median(gained) / ideal

@@ -50,17 +50,17 @@ class UnderWay:
         generator, arguments = contestant.generator, contestant.arguments
         lengths = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens}
         settings = generator.settings(**arguments, **lengths)
-        self.texts = [generator.prepare(prompt, settings) for prompt in prompts]
+        self.requests = [generator.prepare(prompt, settings) for prompt in prompts]
         cells = max(map(len, prompts)) + max_new_tokens - 1
         self.batch = Batch(generator.runners, settings, len(prompts), cells, lambda: generator.costs)
-        for text in self.texts:
-            self.batch.add(text)
+        for request in self.requests:
+            self.batch.add(request)
         self.batch.round()
         self.seconds = 0.0
 
     @property
     def tokens(self) -> int:
-        return sum(len(text.generation.token_ids) for text in self.texts)
+        return sum(len(request.generation.token_ids) for request in self.requests)
 
     def round(self) -> None:
         begin = time.perf_counter()
@@ -68,7 +68,7 @@ class UnderWay:
         self.seconds += time.perf_counter() - begin
 
     def outcome(self) -> Run:
-        return run_of([text.generation for text in self.texts], self.seconds)
+        return run_of([request.generation for request in self.requests], self.seconds)
 
 
 def main(arguments: list[str] | None = None) -> None:

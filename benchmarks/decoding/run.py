@@ -181,9 +181,9 @@ def write_environment(job: Job, reference: dict) -> None:
     console.print(", ".join(f"{name} {value}" for name, value in content.items() if name != "options"))
 
 
-def layout_of(step) -> str:
+def layout_of(runner) -> str:
     """Return the layout of the model's weights: FusedRunner chooses one for this machine, ModuleRunner has none."""
-    return getattr(step, "layout", "plain")
+    return getattr(runner, "layout", "plain")
 
 
 def write(job: Job, name: str, content) -> None:

@@ -145,7 +145,7 @@ def compared(own: Texts, others: list[Texts], model: PreTrainedModel, prompts: l
 
 @torch.inference_mode()
 def top_gap(model: PreTrainedModel, ids: list[int]) -> float:
-    """The likeliest next token's logit less the second's."""
+    """The highest logit of the next token less the second."""
     first, second = model(torch.tensor([ids])).logits[0, -1].topk(2).values.tolist()
     return first - second
 
@@ -163,7 +163,7 @@ def print_result(result: dict) -> None:
         for row in part["parted"]:
             console.print(
                 f"{name}, {row['program']}: prompt {row['prompt']} parts at token {row['token']}, where the two"
-                f" likeliest logits are {row['gap']:.2g} apart"
+                f" highest logits are {row['gap']:.2g} apart"
             )
 
 

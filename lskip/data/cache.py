@@ -1,4 +1,4 @@
-"""Cache folders: written once, atomically, verified by hashes, and rewritten where they were changed."""
+"""Cache folders: written once, atomically, checked by hashes, and rewritten where they were changed."""
 
 import errno
 import hashlib

@@ -47,7 +47,7 @@ class ExitCriterion(ABC):
         self.first, self.every = first, every
 
     def looks_at(self, exit_layer: int) -> bool:
-        """Return whether `exits` is asked at this layer; never at the last that may run, where every slot exits."""
+        """Return whether `exits` is asked at this layer; at the last that runs nobody asks, since every slot exits."""
         return exit_layer >= self.first and (exit_layer - self.first) % self.every == 0
 
     def bound(self, classifier: ExitClassifier | None) -> ExitCriterion:

@@ -67,8 +67,8 @@ def read_checkpoint(path: Path, field: str = "model", whole: bool = False) -> di
 
     Args:
         field: the setting that names it, for messages.
-        whole: compare every tensor with its checksum, as resuming needs. Otherwise callers `verify` the tensors that
-            they use, since the optimizer's are twice the size of the weights.
+        whole: compare every tensor with its checksum, as resuming needs. Otherwise callers use `check_checksums` on the
+            tensors that they read, since the optimizer's are twice the size of the weights.
 
     Raises:
         ValueError: the file is no checkpoint of lskip, or damaged.
@@ -92,11 +92,11 @@ def read_checkpoint(path: Path, field: str = "model", whole: bool = False) -> di
     for key, part in checkpoint["state_dict"].items():
         if not isinstance(key, str) or not isinstance(part, Tensor):
             raise ValueError(f"{field}: {str(path)!r} is not a checkpoint of lskip ({key!r:.50} is no weight)")
-    verify(checkpoint if whole else {}, path, field)
+    check_checksums(checkpoint if whole else {}, path, field)
     return checkpoint
 
 
-def verify(tensors: Any, path: Path, field: str = "model") -> None:
+def check_checksums(tensors: Any, path: Path, field: str = "model") -> None:
     """Raise ValueError unless tensors mapped from a checkpoint match the checksums in the file.
 
     A checkpoint is a zip file with a checksum for each part, which mapping does not read. This reads each byte of

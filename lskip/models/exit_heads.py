@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lskip.losses import rows_at_once
-from lskip.models.checkpoint import read_checkpoint, verify
+from lskip.models.checkpoint import check_checksums, read_checkpoint
 from lskip.models.decoder import Decoder
 from lskip.models.reading.sources import find_source
 from lskip.utils.foreign import foreign
@@ -140,7 +140,7 @@ def _saved(source: str) -> dict[str, Tensor]:
         weights = {
             key.removeprefix(IN_CHECKPOINT): part for key, part in saved.items() if key.startswith(IN_CHECKPOINT)
         }
-        verify(weights, path)
+        check_checksums(weights, path)
         return weights
     path = Path(found.place) / EXITS_FILE if found.kind == "folder" else None
     if found.kind == "hub":

@@ -26,7 +26,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lskip.models.checkpoint import merged_low_rank, read_checkpoint, unpack_tokenizer, verify
+from lskip.models.checkpoint import check_checksums, merged_low_rank, read_checkpoint, unpack_tokenizer
 from lskip.models.reading.config import build_config, check_memory, check_weights_hold, make_config
 from lskip.models.reading.generation_values import check_kinds
 from lskip.models.reading.gguf_file import (
@@ -267,7 +267,7 @@ def _from_checkpoint(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, P
     saved = checkpoint["lskip"]
     own = "model."  # beside it there may be trained exits
     weights = {key.removeprefix(own): part for key, part in checkpoint["state_dict"].items() if key.startswith(own)}
-    verify(weights, path)
+    check_checksums(weights, path)
     config = build_config(saved["config"], f"model: {str(path)!r}: config: ")
     check_weights_hold(config, sum(part.numel() for part in weights.values()), str(path))
     if "low_rank_scale" in saved:

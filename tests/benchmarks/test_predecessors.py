@@ -52,8 +52,8 @@ def test_following_a_text_that_never_exits_is_reading_it(tiny_model):
     texts = torch.randint(0, 300, (3, 14), generator=torch.Generator().manual_seed(2))
     logits = model(texts).logits[:, 5:-1].flatten(0, 1)
     own = texts[:, 6:].flatten()
-    step = TextGenerator(model, weights="plain").runner
-    quality, depth = follow(step, None, texts, 6, Margin(1.0))
+    runner = TextGenerator(model, weights="plain").runner
+    quality, depth = follow(runner, None, texts, 6, Margin(1.0))
     assert depth == 4
     assert quality["perplexity"] == pytest.approx(math.exp(torch.nn.functional.cross_entropy(logits, own)), rel=1e-4)
     assert quality["accuracy"] == pytest.approx((logits.argmax(-1) == own).float().mean().item())

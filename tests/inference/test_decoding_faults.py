@@ -27,7 +27,7 @@ from lskip.models.exit_adapter import AdapterShape, ExitAdapter
 from tests.conftest import make_model
 
 INTERLEAVINGS, LAYERS, VOCABULARY, LONGEST = 200, 4, 300, 24
-SLOTS = 2 * 20 + LONGEST - 1  # for the longest prompt, to the last one
+CELLS = 2 * 20 + LONGEST - 1  # for the longest prompt, to the last one
 CHOICES = (
     {},
     {"repetition_penalty": 1.3},
@@ -68,20 +68,20 @@ class Solo:
 
 @dataclass(eq=False)
 class Joined:
-    """A text in the batch, the run alone that it must equal, and its end conditions."""
+    """A request in the batch, the run alone that it must equal, and its end conditions."""
 
     solo: Solo
-    text: Request
+    request: Request
     eos_ids: tuple[int, ...]
     got: list[int]  # what the rounds reported
 
     def expected(self, tokenizer) -> tuple[list[int], str]:
         """Return the text and its finish_reason, from the run alone and the definition of each ending."""
-        for count in range(1, self.text.stop.max_new_tokens + 1):
+        for count in range(1, self.request.stop.max_new_tokens + 1):
             kept = self.solo.tokens[:count]
             if kept[-1] in self.eos_ids:
                 return kept, "eos"
-            if any(part in tokenizer.decode(kept) for part in self.text.stop.stop_strings):
+            if any(part in tokenizer.decode(kept) for part in self.request.stop.stop_strings):
                 return kept, "stop_string"
         return kept, "length"
 
@@ -110,7 +110,7 @@ def solos(generator) -> list[Solo]:
 
 
 def join(solo: Solo, random: Random, tokenizer) -> Joined:
-    """Add a text that ends at a length, at one of its tokens, at a string of its text, or at the first of these."""
+    """Return a request that ends at a length, at a token, at a string of its text, or at the first of these."""
     most = random.choice((random.randint(1, 3), LONGEST, LONGEST, random.randint(1, LONGEST)))
     eos_ids = tuple(random.sample(range(VOCABULARY), 8)) if random.random() < 0.3 else ()
     if random.random() < 0.3:
@@ -121,8 +121,8 @@ def join(solo: Solo, random: Random, tokenizer) -> Joined:
         stop_strings = ("never said", said[begin : begin + random.randint(1, 4)])
     stop = stop_rule(eos_ids, len(solo.prompt), most, 128, stop_strings, tokenizer)
     chooser = TokenChooser(solo.settings, solo.seed, eos_ids, solo.prompt)
-    text = Request(list(solo.prompt), chooser, stop, Generation(prompt_tokens=len(solo.prompt), seed=solo.seed))
-    return Joined(solo, text, eos_ids, [])
+    request = Request(list(solo.prompt), chooser, stop, Generation(prompt_tokens=len(solo.prompt), seed=solo.seed))
+    return Joined(solo, request, eos_ids, [])
 
 
 def random_settings(random: Random, with_adapter: bool) -> GenerationSettings:
@@ -144,7 +144,7 @@ class Interleaving:
         self.random, self.solos, self.tokenizer = Random(seed), solos, tokenizer
         slots, settings = self.random.randint(1, 5), random_settings(self.random, with_adapter)
         runners = generator.runners if with_adapter else replace(generator.runners, adapter=None)
-        self.batch = Batch(runners, settings, slots, SLOTS, lambda: COSTS)
+        self.batch = Batch(runners, settings, slots, CELLS, lambda: COSTS)
         # Keys and values that others have left must not matter.
         self.batch.cache.kv.normal_()
         if self.batch.slots.observer is not None:
@@ -159,41 +159,41 @@ class Interleaving:
             if self.left and happens < 0.3:
                 self.left -= 1
                 self.joined.append(join(self.random.choice(self.solos), self.random, self.tokenizer))
-                self.batch.add(self.joined[-1].text)
+                self.batch.add(self.joined[-1].request)
             elif self.joined and happens < 0.36:
                 self.cancel(self.random.choice(self.joined))
             else:
                 self.round()
 
     def cancel(self, one: Joined) -> None:
-        """Cancel a text that waits, runs or is long gone."""
-        self.batch.cancel(one.text)
-        if not one.text.ended and one not in self.cancelled:
+        """Cancel a request that waits, runs or is long gone."""
+        self.batch.cancel(one.request)
+        if not one.request.ended and one not in self.cancelled:
             self.cancelled.append(one)
-        assert not any(text is one.text for text in (*self.batch.requests, *self.batch.waiting))
+        assert not any(request is one.request for request in (*self.batch.requests, *self.batch.waiting))
 
     def round(self) -> None:
-        by_text = {id(one.text): one for one in self.joined}
-        for text, tokens in self.batch.round():
-            by_text[id(text)].got += tokens
+        by_request = {id(one.request): one for one in self.joined}
+        for request, tokens in self.batch.round():
+            by_request[id(request)].got += tokens
         for one in self.joined:
-            assert one.got == one.text.generation.token_ids == one.solo.tokens[: len(one.got)]
+            assert one.got == one.request.generation.token_ids == one.solo.tokens[: len(one.got)]
         assert len(self.batch.requests) <= self.batch.cache.kv.shape[1]
-        assert not any(text.ended for text in self.batch.requests)
+        assert not any(request.ended for request in self.batch.requests)
 
     def check(self) -> Counter[str]:
         """Compare all texts with their runs alone, and return their finish_reasons."""
         for one in self.joined:
-            generation = one.text.generation
+            generation = one.request.generation
             if one in self.cancelled:
                 assert generation.finish_reason is None
                 assert len(one.got) < len(one.expected(self.tokenizer)[0])
             else:
                 assert (generation.token_ids, generation.finish_reason) == one.expected(self.tokenizer)
             assert generation.accepted <= generation.drafted
-        ends = Counter(str(one.text.generation.finish_reason) for one in self.joined)
-        drafted = sum(one.text.generation.drafted for one in self.joined)
-        accepted = sum(one.text.generation.accepted for one in self.joined)
+        ends = Counter(str(one.request.generation.finish_reason) for one in self.joined)
+        drafted = sum(one.request.generation.drafted for one in self.joined)
+        accepted = sum(one.request.generation.accepted for one in self.joined)
         return ends + Counter(drafted=drafted, rolled_back=drafted - accepted)
 
 

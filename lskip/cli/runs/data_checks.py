@@ -4,8 +4,8 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 
 from lskip.data import TextData
-from lskip.module import LayerSkipModule
 from lskip.models.pretrained import make_config
+from lskip.module import LayerSkipModule
 
 
 def match_data_to_model(config: Namespace) -> None:

@@ -26,7 +26,8 @@ def explain_options(parser: ArgumentParser, command: str) -> None:
     for action in parser._actions:
         action.help = options.get(action.dest, action.help)
         if action.dest == "data.help":
-            action.const = f"lskip.data.{TextData.__name__}"  # else the help of LightningDataModule, which has no arguments
+            # Else it is the help of LightningDataModule, which has no arguments.
+            action.const = f"lskip.data.{TextData.__name__}"
     for group in parser._action_groups:
         for beginning, title in _GROUPS.items():
             if (group.title or "").startswith(beginning):

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from lskip.cli.runs.run_folder import CONFIG_FILE
 from lskip.data.tokenizer import same_tokens
 from lskip.evaluation.runs.settings import flatten
 from lskip.models.pretrained import load_tokenizer
-from lskip.cli.runs.run_folder import CONFIG_FILE
 from lskip.training.run_module import RunModule
 from lskip.utils.untrusted import parse_yaml, read_text
 

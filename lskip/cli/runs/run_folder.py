@@ -12,9 +12,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 
+from lskip.models.pretrained import LAST_CHECKPOINT
 from lskip.training.checkpoint_file import partial_of, remove_leftovers
 from lskip.utils.output_files import make_writable, only_writer
-from lskip.models.pretrained import LAST_CHECKPOINT
 
 CONFIG_FILE = "config.yaml"
 _LEFT_BY_LOGGER = ("events.out.tfevents.*", "hparams.yaml")

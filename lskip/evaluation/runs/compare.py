@@ -5,10 +5,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from lskip.evaluation.runs.summary import RunSummary, read_run
 from lskip.evaluation.layers.figure import LONGEST, image_of, perplexity_figure
-from lskip.utils.output_files import check_output_file, write_bytes
+from lskip.evaluation.runs.summary import RunSummary, read_run
 from lskip.utils.console import plain_console, plain_table
+from lskip.utils.output_files import check_output_file, write_bytes
 from lskip.utils.user_paths import user_path
 
 IMAGES = (".png", ".svg", ".pdf")

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from lskip.inference import GenerationSettings
 from lskip.inference.drafting.registry import DRAFTERS
+from lskip.inference.loading import resolve_device
 from lskip.inference.options import DecodingOptions, DraftWeights, LoadingOptions
 from lskip.models.exit_adapter import SHIPPED, find_adapter
 from lskip.utils.output_files import make_writable, only_writer, write_json
@@ -102,8 +103,6 @@ def tuned_options(
         advice = f"lskip tune --model {loading.model} --task {task}, or --task LocalTask --task.path {task}.jsonl"
         raise ValueError(f"task: {task!r} is not tuned for {loading.model} ({known}); run: {advice}")
     found = tasks[task]
-    from lskip.inference.loading import resolve_device  # late: it imports torch
-
     here = resolve_device("auto").type if loading.device == "auto" else loading.device.partition(":")[0]
     if here != found["device"]:
         raise ValueError(f"task: {task!r} was tuned on {found['device']!r}, not on {here!r}; tune it there")
@@ -116,7 +115,7 @@ def tuned_options(
 
 
 def _check_found(task: str, found: dict[str, Any], model: str) -> None:
-    """ValueError, FileNotFoundError where the model has no such layer, or the weights or the adapter are gone."""
+    """Raise ValueError or FileNotFoundError where the model lacks the layer, or weights or adapter are gone."""
     from lskip.models.pretrained import find_source, load_config
 
     weights, allowed = found["draft_weights"], get_args(DraftWeights)

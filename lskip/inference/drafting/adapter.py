@@ -79,7 +79,7 @@ class AdapterSlots:
 
     @classmethod
     def beside(cls, model_cache: KVCache, adapter: AdapterRunner) -> AdapterSlots:
-        """For the texts that the model has in `model_cache`, before there are any."""
+        """Return one for the texts that the model will have in `model_cache`, while there are none."""
         slots = len(model_cache.lengths)
         # Slots of which fewer rows wait go along with the others, beyond the ends of their texts.
         cache = adapter.runner.new_cache(slots, model_cache.cells + (ROWS_THAT_WAIT + 1 if slots > 1 else 0))
@@ -178,7 +178,7 @@ class AdapterSlots:
         return self.adapter.joined(self.exits[:slots, :rows], before)
 
     def _fill(self, x: Tensor) -> None:
-        """Through its blocks, the input of the first given [A, n, D]; what the last one would give nobody reads."""
+        """Run its blocks on the input of the first [A, n, D], for their keys and values; nobody reads the output."""
         runner, top, starts = self.adapter.runner, self.adapter.shape.num_blocks - 1, self._lengths(len(x))
         runner.fill(runner.run(x, self.cache, starts, 0, top), self.cache, starts, top, top + 1)
 

@@ -27,7 +27,7 @@ class Argmax(NamedTuple):
     """The argmax, found without all logits.
 
     Attributes:
-        ids: [A, n], the likeliest tokens.
+        ids: [A, n], the most probable tokens.
         logits: [A, n, few], of these and of all tokens that come near.
     """
 

@@ -10,7 +10,7 @@ from lskip.inference.layers.lm_head import Argmax, Ban
 
 
 class ModelRunner(Protocol):
-    """A runner of a model's blocks: FusedRunner or ModuleRunner.
+    """A runner of a model's blocks: FusedRunner or ModuleRunner, or ExitHeadRunner around one of them.
 
     States are [A, n, D]: n consecutive positions in each of the cache's first A slots, those of slot a from
     starts[a] on.

@@ -11,8 +11,8 @@ from lskip.inference.layers.block_functions import block_functions, norm
 from lskip.inference.layers.linear import Layout, Plain, pack
 from lskip.models.decoder import Decoder
 
-# Families whose blocks are made of the parts that `Block` lists.
-LEAN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Families whose blocks are made of the parts in EXPECTED alone.
+FUSED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Rotary embeddings whose frequencies do not depend on how long the text is.
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
@@ -137,7 +137,7 @@ def fuse(layouts: Sequence[Layout], parts: tuple[nn.Linear, ...], orders: tuple[
 def obstacle(decoder: Decoder) -> str | None:
     """Say why the fused runner cannot stand in for this model's own blocks; None when it can."""
     config, block = decoder.config, decoder.blocks[0]
-    if config.model_type not in LEAN_FAMILIES:
+    if config.model_type not in FUSED_FAMILIES:
         return f"its family is {config.model_type}"
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act}"

@@ -6,13 +6,13 @@ import pytest
 import torch
 import yaml
 from matplotlib.image import imread
-from tests.evaluation.runs.test_summary import FIRST, LAST, write_events
 from torch.utils.tensorboard import SummaryWriter
 
 from lskip.cli import main
 from lskip.evaluation.layers.figure import image_of, perplexity_figure
 from lskip.evaluation.runs import compare as module
 from lskip.models.readout import LayerReport
+from tests.evaluation.runs.test_summary import FIRST, LAST, write_events
 
 GRADUAL = {
     "layer_dropout": {

@@ -93,25 +93,25 @@ def slow_drafts(model, adapter, text, count):
 
 
 def decode_and_record(generator, policy, slots, monkeypatch):
-    """Decode prompts of unequal lengths; return texts, and (text so far, drafted, exit_block) by round and slot."""
+    """Decode prompts of unequal lengths; return requests, and (text so far, drafted, exit_block) by round and slot."""
     settings = GenerationSettings(num_speculations=5, draft_policy=policy)
-    texts = [generator.prepare(p, settings.changed(max_new_tokens=22 - 2 * i)) for i, p in enumerate(PROMPTS)]
+    requests = [generator.prepare(p, settings.changed(max_new_tokens=22 - 2 * i)) for i, p in enumerate(PROMPTS)]
     batch = Batch(generator.runners, settings, slots, 60, lambda: None)
     batch.slots.observer.cache.kv.normal_()  # what others have left must not matter
     rounds = []
 
     def verify(runner, running, drafted, *more):
-        for text, ids in zip(batch.requests, drafted.ids.tolist(), strict=True):
-            rounds.append((list(text.chooser.text), ids, drafted.exit_block))
+        for request, ids in zip(batch.requests, drafted.ids.tolist(), strict=True):
+            rounds.append((list(request.chooser.text), ids, drafted.exit_block))
         return engine_module.verify(runner, running, drafted, *more)
 
-    for text in texts:
-        batch.add(text)
+    for request in requests:
+        batch.add(request)
     with monkeypatch.context() as patch:
         patch.setattr(batch_module, "verify", verify)
         while batch.busy:
             batch.round()
-    return texts, rounds
+    return requests, rounds
 
 
 @pytest.mark.parametrize("rows_that_wait", [3, 32])

@@ -32,14 +32,14 @@ LAYOUTS = [
 ]
 
 
-def outcome_of(step, starts, rows):
+def outcome_of(runner, starts, rows):
     """The rows' states and the whole cache, after a pass on random rows over a random cache."""
     generator = torch.Generator().manual_seed(1)
-    cache = step.new_cache(len(starts), 16)
+    cache = runner.new_cache(len(starts), 16)
     for part in cache.kv:
         part.normal_(generator=generator)
-    x = torch.randn(len(starts), rows, step.hidden_size, generator=generator)
-    return step.run(x, cache, starts, 0, step.num_layers), list(cache.kv)
+    x = torch.randn(len(starts), rows, runner.hidden_size, generator=generator)
+    return runner.run(x, cache, starts, 0, runner.num_layers), list(cache.kv)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -50,19 +50,19 @@ def test_torchscript_changes_no_bit(tiny_model, family, layout):
     model = tiny_model(family, hidden_size=64, head_dim=16)
     for parameter in model.parameters():
         parameter.data = parameter.bfloat16().float()  # what Halved can hold
-    step = FusedRunner(Decoder(model), [layout], width=width)
-    inside, stack = [block.functions for block in step.blocks], step.stack
-    assert all(isinstance(each, torch.jit.ScriptFunction) for block in step.blocks for each in block.functions[1:])
+    runner = FusedRunner(Decoder(model), [layout], width=width)
+    inside, stack = [block.functions for block in runner.blocks], runner.stack
+    assert all(isinstance(each, torch.jit.ScriptFunction) for block in runner.blocks for each in block.functions[1:])
     assert [type(run) for _, _, run in stack._runs] == [torch.jit.RecursiveScriptModule]
     with torch.inference_mode():
         for starts, rows in (([0], 6), ([6], 1), ([5], 3), ([7], 1), ([3, 0, 5], 1), ([4, 1, 0], 4)):
-            fast = [outcome_of(step, starts, rows) for _ in range(4)]
-            for block in step.blocks:
+            fast = [outcome_of(runner, starts, rows) for _ in range(4)]
+            for block in runner.blocks:
                 block.functions = block_functions(tuple(map(type, block.matrices)), without_python=False)
-            step.stack = Stack(step.blocks)
-            slow = outcome_of(step, starts, rows)
-            step.stack = stack
-            for block, functions in zip(step.blocks, inside, strict=True):
+            runner.stack = Stack(runner.blocks)
+            slow = outcome_of(runner, starts, rows)
+            runner.stack = stack
+            for block, functions in zip(runner.blocks, inside, strict=True):
                 block.functions = functions
             for x, cache in fast:
                 assert torch.equal(x, slow[0])

@@ -44,7 +44,7 @@ def set_rows_of_a_pass(monkeypatch, rows):
     monkeypatch.setattr(batch, "LONGEST_DRAFT", rows - 1)
 
 
-def test_what_slots_hold():
+def test_the_positions_in_cells():
     """By a slow account: each slot writes its positions one after another, each into its cell."""
     starts, rows, size = [0, 9, 21], 3, 10
     expected = []
@@ -76,25 +76,25 @@ def test_rounded_weights_and_exit_adapters_draft_over_it():
         assert answer.token_ids == expected and answer.drafted > 0
 
 
-STEPS = [(family, False) for family in SLIDING] + [("mistral", True), ("qwen3", True)]
+RUNNERS = [(family, False) for family in SLIDING] + [("mistral", True), ("qwen3", True)]
 
 
-@pytest.mark.parametrize(("family", "lean"), STEPS)
+@pytest.mark.parametrize(("family", "fused"), RUNNERS)
 @torch.inference_mode()
-def test_logits_of_slots_that_were_rolled_back(family, lean):
+def test_logits_of_slots_that_were_rolled_back(family, fused):
     """Two slots of unequal length; drafts of 8 tokens are run and refused before the true ones come."""
     model = make(family, **SLIDING[family])
     decoder, texts = Decoder(model), random_ids(2, 60)
-    step = FusedRunner(decoder, [Plain]) if lean else ModuleRunner(decoder)
-    cache, starts = step.new_cache(3, 64), [40, 17]
+    runner = FusedRunner(decoder, [Plain]) if fused else ModuleRunner(decoder)
+    cache, starts = runner.new_cache(3, 64), [40, 17]
     assert isinstance(cache, RollingCache)
     for slot, start in enumerate(starts):
         for begin in range(0, start, 8):
             piece = texts[slot : slot + 1, begin : min(begin + 8, start)]
-            step.run(step.embed(piece, [begin]), cache.slot(slot), [begin], 0, 4)
-    step.run(step.embed(random_ids(2, 8, seed=9), starts), cache, starts, 0, 4)
+            runner.run(runner.embed(piece, [begin]), cache.slot(slot), [begin], 0, 4)
+    runner.run(runner.embed(random_ids(2, 8, seed=9), starts), cache, starts, 0, 4)
     rows = torch.stack([texts[slot, start : start + 5] for slot, start in enumerate(starts)])
-    ours = step.decode(step.run(step.embed(rows, starts), cache, starts, 0, 4))
+    ours = runner.decode(runner.run(runner.embed(rows, starts), cache, starts, 0, 4))
     for slot, start in enumerate(starts):
         truth = model(texts[slot : slot + 1, : start + 5]).logits[0, -5:]
         torch.testing.assert_close(ours[slot], truth, rtol=1e-4, atol=1e-4)
@@ -104,10 +104,10 @@ def test_blocks_keep_their_window_and_the_rows_of_a_pass():
     cache = ModuleRunner(Decoder(make("gemma3_text"))).new_cache(2, 100)
     assert [part.shape[3] for part in cache.kv] == [14, 100, 14, 100] and cache.cells == 100
     assert all(part.shape[0] == 2 for part in cache.kv)
-    lean = FusedRunner(Decoder(make("mistral")), [Plain])
-    assert [part.shape[3] for part in lean.new_cache(1, 100).kv] == [14] * 4
+    fused = FusedRunner(Decoder(make("mistral")), [Plain])
+    assert [part.shape[3] for part in fused.new_cache(1, 100).kv] == [14] * 4
     # No longer than the text; and where a cell has to stand for its position, whole.
-    assert type(lean.new_cache(1, 14)) is KVCache
+    assert type(fused.new_cache(1, 14)) is KVCache
     assert type(FusedRunner(Decoder(make("mistral")), [Plain], width=4).new_cache(1, 100)) is KVCache
 
 

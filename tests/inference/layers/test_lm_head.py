@@ -58,7 +58,7 @@ KINDS = ["clear", "flat", "close", "outlier", "uneven", "large"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_likeliest_token_is_that_of_the_whole_head(kind, monkeypatch):
+def test_the_argmax_is_that_of_the_whole_head(kind, monkeypatch):
     monkeypatch.setattr(module, "MOST_LEFT", 1)
     weight, x = head_and_states(kind)
     head = ScreenedHead(weight)
@@ -135,14 +135,14 @@ class Watched:
         return self.weight.index_select(dim, ids)
 
 
-def test_barred_tokens_are_left_out_where_they_are_barred():
+def test_banned_tokens_are_left_out_where_they_are_banned():
     weight, x = head_and_states("clear")
     exact = (x @ weight.T).view(2, 4, -1)
     first = exact.argmax(-1)
-    barred = [int(first[0, 1]), int(first[1, 2]), 7]
+    banned = [int(first[0, 1]), int(first[1, 2]), 7]
 
     def ban(logits):
-        logits[0, :2, barred] = -torch.inf
+        logits[0, :2, banned] = -torch.inf
 
     ban(exact)
     expected = exact.argmax(-1)
@@ -155,10 +155,10 @@ def screened(monkeypatch):
     """Lets tiny models have one; counts its answers."""
     monkeypatch.setattr(module, "FEWEST_NUMBERS", 0)
     monkeypatch.setattr(module, "MOST_LEFT", 1)
-    answers, likeliest = [], ScreenedHead.argmax
+    answers, argmax = [], ScreenedHead.argmax
 
     def counted(self, x, ban=None):
-        answers.append(likeliest(self, x, ban))
+        answers.append(argmax(self, x, ban))
         return answers[-1]
 
     monkeypatch.setattr(ScreenedHead, "argmax", counted)
