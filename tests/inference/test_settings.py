@@ -308,7 +308,7 @@ def test_a_shorter_text_than_the_models_least_is_no_contradiction(tiny_model):
         pytest.param([299, 7], (299, 7), id="good ones"),
     ],
 )
-def test_end_tokens_beyond_the_vocabulary_end_and_bar_nothing(tiny_model, ends, expected):
+def test_end_tokens_beyond_the_vocabulary_end_and_ban_nothing(tiny_model, ends, expected):
     model = tiny_model("llama")
     model.generation_config.eos_token_id = ends
     generator = TextGenerator(model)

@@ -282,7 +282,7 @@ def test_a_draft_that_was_given_up_is_forgotten():
     assert verify([]) == verify([3, 1])
 
 
-def test_a_guess_after_a_proposed_round_counts_as_certain():
+def test_a_guess_after_a_sampled_round_counts_as_certain():
     settings = GenerationSettings(acceptance="rejection", **PLAIN)
     for seed in range(40):
         outcomes = []
