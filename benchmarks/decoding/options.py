@@ -90,7 +90,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def prepare(options: argparse.Namespace) -> Job:
-    """Check the options, fills in what they leave open and loads the model.
+    """Check the options, fill in what they leave open, and load the model.
 
     Raises:
         ValueError, FileNotFoundError: what is wrong, in one sentence.
@@ -137,7 +137,7 @@ def check_names(options: argparse.Namespace) -> None:
 
 
 def choose_exit_layers(options: argparse.Namespace, num_layers: int) -> None:
-    """Fill in exit_layers, or raises ValueError for one that does not exit early."""
+    """Fill in exit_layers; raise ValueError for one that does not exit early."""
     if options.exit_layers is None:
         exits = default_exit_layers(num_layers)
         options.exit_layers = exits[len(exits) // 2 :][:1] if options.quick else exits

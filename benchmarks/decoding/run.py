@@ -78,7 +78,7 @@ def run(job: Job, files: Path) -> None:
 
 
 def start_llama_cpp(job: Job, files: Path) -> None:
-    """Start llama.cpp where it is asked for; where it cannot run, says why and drops its settings."""
+    """Start llama.cpp where it is asked for; where it cannot run, say why and drop its settings."""
     if not any(setting.method == "llama_cpp" for setting in job.settings):
         return
     reason = "it is not installed here; --llama_cpp_python names an interpreter that has it"

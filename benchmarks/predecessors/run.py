@@ -84,7 +84,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run_arm(task: str, name: str, sizes: Sizes, options: argparse.Namespace) -> None:
-    """Train and scores one method on one task, unless its file is there.
+    """Train and score one method on one task, unless its file is there.
 
     Raises:
         SystemExit: the file is of another run.
