@@ -36,7 +36,7 @@ class AnswerRow:
 
     @cached_property
     def digest(self) -> int:
-        """Return a hash of the tokens and of prompt_length."""
+        """A hash of the tokens and of prompt_length."""
         return digest_of([self.prompt_length, *self.token_ids])
 
 

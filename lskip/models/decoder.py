@@ -239,7 +239,7 @@ class Decoder:
         )
 
     def norm(self, x: Tensor) -> Tensor:
-        """Apply what precedes the head at every exit: the final norm, and a projection where the family has one."""
+        """Return states as the head takes them: after the final norm, and a projection where the family has one."""
         x, project = self.final_norm(x), self._part(self.family.project_out)
         return x if project is None else project(x)
 

@@ -59,7 +59,7 @@ class RowCosts:
         return blocks * self.block_seconds(rows) + self.head_seconds(rows)
 
     def _between(self, seconds: tuple[float, ...], rows: int) -> float:
-        """Interpolate linearly between measured numbers of rows, and extrapolate beyond the last."""
+        """Return what lies on the line between two measured numbers of rows, or beyond the last."""
         index = bisect_left(self.rows, rows)
         if index < len(self.rows) and self.rows[index] == rows:
             return seconds[index]

@@ -99,7 +99,7 @@ class FusedRunner:
 
     @property
     def layout(self) -> str:
-        """Return the names of its blocks' layouts."""
+        """The names of its blocks' layouts."""
         return "+".join(sorted({type(matrix).__name__ for block in self.blocks for matrix in block.matrices}))
 
     def embed(self, ids: Tensor, starts: list[int] | None = None) -> Tensor:
