@@ -7,8 +7,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
-from lskip.models.pretrained import is_run
-from lskip.utils.user_paths import user_path
+from lskip.models.reading.sources import run_of
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NUM_SPECULATIONS = 4  # the default
@@ -32,7 +31,7 @@ def model_card(
         config: of the exported model.
         exit_layer: as in `lskip.export.to_hf.export`, like num_speculations, draft and gguf.
     """
-    run = run_folder(source)
+    run = run_of(source)
     trained_from = None if run is None else _trained_from(run)
     base = _hub_name(source if run is None else trained_from)
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=TAGS, base_model=base)
@@ -46,14 +45,6 @@ def model_card(
     ]
     text = "\n\n".join(part for part in parts if part is not None)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
-
-
-def run_folder(source: str) -> Path | None:
-    """Return the run folder that `source`, a run or a checkpoint, belongs to; None: it is something else."""
-    path = user_path(source, "model")
-    if is_run(path):
-        return path
-    return path.parent.parent if path.suffix == ".ckpt" and path.parent.name == "checkpoints" else None
 
 
 def _trained_from(run: Path) -> str | dict | None:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lskip.cli.config_files import config_file, read_config
-from lskip.models.pretrained import is_run
+from lskip.models.reading.sources import run_of
 from lskip.utils.console import say
-from lskip.utils.user_paths import user_path
 
 
 def with_run_data(arguments: list[str]) -> list[str]:
@@ -32,19 +31,6 @@ def with_run_data(arguments: list[str]) -> list[str]:
     # In front, since later options win.
     own = {key: value for key, value in own.items() if value is not None}
     return [arguments[0], f"--config={json.dumps(own)}", *arguments[1:]] if own else arguments
-
-
-def run_of(model: Any) -> Path | None:
-    """Return the run folder that `model` names, itself or as a checkpoint in it; None: it names no run."""
-    if not isinstance(model, str) or not model:
-        return None
-    try:
-        path = user_path(model, "model")
-    except ValueError:  # too long for a name: a mapping; errors of a path are raised when it is read
-        return None
-    if path.suffix == ".ckpt" and path.absolute().parent.name == "checkpoints":
-        return path.parent.parent
-    return path if is_run(path) else None
 
 
 def _data_of(run: Path, has_source: bool) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lskip.utils.hub import hub_lacks
 from lskip.utils.user_paths import near, user_path
@@ -76,6 +77,19 @@ def find_source(source: str, field: str = "model") -> Source:
 def is_run(folder: Path) -> bool:
     """Return whether `folder` holds a run of `lskip fit` that has saved a checkpoint."""
     return (folder / LAST_CHECKPOINT).is_file()
+
+
+def run_of(model: Any) -> Path | None:
+    """Return the run folder that `model` names, itself or as a checkpoint in it; None: it names no run."""
+    if not isinstance(model, str) or not model:
+        return None
+    try:
+        path = user_path(model, "model")
+    except ValueError:  # too long for a name: a mapping; errors of a path are raised when it is read
+        return None
+    if path.suffix == ".ckpt" and path.absolute().parent.name == "checkpoints":
+        return path.parent.parent
+    return path if is_run(path) else None
 
 
 def _find_in_folder(folder: Path, field: str) -> Source:
