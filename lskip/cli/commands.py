@@ -70,7 +70,7 @@ def _parse(parser: ArgumentParser, options: list[str]):
     values = parse_options(parser, options, parser, _CLASSES)
     if isinstance(values.get("draft"), str):  # of export it is a number of layers
         values["draft"] = drafter_kind("draft", values["draft"])
-    if values.get("drafts") is not None:
+    if values.get("drafts"):
         names = [name.strip() for name in ",".join(values["drafts"]).split(",")]
         values["drafts"] = [drafter_kind("drafts", name) for name in names]
     try:

@@ -44,14 +44,25 @@ def _checked(compose, loader: yaml.SafeLoader) -> yaml.Node | None:
     return document
 
 
+# Classes that configs of runs may name by where they were before lskip had folders.
+MOVED = {
+    "lskip.run_logger.RunLogger": "lskip.cli.runs.run_logger.RunLogger",
+    "lskip.step_bar.StepBar": "lskip.training.step_bar.StepBar",
+    "lskip.checkpoint_file.WholeFiles": "lskip.training.checkpoint_file.WholeFiles",
+}
+
+
 @lru_cache
 def _text_of(path: str) -> str:
     # Cached: a pipe (`--config <(…)`) can be read only once.
     try:
-        return read_text(Path(path), "config")
+        text = read_text(Path(path), "config")
     except OSError as error:
         # jsonargparse tries every value as a file name; after a ValueError it takes the value for a text.
         raise ValueError(f"config: '{path}' cannot be read ({error.strerror})") from error
+    for before, now in MOVED.items():
+        text = text.replace(before, now)
+    return text
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -86,6 +86,10 @@ def drafter_kind(field: str, name: str) -> str:
         return name
     try:
         drafter = _class_of_field(field, name, (Drafter,))
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{field}: {name!r} cannot be imported ({first_line(error)})") from error
+    except (Exception, SystemExit) as error:  # whatever its module does when it is imported
+        if str(error).startswith(f"{field}: "):
+            raise
+        raise ValueError(
+            f"{field}: {name!r} cannot be imported ({type(error).__name__}: {first_line(error)})"
+        ) from error
     return register_drafter(drafter).kind

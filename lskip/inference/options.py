@@ -56,8 +56,8 @@ class DecodingOptions:
         num_speculations: tokens drafted, at most, before the whole model verifies them; 0 does not draft. null: what
             the task is tuned to, else 0.
         draft: what drafts: layers (the first exit_layer blocks), weights (the draft_weights), ngram (what followed
-            the same tokens earlier in the text) or adapter (the exit_adapter); null: the exit_adapter, else the
-            draft_weights, else the layers.
+            the same tokens earlier in the text), adapter (the exit_adapter), or a Drafter of your own by its import
+            path; null: the exit_adapter, else the draft_weights, else the layers.
         draft_policy: decides round by round what drafts, and how many tokens; null: num_speculations every time.
         acceptance: which drafted tokens are kept when sampling; shared_noise gives the same text as without drafts,
             rejection keeps more of them.

@@ -69,8 +69,8 @@ def sweep(
             CnnDmSummarization, CnnDmContinuation, XsumSummarization, TopV2) or one of your own by its import path.
         output: folder for cells.jsonl (a line for each finished cell), sweep.json, sweep.csv and sweep.png.
         loading: which model. Its draft weights are set by the drafts.
-        drafts: what drafts: layers, int8, int4, ngram, adapter; null: the exit_adapter where one is
-            named, else layers.
+        drafts: what drafts: layers, int8, int4, ngram, adapter, or a Drafter of your own by its import path; null:
+            the exit_adapter where one is named, else layers.
         exit_layers: layers that drafts exit at; the last one stands for rounded drafts of all layers. null: a
             sixth, a quarter, a third and half of the layers, and all for rounded weights.
         num_speculations: tokens drafted; null: 2, 4, 6 and 8.

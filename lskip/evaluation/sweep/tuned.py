@@ -18,6 +18,7 @@ FILE = "tuned.json"
 CACHE = "~/.cache/lskip/tuned"
 DECODING = ("exit_layer", "num_speculations", "draft")  # options that a task sets, of DecodingOptions
 LOADING = ("draft_weights", "exit_adapter")  # and of LoadingOptions
+NAMES = ("draft", *LOADING)
 WAIT = 60  # seconds for another process to save its task in the same file
 
 
@@ -55,14 +56,14 @@ def _is_found(found: Any) -> bool:
     if not isinstance(found, dict) or not {*DECODING, *LOADING, "device"} <= set(found):
         return False
     try:
-        GenerationSettings(**{name: found[name] for name in DECODING})
+        GenerationSettings(**{name: found[name] for name in DECODING if name != "draft"})
     except ValueError:
         return False
-    weights, adapter = found["draft_weights"], found["exit_adapter"]
-    if not isinstance(weights, str | None) or not isinstance(adapter, str | None):
+    if not isinstance(found["device"], str) or not all(isinstance(found[name], str | None) for name in NAMES):
         return False
-    needs = None if found["draft"] is None else DRAFTERS[found["draft"]].needs
-    return isinstance(found["device"], str) and (needs is None or found[needs] is not None)
+    # A drafter of the user's own may not be known here: `_check_found` says so of its task alone.
+    needs = DRAFTERS[found["draft"]].needs if found["draft"] in DRAFTERS else None
+    return needs is None or found[needs] is not None
 
 
 def adapter_place(name: str) -> str:
@@ -118,6 +119,9 @@ def _check_found(task: str, found: dict[str, Any], model: str) -> None:
     """Raise ValueError or FileNotFoundError where the model lacks the layer, or weights or adapter are gone."""
     from lskip.models.pretrained import find_source, load_config
 
+    if found["draft"] not in (None, *DRAFTERS):
+        advice = "name its class by --draft, or tune again"
+        raise ValueError(f"task: {task!r} was tuned with draft {found['draft']!r}, which is not known; {advice}")
     weights, allowed = found["draft_weights"], get_args(DraftWeights)
     if weights not in (None, *allowed):
         one_of = f"is not one of {', '.join(allowed)}; tune again"

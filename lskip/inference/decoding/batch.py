@@ -22,7 +22,7 @@ from lskip.inference.drafting.draft import PLAIN, DraftPlan
 from lskip.inference.drafting.drafter import Runners
 from lskip.inference.drafting.policies import DraftPolicy, FixedDraft
 from lskip.inference.drafting.registry import DRAFTERS, drafts_of
-from lskip.inference.drafting.round import Drafted, Slots, nothing_drafted
+from lskip.inference.drafting.round import Drafted, Observer, Slots, check_drafted, nothing_drafted
 from lskip.inference.exit_criteria import ExitCriterion, Logits
 from lskip.inference.generation import Generation
 from lskip.inference.layers.kv_cache import PREFILL_ROWS
@@ -115,8 +115,7 @@ class Batch:
         if num_speculations:
             self.drafts = drafts_of(settings.draft, settings.exit_layer, runners.available)
         self.drafters = {draft.kind: DRAFTERS[draft.kind](runners, self.slots) for draft in self.drafts}
-        observers = [recorder, *(drafter.observer for drafter in self.drafters.values())]
-        self.slots.observer = next((observer for observer in observers if observer is not None), None)
+        self.slots.observer = _only(recorder, *(drafter.observer for drafter in self.drafters.values()))
         if self.drafts:
             self.policy.begin(self.drafts, costs, num_speculations)
 
@@ -232,6 +231,7 @@ class Batch:
             goes_on = partial(self._goes_on, plan.draft.exit_layer)
             drafter = self.drafters[plan.draft.kind]
             if (drafted := drafter.propose(plan.draft, plan.num_speculations, chooser, goes_on)) is not None:
+                check_drafted(drafted, plan, len(self.requests))
                 return plan, drafted
             without |= {plan.draft}
         return PLAIN, nothing_drafted(self.slots)
@@ -251,6 +251,14 @@ class Batch:
             lambda: logits()[:, 0].float().softmax(-1).gather(1, ids[:, None])[:, 0].tolist(),
             None if margins is None else lambda: margins().tolist(),
         )
+
+
+def _only(*observers: Observer | None) -> Observer | None:
+    """Return the one observer that there is, or None; ValueError where there are several."""
+    found = [observer for observer in observers if observer is not None]
+    if len(found) > 1:
+        raise ValueError("draft: only one may observe states: states_at, the exit adapter or one drafter of your own")
+    return found[0] if found else None
 
 
 def bound(criterion: ExitCriterion | None, exits: TrainedExits | None) -> ExitCriterion | None:

@@ -1,5 +1,7 @@
 """The registry of drafters by kind, and the seconds of a round with one of them."""
 
+from inspect import isabstract
+
 from lskip.inference.drafting.adapter import AdapterDrafter
 from lskip.inference.drafting.costs import Costs
 from lskip.inference.drafting.draft import Draft, DraftPlan
@@ -7,6 +9,7 @@ from lskip.inference.drafting.drafter import Available, Drafter
 from lskip.inference.drafting.layers import LayersDrafter
 from lskip.inference.drafting.ngram import NgramDrafter
 from lskip.inference.drafting.weights import WeightsDrafter
+from lskip.inference.layers.quantized import DRAFT_WEIGHTS
 
 # In the order in which a generator prefers them where nothing is named.
 DRAFTERS: dict[str, type[Drafter]] = {
@@ -18,13 +21,18 @@ def register_drafter(drafter: type[Drafter]) -> type[Drafter]:
     """Register a drafter under its `kind`, and return it; a decorator.
 
     Raises:
-        ValueError: it has no kind, or another class has the same.
+        ValueError: its kind is no name or that of another class, its needs are unknown, or it cannot propose.
     """
-    if not isinstance(getattr(drafter, "kind", None), str):
-        raise ValueError(f"kind: the drafter {drafter.__qualname__} has none, by which it could be named")
-    known = DRAFTERS.setdefault(drafter.kind, drafter)
+    kind, needs = getattr(drafter, "kind", None), drafter.needs
+    if not isinstance(kind, str) or not kind.isidentifier() or kind in DRAFT_WEIGHTS:
+        raise ValueError(f"kind: {kind!r} of {drafter.__qualname__} is no name; give a word of its own, such as 'mine'")
+    if needs not in (None, "draft_weights", "exit_adapter"):
+        raise ValueError(f"needs: {needs!r} of {drafter.__qualname__} is not draft_weights, exit_adapter or None")
+    if isabstract(drafter):
+        raise ValueError(f"kind: {kind!r}: {drafter.__qualname__} has no method `propose`")
+    known = DRAFTERS.setdefault(kind, drafter)
     if (known.__module__, known.__qualname__) != (drafter.__module__, drafter.__qualname__):
-        raise ValueError(f"kind: {drafter.kind!r} is taken by {known.__module__}.{known.__qualname__}")
+        raise ValueError(f"kind: {kind!r} is taken by {known.__module__}.{known.__qualname__}")
     return drafter
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from lskip.inference.drafting.draft import DraftPlan
 from lskip.inference.layers.kv_cache import KVCache
 from lskip.inference.layers.lm_head import Argmax
 from lskip.inference.runners.base import ModelRunner
@@ -73,6 +75,16 @@ class Drafted(NamedTuple):
     states: Sequence[Tensor] = ()
     exit_block: int = 0
     counts: list[int] | None = None
+
+
+def check_drafted(drafted: Drafted, plan: DraftPlan, slots: int) -> None:
+    """Raise ValueError, naming the draft, unless ids and counts are of the shapes that were asked for."""
+    ids, counts, most = drafted.ids, drafted.counts, plan.num_speculations
+    if ids.dtype != torch.long or ids.dim() != 2 or len(ids) != slots or not 1 <= ids.shape[1] <= most:
+        found = f"{list(ids.shape)} of {ids.dtype}"
+        raise ValueError(f"draft: {str(plan.draft)!r} proposed ids {found}, not [{slots}, 1 to {most}] of torch.int64")
+    if counts is not None and len(counts) != slots:
+        raise ValueError(f"draft: {str(plan.draft)!r} proposed counts of {len(counts)} slots, not of {slots}")
 
 
 def nothing_drafted(slots: Slots) -> Drafted:

@@ -126,7 +126,7 @@ DAMAGED = {
     "a negative number": json.dumps({"a": LAYERS | ON_CPU | {"num_speculations": -1}}),
     "a text for a number": json.dumps({"a": LAYERS | ON_CPU | {"num_speculations": "4"}}),
     "null": json.dumps({"a": LAYERS | ON_CPU | {"num_speculations": None}}),
-    "another draft": json.dumps({"a": LAYERS | ON_CPU | {"draft": "magic"}}),
+    "a draft that is a number": json.dumps({"a": LAYERS | ON_CPU | {"draft": 5}}),
     "weights that are a number": json.dumps({"a": WEIGHTS | ON_CPU | {"draft_weights": 8}}),
     "an adapter that is a list": json.dumps({"a": LAYERS | ON_CPU | {"exit_adapter": ["x"]}}),
     "an adapter's draft without one": json.dumps({"a": LAYERS | ON_CPU | {"draft": "adapter"}}),

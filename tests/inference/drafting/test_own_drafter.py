@@ -35,6 +35,8 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "own_drafts.py").write_text(LAST_TOKEN)
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("aaaa", "hello")))
     (tmp_path / "task.jsonl").write_text('{"prompt": "aaa", "reference": "b"}\n{"prompt": "hi", "reference": "c"}\n')
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "leaves.py").write_text("raise SystemExit(3)\n")
     before = dict(DRAFTERS)
     yield tmp_path
     DRAFTERS.clear()
@@ -118,11 +120,53 @@ def test_sweep_and_tune_measure_it(folder, model_folder, command, quick_costs):
         ]
 
 
+def test_a_task_tuned_with_it_leaves_the_others_readable(folder, model_folder, capsys):
+    found = {"exit_layer": None, "num_speculations": 2, "draft": "last_token", "draft_weights": None}
+    found |= {"exit_adapter": None, "device": "cpu"}
+    other = {**found, "draft": "ngram"}
+    (model_folder / "tuned.json").write_text(json.dumps({"mine": found, "other": other}))
+    command = ["generate", "--prompt=aaaa", f"--model={model_folder}", "--max_new_tokens=4", "--device=cpu"]
+    assert main([*command, "--task=other"]) == 0
+    assert main([*command, "--task=mine"]) == 2
+    assert "task: 'mine' was tuned with draft 'last_token', which is not known" in capsys.readouterr().err
+    assert main([*command, "--task=mine", "--draft=own_drafts.LastToken"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("ids", "counts"),
+    [
+        (torch.zeros(1, 5, dtype=torch.long), None),  # more than were asked for
+        (torch.zeros(1, 0, dtype=torch.long), None),
+        (torch.zeros(2, 2, dtype=torch.long), None),
+        (torch.zeros(2, dtype=torch.long), None),
+        (torch.zeros(1, 2), None),
+        (torch.zeros(1, 2, dtype=torch.long), [2, 2]),
+    ],
+)
+def test_what_it_proposes_is_looked_at(imported, monkeypatch, ids, counts):
+    monkeypatch.setattr(imported.LastToken, "propose", lambda *_: imported.Drafted(ids, counts=counts))
+    with pytest.raises(ValueError, match="draft: 'last_token' proposed"):
+        TextGenerator(make_model()).generate([5, 9], max_new_tokens=8, draft="last_token", num_speculations=3)
+
+
+@pytest.mark.parametrize(
+    "attributes", [{"kind": ""}, {"kind": "int8"}, {"kind": "a.b"}, {}, {"kind": "x", "needs": "a"}]
+)
+def test_a_drafter_that_could_not_be_named_is_refused(attributes):
+    with pytest.raises(ValueError, match=r"^(kind|needs): "):
+        register_drafter(type("Mine", (Drafter,), {"propose": lambda *_: None, **attributes}))
+    with pytest.raises(ValueError, match="Mine has no method `propose`"):
+        register_drafter(type("Mine", (Drafter,), {"kind": "mine"}))
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
         ("own_drafts.Missing", "draft: 'own_drafts.Missing' cannot be imported"),
         ("no_such_module.LastToken", "draft: 'no_such_module.LastToken' cannot be imported"),
+        ("broken.Drafts", "draft: 'broken.Drafts' cannot be imported (ZeroDivisionError: division by zero)"),
+        ("leaves.Drafts", "draft: 'leaves.Drafts' cannot be imported (SystemExit: 3)"),
+        (".", "draft: '.' cannot be imported"),
         ("own_drafts.Drafted", "draft: 'own_drafts.Drafted' is not a class of the kind Drafter"),
         ("last_tokn", "draft: 'last_tokn' is not one of adapter, weights, layers, ngram"),
     ],
