@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,7 @@ def test_compare_of_a_run_that_was_validated_alone_has_its_numbers(run, capsys, 
         shown = capsys.readouterr().out
         assert expected in shown and "docs.jsonl" in shown
         Path("others.jsonl").write_text("\n".join(json.dumps({"body": f"class C{i}: pass\n" * 9}) for i in range(60)))
+        time.sleep(1.1)  # event files are ordered by the second and the process that began them
         assert main([*command[1:], "--data.source=others.jsonl", *QUIET]) == 0
         others = perplexity(capsys.readouterr().out)
         assert main(["compare", "run"]) == 0
