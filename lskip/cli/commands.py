@@ -11,11 +11,14 @@ from jsonargparse import ArgumentParser
 
 from lskip.cli.config_files import CONFIG_HELP, ConfigFile, bound_yaml
 from lskip.cli.errors import innermost
-from lskip.cli.named_classes import drafter_kind, restrict_imports
+from lskip.cli.named_classes import class_of_field, restrict_imports
 from lskip.cli.option_parsing import parse_options
 from lskip.evaluation.tasks.task import Task
+from lskip.inference.drafting.drafter import Drafter
 from lskip.inference.drafting.policies import DraftPolicy
+from lskip.inference.drafting.registry import register_drafter
 from lskip.inference.exit_criteria import ExitCriterion
+from lskip.utils.foreign import first_line
 
 # The module of each command's function, imported when it runs: some import Lightning, which takes seconds.
 MODULES = {
@@ -77,3 +80,22 @@ def _parse(parser: ArgumentParser, options: list[str]):
         return parser.instantiate_classes(values)
     except ValueError as error:
         raise ValueError(innermost(str(error))) from error
+
+
+def drafter_kind(field: str, name: str) -> str:
+    """Return the kind of a Drafter that is named by its import path, and any other name as it is.
+
+    Raises:
+        ValueError: there is no such class.
+    """
+    if "." not in name:
+        return name
+    try:
+        drafter = class_of_field(field, name, (Drafter,))
+    except (Exception, SystemExit) as error:  # whatever its module does when it is imported
+        if str(error).startswith(f"{field}: "):
+            raise
+        raise ValueError(
+            f"{field}: {name!r} cannot be imported ({type(error).__name__}: {first_line(error)})"
+        ) from error
+    return register_drafter(drafter).kind

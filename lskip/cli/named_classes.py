@@ -14,10 +14,6 @@ from jsonargparse._common import parser_context
 from jsonargparse._typehints import ActionTypeHint, get_class_types, is_subclass_spec
 from jsonargparse._util import import_object
 
-from lskip.inference.drafting.drafter import Drafter
-from lskip.inference.drafting.registry import register_drafter
-from lskip.utils.foreign import first_line
-
 
 def restrict_imports() -> None:
     """Make jsonargparse import no module of a denylist, and instantiate no class in a field of any type."""
@@ -52,7 +48,7 @@ def _may_be_null(hint: Any) -> bool:
 
 def _check(field: str, value: Any, action: ActionTypeHint) -> None:
     if is_subclass_spec(value):
-        kind = _class_of_field(field, value["class_path"], get_class_types(action._typehint))
+        kind = class_of_field(field, value["class_path"], get_class_types(action._typehint))
         if arguments := value.get("init_args"):
             parser = ActionTypeHint.get_class_parser(kind, action.sub_add_kwargs)
             check_classes(parser, arguments, f"{field}.")
@@ -66,7 +62,8 @@ def _check(field: str, value: Any, action: ActionTypeHint) -> None:
         raise ValueError(f"{field}: {getattr(value, '__name__', value)!r} is a function; only classes are taken")
 
 
-def _class_of_field(field: str, path: Any, kinds: tuple[type, ...]) -> type:
+def class_of_field(field: str, path: Any, kinds: tuple[type, ...]) -> type:
+    """Return the class that a field names by its import path; ValueError where it is of none of these kinds."""
     if not kinds:
         raise ValueError(f"{field}: class_path {path!r}: no class is expected here")
     named = import_object(path)
@@ -74,22 +71,3 @@ def _class_of_field(field: str, path: Any, kinds: tuple[type, ...]) -> type:
         names = " or ".join(dict.fromkeys(kind.__name__ for kind in kinds))
         raise ValueError(f"{field}: {path!r} is not a class of the kind {names}")
     return named
-
-
-def drafter_kind(field: str, name: str) -> str:
-    """Return the kind of a Drafter that is named by its import path, and any other name as it is.
-
-    Raises:
-        ValueError: there is no such class.
-    """
-    if "." not in name:
-        return name
-    try:
-        drafter = _class_of_field(field, name, (Drafter,))
-    except (Exception, SystemExit) as error:  # whatever its module does when it is imported
-        if str(error).startswith(f"{field}: "):
-            raise
-        raise ValueError(
-            f"{field}: {name!r} cannot be imported ({type(error).__name__}: {first_line(error)})"
-        ) from error
-    return register_drafter(drafter).kind

@@ -76,7 +76,7 @@ class TextGenerator:
             costs_file: JSON file that keeps `costs`, made where there is none; None: each process measures anew.
             exit_adapter: drafts behind the model's first blocks; trained for this model, on its device. It is
                 converted too (to int8 where that works), and left as it is.
-            trained_exits: what the model's exits have of their own; None: the shared norm and head read them.
+            trained_exits: affine maps and the classifier of the model's exits; None: it has none.
             batch_size: texts that are going to be decoded together, as far as known: layouts are chosen for so many.
                 Any number of them can be.
 

@@ -128,13 +128,13 @@ def check_grid(
         raise ValueError(f"draft_weights: {loading.draft_weights!r} is set by the grid here; use drafts [int8, int4]")
     if loading.costs_file is not None:
         raise ValueError("costs_file: is not for a grid, which measures the costs of each draft anew; leave it out")
-    needed = {drafter_named(draft).needs for draft in drafts}
-    for draft in drafts:
-        if drafter_named(draft).needs == "draft_weights" and draft not in DRAFT_WEIGHTS:
+    needs = {draft: drafter_named(draft).needs for draft in drafts}
+    for draft, needed in needs.items():
+        if needed == "draft_weights" and draft not in DRAFT_WEIGHTS:
             raise ValueError(
                 f"drafts: {draft!r} needs draft_weights, which a grid has for {', '.join(DRAFT_WEIGHTS)} alone"
             )
-    if ("exit_adapter" in needed) != (loading.exit_adapter is not None):
+    if ("exit_adapter" in needs.values()) != (loading.exit_adapter is not None):
         raise ValueError(
             f"exit_adapter: is {loading.exit_adapter!r}; the draft 'adapter' needs one, no other takes one"
         )

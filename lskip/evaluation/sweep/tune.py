@@ -34,6 +34,7 @@ from lskip.inference.options import LoadingOptions
 from lskip.models.exit_names import layers_of
 from lskip.utils.checks import check_whole
 from lskip.utils.console import plain_console
+from lskip.utils.interrupts import interrupt_explained
 from lskip.utils.user_errors import one_line
 
 MOST_SPECULATIONS = 8
@@ -90,10 +91,8 @@ def tune(
     check_place(path)
     generators = Generators(loading)
     prompts = prompts_of(task, generators.plain, num_prompts)
-    try:
+    with interrupt_explained("; nothing is saved yet: the same command begins anew"):
         records = best_records(generators, cells, prompts, rounds, decoded_cells, batch_size)
-    except KeyboardInterrupt as pressed:  # or its subclass for another signal
-        raise type(pressed)("; nothing is saved yet: the same command begins anew") from None
     show_and_save(records, task, drafts, path, found_of(records, loading, prompts))
 
 

@@ -169,7 +169,6 @@ class Batch:
                 self._record(request, slot)
             else:
                 self.requests.append(request)
-                self.slots.texts.append(request.chooser.text)
                 self.slots.pending = torch.cat([self.slots.pending, token])
         return news
 
@@ -184,14 +183,13 @@ class Batch:
         last = len(self.requests) - 1
         if slot != last:
             self.cache.move(last, slot)
-            self.requests[slot], self.slots.texts[slot] = self.requests[last], self.slots.texts[last]
+            self.requests[slot] = self.requests[last]
             self.slots.pending[slot] = self.slots.pending[last]
             if self.slots.observer is not None:
                 self.slots.observer.move(last, slot)
             for drafter in self.drafters.values():
                 drafter.move(last, slot)
         self.requests.pop()
-        self.slots.texts.pop()
         self.slots.pending = self.slots.pending[:last]
 
     def _advance(self) -> list[tuple[Request, list[int]]]:
@@ -224,6 +222,7 @@ class Batch:
     def _draft(self, chooser: BatchChooser) -> tuple[DraftPlan, Drafted]:
         """Return what the policy plans for this round, carried out; planned anew where a drafter has nothing."""
         most, without = self._most(), frozenset()
+        self.slots.texts = [request.chooser.text for request in self.requests]
         while self.drafts and most >= 1:
             plan = self.policy.plan(len(self.requests), most, without)
             if plan.draft is None or plan.num_speculations == 0:

@@ -44,7 +44,7 @@ class Slots:
 
     Attributes:
         pending: [A], the last token of each.
-        texts: the tokens of each, prompt and answer so far.
+        texts: the tokens of each, prompt and answer so far, when a drafter is asked.
         observer: sees the states of all tokens that the texts keep, after its exit's blocks and after the final norm;
             None: there is none.
     """

@@ -1,6 +1,8 @@
 """The help of fit, validate and test names what lskip does, and shows the arguments of the data."""
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 
@@ -28,3 +30,9 @@ def test_help_offers_no_checkpoint_that_is_refused(capsys, tmp_path, command):
         assert f'"{word}"' not in shown and f"{word}:" not in shown
         assert main([command, "--model=smollm2", f"--run_folder={tmp_path}", f"--ckpt_path={word}"]) == 2
         assert f"ckpt_path: '{word}'" in capsys.readouterr().err
+
+
+def test_training_does_not_wait_for_the_import_of_decoding():
+    code = "import sys, lskip.cli.fit; print([name for name in sys.modules if name.startswith('lskip.inference')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
