@@ -176,8 +176,8 @@ def answer(
         text = decode_text(tokenizer, generation.token_ids)
         texts[index] = generation.token_ids
         right[index] = generation.finish_reason == "eos" and text == items.completions[index]
-        row = {"prompt": items.prompts[index], "completion": items.completions[index], "answer": text}
-        print(json.dumps(row | {"right": right[index]}), file=file, flush=True)
+        row = {name: getattr(items, f"{name}s")[index] for name in ("prompt", "completion", "group")}
+        print(json.dumps(row | {"answer": text, "right": right[index]}), file=file, flush=True)
     return texts, right
 
 

@@ -209,3 +209,34 @@ def test_bad_input(runs, tmp_path, change, more, message):
     finally:
         (runs / "plain" / "config.yaml").write_text(kept)
     assert "\n" not in str(refused.value)
+
+
+def test_results_of_several_seeds_are_put_together(output, result, capsys):
+    from benchmarks.retrofit.task_seeds import main
+
+    main([str(output[0]), str(output[0])])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"exact match, plain: {result['exact_match']['plain']:.4f}" in printed
+    assert f"layerskip less plain: {result['difference']['difference']:+.4f}" in printed
+    assert f"(2 seeds, {result['items']} items of {result['groups']} groups)" in printed
+
+
+def test_the_interval_is_drawn_over_seeds_and_groups():
+    import numpy as np
+
+    from benchmarks.retrofit.task_seeds import interval
+
+    alike, each = np.array([0, 0, 1, 1]), np.arange(4)
+    assert interval(np.array([[1, 1, 0, 0]]), alike) == [0, 1]  # a quarter of the draws have one group twice
+    assert interval(np.array([[1] * 4, [-1] * 4]), each) == [-1, 1]  # of the seeds likewise
+    assert interval(np.array([[1] * 4, [1] * 4]), each) == [1, 1]
+
+
+def test_seeds_of_other_items_are_refused(output, tmp_path):
+    from benchmarks.retrofit.task_seeds import main
+
+    for name in ("layerskip", "plain"):
+        lines = (output[0] / f"answers_{name}.jsonl").read_text().splitlines()
+        (tmp_path / f"answers_{name}.jsonl").write_text("\n".join(lines[1:]))
+    with pytest.raises(SystemExit, match="has not answered the same items"):
+        main([str(output[0]), str(tmp_path)])
