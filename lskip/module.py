@@ -43,7 +43,8 @@ class LayerSkipModule(RunModule):
         position_share: share of the positions at which each exit but the last is decoded, drawn anew at each
             step: an unbiased estimate of the loss at less cost. 1.0 decodes all.
         exit_target: the target of each exit but the last: Labels (the text), SelfDistillation (the last layer's
-            distribution in the same pass) or your own. The last layer learns the text.
+            distribution in the same pass), LK (the share of drafts that it would accept) or your own. The last layer
+            learns the text.
         anchor_weight: weight, beside the text, of the last layer's KL from `model` before training. Costs a copy of
             the weights and a forward pass; null: none.
         low_rank: LowRank trains LoRA factors in the first blocks and freezes all else; null: the whole model trains.

@@ -96,7 +96,7 @@ MODULE = {
     "lr_scheduler.total_steps": whole(1, null=True, good=(1, "null")),
     "lr_scheduler.stages": whole(1, good=(1,)),
     "position_share": real(0, 1, low_too=False, good=(1, 0.01)),
-    "exit_target": a_class(good=("Labels", "SelfDistillation")),
+    "exit_target": a_class(good=("Labels", "SelfDistillation", "LK")),
     "exit_target.temperature": real(0, low_too=False, good=(1,)),
     "anchor_weight": real(0, null=True, good=(0, 1)),
     "low_rank": a_class(good=("null",)),
