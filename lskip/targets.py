@@ -145,8 +145,8 @@ def _divergence(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 def _acceptance(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """Return ln α [n] of α = Σ_v min(p_v, q_v), and its gradient [n, V] by the logits of q.
 
-    With M = {v: q_v < p_v} it is ([j ∈ M] - Σ_{v∈M} q_v) q_j / α, in which q_j / α of M and the sum over α are at most 1:
-    by logarithms, since α of distributions that hardly overlap may underflow.
+    With M = {v: q_v < p_v} it is ([j ∈ M] - Σ_{v∈M} q_v) q_j / α. The sum over α, and q_j / α within M, are at most 1:
+    they are made of logarithms, since α of distributions that hardly overlap may underflow.
     """
     below = log_q < log_p
     log_alpha = torch.minimum(log_p, log_q).logsumexp(-1)
