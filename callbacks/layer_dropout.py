@@ -11,24 +11,40 @@ class LayerDropout(Callback):
 
     Args:
         p_max: the drop rate of the last block once the time schedule has reached 1; 0 to 1.
-        depth: D(l), how the rate grows over the blocks: Exponential (the paper's), Linear, Constant or your own.
-        time: S(t), how it grows over the optimizer steps: Constant (continual pretraining, fine-tuning),
-            Exponential (the paper's, from scratch), Linear or your own.
+        depth: D(l), how the rate grows over the blocks: Exponential (the paper's), Linear, Constant, Alternating or
+            your own.
+        time: S(t), how it changes over the optimizer steps: Constant (continual pretraining, fine-tuning),
+            Exponential (the paper's, from scratch), Linear, Falling (from scratch) or your own.
+        scale_kept: a block adds 1 / (1 - p) times as much to the sequences that keep it, so that its mean is that of
+            the full depth; for p = 1, which keeps none, 1. LayerSkip's equation has no such factor: it is the
+            inverse-density scaling that modded-nanogpt's pull request 348 takes from "Don't Drop Dropout"
+            (arXiv 2609.05275).
 
     Raises:
         ValueError: p_max out of its range.
     """
 
-    def __init__(self, p_max: float = 0.1, depth: Schedule = Exponential(), time: Schedule = Constant()):
+    def __init__(
+        self,
+        p_max: float = 0.1,
+        depth: Schedule = Exponential(),
+        time: Schedule = Constant(),
+        scale_kept: bool = False,
+    ):
         check_real("p_max", p_max, "from 0 to 1", lambda value: 0 <= value <= 1)
         self.p_max = p_max
         self.depth = depth
         self.time = time
+        self.scale_kept = scale_kept
 
     def drop_rates(self, step: int, total_steps: int | None, num_layers: int) -> list[float]:
         """Return p_{l,t} for each block at optimizer step `step` (0-based) of `total_steps`."""
         now = self.time(step, total_steps or 0) * self.p_max
         return [now * self.depth(block, num_layers) for block in range(num_layers)]
+
+    def kept_scales(self, drop_rates: list[float]) -> list[float]:
+        """Return the factor of what each block adds to the sequences that keep it."""
+        return [1 / (1 - rate) if self.scale_kept and rate < 1 else 1.0 for rate in drop_rates]
 
     def check_layers(self, pl_module: LightningModule) -> None:
         """Raise ValueError where the depth schedule refuses the model's number of layers."""
@@ -38,6 +54,7 @@ class LayerDropout(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.drop_rates.claim(self)
+        pl_module.kept_scales.claim(self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.time.needs_total and pl_module.total_steps is None:
@@ -46,5 +63,6 @@ class LayerDropout(Callback):
         self.drop_rates(0, pl_module.total_steps, len(pl_module.drop_rates.values))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int) -> None:
-        num_layers = len(pl_module.drop_rates.values)
-        pl_module.drop_rates.write(self, self.drop_rates(trainer.global_step, pl_module.total_steps, num_layers))
+        rates = self.drop_rates(trainer.global_step, pl_module.total_steps, len(pl_module.drop_rates.values))
+        pl_module.drop_rates.write(self, rates)
+        pl_module.kept_scales.write(self, self.kept_scales(rates))

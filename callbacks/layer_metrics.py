@@ -1,4 +1,4 @@
-"""Perplexity and agreement of every layer, at each validation."""
+"""Perplexity, agreement and tokens per round of every layer, at each validation."""
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -12,9 +12,10 @@ class LayerMetrics(Callback):
     """Measures all layers in the forward pass of validation.
 
     Logs `val/ppl/layer_08` (perplexity), `val/agreement/layer_08` (share of positions where the layer's argmax is the
-    last layer's), `val/layers_needed` (mean depth after which the argmax no longer changes) and a figure of perplexity
-    by depth; `test` likewise under `test/`. `validate` and `test` end with a table. Each layer costs one product with
-    the head.
+    last layer's), `val/tokens_per_round_4/layer_08` and `_8/` (tokens that a round of self-speculation would bring along
+    this text, with 4 and 8 tokens drafted by the layer), `val/layers_needed` (mean depth after which the argmax no
+    longer changes) and a figure of perplexity by depth; `test` likewise under `test/`. `validate` and `test` end with a
+    table. Each layer costs one product with the head.
 
     Attributes:
         report: the LayerReport of the last validation; None before the first.
@@ -51,8 +52,10 @@ class LayerMetrics(Callback):
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
         for row in self.report.layers():
-            pl_module.log(f"{split}/ppl/layer_{row['layer']:02d}", row["perplexity"], rank_zero_only=True)
-            pl_module.log(f"{split}/agreement/layer_{row['layer']:02d}", row["agreement"], rank_zero_only=True)
+            layer = f"layer_{row.pop('layer'):02d}"
+            pl_module.log(f"{split}/ppl/{layer}", row.pop("perplexity"), rank_zero_only=True)
+            for name, value in row.items():
+                pl_module.log(f"{split}/{name}/{layer}", value, rank_zero_only=True)
         pl_module.log(f"{split}/layers_needed", self.report.layers_needed, rank_zero_only=True)
         self._draw(trainer, split)
 

@@ -9,7 +9,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
-METRICS = ("val/loss", "val/ppl/", "val/agreement/", "val/layers_needed")
+METRICS = ("val/loss", "val/ppl/", "val/agreement/", "val/tokens_per_round_", "val/layers_needed")
 # The tab first shows five columns of settings: those marked as differing, then others by name.
 FIRST = (
     "early_exit_loss.curriculum",

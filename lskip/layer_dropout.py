@@ -21,26 +21,33 @@ def draw_dropped(seed: int, micro_batch: int, block: int, batch_size: int, drop_
 
 
 def run_kept_rows(
-    block: Callable[[Tensor, BlockInputs], Tensor], x: Tensor, inputs: BlockInputs, dropped: Tensor
+    block: Callable[[Tensor, BlockInputs], Tensor], x: Tensor, inputs: BlockInputs, dropped: Tensor, scale: float = 1.0
 ) -> Tensor:
-    """Return x_{l+1} = x_l + M f_l(x_l), with f_l computed for the kept rows only.
+    """Return x_{l+1} = x_l + M s f_l(x_l), with f_l computed for the kept rows only.
 
     Args:
         block: (states, inputs) -> states, the residual included.
         x: [B, S, D].
         inputs: the other inputs of the block; their rows are selected too.
         dropped: bool [B] on the CPU, from `draw_dropped`.
+        scale: s; 1 in LayerSkip's equation.
 
     Returns:
         [B, S, D], dropped rows unchanged. Where all are dropped, the block still runs on one row, times 0, to stay in
         the autograd graph (DDP waits for every gradient) and in sharded all-gathers.
     """
     kept = (~dropped).nonzero().squeeze(1)
-    if len(kept) == len(x):
-        return block(x, inputs)
     if len(kept) == 0:
         first = torch.zeros(1, dtype=torch.long, device=x.device)
         return x + 0 * block(x[:1], inputs.rows(first, len(x)))
+    if len(kept) == len(x):
+        return _scaled(x, block(x, inputs), scale)
     kept = to_device(kept, x.device)
-    computed = block(x.index_select(0, kept), inputs.rows(kept, len(x)))
+    rows = x.index_select(0, kept)
+    computed = _scaled(rows, block(rows, inputs.rows(kept, len(x))), scale)
     return x.index_copy(0, kept, computed.to(x.dtype))
+
+
+def _scaled(x: Tensor, computed: Tensor, scale: float) -> Tensor:
+    """Return x + scale f(x), where `computed` is x + f(x)."""
+    return computed if scale == 1 else x + scale * (computed - x)

@@ -1,6 +1,6 @@
 """The early exit loss (arXiv 2404.16710, section 4.2): exit weights, and one loss over the rows of all exits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,6 +34,17 @@ def exit_weights(num_layers: int, e_scale: float, on: Sequence[bool]) -> list[fl
     """
     weights = [e * c for e, c in zip(exit_scale(num_layers, e_scale), on, strict=True)]
     return [weight / sum(weights) for weight in weights]
+
+
+def share_weights(shares: Mapping[int, float], on: Sequence[bool]) -> list[float]:
+    """Return the weight of each layer by chosen shares of the loss (not the paper's): the last layer has the rest.
+
+    Args:
+        shares: exit layer (1-based) -> its share; an exit that is off leaves its share to the last layer.
+        on: C(t, ·), one entry for each layer.
+    """
+    weights = [shares.get(layer, 0.0) * c for layer, c in enumerate(on[:-1], start=1)]
+    return [*weights, 1 - sum(weights)]
 
 
 def rows_at_once(vocab_size: int, device: torch.device) -> int:

@@ -31,7 +31,8 @@ class LayerSkipModule(RunModule):
     """Trains a transformers causal LM with two vectors of one number for each block.
 
     `drop_rates` holds the probability that a sequence skips a block, `exit_weights` the weight of the loss of the exit
-    after it. By default all drop rates are 0 and only the last exit weighs: plain language-model training. The
+    after it. By default all drop rates are 0 and only the last exit weighs: plain language-model training. A third
+    vector, `kept_scales`, multiplies what a block adds to the sequences that keep it; it is 1 in the paper. The
     callbacks LayerDropout and EarlyExitLoss, or your own, write the vectors at the start of each step.
 
     Args:
@@ -43,7 +44,8 @@ class LayerSkipModule(RunModule):
         position_share: share of the positions at which each exit but the last is decoded, drawn anew at each
             step: an unbiased estimate of the loss at less cost. 1.0 decodes all.
         exit_target: the target of each exit but the last: Labels (the text), SelfDistillation (the last layer's
-            distribution in the same pass) or your own. The last layer learns the text.
+            distribution in the same pass), LK (the share of drafts that it would accept) or your own. The last layer
+            learns the text.
         anchor_weight: weight, beside the text, of the last layer's KL from `model` before training. Costs a copy of
             the weights and a forward pass; null: none.
         low_rank: LowRank trains LoRA factors in the first blocks and freezes all else; null: the whole model trains.
@@ -99,6 +101,7 @@ class LayerSkipModule(RunModule):
         self.seed = seed
         layers = self.decoder.num_layers
         self.drop_rates = LayerVector("drop_rates", [0.0] * layers)
+        self.kept_scales = LayerVector("kept_scales", [1.0] * layers)
         self.exit_weights = LayerVector("exit_weights", [0.0] * (layers - 1) + [1.0])
         self.validated_exits = [layers]  # LayerMetrics sets all of them
 
@@ -187,7 +190,8 @@ class LayerSkipModule(RunModule):
         inputs = self.decoder.block_inputs(x)
         for block in range(max(exits) + 1):
             dropped = draw_dropped(self.seed, micro_batch, block, len(x), self.drop_rates.values[block])
-            x = run_kept_rows(partial(self.decoder.block, block), x, inputs, dropped)
+            scale = self.kept_scales.values[block]
+            x = run_kept_rows(partial(self.decoder.block, block), x, inputs, dropped, scale)
             if block in exits:
                 yield block, x
 

@@ -73,6 +73,42 @@ class SelfDistillation(ExitTarget):
         return losses * self.temperature**2, gradient.mul_(self.temperature)
 
 
+class LK(ExitTarget):
+    """The share of drafts that would be accepted, with p of the last layer, q of the exit and α = Σ_v min(p_v, q_v).
+
+    α is the probability that a token drawn from q is accepted (speculative sampling), and 1 - α the total variation.
+    The loss is -ln α, or with `eta` the mixture λ KL(p ‖ q) + (1 - λ)(1 - α) whose weight λ = exp(-η α) is that of each
+    row and gets no gradient: KL while p and q hardly overlap, acceptance once they do. Both are from LK losses
+    (Samarin et al., arXiv 2602.23881), as vllm-project/speculators' pull requests 657 and 673 and sgl-project/SpecForge
+    492 state them; ours are the gradients by hand and the use for exits of the same model, in place of a draft model.
+    The last layer gets no gradient from it.
+
+    Args:
+        eta: η, above 0; 3 is the paper's best, by pull request 673. null: -ln α.
+
+    Raises:
+        ValueError: eta out of its range.
+    """
+
+    needs_teacher = True
+
+    def __init__(self, eta: float | None = 3.0):
+        if eta is not None:
+            check_real("eta", eta, "above 0", lambda value: value > 0)
+        self.eta = eta
+
+    def loss(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+        log_q, log_p = _log_softmax_(logits), _log_softmax_(teacher_logits)
+        log_alpha, rise = _acceptance(log_p, log_q)
+        if self.eta is None:
+            return -log_alpha, rise.neg_()
+        alpha = log_alpha.exp()
+        weight = torch.exp(-self.eta * alpha)
+        losses, gradient = _divergence(log_p, log_q)
+        gradient.mul_(weight[:, None]).addcmul_(rise, ((weight - 1) * alpha)[:, None])
+        return weight * losses - (1 - weight) * torch.expm1(log_alpha), gradient
+
+
 class Anchored(ExitTarget):
     """Labels plus the KL from a teacher's distribution, so that little but the labels is learned.
 
@@ -104,6 +140,19 @@ def _divergence(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     p = log_p.exp()
     losses = torch.linalg.vecdot(p, log_p.sub_(log_q))
     return losses, log_q.exp_().sub_(p)
+
+
+def _acceptance(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ln α [n] of α = Σ_v min(p_v, q_v), and its gradient [n, V] by the logits of q.
+
+    With M = {v: q_v < p_v} it is ([j ∈ M] - Σ_{v∈M} q_v) q_j / α. The sum over α, and q_j / α within M, are at most 1:
+    they are made of logarithms, since α of distributions that hardly overlap may underflow.
+    """
+    below = log_q < log_p
+    log_alpha = torch.minimum(log_p, log_q).logsumexp(-1)
+    log_rises = log_q.masked_fill(~below, -torch.inf)
+    share = (log_rises.logsumexp(-1) - log_alpha).exp()
+    return log_alpha, (log_rises - log_alpha[:, None]).exp_().sub_(log_q.exp().mul_(share[:, None]))
 
 
 def _divergence_of_top(log_p: Tensor, log_q: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import pytest
 from lskip.callbacks import EarlyExitLoss, LayerDropout
 from lskip.curricula import AllExits, Gradual, LastExit, Rotational
 from lskip.losses import exit_scale, exit_weights
-from lskip.schedules import Constant, Exponential, Linear
+from lskip.schedules import Alternating, Constant, Exponential, Falling, Linear
 
 CUBE_ROOT, CUBE_ROOT_SQUARED, MIDDLE_OF_32, ROOT = 0.259921049895, 0.587401051968, 0.398490998423, 0.414213562373
 
@@ -44,6 +44,20 @@ def test_drop_rates_of_the_other_schedules():
     assert LayerDropout(0.6, Linear(), Constant()).drop_rates(7, None, 4) == close([0, 0.2, 0.4, 0.6])
     assert LayerDropout(0.6, Constant(), Linear()).drop_rates(1, 5, 4) == close([0.15] * 4)
     assert LayerDropout(0.5, Constant()).drop_rates(0, None, 1) == [0.5]
+
+
+def test_drop_rates_that_fall_over_alternating_blocks():
+    dropout = LayerDropout(0.2, Alternating(), Falling(0.5, 0.25), scale_kept=True)
+    # Step 5 of 9 is 0.625 of the way, in the middle of the decay.
+    for step, rate in ((0, 0.2), (3, 0.2), (5, 0.1), (6, 0.0), (8, 0.0)):
+        rates = dropout.drop_rates(step, 9, 5)
+        assert rates == close([0, rate, 0, rate, 0])
+        assert dropout.kept_scales(rates) == close([1, 1 / (1 - rate), 1, 1 / (1 - rate), 1])
+
+
+def test_scales_of_kept_rows():
+    assert LayerDropout(scale_kept=True).kept_scales([0.0, 0.2, 0.5, 1.0]) == close([1, 1.25, 2, 1])
+    assert LayerDropout().kept_scales([0.0, 0.2, 0.5, 1.0]) == [1.0] * 4
 
 
 # e(l), and its normalization over the exits that are on

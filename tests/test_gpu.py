@@ -16,7 +16,7 @@ from lskip.inference import ConfidenceDraft, CostAwareDraft, TextGenerator
 from lskip.inference.exit_criteria import Entropy, Margin, Saturation
 from lskip.models.exit_adapter import AdapterShape, ExitAdapter
 from lskip.module import LayerSkipModule
-from lskip.targets import Anchored, Labels, SelfDistillation
+from lskip.targets import LK, Anchored, Labels, SelfDistillation
 from tests.conftest import make_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -110,7 +110,9 @@ def test_bit_exact_text_depends_on_neither_draft_nor_batch(dtype):
         assert texts_of(generator, batch_size, **settings_of("layers")) == alone
 
 
-@pytest.mark.parametrize("target", [Labels(), SelfDistillation(), SelfDistillation(top_k=5), Anchored(0.3)])
+@pytest.mark.parametrize(
+    "target", [Labels(), SelfDistillation(), SelfDistillation(top_k=5), LK(), LK(None), Anchored(0.3)]
+)
 def test_a_training_step_is_that_of_the_cpu(target):
     """The same sequences dropped, the same positions picked, losses and gradients equal."""
     model = make_model()

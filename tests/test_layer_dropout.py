@@ -43,6 +43,19 @@ def test_each_row_is_what_it_would_be_alone(decoder, dropped):
         assert not torch.allclose(alone, x[one], atol=1e-2)
 
 
+@pytest.mark.parametrize("dropped", [[0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+def test_what_a_block_adds_to_kept_rows_is_scaled(decoder, dropped):
+    dropped = torch.tensor(dropped).bool()
+    block = partial(decoder.block, 0)
+    x = torch.randn(4, 9, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    inputs = decoder.block_inputs(x, POSITIONS)
+    expected = x + 2.5 * ~dropped[:, None, None] * (block(x, inputs) - x)
+    result = run_kept_rows(block, x, inputs, dropped, 2.5)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(part.square().sum(), x)[0] for part in (result, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_the_block_gets_the_kept_rows_and_what_belongs_to_them(decoder):
     seen = seen_inputs(decoder)

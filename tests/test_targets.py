@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lskip.targets import Anchored, Labels, SelfDistillation
+from lskip.targets import LK, Anchored, Labels, SelfDistillation
 
 HALF, QUARTER = math.log(0.5), math.log(0.25)
 
@@ -92,6 +92,61 @@ def test_a_hot_student_learns_with_a_gradient_of_the_same_size():
     torch.testing.assert_close(hot, hotter, rtol=0.02, atol=1e-5)
 
 
+def test_lk_by_hand():
+    # p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2): alpha = 3/4, and only the first token is drafted too seldom. More of it
+    # comes from all others: (1 - 1/4, -1/4, -1/2) / 4 is the gradient of alpha.
+    logits, teacher = torch.tensor([[QUARTER, QUARTER, HALF]]) - 2, torch.tensor([[HALF, QUARTER, QUARTER]])
+    losses, gradient = LK(eta=None).loss(logits.clone(), torch.tensor([0]), teacher.clone())
+    assert losses.tolist() == pytest.approx([math.log(4 / 3)])
+    assert gradient[0].tolist() == pytest.approx([-1 / 4, 1 / 12, 1 / 6], abs=1e-6)
+    # At eta = 4/3 ln 2 KL (1/4 ln 2, gradient q - p) and 1 - alpha = 1/4 weigh the same.
+    losses, gradient = LK(eta=4 / 3 * math.log(2)).loss(logits, torch.tensor([0]), teacher)
+    assert losses.tolist() == pytest.approx([1 / 2 * (0.25 * math.log(2) + 0.25)])
+    assert gradient[0].tolist() == pytest.approx([(-1 / 4 - 3 / 16) / 2, 1 / 32, (1 / 4 + 1 / 8) / 2], abs=1e-6)
+
+
+@pytest.mark.parametrize("eta", [None, 0.5, 3.0])
+@pytest.mark.parametrize("scale", [0.3, 3.0, 12.0])
+def test_lk(eta, scale):
+    student, labels, teacher = draw(scale=scale)
+    p, q = (part.softmax(-1) for part in (teacher, student))
+    alpha = torch.minimum(p, q).sum(-1)
+    if eta is None:
+        expected = -alpha.log()
+    else:
+        weight = (-eta * alpha.detach()).exp()
+        expected = weight * divergence(p, q) + (1 - weight) * (1 - alpha)
+    agrees(LK(eta), expected, student, labels, teacher)
+
+
+def test_lk_of_a_certain_teacher_is_the_cross_entropy():
+    student, labels, _ = draw()
+    certain = torch.full_like(student, -1e4).scatter(1, labels[:, None], 0.0)
+    for ours, theirs in zip(
+        LK(eta=None).loss(student.detach().clone(), labels, certain.detach()),
+        Labels().loss(student.detach().clone(), labels),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_lk_learns_from_distributions_that_hardly_overlap():
+    """alpha is e^-300 there, 0 in float32, and so its own gradient."""
+    logits, teacher = torch.tensor([[300.0, 0.0, -10.0]]), torch.tensor([[0.0, 300.0, -10.0]])
+    losses, gradient = LK(eta=None).loss(logits, torch.tensor([1]), teacher)
+    # Twice e^-300: q of the second token, p of the first.
+    assert losses.tolist() == pytest.approx([300 - math.log(2)])
+    assert gradient[0].tolist() == pytest.approx([1 / 2, -1 / 2, 0], abs=1e-4)  # float32 of 300
+
+
+def test_lk_of_equal_distributions_is_nothing():
+    student, labels, _ = draw()
+    for eta in (None, 3.0):
+        losses, gradient = LK(eta).loss(student.detach().clone(), labels, student.detach().clone())
+        torch.testing.assert_close(losses, torch.zeros_like(losses), rtol=0, atol=1e-12)
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-12)
+
+
 def test_anchored_adds_the_divergence_to_the_labels():
     student, labels, teacher = draw()
     expected = torch.nn.functional.cross_entropy(student, labels, reduction="none")
@@ -99,7 +154,7 @@ def test_anchored_adds_the_divergence_to_the_labels():
     agrees(Anchored(0.7), expected, student, labels, teacher)
 
 
-@pytest.mark.parametrize("target", [SelfDistillation(), SelfDistillation(top_k=2), Anchored(1.0)])
+@pytest.mark.parametrize("target", [SelfDistillation(), SelfDistillation(top_k=2), LK(), LK(None), Anchored(1.0)])
 def test_logits_far_apart_stay_finite(target):
     logits = torch.tensor([[300.0, -300.0, 0.0, 1.0]])
     losses, gradient = target.loss(logits, torch.tensor([1]), -torch.tensor([[300.0, -300.0, 0.0, 1.0]]))
@@ -113,6 +168,8 @@ def test_logits_far_apart_stay_finite(target):
         (lambda: SelfDistillation(temperature=math.nan), "temperature: nan "),
         (lambda: SelfDistillation(top_k=0), "top_k: 0 "),
         (lambda: SelfDistillation(top_k=2.5), "top_k: 2.5 "),
+        (lambda: LK(0), "eta: 0 "),
+        (lambda: LK(-1.0), "eta: -1.0 "),
         (lambda: Anchored(-1.0), "anchor_weight: -1.0 "),
     ],
 )

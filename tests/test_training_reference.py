@@ -12,7 +12,7 @@ from lskip.callbacks import EarlyExitLoss, LayerDropout
 from lskip.curricula import Gradual, Rotational
 from lskip.layer_dropout import draw_dropped
 from lskip.module import LayerSkipModule
-from lskip.schedules import Constant, Linear
+from lskip.schedules import Constant, Falling, Linear
 from tests.trainers import quiet_trainer
 
 BATCH, LENGTH, SEED = 3, 12, 7
@@ -29,6 +29,15 @@ GRADUAL = {
     "rates": [[0.0] * 4, [0.5] * 4],
     # exits 3, then all: 6.5
     "weights": [[0, 0, 0, 1], [0, 1 / 13, 3 / 13, 9 / 13]],
+}
+FALLING = {
+    "callbacks": lambda: [
+        LayerDropout(0.6, Linear(), Falling(0.5, 0.5), scale_kept=True),
+        EarlyExitLoss(shares={1: 0.1, 3: 0.3}),
+    ],
+    "rates": [[0, 0.2, 0.4, 0.6], [0.0] * 4],
+    "scales": [[1, 5 / 4, 5 / 3, 5 / 2], [1.0] * 4],
+    "weights": [[0.1, 0, 0.3, 0.6]] * 2,
 }
 MODELS = {
     "llama": ("llama", {}),
@@ -94,7 +103,7 @@ def block_mask(config, block):
     return ((distance >= 0) & (distance < (window or LENGTH)))[None, None]
 
 
-def slow_loss(model, batch, rates, weights, micro_batch):
+def slow_loss(model, batch, rates, scales, weights, micro_batch):
     """Return J of one micro-batch."""
     count = (batch["labels"][:, 1:] != -100).sum()
     positions = torch.arange(LENGTH)[None]
@@ -107,7 +116,7 @@ def slow_loss(model, batch, rates, weights, micro_batch):
             dropped = draw_dropped(SEED, micro_batch, block, BATCH, rates[block])[row]
             mask = block_mask(model.config, block)
             f = layer(x, attention_mask=mask, position_ids=positions, position_embeddings=rotary) - x
-            x = x + (0.0 if dropped else 1.0) * f
+            x = x + (0.0 if dropped else scales[block]) * f
             logits = model.lm_head(model.model.norm(x))[0, :-1]
             loss = loss + weights[block] * cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / count
     return loss
@@ -124,7 +133,8 @@ def slow_run(model, recipe, make_optimizer, accumulate):
     recorder = Recorder()
     for micro_batch, batch in enumerate(make_batches(2 * accumulate)):
         step, place = divmod(micro_batch, accumulate)
-        loss = slow_loss(model, batch, recipe["rates"][step], recipe["weights"][step], micro_batch)
+        scales = recipe.get("scales", [[1.0] * 4] * 2)[step]
+        loss = slow_loss(model, batch, recipe["rates"][step], scales, recipe["weights"][step], micro_batch)
         (loss / accumulate).backward()
         recorder.losses.append(loss.detach())
         if place == accumulate - 1:
@@ -146,8 +156,8 @@ def dropped_counts(recipe, accumulate):
 @pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize(
     ("recipe", "optimizer", "accumulate"),
-    [(ROTATIONAL, ADAMW, 1), (ROTATIONAL, SGD, 2), (GRADUAL, SGD, 1), (GRADUAL, ADAMW, 2)],
-    ids=["rotational", "rotational, 2 micro-batches", "gradual", "gradual, 2 micro-batches"],
+    [(ROTATIONAL, ADAMW, 1), (ROTATIONAL, SGD, 2), (GRADUAL, SGD, 1), (GRADUAL, ADAMW, 2), (FALLING, SGD, 2)],
+    ids=["rotational", "rotational, 2 micro-batches", "gradual", "gradual, 2 micro-batches", "falling, scaled, shares"],
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-4)])
 def test_two_steps(tiny_model, tmp_path, model_name, recipe, optimizer, accumulate, dtype, tolerance):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,11 +14,13 @@ from torchmetrics import Metric
 
 from lskip.losses import rows_at_once
 from lskip.models.decoder import Decoder
+from lskip.models.rounds import first_of_texts, round_starts
 
 if TYPE_CHECKING:
     from lskip.models.exit_heads import TrainedExits
 
 LogitsReader = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+NUM_SPECULATIONS = (4, 8)  # d, for which tokens per round are reported
 
 
 class Readout(NamedTuple):
@@ -26,10 +29,12 @@ class Readout(NamedTuple):
     Attributes:
         losses: [exits, N], cross-entropy in nats, at least float32.
         predictions: [exits, N], the argmax token.
+        positions: [N], ascending, where they are in the flattened batch.
     """
 
     losses: Tensor
     predictions: Tensor
+    positions: Tensor
 
 
 def scored_positions(input_ids: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -58,7 +63,8 @@ def read_exits(
     trained: TrainedExits | None = None,
 ) -> Readout:
     """Return losses and predictions of each exit, as `read_logits` with `score_logits`."""
-    return Readout(*read_logits(decoder, input_ids, labels, exits, score_logits, trained))
+    positions, targets = scored_positions(input_ids, labels)
+    return Readout(*read_positions(decoder, input_ids, positions, targets, exits, score_logits, trained), positions)
 
 
 def score_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,24 +134,29 @@ def _read_in_chunks(decoder: Decoder, states: Tensor, targets: Tensor, read: Log
 
 
 class LayerReport(NamedTuple):
-    """Perplexity and agreement of every layer of a model on a text.
+    """Perplexity, agreement and tokens per round of every layer of a model on a text.
 
     Attributes:
         perplexity: one for each layer; inf where it exceeds the range of a float.
         agreement: share of positions where the layer's argmax is the last layer's.
         layers_needed: mean depth (in layers) after which the argmax no longer changes.
+        tokens_per_round: d -> one for each layer: what self-speculation would make of this text, if the layer drafted
+            d tokens a round and the last one said what follows; empty where it was not measured.
 
-    All three are NaN where logits are NaN, whose argmax means nothing.
+    All are NaN where logits are NaN, whose argmax means nothing.
     """
 
     perplexity: list[float]
     agreement: list[float]
     layers_needed: float
+    tokens_per_round: Mapping[int, list[float]] = MappingProxyType({})
 
     def layers(self) -> list[dict]:
-        """Return a record {"layer", "perplexity", "agreement"} for each layer, first to last."""
-        rows = enumerate(zip(self.perplexity, self.agreement, strict=True), start=1)
-        return [{"layer": n, "perplexity": ppl, "agreement": agree} for n, (ppl, agree) in rows]
+        """Return {"layer", "perplexity", "agreement", "tokens_per_round_4", …} for each layer, first to last."""
+        columns = {"perplexity": self.perplexity, "agreement": self.agreement}
+        columns |= {f"tokens_per_round_{d}": values for d, values in self.tokens_per_round.items()}
+        rows = enumerate(zip(*columns.values(), strict=True), start=1)
+        return [{"layer": n, **dict(zip(columns, row, strict=True))} for n, row in rows]
 
 
 class LayerReportMetric(Metric):
@@ -159,6 +170,8 @@ class LayerReportMetric(Metric):
         self.add_state("loss", torch.zeros(num_layers), dist_reduce_fx="sum")
         self.add_state("agree", torch.zeros(num_layers, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("needed", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        rounds = torch.zeros(len(NUM_SPECULATIONS), num_layers, dtype=torch.long)
+        self.add_state("rounds", rounds, dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, readout: Readout) -> None:
@@ -166,15 +179,22 @@ class LayerReportMetric(Metric):
         self.loss += readout.losses.sum(1)
         self.agree += agree.sum(1)
         self.needed += settled_depth(agree).sum()
+        first = first_of_texts(readout.positions)
+        self.rounds += torch.stack([round_starts(agree, first, d).sum(1) for d in NUM_SPECULATIONS])
         self.count += agree.shape[1]
 
     def compute(self) -> LayerReport:
         mean, agreement = (self.loss / self.count).tolist(), (self.agree / self.count).tolist()
         unknown = [math.isnan(loss) for loss in mean]
+
+        def known(values: list[float]) -> list[float]:
+            return [math.nan if unknown[n] or unknown[-1] else value for n, value in enumerate(values)]
+
         return LayerReport(
             perplexity=[math.inf if loss > 709 else math.exp(loss) for loss in mean],
-            agreement=[math.nan if unknown[n] or unknown[-1] else share for n, share in enumerate(agreement)],
+            agreement=known(agreement),
             layers_needed=math.nan if any(unknown) else (self.needed / self.count).item(),
+            tokens_per_round=dict(zip(NUM_SPECULATIONS, map(known, (self.count / self.rounds).tolist()), strict=True)),
         )
 
 

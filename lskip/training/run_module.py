@@ -40,6 +40,7 @@ class RunModule(LightningModule):
     decoder: Decoder
     low_rank: LowRank | None
     drop_rates: LayerVector
+    kept_scales: LayerVector
     exit_weights: LayerVector
 
     def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None, not_finite: str):
@@ -91,8 +92,8 @@ class RunModule(LightningModule):
             restore_random_state(self._resumed_random_state)
 
     def setup(self, stage: str) -> None:
-        self.drop_rates.reset()
-        self.exit_weights.reset()
+        for vector in (self.drop_rates, self.kept_scales, self.exit_weights):
+            vector.reset()
         of_data = getattr(self.trainer.datamodule, "tokenizer", None)
         if not isinstance(of_data, PreTrainedTokenizerBase):
             of_data = None  # another DataModule may mean something else by the name

@@ -3,7 +3,7 @@
 import pytest
 
 from lskip.callbacks import EarlyExitLoss
-from lskip.curricula import Gradual, Rotational
+from lskip.curricula import ChosenExits, Gradual, Rotational
 from tests.trainers import Stream, fit_vectors
 
 
@@ -43,3 +43,41 @@ def test_a_model_of_one_layer_trains_its_one_exit(tiny_model, tmp_path):
 def test_e_scale_out_of_range_is_refused(e_scale):
     with pytest.raises(ValueError, match=f"e_scale: {e_scale} "):
         EarlyExitLoss(e_scale)
+
+
+def test_shares_are_those_that_were_named(tiny_model, tmp_path):
+    weights = fit(tmp_path, tiny_model(), EarlyExitLoss(shares={1: 0.1, 3: 0.3}), max_steps=2)
+    assert weights == [pytest.approx([0.1, 0, 0.3, 0.6])] * 2
+
+
+def test_the_share_of_an_exit_that_is_off_goes_to_the_last_layer(tiny_model, tmp_path):
+    rotating = EarlyExitLoss(shares={1: 0.1, 2: 0.3}, curriculum=Rotational(2))
+    weights = fit(tmp_path, tiny_model(), rotating, max_steps=2)
+    assert weights == [pytest.approx([0.1, 0, 0, 0.9]), pytest.approx([0, 0.3, 0, 0.7])]
+    # 4 steps of Gradual with 4 layers: exit l is on from step (3 - l) / 2 on, l counted from 0.
+    growing = [EarlyExitLoss(shares={2: 0.25}, curriculum=Gradual()).exit_weights(step, 4, 4) for step in range(3)]
+    assert growing == [[0, 0, 0, 1], [0, 0.25, 0, 0.75], [0, 0.25, 0, 0.75]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"shares": {2: 0.3}, "e_scale": 0.2}, "shares: {2: 0.3} and e_scale: 0.2 both"),
+        ({"shares": {2: 0.3}, "e_scale": 0.0}, "shares: .* and e_scale: 0.0 both"),
+        ({"shares": {}}, "shares: {} names no exit"),
+        ({"shares": {0: 0.3}}, "shares: exit layer: 0 is not a whole number from 1 up"),
+        ({"shares": {2: 0.0}}, "shares: exit layer 2: 0.0 is not a number above 0 and below 1"),
+        ({"shares": {2: float("nan")}}, "shares: exit layer 2: nan"),
+        ({"shares": {2: 1.0}}, "shares: exit layer 2: 1.0"),
+        ({"shares": {1: 0.5, 2: 0.5}}, "shares: .* add up to 1; below 1"),
+    ],
+)
+def test_wrong_shares_are_refused(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        EarlyExitLoss(**arguments)
+
+
+@pytest.mark.parametrize("callback", [EarlyExitLoss(shares={4: 0.3}), EarlyExitLoss(curriculum=ChosenExits([4]))])
+def test_an_exit_that_the_model_lacks_is_refused_before_the_first_step(tiny_model, tmp_path, callback):
+    with pytest.raises(ValueError, match="4 is not "):
+        fit(tmp_path, tiny_model(), callback, max_steps=1)

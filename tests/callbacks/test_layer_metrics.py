@@ -29,6 +29,29 @@ def loader(batches):
     return DataLoader([{"input_ids": ids} for ids in batches], batch_size=None)
 
 
+def rounds_of(agree, num_speculations):
+    """Return the rounds in which one text is decoded, its first token by the prefill."""
+    rounds, done = 1, 1
+    while done < len(agree):
+        right = agree[done : done + num_speculations]
+        done += 1 + (right.index(False) if False in right else len(right))
+        rounds += 1
+    return rounds
+
+
+@torch.no_grad()
+def naive_tokens_per_round(model, num_speculations):
+    """Return tokens per round by layer over the rows of VALIDATION, each decoded alone."""
+    tokens, rounds = 0, [0] * 4
+    for row in (row for ids in VALIDATION for row in ids):
+        *early, last = model.model(row[None], output_hidden_states=True).hidden_states[1:]
+        says = torch.stack([model.lm_head(h)[0, :-1].argmax(-1) for h in [*map(model.model.norm, early), last]])
+        tokens += says.shape[1]
+        for layer, agree in enumerate((says == says[-1]).tolist()):
+            rounds[layer] += rounds_of(agree, num_speculations)
+    return [tokens / count for count in rounds]
+
+
 @torch.no_grad()
 def naive_report(model):
     """Return perplexity and agreement by layer over VALIDATION."""
@@ -54,10 +77,14 @@ def test_validate_measures_all_layers_and_ends_with_a_table(tiny_model, tmp_path
     assert [logged[f"val/ppl/{layer}"] for layer in LAYERS] == pytest.approx(perplexity, rel=1e-5)
     assert [logged[f"val/agreement/{layer}"] for layer in LAYERS] == pytest.approx(agreement)
     assert logged["val/layers_needed"] == pytest.approx(metrics.report.layers_needed)
+    for d in (4, 8):
+        tokens = naive_tokens_per_round(model, d)
+        assert metrics.report.tokens_per_round[d] == pytest.approx(tokens)
+        assert [logged[f"val/tokens_per_round_{d}/{layer}"] for layer in LAYERS] == pytest.approx(tokens)
     table = capsys.readouterr().out
     for layer in range(4):
         assert any(
-            {str(layer + 1), f"{perplexity[layer]:.4g}", f"{agreement[layer]:.2f}"}
+            {str(layer + 1), f"{perplexity[layer]:.4g}", f"{agreement[layer]:.2f}", f"{tokens[layer]:.2f}"}
             <= set(line.replace("│", " ").split())
             for line in table.splitlines()
         ), table
@@ -107,7 +134,8 @@ def events(tmp_path_factory):
 
 def test_the_event_file_holds_every_tag(events):
     expected = {"train/loss", "train/loss_last_layer", "train/tokens_per_second", "val/loss", "val/layers_needed"}
-    for name in ("train/drop_rate", "train/exit_weight", "val/ppl", "val/agreement"):
+    rounds = ("val/tokens_per_round_4", "val/tokens_per_round_8")
+    for name in ("train/drop_rate", "train/exit_weight", "val/ppl", "val/agreement", *rounds):
         expected |= {f"{name}/{layer}" for layer in LAYERS}
     assert expected <= set(events.Tags()["scalars"])
     assert events.Tags()["images"] == ["val/perplexity_by_depth"]

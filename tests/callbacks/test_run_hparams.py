@@ -44,7 +44,8 @@ def test_settings_and_final_numbers_of_every_layer(tmp_path, tiny_model):
     assert found == SETTINGS
     experiment = metadata.parse_experiment_plugin_data(plugin_data(events, metadata.EXPERIMENT_TAG))
     metrics = {info.name.tag for info in experiment.metric_infos}
-    expected = {f"val/{kind}/layer_0{layer}" for kind in ("ppl", "agreement") for layer in (1, 2, 3, 4)}
+    kinds = ("ppl", "agreement", "tokens_per_round_4", "tokens_per_round_8")
+    expected = {f"val/{kind}/layer_0{layer}" for kind in kinds for layer in (1, 2, 3, 4)}
     assert metrics == {*expected, "val/loss", "val/layers_needed"}
     assert not any(tag.startswith("hparam") for tag in events.Tags()["scalars"])  # the curves have the numbers
     assert all(len(events.Scalars(tag)) == 2 for tag in metrics)

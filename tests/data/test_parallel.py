@@ -97,3 +97,4 @@ def test_the_layer_report_is_that_of_one_process(run):
     assert report["perplexity"] == pytest.approx(expected.perplexity, rel=1e-4)
     assert report["agreement"] == pytest.approx(expected.agreement)
     assert report["layers_needed"] == pytest.approx(expected.layers_needed)
+    assert report["tokens_per_round"]["4"] == pytest.approx(expected.tokens_per_round[4])

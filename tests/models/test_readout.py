@@ -124,11 +124,15 @@ def test_the_metric_weighs_tokens_alike_over_batches_of_different_sizes(tiny_mod
 
 def test_the_metric_by_hand():
     metric = LayerReportMetric(2)
-    metric.update(Readout(torch.tensor([[1.0], [0.0]]), torch.tensor([[3], [3]])))
-    metric.update(Readout(torch.tensor([[3.0, 2.0, 4.0], [1.0, 2.0, 0.0]]), torch.tensor([[3, 4, 4], [1, 4, 5]])))
+    metric.update(Readout(torch.tensor([[1.0], [0.0]]), torch.tensor([[3], [3]]), torch.tensor([0])))
+    losses, predictions = torch.tensor([[3.0, 2.0, 4.0], [1.0, 2.0, 0.0]]), torch.tensor([[3, 4, 4], [1, 4, 5]])
+    metric.update(Readout(losses, predictions, torch.tensor([0, 1, 2])))
     report = metric.compute()
+    # Layer 1: one round for the first text, two for the second (its first token, then one that agrees and the next).
+    # Layer 2, which agrees with itself, the same.
+    assert report.tokens_per_round == {4: pytest.approx([4 / 3] * 2), 8: pytest.approx([4 / 3] * 2)}
     assert report.perplexity == pytest.approx([math.exp(2.5), math.exp(0.75)])
     assert report.agreement == [0.5, 1.0] and report.layers_needed == 1.5
     metric.reset()
-    metric.update(Readout(torch.full((2, 1), 800.0), torch.zeros(2, 1)))
+    metric.update(Readout(torch.full((2, 1), 800.0), torch.zeros(2, 1), torch.tensor([5])))
     assert metric.compute().perplexity == [math.inf] * 2

@@ -18,6 +18,14 @@ from lskip.cli import main
 EPOCH = 12  # optimizer steps, each of two micro-batches of four rows of 16 tokens
 
 
+GROWING = ("--early_exit_loss.curriculum=Gradual", "--layer_dropout.time=Exponential")
+FALLING = (
+    *("--layer_dropout.depth=Alternating", "--layer_dropout.time=Falling", "--layer_dropout.time.plateau=0.4"),
+    *("--layer_dropout.time.decay=0.5", "--layer_dropout.scale_kept=true", "--exit_target=LK"),
+    *("--early_exit_loss.shares.1=0.2", "--early_exit_loss.shares.3=0.2"),
+)
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     words = ["def", "return", "for", "in", "range", "if", "print", "x", "y", "1", "2", "(", ")", ":", "=", "+"]
@@ -131,11 +139,12 @@ def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
 
 
 @pytest.mark.kind("B24 signals", "B24", "M13")
-@pytest.mark.parametrize(("kind", "step"), [(signal.SIGTERM, 4), (signal.SIGKILL, EPOCH + 4)])
-def test_an_interrupted_run_goes_on(tmp_path, arguments, kind, step):
+@pytest.mark.parametrize(
+    ("kind", "step", "recipe"), [(signal.SIGTERM, 4, FALLING), (signal.SIGKILL, EPOCH + 4, GROWING)]
+)
+def test_an_interrupted_run_goes_on(tmp_path, arguments, kind, step, recipe):
     twice = ("--trainer.max_epochs=2", "--checkpoint.every_n_train_steps=4")
-    gradual = ("--early_exit_loss.curriculum=Gradual", "--layer_dropout.time=Exponential")
-    parts = arguments(tmp_path / "parts", *twice, *gradual)
+    parts = arguments(tmp_path / "parts", *twice, *recipe)
     process = start(parts, tmp_path)
     wait_for_step(process, tmp_path / "parts", step)
     process.send_signal(kind)
@@ -147,5 +156,5 @@ def test_an_interrupted_run_goes_on(tmp_path, arguments, kind, step):
         assert "Traceback" not in output + errors
         assert errors.strip().endswith("--ckpt_path last") and f"after step {stopped}" in errors
     assert main([*parts, "--ckpt_path=last"]) == 0
-    assert main(arguments(tmp_path / "whole", *twice, *gradual)) == 0
+    assert main(arguments(tmp_path / "whole", *twice, *recipe)) == 0
     assert_same(weights(tmp_path / "whole", 2 * EPOCH), weights(tmp_path / "parts", 2 * EPOCH))

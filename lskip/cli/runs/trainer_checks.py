@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, Learning
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lskip.callbacks.layer_metrics import LayerMetrics
+from lskip.models.readout import NUM_SPECULATIONS
 from lskip.utils.checks import is_whole
 
 Rule = tuple[str, Callable[[Any], bool]]
@@ -146,7 +147,8 @@ def _logged(trainer: Trainer, module: LightningModule) -> list[str]:
     layers = [f"layer_{layer:02d}" for layer in range(1, module.decoder.num_layers + 1)]
     names = ["train/loss", "train/loss_last_layer", "val/loss"]
     if any(isinstance(each, LayerMetrics) for each in trainer.callbacks):
-        names += ["val/layers_needed", *(f"val/{kind}/{layer}" for kind in ("ppl", "agreement") for layer in layers)]
+        kinds = ["ppl", "agreement", *(f"tokens_per_round_{d}" for d in NUM_SPECULATIONS)]
+        names += ["val/layers_needed", *(f"val/{kind}/{layer}" for kind in kinds for layer in layers)]
     return names
 
 
@@ -156,7 +158,7 @@ def _may_log(callback: Callback) -> bool:
 
 
 def _shortened(names: list[str]) -> str:
-    shown = [name for name in names if not name.startswith(("val/ppl", "val/agreement"))]
+    shown = [name for name in names if "/layer_" not in name]
     more = [name for name in names if name not in shown]
     return ", ".join([*shown, *([f"{more[0]} … {more[-1]}"] if more else [])])
 

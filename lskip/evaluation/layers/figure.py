@@ -17,10 +17,12 @@ LONGEST = 60  # characters of a name in a figure
 
 
 def print_layers(report: LayerReport, console: Console, title: str = "Layers") -> None:
-    """Print one row per layer (perplexity, agreement with the last layer), then layers_needed."""
-    table = plain_table("layer", "perplexity", "agreement", title=title)
+    """Print one row per layer (perplexity, agreement with the last layer, tokens per round), then layers_needed."""
+    rounds = [f"tokens_per_\nround, d = {d}" for d in report.tokens_per_round]
+    table = plain_table("layer", "perplexity", "agreement", *rounds, title=title)
     for row in report.layers():
-        table.add_row(str(row["layer"]), f"{row['perplexity']:.4g}", f"{row['agreement']:.2f}")
+        layer, perplexity, *others = row.values()
+        table.add_row(str(layer), f"{perplexity:.4g}", *(f"{value:.2f}" for value in others))
     console.print(table)
     console.print(f"layers_needed: {report.layers_needed:.1f} of {len(report.perplexity)}")
 

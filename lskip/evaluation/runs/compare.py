@@ -7,12 +7,13 @@ from rich.table import Table
 
 from lskip.evaluation.layers.figure import LONGEST, image_of, perplexity_figure
 from lskip.evaluation.runs.summary import RunSummary, read_run
+from lskip.models.readout import NUM_SPECULATIONS, LayerReport
 from lskip.utils.console import plain_console, plain_table
 from lskip.utils.output_files import check_output_file, write_bytes
 from lskip.utils.user_paths import user_path
 
 IMAGES = (".png", ".svg", ".pdf")
-NOT_TOLD = "- (NaN)"  # agreement of layers with NaN losses means nothing
+NOT_TOLD = "- (NaN)"  # what layers with NaN losses predict means nothing
 
 
 def compare(runs: list[str], /, figure: str = "compare.png") -> None:
@@ -65,8 +66,18 @@ def _describe(summary: RunSummary) -> dict[str, str]:
         "last layer's perplexity": f"{report.perplexity[-1]:.4g}",
         "middle layer's perplexity": f"{report.perplexity[middle - 1]:.4g} (layer {middle})",
         "middle layer's agreement": f"{report.agreement[middle - 1]:.2f}" if told else NOT_TOLD,
+        **{
+            f"middle layer's tokens_per_round, d = {d}": _tokens_per_round(report, d, middle) if told else NOT_TOLD
+            for d in NUM_SPECULATIONS
+        },
         "layers_needed": f"{report.layers_needed:.1f} of {len(report.perplexity)}" if told else NOT_TOLD,
     }
+
+
+def _tokens_per_round(report: LayerReport, num_speculations: int, layer: int) -> str:
+    """Return a layer's tokens per round; "-" if the run was validated before they were measured."""
+    values = report.tokens_per_round.get(num_speculations)
+    return "-" if values is None else f"{values[layer - 1]:.2f}"
 
 
 def _steps(summary: RunSummary) -> str:

@@ -59,6 +59,15 @@ def test_runs_stand_side_by_side(runs, capsys):
     assert imread("compare.png").std() > 0  # not empty
 
 
+def test_tokens_per_round_of_the_middle_layer(runs, capsys):
+    with SummaryWriter(runs / "skipping") as writer:
+        for layer in range(1, 13):
+            writer.add_scalar(f"val/tokens_per_round_8/layer_{layer:02d}", 1.25 if layer == 6 else 2, 19)
+    assert main(["compare", "a/plain", "skipping"]) == 0
+    rows = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[-2:] for row in rows if "tokens_per_round," in row] == [["-", "-"], ["-", "1.25"]]
+
+
 def test_the_figure_gets_each_run_under_a_name_that_tells_it_apart(runs, monkeypatch):
     drawn = []
     draw = module.perplexity_figure
@@ -122,6 +131,10 @@ CURVES = {
     "a layer beyond all": {f"val/ppl/layer_{10**30}": 2.0, "val/agreement/layer_01": 1.0, "val/layers_needed": 1.0},
     "no first layer": {"val/ppl/layer_02": 2.0, "val/agreement/layer_02": 1.0, "val/layers_needed": 1.0},
     "an agreement of 7": {"val/ppl/layer_01": 2.0, "val/agreement/layer_01": 7.0, "val/layers_needed": 1.0},
+    "9 tokens of a round of 4 drafts": {
+        **{"val/ppl/layer_01": 2.0, "val/agreement/layer_01": 1.0, "val/layers_needed": 1.0},
+        "val/tokens_per_round_4/layer_01": 9.0,
+    },
     "below 0": {"val/ppl/layer_01": -2.0, "val/agreement/layer_01": 1.0, "val/layers_needed": 1.0},
 }
 
@@ -148,7 +161,7 @@ def test_layers_that_say_no_numbers_agree_in_nothing(runs, capsys):
     write_events(runs / "broken", (9, [float("nan")] * 12, [1.0] * 12, 1.0))
     assert main(["compare", "broken", "skipping"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("- (NaN)") == 2 and "1.00" not in printed
+    assert printed.count("- (NaN)") == 4 and "1.00" not in printed
 
 
 @pytest.mark.kind("B34 names and words of strangers")

@@ -39,6 +39,15 @@ def test_the_last_validation_counts(tmp_path):
     assert found.settings["early_exit_loss.e_scale"] == 0.5
 
 
+def test_tokens_per_round_are_read_where_a_run_has_them(tmp_path):
+    write_events(tmp_path, LAST)
+    assert read_run(tmp_path).report.tokens_per_round == {}
+    with SummaryWriter(tmp_path) as writer:
+        for layer in range(1, 13):
+            writer.add_scalar(f"val/tokens_per_round_4/layer_{layer:02d}", 1 + layer / 4, 19)
+    assert read_run(tmp_path).report.tokens_per_round == {4: [1 + layer / 4 for layer in range(1, 13)]}
+
+
 def test_layers_beyond_99_keep_their_order(tmp_path):
     perplexity = [float(layer) for layer in range(1, 121)]
     write_events(tmp_path, (0, perplexity, [0.5] * 120, 100.0))
