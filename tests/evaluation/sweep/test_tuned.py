@@ -59,8 +59,10 @@ def test_a_user_who_drafts_otherwise_or_not_at_all_gets_no_draft_of_the_task(fol
     assert options_of(folder, "chat", rounded) == nothing | rounded | {"num_speculations": 5}
 
 
-def test_a_criterion_is_used_at_its_own_exit_alone_and_not_in_place_of_the_users_policy(folder):
-    save_tuned(folder / "tuned.json", "sure", LAYERS | ON_CPU | {"criterion": {"name": "Entropy", "threshold": 0.3}})
+def test_a_criterion_is_used_at_its_own_exit_alone_and_not_in_place_of_the_users_policy(folder, tmp_path, monkeypatch):
+    path = tmp_path / "tuned.json"
+    monkeypatch.setattr("lskip.evaluation.sweep.tuned.tuned_path", lambda model: path)
+    save_tuned(path, "sure", LAYERS | ON_CPU | {"criterion": {"name": "Entropy", "threshold": 0.3}})
 
     def policy(**decoding):
         loading = LoadingOptions(model=str(folder), device="cpu")
