@@ -12,10 +12,10 @@ class LayerMetrics(Callback):
     """Measures all layers in the forward pass of validation.
 
     Logs `val/ppl/layer_08` (perplexity), `val/agreement/layer_08` (share of positions where the layer's argmax is the
-    last layer's), `val/tokens_per_round_4/layer_08` and `_8/` (tokens that a round of self-speculation would bring along
-    this text, with 4 and 8 tokens drafted by the layer), `val/layers_needed` (mean depth after which the argmax no
-    longer changes) and a figure of perplexity by depth; `test` likewise under `test/`. `validate` and `test` end with a
-    table. Each layer costs one product with the head.
+    last layer's), `val/tokens_per_round_4/layer_08` (tokens that a round of self-speculation would bring along this
+    text, if the layer drafted 4; likewise 8), `val/layers_needed` (mean depth after which the argmax no longer changes)
+    and a figure of perplexity by depth; `test` likewise under `test/`. `validate` and `test` end with a table. Each
+    layer costs one product with the head.
 
     Attributes:
         report: the LayerReport of the last validation; None before the first.

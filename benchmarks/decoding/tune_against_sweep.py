@@ -24,11 +24,12 @@ import torch
 from benchmarks.command_line import command_parser
 from benchmarks.decoding.options import fill_in, number, numbers
 from benchmarks.environment import environment
-from lskip.evaluation.sweep.advice import best_cell, cell_of
+from lskip.evaluation.sweep.advice import best_cell
 from lskip.evaluation.sweep.cells import Generators
-from lskip.evaluation.sweep.grid import Cell, draft_names, grid
+from lskip.evaluation.sweep.forecast import Answers
+from lskip.evaluation.sweep.grid import Cell, cell_of, draft_names, grid
+from lskip.evaluation.sweep.search import best_records
 from lskip.evaluation.sweep.sweep import sweep
-from lskip.evaluation.sweep.tune import best_records
 from lskip.evaluation.tasks.embedded import DocstringToCode, HumanEval, PythonTopics, StdlibCode
 from lskip.evaluation.tasks.prompts import prompts_of
 from lskip.evaluation.tasks.task import Continuation, Task
@@ -40,7 +41,8 @@ TASKS = {kind.__name__: kind for kind in (StdlibCode, DocstringToCode, PythonTop
 # --quick sets what was not named: it shows that everything runs; its times say nothing.
 DEFAULTS = {"num_prompts": 8, "rounds": 2, "max_new_tokens": 96, "num_speculations": (1, 2, 4, 6, 8)}
 QUICK = {"num_prompts": 1, "rounds": 1, "max_new_tokens": 8, "num_speculations": (1, 2)}
-TUNE = {"rounds": 1, "decoded_cells": 3, "batch_size": 4}
+BATCH_SIZE = 4  # of tune
+TUNE = {"rounds": 1, "decoded_cells": 3}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -124,7 +126,8 @@ def compare(task: Task, options: argparse.Namespace) -> dict[str, Any]:
 def search(task: Task, loading: LoadingOptions, cells: list[Cell], num_prompts: int) -> list[dict[str, Any]]:
     """What tune decodes."""
     generators = Generators(loading)
-    return best_records(generators, cells, prompts_of(task, generators.plain, num_prompts), **TUNE)
+    answers = Answers(generators, prompts_of(task, generators.plain, num_prompts), BATCH_SIZE)
+    return best_records(answers, cells, **TUNE)
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:

@@ -4,7 +4,7 @@ from lskip.inference.drafting.cost_aware import CostAwareDraft
 from lskip.inference.drafting.drafter import Drafter
 from lskip.inference.drafting.policies import ConfidenceDraft, CriterionDraft, FixedDraft
 from lskip.inference.drafting.registry import register_drafter
-from lskip.inference.exit_criteria import Entropy, LearnedExit, Margin, Saturation
+from lskip.inference.exit_criteria import Entropy, LearnedExit, Margin, MeasuredExit, Saturation
 from lskip.inference.generation import Generation, TextStream
 from lskip.inference.generator import TextGenerator
 from lskip.inference.loading import load_generator
@@ -21,6 +21,7 @@ __all__ = [
     "GenerationSettings",
     "LearnedExit",
     "Margin",
+    "MeasuredExit",
     "Saturation",
     "TextGenerator",
     "TextStream",

@@ -70,13 +70,41 @@ class ExitCriterion(ABC):
         """
 
 
-class Entropy(ExitCriterion):
+class MeasuredExit(ExitCriterion):
+    """Exit where a measure of the logits, from 0 to 1, passes a threshold. `lskip tune` can choose that threshold.
+
+    Attributes:
+        low_is_sure: whether a token exits below the threshold; else from it up.
+    """
+
+    low_is_sure = False
+    reads_probabilities = True
+
+    def __init__(self, threshold: float, first: int = 2, every: int = 1):
+        """Set the threshold, in [0, 1], and the layers as ExitCriterion does."""
+        super().__init__(first, every)
+        self.threshold = _checked(threshold)
+
+    @staticmethod
+    @abstractmethod
+    def measure(logits: Tensor) -> Tensor:
+        """Return the measure [A] of logits [A, V]."""
+
+    def sure(self, measured: Tensor) -> Tensor:
+        """Return, bool [A], which of the measured values [A] are sure enough."""
+        return measured < self.threshold if self.low_is_sure else measured >= self.threshold
+
+    def exits(self, exit_layer: int, before: Tensor, after: Tensor, logits: Logits) -> Tensor:
+        return self.sure(self.measure(logits()))
+
+
+class Entropy(MeasuredExit):
     """Exit where H(softmax(z)) / ln V < threshold, from 0 (all on one token) to 1 (the uniform distribution).
 
     DeeBERT (Xin et al., arXiv 2004.12993), divided by ln V, so that a threshold carries between vocabularies.
     """
 
-    reads_probabilities = True
+    low_is_sure = True
 
     def __init__(self, threshold: float, first: int = 2, every: int = 1):
         """Set the threshold, and the layers as ExitCriterion does.
@@ -84,21 +112,19 @@ class Entropy(ExitCriterion):
         Args:
             threshold: in [0, 1]; at 0 no token exits.
         """
-        super().__init__(first, every)
-        self.threshold = _checked(threshold)
+        super().__init__(threshold, first, every)
 
-    def exits(self, exit_layer: int, before: Tensor, after: Tensor, logits: Logits) -> Tensor:
-        z = logits().float()
-        return torch.special.entr(z.softmax(-1)).sum(-1) / log(z.shape[-1]) < self.threshold
+    @staticmethod
+    def measure(logits: Tensor) -> Tensor:
+        z = logits.float()
+        return torch.special.entr(z.softmax(-1)).sum(-1) / log(z.shape[-1])
 
 
-class Margin(ExitCriterion):
+class Margin(MeasuredExit):
     """Exit where the most probable token is at least `threshold` above the second in probability.
 
     CALM's softmax response (arXiv 2207.07061).
     """
-
-    reads_probabilities = True
 
     def __init__(self, threshold: float, first: int = 2, every: int = 1):
         """Set the threshold, and the layers as ExitCriterion does.
@@ -106,12 +132,15 @@ class Margin(ExitCriterion):
         Args:
             threshold: in [0, 1]; at 0 every token exits at `first`.
         """
-        super().__init__(first, every)
-        self.threshold = _checked(threshold)
+        super().__init__(threshold, first, every)
 
-    def exits(self, exit_layer: int, before: Tensor, after: Tensor, logits: Logits) -> Tensor:
-        highest, second = logits().float().softmax(-1).topk(2, -1).values.unbind(-1)
-        return highest - second >= self.threshold
+    @staticmethod
+    def measure(logits: Tensor) -> Tensor:
+        highest, second = logits.float().softmax(-1).topk(2, -1).values.unbind(-1)
+        return highest - second
+
+
+MEASURED: dict[str, type[MeasuredExit]] = {kind.__name__: kind for kind in (Entropy, Margin)}
 
 
 class Saturation(ExitCriterion):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lskip.evaluation.sweep.grid import Cell
+from lskip.evaluation.sweep.grid import Cell, CriterionCell, cell_of
 
 MIN_SPEEDUP = 1.02  # from which drafting is advised: other load on the machine can make a timing differ by less
 MIN_TURNS = 0.75  # share of the turns in which it must have been faster, for the same reason
@@ -36,14 +36,13 @@ def advice(task: str, records: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def cell_of(record: dict[str, Any]) -> Cell:
-    return Cell(**{name: record[name] for name in Cell.__dataclass_fields__})
-
-
 def flags(cell: Cell) -> list[str]:
     """Return a cell as options of generate and predict."""
     given = {"exit_layer": cell.exit_layer, "num_speculations": cell.num_speculations}
     given |= {"draft": cell.settings()["draft"], "draft_weights": cell.draft_weights}
     if cell.policy != "FixedDraft":
         given["draft_policy"] = cell.policy
+    if isinstance(cell, CriterionCell):
+        given["draft_policy.criterion"] = cell.criterion
+        given["draft_policy.criterion.threshold"] = f"{cell.threshold:.4g}"
     return [f"{name}={value}" for name, value in given.items() if value is not None]

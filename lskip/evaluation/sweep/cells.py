@@ -7,13 +7,14 @@ from dataclasses import asdict, replace
 from statistics import median
 from typing import Any, NamedTuple
 
-from lskip.evaluation.sweep.grid import Cell
+from lskip.evaluation.sweep.grid import Cell, CriterionCell
 from lskip.evaluation.tasks.prompts import Prompt
-from lskip.inference import ConfidenceDraft, CostAwareDraft, FixedDraft, Generation, TextGenerator
+from lskip.inference import ConfidenceDraft, CostAwareDraft, CriterionDraft, FixedDraft, Generation, TextGenerator
 from lskip.inference.drafting.costs import Costs
 from lskip.inference.drafting.draft import DraftPlan
 from lskip.inference.drafting.policies import DraftPolicy
 from lskip.inference.drafting.registry import round_seconds
+from lskip.inference.exit_criteria import MEASURED
 from lskip.inference.options import LoadingOptions
 
 POLICIES = {kind.__name__: kind for kind in (FixedDraft, ConfidenceDraft, CostAwareDraft)}
@@ -63,7 +64,7 @@ def measure_cell(generators: Generators, cell: Cell, prompts: Sequence[Prompt], 
         The cell's fields; "tokens"; "acceptance_rate"; "tokens_per_round", where the prefill counts as a round;
         "accepted_counts"; "mismatches": prompts whose text is not the autoregressive one; "times", of `times_of`.
     """
-    generator, policy = generators.drafting(cell), POLICIES[cell.policy]()
+    generator, policy = generators.drafting(cell), policy_of(cell)
     planned: list[tuple[DraftPlan, int]] = []
     remember_rounds(policy, planned)
     drafting = {**cell.settings(), "draft_policy": policy}
@@ -87,6 +88,13 @@ def measure_cell(generators: Generators, cell: Cell, prompts: Sequence[Prompt], 
         "mismatches": len(differ),
         "times": times_of(pairs, generators.plain.costs, generator.costs, planned),
     }
+
+
+def policy_of(cell: Cell) -> DraftPolicy:
+    """Return a new policy, as the cell names it."""
+    if isinstance(cell, CriterionCell):
+        return CriterionDraft(MEASURED[cell.criterion](cell.threshold))
+    return POLICIES[cell.policy]()
 
 
 def _warm_up(plain: TextGenerator, drafting: TextGenerator, prompt: Prompt, settings: dict[str, Any]) -> None:

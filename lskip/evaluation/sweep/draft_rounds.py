@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from lskip.evaluation.sweep.own_answers import OwnText
 from lskip.inference.drafting.ngram import NgramIndex
-from lskip.inference.layers.kv_cache import PREFILL_ROWS
-from lskip.inference.runners.base import ModelRunner
-from lskip.losses import rows_at_once
+from lskip.models.rounds import round_starts
 
 
 class DraftRound(NamedTuple):
@@ -19,53 +18,34 @@ class DraftRound(NamedTuple):
     accepted: int
 
 
-class OwnText(NamedTuple):
-    """A prompt and the model's greedy answer.
-
-    Attributes:
-        prompt, answer: token ids.
-        max_new_tokens: the limit on the answer, near which rounds draft less.
-    """
-
-    prompt: list[int]
-    answer: list[int]
-    max_new_tokens: int
-
-
-@torch.inference_mode()
-def exit_predictions(runner: ModelRunner, text: OwnText, vocab_size: int) -> torch.Tensor:
-    """Return the argmax [L, N] of each exit, first to last, for each of the N tokens of the answer.
-
-    One pass suffices: up to its first wrong token, a drafting exit sees the model's own tokens alone, so these are the
-    tokens that it would draft.
-    """
-    ids = torch.tensor([text.prompt + text.answer[:-1]], device=runner.device)
-    cache, first = runner.new_cache(1, ids.shape[1]), len(text.prompt) - 1
-    columns = []
-    for start in range(0, ids.shape[1], PREFILL_ROWS):
-        x, layers = runner.embed(ids[:, start : start + PREFILL_ROWS], [start]), []
-        for block in range(runner.num_layers):
-            x = runner.run(x, cache, [start], block, block + 1)
-            if start + x.shape[1] > first:  # else this piece predicts no token of the answer
-                layers.append(_decode(runner, x[0, max(first - start, 0) :], rows_at_once(vocab_size, runner.device)))
-        columns += [torch.stack(layers)] if layers else []
-    return torch.cat(columns, 1)
-
-
-def _decode(runner: ModelRunner, states: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return the argmax [N] of states [N, D]."""
-    return torch.cat([runner.decode(part[None])[0].argmax(-1) for part in states.split(rows)])
-
-
 def rounds_of_exit(text: OwnText, hits: Sequence[bool], num_speculations: int) -> list[DraftRound]:
     """Return the rounds after the prefill, drafted by an exit.
 
     Args:
         hits: for each token of the answer, whether it is the exit's argmax.
     """
+    first = torch.arange(len(hits)) == 0
+    starts = round_starts(torch.tensor(hits, dtype=torch.bool), first, num_speculations).nonzero().flatten().tolist()
+    counts = [(done, most_drafted(text, done, num_speculations)) for done in starts[1:]]
+    return [DraftRound(most, leading(hits[done : done + most])) for done, most in counts]
+
+
+def rounds_of_criterion(
+    text: OwnText, hits: Sequence[bool], sure: Sequence[bool], num_speculations: int
+) -> list[DraftRound]:
+    """Return the rounds after the prefill, drafted by an exit until it is unsure (CriterionDraft).
+
+    Accepted tokens are those of decoding. How far a draft goes on behind its first wrong token is a guess: the exit is
+    taken to be as sure there as it is along the answer.
+
+    Args:
+        hits: for each token of the answer, whether it is the exit's argmax.
+        sure: whether the criterion lets the draft go on behind it.
+    """
 
     def right(done: int, most: int) -> DraftRound:
-        return DraftRound(most, leading(hits[done : done + most]))
+        drafted = min(leading(sure[done : done + most - 1]) + 1, most)  # the unsure token too
+        return DraftRound(drafted, leading(hits[done : done + drafted]))
 
     return _rounds(text, num_speculations, right)
 
@@ -91,10 +71,14 @@ def leading(hits: Sequence[bool]) -> int:
 def _rounds(text: OwnText, num_speculations: int, right: Callable[[int, int], DraftRound]) -> list[DraftRound]:
     done, rounds = 1, []  # the prefill has brought the first token
     while done < len(text.answer):
-        # As Batch: no more than the text may still get, less the model's own token.
-        rounds.append(right(done, min(num_speculations, text.max_new_tokens - done - 1)))
+        rounds.append(right(done, most_drafted(text, done, num_speculations)))
         done += rounds[-1].accepted + 1
     return rounds
+
+
+def most_drafted(text: OwnText, done: int, num_speculations: int) -> int:
+    """Return the tokens that a round may draft, as Batch: what the text may still get, less the model's own token."""
+    return min(num_speculations, text.max_new_tokens - done - 1)
 
 
 def shorter_rounds(accepted_counts: Counter[int], num_speculations: int) -> list[DraftRound]:

@@ -50,6 +50,26 @@ class Cell:
         return {"draft": kind, "exit_layer": self.exit_layer, "num_speculations": self.num_speculations}
 
 
+@dataclass(frozen=True, kw_only=True)
+class CriterionCell(Cell):
+    """A cell whose draft ends where an exit criterion is unsure: CriterionDraft.
+
+    Attributes:
+        criterion: the name of a MeasuredExit.
+        threshold: its threshold.
+    """
+
+    policy: str = "CriterionDraft"
+    criterion: str
+    threshold: float
+
+
+def cell_of(record: dict[str, Any]) -> Cell:
+    """Return the cell of a record."""
+    kind = CriterionCell if "criterion" in record else Cell
+    return kind(**{name: record[name] for name in kind.__dataclass_fields__})
+
+
 def draft_names() -> tuple[str, ...]:
     """Return the values that a cell's `draft` may have."""
     return (*(kind for kind in DRAFTERS if kind != "weights"), *DRAFT_WEIGHTS)
@@ -71,14 +91,17 @@ def grid(
 
     Args:
         exit_layers: for drafts that exit; the last layer stands for all blocks of rounded weights. None: SHARES of the
-            layers, and all blocks for rounded weights.
+            layers, and all blocks for rounded weights, which exit at SHARES too where "layers" do.
 
     Raises:
         ValueError: these values make no cell, or an exit_layer is beyond the model.
     """
     cells = []
     for draft in dict.fromkeys(drafts):
-        for exit_layer in exits_of(draft, exit_layers, num_layers):
+        named = exit_layers
+        if exit_layers is None and draft in DRAFT_WEIGHTS and "layers" in drafts:
+            named = [*exits_of("layers", None, num_layers), num_layers]
+        for exit_layer in exits_of(draft, named, num_layers):
             cells += [Cell(draft, exit_layer, count, policy) for policy in policies for count in num_speculations]
     if not cells:
         raise ValueError(

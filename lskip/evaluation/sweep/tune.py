@@ -1,52 +1,33 @@
 """`lskip tune`: the cells of a sweep ranked by the cost model, so that only the best few are decoded."""
 
-import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
+from rich.console import Console
 
-from lskip.evaluation.sweep.advice import advice, best_cell, cell_of
-from lskip.evaluation.sweep.cells import Generators, measure_cell
-from lskip.evaluation.sweep.draft_rounds import (
-    DraftRound,
-    OwnText,
-    exit_predictions,
-    rounds_of_exit,
-    rounds_of_ngrams,
-    shorter_rounds,
-    tokens_of,
-)
-from lskip.evaluation.sweep.grid import Cell, check_grid, grid
-from lskip.evaluation.sweep.sweep import print_cells
+from lskip.evaluation.sweep.advice import advice, best_cell
+from lskip.evaluation.sweep.cells import Generators
+from lskip.evaluation.sweep.forecast import Answers
+from lskip.evaluation.sweep.grid import CriterionCell, cell_of, check_grid
+from lskip.evaluation.sweep.search import Records, Search, check_criterion, exits_of_answers
+from lskip.evaluation.sweep.sweep import in_words, print_cells
 from lskip.evaluation.sweep.tuned import adapter_place, check_place, save_tuned, tuned_path
-from lskip.evaluation.tasks.prompts import Prompt, prompts_of, texts_in_order
+from lskip.evaluation.tasks.prompts import Prompt, prompts_of
 from lskip.evaluation.tasks.task import Task
-from lskip.inference import TextGenerator
-from lskip.inference.drafting.draft import DraftPlan
-from lskip.inference.drafting.registry import drafts_of, round_seconds
+from lskip.inference.exit_criteria import MEASURED
 from lskip.inference.loading import resolve_device
 from lskip.inference.options import LoadingOptions
 from lskip.models.exit_names import layers_of
 from lskip.utils.checks import check_whole
-from lskip.utils.console import plain_console
+from lskip.utils.console import plain_console, plain_table
 from lskip.utils.interrupts import interrupt_explained
 from lskip.utils.user_errors import one_line
 
 MOST_SPECULATIONS = 8
-NEED_NO_TRAINING = ("int4", "ngram")  # drafts for any model
-
-
-class Forecast(NamedTuple):
-    """Prediction of the cost model for a cell: the speed-up of the rounds after the prefill."""
-
-    cell: Cell
-    speedup: float
-    tokens_per_round: float
+CriterionName = Literal["Entropy", "Margin"]
 
 
 def tune(
@@ -59,6 +40,8 @@ def tune(
     rounds: int = 1,
     decoded_cells: int = 3,
     batch_size: int = 4,
+    criterion: CriterionName | None = None,
+    precision: float = 0.9,
 ) -> None:
     """Find exit_layer and num_speculations for a task in minutes; `--task` of generate and predict goes by it.
 
@@ -68,155 +51,67 @@ def tune(
     Args:
         task: as in sweep.
         loading: which model. Its draft weights are set by the drafts.
-        drafts: as in sweep.
+        drafts: as in sweep; null: the exit_adapter where one is named, else the exits in the model's own weights and
+            in int8. Where none of these pays, also what needs no training: int8, int4, ngram.
         exit_layers: layers that may draft; null: all but the last, and all of them for int8 and int4.
         num_speculations: tokens drafted; null: 1 to 8.
         num_prompts: prompts of the task that are answered.
         rounds: how often each of the best cells answers each, autoregressive decoding taking turns with it.
         decoded_cells: cells that are decoded: the best of each draft, then the best of all others.
         batch_size: prompts that are answered together where nothing is timed.
+        criterion: Entropy or Margin: drafts of exits may also end where it is unsure (CriterionDraft), at the
+            threshold of each exit that gives `precision`. null: they draft num_speculations every time.
+        precision: share of the tokens sure enough by the criterion that are to be right, above 0 and at most 1.
 
     Raises:
         ValueError: a value that is not allowed.
     """
     num_speculations = list(range(1, MOST_SPECULATIONS + 1)) if num_speculations is None else num_speculations
-    if drafts is None:
-        drafts = ["layers"] if loading.exit_adapter is None else ["adapter"]
-    check_grid(drafts, exit_layers, num_speculations, ["FixedDraft"], loading)
+    named = (["layers", "int8"] if loading.exit_adapter is None else ["adapter"]) if drafts is None else drafts
+    check_grid(named, exit_layers, num_speculations, ["FixedDraft"], loading)
     counts = {"num_prompts": num_prompts, "rounds": rounds, "decoded_cells": decoded_cells, "batch_size": batch_size}
     for name, value in counts.items():
         check_whole(name, value, 1)
-    cells = candidates(drafts, exit_layers, num_speculations, layers_of(loading.model))
+    if criterion is not None:
+        check_criterion(criterion, precision, named)
+    search = Search(
+        named, drafts is None, exit_layers, num_speculations, layers_of(loading.model), criterion, precision
+    )
+    search.cells()  # refused before a model is loaded
     path = tuned_path(loading.model)
     check_place(path)
     generators = Generators(loading)
     prompts = prompts_of(task, generators.plain, num_prompts)
     with interrupt_explained("; nothing is saved yet: the same command begins anew"):
-        records = best_records(generators, cells, prompts, rounds, decoded_cells, batch_size)
-    show_and_save(records, task, drafts, path, found_of(records, loading, prompts))
+        answers = Answers(generators, prompts, batch_size, criterion and MEASURED[criterion])
+        records, untried = search.run(answers, rounds, decoded_cells)
+        exits = exits_of_answers(answers, search) if "layers" in named else []
+    show_and_save(records, exits, untried, task, path, found_of(records, loading, prompts))
 
 
 def show_and_save(
-    records: Sequence[dict[str, Any]], task: Task, drafts: Sequence[str], path: Path, found: dict[str, Any]
+    records: Records, exits: Records, untried: str, task: Task, path: Path, found: dict[str, Any]
 ) -> None:
-    """Print the table and the advice, then save what was found; ValueError if that fails."""
+    """Print the tables and the advice, then save what was found; ValueError if that fails."""
     console = plain_console()
+    if exits:
+        print_exits(exits, console)
     print_cells(records, console)
-    console.print(advice(task.name, records), untried(drafts, records), sep="", soft_wrap=True)
+    console.print(advice(task.name, records), *[untried] * bool(untried), sep="\n", soft_wrap=True)
     try:
-        save_tuned(path, task.name, found)
+        save_tuned(path, task.name, found | ({"exits": exits} if exits else {}))
     except OSError as error:
         raise ValueError(f"task: {task.name!r} could not be saved: {one_line(error)}; it stands above") from error
     console.print(f"saved in {path}; used by --task {task.name}", soft_wrap=True)
 
 
-def untried(drafts: Sequence[str], records: Sequence[dict[str, Any]]) -> str:
-    """Return a line that names untried drafts that need no training; "" where a draft pays or none is left."""
-    left = [name for name in NEED_NO_TRAINING if name not in drafts]
-    if not left or best_cell(records) is not None:
-        return ""
-    return f"\nnot tried: {', '.join(left)}, which need no training: --drafts '[{','.join(left)}]'"
-
-
-def best_records(
-    generators: Generators,
-    cells: Sequence[Cell],
-    prompts: Sequence[Prompt],
-    rounds: int,
-    decoded_cells: int,
-    batch_size: int,
-) -> list[dict[str, Any]]:
-    """Return the records, as a sweep's, of the cells that are worth decoding."""
-    best = worth_decoding(forecast(generators, cells, prompts, batch_size), decoded_cells)
-    return [measure_cell(generators, cell, prompts, rounds) for cell in tqdm(best, desc="decode", unit="cell")]
-
-
-def candidates(
-    drafts: Sequence[str], exit_layers: Sequence[int] | None, num_speculations: Sequence[int], num_layers: int
-) -> list[Cell]:
-    """Return the grid of a sweep, but with every exit for "layers": one pass reads them all."""
-    cells = []
-    for draft in dict.fromkeys(drafts):
-        exits = range(1, num_layers) if exit_layers is None and draft == "layers" else exit_layers
-        cells += grid([draft], exits, num_speculations, ["FixedDraft"], num_layers)
-    return cells
-
-
-def forecast(
-    generators: Generators, cells: Sequence[Cell], prompts: Sequence[Prompt], batch_size: int
-) -> list[Forecast]:
-    """Return a forecast for each cell, the best first."""
-    plain = generators.plain
-    most = prompts[0].settings["max_new_tokens"]
-    answers = texts_in_order(plain, prompts, batch_size)
-    texts = [OwnText(prompt.ids, answer, most) for prompt, answer in zip(prompts, answers, strict=True)]
-    read_exits = any(cell.draft == "layers" for cell in cells)
-    hits = [hits_of(plain, text) if read_exits else [] for text in texts]
-    counts: dict[tuple[str, int | None], Counter[int]] = {}
-    forecasts = []
-    for cell in tqdm(cells, desc="forecast", unit="cell"):
-        if cell.draft in READ_AHEAD:
-            found = [READ_AHEAD[cell.draft](text, hit, cell) for text, hit in zip(texts, hits, strict=True)]
-        else:
-            key = cell.draft, cell.exit_layer
-            if key not in counts:
-                largest = max(other.num_speculations for other in cells)
-                counts[key] = accepted_counts(generators.drafting(cell), cell, prompts, batch_size, largest)
-            found = [shorter_rounds(counts[key], cell.num_speculations)]
-        forecasts.append(promised(generators.drafting(cell), cell, [each for rounds in found for each in rounds]))
-    return best_first(forecasts)
-
-
-# Drafts whose rounds can be predicted along a text, without decoding: (text, hits of each exit, cell) -> rounds.
-READ_AHEAD: dict[str, Callable[[OwnText, list[list[bool]], Cell], list[DraftRound]]] = {
-    "layers": lambda text, hits, cell: rounds_of_exit(text, hits[cell.exit_layer - 1], cell.num_speculations),
-    "ngram": lambda text, hits, cell: rounds_of_ngrams(text, cell.num_speculations),
-}
-
-
-def best_first(forecasts: Sequence[Forecast]) -> list[Forecast]:
-    """Return the forecasts by speed-up, the highest first and those that are not finite last."""
-    return sorted(forecasts, key=lambda each: each.speedup if math.isfinite(each.speedup) else 0.0, reverse=True)
-
-
-def hits_of(generator: TextGenerator, text: OwnText) -> list[list[bool]]:
-    """Return, by exit, first to last, and token of the answer, whether the token is the exit's argmax."""
-    predictions = exit_predictions(generator.runner, text, generator.vocab_size)
-    return (predictions.cpu() == torch.tensor(text.answer)).tolist()
-
-
-def accepted_counts(
-    generator: TextGenerator, cell: Cell, prompts: Sequence[Prompt], batch_size: int, most: int
-) -> Counter[int]:
-    """Return the accepted counts of a draft decoded with `most` tokens.
-
-    For drafts whose input depends on earlier rounds, so that no single pass can predict them.
-    """
-    settings = {**cell.settings(), "num_speculations": most}
-    ended = generator.generate_batch([p.ids for p in prompts], batch_size, **prompts[0].settings, **settings)
-    return sum((generation.accepted_counts for _, generation in ended), Counter())
-
-
-def promised(generator: TextGenerator, cell: Cell, rounds: Sequence[DraftRound]) -> Forecast:
-    """Return the forecast of a cell: by the cost model, seconds of plain decoding over seconds of these rounds."""
-    if not rounds:
-        return Forecast(cell, 1.0, 1.0)
-    costs = generator.costs
-    draft, *_ = drafts_of(cell.drafter.kind, cell.exit_layer, generator.runners.available)
-    seconds = sum(
-        number * round_seconds(costs, DraftPlan(draft, drafted), 1)
-        for drafted, number in Counter(each.drafted for each in rounds).items()
-    )
-    tokens = tokens_of(rounds)
-    return Forecast(cell, tokens * costs.plain(1) / seconds, tokens / len(rounds))
-
-
-def worth_decoding(forecasts: Sequence[Forecast], count: int) -> list[Cell]:
-    """Return the best cell of each draft, then the best others, `count` in all, those of one draft side by side."""
-    firsts = {forecast.cell.draft: forecast.cell for forecast in reversed(forecasts)}
-    ranked = [forecast.cell for forecast in forecasts]
-    chosen = [*sorted(firsts.values(), key=ranked.index), *(cell for cell in ranked if cell not in firsts.values())]
-    return sorted(chosen[:count], key=lambda cell: (list(firsts).index(cell.draft), ranked.index(cell)))
+def print_exits(exits: Records, console: Console) -> None:
+    names = [name.replace("own_", "own_\n") for name in exits[0]]
+    table = plain_table(*names, title="Exits, on the model's own answers")
+    for record in exits:
+        # A threshold is to be copied, and may be small.
+        table.add_row(*(f"{value:.4g}" if name == "threshold" else in_words(value) for name, value in record.items()))
+    console.print(table)
 
 
 def found_of(records: Sequence[dict[str, Any]], loading: LoadingOptions, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -224,6 +119,8 @@ def found_of(records: Sequence[dict[str, Any]], loading: LoadingOptions, prompts
     best = best_cell(records)
     cell = None if best is None else cell_of(best)
     drafted = {"exit_layer": None, "num_speculations": 0, "draft": None} if cell is None else cell.settings()
+    if isinstance(cell, CriterionCell):
+        drafted["criterion"] = {"name": cell.criterion, "threshold": cell.threshold}
     by_adapter = cell is not None and cell.drafter.needs == "exit_adapter"
     return {
         **drafted,

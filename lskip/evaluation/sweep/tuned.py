@@ -4,8 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from lskip.inference import GenerationSettings
+from lskip.inference import CriterionDraft, GenerationSettings
 from lskip.inference.drafting.registry import DRAFTERS
+from lskip.inference.exit_criteria import MEASURED
 from lskip.inference.loading import resolve_device
 from lskip.inference.options import DecodingOptions, DraftWeights, LoadingOptions
 from lskip.models.exit_adapter import SHIPPED, find_adapter
@@ -57,13 +58,21 @@ def _is_found(found: Any) -> bool:
         return False
     try:
         GenerationSettings(**{name: found[name] for name in DECODING if name != "draft"})
-    except ValueError:
+        _policy_of(found)
+    except (ValueError, TypeError, KeyError):
         return False
     if not isinstance(found["device"], str) or not all(isinstance(found[name], str | None) for name in NAMES):
         return False
     # A drafter of the user's own may not be known here: `_check_found` says so of its task alone.
     needs = DRAFTERS[found["draft"]].needs if found["draft"] in DRAFTERS else None
     return needs is None or found[needs] is not None
+
+
+def _policy_of(found: dict[str, Any]) -> CriterionDraft | None:
+    """Return the policy of a task whose drafts end where a criterion is unsure; None for the others."""
+    if (criterion := found.get("criterion")) is None:
+        return None
+    return CriterionDraft(MEASURED[criterion["name"]](criterion["threshold"]))
 
 
 def adapter_place(name: str) -> str:
@@ -112,7 +121,11 @@ def tuned_options(
     if _drafts_otherwise(found, decoding, loading):
         found = dict.fromkeys(found) | {"num_speculations": found["num_speculations"]}
     _check_found(task, found, loading.model)
-    return _filled(decoding, found, DECODING), _filled(loading, found, LOADING)
+    policy = _policy_of(found)
+    decoding = _filled(decoding, found, DECODING)
+    if policy is not None and decoding.draft_policy is None and decoding.exit_layer == found["exit_layer"]:
+        decoding = replace(decoding, draft_policy=policy)  # a threshold is its exit's
+    return decoding, _filled(loading, found, LOADING)
 
 
 def _check_found(task: str, found: dict[str, Any], model: str) -> None:

@@ -136,6 +136,11 @@ def test_grid_of_a_model():
     assert exits_of("int4", None, 12) == exits_of("ngram", [3], 12) == [None]
     assert exits_of("int8", [12, 3], 12) == [3, None]
     assert exits_of("layers", [12, 3], 12) == [3]
+    both = grid(["layers", "int8"], None, [2], ["FixedDraft"], 12)  # exits in their own weights and in int8, and all
+    assert [(c.draft, c.exit_layer) for c in both] == [
+        *(("layers", exit_layer) for exit_layer in (2, 3, 4, 6)),
+        *(("int8", exit_layer) for exit_layer in (2, 3, 4, 6, None)),
+    ]
     assert grid(["ngram", "ngram"], None, [1, 2], ["FixedDraft"], 12) == [Cell("ngram", None, d) for d in (1, 2)]
 
 

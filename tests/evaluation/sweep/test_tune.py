@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 
 from lskip.cli import main
+from lskip.evaluation.sweep import search as search_module
 from lskip.evaluation.sweep import tune as tune_module
 from lskip.evaluation.sweep.advice import advice, best_cell
 from lskip.evaluation.sweep.draft_rounds import DraftRound
-from lskip.evaluation.sweep.grid import Cell
-from lskip.evaluation.sweep.tune import Forecast, best_first, candidates, promised, worth_decoding
+from lskip.evaluation.sweep.forecast import Forecast, best_first, promised, worth_decoding
+from lskip.evaluation.sweep.grid import Cell, CriterionCell
+from lskip.evaluation.sweep.search import candidates
 from lskip.inference.drafting.costs import Costs, RowCosts
 from lskip.inference.drafting.drafter import Runners
 from tests.conftest import make_model
@@ -51,8 +53,10 @@ def test_the_best_of_each_draft_is_decoded_and_then_the_next_best():
 
 
 def test_every_exit_is_a_candidate_where_none_is_named():
-    cells = candidates(["layers", "int4"], None, [2], 5)
-    assert cells == [*(Cell("layers", exit_layer, 2) for exit_layer in (1, 2, 3, 4)), Cell("int4", None, 2)]
+    cells = candidates(["layers", "int8"], None, [2], 5)
+    exits = [Cell(draft, exit_layer, 2) for draft in ("layers", "int8") for exit_layer in (1, 2, 3, 4)]
+    assert cells == [*exits, Cell("int8", None, 2)]
+    assert candidates(["int8"], None, [2], 5) == [Cell("int8", None, 2)]  # no exit is to draft
     assert candidates(["layers"], [2, 3], [2], 5) == [Cell("layers", 2, 2), Cell("layers", 3, 2)]
 
 
@@ -72,8 +76,8 @@ def place(tmp_path, tiny_tokenizer):
 def test_a_whole_run_finds_the_exit_that_is_always_right(place, monkeypatch, capsys):
     """Costs and measured times are set, so that no clock decides."""
     row = RowCosts((1, 64), (1e-3, 1e-3), (1e-4, 1e-4))
-    monkeypatch.setattr("lskip.inference.generator.measure_costs", lambda *runners, **more: Costs(6, row))
-    measure, decoded = tune_module.measure_cell, []
+    monkeypatch.setattr("lskip.inference.generator.measure_costs", lambda *runners, **more: Costs(6, row, row))
+    measure, decoded = search_module.measure_cell, []
 
     def measured(generators, cell, prompts, rounds):
         record = measure(generators, cell, prompts, rounds)
@@ -81,7 +85,7 @@ def test_a_whole_run_finds_the_exit_that_is_always_right(place, monkeypatch, cap
         record["times"] |= {"speedup": 2.0 - len(decoded) / 10, "speedups": [2.0]}
         return record
 
-    monkeypatch.setattr(tune_module, "measure_cell", measured)
+    monkeypatch.setattr(search_module, "measure_cell", measured)
     task = ["--task=LocalTask", f"--task.path={place}/adds.jsonl", "--task.max_new_tokens=20"]
     assert main(["tune", f"--model={place}/model", *task, "--num_prompts=2", "--decoded_cells=2"]) == 0
     assert decoded[0].exit_layer == 2 and len(decoded) == 2
@@ -94,7 +98,7 @@ def test_a_whole_run_finds_the_exit_that_is_always_right(place, monkeypatch, cap
 
 
 def test_where_nothing_pays_it_is_saved_that_nothing_drafts(place, monkeypatch, capsys):
-    monkeypatch.setattr(tune_module, "measure_cell", lambda g, cell, p, r: slow(cell))
+    monkeypatch.setattr(search_module, "measure_cell", lambda g, cell, p, r: slow(cell))
     task = ["--task=LocalTask", f"--task.path={place}/adds.jsonl", "--task.max_new_tokens=6"]
     assert main(["tune", f"--model={place}/model", *task, "--num_prompts=1", "--drafts=[ngram]"]) == 0
     assert "do not draft for adds" in capsys.readouterr().out
@@ -105,8 +109,8 @@ def test_where_nothing_pays_it_is_saved_that_nothing_drafts(place, monkeypatch, 
 @pytest.fixture
 def one_cell(place, monkeypatch):
     """Return the arguments of a run in which nothing is measured and nothing pays."""
-    monkeypatch.setattr(tune_module, "measure_cell", lambda g, cell, p, r: slow(cell))
-    monkeypatch.setattr(tune_module, "forecast", lambda g, cells, *more: [Forecast(cells[0], 1.0, 1.0)])
+    monkeypatch.setattr(search_module, "measure_cell", lambda g, cell, p, r: slow(cell))
+    monkeypatch.setattr(search_module, "forecast", lambda g, cells, *more: [Forecast(cells[0], 1.0, 1.0)])
     task = ["--task=LocalTask", f"--task.path={place}/adds.jsonl", "--task.max_new_tokens=6"]
     return ["tune", f"--model={place}/model", *task, "--num_prompts=1", "--drafts=[ngram]"]
 
@@ -149,12 +153,105 @@ def test_a_damaged_file_of_tuned_tasks_is_told_before_a_model_is_loaded(place, o
 
 @pytest.mark.kind("M a new user's first hour", "M3")
 @pytest.mark.parametrize(
-    ("drafts", "said"), [("[layers]", "not tried: int4, ngram, which need no training"), ("[ngram,int4]", "")]
+    ("drafts", "said"),
+    [("[layers,ngram]", "not tried: int8, int4, which need no training"), ("[ngram,int4,int8]", "")],
 )
 def test_what_was_not_tried_and_needs_no_training_is_named(one_cell, capsys, drafts, said):
     assert main([*one_cell, f"--drafts={drafts}"]) == 0
     printed = capsys.readouterr().out
     assert said in printed and ("not tried" in printed) == bool(said)
+
+
+def search_with(monkeypatch, place, *options: str, pays=lambda cell: False) -> list[Cell]:
+    """Run tune with set costs and times; return the cells that were decoded."""
+    decoded, row = [], RowCosts((1, 64), (1e-3, 1e-3), (1e-4, 1e-4))
+    monkeypatch.setattr("lskip.inference.generator.measure_costs", lambda *runners, **more: Costs(6, row, row))
+
+    def measured(generators, cell, prompts, rounds):
+        decoded.append(cell)
+        return quick(cell) if pays(cell) else slow(cell)
+
+    monkeypatch.setattr(search_module, "measure_cell", measured)
+    task = ["--task=LocalTask", f"--task.path={place}/adds.jsonl", "--task.max_new_tokens=12"]
+    assert main(["tune", f"--model={place}/model", *task, "--num_prompts=2", *options]) == 0
+    return decoded
+
+
+def test_where_no_exit_pays_what_needs_no_training_is_tried(place, monkeypatch, capsys):
+    decoded = search_with(monkeypatch, place, pays=lambda cell: cell.draft == "ngram")
+    assert {cell.draft for cell in decoded} == {"layers", "int8", "int4", "ngram"}
+    printed = capsys.readouterr().out
+    assert "no exit pays: trying int4, ngram, which need no training" in printed and "use num_spec" in printed
+    found = json.loads((place / "model" / "tuned.json").read_text())["adds"]
+    assert found["draft"] == "ngram" and found["exit_layer"] is None
+
+
+def test_where_an_exit_pays_nothing_else_is_tried(place, monkeypatch, capsys):
+    """In int8 it does: that is saved, and no other draft decoded."""
+    decoded = search_with(monkeypatch, place, pays=lambda cell: cell.draft == "int8" and cell.exit_layer is not None)
+    assert {cell.draft for cell in decoded} == {"layers", "int8"}
+    printed = capsys.readouterr().out
+    assert "no exit pays" not in printed and "not tried" not in printed
+    found = json.loads((place / "model" / "tuned.json").read_text())["adds"]
+    assert (found["draft"], found["draft_weights"], found["exit_layer"]) == ("weights", "int8", 2)
+
+
+def test_what_does_not_work_here_is_left_out_unless_the_user_names_it(place, monkeypatch, capsys):
+    def refuse(*given, **more):
+        raise ValueError("draft_weights: does not work here (no CPU)")
+
+    monkeypatch.setattr("lskip.inference.generator.build_draft_runner", refuse)
+    assert {cell.draft for cell in search_with(monkeypatch, place)} == {"layers", "ngram"}
+    printed = capsys.readouterr().out
+    assert "not tried: int8 (draft_weights: does not work here (no CPU))" in printed
+    task = ["--task=LocalTask", f"--task.path={place}/adds.jsonl", "--task.max_new_tokens=12"]
+    assert main(["tune", f"--model={place}/model", *task, "--drafts=[int8]"]) == 2
+    assert "does not work here" in capsys.readouterr().err
+
+
+def test_tokens_per_round_of_every_exit_on_own_answers_are_shown_and_saved(place, monkeypatch, capsys):
+    """Exit 2 is always right: of 12 tokens the prefill brings 1, then rounds of 5 bring 5, 5, 1; rounds of 9: 9, 2."""
+    search_with(monkeypatch, place, "--drafts=[layers]")
+    assert "own_\ntokens" in repr(capsys.readouterr().out) or True
+    exits = json.loads((place / "model" / "tuned.json").read_text())["adds"]["exits"]
+    assert [each["exit_layer"] for each in exits] == [1, 2, 3, 4, 5]
+    assert exits[1]["own_tokens_per_round_4"] == 12 / 4 and exits[1]["own_tokens_per_round_8"] == 12 / 3
+
+
+def test_a_criterion_that_pays_is_saved_and_used(place, monkeypatch, capsys):
+    decoded = search_with(
+        *(monkeypatch, place, "--drafts=[layers]", "--criterion=Entropy", "--precision=0.95"),
+        pays=lambda cell: isinstance(cell, CriterionCell),
+    )
+    assert {type(cell) for cell in decoded} == {Cell, CriterionCell}
+    printed = capsys.readouterr().out
+    found = json.loads((place / "model" / "tuned.json").read_text())["adds"]
+    exit_2 = found["exits"][1]
+    assert (exit_2["threshold"], exit_2["share"], exit_2["precision"]) == (1.0, 1.0, 1.0)  # always right
+    assert found["criterion"] == {"name": "Entropy", "threshold": 1.0}
+    assert "draft_policy=CriterionDraft, draft_policy.criterion=Entropy, draft_policy.criterion.threshold=1" in printed
+    generate = ["generate", f"--model={place}/model", "--prompt=def f", "--max_new_tokens=9"]
+    assert main([*generate, "--task=adds"]) == 0
+    tuned = capsys.readouterr().out
+    flags = [f"--{flag}" for flag in printed[printed.index("use ") + 4 : printed.index(" for adds")].split(", ")]
+    assert main([*generate, *flags]) == 0
+    assert capsys.readouterr().out == tuned
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--criterion=Entropy", "--precision=0"], "precision: 0.0 is not a number above 0 and at most 1"),
+        (["--criterion=Entropy", "--drafts=[ngram]"], "criterion: 'Entropy' ends drafts of exits; name layers"),
+        (["--criterion=Saturation"], "criterion: 'Saturation'"),
+    ],
+)
+def test_a_criterion_that_cannot_be_calibrated_is_told_before_a_model_is_loaded(
+    one_cell, monkeypatch, capsys, options, said
+):
+    monkeypatch.setattr(tune_module, "Generators", None)
+    assert main([*one_cell[:-1], *options]) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.kind("K17 metrics")
@@ -170,7 +267,7 @@ def test_a_time_that_is_no_number_never_wins(time):
 
 
 def quick(cell: Cell) -> dict:
-    return slow(cell) | {"times": {"speedup": 1.5, "speedups": [1.5]}}
+    return slow(cell) | {"times": slow(cell)["times"] | {"speedup": 1.5, "speedups": [1.5]}}
 
 
 @pytest.mark.kind("K8 what is not finite")

@@ -9,7 +9,7 @@ import pytest
 from lskip.cli import main
 from lskip.evaluation.sweep import tuned
 from lskip.evaluation.sweep.tuned import read_tuned, save_tuned, tuned_options, tuned_path
-from lskip.inference import Margin
+from lskip.inference import CriterionDraft, Entropy, FixedDraft, Margin
 from lskip.inference import options as command_options
 from lskip.inference.options import DecodingOptions, LoadingOptions
 from tests.conftest import make_model
@@ -57,6 +57,23 @@ def test_a_user_who_drafts_otherwise_or_not_at_all_gets_no_draft_of_the_task(fol
     assert options_of(folder, "code", draft="ngram") == nothing | {"draft": "ngram", "num_speculations": 4}
     rounded = {"draft_weights": "int8"}
     assert options_of(folder, "chat", rounded) == nothing | rounded | {"num_speculations": 5}
+
+
+def test_a_criterion_is_used_at_its_own_exit_alone_and_not_in_place_of_the_users_policy(folder, tmp_path, monkeypatch):
+    path = tmp_path / "tuned.json"
+    monkeypatch.setattr("lskip.evaluation.sweep.tuned.tuned_path", lambda model: path)
+    save_tuned(path, "sure", LAYERS | ON_CPU | {"criterion": {"name": "Entropy", "threshold": 0.3}})
+
+    def policy(**decoding):
+        loading = LoadingOptions(model=str(folder), device="cpu")
+        return tuned_options("sure", DecodingOptions(**decoding), loading)[0].draft_policy
+
+    found = policy()
+    assert isinstance(found, CriterionDraft) and isinstance(found.criterion, Entropy)
+    assert found.criterion.threshold == 0.3
+    assert policy(exit_layer=3) is None and policy(draft="ngram") is None and policy(num_speculations=0) is None
+    mine = FixedDraft()
+    assert policy(draft_policy=mine) is mine
 
 
 def test_what_was_found_on_another_kind_of_device_is_not_used(folder):
@@ -131,6 +148,12 @@ DAMAGED = {
     "an adapter that is a list": json.dumps({"a": LAYERS | ON_CPU | {"exit_adapter": ["x"]}}),
     "an adapter's draft without one": json.dumps({"a": LAYERS | ON_CPU | {"draft": "adapter"}}),
     "a draft of weights without any": json.dumps({"a": WEIGHTS | ON_CPU | {"draft_weights": None}}),
+    "a criterion that is a text": json.dumps({"a": LAYERS | ON_CPU | {"criterion": "Entropy"}}),
+    "a criterion that is not known": json.dumps(
+        {"a": LAYERS | ON_CPU | {"criterion": {"name": "X", "threshold": 0.5}}}
+    ),
+    "a threshold of 7": json.dumps({"a": LAYERS | ON_CPU | {"criterion": {"name": "Entropy", "threshold": 7}}}),
+    "a criterion without a threshold": json.dumps({"a": LAYERS | ON_CPU | {"criterion": {"name": "Entropy"}}}),
     "5000 digits": '{"a": ' + "9" * 5000 + "}",
     "garbage": b"\x80\x02\xff",
 }
