@@ -23,7 +23,7 @@ from lskip.data.arguments import (
 from lskip.data.cache import remove_litter
 from lskip.data.chat import check_chat_template
 from lskip.data.corpus import StoredCorpus
-from lskip.data.documents import NOT_CONTENT, content_key, first_columns, texts_of
+from lskip.data.documents import NOT_CONTENT, SplitRule, content_key, first_columns, texts_of
 from lskip.data.formats import record_kind
 from lskip.data.loading import ResumableLoader, ResumableSampler
 from lskip.data.packing import ENCODERS, NOT_SCORED, collate, encode_documents
@@ -50,7 +50,8 @@ class TextData(LightningDataModule):
 
     Documents are de-duplicated and split by the sha256 of their content: the split is the same on every machine, no
     copy is on both sides, and the tokenizer is trained on the training split alone. Where rows have a column `group`,
-    the split is by the sha256 of that, and all documents of a group stay on one side.
+    the split is by the sha256 of that, and all documents of a group stay on one side; with `val_within_groups` test is
+    the same, and validation is documents of the groups of training.
 
     Training order is a function of (seed, batch number): a run resumed with `ckpt_path` gets the batches that it would
     have got uninterrupted, if batch_size and the number of devices are the same. Validation and test are in a fixed
@@ -70,6 +71,8 @@ class TextData(LightningDataModule):
         batch_size: rows in a batch, on each device.
         val_fraction: share of the documents held out for validation; 0: none, and a fit is not validated.
         test_fraction: share of the documents held out for test; may be 0.
+        val_within_groups: hold out for validation documents of the groups of training (new sentences of known
+            templates), in the place of whole groups. Without groups it changes nothing.
         text_column: the column of the text; null looks for messages, prompt and completion, then text.
         max_val_blocks: the most rows of validation, and of test; null takes all.
         streaming: read during training, for a corpus larger than the disk. Training documents are then not
@@ -99,6 +102,7 @@ class TextData(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         cache_dir: str | None = None,
+        val_within_groups: bool = False,
     ):
         super().__init__()
         check_source(source)
@@ -119,7 +123,7 @@ class TextData(LightningDataModule):
         self.vocab_size = vocab_size
         self.block_size = block_size
         self.batch_size = batch_size
-        self.fractions = (val_fraction, test_fraction)
+        self.rule = SplitRule(val_fraction, test_fraction, val_within_groups)
         self.text_column = text_column
         self.max_val_blocks = max_val_blocks
         self.streaming = streaming
@@ -154,7 +158,7 @@ class TextData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list:
         fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        return [] if fits and not self.fractions[0] else self._held_out_loader("val")
+        return [] if fits and not self.rule.val_fraction else self._held_out_loader("val")
 
     def test_dataloader(self) -> DataLoader:
         return self._held_out_loader("test")
@@ -210,8 +214,8 @@ class TextData(LightningDataModule):
         rows, key = open_source(self.source, self.streaming)
         kind = record_kind(first_columns(rows, self.source), self.text_column, self.source)
         if self.streaming:
-            return StreamedCorpus(rows, kind, self.text_column, self.fractions, self.max_val_blocks, self.block_size)
-        return StoredCorpus(rows, key, kind, self.text_column, self.fractions, self.cache / "documents")
+            return StreamedCorpus(rows, kind, self.text_column, self.rule, self.max_val_blocks, self.block_size)
+        return StoredCorpus(rows, key, kind, self.text_column, self.rule, self.cache / "documents")
 
     def _make_encoder(self):
         tokenizer = self.tokenizer
@@ -248,7 +252,7 @@ class TextData(LightningDataModule):
                     f"block_size: in none of the {len(documents)} {split} examples is anything scored within "
                     f"{self.block_size} tokens"
                 )
-            fraction = self.fractions[0 if split == "val" else 1]
+            fraction = self.rule.val_fraction if split == "val" else self.rule.test_fraction
             of = "" if self._corpus.size is None else f" of {self._corpus.size}"
             raise ValueError(
                 f"{split}_fraction: {fraction} leaves {len(documents)}{of} documents for {split}, which do not "
