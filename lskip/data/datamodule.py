@@ -26,7 +26,7 @@ from lskip.data.corpus import StoredCorpus
 from lskip.data.documents import NOT_CONTENT, SplitRule, content_key, first_columns, texts_of
 from lskip.data.formats import record_kind
 from lskip.data.loading import ResumableLoader, ResumableSampler
-from lskip.data.packing import ENCODERS, NOT_SCORED, collate, encode_documents
+from lskip.data.packing import ENCODERS, NOT_SCORED, collate, encode_documents, scored_lengths
 from lskip.data.sources import open_source
 from lskip.data.streaming import StreamedBlocks, StreamedCorpus, StreamLoader
 from lskip.data.tokenizer import SMALLEST_VOCABULARY, check_tokenizer, tokenizer_key, trained_tokenizer
@@ -67,6 +67,7 @@ class TextData(LightningDataModule):
         tokenizer: any source of load_tokenizer (lskip.models.pretrained): smollm2, a folder, a hub name …; or a
             tokenizer; null trains a byte-level BPE on the training split.
         vocab_size: entries of the trained tokenizer; not used when `tokenizer` is given.
+        split_digits: make each digit a token of the trained tokenizer, as Llama's does: numbers are easier to copy.
         block_size: tokens in a row.
         batch_size: rows in a batch, on each device.
         val_fraction: share of the documents held out for validation; 0: none, and a fit is not validated.
@@ -79,6 +80,8 @@ class TextData(LightningDataModule):
             de-duplicated, they repeat without end (set trainer.max_steps), and resuming reads again what was read.
             max_val_blocks must be set.
         num_workers: processes that load batches; 0 loads in the training process.
+        group_by_length: make batches of rows of similar length, so that little is padded; text needs none, and a
+            stream cannot.
         seed: of the training order.
         cache_dir: folder of cached documents, tokenizers and tokens; null is ~/.cache/lskip.
 
@@ -103,6 +106,8 @@ class TextData(LightningDataModule):
         seed: int = 0,
         cache_dir: str | None = None,
         val_within_groups: bool = False,
+        split_digits: bool = False,
+        group_by_length: bool = False,
     ):
         super().__init__()
         check_source(source)
@@ -118,17 +123,16 @@ class TextData(LightningDataModule):
             check_whole("max_val_blocks", max_val_blocks, 1)
         elif streaming:
             raise ValueError("max_val_blocks: null, but with streaming there must be a limit")
+        if streaming and group_by_length:
+            raise ValueError("group_by_length: true, but with streaming the lengths to come are not known")
         self.source = source
         self.tokenizer_source = tokenizer
-        self.vocab_size = vocab_size
-        self.block_size = block_size
-        self.batch_size = batch_size
+        self.vocab_size, self.split_digits = vocab_size, split_digits
+        self.block_size, self.batch_size = block_size, batch_size
         self.rule = SplitRule(val_fraction, test_fraction, val_within_groups)
-        self.text_column = text_column
-        self.max_val_blocks = max_val_blocks
+        self.text_column, self.max_val_blocks = text_column, max_val_blocks
         self.streaming = streaming
-        self.num_workers = num_workers
-        self.seed = seed
+        self.num_workers, self.seed, self.group_by_length = num_workers, seed, group_by_length
         self.cache = check_cache(cache_dir)
         # Their kind and a hash of their content; None: not read yet, or streamed.
         self.training_documents: dict[str, str] | None = None
@@ -148,7 +152,8 @@ class TextData(LightningDataModule):
         if self.streaming:
             return self._stream_loader()
         blocks, (world, rank) = self.blocks("train"), self._share()
-        sampler = ResumableSampler(blocks, self.batch_size, self.seed, self._batches_done, world, rank)
+        lengths = scored_lengths(blocks) if self.group_by_length else None
+        sampler = ResumableSampler(blocks, self.batch_size, self.seed, self._batches_done, world, rank, lengths)
         if not len(sampler):
             raise ValueError(
                 f"batch_size: {self.batch_size} on {world} device(s), but the training split has only "
@@ -169,8 +174,9 @@ class TextData(LightningDataModule):
         tokenizer = self.tokenizer_source
         if tokenizer is None:
             training = self._corpus.training_sample()
-            folder = self.cache / "tokenizers" / content_key("bpe", training, self.vocab_size)
-            tokenizer = trained_tokenizer(texts_of(training), self.vocab_size, folder)
+            kind = "bpe digits" if self.split_digits else "bpe"
+            folder = self.cache / "tokenizers" / content_key(kind, training, self.vocab_size)
+            tokenizer = trained_tokenizer(texts_of(training), self.vocab_size, folder, self.split_digits)
         elif isinstance(tokenizer, str):
             from lskip.models.pretrained import load_tokenizer  # slow import: only when needed
 
@@ -272,12 +278,8 @@ class TextData(LightningDataModule):
     def _loading(self) -> dict:
         """Return the arguments of every loader, with a generator of its own in place of the global one."""
         own = torch.Generator().manual_seed(self.seed)
-        return {
-            "batch_size": self.batch_size,
-            "num_workers": self.num_workers,
-            "collate_fn": collate,
-            "generator": own,
-        }
+        sizes = {"batch_size": self.batch_size, "num_workers": self.num_workers}
+        return {**sizes, "collate_fn": collate, "generator": own}
 
     def _share(self) -> tuple[int, int]:
         """Return the number of data-parallel processes, and the rank of this one."""

@@ -99,8 +99,8 @@ class HomeAssistant(Task):
 
         Args:
             cache_dir: folder of the cached documents; null: ~/.cache/lskip.
-            unseen: "templates": requests of templates that neither config trains on, the same for both; "sentences":
-                other requests of the templates that the quickstart trains on.
+            unseen: "templates": requests of templates that neither config trains on; "sentences": other requests of
+                the templates that the quickstart trains on.
 
         Raises:
             ValueError: a package is missing, or `unseen` is neither.
