@@ -24,7 +24,7 @@ class Sizes:
     """
 
     fit: tuple[str, ...] = ()
-    small_fit: tuple[str, ...] = ()
+    small_fit: tuple[str, ...] = ("--trainer.max_steps=5000", "--trainer.val_check_interval=2500")
     small_blocks: int = 3
     items: int = 300
     tune_prompts: int = 8
