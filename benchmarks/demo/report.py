@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
-from lskip.evaluation.layers.figure import perplexity_figure, print_layers
+from lskip.evaluation.layers.settling import spellings
+from lskip.evaluation.tasks.prompts import Prompt
 from lskip.inference import Generation
-from lskip.models.readout import LayerReport
+from lskip.utils.console import plain_table
 
-console = Console(width=100)
-
-
-def show(reports: dict[str, LayerReport], figure: Path) -> None:
-    for name, report in reports.items():
-        print_layers(report, console, name)
-    perplexity_figure(reports).savefig(figure, dpi=120)
+console = Console(width=110, markup=False, highlight=False)
 
 
-def acceptance(runs: list[Generation]) -> dict:
+def acceptance(runs: Sequence[Generation]) -> dict:
     """Over all runs together; the two figures belong together, since acceptance falls as more is drafted."""
+    drafted = sum(run.drafted for run in runs)
     return {
-        "acceptance_rate": sum(run.accepted for run in runs) / sum(run.drafted for run in runs),
+        "acceptance_rate": sum(run.accepted for run in runs) / drafted if drafted else None,
         "tokens_per_round": sum(len(run.token_ids) for run in runs) / sum(run.rounds for run in runs),
     }
 
@@ -39,18 +37,116 @@ def distinct_3grams(texts: list[list[int]]) -> float:
     return statistics.mean(shares) if shares else 0.0
 
 
+# Part 1.
+
+
+def print_exits(exits: list[dict]) -> None:
+    title = "Every exit: exact match if the text is made there, and agreement with the last layer along its texts"
+    table = plain_table("layer", "held-out sentences", "held-out templates", "agreement", title=title)
+    for row in exits:
+        shares = (row["exact_match"], row["exact_match_templates"], row["agreement"])
+        table.add_row(str(row["layer"]), *(f"{share:.3f}" for share in shares))
+    console.print(table)
+
+
+def print_parses(requests: Sequence[Prompt], texts: Sequence[Generation]) -> None:
+    console.print("\nSome of them (each text is the last layer's own, token by token):")
+    for request, text in zip(requests, texts, strict=True):
+        answer = text.text.strip()
+        wanted = "" if answer == request.example.reference else f"\n      wanted: {request.example.reference}"
+        console.print(f"  {request.example.prompt.strip()}\n      {answer}{wanted}")
+
+
+def print_rounds(request: Prompt, text: Generation, settled: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Print a text token by token: what each round drafted, kept and corrected, and where each token settled."""
+    title = f"Token by token: {request.example.prompt.strip()}"
+    table = plain_table("round", "drafted", "accepted", "the model's own", "settled at layers", title=title, right=9)
+    spelled = spellings(tokenizer, {token for each in text.history for token in (*each.drafted, *text.token_ids)})
+    done = 0
+    for number, each in enumerate(text.history):
+        kept = each.accepted + (each.own is not None)
+        drafted = " ".join(quoted(spelled[token]) for token in each.drafted)
+        own = "" if each.own is None else quoted(spelled[each.own])
+        corrected = " (corrects)" if each.accepted < len(each.drafted) and own else ""
+        layers = " ".join(map(str, settled[done : done + kept]))
+        table.add_row(str(number or "prompt"), drafted, str(each.accepted), own + corrected, layers)
+        done += kept
+    console.print(table)
+
+
+def quoted(token: str) -> str:
+    return f"‹{token}›"
+
+
+# The summary.
+
+
 def print_summary(summary: dict, output: Path) -> None:
     console.rule("Summary")
-    small, real = summary["scratch"], summary["smollm2"]
-    last = small["layers"][-1]["perplexity"]
-    print_layers(report_of(real), console, "SmolLM2-135M-Instruct")
-    print_layers(report_of(small), console, "trained from scratch")
+    print_task(summary["task"])
+    print_smollm2(summary["smollm2"])
+    console.print(f"{summary['seconds'] / 60:.1f} minutes; numbers: {output}/summary.json")
+
+
+def print_task(task: dict) -> None:
+    small, over = task["plain_small_model"], "speedup_over"
+    early_exit = f"{task[f'{over}_assistant_early_exit']:.2f}x assistant_early_exit at its best"
+    drafted, plain = task["tokens_per_second"], task["tokens_per_second_autoregressive"]
     console.print(
-        f"from scratch: perplexity {last:.0f} at the last layer (unigram {small['unigram_perplexity']:.0f}), "
-        f"trained in {small['fit_seconds']:.0f} s\n"
-        f"  the first {small['exit_layer']} layers draft {small['num_speculations']}: "
-        f"{decoding(small)}, {small['speedup']:.2f}x autoregressive,\n"
-        f"  distinct 3-grams {small['distinct_3grams']:.2f}\n"
+        f"LayerSkip, {size(task)}, trained in {task['fit_seconds']:.0f} s\n"
+        f"  exact match {matches(task)}\n"
+        f"  {drafting_of(task)}: {decoding(task)}\n"
+        f"  {task['speedup']:.2f}x autoregressive (control {task['control']:.2f}x),"
+        f" {task[f'{over}_generate']:.2f}x generate, {early_exit};\n"
+        f"  {task['requests']} requests, prompts included, {drafted:.0f} tokens a second, {plain:.0f} without drafts\n"
+        f"Plain, {size(small)}, trained in {small['fit_seconds']:.0f} s\n"
+        f"  exact match {matches(small)}\n"
+        f"  {small['tokens_per_second']:.0f} tokens a second, without drafts\n"
+        f"{verdict(task)}"
+    )
+
+
+def size(model: dict) -> str:
+    return f"{model['num_layers']} blocks, {model['parameters'] / 1e6:.1f}M parameters"
+
+
+def matches(model: dict) -> str:
+    sentences, templates = model["exact_match_sentences"], model["exact_match_templates"]
+    return f"{sentences:.3f} on held-out sentences, {templates:.3f} on held-out templates"
+
+
+def drafting_of(task: dict) -> str:
+    if not task["num_speculations"]:
+        return "lskip tune found no draft that pays here, so nothing is drafted"
+    return f"the first {task['exit_layer']} of its layers draft {task['num_speculations']} (found by lskip tune)"
+
+
+def verdict(task: dict) -> str:
+    """What the small model wins, and what LayerSkip is then for: as the numbers have it."""
+    small = task["plain_small_model"]
+    faster = small["tokens_per_second"] / task["tokens_per_second"]
+    gains = {kind: task[f"exact_match_{kind}"] - small[f"exact_match_{kind}"] for kind in ("sentences", "templates")}
+    points = " and ".join(f"{100 * gain:+.1f} points on held-out {kind}" for kind, gain in gains.items())
+    best = max(
+        (row for row in task["exits"] if row["layer"] <= small["num_layers"]), key=lambda row: row["exact_match"]
+    )
+    speed = f"{faster:.2f}x the tokens a second" if faster >= 1 else f"only {faster:.2f}x the tokens a second"
+    lines = [f"The small model makes {speed}; LayerSkip's exact match is {points} of it."]
+    if faster >= 1 and min(gains.values()) <= 0:
+        lines.append("For this task alone the small model wins.")
+    elif faster >= 1:
+        lines.append("So the small model is for speed alone, the deep one for quality.")
+    else:
+        lines.append("So the small model has no advantage here.")
+    lines.append(
+        f"What LayerSkip adds is one checkpoint that answers at many depths: its exit {best['layer']} alone has exact"
+        f" match {best['exact_match']:.3f} on held-out sentences, its last layer {task['exact_match_sentences']:.3f}."
+    )
+    return "\n".join(lines)
+
+
+def print_smollm2(real: dict) -> None:
+    console.print(
         f"SmolLM2: perplexity {real['layers'][14]['perplexity']:.2g} at layer 15, "
         f"{real['layers'][-1]['perplexity']:.1f} at layer {len(real['layers'])}\n"
         f"  without drafts {equality(real['mismatches'])}, {real['autoregressive_over_generate']:.2f}x transformers "
@@ -62,20 +158,11 @@ def print_summary(summary: dict, output: Path) -> None:
             f"    {draft['speedup_over_autoregressive']:.2f}x autoregressive, {draft['speedup_over_generate']:.2f}x "
             "generate"
         )
-    console.print(f"figures: {output}/scratch_layers.png, {output}/smollm2_layers.png; numbers: {output}/summary.json")
-
-
-def report_of(part: dict) -> LayerReport:
-    rows = part["layers"]
-    return LayerReport([r["perplexity"] for r in rows], [r["agreement"] for r in rows], part["layers_needed"])
 
 
 def decoding(part: dict) -> str:
-    agreement = f"draft_agreement {part['draft_agreement']:.2f}, " if "draft_agreement" in part else ""
-    return (
-        f"{equality(part['mismatches'])}, {agreement}acceptance_rate {part['acceptance_rate']:.2f}, "
-        f"tokens_per_round {part['tokens_per_round']:.2f}"
-    )
+    rate = "" if part["acceptance_rate"] is None else f"acceptance_rate {part['acceptance_rate']:.2f}, "
+    return f"{equality(part['mismatches'])}, {rate}tokens_per_round {part['tokens_per_round']:.2f}"
 
 
 def equality(count: int) -> str:

@@ -10,7 +10,16 @@ from datasets import Dataset
 from datasets.utils import tqdm
 
 from lskip.data.cache import cached_folder
-from lskip.data.documents import CONTENT, SPLITS, content_key, document_features, read_records, split_of, unique
+from lskip.data.documents import (
+    CONTENT,
+    SPLITS,
+    SplitRule,
+    content_key,
+    document_features,
+    read_records,
+    split_of,
+    unique,
+)
 from lskip.data.stored_rows import open_rows, sort_rows, write_rows
 
 DOCUMENTS = "documents.arrow"
@@ -29,13 +38,13 @@ class StoredCorpus:
         key: str,
         kind: str,
         text_column: str | None,
-        fractions: tuple[float, float],
+        rule: SplitRule,
         cache: Path,
     ):
         self.kind = kind
         documents = store_documents(rows, kind, text_column, cache / content_key(key, kind, text_column))
         self.size = len(documents)
-        self._splits = split_documents(documents, *fractions)
+        self._splits = split_documents(documents, rule)
 
     def documents(self, split: str) -> Dataset:
         return self._splits[split]
@@ -63,15 +72,15 @@ def store_documents(rows: Iterable[dict], kind: str, text_column: str | None, fo
     return open_rows(cached_folder(folder, write) / DOCUMENTS)
 
 
-def split_documents(documents: Dataset, val_fraction: float, test_fraction: float) -> dict[str, Dataset]:
+def split_documents(documents: Dataset, rule: SplitRule) -> dict[str, Dataset]:
     """Return the three splits by `split_of` of documents ordered by digest; without groups by bisection."""
     if pc.max(pc.binary_length(documents.data["digest"])).as_py() > CONTENT:  # some have a group
-        splits = np.array([split_of(digest, val_fraction, test_fraction) for digest in documents["digest"][:]])
+        splits = np.array([split_of(digest, *rule) for digest in documents["digest"][:]])
         return {split: documents.select(np.flatnonzero(splits == split)) for split in SPLITS}
     order = {split: rank for rank, split in enumerate(SPLITS)}
 
     def rank(row: int) -> int:
-        return order[split_of(documents[row]["digest"], val_fraction, test_fraction)]
+        return order[split_of(documents[row]["digest"], *rule)]
 
     starts = [bisect_left(range(len(documents)), order[split], key=rank) for split in SPLITS]
     ends = [*starts[1:], len(documents)]

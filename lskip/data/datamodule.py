@@ -23,10 +23,10 @@ from lskip.data.arguments import (
 from lskip.data.cache import remove_litter
 from lskip.data.chat import check_chat_template
 from lskip.data.corpus import StoredCorpus
-from lskip.data.documents import NOT_CONTENT, content_key, first_columns, texts_of
+from lskip.data.documents import NOT_CONTENT, SplitRule, content_key, first_columns, texts_of
 from lskip.data.formats import record_kind
 from lskip.data.loading import ResumableLoader, ResumableSampler
-from lskip.data.packing import ENCODERS, NOT_SCORED, collate, encode_documents
+from lskip.data.packing import ENCODERS, NOT_SCORED, collate, encode_documents, scored_lengths
 from lskip.data.sources import open_source
 from lskip.data.streaming import StreamedBlocks, StreamedCorpus, StreamLoader
 from lskip.data.tokenizer import SMALLEST_VOCABULARY, check_tokenizer, tokenizer_key, trained_tokenizer
@@ -50,7 +50,8 @@ class TextData(LightningDataModule):
 
     Documents are de-duplicated and split by the sha256 of their content: the split is the same on every machine, no
     copy is on both sides, and the tokenizer is trained on the training split alone. Where rows have a column `group`,
-    the split is by the sha256 of that, and all documents of a group stay on one side.
+    the split is by the sha256 of that, and all documents of a group stay on one side; with `val_within_groups` test is
+    the same, and validation is documents of the groups of training.
 
     Training order is a function of (seed, batch number): a run resumed with `ckpt_path` gets the batches that it would
     have got uninterrupted, if batch_size and the number of devices are the same. Validation and test are in a fixed
@@ -66,16 +67,21 @@ class TextData(LightningDataModule):
         tokenizer: any source of load_tokenizer (lskip.models.pretrained): smollm2, a folder, a hub name …; or a
             tokenizer; null trains a byte-level BPE on the training split.
         vocab_size: entries of the trained tokenizer; not used when `tokenizer` is given.
+        split_digits: make each digit a token of the trained tokenizer, as Llama's does: numbers are easier to copy.
         block_size: tokens in a row.
         batch_size: rows in a batch, on each device.
         val_fraction: share of the documents held out for validation; 0: none, and a fit is not validated.
         test_fraction: share of the documents held out for test; may be 0.
+        val_within_groups: hold out for validation documents of the groups of training (new sentences of known
+            templates), in the place of whole groups. Without groups it changes nothing.
         text_column: the column of the text; null looks for messages, prompt and completion, then text.
         max_val_blocks: the most rows of validation, and of test; null takes all.
         streaming: read during training, for a corpus larger than the disk. Training documents are then not
             de-duplicated, they repeat without end (set trainer.max_steps), and resuming reads again what was read.
             max_val_blocks must be set.
         num_workers: processes that load batches; 0 loads in the training process.
+        group_by_length: make batches of rows of similar length, so that little is padded; text needs none, and a
+            stream cannot.
         seed: of the training order.
         cache_dir: folder of cached documents, tokenizers and tokens; null is ~/.cache/lskip.
 
@@ -99,6 +105,9 @@ class TextData(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         cache_dir: str | None = None,
+        val_within_groups: bool = False,
+        split_digits: bool = False,
+        group_by_length: bool = False,
     ):
         super().__init__()
         check_source(source)
@@ -114,17 +123,16 @@ class TextData(LightningDataModule):
             check_whole("max_val_blocks", max_val_blocks, 1)
         elif streaming:
             raise ValueError("max_val_blocks: null, but with streaming there must be a limit")
+        if streaming and group_by_length:
+            raise ValueError("group_by_length: true, but with streaming the lengths to come are not known")
         self.source = source
         self.tokenizer_source = tokenizer
-        self.vocab_size = vocab_size
-        self.block_size = block_size
-        self.batch_size = batch_size
-        self.fractions = (val_fraction, test_fraction)
-        self.text_column = text_column
-        self.max_val_blocks = max_val_blocks
+        self.vocab_size, self.split_digits = vocab_size, split_digits
+        self.block_size, self.batch_size = block_size, batch_size
+        self.rule = SplitRule(val_fraction, test_fraction, val_within_groups)
+        self.text_column, self.max_val_blocks = text_column, max_val_blocks
         self.streaming = streaming
-        self.num_workers = num_workers
-        self.seed = seed
+        self.num_workers, self.seed, self.group_by_length = num_workers, seed, group_by_length
         self.cache = check_cache(cache_dir)
         # Their kind and a hash of their content; None: not read yet, or streamed.
         self.training_documents: dict[str, str] | None = None
@@ -144,7 +152,8 @@ class TextData(LightningDataModule):
         if self.streaming:
             return self._stream_loader()
         blocks, (world, rank) = self.blocks("train"), self._share()
-        sampler = ResumableSampler(blocks, self.batch_size, self.seed, self._batches_done, world, rank)
+        lengths = scored_lengths(blocks) if self.group_by_length else None
+        sampler = ResumableSampler(blocks, self.batch_size, self.seed, self._batches_done, world, rank, lengths)
         if not len(sampler):
             raise ValueError(
                 f"batch_size: {self.batch_size} on {world} device(s), but the training split has only "
@@ -154,7 +163,7 @@ class TextData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list:
         fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        return [] if fits and not self.fractions[0] else self._held_out_loader("val")
+        return [] if fits and not self.rule.val_fraction else self._held_out_loader("val")
 
     def test_dataloader(self) -> DataLoader:
         return self._held_out_loader("test")
@@ -165,8 +174,9 @@ class TextData(LightningDataModule):
         tokenizer = self.tokenizer_source
         if tokenizer is None:
             training = self._corpus.training_sample()
-            folder = self.cache / "tokenizers" / content_key("bpe", training, self.vocab_size)
-            tokenizer = trained_tokenizer(texts_of(training), self.vocab_size, folder)
+            kind = "bpe digits" if self.split_digits else "bpe"
+            folder = self.cache / "tokenizers" / content_key(kind, training, self.vocab_size)
+            tokenizer = trained_tokenizer(texts_of(training), self.vocab_size, folder, self.split_digits)
         elif isinstance(tokenizer, str):
             from lskip.models.pretrained import load_tokenizer  # slow import: only when needed
 
@@ -210,8 +220,8 @@ class TextData(LightningDataModule):
         rows, key = open_source(self.source, self.streaming)
         kind = record_kind(first_columns(rows, self.source), self.text_column, self.source)
         if self.streaming:
-            return StreamedCorpus(rows, kind, self.text_column, self.fractions, self.max_val_blocks, self.block_size)
-        return StoredCorpus(rows, key, kind, self.text_column, self.fractions, self.cache / "documents")
+            return StreamedCorpus(rows, kind, self.text_column, self.rule, self.max_val_blocks, self.block_size)
+        return StoredCorpus(rows, key, kind, self.text_column, self.rule, self.cache / "documents")
 
     def _make_encoder(self):
         tokenizer = self.tokenizer
@@ -248,7 +258,7 @@ class TextData(LightningDataModule):
                     f"block_size: in none of the {len(documents)} {split} examples is anything scored within "
                     f"{self.block_size} tokens"
                 )
-            fraction = self.fractions[0 if split == "val" else 1]
+            fraction = self.rule.val_fraction if split == "val" else self.rule.test_fraction
             of = "" if self._corpus.size is None else f" of {self._corpus.size}"
             raise ValueError(
                 f"{split}_fraction: {fraction} leaves {len(documents)}{of} documents for {split}, which do not "
@@ -268,12 +278,8 @@ class TextData(LightningDataModule):
     def _loading(self) -> dict:
         """Return the arguments of every loader, with a generator of its own in place of the global one."""
         own = torch.Generator().manual_seed(self.seed)
-        return {
-            "batch_size": self.batch_size,
-            "num_workers": self.num_workers,
-            "collate_fn": collate,
-            "generator": own,
-        }
+        sizes = {"batch_size": self.batch_size, "num_workers": self.num_workers}
+        return {**sizes, "collate_fn": collate, "generator": own}
 
     def _share(self) -> tuple[int, int]:
         """Return the number of data-parallel processes, and the rank of this one."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import NamedTuple
 
 from datasets import Dataset, Features, Value
 from lightning.pytorch.utilities import rank_zero_warn
@@ -87,17 +88,32 @@ def unique(records: Iterable[dict]) -> Iterator[dict]:
             yield record
 
 
+class SplitRule(NamedTuple):
+    """What is held out: shares of documents, or of groups where documents have some.
+
+    Attributes:
+        val_within_groups: validation is documents of the groups of training, in the place of groups of its own.
+    """
+
+    val_fraction: float
+    test_fraction: float
+    val_within_groups: bool = False
+
+
 def fraction_of(digest: str) -> float:
     """Return the first 64 bits of a digest's group hash, or else of its own, as a fraction in [0, 1)."""
     return int(digest[CONTENT:] or digest[:GROUP], 16) / 2**64
 
 
-def split_of(digest: str, val_fraction: float, test_fraction: float) -> str:
-    """Return "val" for the first `val_fraction` of [0, 1), "test" for the next `test_fraction`, else "train"."""
+def split_of(digest: str, val_fraction: float, test_fraction: float, val_within_groups: bool = False) -> str:
+    """Return "val" for the first `val_fraction` of [0, 1), "test" for the next `test_fraction`, else "train".
+
+    With `val_within_groups` the document's own hash decides about "val"; "test" is the same documents with either.
+    """
     place = fraction_of(digest)
-    if place < val_fraction:
-        return "val"
-    return "test" if place < val_fraction + test_fraction else "train"
+    if val_fraction <= place < val_fraction + test_fraction:
+        return "test"
+    return "val" if (fraction_of(digest[:CONTENT]) if val_within_groups else place) < val_fraction else "train"
 
 
 def texts_of(documents: Dataset) -> Iterator[str]:

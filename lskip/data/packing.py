@@ -143,6 +143,14 @@ def padded(ids: list[int], scored: list[bool], size: int, pad: int) -> tuple[np.
     return input_ids, labels
 
 
+def scored_lengths(blocks: Dataset) -> np.ndarray | None:
+    """Return the columns that each row needs, up to its last scored token, int [rows]; None for text, which has all."""
+    if "labels" not in blocks.column_names:
+        return None
+    places = np.arange(1, len(blocks[0]["labels"]) + 1)
+    return np.concatenate([((rows["labels"] != NOT_SCORED) * places).max(1) for rows in blocks.iter(10_000)])
+
+
 def encode_documents(documents: Dataset, encoder: Encoder, folder: Path, split: str) -> Dataset:
     """Return all rows of `documents`, from `folder` where they are cached, else tokenized and written there."""
     row = List(Value("int32"), length=encoder.block_size)

@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import get_worker_info
 
-from lskip.data.documents import SPLITS, document_features, read_records, split_of, unique
+from lskip.data.documents import SPLITS, SplitRule, document_features, read_records, split_of, unique
 from lskip.data.formats import COLUMNS
 from lskip.data.loading import ResumableLoader
 from lskip.data.packing import READ_AHEAD, encoded_rows
@@ -29,7 +29,7 @@ class StreamedCorpus:
     rows: IterableDataset
     kind: str
     text_column: str | None
-    fractions: tuple[float, float]
+    rule: SplitRule
     held_out_rows: int
     block_size: int
     size: ClassVar[None] = None  # unknown
@@ -53,7 +53,7 @@ class StreamedCorpus:
     def first(self, split: str, rows: int | None, characters: int | None) -> Dataset:
         """Return the first documents of `split`, until `rows` or `characters` are reached."""
         found, read = [], 0
-        if split != "train" and not self.fractions[SPLITS.index(split)]:
+        if split != "train" and not self.rule[SPLITS.index(split)]:
             return documents_of(found, self.kind)
         for record in unique(self.records(self.rows, split)):
             found.append(record)
@@ -65,7 +65,7 @@ class StreamedCorpus:
 
     def records(self, rows: IterableDataset, split: str) -> Iterator[dict]:
         for record in read_records(plain_rows(rows), self.kind, self.text_column):
-            if split_of(record["digest"], *self.fractions) == split:
+            if split_of(record["digest"], *self.rule) == split:
                 yield record
 
 

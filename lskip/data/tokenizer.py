@@ -29,15 +29,20 @@ PROBES = (
 )
 
 
-def trained_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> PreTrainedTokenizerFast:
+def trained_tokenizer(
+    texts: Iterable[str], vocab_size: int, folder: Path, split_digits: bool = False
+) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE of at most `vocab_size` entries, trained on `texts` or read from `folder`.
 
     It reproduces any text exactly (`decode(encode(text)) == text`); its end of text is `<|endoftext|>`. At most the
     first 32 million characters are used.
+
+    Args:
+        split_digits: make every digit a token by itself.
     """
 
     def write(target: Path) -> None:
-        bpe = train_bpe(first_characters(texts, TRAINING_CHARACTERS), vocab_size)
+        bpe = train_bpe(first_characters(texts, TRAINING_CHARACTERS), vocab_size, split_digits)
         with os_errors():
             PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT).save_pretrained(target)
 
@@ -56,9 +61,11 @@ def os_errors() -> Iterator[None]:
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, split_digits: bool = False) -> Tokenizer:
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, words]) if split_digits else words
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

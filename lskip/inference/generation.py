@@ -3,11 +3,29 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lskip.inference.drafting.draft import Draft
 from lskip.inference.text import TextPieces, decode_text
+
+
+class TextRound(NamedTuple):
+    """One round of a text: what was drafted, and what became of it.
+
+    Attributes:
+        drafted: the drafted tokens; empty in a round that drafts nothing, and in the prefill.
+        accepted: how many of them, from the first on, are in the text.
+        own: the model's own token behind these; None where the text ended before it.
+        draft: what drafted them; None: nothing did.
+    """
+
+    drafted: tuple[int, ...]
+    accepted: int
+    own: int | None
+    draft: Draft | None
 
 
 @dataclass
@@ -25,6 +43,7 @@ class Generation:
         accepted: drafted tokens that are in the text.
         rounds: passes of the whole model (at a fixed exit: of its blocks), the prefill included.
         accepted_counts: number of accepted tokens -> drafting rounds with that number.
+        history: every round in turn, the prefill's first. Its accepted and own tokens are `token_ids`.
         layers_run: with an exit criterion, the sum of the exit layers of all tokens but the first.
         seed: of sampling; where the settings name none, the one that was drawn.
         states: where they were asked for, [2, tokens of prompt and text, D] in bfloat16 on the CPU: after the exit's
@@ -40,6 +59,7 @@ class Generation:
     accepted: int = 0
     rounds: int = 0
     accepted_counts: Counter[int] = field(default_factory=Counter)
+    history: list[TextRound] = field(default_factory=list)
     layers_run: int = 0
     seed: int = 0
     states: Tensor | None = None
@@ -63,15 +83,17 @@ class Generation:
         """Mean exit layer of the tokens after the first; None without an exit criterion."""
         return self.layers_run / (len(self.token_ids) - 1) if self.layers_run else None
 
-    def add(self, kept: list[int], drafted: int = 0, accepted: int = 0) -> None:
-        """Add a round's `kept` tokens and its counts; drafted tokens behind the end of the text are not accepted."""
+    def add(self, kept: list[int], drafted: list[int], accepted: int, draft: Draft | None) -> None:
+        """Add a round's `kept` tokens and its record; drafted tokens behind the end of the text are not accepted."""
         accepted = min(accepted, len(kept))
+        own = kept[accepted] if accepted < len(kept) else None
         self.token_ids += kept
         self.rounds += 1
-        self.drafted += drafted
+        self.drafted += len(drafted)
         self.accepted += accepted
         if drafted:
             self.accepted_counts[accepted] += 1
+        self.history.append(TextRound(tuple(drafted), accepted, own, draft if drafted else None))
 
 
 class TextStream:

@@ -7,16 +7,20 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from pathlib import Path
 from random import Random
 
 import pytest
+import yaml
 from hassil import recognize_all
 from hassil.intents import TextSlotList
 from home_assistant_intents import get_intents
 
 from lskip.data import TextData, home_assistant
 from lskip.data.home_assistant import AREAS, FLOORS, NAMES, load_intents, read_pairs
+from lskip.evaluation.tasks.embedded import HomeAssistant
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 PARSE = re.compile(r"\[IN:(\w+)((?: \[SL:\w+ [^\[\]]+ \])*) \]")
 SLOT = re.compile(r" \[SL:(\w+) ([^\[\]]+) \]")
 FRACTIONS = {"val_fraction": 0.05, "test_fraction": 0.1}  # those of configs/recipes/home_assistant.yaml
@@ -147,6 +151,24 @@ def test_a_missing_package_is_named_at_once(monkeypatch):
         TextData("home_assistant")
 
 
+def test_the_evaluation_task_gives_what_the_configs_hold_out(tmp_path):
+    def documents(config: str, split: str) -> set[str]:
+        named = yaml.safe_load((CONFIGS / config).read_text())["data"]
+        rule = {name: named[name] for name in ("val_fraction", "test_fraction", "val_within_groups") if name in named}
+        return set(TextData(named["source"], cache_dir=str(tmp_path), **rule).documents(split)["prompt"])
+
+    quickstart, recipe = "quickstart.yaml", "recipes/home_assistant.yaml"
+    asked = {
+        unseen: {example.prompt for example in HomeAssistant(unseen=unseen, cache_dir=str(tmp_path)).examples()}
+        for unseen in ("sentences", "templates")
+    }
+    assert asked == {"sentences": documents(quickstart, "val"), "templates": documents(quickstart, "test")}
+    assert asked["templates"] == documents(recipe, "test")
+    assert not documents(quickstart, "train") & (asked["sentences"] | asked["templates"])
+    with pytest.raises(ValueError, match="unseen: 'words' is not one of templates, sentences"):
+        HomeAssistant(unseen="words")
+
+
 # Groups of any source
 
 
@@ -177,6 +199,26 @@ def test_a_group_stays_on_one_side(grouped, kind):
         assert texts == sorted(texts, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
     streamed = grouped(rows, streaming=True, max_val_blocks=500)
     assert streamed.documents("val")["text"][:] == found["val"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_validation_within_the_groups_of_training(grouped, streaming):
+    """Test is the groups that it is without; validation is a fifth of each other group, by each text's own hash."""
+    rows = [{"text": f"text {i} of group {i % 30}", "group": str(i % 30)} for i in range(600)]
+    by_hand = defaultdict(set)
+    for row in rows:
+        tested = split_by_hand(row["group"], 0.2, 0.2) == "test"
+        by_hand["test" if tested else "val" if place(row["text"]) < 0.2 else "train"].add(row["text"])
+    data = grouped(rows, val_within_groups=True, streaming=streaming, max_val_blocks=500)
+    for split in ("val", "test") if streaming else ("train", "val", "test"):
+        assert set(data.documents(split)["text"]) == by_hand[split]
+    groups = {split: {text.split()[-1] for text in texts} for split, texts in by_hand.items()}
+    assert groups["val"] <= groups["train"] and not groups["test"] & groups["train"] and len(by_hand["val"]) > 50
+
+
+def test_without_groups_the_split_is_the_same_within(grouped):
+    rows = [{"text": f"text {i}"} for i in range(200)]
+    assert texts_by_split(grouped(rows, val_within_groups=True)) == texts_by_split(grouped(rows))
 
 
 def test_a_row_without_a_group_is_one_by_itself(grouped):

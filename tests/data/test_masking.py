@@ -151,6 +151,17 @@ def test_trained_tokenizer_gives_any_text_back(text_data, text):
     assert tokenizer.eos_token == "<|endoftext|>" and len(tokenizer) <= 300
 
 
+def test_with_split_digits_each_is_a_token_and_the_text_is_the_same(text_data):
+    rows = [{"text": f"{number} and {number} again"} for number in range(1, 60)] * 3
+    for split_digits in (False, True):
+        tokenizer = text_data(rows, tokenizer=None, vocab_size=400, split_digits=split_digits).tokenizer
+        text = "42 and 424242 again, 7\n"
+        ids = tokenizer(text).input_ids
+        assert tokenizer.decode(ids) == text
+        longest = max(sum(c.isdigit() for c in token) for token in tokenizer.convert_ids_to_tokens(ids))
+        assert (longest == 1) == split_digits
+
+
 def test_tokenizer_key_ignores_earlier_calls_and_sees_changes(chat_tokenizer):
     tokenizer = chat_tokenizer(None)
     key = tokenizer_key(tokenizer)

@@ -94,6 +94,28 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def test_pairs_of_like_length_stand_in_one_batch(tmp_path, tiny_tokenizer):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"{n} " * (n % 12), "completion": f"yes {n}" * (1 + n % 7)} for n in range(400)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {}
+    for grouped in (False, True):
+        data = TextData(str(path), tiny_tokenizer, block_size=128, batch_size=8, group_by_length=grouped,
+                        cache_dir=str(tmp_path / "cache"))  # fmt: skip
+        batches = list(data.train_dataloader())
+        pairs = sorted(tuple(i.tolist()) for batch in batches for i in trimmed(batch))
+        found[grouped] = len(pairs), sum(batch["input_ids"].numel() for batch in batches), set(pairs)
+    assert found[True][0] == found[False][0] == len(found[True][2]) and found[True][1] < 0.8 * found[False][1]
+    with pytest.raises(ValueError, match="group_by_length: true, but with streaming"):
+        TextData(str(path), streaming=True, group_by_length=True)
+
+
+def trimmed(batch: dict) -> list[torch.Tensor]:
+    """Return the rows of a batch of pairs up to their last scored token."""
+    ends = [int((labels != -100).nonzero().max()) + 1 for labels in batch["labels"]]
+    return [ids[:end] for ids, end in zip(batch["input_ids"], ends, strict=True)]
+
+
 @pytest.fixture
 def make_data(tmp_path, tiny_tokenizer):
     path = tmp_path / "corpus.jsonl"

@@ -19,7 +19,7 @@ from lskip.inference.drafting.cost_aware import CostAwareDraft
 from lskip.inference.drafting.costs import Costs, RowCosts
 from lskip.inference.drafting.draft import DraftPlan
 from lskip.inference.drafting.policies import ConfidenceDraft, DraftPolicy
-from lskip.inference.generation import Generation
+from lskip.inference.generation import Generation, TextRound
 from lskip.inference.settings import GenerationSettings
 from lskip.inference.stopping import stop_rule
 from lskip.inference.text import decode_text
@@ -109,6 +109,11 @@ def solos(generator) -> list[Solo]:
     return solos
 
 
+def kept(each: TextRound) -> list[int]:
+    """Return the tokens that a round added to the text."""
+    return [*each.drafted[: each.accepted], *([] if each.own is None else [each.own])]
+
+
 def join(solo: Solo, random: Random, tokenizer) -> Joined:
     """Return a request that ends at a length, at a token, at a string of its text, or at the first of these."""
     most = random.choice((random.randint(1, 3), LONGEST, LONGEST, random.randint(1, LONGEST)))
@@ -191,6 +196,7 @@ class Interleaving:
             else:
                 assert (generation.token_ids, generation.finish_reason) == one.expected(self.tokenizer)
             assert generation.accepted <= generation.drafted
+            assert generation.token_ids == [token for each in generation.history for token in kept(each)]
         ends = Counter(str(one.request.generation.finish_reason) for one in self.joined)
         drafted = sum(one.request.generation.drafted for one in self.joined)
         accepted = sum(one.request.generation.accepted for one in self.joined)

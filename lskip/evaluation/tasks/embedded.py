@@ -5,16 +5,17 @@ import importlib.util
 from collections.abc import Iterator
 
 from lskip.evaluation.tasks.task import Continuation, Example, Task
-from lskip.utils.checks import check_whole
+from lskip.utils.checks import check_choice, check_whole
 
+UNSEEN = {"templates": "test", "sentences": "val"}  # of HomeAssistant -> split
 BODY_LINES = range(3, 21)  # lengths of a function's body in DocstringToCode
 
 
-def held_out(source: str, cache_dir: str | None, **fractions: float):
-    """Return the test split of a source as TextData makes it, ordered by the hash of the content."""
+def held_out(source: str, cache_dir: str | None, split: str = "test", **rule: float):
+    """Return a held-out split of a source as TextData makes it, ordered by the hash of the content."""
     from lskip.data import TextData  # imports Lightning, which takes seconds
 
-    return TextData(source=source, cache_dir=cache_dir, **fractions).documents("test")
+    return TextData(source=source, cache_dir=cache_dir, **rule).documents(split)
 
 
 class StdlibCode(Continuation):
@@ -88,28 +89,32 @@ class PythonTopics(Continuation):
 
 
 class HomeAssistant(Task):
-    """Parse requests to a smart home: the sentences that configs/recipes/home_assistant.yaml holds out."""
+    """Parse requests to a smart home: those that configs/quickstart.yaml and recipes/home_assistant.yaml hold out."""
 
     metrics = ("exact_match", "edit_similarity")
     chat = False
 
-    def __init__(self, max_new_tokens: int = 64, cache_dir: str | None = None):
+    def __init__(self, max_new_tokens: int = 64, cache_dir: str | None = None, unseen: str = "templates"):
         """Check that the packages of the data are installed.
 
         Args:
             cache_dir: folder of the cached documents; null: ~/.cache/lskip.
+            unseen: "templates": requests of templates that neither config trains on; "sentences": other requests of
+                the templates that the quickstart trains on.
 
         Raises:
-            ValueError: a package is missing.
+            ValueError: a package is missing, or `unseen` is neither.
         """
         super().__init__(max_new_tokens)
+        check_choice("unseen", unseen, tuple(UNSEEN))
         from lskip.data.sources import check_packages
 
         check_packages("home_assistant")
-        self.cache_dir = cache_dir
+        self.cache_dir, self.split = cache_dir, UNSEEN[unseen]
 
     def examples(self) -> Iterator[Example]:
-        for pair in held_out("home_assistant", self.cache_dir, val_fraction=0.05, test_fraction=0.1):
+        rule = {"val_fraction": 0.05, "test_fraction": 0.1, "val_within_groups": True}
+        for pair in held_out("home_assistant", self.cache_dir, self.split, **rule):
             yield Example(pair["prompt"], pair["completion"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from lskip.inference.decoding.engine import Round, check_logits, prefill, verify
 from lskip.inference.decoding.sampling import TokenChooser
 from lskip.inference.decoding.state_recorder import StateRecorder
 from lskip.inference.drafting.costs import Costs
-from lskip.inference.drafting.draft import PLAIN, DraftPlan
+from lskip.inference.drafting.draft import PLAIN, Draft, DraftPlan
 from lskip.inference.drafting.drafter import Runners
 from lskip.inference.drafting.policies import DraftPolicy, FixedDraft
 from lskip.inference.drafting.registry import DRAFTERS, drafts_of
@@ -65,10 +65,14 @@ class Request:
     def ended(self) -> bool:
         return self.generation.finish_reason is not None
 
-    def add(self, tokens: list[int], drafted: int = 0, accepted: int = 0) -> list[int]:
+    def add(
+        self, tokens: list[int], drafted: Sequence[int] = (), accepted: int = 0, draft: Draft | None = None
+    ) -> list[int]:
         """Add a round's tokens up to the end of the text, and return these."""
+        # What was drafted beyond its last token was drafted for its neighbours.
+        drafted = drafted[: self.left - 1]
         kept, self.generation.finish_reason = self.stop.cut(tokens, self.generation.token_ids)
-        self.generation.add(kept, drafted, accepted)
+        self.generation.add(kept, drafted, min(accepted, len(drafted)), draft)
         self.generation.seconds = time.perf_counter() - self.began
         self.chooser.text += kept
         return kept
@@ -194,16 +198,20 @@ class Batch:
 
     def _advance(self) -> list[tuple[Request, list[int]]]:
         chooser = BatchChooser([request.chooser for request in self.requests])
-        outcome = self._speculate(chooser) if self.criterion is None else self._exit(chooser)
-        return [self._take(slot, outcome) for slot in range(len(self.requests))]
+        outcome, draft = self._speculate(chooser) if self.criterion is None else (self._exit(chooser), None)
+        return [
+            (request, request.add(tokens, drafted, accepted, draft))
+            for request, tokens, drafted, accepted in zip(self.requests, *outcome, strict=True)
+        ]
 
-    def _speculate(self, chooser: BatchChooser) -> Round:
+    def _speculate(self, chooser: BatchChooser) -> tuple[Round, Draft | None]:
         began = time.perf_counter()
         plan, drafted = self._draft(chooser)
         outcome = verify(self.runner, self.slots, drafted, self.full, chooser)
         if self.drafts:
-            self.policy.learn(plan, max(outcome.drafted), outcome.accepted, time.perf_counter() - began)
-        return outcome
+            most = max(map(len, outcome.drafted))
+            self.policy.learn(plan, most, outcome.accepted, time.perf_counter() - began)
+        return outcome, plan.draft
 
     def _exit(self, chooser: BatchChooser) -> Round:
         outcome, depths = exit_round(
@@ -212,12 +220,6 @@ class Batch:
         for request, depth in zip(self.requests, depths, strict=True):
             request.generation.layers_run += depth
         return outcome
-
-    def _take(self, slot: int, outcome: Round) -> tuple[Request, list[int]]:
-        request = self.requests[slot]
-        # What was drafted beyond a request's last token was drafted for its neighbours.
-        drafted = min(outcome.drafted[slot], request.left - 1)
-        return request, request.add(outcome.tokens[slot], drafted, min(outcome.accepted[slot], drafted))
 
     def _draft(self, chooser: BatchChooser) -> tuple[DraftPlan, Drafted]:
         """Return what the policy plans for this round, carried out; planned anew where a drafter has nothing."""

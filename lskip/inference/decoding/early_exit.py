@@ -44,8 +44,7 @@ def exit_round(
     tokens = slots.pending.tolist()
     for slot in range(len(tokens)):
         slots.cache.lengths[slot] += 1
-    nothing = [0] * len(tokens)
-    return Round([[token] for token in tokens], nothing, nothing), depths
+    return Round([[token] for token in tokens], [[] for _ in tokens], [0] * len(tokens)), depths
 
 
 def descend(

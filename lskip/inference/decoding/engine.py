@@ -18,10 +18,10 @@ from lskip.inference.runners.base import ModelRunner
 
 
 class Round(NamedTuple):
-    """Outcome of a round, by slot: the new tokens, how many were drafted, and how many of these were accepted."""
+    """Outcome of a round, by slot: the new tokens, the drafted ones, and how many of these were accepted."""
 
     tokens: list[list[int]]
-    drafted: list[int]
+    drafted: list[list[int]]
     accepted: list[int]
 
 
@@ -94,4 +94,5 @@ def verify(runner: ModelRunner, slots: Slots, drafted: Drafted, full: int, choos
         slots.cache.lengths[slot] += 1 + count
     tokens = [[*ids[:count], token] for count, token, *ids in table]
     counts = drafted.counts or [num_drafted] * len(table)
-    return Round(tokens, counts, [min(row[0], count) for row, count in zip(table, counts, strict=True)])
+    drafts = [ids[:count] for (_, _, *ids), count in zip(table, counts, strict=True)]
+    return Round(tokens, drafts, [min(row[0], count) for row, count in zip(table, counts, strict=True)])

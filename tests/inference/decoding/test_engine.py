@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lskip.inference import TextGenerator
+from lskip.inference.drafting.draft import Draft
 from lskip.inference.drafting.policies import FixedDraft
 from lskip.inference.runners.module_runner import ModuleRunner
 from lskip.models.decoder import Decoder
@@ -36,7 +37,7 @@ class NeverAccepting(ModuleRunner):
 
 @torch.inference_mode()
 def slow_reference(model, prompt, exit_layer, num_speculations, new_tokens):
-    """Return (tokens, accepted counts by round) of self-speculation without a cache, every state recomputed."""
+    """Return (tokens, rounds as [drafted, accepted, own]) of self-speculation without a cache, all states anew."""
 
     def best(tokens, last):
         states = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
@@ -44,7 +45,8 @@ def slow_reference(model, prompt, exit_layer, num_speculations, new_tokens):
         return model.lm_head(x)[0].argmax(-1).tolist()
 
     layers = model.config.num_hidden_layers
-    text, counts = [*prompt, best(prompt, layers)[-1]], [(0, 0)]  # the prefill brings the first token
+    text = [*prompt, best(prompt, layers)[-1]]  # the prefill brings the first token
+    rounds = [((), 0, text[-1])]
     while len(text) < len(prompt) + new_tokens:
         room = min(num_speculations, len(prompt) + new_tokens - len(text) - 1)
         drafted = []
@@ -53,8 +55,8 @@ def slow_reference(model, prompt, exit_layer, num_speculations, new_tokens):
         own = best(text + drafted, layers)[len(text) - 1 :]
         accepted = next((i for i in range(room) if drafted[i] != own[i]), room)
         text += own[: accepted + 1]
-        counts.append((room, accepted))
-    return text[len(prompt) :], counts
+        rounds.append((tuple(drafted), accepted, own[accepted]))
+    return text[len(prompt) :], rounds
 
 
 @pytest.mark.parametrize("weights", ["plain", "packed"])
@@ -92,15 +94,18 @@ def test_model_never_accepts(tiny_model):
 @pytest.mark.parametrize("exit_layer", [2, 3])
 def test_model_sometimes_accepts_as_the_slow_reference(tiny_model, exit_layer, num_speculations):
     model = damped(tiny_model("llama", tie_word_embeddings=False, eos_token_id=None), 2, 0.5)
-    tokens, counts = slow_reference(model, PROMPT, exit_layer, num_speculations, 40)
+    tokens, rounds = slow_reference(model, PROMPT, exit_layer, num_speculations, 40)
     ours = TextGenerator(model).generate(
         PROMPT, exit_layer=exit_layer, num_speculations=num_speculations, max_new_tokens=40
     )
     assert ours.token_ids == tokens
-    assert (ours.rounds, ours.drafted) == (len(counts), sum(drafted for drafted, _ in counts))
-    assert ours.accepted == sum(accepted for _, accepted in counts)
-    assert ours.accepted_counts == Counter(accepted for drafted, accepted in counts if drafted)
-    assert ours.tokens_per_round == pytest.approx(40 / len(counts))
+    assert [(each.drafted, each.accepted, each.own) for each in ours.history] == rounds
+    assert {each.draft for each in ours.history if each.drafted} == {Draft("layers", exit_layer)}
+    assert all((each.draft is None) == (not each.drafted) for each in ours.history)
+    assert (ours.rounds, ours.drafted) == (len(rounds), sum(len(drafted) for drafted, _, _ in rounds))
+    assert ours.accepted == sum(accepted for _, accepted, _ in rounds)
+    assert ours.accepted_counts == Counter(accepted for drafted, accepted, _ in rounds if drafted)
+    assert ours.tokens_per_round == pytest.approx(40 / len(rounds))
     # The test would see nothing if the text repeated one token, or if all drafts shared one fate.
     assert len(set(tokens)) > 10 and 0.05 < ours.acceptance_rate < 0.95
 

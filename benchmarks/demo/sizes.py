@@ -1,0 +1,40 @@
+"""How much of everything the demo does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything: the demo's own by default, far less in its test.
+
+    Attributes:
+        fit: further arguments for `lskip fit`, of both models.
+        small_fit: those of the plain small model: as many steps as take it about as long.
+        small_blocks: its blocks.
+        items: held-out requests of each kind whose parses are scored, at every exit.
+        tune_prompts: of these, how many `lskip tune` measures.
+        requests: of each kind, how many are decoded in turns.
+        turns: how often each.
+        shown: requests that are shown with their parse.
+        hf_exits, hf_lengths, hf_requests: the grid for transformers' `assistant_early_exit`, and requests for a cell.
+        prompts, new_tokens, blocks: chat prompts that SmolLM2 answers, tokens an answer, blocks of text in its table.
+        smollm2_drafts: (what drafts for SmolLM2, which has not learned to exit; how many tokens at a time).
+    """
+
+    fit: tuple[str, ...] = ()
+    small_fit: tuple[str, ...] = ("--trainer.max_steps=5000", "--trainer.val_check_interval=2500")
+    small_blocks: int = 3
+    items: int = 300
+    tune_prompts: int = 8
+    requests: int = 20
+    turns: int = 3
+    shown: int = 4
+    hf_exits: tuple[int, ...] = (1, 2, 4)
+    hf_lengths: tuple[int, ...] = (3, 5, 8)
+    hf_requests: int = 4
+    prompts: int = 5
+    new_tokens: int = 64
+    blocks: int = 4
+    smollm2_drafts: tuple[tuple[str, int], ...] = (("int8", 5), ("int4", 16), ("adapter", 2))
