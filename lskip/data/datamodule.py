@@ -198,10 +198,23 @@ class TextData(LightningDataModule):
         A model that ignores its context reaches about this.
         """
         self._check_filled(split)
-        counts = self._token_counts("train") + 1
-        held_out = self._token_counts(split)
+        counts = self.token_counts("train") + 1
+        held_out = self.token_counts(split)
         log_probability = np.log(counts / counts.sum())
         return float(np.exp(-(held_out * log_probability).sum() / held_out.sum()))
+
+    def token_counts(self, split: str, most_rows: int | None = None) -> np.ndarray:
+        """Return how often each token is a target in `split`, int64 [len(tokenizer)].
+
+        Args:
+            most_rows: count in so many rows at most, evenly spaced; None: in all.
+        """
+        counts, blocks = np.zeros(len(self.tokenizer), np.int64), self.blocks(split)
+        step = 1 if most_rows is None else -(-len(blocks) // most_rows) or 1
+        for rows in (blocks if step == 1 else blocks.select(range(0, len(blocks), step))).iter(1000):
+            targets = rows.get("labels", rows["input_ids"])[:, 1:]
+            counts += np.bincount(targets[targets != NOT_SCORED], minlength=len(counts))
+        return counts
 
     @cached_property
     def _corpus(self) -> StoredCorpus | StreamedCorpus:
@@ -283,11 +296,3 @@ class TextData(LightningDataModule):
     def _batches_done(self) -> int:
         """Return the number of finished micro-batches; `ready` would also count an interrupted one."""
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0
-
-    def _token_counts(self, split: str) -> np.ndarray:
-        """Return how often each token is a target in `split`, int64 [len(tokenizer)]."""
-        counts = np.zeros(len(self.tokenizer), np.int64)
-        for rows in self.blocks(split).iter(1000):
-            targets = rows.get("labels", rows["input_ids"])[:, 1:]
-            counts += np.bincount(targets[targets != NOT_SCORED], minlength=len(counts))
-        return counts

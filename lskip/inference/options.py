@@ -28,6 +28,9 @@ class LoadingOptions:
             there is none. null: measured each time, which takes seconds.
         exit_adapter: folder of an exit adapter that was trained for this model, or smollm2, the one that comes with
             lskip; with num_speculations it drafts. null: none.
+        draft_tokens: JSON file, a list of token ids or of texts: drafts of layers and weights choose among these
+            tokens alone, and cost less where the vocabulary is large; the text is the same. all: among all. null:
+            the tokens of the run's training answers where fit kept them beside the checkpoint, else all.
     """
 
     model: str = "smollm2"
@@ -38,6 +41,7 @@ class LoadingOptions:
     bit_exact: bool | None = None
     costs_file: str | None = None
     exit_adapter: str | None = None
+    draft_tokens: str | None = None
 
     def load(self, batch_size: int = 1) -> TextGenerator:
         """Return load_generator's TextGenerator for batches of `batch_size` texts."""

@@ -23,7 +23,7 @@ from lskip.evaluation.sweep.draft_rounds import (
 )
 from lskip.evaluation.sweep.grid import Cell, check_grid, grid
 from lskip.evaluation.sweep.sweep import print_cells
-from lskip.evaluation.sweep.tuned import adapter_place, check_place, save_tuned, tuned_path
+from lskip.evaluation.sweep.tuned import adapter_place, check_place, save_tuned, tokens_place, tuned_path
 from lskip.evaluation.tasks.prompts import Prompt, prompts_of, texts_in_order
 from lskip.evaluation.tasks.task import Task
 from lskip.inference import TextGenerator
@@ -181,7 +181,8 @@ def best_first(forecasts: Sequence[Forecast]) -> list[Forecast]:
 
 def hits_of(generator: TextGenerator, text: OwnText) -> list[list[bool]]:
     """Return, by exit, first to last, and token of the answer, whether the token is the exit's argmax."""
-    predictions = exit_predictions(generator.runner, text, generator.vocab_size)
+    reader = generator.runners.reading_drafts(generator.runner, generator.num_layers)
+    predictions = exit_predictions(reader, text, generator.vocab_size)
     return (predictions.cpu() == torch.tensor(text.answer)).tolist()
 
 
@@ -229,6 +230,7 @@ def found_of(records: Sequence[dict[str, Any]], loading: LoadingOptions, prompts
         **drafted,
         "draft_weights": cell and cell.draft_weights,
         "exit_adapter": adapter_place(loading.exit_adapter) if by_adapter else None,
+        "draft_tokens": None if by_adapter else tokens_place(loading.draft_tokens),
         "speedup": 1.0 if best is None else best["times"]["speedup"],
         "acceptance_rate": best and best["acceptance_rate"],
         "tokens_per_round": best and best["tokens_per_round"],

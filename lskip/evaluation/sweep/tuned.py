@@ -8,6 +8,7 @@ from lskip.inference import GenerationSettings
 from lskip.inference.drafting.registry import DRAFTERS
 from lskip.inference.loading import resolve_device
 from lskip.inference.options import DecodingOptions, DraftWeights, LoadingOptions
+from lskip.models.draft_tokens import ALL
 from lskip.models.exit_adapter import SHIPPED, find_adapter
 from lskip.utils.output_files import make_writable, only_writer, write_json
 from lskip.utils.untrusted import parse_json, read_text
@@ -18,7 +19,7 @@ FILE = "tuned.json"
 CACHE = "~/.cache/lskip/tuned"
 DECODING = ("exit_layer", "num_speculations", "draft")  # options that a task sets, of DecodingOptions
 LOADING = ("draft_weights", "exit_adapter")  # and of LoadingOptions
-NAMES = ("draft", *LOADING)
+NAMES = ("draft", *LOADING, "draft_tokens")  # draft_tokens: files of before lack them
 WAIT = 60  # seconds for another process to save its task in the same file
 
 
@@ -59,7 +60,9 @@ def _is_found(found: Any) -> bool:
         GenerationSettings(**{name: found[name] for name in DECODING if name != "draft"})
     except ValueError:
         return False
-    if not isinstance(found["device"], str) or not all(isinstance(found[name], str | None) for name in NAMES):
+    if not isinstance(found["device"], str) or not all(
+        isinstance(found.get(name), str | None) for name in (*NAMES, "draft_tokens")
+    ):
         return False
     # A drafter of the user's own may not be known here: `_check_found` says so of its task alone.
     needs = DRAFTERS[found["draft"]].needs if found["draft"] in DRAFTERS else None
@@ -69,6 +72,11 @@ def _is_found(found: Any) -> bool:
 def adapter_place(name: str) -> str:
     """Return an exit adapter's name that holds in every folder: its absolute path, or the name of a shipped one."""
     return name if name in SHIPPED else str(user_path(name, "exit_adapter").resolve())
+
+
+def tokens_place(name: str | None) -> str | None:
+    """Return a file of draft_tokens as an absolute path, and any other value as it is."""
+    return name if name in (None, ALL) else str(user_path(name, "draft_tokens").resolve())
 
 
 def check_place(path: Path) -> None:
@@ -112,7 +120,7 @@ def tuned_options(
     if _drafts_otherwise(found, decoding, loading):
         found = dict.fromkeys(found) | {"num_speculations": found["num_speculations"]}
     _check_found(task, found, loading.model)
-    return _filled(decoding, found, DECODING), _filled(loading, found, LOADING)
+    return _filled(decoding, found, DECODING), _filled(loading, found, (*LOADING, "draft_tokens"))
 
 
 def _check_found(task: str, found: dict[str, Any], model: str) -> None:
@@ -145,4 +153,4 @@ def _drafts_otherwise(found: dict[str, Any], decoding: DecodingOptions, loading:
 
 
 def _filled(options, found: dict[str, Any], names: tuple[str, ...]):
-    return replace(options, **{name: found[name] for name in names if getattr(options, name) is None})
+    return replace(options, **{name: found.get(name) for name in names if getattr(options, name) is None})

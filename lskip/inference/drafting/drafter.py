@@ -14,6 +14,8 @@ from lskip.inference.drafting.draft import Draft
 from lskip.inference.drafting.round import Chooser, Drafted, Observer, Slots
 from lskip.inference.runners.adapter_runner import AdapterRunner
 from lskip.inference.runners.base import ModelRunner
+from lskip.inference.runners.draft_head import DraftHead, DraftHeadRunner
+from lskip.inference.runners.exit_head_runner import read_at
 
 if TYPE_CHECKING:
     from lskip.models.exit_heads import TrainedExits
@@ -51,12 +53,19 @@ class Runners:
         draft: the same in rounded weights, or None.
         adapter: the model's exit adapter, or None.
         exits: affine maps and the classifier of the model's exits, or None.
+        draft_head: decodes drafts of `model`'s and `draft`'s blocks to few tokens; None: their own heads do, to all.
     """
 
     model: ModelRunner
     draft: ModelRunner | None = None
     adapter: AdapterRunner | None = None
     exits: TrainedExits | None = None
+    draft_head: DraftHead | None = None
+
+    def reading_drafts(self, runner: ModelRunner, exit_layer: int) -> ModelRunner:
+        """Return `runner`, `model` or `draft`, as the drafts of `exit_layer` are to be decoded."""
+        runner = runner if self.draft_head is None else DraftHeadRunner(runner, self.draft_head)
+        return read_at(runner, self.exits, exit_layer)
 
     @property
     def available(self) -> Available:

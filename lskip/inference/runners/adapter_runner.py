@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from lskip.inference.layers.layout_choice import choose_layouts
-from lskip.inference.layers.linear import Plain, pack
-from lskip.inference.layers.quantized import choose_draft_layouts
+from lskip.inference.layers.linear import pack
 from lskip.inference.runners.base import ModelRunner
+from lskip.inference.runners.draft_head import rounded_layouts, spread
 from lskip.inference.runners.fused_blocks import obstacle, sample_weights
 from lskip.inference.runners.fused_runner import FusedRunner
 from lskip.inference.runners.module_runner import ModuleRunner
@@ -42,10 +42,7 @@ class AdapterRunner:
     def decode(self, x: Tensor) -> Tensor:
         """Return logits [A, n, V] of states of its last block [A, n, D]: -inf for tokens that it does not know."""
         logits = self.runner.decode(x)
-        if self.token_ids is None:
-            return logits
-        everywhere = logits.new_full((*x.shape[:-1], self.vocab_size), float("-inf"))
-        return everywhere.index_copy_(-1, self.token_ids, logits)
+        return logits if self.token_ids is None else spread(logits, self.token_ids, self.vocab_size)
 
     @property
     def nbytes(self) -> int:
@@ -57,11 +54,7 @@ def build_adapter_runner(decoder: Decoder, batch_size: int = 1) -> ModelRunner:
     """Return a runner of its blocks and head: FusedRunner, in int8 where that works here; else of the modules."""
     if obstacle(decoder) is not None:
         return ModuleRunner(decoder)
-    try:
-        layouts = choose_draft_layouts("int8", sample_weights(decoder), batch_size)
-    except ValueError:  # this machine has no such kernels, or not for these matrices
-        layouts = [Plain]
-    runner = FusedRunner(decoder, layouts)
+    runner = FusedRunner(decoder, rounded_layouts(sample_weights(decoder), batch_size))
     # It never embeds a token, and would keep the head's original for that; one row is for those who time it.
     runner.embedding = runner.embedding[:1].clone()
     return runner
