@@ -82,8 +82,7 @@ class TextGenerator:
             trained_exits: affine maps and the classifier of the model's exits; None: it has none.
             batch_size: texts that are going to be decoded together, as far as known: layouts are chosen for so many.
                 Any number of them can be.
-            draft_tokens: token ids among which drafts of layers and of weights choose, with end tokens beside them; an
-                adapter has tokens of its own. The text is the same, a draft takes less time. None: all.
+            draft_tokens: ids of tokens that drafts of layers and of weights choose among, with end tokens; None: all.
 
         Raises:
             ValueError: an unsupported family, a value that is unknown or does not work here, another model's adapter.
@@ -101,9 +100,8 @@ class TextGenerator:
         if draft_weights is not None:
             self.draft_runner = build_draft_runner(decoder, draft_weights, screen, batch_size)
         self.adapter_runner = None if exit_adapter is None else AdapterRunner(exit_adapter, batch_size)
-        self.draft_head = None
-        if draft_tokens is not None:
-            self.draft_head = DraftHead(decoder, [*draft_tokens, *self.eos_ids], batch_size)
+        tokens = None if draft_tokens is None else {*draft_tokens, *self.eos_ids}
+        self.draft_head = None if tokens is None else DraftHead(decoder, tokens, batch_size)
         lone_rows = batch_size == 1 and draft_weights is None and exit_adapter is None
         self.runner = build_runner(decoder, weights, release_model, lone_rows, bit_exact, screen)
         self.trained_exits = deepcopy(trained_exits)
@@ -223,10 +221,7 @@ class TextGenerator:
         return measure_costs(self.runner, self.draft_runner, **parts)
 
     def memory(self) -> dict[str, int]:
-        """Return bytes by part: "blocks", "head", "embedding".
-
-        And, of what drafts: "draft" (rounded weights), "draft_head" (of few tokens), "adapter" (exit adapter).
-        """
+        """Return bytes by part: "blocks", "head", "embedding", and of what drafts "draft", "draft_head", "adapter"."""
         parts = self.runner.memory()
         if self.draft_runner is not None:
             draft = self.draft_runner.memory()

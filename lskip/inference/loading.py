@@ -5,7 +5,7 @@ import torch
 from lskip.inference.drafting.costs_file import check_costs_file
 from lskip.inference.generator import TextGenerator
 from lskip.models.decoder import Decoder
-from lskip.models.draft_tokens import ALL, find_draft_tokens, read_draft_tokens, token_ids_of
+from lskip.models.draft_tokens import ALL, find_draft_tokens
 from lskip.models.exit_adapter import find_adapter, load_adapter
 from lskip.utils.checks import check_choice, check_whole
 from lskip.utils.devices import DTYPES
@@ -33,9 +33,8 @@ def load_generator(
         device: "cpu", "cuda", …; "auto": a GPU where there is one.
         exit_adapter: the folder of an exit adapter that was trained for this model, or "smollm2", the one that comes
             with lskip; None: none.
-        draft_tokens: a JSON file, a list of token ids or of texts: drafts of layers and of weights choose among these
-            tokens, and cost less. The text is the same. "all": among all. None: the tokens of the run's training
-            answers, where `lskip fit` kept them beside the checkpoint, else all.
+        draft_tokens: a JSON file of the tokens that drafts of layers and of weights choose among; "all"; None: the file
+            that `lskip fit` kept beside the checkpoint, else all.
 
     Raises:
         ValueError, FileNotFoundError: what is wrong with an argument, or that there is no such model.
@@ -49,16 +48,14 @@ def load_generator(
     folder = None if exit_adapter is None else find_adapter(exit_adapter)
     if costs_file is not None:
         check_costs_file(user_path(costs_file, "costs_file"))
-    tokens_file = find_draft_tokens(draft_tokens, model)
+    listed = find_draft_tokens(draft_tokens, model)
     if draft_tokens not in (None, ALL) and exit_adapter is not None and draft_weights is None:
         raise ValueError(f"draft_tokens: {draft_tokens!r} is not for the exit_adapter, which has tokens of its own")
-    listed = None if tokens_file is None else read_draft_tokens(tokens_file)
     place = resolve_device(device)
     loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
     loaded = loaded.eval().to(place)
     adapter = None if folder is None else load_adapter(folder, loaded)
     decoder = Decoder(loaded)
-    tokens = None if listed is None else token_ids_of(tokens_file, decoder.vocab_size, tokenizer, listed)
     exits = load_trained_exits(model, decoder)
     return TextGenerator(
         loaded,
@@ -71,7 +68,7 @@ def load_generator(
         exit_adapter=adapter,
         trained_exits=exits,
         batch_size=batch_size,
-        draft_tokens=tokens,
+        draft_tokens=None if listed is None else listed.ids(decoder.vocab_size, tokenizer),
     )
 
 

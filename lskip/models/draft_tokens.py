@@ -7,6 +7,7 @@ all tokens, so that its text does not depend on these.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,8 +51,41 @@ def keep_draft_tokens(folder: Path, token_ids: Sequence[int] | None) -> None:
     write_json(folder / FILE, list(token_ids))
 
 
-def find_draft_tokens(named: str | None, model: str) -> Path | None:
-    """Return the file of the tokens that drafts choose among; None: all tokens.
+@dataclass(frozen=True)
+class DraftTokens:
+    """Tokens that a file lists.
+
+    Attributes:
+        path: of the file.
+        listed: token ids, or texts whose tokens are meant.
+    """
+
+    path: Path
+    listed: list[int] | list[str]
+
+    def ids(self, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+        """Return the token ids for a model of this vocabulary.
+
+        Raises:
+            ValueError: an id that the vocabulary lacks, or texts for a model without a tokenizer.
+        """
+        known = self.listed
+        if isinstance(known[0], str):
+            if tokenizer is None:
+                raise ValueError(
+                    f"draft_tokens: '{self.path}' holds texts, for which the model has no tokenizer; give ids"
+                )
+            known = sorted(
+                {token for text in known for token in tokenizer(text, add_special_tokens=False)["input_ids"]}
+            )
+        for token in known:
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"draft_tokens: '{self.path}' has the token {token}, not from 0 to {vocab_size - 1}")
+        return list(known)
+
+
+def find_draft_tokens(named: str | None, model: str) -> DraftTokens | None:
+    """Return the tokens that drafts choose among; None: all tokens.
 
     Args:
         named: a file; "all"; or None: the file that `fit` kept beside the checkpoint, where there is one.
@@ -59,6 +93,7 @@ def find_draft_tokens(named: str | None, model: str) -> Path | None:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: it holds neither a list of token ids nor one of texts.
     """
     if named == ALL:
         return None
@@ -66,43 +101,16 @@ def find_draft_tokens(named: str | None, model: str) -> Path | None:
         path = user_path(named, "draft_tokens")
         if not path.is_file():
             raise FileNotFoundError(f"draft_tokens: there is no file '{path}'; name a JSON file, or {ALL}")
-        return path
+        return read_draft_tokens(path)
     found = find_source(model)
     folder = {"checkpoint": Path(found.place).parent, "folder": Path(found.place)}.get(found.kind)
-    return None if folder is None or not (folder / FILE).is_file() else folder / FILE
+    return None if folder is None or not (folder / FILE).is_file() else read_draft_tokens(folder / FILE)
 
 
-def read_draft_tokens(path: Path) -> list[int] | list[str]:
-    """Return what a file of tokens holds: a list of token ids, or of texts whose tokens are meant.
-
-    Raises:
-        ValueError: it holds something else.
-    """
+def read_draft_tokens(path: Path) -> DraftTokens:
+    """Return what a JSON file lists; ValueError unless that is token ids, or texts."""
     found = parse_json(read_text(path, "draft_tokens"), f"draft_tokens: '{path}'")
     listed = isinstance(found, list) and len(found) > 0
-    ids, texts = (listed and all(map(is_kind, found)) for is_kind in (is_whole, _is_text))
-    if not ids and not texts:
+    if not listed or not (all(map(is_whole, found)) or all(isinstance(each, str) and each for each in found)):
         raise ValueError(f"draft_tokens: '{path}' holds no list of token ids, and none of texts")
-    return found
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-def token_ids_of(
-    path: Path, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None, known: Sequence[int] | Sequence[str]
-) -> list[int]:
-    """Return the token ids of what `read_draft_tokens` found in `path`.
-
-    Raises:
-        ValueError: an id that the vocabulary lacks, or texts for a model without a tokenizer.
-    """
-    if isinstance(known[0], str):
-        if tokenizer is None:
-            raise ValueError(f"draft_tokens: '{path}' holds texts, and the model came without a tokenizer; give ids")
-        known = sorted({token for text in known for token in tokenizer(text, add_special_tokens=False)["input_ids"]})
-    for token in known:
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"draft_tokens: '{path}' has the token {token}, not from 0 to {vocab_size - 1}")
-    return list(known)
+    return DraftTokens(path, found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class DraftHead:
         vocab_size: V.
     """
 
-    def __init__(self, decoder: Decoder, token_ids: Sequence[int], batch_size: int = 1):
+    def __init__(self, decoder: Decoder, token_ids: Collection[int], batch_size: int = 1):
         """Copy the rows.
 
         Args:
