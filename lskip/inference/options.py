@@ -54,7 +54,8 @@ class DecodingOptions:
 
     Attributes:
         max_new_tokens: tokens to generate at most; null takes the model's default.
-        exit_layer: blocks that run before a token is predicted, 1 to the model's layers; null runs all.
+        exit_layer: blocks that run before a token is predicted, 1 to the model's layers; null runs all. With an
+            exit_adapter made for that layer a text that nothing drafts leaves through it.
         exit_criterion: lets each token exit at the first layer that is sure enough (Entropy, Margin, Saturation,
             LearnedExit); nothing is verified, so the text is another one; null: none.
         num_speculations: tokens drafted, at most, before the whole model verifies them; 0 does not draft. null: what

@@ -32,11 +32,13 @@ class Available(NamedTuple):
         num_layers: L.
         draft_weights: whether there is a copy in rounded weights.
         adapter_exit: exit layer of its exit adapter; None: it has none.
+        adapter_joins: whether that takes the last layer's state of the token before.
     """
 
     num_layers: int
     draft_weights: bool = False
     adapter_exit: int | None = None
+    adapter_joins: bool = False
 
     def has(self, option: str | None) -> bool:
         """Return whether the model was loaded with a Drafter's `needs`."""
@@ -70,8 +72,11 @@ class Runners:
     @property
     def available(self) -> Available:
         """Parts that may draft."""
-        adapter_exit = None if self.adapter is None else self.adapter.shape.exit_layer
-        return Available(self.model.num_layers, self.draft is not None, adapter_exit)
+        has_draft = self.draft is not None
+        if self.adapter is None:
+            return Available(self.model.num_layers, has_draft)
+        shape = self.adapter.shape
+        return Available(self.model.num_layers, has_draft, shape.exit_layer, shape.joins_last_state)
 
 
 class Drafter(ABC):
