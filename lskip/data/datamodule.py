@@ -43,10 +43,11 @@ class TextData(LightningDataModule):
     as the longest row needs); labels are aligned with the inputs (the model shifts them) and -100 where a token is not
     scored. The columns of the source decide: `messages` (a conversation in each row, every assistant turn is scored; a
     `completion` beside them is the last), `prompt` and `completion` (a pair in each row, the completion is scored), or
-    `text` (joined, with the end-of-text token after each, and cut into blocks); else `conversations` (ShareGPT's: from human, gpt, system or tool, and
-    value) or `instruction`, `input` and `output` (a pair, with Stanford Alpaca's prompt). `tools` beside `messages` are
-    passed to the chat template. A conversation or pair longer than a block is cut at the right, and left out with a
-    warning if no scored token remains. A special token that a text spells, such as <|endoftext|>, is plain text.
+    `text` (joined, with the end-of-text token after each, and cut into blocks); else `conversations` (ShareGPT's:
+    from human, gpt, system or tool, and value) or `instruction`, `input` and `output` (a pair, with Stanford
+    Alpaca's prompt). `tools` beside `messages` are passed to the chat template. A conversation or pair longer than
+    a block is cut at the right, and left out with a warning if no scored token remains. A special token that a text
+    spells, such as <|endoftext|>, is plain text.
 
     Documents are de-duplicated and split by the sha256 of their content: the split is the same on every machine, no
     copy is on both sides, and the tokenizer is trained on the training split alone. Where rows have a column `group`,
