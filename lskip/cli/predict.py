@@ -60,7 +60,8 @@ def predict(
     source = user_path(prompts, "prompts")
     asked = read_prompts(source)
     if completions:
-        asked = [prompt.to_train_on(uses_chat_template(decoding, loading)) for prompt in asked]
+        chat = uses_chat_template(decoding, loading)
+        asked = [prompt.to_train_on(chat) for prompt in asked]
     with lock_output(user_path(output, "output"), source) as path:
         answered, mode = start_output(path, asked, overwrite, resume)
         if answered:
