@@ -42,13 +42,13 @@ def few_tokens(counts: np.ndarray) -> list[int] | None:
     return ids.tolist() if counts[ids].sum() >= COVERED * counts.sum() else None
 
 
-def keep_draft_tokens(folder: Path, token_ids: Sequence[int] | None) -> None:
-    """Write the tokens into the folder of a run's checkpoints; None: remove those of before."""
-    if token_ids is None:
+def keep_draft_tokens(folder: Path, listed: Sequence[int] | Sequence[str] | None) -> None:
+    """Write the tokens into a model's folder, or that of a run's checkpoints; None: remove those of before."""
+    if listed is None:
         (folder / FILE).unlink(missing_ok=True)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / FILE, list(token_ids))
+    write_json(folder / FILE, list(listed))
 
 
 @dataclass(frozen=True)
