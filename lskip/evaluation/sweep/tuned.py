@@ -136,6 +136,9 @@ def _check_found(task: str, found: dict[str, Any], model: str) -> None:
         raise ValueError(f"task: {task!r} was tuned with draft_weights {weights!r}, which {one_of}")
     if found["exit_adapter"] is not None:
         find_adapter(found["exit_adapter"], f"task: {task!r} was tuned with an exit_adapter")
+    tokens = found.get("draft_tokens")
+    if tokens not in (None, ALL) and not user_path(tokens, "task").is_file():
+        raise FileNotFoundError(f"task: {task!r} was tuned with draft_tokens {tokens!r}, and there is no such file")
     exit_layer = found["exit_layer"]
     if exit_layer is None or find_source(model).kind not in ("folder", "checkpoint"):
         return  # the tuned file of others goes by their name, so it is of this model

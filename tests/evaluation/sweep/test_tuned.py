@@ -67,15 +67,21 @@ def test_what_was_found_on_another_kind_of_device_is_not_used(folder):
 
 def test_tokens_of_drafts_are_the_tasks_unless_the_user_names_others(folder, tmp_path):
     """Files of before name none; a user who drafts otherwise, or names `all`, does not get the task's."""
-    folder = Path(shutil.copytree(folder, tmp_path / "model"))
-    save_tuned(folder / "tuned.json", "few", LAYERS | ON_CPU | {"draft_tokens": "/tokens.json"})
+    folder, kept = Path(shutil.copytree(folder, tmp_path / "model")), tmp_path / "tokens.json"
+    kept.write_text("[1, 2]")
+    save_tuned(folder / "tuned.json", "few", LAYERS | ON_CPU | {"draft_tokens": str(kept)})
 
     def tokens(task: str, named: str | None = None, **decoding) -> str | None:
         loading = LoadingOptions(model=str(folder), device="cpu", draft_tokens=named)
         return tuned_options(task, DecodingOptions(**decoding), loading)[1].draft_tokens
 
-    assert [tokens("few"), tokens("few", "all"), tokens("few", draft="ngram")] == ["/tokens.json", "all", None]
+    assert [tokens("few"), tokens("few", "all"), tokens("few", draft="ngram")] == [str(kept), "all", None]
     assert tokens("code") is None
+    kept.unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"task: 'few' was tuned with draft_tokens '.*', and there is no"
+    ):
+        tokens("few")
 
 
 def test_generate_goes_by_it(folder, capsys, monkeypatch):
