@@ -78,9 +78,7 @@ def test_tokens_of_drafts_are_the_tasks_unless_the_user_names_others(folder, tmp
     assert [tokens("few"), tokens("few", "all"), tokens("few", draft="ngram")] == [str(kept), "all", None]
     assert tokens("code") is None
     kept.unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"task: 'few' was tuned with draft_tokens '.*', and there is no"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"task: 'few' was tuned with draft_tokens '.*', and there is no"):
         tokens("few")
 
 
