@@ -40,6 +40,7 @@ LOADING = {
     "bit_exact": flag(null=True, good=("true", "false", "null")),
     "costs_file": place_to_write(),
     "exit_adapter": file_to_read(),
+    "draft_tokens": file_to_read(),
 }
 DECODING = {
     "max_new_tokens": whole(1, null=True),
@@ -68,6 +69,7 @@ OPTIONS: dict[str, dict[str, Domain]] = {
         "output": place_to_write(),
         "task": text(),
         "batch_size": whole(1, good=(1, 2, 10**4)),
+        "completions": flag(good=("true",)),
         **RESUMED,
         **DECODING,
         **LOADING,
@@ -107,6 +109,7 @@ OPTIONS: dict[str, dict[str, Domain]] = {
         "device": choice("auto", "cpu"),
         "overwrite": flag(),
         "confirm_run_unsafe_code": flag(),
+        "exit_adapter": file_to_read(),
     },
     "compare": {"runs": file_to_read(), "figure": place_to_write()},
     "inspect": {
@@ -192,6 +195,7 @@ EXTRA = {  # without which an option says nothing
     "draft_policy": ("--exit_layer=2", "--num_speculations=2"),
     "acceptance": ("--exit_layer=2", "--num_speculations=2"),
     "exit_adapter": ("--num_speculations=2",),
+    "draft_tokens": ("--exit_layer=2", "--num_speculations=2"),
     "costs_file": ("--exit_layer=2", "--num_speculations=2", "--draft_policy=CostAwareDraft"),
     "draft": ("--exit_layer=2", "--num_speculations=2"),
     "split": ("--data={place}/data.jsonl",),

@@ -58,6 +58,7 @@ def tuned() -> Iterator[Case]:
         "draft": ["nope", 5, "weights", "adapter"],
         "draft_weights": ["int2", 5, {}],
         "exit_adapter": ["/nope", 5, "../../etc", "\x1b[2J"],
+        "draft_tokens": ["/nope", 5, "../../etc", "\x1b[2J", "all"],
         "device": ["cuda", 5, None, "\x1b[2J"],
     }
     for name, values in wrong.items():

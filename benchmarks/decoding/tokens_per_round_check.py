@@ -80,7 +80,9 @@ def check(
 ) -> list[dict[str, Any]]:
     """Return, for each exit and number of drafted tokens, tokens per round computed and decoded."""
     texts = own_texts(generator, prompts, batch_size)
-    readings = [read_answer(generator.runner, generator.trained_exits, text, generator.vocab_size) for text in texts]
+    readings = [
+        read_answer(generator.runner, generator.runners.reading_drafts, text, generator.vocab_size) for text in texts
+    ]
     cells = []
     for count in num_speculations:
         computed = own_tokens_per_round(readings, count)

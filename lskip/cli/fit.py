@@ -35,6 +35,7 @@ from lskip.cli.runs.resuming import (
     settings_of,
 )
 from lskip.cli.runs.run_data import with_run_data
+from lskip.cli.runs.run_draft_tokens import RunDraftTokens
 from lskip.cli.runs.run_folder import RunConfig, check_room, refuse_existing_run, run_place
 from lskip.cli.runs.run_logger import RunLogger
 from lskip.cli.runs.trainer_checks import (
@@ -261,6 +262,8 @@ class LayerSkipCLI(LightningCLI):
         settings["default_root_dir"] = settings["default_root_dir"] or str(self.folder)
         methods = [built[key] for key in _METHODS if built[key] is not None]
         checkpoint = [RunCheckpoint(self.folder / LAST_CHECKPOINT.parent, **built.checkpoint)]
+        if self.subcommand == "fit":
+            checkpoint.append(RunDraftTokens(self.folder / LAST_CHECKPOINT.parent))
         if settings["enable_checkpointing"] is False:
             checkpoint = []
         hparams = [RunHparams(run_settings(self._settings.as_dict()))] if self.subcommand == "fit" else []

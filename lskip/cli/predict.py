@@ -13,6 +13,7 @@ from lskip.cli.predict_settings import (
     answer_settings,
     check_answers,
     check_by_answering,
+    check_completions,
     check_same_settings,
     forget_settings,
     keep_settings,
@@ -35,6 +36,7 @@ def predict(
     batch_size: int = 8,
     overwrite: bool = False,
     resume: bool = False,
+    completions: bool = False,
 ) -> None:
     """Answer a file of prompts, several at a time: one JSON line each, written as soon as it is done.
 
@@ -49,14 +51,21 @@ def predict(
         batch_size: prompts that are answered together; a finished one makes room for the next.
         overwrite: start over an existing output.
         resume: go on with an existing output, with the prompts that it does not answer yet; with the same settings.
+        completions: make the output a training file of fit, with the answer as completion too: null, which fit leaves
+            out, where a limit cut it. Prompts that go through the chat template are written as messages.
     """
     decoding, loading = tuned_options(task, decoding, loading)
     settings = decoding.settings()
     check_whole("batch_size", batch_size, 1)
     source = user_path(prompts, "prompts")
     asked = read_prompts(source)
+    if completions:
+        chat = uses_chat_template(decoding, loading)
+        asked = [prompt.to_train_on(chat) for prompt in asked]
     with lock_output(user_path(output, "output"), source) as path:
         answered, mode = start_output(path, asked, overwrite, resume)
+        if answered:
+            check_completions(path, completions)
         check_exit_layer(decoding, loading)
         saved = answer_settings(decoding, loading)
         is_known = not answered or check_same_settings(path, saved)
@@ -72,21 +81,26 @@ def predict(
             ids = [asked[index].encode(generator, chosen) for index in missing]
             results = generator.generate_batch(ids, batch_size, missing, **settings)
             with AnswerFile(path, mode, partial(keep_settings, path, saved)) as file:
-                speed = _write_answers(file, asked, results, len(answered))
+                speed = _write_answers(file, asked, results, len(answered), completions)
         put_in_order(path)
         forget_settings(path)
     say(f"{len(asked)} answers in '{output}' ({speed})", sys.stderr)
 
 
 def _write_answers(
-    file: AnswerFile, asked: list[Prompt], results: Iterable[tuple[int, Generation]], num_answered: int
+    file: AnswerFile,
+    asked: list[Prompt],
+    results: Iterable[tuple[int, Generation]],
+    num_answered: int,
+    completions: bool,
 ) -> str:
     """Write each (index, result) as it comes, and return the number of tokens and their rate in words."""
     tokens, began = 0, time.perf_counter()
     with tqdm(initial=num_answered, total=len(asked), unit="prompt", desc="predict") as bar:
         try:
             for index, generation in results:
-                file.write({**asked[index].fields, "line": asked[index].line, **result_fields(generation)})
+                row = {**asked[index].fields, "line": asked[index].line, **result_fields(generation)}
+                file.write(row | {"completion": completion_of(generation)} if completions else row)
                 tokens += len(generation.token_ids)
                 bar.set_postfix_str(speed := _rate(tokens, time.perf_counter() - began), refresh=False)
                 bar.update()
@@ -94,6 +108,18 @@ def _write_answers(
             message = f", {bar.n} of {len(asked)} prompts are done; go on with --resume true"
             raise type(pressed)(message) from None
     return f"{tokens} tokens, {speed}"
+
+
+def completion_of(generation: Generation) -> str | None:
+    """Return the answer as fit trains on it, with an end behind it; None where the model did not end it."""
+    return generation.text if generation.finish_reason in ("eos", "stop_string") else None
+
+
+def uses_chat_template(decoding: DecodingOptions, loading: LoadingOptions) -> bool:
+    """Return whether a plain prompt goes through the model's chat template."""
+    from lskip.models.pretrained import load_tokenizer  # brings the GGUF reader and the hub client
+
+    return load_tokenizer(loading.model).chat_template is not None if decoding.chat is None else decoding.chat
 
 
 def _rate(tokens: int, seconds: float) -> str:

@@ -85,6 +85,13 @@ def check_answers(output: Path, prompts: list[Prompt], decoding: DecodingOptions
                 raise ValueError(f"{setting}: {getattr(decoding, setting)}, but {said}; {ADVICE}")
 
 
+def check_completions(output: Path, completions: bool) -> None:
+    """Raise ValueError if the lines of `output` have a completion where these are to have none, or the reverse."""
+    if any("completion" in row for row in rows_of(output)) != completions:
+        begun = "without it" if completions else "with it"
+        raise ValueError(f"completions: {str(completions).lower()}, but '{output}' was begun {begun}; {ADVICE}")
+
+
 def check_by_answering(
     output: Path, prompts: list[Prompt], generator: TextGenerator, settings: GenerationSettings
 ) -> None:

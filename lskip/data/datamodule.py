@@ -41,12 +41,13 @@ class TextData(LightningDataModule):
 
     Batches are {"input_ids", "labels"}, each int64 [batch_size, block_size] (pairs and conversations: as many columns
     as the longest row needs); labels are aligned with the inputs (the model shifts them) and -100 where a token is not
-    scored. The columns of the source decide: `messages` (one conversation in each row, every assistant turn is scored),
-    `prompt` and `completion` (one pair in each row, the completion is scored), or `text` (joined, with the end-of-text
-    token after each, and cut into blocks); else `conversations` (ShareGPT's: from human, gpt, system or tool, and
-    value) or `instruction`, `input` and `output` (a pair, with Stanford Alpaca's prompt). `tools` beside `messages` are
-    passed to the chat template. A conversation or pair longer than a block is cut at the right, and left out with a
-    warning if no scored token remains. A special token that a text spells, such as <|endoftext|>, is plain text.
+    scored. The columns of the source decide: `messages` (a conversation in each row, every assistant turn is scored; a
+    `completion` beside them is the last), `prompt` and `completion` (a pair in each row, the completion is scored), or
+    `text` (joined, with the end-of-text token after each, and cut into blocks); else `conversations` (ShareGPT's:
+    from human, gpt, system or tool, and value) or `instruction`, `input` and `output` (a pair, with Stanford
+    Alpaca's prompt). `tools` beside `messages` are passed to the chat template. A conversation or pair longer than
+    a block is cut at the right, and left out with a warning if no scored token remains. A special token that a text
+    spells, such as <|endoftext|>, is plain text.
 
     Documents are de-duplicated and split by the sha256 of their content: the split is the same on every machine, no
     copy is on both sides, and the tokenizer is trained on the training split alone. Where rows have a column `group`,
@@ -208,10 +209,23 @@ class TextData(LightningDataModule):
         A model that ignores its context reaches about this.
         """
         self._check_filled(split)
-        counts = self._token_counts("train") + 1
-        held_out = self._token_counts(split)
+        counts = self.token_counts("train") + 1
+        held_out = self.token_counts(split)
         log_probability = np.log(counts / counts.sum())
         return float(np.exp(-(held_out * log_probability).sum() / held_out.sum()))
+
+    def token_counts(self, split: str, most_rows: int | None = None) -> np.ndarray:
+        """Return how often each token is a target in `split`, int64 [len(tokenizer)].
+
+        Args:
+            most_rows: count in so many rows at most, evenly spaced; None: in all.
+        """
+        counts, blocks = np.zeros(len(self.tokenizer), np.int64), self.blocks(split)
+        step = 1 if most_rows is None else -(-len(blocks) // most_rows) or 1
+        for rows in (blocks if step == 1 else blocks.select(range(0, len(blocks), step))).iter(1000):
+            targets = rows.get("labels", rows["input_ids"])[:, 1:]
+            counts += np.bincount(targets[targets != NOT_SCORED], minlength=len(counts))
+        return counts
 
     @cached_property
     def _corpus(self) -> StoredCorpus | StreamedCorpus:
@@ -289,11 +303,3 @@ class TextData(LightningDataModule):
     def _batches_done(self) -> int:
         """Return the number of finished micro-batches; `ready` would also count an interrupted one."""
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0
-
-    def _token_counts(self, split: str) -> np.ndarray:
-        """Return how often each token is a target in `split`, int64 [len(tokenizer)]."""
-        counts = np.zeros(len(self.tokenizer), np.int64)
-        for rows in self.blocks(split).iter(1000):
-            targets = rows.get("labels", rows["input_ids"])[:, 1:]
-            counts += np.bincount(targets[targets != NOT_SCORED], minlength=len(counts))
-        return counts

@@ -33,19 +33,20 @@ def read_records(rows: Iterable[dict], kind: str, text_column: str | None) -> It
 
     Empty rows are left out, those without the last column with a warning.
     """
-    without, example = 0, ""
+    without, example, cut = 0, "", False
     for number, row in enumerate(rows):
         place = row.get(PLACE) or f"row {number}"
         content = content_of(row, kind, text_column, place)
         if content[-1] is None:
             without, example = without + 1, example or place
+            cut = cut or (kind == "chat" and row.get("messages") is not None)  # of the answer that is missing
         if content[-1] in (None, "", []):
             continue
         check_strings(content, kind, place)
         if content[-1].strip():
             yield dict(zip(COLUMNS[kind], content, strict=True), digest=document_digest(content, row), place=place)
     if without:
-        name = text_column or COLUMNS[kind][-1]
+        name = "completion" if cut else text_column or COLUMNS[kind][-1]
         rank_zero_warn(f"source: {without} rows have no '{name}' and are left out, such as {example}")
 
 

@@ -35,6 +35,8 @@ def record_kind(columns: Iterable[str], text_column: str | None, source: str) ->
         ValueError: none of the supported sets of columns is present.
     """
     columns = [name for name in columns if name != PLACE]
+    if text_column is None:
+        check_answers(columns, source)
     if text_column is not None and text_column in columns:
         return "text"
     if text_column is None:
@@ -47,10 +49,21 @@ def record_kind(columns: Iterable[str], text_column: str | None, source: str) ->
     raise ValueError(f"source: '{source}' has the columns {columns}; needed: {wanted}{advice}")
 
 
+def check_answers(columns: list[str], source: str) -> None:
+    """Raise ValueError for answers that `lskip predict` wrote without completions: what is scored there is not said."""
+    asked = "prompt" in columns or {"messages", "finish_reason"} <= set(columns)
+    if asked and "text" in columns and "completion" not in columns:
+        raise ValueError(
+            f"source: '{source}' has prompts and text, but no completion; let predict write it (--completions true), or"
+            " train on the text alone by --data.text_column text"
+        )
+
+
 def content_of(row: dict, kind: str, text_column: str | None, place: str) -> list:
     """Return the values of `COLUMNS[kind]` for a row; the last is None where the row has none.
 
-    `messages` become JSON text, since the fields of messages differ between rows.
+    `messages` become JSON text, since the fields of messages differ between rows; a completion beside them is the
+    assistant's next turn.
     """
     if kind == "text":
         return [row.get(text_column or "text")]
@@ -61,7 +74,16 @@ def content_of(row: dict, kind: str, text_column: str | None, place: str) -> lis
         messages = messages_of(row["conversations"], place)
     if messages in (None, []):
         return [messages]
+    if "completion" in row:
+        if row["completion"] is None:
+            return [None]
+        messages = with_completion(messages, row["completion"])
     return [conversation_json(with_system(messages, row.get("system")), row.get("tools"), place)]
+
+
+def with_completion(messages, completion):
+    """Return messages followed by the assistant's completion."""
+    return [*messages, {"role": "assistant", "content": completion}] if isinstance(messages, list) else messages
 
 
 def with_system(messages, system):

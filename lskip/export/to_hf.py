@@ -22,6 +22,7 @@ from transformers.initialization import no_init_weights
 from lskip.export import to_gguf as gguf_file
 from lskip.export.model_card import NUM_SPECULATIONS, model_card
 from lskip.models.decoder import Decoder
+from lskip.models.draft_tokens import find_draft_tokens, keep_draft_tokens
 from lskip.models.exit_heads import load_trained_exits
 from lskip.models.families import family_of
 from lskip.models.pretrained import GENERATION_FILE, find_source, load_config, load_model, load_tokenizer
@@ -72,6 +73,7 @@ def export(
         drafts = {"exit_layer": exit_layer, "num_speculations": num_speculations, "draft": draft}
         _check_drafts(config, **drafts)
         source = _check_gguf(model, config) if gguf else None
+        tokens = find_draft_tokens(None, model)
         loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
         exits = load_trained_exits(model, Decoder(loaded))
         check_finite_weights(loaded)
@@ -87,6 +89,8 @@ def export(
                     gguf_file.write_gguf(part, place / GGUF_FILE, source or tokenizer, name)
             if exits is not None:
                 exits.save(partial)
+            if tokens is not None:
+                keep_draft_tokens(partial, tokens.listed)
             (partial / CARD_FILE).write_text(card, encoding="utf-8")
             # Renamed last, so that `output` is never a partial model.
             os.replace(partial, folder)

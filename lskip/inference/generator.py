@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from lskip.inference.layers.lm_head import screened_head
 from lskip.inference.model_defaults import read_defaults
 from lskip.inference.runners.adapter_runner import AdapterRunner
 from lskip.inference.runners.build import build_draft_runner, build_runner
+from lskip.inference.runners.draft_head import DraftHead
 from lskip.inference.settings import GenerationSettings
 from lskip.inference.stopping import end_tokens, stop_rule
 from lskip.inference.text import TextPieces, decode_text, encode_prompt
@@ -44,6 +45,7 @@ class TextGenerator:
         runner: runs the model's blocks and head (FusedRunner or ModuleRunner).
         draft_runner: the same in rounded weights, which draft; None: there are none.
         adapter_runner: the exit adapter that drafts behind `runner`'s first blocks, or None.
+        draft_head: decodes drafts of layers and of weights to few tokens; None: to all.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class TextGenerator:
         exit_adapter: ExitAdapter | None = None,
         trained_exits: TrainedExits | None = None,
         batch_size: int = 1,
+        draft_tokens: Sequence[int] | None = None,
     ):
         """Convert the weights, once.
 
@@ -79,6 +82,7 @@ class TextGenerator:
             trained_exits: affine maps and the classifier of the model's exits; None: it has none.
             batch_size: texts that are going to be decoded together, as far as known: layouts are chosen for so many.
                 Any number of them can be.
+            draft_tokens: ids of tokens that drafts of layers and of weights choose among, with end tokens; None: all.
 
         Raises:
             ValueError: an unsupported family, a value that is unknown or does not work here, another model's adapter.
@@ -96,6 +100,8 @@ class TextGenerator:
         if draft_weights is not None:
             self.draft_runner = build_draft_runner(decoder, draft_weights, screen, batch_size)
         self.adapter_runner = None if exit_adapter is None else AdapterRunner(exit_adapter, batch_size)
+        tokens = None if draft_tokens is None else {*draft_tokens, *self.eos_ids}
+        self.draft_head = None if tokens is None else DraftHead(decoder, tokens, batch_size)
         lone_rows = batch_size == 1 and draft_weights is None and exit_adapter is None
         self.runner = build_runner(decoder, weights, release_model, lone_rows, bit_exact, screen)
         self.trained_exits = deepcopy(trained_exits)
@@ -163,7 +169,7 @@ class TextGenerator:
     @property
     def runners(self) -> Runners:
         """All that runs blocks here: the model, and what may draft for it."""
-        return Runners(self.runner, self.draft_runner, self.adapter_runner, self.trained_exits)
+        return Runners(self.runner, self.draft_runner, self.adapter_runner, self.trained_exits, self.draft_head)
 
     @property
     def defaults(self) -> GenerationSettings:
@@ -209,17 +215,20 @@ class TextGenerator:
     def costs(self) -> Costs:
         """Times of this model's passes on this machine: from `costs_file`, or measured, which takes a few seconds."""
         adapter_runner = None if self.adapter_runner is None else self.adapter_runner.runner
+        parts = {"adapter_runner": adapter_runner, "draft_head": self.draft_head}
         if self.costs_file is not None:
-            return keep_costs(user_path(self.costs_file, "costs_file"), self.runner, self.draft_runner, adapter_runner)
-        return measure_costs(self.runner, self.draft_runner, adapter_runner=adapter_runner)
+            return keep_costs(user_path(self.costs_file, "costs_file"), self.runner, self.draft_runner, **parts)
+        return measure_costs(self.runner, self.draft_runner, **parts)
 
     def memory(self) -> dict[str, int]:
-        """Return bytes by part: "blocks", "head", "embedding", "draft" (rounded weights), "adapter" (exit adapter)."""
+        """Return bytes by part: "blocks", "head", "embedding", and of what drafts "draft", "draft_head", "adapter"."""
         parts = self.runner.memory()
         if self.draft_runner is not None:
             draft = self.draft_runner.memory()
             shared = self.draft_runner.head is getattr(self.runner, "screen", None)
             parts["draft"] = draft["blocks"] + (0 if shared else draft["head"])
+        if self.draft_head is not None:
+            parts["draft_head"] = self.draft_head.nbytes
         if self.adapter_runner is not None:
             parts["adapter"] = self.adapter_runner.nbytes
         return parts

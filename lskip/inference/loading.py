@@ -5,6 +5,7 @@ import torch
 from lskip.inference.drafting.costs_file import check_costs_file
 from lskip.inference.generator import TextGenerator
 from lskip.models.decoder import Decoder
+from lskip.models.draft_tokens import ALL, find_draft_tokens
 from lskip.models.exit_adapter import find_adapter, load_adapter
 from lskip.utils.checks import check_choice, check_whole
 from lskip.utils.devices import DTYPES
@@ -21,6 +22,7 @@ def load_generator(
     costs_file: str | None = None,
     exit_adapter: str | None = None,
     batch_size: int = 1,
+    draft_tokens: str | None = None,
 ) -> TextGenerator:
     """Return a generator from whatever `--model` can name.
 
@@ -31,6 +33,8 @@ def load_generator(
         device: "cpu", "cuda", …; "auto": a GPU where there is one.
         exit_adapter: the folder of an exit adapter that was trained for this model, or "smollm2", the one that comes
             with lskip; None: none.
+        draft_tokens: a JSON file of the tokens that drafts of layers and of weights choose among; "all"; None: the file
+            that `lskip fit` kept beside the checkpoint, else all.
 
     Raises:
         ValueError, FileNotFoundError: what is wrong with an argument, or that there is no such model.
@@ -44,11 +48,15 @@ def load_generator(
     folder = None if exit_adapter is None else find_adapter(exit_adapter)
     if costs_file is not None:
         check_costs_file(user_path(costs_file, "costs_file"))
+    listed = find_draft_tokens(draft_tokens, model)
+    if draft_tokens not in (None, ALL) and exit_adapter is not None and draft_weights is None:
+        raise ValueError(f"draft_tokens: {draft_tokens!r} is not for the exit_adapter, which has tokens of its own")
     place = resolve_device(device)
     loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
     loaded = loaded.eval().to(place)
     adapter = None if folder is None else load_adapter(folder, loaded)
-    exits = load_trained_exits(model, Decoder(loaded))
+    decoder = Decoder(loaded)
+    exits = load_trained_exits(model, decoder)
     return TextGenerator(
         loaded,
         tokenizer,
@@ -60,6 +68,7 @@ def load_generator(
         exit_adapter=adapter,
         trained_exits=exits,
         batch_size=batch_size,
+        draft_tokens=None if listed is None else listed.ids(decoder.vocab_size, tokenizer),
     )
 
 

@@ -28,6 +28,9 @@ class LoadingOptions:
             there is none. null: measured each time, which takes seconds.
         exit_adapter: folder of an exit adapter that was trained for this model, or smollm2, the one that comes with
             lskip; with num_speculations it drafts. null: none.
+        draft_tokens: JSON file, a list of token ids or of texts: drafts of layers and weights choose among these
+            tokens alone, and cost less where the vocabulary is large; the text is the same. all: among all. null:
+            the tokens of the run's training answers where fit kept them beside the checkpoint, else all.
     """
 
     model: str = "smollm2"
@@ -38,6 +41,7 @@ class LoadingOptions:
     bit_exact: bool | None = None
     costs_file: str | None = None
     exit_adapter: str | None = None
+    draft_tokens: str | None = None
 
     def load(self, batch_size: int = 1) -> TextGenerator:
         """Return load_generator's TextGenerator for batches of `batch_size` texts."""
@@ -50,7 +54,8 @@ class DecodingOptions:
 
     Attributes:
         max_new_tokens: tokens to generate at most; null takes the model's default.
-        exit_layer: blocks that run before a token is predicted, 1 to the model's layers; null runs all.
+        exit_layer: blocks that run before a token is predicted, 1 to the model's layers; null runs all. With an
+            exit_adapter made for that layer a text that nothing drafts leaves through it.
         exit_criterion: lets each token exit at the first layer that is sure enough (Entropy, Margin, Saturation,
             LearnedExit); nothing is verified, so the text is another one; null: none.
         num_speculations: tokens drafted, at most, before the whole model verifies them; 0 does not draft. null: what

@@ -1,5 +1,7 @@
 """Reading of prompt files for `lskip predict`; every line is checked before a model is loaded."""
 
+from __future__ import annotations
+
 import json
 import sys
 from dataclasses import dataclass
@@ -31,6 +33,22 @@ class Prompt:
     def content(self) -> str | list[dict]:
         """The prompt: a text, or chat messages."""
         return self.fields["prompt"] if "prompt" in self.fields else self.fields["messages"]
+
+    def to_train_on(self, chat: bool) -> Prompt:
+        """Return it in the form that `fit` puts before a completion as the model sees it here.
+
+        Args:
+            chat: whether a text goes through the chat template: it becomes messages then.
+
+        Raises:
+            ValueError: its line has a completion.
+        """
+        if "completion" in self.fields:
+            raise ValueError(f"prompts: line {self.line}: the key 'completion' is taken: it is what predict writes")
+        if not chat or "messages" in self.fields:
+            return self
+        others = {name: value for name, value in self.fields.items() if name != "prompt"}
+        return Prompt(self.line, {"messages": [{"role": "user", "content": self.content}], **others})
 
     def encode(self, generator: TextGenerator, settings: GenerationSettings) -> list[int]:
         """Return its token ids; ValueError with the line if this model cannot answer it (too long, no template)."""

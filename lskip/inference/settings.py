@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 from lskip.inference.drafting.drafter import Available
 from lskip.inference.drafting.policies import DraftPolicy
-from lskip.inference.drafting.registry import DRAFTERS, check_draft
+from lskip.inference.drafting.registry import DRAFTERS, check_draft, check_fixed_exit
 from lskip.inference.exit_criteria import ExitCriterion
 from lskip.utils.checks import check_choice, check_parts, check_real, check_texts, check_unicode, check_whole
 
@@ -27,7 +27,8 @@ class GenerationSettings:
             Nothing is verified, so the text is another one. The prompt and the first token run all these blocks.
             None: every token does.
         num_speculations: tokens drafted before the whole model verifies them (at most, where a draft_policy decides).
-            0 with an `exit_layer` below L generates from that layer alone.
+            0 with an `exit_layer` below L generates from that layer alone: by the model's own norm and head or, where
+            the generator has an exit adapter for that layer, through it.
         draft: what drafts: "layers" (blocks 1 … exit_layer of the model), "weights" (those, or all blocks where no
             exit_layer is named, in the generator's draft_weights), "ngram" (what followed the same tokens earlier in
             the text) or "adapter" (blocks 1 … E and the generator's exit_adapter, made for E; with one, "layers" are
@@ -123,6 +124,13 @@ class GenerationSettings:
         if self.draft is not None or self.num_speculations:
             chosen_later = getattr(self.draft_policy, "chooses_draft", False)
             check_draft(self.draft, self.exit_layer, self.num_speculations, available, chosen_later)
+        if not self.num_speculations and self.exit_criterion is None and self.exit_layer not in (None, num_layers):
+            check_fixed_exit(self.exit_layer, available)
+
+    def exits_by_adapter(self, available: Available) -> bool:
+        """Return whether a text leaves the model for good through the exit adapter."""
+        fixed = not self.num_speculations and self.exit_criterion is None
+        return fixed and self.exit_layer is not None and self.exit_layer == available.adapter_exit
 
     def full_depth(self, num_layers: int) -> int:
         """Return the number of blocks that decide a token: all, or at a fixed exit its own."""

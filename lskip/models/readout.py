@@ -17,6 +17,7 @@ from lskip.models.decoder import Decoder
 from lskip.models.rounds import first_of_texts, round_starts
 
 if TYPE_CHECKING:
+    from lskip.models.exit_adapter import ExitAdapter
     from lskip.models.exit_heads import TrainedExits
 
 LogitsReader = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
@@ -103,12 +104,14 @@ def read_positions(
     exits: Sequence[int],
     read: LogitsReader,
     trained: TrainedExits | None = None,
+    adapter: ExitAdapter | None = None,
 ) -> list[Tensor]:
     """Return the same as `read_logits`, for given positions.
 
     Args:
         positions: [N] into the B*S flattened states, in any order, repeated or not.
         targets: [N], the token to score at each.
+        adapter: its exit is read through it. It joins no last states, and knows all tokens.
     """
     wanted = {decoder.block_index(exit_layer) for exit_layer in exits}
     x = decoder.embed(input_ids)
@@ -116,7 +119,11 @@ def read_positions(
     rows = []
     for block in range(max(wanted) + 1):
         x = decoder.block(block, x, inputs)
-        if block in wanted:
+        if block in wanted and adapter is not None and block + 1 == adapter.shape.exit_layer:
+            body, joined = Decoder(adapter.body), adapter.joined(x, None)
+            states = adapter.run(joined, body.block_inputs(joined)).flatten(0, 1)[positions]
+            rows.append(_read_in_chunks(body, states, targets, read))
+        elif block in wanted:
             states = x.flatten(0, 1)[positions]
             states = states if trained is None else trained.translate(block + 1, states)
             rows.append(_read_in_chunks(decoder, states, targets, read))

@@ -58,7 +58,7 @@ def test_loading_options_reach_the_generator(model_folder, monkeypatch):
     asked = {}
     monkeypatch.setattr(command_options, "load_generator", lambda **options: asked.update(options) or 1 / 0)
     options = {"dtype": "bfloat16", "weights": "plain", "draft_weights": "int8", "device": "cpu", "bit_exact": True}
-    options |= {"costs_file": "costs.json", "exit_adapter": "adapter"}
+    options |= {"costs_file": "costs.json", "exit_adapter": "adapter", "draft_tokens": "tokens.json"}
     flags = [f"--{name}={str(value).lower()}" for name, value in options.items()]
     with pytest.raises(ZeroDivisionError):
         main(["generate", "--prompt=x", f"--model={model_folder}", *flags])

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from lskip.cli import main
 from lskip.export.model_card import layer_table
 from lskip.export.to_hf import export
+from lskip.inference import load_generator
 from lskip.models.checkpoint import pack_model
 from lskip.models.decoder import Decoder
+from lskip.models.draft_tokens import keep_draft_tokens
 from lskip.models.pretrained import load_model
 
 IDS = torch.tensor([[5, 17, 250, 3, 99, 8]])
@@ -345,3 +347,10 @@ def test_a_folder_with_escapes_in_its_name_moves_no_cursor(tmp_path, checkpoint,
     export(str(checkpoint[0]), str(tmp_path / "d\x1b[2Je"))
     printed = capsys.readouterr().out
     assert "\x1b" not in printed and "d\\x1b[2Je" in printed
+
+
+def test_the_tokens_of_drafts_go_along(tmp_path, checkpoint):
+    """Kept beside the checkpoint, they are what drafts of the exported folder choose among."""
+    keep_draft_tokens(tmp_path, [7, 5])
+    export(str(checkpoint[0]), str(tmp_path / "exported"))
+    assert load_generator(str(tmp_path / "exported")).draft_head.token_ids.tolist() == [0, 5, 7]  # 0 ends a text

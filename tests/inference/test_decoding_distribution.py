@@ -19,6 +19,7 @@ from lskip.inference import TextGenerator
 from lskip.inference.decoding import rejection
 from lskip.inference.runners.adapter_runner import AdapterRunner
 from lskip.inference.runners.build import build_draft_runner
+from lskip.inference.runners.draft_head import DraftHead
 from lskip.models.decoder import Decoder
 from lskip.models.exit_adapter import AdapterShape, ExitAdapter
 from tests.conftest import make_model
@@ -32,6 +33,8 @@ DRAFTS = {
     "weights": {"draft": "weights"},
     "ngram": {"draft": "ngram"},
     "adapter": {"draft": "adapter"},
+    "layers of few tokens": {"draft": "layers", "exit_layer": EXIT},
+    "weights of few tokens": {"draft": "weights"},
 }
 LEAST_P = 1e-4
 
@@ -58,6 +61,9 @@ TESTED = [
     Setup("weights", 1, "shared_noise", 8),
     Setup("ngram", 2, "shared_noise", 1),
     Setup("adapter", 2, "rejection", 8),
+    Setup("layers of few tokens", 2, "rejection", 8),
+    Setup("weights of few tokens", 1, "rejection", 1),
+    Setup("layers of few tokens", 1, "shared_noise", 8),
 ]
 
 
@@ -79,6 +85,13 @@ def with_adapter(generator: TextGenerator) -> TextGenerator:
     made = copy(generator)
     adapter = ExitAdapter(five_words(5), AdapterShape(EXIT), torch.tensor([0, 2, 3]))
     made.adapter_runner = AdapterRunner(adapter)
+    return made
+
+
+def with_few_tokens(generator: TextGenerator) -> TextGenerator:
+    """Return the same, its drafts of layers and of weights among three of the words."""
+    made = copy(generator)
+    made.draft_head = DraftHead(Decoder(five_words(5)), [0, 2, 3])
     return made
 
 
@@ -109,6 +122,8 @@ def draw(generator: TextGenerator, setup: Setup, draws: int, seed: int) -> Tenso
     settings = {**SAMPLING, **DRAFTS[setup.draft], "num_speculations": setup.num_speculations}
     if setup.draft == "adapter":
         generator = with_adapter(generator)
+    if setup.draft.endswith("of few tokens"):
+        generator = with_few_tokens(generator)
     outcomes = generator.generate_batch(
         [PROMPT] * draws, setup.batch_size, seed=seed, acceptance=setup.acceptance, **settings
     )
@@ -224,6 +239,8 @@ def test_a_seeds_text_is_the_same_with_and_without_speculation(generator, draft,
     prompts = [PROMPT[:length] for length in (27, 3, 1, 20, 8, 15)]
     if draft == "adapter":
         generator = with_adapter(generator)
+    if draft.endswith("of few tokens"):
+        generator = with_few_tokens(generator)
     plain = dict(generator.generate_batch(prompts, 1, **settings))
     for num_speculations in (2, 7):
         drafted = dict(

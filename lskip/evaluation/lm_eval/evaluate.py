@@ -20,8 +20,11 @@ import torch
 from rich.table import Table
 
 from lskip.inference import TextGenerator
+from lskip.inference.drafting.drafter import Available
+from lskip.inference.drafting.registry import check_fixed_exit
 from lskip.inference.loading import resolve_device
 from lskip.models.decoder import Decoder
+from lskip.models.exit_adapter import ExitAdapter, find_adapter, load_adapter
 from lskip.models.exit_heads import load_trained_exits
 from lskip.models.exit_names import exit_layers_of, exit_names, layers_of
 from lskip.models.pretrained import load_model
@@ -53,6 +56,7 @@ def evaluate(
     device: str = "auto",
     overwrite: bool = False,
     confirm_run_unsafe_code: bool = False,
+    exit_adapter: str | None = None,
 ) -> None:
     """Score exits on tasks of lm-eval-harness, all exits from one forward pass: a table and a JSON file.
 
@@ -70,6 +74,8 @@ def evaluate(
         device: cpu, cuda …; auto takes a GPU where there is one.
         overwrite: replace an existing output.
         confirm_run_unsafe_code: let tasks that run what the model writes (HumanEval, MBPP) do so, on this machine.
+        exit_adapter: folder of an exit adapter without joins_last_state: its exit is read through it, and the only
+            other one that can be scored beside it is the last. null: none.
     """
     names, asked_exits = [name.strip() for name in tasks.split(",") if name.strip()], exit_names(exits)
     _check_numbers(batch_size, num_fewshot, limit)
@@ -77,6 +83,7 @@ def evaluate(
     path = _free(user_path(results_name(model) if output is None else output, "output"), overwrite)
     _require_lm_eval()
     place, exit_layers = resolve_device(device), exit_layers_of(asked_exits, layers_of(model))
+    adapter = None if exit_adapter is None else find_adapter(exit_adapter)
     with only_writer(path, "output"):
         loaded = _load_tasks(names, include_path, num_fewshot)
         options = {
@@ -84,10 +91,11 @@ def evaluate(
             "apply_chat_template": chat,
             "confirm_run_unsafe_code": confirm_run_unsafe_code,
         }
-        models = _exit_models(model, exit_layers, batch_size, getattr(torch, dtype), place)
+        models = _exit_models(model, exit_layers, batch_size, getattr(torch, dtype), place, adapter)
         if chat and models[0].tokenizer.chat_template is None:
             raise ValueError("chat: true needs a chat template, and the model's tokenizer has none")
         record = {"model": model, "dtype": dtype, "tasks": names, "num_fewshot": num_fewshot, **options}
+        record |= {} if exit_adapter is None else {"exit_adapter": exit_adapter}
         results = _evaluate_all(models, loaded, options, path, record | {"lm_eval": version("lm-eval")})
     plain_console().print(results_table(results))
     plain_console().print(f"results: {path}", soft_wrap=True)
@@ -222,7 +230,7 @@ def _own_tasks(names: list[str], include_path: str | None):
 
 
 def _exit_models(
-    source: str, exit_layers: list[int], batch_size: int, dtype: torch.dtype, place: torch.device
+    source: str, exit_layers: list[int], batch_size: int, dtype: torch.dtype, place: torch.device, folder: Path | None
 ) -> list[ExitModel]:
     from lskip.evaluation.lm_eval.exit_model import ExitModel, ExitScorer
 
@@ -231,9 +239,26 @@ def _exit_models(
         raise ValueError(f"model: {source!r} has no tokenizer, which tasks need")
     decoder = Decoder(loaded.eval().to(place))
     trained = load_trained_exits(source, decoder)
-    scorer = ExitScorer(decoder, exit_layers, batch_size, trained)
-    generator = functools.cache(lambda: TextGenerator(loaded, tokenizer, trained_exits=trained))
+    adapter = None if folder is None else load_adapter(folder, loaded)
+    if adapter is not None:
+        check_adapter(adapter, exit_layers, decoder)
+    scorer = ExitScorer(decoder, exit_layers, batch_size, trained, adapter)
+    parts = {"trained_exits": trained, "exit_adapter": adapter}
+    generator = functools.cache(lambda: TextGenerator(loaded, tokenizer, **parts))
     return [ExitModel(exit_layer, scorer, generator, tokenizer) for exit_layer in exit_layers]
+
+
+def check_adapter(adapter: ExitAdapter, exit_layers: list[int], decoder: Decoder) -> None:
+    """Raise ValueError unless each exit is the last layer, or one that the adapter reads for every token."""
+    num_layers, shape = decoder.num_layers, adapter.shape
+    for exit_layer in exit_layers:
+        if exit_layer != num_layers:
+            check_fixed_exit(exit_layer, Available(num_layers, False, shape.exit_layer, shape.joins_last_state))
+    if len(adapter.token_ids) < decoder.vocab_size:
+        raise ValueError(
+            f"exit_adapter: knows {len(adapter.token_ids)} of {decoder.vocab_size} tokens, and gives all others no"
+            " probability; train one on the whole vocabulary (adapt --vocabulary null)"
+        )
 
 
 def _evaluate_exit(model: ExitModel, tasks: dict, options: dict) -> dict[str, dict]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lskip.evaluation.layers.divergence import require_numbers
 from lskip.inference import TextGenerator
 from lskip.models.decoder import Decoder
+from lskip.models.exit_adapter import ExitAdapter
 from lskip.models.exit_heads import TrainedExits
 from lskip.models.readout import read_positions, score_logits
 
@@ -36,10 +37,16 @@ class ExitScorer:
     """
 
     def __init__(
-        self, decoder: Decoder, exits: Sequence[int], batch_size: int = 8, trained: TrainedExits | None = None
+        self,
+        decoder: Decoder,
+        exits: Sequence[int],
+        batch_size: int = 8,
+        trained: TrainedExits | None = None,
+        adapter: ExitAdapter | None = None,
     ):
+        """Score by the exits' own maps (`trained`), or one of them through an exit adapter; None: there is none."""
         self.decoder, self.exits, self.batch_size = decoder, list(exits), batch_size
-        self._trained = trained
+        self._trained, self._adapter = trained, adapter
         self._scores: dict[bytes, list[tuple[float, bool]]] = {}  # hash of a pair -> a score for each exit
 
     def score(self, pairs: Sequence[Pair], exit_layer: int) -> list[tuple[float, bool]]:
@@ -91,7 +98,7 @@ class ExitScorer:
         device = self.decoder.device
         places, wanted = (torch.tensor(numbers, device=device) for numbers in (positions, targets))
         losses, predictions = read_positions(
-            self.decoder, input_ids.to(device), places, wanted, self.exits, score_logits, self._trained
+            self.decoder, input_ids.to(device), places, wanted, self.exits, score_logits, self._trained, self._adapter
         )
         require_numbers(losses, self.exits)
         losses, hits = losses.cpu(), (predictions == wanted).cpu()

@@ -42,6 +42,8 @@ class Generators:
             self._loaded = None  # first, so that its memory is free for the next
             adapter = self.exit_adapter if cell.drafter.needs == "exit_adapter" else None
             loading = replace(self.loading, draft_weights=cell.draft_weights, exit_adapter=adapter)
+            if adapter is not None:  # which has tokens of its own
+                loading = replace(loading, draft_tokens=None)
             self._loaded = cell.draft, loading.load()
         return self._loaded[1]
 

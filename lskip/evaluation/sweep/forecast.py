@@ -63,12 +63,11 @@ class Answers:
     def readings(self, draft: str) -> list[ExitReading]:
         """Return what each exit says along each answer, in the weights of "layers", "int8" or "int4"."""
         if draft not in self._readings:
-            generator = self.generators.plain
-            runner = generator.runner
-            if draft in DRAFT_WEIGHTS:
-                runner = self.generators.drafting(Cell(draft, None, 1)).draft_runner
+            rounded = draft in DRAFT_WEIGHTS
+            generator = self.generators.drafting(Cell(draft, None, 1)) if rounded else self.generators.plain
+            runner = generator.draft_runner if rounded else generator.runner
             self._readings[draft] = [
-                read_answer(runner, generator.trained_exits, text, generator.vocab_size, self.criterion)
+                read_answer(runner, generator.runners.reading_drafts, text, generator.vocab_size, self.criterion)
                 for text in self.texts
             ]
         return self._readings[draft]

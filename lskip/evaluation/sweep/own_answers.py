@@ -1,6 +1,6 @@
 """What every exit says along answers that the model wrote itself, without decoding again."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,9 +11,7 @@ from lskip.inference import TextGenerator
 from lskip.inference.exit_criteria import MeasuredExit
 from lskip.inference.layers.kv_cache import PREFILL_ROWS
 from lskip.inference.runners.base import ModelRunner
-from lskip.inference.runners.exit_head_runner import read_at
 from lskip.losses import rows_at_once
-from lskip.models.exit_heads import TrainedExits
 from lskip.models.rounds import round_starts
 
 
@@ -51,7 +49,7 @@ def own_texts(generator: TextGenerator, prompts: Sequence[Prompt], batch_size: i
 @torch.inference_mode()
 def read_answer(
     runner: ModelRunner,
-    exits: TrainedExits | None,
+    reading: Callable[[ModelRunner, int], ModelRunner],
     text: OwnText,
     vocab_size: int,
     criterion: type[MeasuredExit] | None = None,
@@ -64,7 +62,7 @@ def read_answer(
     Args:
         runner: the model's own weights; or rounded ones, which here read keys and values of their own making, while in
             decoding those before the round are the model's.
-        exits: trained exits of the model, or None.
+        reading: (runner, layer) -> the runner that decodes the drafts of that exit, as Runners.reading_drafts.
     """
     ids = torch.tensor([text.prompt + text.answer[:-1]], device=runner.device)
     cache, first = runner.new_cache(1, ids.shape[1]), len(text.prompt) - 1
@@ -77,7 +75,7 @@ def read_answer(
         for block in range(runner.num_layers):
             x = runner.run(x, cache, [start], block, block + 1)
             if x.shape[1] > before:
-                layers.append(_read(read_at(runner, exits, block + 1), x[0, before:], targets, rows, criterion))
+                layers.append(_read(reading(runner, block + 1), x[0, before:], targets, rows, criterion))
         pieces += [[torch.stack(parts) for parts in zip(*layers, strict=True)]] if layers else []
     return ExitReading(*(torch.cat(parts, 1).cpu() for parts in zip(*pieces, strict=True)))
 

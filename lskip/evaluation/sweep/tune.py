@@ -14,7 +14,7 @@ from lskip.evaluation.sweep.forecast import Answers
 from lskip.evaluation.sweep.grid import CriterionCell, cell_of, check_grid
 from lskip.evaluation.sweep.search import Records, Search, check_criterion, exits_of_answers
 from lskip.evaluation.sweep.sweep import in_words, print_cells
-from lskip.evaluation.sweep.tuned import adapter_place, check_place, save_tuned, tuned_path
+from lskip.evaluation.sweep.tuned import adapter_place, check_place, save_tuned, tokens_place, tuned_path
 from lskip.evaluation.tasks.prompts import Prompt, prompts_of
 from lskip.evaluation.tasks.task import Task
 from lskip.inference.exit_criteria import MEASURED
@@ -126,6 +126,7 @@ def found_of(records: Sequence[dict[str, Any]], loading: LoadingOptions, prompts
         **drafted,
         "draft_weights": cell and cell.draft_weights,
         "exit_adapter": adapter_place(loading.exit_adapter) if by_adapter else None,
+        "draft_tokens": None if by_adapter else tokens_place(loading.draft_tokens),
         "speedup": 1.0 if best is None else best["times"]["speedup"],
         "acceptance_rate": best and best["acceptance_rate"],
         "tokens_per_round": best and best["tokens_per_round"],

@@ -9,6 +9,7 @@ from lskip.inference.drafting.registry import DRAFTERS
 from lskip.inference.exit_criteria import MEASURED
 from lskip.inference.loading import resolve_device
 from lskip.inference.options import DecodingOptions, DraftWeights, LoadingOptions
+from lskip.models.draft_tokens import ALL
 from lskip.models.exit_adapter import SHIPPED, find_adapter
 from lskip.utils.output_files import make_writable, only_writer, write_json
 from lskip.utils.untrusted import parse_json, read_text
@@ -19,7 +20,7 @@ FILE = "tuned.json"
 CACHE = "~/.cache/lskip/tuned"
 DECODING = ("exit_layer", "num_speculations", "draft")  # options that a task sets, of DecodingOptions
 LOADING = ("draft_weights", "exit_adapter")  # and of LoadingOptions
-NAMES = ("draft", *LOADING)
+NAMES = ("draft", *LOADING, "draft_tokens")  # draft_tokens: files of before lack them
 WAIT = 60  # seconds for another process to save its task in the same file
 
 
@@ -61,7 +62,7 @@ def _is_found(found: Any) -> bool:
         _policy_of(found)
     except (ValueError, TypeError, KeyError):
         return False
-    if not isinstance(found["device"], str) or not all(isinstance(found[name], str | None) for name in NAMES):
+    if not isinstance(found["device"], str) or not all(isinstance(found.get(name), str | None) for name in NAMES):
         return False
     # A drafter of the user's own may not be known here: `_check_found` says so of its task alone.
     needs = DRAFTERS[found["draft"]].needs if found["draft"] in DRAFTERS else None
@@ -78,6 +79,11 @@ def _policy_of(found: dict[str, Any]) -> CriterionDraft | None:
 def adapter_place(name: str) -> str:
     """Return an exit adapter's name that holds in every folder: its absolute path, or the name of a shipped one."""
     return name if name in SHIPPED else str(user_path(name, "exit_adapter").resolve())
+
+
+def tokens_place(name: str | None) -> str | None:
+    """Return a file of draft_tokens as an absolute path, and any other value as it is."""
+    return name if name in (None, ALL) else str(user_path(name, "draft_tokens").resolve())
 
 
 def check_place(path: Path) -> None:
@@ -125,7 +131,7 @@ def tuned_options(
     decoding = _filled(decoding, found, DECODING)
     if policy is not None and decoding.draft_policy is None and decoding.exit_layer == found["exit_layer"]:
         decoding = replace(decoding, draft_policy=policy)  # a threshold is its exit's
-    return decoding, _filled(loading, found, LOADING)
+    return decoding, _filled(loading, found, (*LOADING, "draft_tokens"))
 
 
 def _check_found(task: str, found: dict[str, Any], model: str) -> None:
@@ -141,6 +147,9 @@ def _check_found(task: str, found: dict[str, Any], model: str) -> None:
         raise ValueError(f"task: {task!r} was tuned with draft_weights {weights!r}, which {one_of}")
     if found["exit_adapter"] is not None:
         find_adapter(found["exit_adapter"], f"task: {task!r} was tuned with an exit_adapter")
+    tokens = found.get("draft_tokens")
+    if tokens not in (None, ALL) and not user_path(tokens, "task").is_file():
+        raise FileNotFoundError(f"task: {task!r} was tuned with draft_tokens {tokens!r}, and there is no such file")
     exit_layer = found["exit_layer"]
     if exit_layer is None or find_source(model).kind not in ("folder", "checkpoint"):
         return  # the tuned file of others goes by their name, so it is of this model
@@ -158,4 +167,4 @@ def _drafts_otherwise(found: dict[str, Any], decoding: DecodingOptions, loading:
 
 
 def _filled(options, found: dict[str, Any], names: tuple[str, ...]):
-    return replace(options, **{name: found[name] for name in names if getattr(options, name) is None})
+    return replace(options, **{name: found.get(name) for name in names if getattr(options, name) is None})

@@ -26,6 +26,7 @@ from lskip.inference.drafting.round import Drafted, Observer, Slots, check_draft
 from lskip.inference.exit_criteria import ExitCriterion, Logits
 from lskip.inference.generation import Generation
 from lskip.inference.layers.kv_cache import PREFILL_ROWS
+from lskip.inference.runners.adapter_exit_runner import AdapterExitRunner
 from lskip.inference.runners.exit_head_runner import read_at
 from lskip.inference.settings import GenerationSettings
 from lskip.inference.stopping import StopRule
@@ -106,15 +107,18 @@ class Batch:
         """
         self.runners, self.recorder, num_layers = runners, recorder, runners.model.num_layers
         self.full, num_speculations = settings.full_depth(num_layers), longest_draft(settings)
+        self.runner = read_at(runners.model, runners.exits, self.full)
+        if settings.exits_by_adapter(runners.available):
+            self.runner = AdapterExitRunner(runners.model, runners.adapter.unrounded)
+            self.full = self.runner.num_layers
         # A slot near its end drafts as many tokens as the others: cells for those that it will not keep.
-        self.cache = runners.model.new_cache(slots, cells + (num_speculations if slots > 1 else 0))
+        self.cache = self.runner.new_cache(slots, cells + (num_speculations if slots > 1 else 0))
         self.slots = Slots(self.cache, torch.empty(0, dtype=torch.long, device=runners.model.device))
         self.requests: list[Request] = []
         self.waiting: deque[Request] = deque()
         self.policy: DraftPolicy = settings.draft_policy or FixedDraft()
         self.criterion = bound(settings.exit_criterion, runners.exits)
         self.draft_criterion = bound(getattr(self.policy, "criterion", None), runners.exits)
-        self.runner = read_at(runners.model, runners.exits, self.full)
         self.drafts = []
         if num_speculations:
             self.drafts = drafts_of(settings.draft, settings.exit_layer, runners.available)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from lskip.inference.runners.base import ModelRunner
+from lskip.inference.runners.draft_head import DraftHead, DraftHeadRunner
 from lskip.utils.checks import check_whole
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -27,11 +29,13 @@ class RowCosts:
         rows: measured numbers of rows, ascending.
         block: seconds of one block over so many rows (the mean over all blocks).
         head: seconds of final norm, head and argmax over so many rows.
+        draft_head: the same with the head of few tokens that drafts are decoded with; None: they have the whole head.
     """
 
     rows: tuple[int, ...]
     block: tuple[float, ...]
     head: tuple[float, ...]
+    draft_head: tuple[float, ...] | None = None
 
     def __post_init__(self):
         """Raise ValueError unless there are two numbers of rows or more, ascending, with a time above 0 each."""
@@ -39,7 +43,10 @@ class RowCosts:
             check_whole("rows", count, 1)
         if len(self.rows) < 2 or any(a >= b for a, b in zip(self.rows, self.rows[1:], strict=False)):
             raise ValueError(f"rows: {list(self.rows)} are not two or more ascending numbers")
-        for name, seconds in (("block", self.block), ("head", self.head)):
+        for name in ("block", "head", "draft_head"):
+            seconds = getattr(self, name)
+            if seconds is None and name == "draft_head":
+                continue
             if len(seconds) != len(self.rows):
                 raise ValueError(f"{name}: has {len(seconds)} times for {len(self.rows)} numbers of rows")
             for value in seconds:
@@ -57,6 +64,11 @@ class RowCosts:
     def token_seconds(self, blocks: int, rows: int) -> float:
         """Return the seconds of predicting a token in each of `rows` rows after `blocks` blocks."""
         return blocks * self.block_seconds(rows) + self.head_seconds(rows)
+
+    def draft_seconds(self, blocks: int, rows: int) -> float:
+        """Return the same with the head of a draft."""
+        head = self.head if self.draft_head is None else self.draft_head
+        return blocks * self.block_seconds(rows) + self._between(head, rows)
 
     def _between(self, seconds: tuple[float, ...], rows: int) -> float:
         """Return what lies on the line between two measured numbers of rows, or beyond the last."""
@@ -126,7 +138,11 @@ class Costs:
 
 
 def _row_costs(saved: Any) -> RowCosts:
-    fields = fields_of(saved, "model, draft or adapter", ("rows", "block", "head"))
+    has_draft_head = isinstance(saved, dict) and saved.get("draft_head") is not None
+    if isinstance(saved, dict) and not has_draft_head:  # null, or a file of before drafts had a head of their own
+        saved = {name: value for name, value in saved.items() if name != "draft_head"}
+    expected = ("rows", "block", "head", *(["draft_head"] * has_draft_head))
+    fields = fields_of(saved, "model, draft or adapter", expected)
     for name, value in fields.items():
         if not isinstance(value, list | tuple):
             raise ValueError(f"{name}: {value!r} is not a list")
@@ -147,6 +163,7 @@ def measure_costs(
     draft_runner: ModelRunner | None = None,
     seconds: float = 4.0,
     adapter_runner: ModelRunner | None = None,
+    draft_head: DraftHead | None = None,
 ) -> Costs:
     """Time blocks and head of each runner over growing numbers of rows, in about `seconds` or less.
 
@@ -155,7 +172,8 @@ def measure_costs(
     """
     begin = perf_counter()
     by_name = {"model": runner, "draft": draft_runner, "adapter": adapter_runner}
-    timers = {name: Timer(each) for name, each in by_name.items() if each is not None}
+    heads = {"model": draft_head, "draft": draft_head}
+    timers = {name: Timer(each, heads.get(name)) for name, each in by_name.items() if each is not None}
     for timer in timers.values():
         timer.choose_rows(seconds / 3 / len(timers))
     for _ in range(REPEATS):
@@ -175,12 +193,13 @@ def blocks_of(runner: ModelRunner | None) -> int:
 
 
 class Timer:
-    """Timer of one runner's bare passes, with a cache of one slot."""
+    """Timer of one runner's bare passes, with a cache of one slot, and of a draft's head on its states."""
 
-    def __init__(self, runner: ModelRunner):
+    def __init__(self, runner: ModelRunner, draft_head: DraftHead | None = None):
         self.runner = runner
+        self.readers = [runner] if draft_head is None else [runner, DraftHeadRunner(runner, draft_head)]
         self.cache = runner.new_cache(1, CONTEXT + ROWS[-1])
-        self.samples: dict[int, list[tuple[float, float]]] = {}
+        self.samples: dict[int, list[tuple[float, ...]]] = {}
 
     def choose_rows(self, seconds: float) -> None:
         """Warm up with one pass of each number of rows, from few to many, until `seconds` are about to be over."""
@@ -199,23 +218,25 @@ class Timer:
         for rows, samples in self.samples.items():
             samples.append(self.time(rows))
 
-    def time(self, rows: int) -> tuple[float, float]:
-        """Return the seconds of all blocks, and of the head, over `rows` rows of one slot."""
+    def time(self, rows: int) -> tuple[float, ...]:
+        """Return the seconds of all blocks, and of each head, over `rows` rows of one slot."""
         runner = self.runner
         x = runner.embed(torch.zeros(1, rows, dtype=torch.long, device=runner.device), [0])
-        begin = self._now()
+        times = [self._now()]
         runner.run(x, self.cache, [CONTEXT], 0, runner.num_layers)
-        middle = self._now()
+        times.append(self._now())
         # The head is timed on the embeddings: behind an empty cache the blocks' output is unlike any text's, with all
         # tokens about as probable, so that a screened head could rule none out.
-        if runner.argmax(x) is None:
-            runner.decode(x).argmax(-1)
-        return middle - begin, self._now() - middle
+        for reader in self.readers:
+            if reader.argmax(x) is None:
+                reader.decode(x).argmax(-1)
+            times.append(self._now())
+        return tuple(end - begin for begin, end in pairwise(times))
 
     def medians(self) -> RowCosts:
         """Return the medians of all samples so far."""
-        runs, heads = zip(*(map(median, zip(*samples, strict=True)) for samples in self.samples.values()), strict=True)
-        return RowCosts(tuple(self.samples), tuple(run / self.runner.num_layers for run in runs), heads)
+        runs, *heads = zip(*(map(median, zip(*samples, strict=True)) for samples in self.samples.values()), strict=True)
+        return RowCosts(tuple(self.samples), tuple(run / self.runner.num_layers for run in runs), *heads)
 
     def _now(self) -> float:
         if self.runner.device.type != "cpu":

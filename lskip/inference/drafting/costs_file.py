@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lskip.inference.drafting.costs import Costs, blocks_of, fields_of, measure_costs
 from lskip.inference.runners.base import ModelRunner
+from lskip.inference.runners.draft_head import DraftHead
 from lskip.utils.console import warn
 from lskip.utils.output_files import make_writable, write_json
 from lskip.utils.untrusted import parse_json, read_text
@@ -11,7 +12,11 @@ from lskip.utils.user_errors import one_line
 
 
 def keep_costs(
-    path: Path, runner: ModelRunner, draft_runner: ModelRunner | None = None, adapter_runner: ModelRunner | None = None
+    path: Path,
+    runner: ModelRunner,
+    draft_runner: ModelRunner | None = None,
+    adapter_runner: ModelRunner | None = None,
+    draft_head: DraftHead | None = None,
 ) -> Costs:
     """Return the costs in a JSON file of this model on this machine; measure and write them where there is none.
 
@@ -20,7 +25,7 @@ def keep_costs(
     """
     here = runner.device.type
     if not path.exists():
-        costs = measure_costs(runner, draft_runner, adapter_runner=adapter_runner)
+        costs = measure_costs(runner, draft_runner, adapter_runner=adapter_runner, draft_head=draft_head)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"device": here, "costs": costs.to_dict()})
@@ -30,9 +35,9 @@ def keep_costs(
     device, costs = read_costs(path)
     if device != here:
         raise ValueError(f"costs_file: '{path}' was measured on {device!r}, not on {here!r}; name another")
-    measured = costs.num_layers, costs.draft is None, costs.adapter_blocks
-    if measured != (runner.num_layers, draft_runner is None, blocks_of(adapter_runner)):
-        parts = "another model, of other draft_weights or of another exit_adapter"
+    measured = costs.num_layers, costs.draft is None, costs.adapter_blocks, costs.model.draft_head is None
+    if measured != (runner.num_layers, draft_runner is None, blocks_of(adapter_runner), draft_head is None):
+        parts = "another model, of other draft_weights, of other draft_tokens or of another exit_adapter"
         raise ValueError(f"costs_file: '{path}' is of {parts}; name another file")
     return costs
 

@@ -14,6 +14,8 @@ from lskip.inference.drafting.draft import Draft
 from lskip.inference.drafting.round import Chooser, Drafted, Observer, Slots
 from lskip.inference.runners.adapter_runner import AdapterRunner
 from lskip.inference.runners.base import ModelRunner
+from lskip.inference.runners.draft_head import DraftHead, DraftHeadRunner
+from lskip.inference.runners.exit_head_runner import read_at
 
 if TYPE_CHECKING:
     from lskip.models.exit_heads import TrainedExits
@@ -30,11 +32,13 @@ class Available(NamedTuple):
         num_layers: L.
         draft_weights: whether there is a copy in rounded weights.
         adapter_exit: exit layer of its exit adapter; None: it has none.
+        adapter_joins: whether that takes the last layer's state of the token before.
     """
 
     num_layers: int
     draft_weights: bool = False
     adapter_exit: int | None = None
+    adapter_joins: bool = False
 
     def has(self, option: str | None) -> bool:
         """Return whether the model was loaded with a Drafter's `needs`."""
@@ -51,18 +55,28 @@ class Runners:
         draft: the same in rounded weights, or None.
         adapter: the model's exit adapter, or None.
         exits: affine maps and the classifier of the model's exits, or None.
+        draft_head: decodes drafts of `model`'s and `draft`'s blocks to few tokens; None: their own heads do, to all.
     """
 
     model: ModelRunner
     draft: ModelRunner | None = None
     adapter: AdapterRunner | None = None
     exits: TrainedExits | None = None
+    draft_head: DraftHead | None = None
+
+    def reading_drafts(self, runner: ModelRunner, exit_layer: int) -> ModelRunner:
+        """Return `runner`, `model` or `draft`, as the drafts of `exit_layer` are to be decoded."""
+        runner = runner if self.draft_head is None else DraftHeadRunner(runner, self.draft_head)
+        return read_at(runner, self.exits, exit_layer)
 
     @property
     def available(self) -> Available:
         """Parts that may draft."""
-        adapter_exit = None if self.adapter is None else self.adapter.shape.exit_layer
-        return Available(self.model.num_layers, self.draft is not None, adapter_exit)
+        has_draft = self.draft is not None
+        if self.adapter is None:
+            return Available(self.model.num_layers, has_draft)
+        shape = self.adapter.shape
+        return Available(self.model.num_layers, has_draft, shape.exit_layer, shape.joins_last_state)
 
 
 class Drafter(ABC):

@@ -12,7 +12,6 @@ from lskip.inference.drafting.drafter import Available, Drafter, GoesOn
 from lskip.inference.drafting.round import Chooser, Drafted, Slots, find_argmax, nothing_drafted
 from lskip.inference.layers.lm_head import Argmax
 from lskip.inference.runners.base import ModelRunner
-from lskip.inference.runners.exit_head_runner import read_at
 
 
 class LayersDrafter(Drafter):
@@ -44,10 +43,10 @@ class LayersDrafter(Drafter):
     def seconds(cls, draft: Draft, count: int, slots: int, costs: Costs) -> float:
         # Verification needs the states of the last drafted token too.
         last = draft.exit_layer * costs.model.block_seconds(slots)
-        return count * costs.model.token_seconds(draft.exit_layer, slots) + last
+        return count * costs.model.draft_seconds(draft.exit_layer, slots) + last
 
     def propose(self, draft: Draft, count: int, chooser: Chooser, goes_on: GoesOn) -> Drafted:
-        runner = read_at(self.runners.model, self.runners.exits, draft.exit_layer)
+        runner = self.runners.reading_drafts(self.runners.model, draft.exit_layer)
         return draft_tokens(runner, self.slots, draft.exit_layer, count, chooser, goes_on)
 
 

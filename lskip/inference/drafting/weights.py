@@ -5,7 +5,6 @@ from lskip.inference.drafting.draft import Draft
 from lskip.inference.drafting.drafter import Available, Drafter, GoesOn
 from lskip.inference.drafting.layers import draft_tokens
 from lskip.inference.drafting.round import Chooser, Drafted
-from lskip.inference.runners.exit_head_runner import read_at
 
 
 class WeightsDrafter(Drafter):
@@ -23,10 +22,10 @@ class WeightsDrafter(Drafter):
     def seconds(cls, draft: Draft, count: int, slots: int, costs: Costs) -> float:
         if costs.draft is None:
             raise ValueError("costs: hold no times for draft weights; measure them with the draft weights loaded")
-        return count * costs.draft.token_seconds(draft.exit_layer, slots)
+        return count * costs.draft.draft_seconds(draft.exit_layer, slots)
 
     def propose(self, draft: Draft, count: int, chooser: Chooser, goes_on: GoesOn) -> Drafted:
-        runner = read_at(self.runners.draft, self.runners.exits, draft.exit_layer)
+        runner = self.runners.reading_drafts(self.runners.draft, draft.exit_layer)
         drafted = draft_tokens(runner, self.slots, draft.exit_layer, count, chooser, goes_on)
         # Its states are not the model's own, so verification starts at the first block. Both share the cache: drafts
         # attend to the model's own keys and values, and verification writes over the draft's.

@@ -13,6 +13,8 @@ import torch
 from lskip.cli import main
 from lskip.evaluation.lm_eval import evaluate as module
 from lskip.evaluation.lm_eval.evaluate import results_table
+from lskip.models.decoder import Decoder
+from lskip.models.exit_adapter import AdapterShape, ExitAdapter
 from lskip.models.pretrained import load_model
 from lskip.utils.console import plain_console
 from lskip.utils.output_files import only_writer
@@ -76,6 +78,48 @@ def test_every_exits_perplexity_by_a_slow_reference(folder, capsys):
         assert found == pytest.approx(slow_perplexity(model, tokenizer, exit_layer), rel=1e-4)
         assert f"exit {exit_layer}" in table and f"{found:.4g}" in table
         assert 0 <= scores["questions"]["acc,none"] <= 1
+
+
+def save_adapter(folder, model, joins=False, tokens=None):
+    torch.manual_seed(3)
+    adapter = ExitAdapter(model, AdapterShape(2, 1, joins), tokens)
+    for parameter in adapter.trained_parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    adapter.save(folder / "adapter", torch.float32)
+    return adapter.eval()
+
+
+@torch.no_grad()
+def test_an_exit_through_its_adapter_by_a_slow_reference(folder, tiny_model):
+    """The last layer's scores are as without; the exit's come of the adapter's modules, text by text."""
+    model, tokenizer = load_model("model")
+    adapter = save_adapter(folder, model)
+    assert run("--exits=2,last", "--exit_adapter=adapter", "--output=scores.json") == 0
+    scores = json.loads((folder / "scores.json").read_text())["results"]
+    last = scores["4"]["texts"]["word_perplexity,none"]
+    assert last == pytest.approx(slow_perplexity(model, tokenizer, 4), rel=1e-4)
+    total, words, body = 0.0, 0, Decoder(adapter.body)
+    for text in TEXTS:
+        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode(text)]])
+        x = adapter.joined(model.model(ids, output_hidden_states=True).hidden_states[2], None)
+        logits = adapter.body.lm_head(adapter.body.model.norm(adapter.run(x, body.block_inputs(x))))
+        total -= torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum").item()
+        words += len(text.split())
+    assert scores["2"]["texts"]["word_perplexity,none"] == pytest.approx(math.exp(-total / words), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "joins", "tokens", "message"),
+    [
+        (["--exits=1,last"], False, None, "exit_layer: 1 is not 2, for which the exit_adapter was made"),
+        (["--exits=2"], True, None, "exit_layer: 2 alone does not go with this exit_adapter, which joins"),
+        (["--exits=2"], False, [1, 2], "exit_adapter: knows 2 of 300 tokens"),
+    ],
+)
+def test_adapters_that_cannot_be_scored_are_refused(folder, capsys, options, joins, tokens, message):
+    save_adapter(folder, load_model("model")[0], joins, None if tokens is None else torch.tensor(tokens))
+    assert run(*options, "--exit_adapter=adapter") == 2
+    assert message in capsys.readouterr().err and not list(folder.glob("results*"))
 
 
 def test_what_is_scored_is_kept_when_a_later_exit_fails(folder, monkeypatch):

@@ -40,7 +40,7 @@ def own_text(generator, prompt, **settings) -> OwnText:
 
 
 def reading_of(generator, text, criterion=None) -> ExitReading:
-    return read_answer(generator.runner, generator.trained_exits, text, generator.vocab_size, criterion)
+    return read_answer(generator.runner, generator.runners.reading_drafts, text, generator.vocab_size, criterion)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -78,7 +78,9 @@ def test_exits_are_read_through_their_own_maps(model):
     generator = TextGenerator(model, bit_exact=False, trained_exits=heads)
     text = own_text(generator, PROMPTS[1])
     hits = reading_of(generator, text).hits
-    assert not torch.equal(hits[:3], read_answer(generator.runner, None, text, generator.vocab_size).hits[:3])
+    assert not torch.equal(
+        hits[:3], read_answer(generator.runner, lambda runner, _: runner, text, generator.vocab_size).hits[:3]
+    )
     rounds = rounds_of_exit(text, hits[2].tolist(), 3)
     drafts = {"exit_layer": 3, "num_speculations": 3, "draft": "layers"}
     decoded = generator.generate(PROMPTS[1], max_new_tokens=NEW_TOKENS, **drafts)

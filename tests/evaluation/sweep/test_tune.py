@@ -16,6 +16,7 @@ from lskip.evaluation.sweep.grid import Cell, CriterionCell
 from lskip.evaluation.sweep.search import candidates
 from lskip.inference.drafting.costs import Costs, RowCosts
 from lskip.inference.drafting.drafter import Runners
+from lskip.inference.loading import load_generator
 from tests.conftest import make_model
 
 # A block costs 1 ms and the head 2 ms, however many rows: a plain round of 10 blocks 12 ms.
@@ -95,6 +96,23 @@ def test_a_whole_run_finds_the_exit_that_is_always_right(place, monkeypatch, cap
     assert "use exit_layer=2" in capsys.readouterr().out
     assert main(["generate", f"--model={place}/model", "--prompt=def f", "--task=adds", "--max_new_tokens=9"]) == 0
     assert "acceptance_rate 1.00" in capsys.readouterr().err
+
+
+def test_a_run_with_few_tokens_counts_what_they_draft_and_keeps_their_name(place, monkeypatch):
+    """The exit that is always right among all tokens never is among tokens that the model does not say."""
+    monkeypatch.setattr(tune_module, "measure_cell", lambda g, cell, p, r: slow(cell))
+    forecasts, ranked = [], tune_module.best_first
+    monkeypatch.setattr(tune_module, "best_first", lambda found: forecasts.extend(found) or ranked(found))
+    task = ["--task=LocalTask", f"--task.path={place}/adds.jsonl", "--task.max_new_tokens=9"]
+    call = ["tune", f"--model={place}/model", *task, "--exit_layers=2", "--num_speculations=3", "--decoded_cells=1"]
+    assert main(call) == 0
+    said = load_generator(f"{place}/model").generate("def f0(a, b):", max_new_tokens=9).token_ids
+    monkeypatch.chdir(place)
+    (place / "few.json").write_text(json.dumps([n for n in range(1, 300) if n not in said][:5]))
+    assert main([*call, "--draft_tokens=few.json", "--num_prompts=1"]) == 0
+    assert forecasts[0].tokens_per_round > 3 and forecasts[1].tokens_per_round == 1
+    found = json.loads((place / "model" / "tuned.json").read_text())["adds"]
+    assert found["draft_tokens"] == str((place / "few.json").resolve())
 
 
 def test_where_nothing_pays_it_is_saved_that_nothing_drafts(place, monkeypatch, capsys):

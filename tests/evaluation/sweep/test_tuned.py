@@ -1,6 +1,7 @@
 """Settings of a tuned task: the file that keeps them, and the user's own, which go before them."""
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -79,6 +80,23 @@ def test_a_criterion_is_used_at_its_own_exit_alone_and_not_in_place_of_the_users
 def test_what_was_found_on_another_kind_of_device_is_not_used(folder):
     with pytest.raises(ValueError, match="task: 'chat' was tuned on 'cpu', not on 'meta'; tune it there"):
         options_of(folder, "chat", {"device": "meta"})
+
+
+def test_tokens_of_drafts_are_the_tasks_unless_the_user_names_others(folder, tmp_path):
+    """Files of before name none; a user who drafts otherwise, or names `all`, does not get the task's."""
+    folder, kept = Path(shutil.copytree(folder, tmp_path / "model")), tmp_path / "tokens.json"
+    kept.write_text("[1, 2]")
+    save_tuned(folder / "tuned.json", "few", LAYERS | ON_CPU | {"draft_tokens": str(kept)})
+
+    def tokens(task: str, named: str | None = None, **decoding) -> str | None:
+        loading = LoadingOptions(model=str(folder), device="cpu", draft_tokens=named)
+        return tuned_options(task, DecodingOptions(**decoding), loading)[1].draft_tokens
+
+    assert [tokens("few"), tokens("few", "all"), tokens("few", draft="ngram")] == [str(kept), "all", None]
+    assert tokens("code") is None
+    kept.unlink()
+    with pytest.raises(FileNotFoundError, match=r"task: 'few' was tuned with draft_tokens '.*', and there is no"):
+        tokens("few")
 
 
 def test_generate_goes_by_it(folder, capsys, monkeypatch):

@@ -60,7 +60,7 @@ def make_adapter(model, num_blocks=1, joins=True, words=None, noise=0.05):
 @pytest.fixture
 def unrounded(monkeypatch):
     """Let adapters keep float32, so that their drafts can be compared token by token."""
-    monkeypatch.setattr(adapter_runner, "choose_draft_layouts", lambda *_: [Plain])
+    monkeypatch.setattr(adapter_runner, "rounded_layouts", lambda *_: [Plain])
 
 
 class Turns(DraftPolicy):

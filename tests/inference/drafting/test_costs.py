@@ -3,6 +3,7 @@
 import errno
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,6 +73,14 @@ def test_rounds_by_hand_with_an_adapter(draft, d, slots, seconds):
     assert round_seconds(WITH_ADAPTER, DraftPlan(draft, d), slots) == seconds
 
 
+def test_rounds_by_hand_with_a_draft_head():
+    """Few tokens take 2 behind the model's layers and 1 behind rounded weights; verification keeps the whole head."""
+    model, draft = replace(COSTS.model, draft_head=(2.0,) * 4), replace(COSTS.draft, draft_head=(1.0, 1.0))
+    costs = replace(COSTS, model=model, draft=draft)
+    seconds = [round_seconds(costs, DraftPlan(each, 3), 1) for each in (LAYERS, WEIGHTS, NGRAM)]
+    assert seconds == [3 * (3 + 2) + 3 + (7 * 4 + 30), 3 * (8 + 1) + (10 * 4 + 30), 10 * 4 + 30]
+
+
 def test_parts_of_a_round():
     assert COSTS.plain(1) == COSTS.verify(0, 1) == 20
     drafting = [DRAFTERS[each.kind].seconds(each, 1, 2, COSTS) for each in (LAYERS, WEIGHTS, NGRAM)]
@@ -86,7 +95,10 @@ def test_draft_weights_that_were_not_measured():
         round_seconds(COSTS, DraftPlan(ADAPTER, 1), 1)
 
 
-@pytest.mark.parametrize("costs", [COSTS, Costs(10, COSTS.model), WITH_ADAPTER])
+WITH_HEAD = Costs(10, replace(COSTS.model, draft_head=(2.0, 2.0, 3.0, 3.0)))
+
+
+@pytest.mark.parametrize("costs", [COSTS, Costs(10, COSTS.model), WITH_ADAPTER, WITH_HEAD])
 def test_json_round_trip(costs):
     assert Costs.from_dict(json.loads(json.dumps(costs.to_dict()))) == costs
     assert Costs.from_dict(costs.to_dict()) == costs
@@ -118,6 +130,8 @@ def damaged(*path, value):
         (damaged("model", "head", 2, value=-1.0), "head: -1.0 is not a number of seconds"),
         (damaged("model", "head", 2, value=float("nan")), "head: nan is not a number of seconds"),
         (damaged("model", "head", 2, value=None), "head: None is not a number of seconds"),
+        (damaged("model", "draft_head", value=[1.0]), "draft_head: has 1 times for 4"),
+        (damaged("model", "draft_head", value=2), "draft_head: 2 is not a list"),
     ],
 )
 def test_damaged_files_are_refused_in_one_sentence(saved, message):
@@ -263,6 +277,24 @@ def test_choosing_a_token_is_part_of_the_heads_time(clock):
     assert costs.model.head == pytest.approx([3e-4] * len(ROWS))
 
 
+def test_the_draft_head_is_timed_beside_the_heads(clock):
+    """The runner's own head takes 3e-4, the draft's 1e-5, on the same blocks."""
+
+    class Head:
+        token_ids, vocab_size = torch.arange(2), 9
+
+        def __call__(self, x):
+            clock.now += 1e-5
+            return x[..., :2]
+
+    runner = FakeRunner(clock, 1e-4, 1e-5, 3e-4)
+    runner.norm = lambda x: x
+    costs = measure_costs(runner, draft_head=Head())
+    assert costs.model.draft_head == pytest.approx([1e-5] * len(ROWS))
+    assert costs.model.head == pytest.approx([3e-4] * len(ROWS))
+    assert costs.model.block_seconds(7) == pytest.approx(1e-4 + 7e-5)
+
+
 @pytest.mark.parametrize("make_runner", [lambda decoder: FusedRunner(decoder, [Plain]), ModuleRunner])
 def test_measures_real_runners(tiny_model, make_runner):
     runner = make_runner(Decoder(tiny_model("llama")))
@@ -281,6 +313,8 @@ def test_costs_are_kept_in_a_file(clock, tmp_path):
     assert len(runner.log) == runs  # read, not measured again
     with pytest.raises(ValueError, match=r"costs_file: .* other draft_weights"):
         keep_costs(path, runner, runner)
+    with pytest.raises(ValueError, match=r"costs_file: .* other draft_tokens"):
+        keep_costs(path, runner, draft_head=lambda x: x)
     adapter, other = FakeRunner(clock, 1e-5, 1e-6, 1e-5), tmp_path / "with_adapter.json"
     with pytest.raises(ValueError, match=r"costs_file: .* another exit_adapter"):
         keep_costs(path, runner, None, adapter)
