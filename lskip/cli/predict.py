@@ -51,6 +51,7 @@ def predict(
         resume: go on with an existing output, with the prompts that it does not answer yet; with the same settings.
     """
     decoding, loading = tuned_options(task, decoding, loading)
+    loading = loading.for_draft(decoding.draft)
     settings = decoding.settings()
     check_whole("batch_size", batch_size, 1)
     source = user_path(prompts, "prompts")
