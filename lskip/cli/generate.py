@@ -29,11 +29,13 @@ def generate(
         json: print one JSON object instead, when the answer is done: prompt, text and counts.
     """
     decoding, loading = tuned_options(task, decoding, loading)
+    loading = loading.for_draft(decoding.draft)
     settings = decoding.settings()
     prompt = _read_prompt(prompt)
     check_exit_layer(decoding, loading)
     interrupt = None
-    stream = loading.load().stream(prompt, **settings)
+    generator = loading.load()
+    stream = generator.stream(prompt, **settings)
     try:
         for piece in stream:
             if not json:
@@ -44,7 +46,8 @@ def generate(
         _write_json(prompt, stream.generation)
     else:
         _write("\n")
-        print(_summary(stream.generation, decoding.draft_policy), file=sys.stderr)
+        policy = generator.settings(**settings).draft_policy
+        print(_summary(stream.generation, policy, generator.draft_weights), file=sys.stderr)
     if interrupt is not None:
         raise interrupt
 
@@ -103,13 +106,15 @@ def _write_json(prompt: str, generation: Generation) -> None:
     _write(json.dumps(fields, ensure_ascii=False) + "\n")
 
 
-def _summary(generation: Generation, policy: DraftPolicy | None) -> str:
+def _summary(generation: Generation, policy: DraftPolicy | None, draft_weights: str | None) -> str:
     parts = [f"{len(generation.token_ids)} tokens", f"{generation.tokens_per_second:.1f} tokens/s"]
     if generation.acceptance_rate is not None:
         parts.append(f"acceptance_rate {generation.acceptance_rate:.2f}")
         parts.append(f"tokens_per_round {generation.tokens_per_round:.2f}")
     if generation.mean_exit_layer is not None:
         parts.append(f"mean exit layer {generation.mean_exit_layer:.1f}")
+    if draft_weights is not None:
+        parts.append(f"draft_weights {draft_weights}")
     if generation.finish_reason is not None:
         parts.append(generation.finish_reason)
     learnt = policy.summary() if policy is not None else {}

@@ -55,6 +55,7 @@ def predict(
             out, where a limit cut it. Prompts that go through the chat template are written as messages.
     """
     decoding, loading = tuned_options(task, decoding, loading)
+    loading = loading.for_draft(decoding.draft)
     settings = decoding.settings()
     check_whole("batch_size", batch_size, 1)
     source = user_path(prompts, "prompts")

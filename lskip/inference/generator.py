@@ -6,22 +6,25 @@ import secrets
 from collections import deque
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING
 
 from lskip.inference.decoding.batch import Batch, Request, bound, longest_draft
 from lskip.inference.decoding.sampling import TokenChooser
 from lskip.inference.decoding.state_recorder import StateRecorder, check_states_at
+from lskip.inference.drafting.cost_aware import CostAwareDraft
 from lskip.inference.drafting.costs import Costs, measure_costs
-from lskip.inference.drafting.costs_file import keep_costs
+from lskip.inference.drafting.costs_file import keep_costs, keep_learnt, read_learnt
 from lskip.inference.drafting.drafter import Runners
+from lskip.inference.drafting.policies import DraftPolicy
 from lskip.inference.generation import Generation, TextStream
 from lskip.inference.layers.lm_head import screened_head
 from lskip.inference.model_defaults import read_defaults
 from lskip.inference.runners.adapter_runner import AdapterRunner
-from lskip.inference.runners.build import build_draft_runner, build_runner
+from lskip.inference.runners.build import build_draft_runner, build_runner, suited_draft_weights
 from lskip.inference.runners.draft_head import DraftHead
-from lskip.inference.settings import GenerationSettings
+from lskip.inference.settings import AUTO, GenerationSettings
 from lskip.inference.stopping import end_tokens, stop_rule
 from lskip.inference.text import TextPieces, decode_text, encode_prompt
 from lskip.models.decoder import Decoder
@@ -44,6 +47,7 @@ class TextGenerator:
         model_defaults: defaults of the model's generation_config.
         runner: runs the model's blocks and head (FusedRunner or ModuleRunner).
         draft_runner: the same in rounded weights, which draft; None: there are none.
+        draft_weights: "int8" or "int4", those of draft_runner; None: there are none.
         adapter_runner: the exit adapter that drafts behind `runner`'s first blocks, or None.
         draft_head: decodes drafts of layers and of weights to few tokens; None: to all.
     """
@@ -71,12 +75,14 @@ class TextGenerator:
                 and this machine (on a CPU without bfloat16 products bfloat16 is computed in float32).
             draft_weights: "int8" or "int4": drafts come from a rounded copy of the blocks (of all of them where no
                 exit_layer is named) and are verified by the model's own weights, so that the text is the same. Needs
-                no training; CPU only. None: drafts come from the model's own first layers.
+                no training; CPU only. "auto": those that suit the model and this machine, if any do. None: drafts
+                come from the model's own first layers.
             release_model: free the model's blocks while converting. The model is of no use afterwards.
             bit_exact: a text's logits are the same bits alone, in any batch, with and without speculation, in
                 bfloat16 too. Costs 15 to 22 % of the speed. False: texts are equal in float32 up to ties within
                 rounding. None: true for packed bfloat16 weights on a CPU (layout_choice.exact_by_default), else false.
-            costs_file: JSON file that keeps `costs`, made where there is none; None: each process measures anew.
+            costs_file: JSON file that keeps `costs`, and what a policy learnt; made where there is none. None: each
+                process measures and learns anew.
             exit_adapter: drafts behind the model's first blocks; trained for this model, on its device. It is
                 converted too (to int8 where that works), and left as it is.
             trained_exits: affine maps and the classifier of the model's exits; None: it has none.
@@ -96,7 +102,10 @@ class TextGenerator:
         self.context_length = decoder.context_length
         # First, since building `runner` may take the model apart.
         screen = cache(partial(screened_head, decoder))
-        self.draft_runner = None
+        if draft_weights == AUTO:
+            draft_weights = suited_draft_weights(decoder, batch_size)
+        self.draft_weights, self.draft_runner = draft_weights, None
+        self._recalled: DraftPolicy | None = None
         if draft_weights is not None:
             self.draft_runner = build_draft_runner(decoder, draft_weights, screen, batch_size)
         self.adapter_runner = None if exit_adapter is None else AdapterRunner(exit_adapter, batch_size)
@@ -184,6 +193,10 @@ class TextGenerator:
         """
         chosen = self.model_defaults.changed(**settings)
         chosen.check_model(self.runners.available)
+        if chosen.draft == AUTO:
+            most = chosen.num_speculations or self.usual_speculations
+            policy = chosen.draft_policy or self.auto_policy
+            chosen = replace(chosen, draft=None, draft_policy=policy, num_speculations=most)
         for criterion in (chosen.exit_criterion, getattr(chosen.draft_policy, "criterion", None)):
             bound(criterion, self.trained_exits)
         if chosen.stop_strings and self.tokenizer is None:
@@ -205,6 +218,16 @@ class TextGenerator:
         rules = self.model_defaults
         chooser = TokenChooser(settings, seed, self.eos_ids, ids, rules.by_text, rules.warpers)
         return Request(ids, chooser, stop, Generation(prompt_tokens=len(ids), seed=seed), index=index)
+
+    @cached_property
+    def auto_policy(self) -> CostAwareDraft:
+        """The policy of draft "auto" where none is named; it goes on learning over all texts."""
+        return CostAwareDraft()
+
+    @property
+    def usual_speculations(self) -> int:
+        """Tokens that a round drafts at most with draft "auto": a copy in 4 bits of 4-bit weights hardly errs."""
+        return 16 if self.draft_weights == "int4" else 8
 
     @cached_property
     def most_characters(self) -> int | None:
@@ -261,11 +284,27 @@ class TextGenerator:
         recorder = None
         if states_at is not None:  # room for the last token too, and for what is accepted beyond a text's end
             recorder = StateRecorder.for_slots(states_at, self.runner, slots, cells + 1 + longest_draft(settings))
+        self._recall(settings.draft_policy)
         batch = Batch(self.runners, settings, slots, cells, lambda: self.costs, recorder)
         while requests:
             batch.add(requests.popleft())
-        while batch.busy:
-            yield from batch.round()
+        try:
+            while batch.busy:
+                yield from batch.round()
+        finally:
+            self._keep_learnt(settings.draft_policy)
+
+    def _recall(self, policy: DraftPolicy | None) -> None:
+        """Let a policy begin with what one learnt in an earlier process."""
+        if self.costs_file is None or policy is None or policy is self._recalled:
+            return
+        self._recalled = policy
+        if learnt := read_learnt(user_path(self.costs_file, "costs_file")):
+            policy.recall(learnt)
+
+    def _keep_learnt(self, policy: DraftPolicy | None) -> None:
+        if self.costs_file is not None and policy is not None and (learnt := policy.learnt()):
+            keep_learnt(user_path(self.costs_file, "costs_file"), learnt)
 
     def _endings(
         self, requests: deque[Request], batch_size: int, settings: GenerationSettings, states_at: int | None

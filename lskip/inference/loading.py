@@ -4,9 +4,10 @@ import torch
 
 from lskip.inference.drafting.costs_file import check_costs_file
 from lskip.inference.generator import TextGenerator
+from lskip.inference.runners.build import suited_draft_weights
 from lskip.models.decoder import Decoder
 from lskip.models.draft_tokens import ALL, find_draft_tokens
-from lskip.models.exit_adapter import find_adapter, load_adapter
+from lskip.models.exit_adapter import SHIPPED, find_adapter, load_adapter
 from lskip.utils.checks import check_choice, check_whole
 from lskip.utils.devices import DTYPES
 from lskip.utils.user_paths import user_path
@@ -29,7 +30,8 @@ def load_generator(
     Args:
         model: "smollm2", a run, a checkpoint, a folder, a hub name, a GGUF file.
         dtype: "float32", "bfloat16" or "float16".
-        weights, draft_weights, bit_exact, costs_file, batch_size: as in TextGenerator.
+        weights, draft_weights, bit_exact, costs_file, batch_size: as in TextGenerator. Where draft_weights is "auto",
+            none work here and no exit_adapter is named, the one that comes with lskip for this model is loaded.
         device: "cpu", "cuda", …; "auto": a GPU where there is one.
         exit_adapter: the folder of an exit adapter that was trained for this model, or "smollm2", the one that comes
             with lskip; None: none.
@@ -54,6 +56,10 @@ def load_generator(
     place = resolve_device(device)
     loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
     loaded = loaded.eval().to(place)
+    if draft_weights == "auto":
+        draft_weights = suited_draft_weights(Decoder(loaded), batch_size)
+        if draft_weights is None and folder is None and model in SHIPPED:
+            folder = find_adapter(model)
     adapter = None if folder is None else load_adapter(folder, loaded)
     decoder = Decoder(loaded)
     exits = load_trained_exits(model, decoder)

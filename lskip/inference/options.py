@@ -1,11 +1,12 @@
 """Options of the commands that decode: which model to load, and how to continue a prompt."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lskip.inference import GenerationSettings, TextGenerator, load_generator
 from lskip.inference.drafting.policies import DraftPolicy
 from lskip.inference.exit_criteria import ExitCriterion
+from lskip.inference.settings import AUTO
 from lskip.utils.devices import DType
 
 DraftWeights = Literal["int8", "int4"]  # quantized.DRAFT_WEIGHTS, in words that the parser reads
@@ -20,12 +21,13 @@ class LoadingOptions:
         dtype: of the weights in memory.
         weights: their layout while decoding; auto takes what suits them and this machine. halved: in 16 bits,
             computed in float32, where that changes no number, as for bfloat16 checkpoints.
-        draft_weights: a copy of the model in int8 or int4 that may draft; null: none.
+        draft_weights: a copy of the model in int8 or int4 that may draft; auto: what suits model and machine. null:
+            none, and with draft auto what suits.
         device: cpu, cuda …; auto takes a GPU where there is one.
         bit_exact: a text is the same to the bit alone, in any batch, with and without drafts, in bfloat16 too;
             costs some speed. null: in bfloat16 on a CPU that has bfloat16 products.
-        costs_file: JSON file that keeps what a pass costs on this machine, which CostAwareDraft goes by; made where
-            there is none. null: measured each time, which takes seconds.
+        costs_file: JSON file that keeps what a pass costs on this machine, which CostAwareDraft goes by, and what
+            that has learnt; made where there is none. null: measured each time, which takes seconds.
         exit_adapter: folder of an exit adapter that was trained for this model, or smollm2, the one that comes with
             lskip; with num_speculations it drafts. null: none.
         draft_tokens: JSON file, a list of token ids or of texts: drafts of layers and weights choose among these
@@ -36,12 +38,18 @@ class LoadingOptions:
     model: str = "smollm2"
     dtype: DType = "float32"
     weights: Literal["auto", "plain", "packed", "halved"] = "auto"
-    draft_weights: DraftWeights | None = None
+    draft_weights: Literal["auto", "int8", "int4"] | None = None
     device: str = "auto"
     bit_exact: bool | None = None
     costs_file: str | None = None
     exit_adapter: str | None = None
     draft_tokens: str | None = None
+
+    def for_draft(self, draft: str | None) -> "LoadingOptions":
+        """Return the options with rounded weights that suit, where the draft is auto and none are named."""
+        if draft != AUTO or self.draft_weights is not None:
+            return self
+        return replace(self, draft_weights="auto")
 
     def load(self, batch_size: int = 1) -> TextGenerator:
         """Return load_generator's TextGenerator for batches of `batch_size` texts."""
@@ -62,7 +70,8 @@ class DecodingOptions:
             the task is tuned to, else 0.
         draft: what drafts: layers (the first exit_layer blocks), weights (the draft_weights), ngram (what followed
             the same tokens earlier in the text), adapter (the exit_adapter), or a Drafter of your own by its import
-            path; null: the exit_adapter, else the draft_weights, else the layers.
+            path; auto: whatever pays of all these, round by round, with the model's own text. null: the exit_adapter,
+            else the draft_weights, else the layers.
         draft_policy: decides round by round what drafts, and how many tokens; null: num_speculations every time.
         acceptance: which drafted tokens are kept when sampling; shared_noise gives the same text as without drafts,
             rejection keeps more of them.
@@ -101,8 +110,12 @@ class DecodingOptions:
         settings = {name: value for name, value in vars(self).items() if value is not None}
         GenerationSettings(**settings)
         for name in ("draft", "draft_policy"):
-            if name in settings and not self.num_speculations:
+            if name in settings and not self.num_speculations and not self._is_auto:
                 raise ValueError(
                     f"num_speculations: 0 drafts nothing, but {name} is given; say how many tokens at most"
                 )
         return settings
+
+    @property
+    def _is_auto(self) -> bool:
+        return self.draft == AUTO and self.num_speculations is None

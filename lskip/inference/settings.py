@@ -10,6 +10,7 @@ from lskip.inference.drafting.registry import DRAFTERS, check_draft, check_fixed
 from lskip.inference.exit_criteria import ExitCriterion
 from lskip.utils.checks import check_choice, check_parts, check_real, check_texts, check_unicode, check_whole
 
+AUTO = "auto"  # as a draft: whatever pays of what is loaded
 ACCEPTANCES = ("shared_noise", "rejection")
 POLICY_METHODS = ("begin", "plan", "goes_on", "learn")
 CRITERION_METHODS = ("looks_at", "exits", "bound")
@@ -31,9 +32,10 @@ class GenerationSettings:
             the generator has an exit adapter for that layer, through it.
         draft: what drafts: "layers" (blocks 1 … exit_layer of the model), "weights" (those, or all blocks where no
             exit_layer is named, in the generator's draft_weights), "ngram" (what followed the same tokens earlier in
-            the text) or "adapter" (blocks 1 … E and the generator's exit_adapter, made for E; with one, "layers" are
-            no choice). None: "adapter" where the generator has one, else "weights" where it has draft_weights, else
-            "layers".
+            the text), "adapter" (blocks 1 … E and the generator's exit_adapter, made for E; with one, "layers" are no
+            choice), or "auto" (a policy chooses among all of them, round by round: by default the generator's
+            CostAwareDraft, and num_speculations that suit what is loaded). None: "adapter" where the generator has
+            one, else "weights" where it has draft_weights, else "layers".
         draft_policy: decides round by round what drafts, and how many tokens. None: num_speculations every time.
         acceptance: which drafted tokens are kept when sampling. "shared_noise": draft and verification sample with
             the same noise, and a seed's text is the same with and without speculation. "rejection" (arXiv 2211.17192)
@@ -76,7 +78,7 @@ class GenerationSettings:
         check_real("min_p", self.min_p, "from 0 to 1", lambda value: 0 <= value <= 1)
         check_real("repetition_penalty", self.repetition_penalty, "above 0", lambda value: value > 0)
         if self.draft is not None:
-            check_choice("draft", self.draft, tuple(DRAFTERS))
+            check_choice("draft", self.draft, (AUTO, *DRAFTERS))
         check_choice("acceptance", self.acceptance, ACCEPTANCES)
         check_parts("draft_policy", self.draft_policy, POLICY_METHODS, "a DraftPolicy, such as CostAwareDraft()")
         check_parts("exit_criterion", self.exit_criterion, CRITERION_METHODS, "an ExitCriterion, such as Margin(0.5)")
@@ -85,12 +87,22 @@ class GenerationSettings:
                 f"num_speculations: {self.num_speculations} does not go with an exit_criterion, whose tokens are not"
                 " verified; use 0, or leave the criterion out"
             )
+        self._check_auto()
         check_texts("stop_strings", self.stop_strings)
         for stop_string in self.stop_strings:
             check_unicode("stop_strings", stop_string)
         object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
         if self.chat not in (None, True, False):
             raise ValueError(f"chat: {self.chat!r} is not true, false or null")
+
+    def _check_auto(self) -> None:
+        if self.draft != AUTO:
+            return
+        if self.exit_criterion is not None:
+            raise ValueError("draft: 'auto' does not go with an exit_criterion, whose tokens are not verified")
+        if not getattr(self.draft_policy, "chooses_draft", True):
+            name = type(self.draft_policy).__name__
+            raise ValueError(f"draft: 'auto' needs a policy that chooses among drafts, which {name} does not")
 
     def _check_counts(self) -> None:
         check_whole("max_new_tokens", self.max_new_tokens, 1)
@@ -122,8 +134,9 @@ class GenerationSettings:
         if self.exit_criterion is not None and not any(map(self.exit_criterion.looks_at, range(1, depth))):
             raise ValueError(f"exit_criterion: looks at no layer below {depth}, the last one that runs")
         if self.draft is not None or self.num_speculations:
-            chosen_later = getattr(self.draft_policy, "chooses_draft", False)
-            check_draft(self.draft, self.exit_layer, self.num_speculations, available, chosen_later)
+            chosen_later = self.draft == AUTO or getattr(self.draft_policy, "chooses_draft", False)
+            kind = None if self.draft == AUTO else self.draft
+            check_draft(kind, self.exit_layer, self.num_speculations, available, chosen_later)
         if not self.num_speculations and self.exit_criterion is None and self.exit_layer not in (None, num_layers):
             check_fixed_exit(self.exit_layer, available)
 

@@ -48,11 +48,15 @@ class Whim(DraftPolicy):
 
     def plan(self, slots, most, without=frozenset()) -> DraftPlan:
         drafts = [None, *(draft for draft in self.drafts if draft not in without)]
-        return DraftPlan(self.random.choice(drafts), self.random.randint(0, min(most, self.num_speculations)))
+        probed = [draft for draft in self.drafts if draft.kind in ("layers", "ngram") and self.random.random() < 0.3]
+        count = self.random.randint(0, min(most, self.num_speculations))
+        return DraftPlan(self.random.choice(drafts), count, tuple(probed))
 
-    def goes_on(self, probabilities, margins=None) -> bool:
+    def judge(self, agreed) -> None:
+        assert all(draft in self.drafts for draft in agreed)
+
+    def goes_on(self, probabilities) -> bool:
         assert all(0 <= probability <= 1 for probability in probabilities())
-        assert margins is None or all(margin >= 0 for margin in margins())
         return self.random.random() < 0.8
 
 

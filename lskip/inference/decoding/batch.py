@@ -15,6 +15,7 @@ from torch import Tensor
 from lskip.inference.decoding.batch_chooser import BatchChooser
 from lskip.inference.decoding.early_exit import exit_round
 from lskip.inference.decoding.engine import Round, check_logits, prefill, verify
+from lskip.inference.decoding.probe import Probe
 from lskip.inference.decoding.sampling import TokenChooser
 from lskip.inference.decoding.state_recorder import StateRecorder
 from lskip.inference.drafting.costs import Costs
@@ -211,11 +212,28 @@ class Batch:
     def _speculate(self, chooser: BatchChooser) -> tuple[Round, Draft | None]:
         began = time.perf_counter()
         plan, drafted = self._draft(chooser)
-        outcome = verify(self.runner, self.slots, drafted, self.full, chooser)
+        plan, probe, foreseen = self._look(plan, chooser)
+        outcome = verify(self.runner, self.slots, drafted, self.full, chooser, probe)
         if self.drafts:
+            if plan.probed:
+                self.policy.judge(agreements(plan.probed, probe, foreseen, outcome.tokens))
             most = max(map(len, outcome.drafted))
             self.policy.learn(plan, most, outcome.accepted, time.perf_counter() - began)
         return outcome, plan.draft
+
+    def _look(
+        self, plan: DraftPlan, chooser: BatchChooser
+    ) -> tuple[DraftPlan, Probe | None, dict[Draft, list[list[int]]]]:
+        """Return the plan with what can be told in this round, a probe of its exits, and what others foresee."""
+        exits = [draft.exit_layer for draft in plan.probed if DRAFTERS[draft.kind].reads_exit]
+        if exits and chooser.rejects:
+            plan = plan._replace(probed=tuple(each for each in plan.probed if not DRAFTERS[each.kind].reads_exit))
+            exits = []
+        probe = Probe(self.runners, exits) if exits else None
+        foreseeing = [draft for draft in plan.probed if DRAFTERS[draft.kind].foresees]
+        # A round brings one token more than it drafts.
+        most = plan.num_speculations + 1
+        return plan, probe, {draft: self.drafters[draft.kind].foresee(most) for draft in foreseeing}
 
     def _exit(self, chooser: BatchChooser) -> Round:
         outcome, depths = exit_round(
@@ -232,7 +250,7 @@ class Batch:
         while self.drafts and most >= 1:
             plan = self.policy.plan(len(self.requests), most, without)
             if plan.draft is None or plan.num_speculations == 0:
-                break
+                return plan, nothing_drafted(self.slots)
             goes_on = partial(self._goes_on, plan.draft.exit_layer)
             drafter = self.drafters[plan.draft.kind]
             if (drafted := drafter.propose(plan.draft, plan.num_speculations, chooser, goes_on)) is not None:
@@ -246,16 +264,34 @@ class Batch:
         room = self.cache.cells - 1 - max(self.slots.starts)
         return min(room, max(request.left for request in self.requests) - 1, LONGEST_DRAFT)
 
-    def _goes_on(
-        self, exit_layer: int, logits: Logits, margins: Callable[[], Tensor] | None, ids: Tensor, states: Tensor
-    ) -> bool:
+    def _goes_on(self, exit_layer: int, logits: Logits, ids: Tensor, states: Tensor) -> bool:
         if self.draft_criterion is not None:
             sure = self.draft_criterion.exits(exit_layer, states[:, 0], states[:, 0], lambda: logits()[:, 0])
             return 2 * int((~sure).sum()) < len(sure)
-        return self.policy.goes_on(
-            lambda: logits()[:, 0].float().softmax(-1).gather(1, ids[:, None])[:, 0].tolist(),
-            None if margins is None else lambda: margins().tolist(),
-        )
+        return self.policy.goes_on(lambda: logits()[:, 0].float().softmax(-1).gather(1, ids[:, None])[:, 0].tolist())
+
+
+def agreements(
+    probed: tuple[Draft, ...],
+    probe: Probe | None,
+    foreseen: dict[Draft, list[list[int]]],
+    tokens: list[list[int]],
+) -> dict[Draft, list[list[bool]]]:
+    """Return, by draft and slot, whether it would have chosen the tokens that came, at successive positions.
+
+    What was foreseen counts up to the first wrong token: behind it a draft has no sense.
+    """
+    agreed = {}
+    for draft in probed:
+        if draft in foreseen:
+            runs = [
+                [one == other for one, other in zip(guess, came, strict=False)]
+                for guess, came in zip(foreseen[draft], tokens, strict=True)
+            ]
+            agreed[draft] = [run[: run.index(False) + 1] if False in run else run for run in runs]
+        elif probe is not None and draft.exit_layer in probe.agreed:
+            agreed[draft] = probe.agreed[draft.exit_layer]
+    return agreed
 
 
 def _only(*observers: Observer | None) -> Observer | None:

@@ -13,12 +13,14 @@ class BatchChooser:
 
     Attributes:
         takes_argmax: whether the tokens are the argmax of logits after `ban`.
+        rejects: whether a text's drafts are verified by rejection sampling, where equal choices say little.
     """
 
     def __init__(self, choosers: list[TokenChooser]):
         """Take one chooser a slot, in the order of the slots."""
         self.choosers = choosers
         self.takes_argmax = all(chooser.takes_argmax for chooser in choosers)
+        self.rejects = any(chooser.rejection for chooser in choosers)
         self._slots = [RejectionChooser(chooser) if chooser.rejection else chooser for chooser in choosers]
 
     def ban(self, logits: Tensor, drafted: Tensor) -> None:
@@ -47,6 +49,17 @@ class BatchChooser:
         outcomes = [slot.verify(*rows) for slot, *rows in zip(self._slots, logits, drafted, strict=True)]
         accepted, own = zip(*outcomes, strict=True)
         return torch.cat(accepted), torch.cat(own)
+
+    def choose(self, logits: Tensor, drafted: Tensor) -> Tensor:
+        """Return the tokens [B, d+1] that logits [B, d+1, V] choose, with the noise of those positions; see `verify`.
+
+        Not for rejection sampling, whose drafts have noise of their own.
+        """
+        if self.takes_argmax:
+            return self._argmax(logits, drafted)
+        return torch.stack(
+            [chooser.sample(*rows) for chooser, *rows in zip(self.choosers, logits, drafted, strict=True)]
+        )
 
     def _argmax(self, logits: Tensor, drafted: Tensor) -> Tensor:
         self.ban(logits, drafted)

@@ -7,11 +7,13 @@ Autoregressive decoding is rounds that draft nothing; a fixed exit is the same o
 Stopping, sampling, slots' coming and going and the running of blocks are elsewhere.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lskip.inference.decoding.probe import Probe
 from lskip.inference.drafting.round import Chooser, Drafted, Observer, Slots, find_argmax
 from lskip.inference.layers.kv_cache import PREFILL_ROWS, KVCache
 from lskip.inference.runners.base import ModelRunner
@@ -26,13 +28,14 @@ class Round(NamedTuple):
 
 
 def run_past(
-    runner: ModelRunner, x: Tensor, cache: KVCache, starts: list[int], first: int, full: int, observer: Observer | None
-) -> tuple[Tensor | None, Tensor]:
-    """Run blocks `first` … `full`-1; return the states at the observer's exit (None without one), and at the end."""
-    if observer is None:
-        return None, runner.run(x, cache, starts, first, full)
-    at_exit = runner.run(x, cache, starts, first, observer.exit_layer)
-    return at_exit, runner.run(at_exit, cache, starts, observer.exit_layer, full)
+    runner: ModelRunner, x: Tensor, cache: KVCache, starts: list[int], first: int, full: int, stops: Iterable[int]
+) -> dict[int, Tensor]:
+    """Run blocks `first` … `full`-1; return the states [A, n, D] after each of `stops` and after `full` blocks."""
+    states = {}
+    for last in sorted({*stops, full}):
+        states[last] = x = runner.run(x, cache, starts, first, last)
+        first = last
+    return states
 
 
 def prefill(
@@ -48,11 +51,12 @@ def prefill(
     """
     start = 0
     for rows in torch.tensor([prompt], device=runner.device).split(PREFILL_ROWS, dim=1):
-        at_exit, x = run_past(runner, runner.embed(rows, [start]), cache, [start], 0, full, observer)
+        stops = [] if observer is None else [observer.exit_layer]
+        states = run_past(runner, runner.embed(rows, [start]), cache, [start], 0, full, stops)
         if observer is not None:
-            observer.observe(at_exit, runner.norm(x), [start])
+            observer.observe(states[observer.exit_layer], runner.norm(states[full]), [start])
         start += rows.shape[1]
-    return runner.decode(x[:, -1:])
+    return runner.decode(states[full][:, -1:])
 
 
 def keep_agreeing(own: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,8 +74,16 @@ def check_logits(logits: Tensor) -> None:
         )
 
 
-def verify(runner: ModelRunner, slots: Slots, drafted: Drafted, full: int, chooser: Chooser) -> Round:
-    """Run the rest of the `full` blocks over pending and drafted tokens, and add 1 to d + 1 tokens to each slot."""
+def verify(
+    runner: ModelRunner, slots: Slots, drafted: Drafted, full: int, chooser: Chooser, probe: Probe | None = None
+) -> Round:
+    """Run the rest of the `full` blocks over pending and drafted tokens, and add 1 to d + 1 tokens to each slot.
+
+    Args:
+        probe: is told what its exits say of the same positions; all blocks run then, whatever states the draft left.
+    """
+    if probe is not None:
+        drafted = Drafted(drafted.ids, counts=drafted.counts)
     starts, num_drafted = slots.starts, drafted.ids.shape[1]
     if drafted.states:
         last = [start + num_drafted for start in starts]
@@ -79,20 +91,25 @@ def verify(runner: ModelRunner, slots: Slots, drafted: Drafted, full: int, choos
         x = torch.cat([*drafted.states, x], 1)
     else:
         x = runner.embed(torch.cat([slots.pending[:, None], drafted.ids], 1), starts)
-    at_exit, x = run_past(runner, x, slots.cache, starts, drafted.exit_block, full, slots.observer)
+    stops = [each.exit_layer for each in (slots.observer,) if each is not None] + ([] if probe is None else probe.exits)
+    states = run_past(runner, x, slots.cache, starts, drafted.exit_block, full, stops)
+    x = states[full]
     if (found := find_argmax(runner, x, chooser, drafted.ids)) is not None:
         accepted, own = keep_agreeing(found.ids, drafted.ids)
     else:
         accepted, own = chooser.verify(runner.decode(x), drafted.ids)
+    said = None if probe is None else probe.read(states, drafted.ids, chooser)
     # The round's one transfer from the device.
     table = torch.cat([accepted[:, None], own[:, None], drafted.ids], 1).tolist()
     if slots.observer is not None:
-        slots.observer.observe(at_exit, runner.norm(x), starts, [count for count, *_ in table])
+        slots.observer.observe(states[slots.observer.exit_layer], runner.norm(x), starts, [row[0] for row in table])
     slots.pending = own
     for slot, (count, *_) in enumerate(table):
         # Refused tokens need no rollback: their cells lie beyond the new length and are written over.
         slots.cache.lengths[slot] += 1 + count
     tokens = [[*ids[:count], token] for count, token, *ids in table]
+    if said is not None:
+        probe.compare(said, tokens)
     counts = drafted.counts or [num_drafted] * len(table)
     drafts = [ids[:count] for (_, _, *ids), count in zip(table, counts, strict=True)]
     return Round(tokens, drafts, [min(row[0], count) for row, count in zip(table, counts, strict=True)])

@@ -1,62 +1,103 @@
-"""Records of accepted and refused tokens, from which a policy estimates acceptance."""
+"""Counts of accepted and refused tokens of a draft, by their position in it, and the tokens that they promise."""
+
+from __future__ import annotations
 
 import math
-from bisect import bisect
-from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
+from typing import NamedTuple
+
+GROUPS = 5  # of positions that are counted together: 1, 2, 3 to 4, 5 to 8, and those beyond
+PULL = 4.0  # imaginary tokens that pull a group's chance to that of the group before it
+
+
+class Prior(NamedTuple):
+    """What is believed of a draft before any of its tokens is tested.
+
+    Attributes:
+        chance: that a token is accepted.
+        weight: imaginary tested tokens that say so.
+    """
+
+    chance: float = 0.5
+    weight: float = 2.0
+
+
+def group_of(position: int) -> int:
+    """Return the group of a position in the draft, counted from 0."""
+    return min(position.bit_length(), GROUPS - 1)
 
 
 @dataclass
-class Record:
-    """Counts of one draft's tested tokens: in each round of a slot, those up to the first refusal."""
+class Acceptance:
+    """Counts of one draft's tested tokens: in each draft those up to the first refusal; older ones count less.
 
-    accepted: float = 0.0  # older ones count less
-    refused: float = 0.0
-    rounds: Counter[int] = field(default_factory=Counter)  # by number of drafted tokens
+    Acceptance comes in runs: a token is accepted more often, the more before it were. So tokens are counted by group
+    of positions, as hazards are: `accepted` and `refused` of a group are of drafts whose tokens before it were all
+    accepted. A group that was hardly tested is believed to be as the one before it.
+    """
+
+    accepted: list[float] = field(default_factory=lambda: [0.0] * GROUPS)
+    refused: list[float] = field(default_factory=lambda: [0.0] * GROUPS)
 
     @property
     def tested(self) -> float:
-        return self.accepted + self.refused
+        return sum(self.accepted) + sum(self.refused)
 
     @property
-    def cautious(self) -> float:
-        """Chance that a token is accepted, with one imaginary refusal, so that little data promises little."""
-        return self.accepted / (self.tested + 1)
+    def rate(self) -> float | None:
+        """Share of the tested tokens that was accepted; None where none was tested."""
+        return sum(self.accepted) / self.tested if self.tested else None
 
-    @property
-    def likely(self) -> float:
-        """Chance that a token is accepted, by Laplace's rule of succession."""
-        return (self.accepted + 1) / (self.tested + 2)
+    def is_short(self, count: int) -> bool:
+        """Return whether too few drafts of so many tokens were tested to tell how long its runs are."""
+        group = group_of(count - 1)
+        return self.accepted[group] + self.refused[group] < PULL
 
-    @property
-    def hopeful(self) -> float:
-        """One standard error above `likely`; 1 for an untested draft."""
-        return self.likely + math.sqrt(self.likely * (1 - self.likely) / (self.tested + 1))
+    def add_draft(self, accepted: int, drafted: int) -> None:
+        """Count a draft of which the first `accepted` tokens were."""
+        for position in range(accepted):
+            self.accepted[group_of(position)] += 1
+        if accepted < drafted:
+            self.refused[group_of(accepted)] += 1
 
-    def add(self, accepted: int, refused: int, kept: float) -> None:
-        """Count tested tokens, after the earlier counts are multiplied by `kept`."""
-        self.accepted = self.accepted * kept + accepted
-        self.refused = self.refused * kept + refused
+    def add_run(self, agrees: Iterable[bool]) -> None:
+        """Count successive positions of a text, at each of which the draft would have agreed or not.
+
+        After a position where it does not a new draft would begin.
+        """
+        position = 0
+        for agreed in agrees:
+            (self.accepted if agreed else self.refused)[group_of(position)] += 1
+            position = position + 1 if agreed else 0
+
+    def fade(self, kept: float) -> None:
+        """Let what was counted so far count as `kept` times as much."""
+        self.accepted = [count * kept for count in self.accepted]
+        self.refused = [count * kept for count in self.refused]
+
+    def pooled(self, prior: Prior) -> tuple[float, float]:
+        """Return the chance of any token, and its standard error; (.5, .5) where nothing is known."""
+        weight = self.tested + prior.weight
+        chance = (sum(self.accepted) + prior.chance * prior.weight) / weight
+        return chance, math.sqrt(chance * (1 - chance) / max(weight - 1, 1))
+
+    def chances(self, prior: Prior, more: float = 0.0) -> list[float]:
+        """Return the chance by group that a token is accepted, if those before it were, each higher by `more`."""
+        chance, found = self.pooled(prior)[0], []
+        for accepted, refused in zip(self.accepted, self.refused, strict=True):
+            chance = (accepted + PULL * chance) / (accepted + refused + PULL)
+            found.append(min(1.0, chance + more))
+        return found
 
 
-class ByMargin:
-    """Records of one draft's tokens by margin, the lead of the draft's highest logit over the second.
+def expected_tokens(chances: Sequence[float], most: int) -> list[float]:
+    """Return the tokens that rounds of 1, 2, … `most` drafted tokens bring, the model's own among them.
 
-    A draft that is nearly the model itself, in rounded weights, errs almost only where two tokens are about as
-    probable.
+    1 + c_1 + c_1 c_2 + … + c_1 … c_d, c_i the chance of position i by its group; Leviathan et al. (arXiv 2211.17192)
+    have all of them equal.
     """
-
-    EDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
-    PRIOR = 2.0  # imaginary tokens, accepted as often as the draft's tokens of any margin
-
-    def __init__(self):
-        self._records = [Record() for _ in range(len(self.EDGES) + 1)]
-
-    def chance(self, margin: float, usual: float) -> float:
-        """Return the chance that a token of this margin is accepted, where `usual` is the chance of any token."""
-        record = self._records[bisect(self.EDGES, margin)]
-        return (record.accepted + self.PRIOR * usual) / (record.tested + self.PRIOR)
-
-    def add(self, margin: float, accepted: bool, kept: float) -> None:
-        """Count a tested token, after the earlier counts of such margins are multiplied by `kept`."""
-        self._records[bisect(self.EDGES, margin)].add(accepted, not accepted, kept)
+    by_position = (chances[min(position.bit_length(), GROUPS - 1)] for position in range(most))
+    return list(accumulate(accumulate(by_position, mul), initial=1.0))[1:]

@@ -1,8 +1,10 @@
-"""The JSON file that keeps the costs of a model's passes on a machine."""
+"""The JSON file that keeps the costs of a model's passes on a machine, and what a policy learnt there."""
 
 from pathlib import Path
+from typing import Any
 
 from lskip.inference.drafting.costs import Costs, blocks_of, fields_of, measure_costs
+from lskip.inference.drafting.learnt import check_learnt
 from lskip.inference.runners.base import ModelRunner
 from lskip.inference.runners.draft_head import DraftHead
 from lskip.utils.console import warn
@@ -46,9 +48,10 @@ def read_costs(path: Path) -> tuple[str, Costs]:
     """Return the device and the costs of a costs_file; ValueError if it has something else."""
     advice = "remove it to measure again"
     try:
-        saved = parse_json(read_text(path, "costs_file"), f"costs_file: '{path}'")
-        fields = fields_of(saved, f"costs_file: '{path}'", ("device", "costs"))
+        fields = _saved(path)
         costs = Costs.from_dict(fields["costs"])
+        if fields["learnt"] is not None:
+            check_learnt(fields["learnt"])
     except (ValueError, OSError) as error:  # OSError: a folder
         said = one_line(error).removeprefix("costs_file: ")
         said = said if str(path) in said else f"'{path}': {said}"
@@ -56,6 +59,33 @@ def read_costs(path: Path) -> tuple[str, Costs]:
     if not isinstance(fields["device"], str):
         raise ValueError(f"costs_file: '{path}': device: {fields['device']!r} is not a text; {advice}")
     return fields["device"], costs
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    saved = parse_json(read_text(path, "costs_file"), f"costs_file: '{path}'")
+    if isinstance(saved, dict):  # a new file, and those of before, have nothing learnt
+        saved = {"learnt": None} | saved
+    return fields_of(saved, f"costs_file: '{path}'", ("device", "costs", "learnt"))
+
+
+def read_learnt(path: Path) -> dict[str, Any] | None:
+    """Return what a policy learnt in an earlier process; None where there is no file, or nothing in it.
+
+    Raises:
+        ValueError: a file that holds something else.
+    """
+    if not path.exists():
+        return None
+    read_costs(path)
+    return _saved(path)["learnt"]
+
+
+def keep_learnt(path: Path, learnt: dict[str, Any]) -> None:
+    """Write what a policy learnt into the costs_file, in one step; a full disk brings a warning."""
+    try:
+        write_json(path, _saved(path) | {"learnt": learnt})
+    except (OSError, ValueError) as error:  # or the file has gone meanwhile: the texts are what was asked for
+        warn(f"costs_file: what the policy learnt is not kept ({one_line(error)})")
 
 
 def check_costs_file(path: Path) -> None:

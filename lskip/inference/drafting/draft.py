@@ -14,10 +14,14 @@ class Draft(NamedTuple):
 
 
 class DraftPlan(NamedTuple):
-    """Plan of a round: `num_speculations` tokens in each slot, from `draft` (None: none)."""
+    """Plan of a round: `num_speculations` tokens in each slot, from `draft` (None: none).
+
+    `probed` are drafts of which the policy is to be told what they would have said (DraftPolicy.judge).
+    """
 
     draft: Draft | None
     num_speculations: int
+    probed: tuple[Draft, ...] = ()
 
 
 PLAIN = DraftPlan(None, 0)  # a round that drafts nothing

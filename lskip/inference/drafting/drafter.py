@@ -20,9 +20,9 @@ from lskip.inference.runners.exit_head_runner import read_at
 if TYPE_CHECKING:
     from lskip.models.exit_heads import TrainedExits
 
-# Asked after each drafted token: (function that returns its logits [A, 1, V], one that returns the margins [A] between
-# the two highest, or None, token ids [A], the exit's states [A, 1, D]) -> False ends the draft.
-GoesOn = Callable[[Callable[[], Tensor], Callable[[], Tensor] | None, Tensor, Tensor], bool]
+# Asked after each drafted token: (function that returns its logits [A, 1, V], token ids [A], the exit's states
+# [A, 1, D]) -> False ends the draft.
+GoesOn = Callable[[Callable[[], Tensor], Tensor, Tensor], bool]
 
 
 class Available(NamedTuple):
@@ -87,6 +87,10 @@ class Drafter(ABC):
         needs: the loading option without which it cannot draft (draft_weights, exit_adapter); None: nothing.
         takes_exit: whether exit_layer says how many blocks draft.
         leaves_states: whether verification goes on from the states after its exit_layer.
+        reads_exit: whether its tokens are what the model's states after exit_layer say, read by norm and head: then
+            verification's own states tell what it would have drafted.
+        resembles: kind of which a draft of the same exit_layer is accepted about as often; None: there is none.
+        foresees: whether `foresee` tells what it would draft, without a pass.
         observer: sees the states of all tokens that the texts keep, and where texts begin and move; None: there is
             none.
     """
@@ -95,6 +99,9 @@ class Drafter(ABC):
     needs: ClassVar[str | None] = None
     takes_exit: ClassVar[bool] = False
     leaves_states: ClassVar[bool] = False
+    reads_exit: ClassVar[bool] = False
+    resembles: ClassVar[str | None] = None
+    foresees: ClassVar[bool] = False
     observer: Observer | None = None
 
     def __init__(self, runners: Runners, slots: Slots):
@@ -135,6 +142,10 @@ class Drafter(ABC):
             chooser: chooses tokens from logits, for drafters that compute logits.
             goes_on: to be asked after each token but the last, by drafters that make one token after another.
         """
+
+    def foresee(self, count: int) -> list[list[int]]:
+        """Return up to `count` tokens that it would draft now in each slot, fewer or none where it has none."""
+        raise NotImplementedError(f"{type(self).__name__} does not foresee")
 
     def begin(self, slot: int) -> None:
         """Forget the last text of `slot`, where a new one begins."""

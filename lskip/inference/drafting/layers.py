@@ -10,7 +10,6 @@ from lskip.inference.drafting.costs import Costs
 from lskip.inference.drafting.draft import Draft
 from lskip.inference.drafting.drafter import Available, Drafter, GoesOn
 from lskip.inference.drafting.round import Chooser, Drafted, Slots, find_argmax, nothing_drafted
-from lskip.inference.layers.lm_head import Argmax
 from lskip.inference.runners.base import ModelRunner
 
 
@@ -20,6 +19,7 @@ class LayersDrafter(Drafter):
     kind = "layers"
     takes_exit = True
     leaves_states = True
+    reads_exit = True
 
     @classmethod
     def check(cls, available: Available, exit_layer: int | None, count: int) -> None:
@@ -35,9 +35,8 @@ class LayersDrafter(Drafter):
     def drafts(cls, available: Available, exit_layer: int | None) -> list[Draft]:
         if available.adapter_exit is not None:
             return []
-        layers = available.num_layers
-        exits = [exit_layer] if exit_layer else [layers // 4, layers // 3, layers // 2]
-        return [Draft(cls.kind, each) for each in dict.fromkeys(exits) if 1 <= each < layers]
+        exits = [exit_layer] if exit_layer else usual_exits(available.num_layers)
+        return [Draft(cls.kind, each) for each in exits if each < available.num_layers]
 
     @classmethod
     def seconds(cls, draft: Draft, count: int, slots: int, costs: Costs) -> float:
@@ -48,6 +47,12 @@ class LayersDrafter(Drafter):
     def propose(self, draft: Draft, count: int, chooser: Chooser, goes_on: GoesOn) -> Drafted:
         runner = self.runners.reading_drafts(self.runners.model, draft.exit_layer)
         return draft_tokens(runner, self.slots, draft.exit_layer, count, chooser, goes_on)
+
+
+def usual_exits(num_layers: int) -> list[int]:
+    """Return the exits from which a policy chooses: those below the last layer of 1, 2, 3, 4, 6, 8, 12, 16, 24, …."""
+    exits = [1, *sorted(part << power for part in (2, 3) for power in range(num_layers.bit_length()))]
+    return [each for each in exits if each < num_layers]
 
 
 def draft_tokens(
@@ -62,13 +67,11 @@ def draft_tokens(
     """Draft up to `num_speculations` tokens a slot with blocks 0 … `exit_block`-1.
 
     Args:
-        goes_on: asked after each token but the last. It gets no margins from a GPU, for which each drafted token
-            would have to wait, nor where tokens are sampled.
+        goes_on: asked after each token but the last.
         decode: (exit's states [A, 1, D], their positions [A]) -> logits [A, 1, V]; None: the runner's norm and head.
     """
     starts, ids = slots.starts, slots.pending
     states, drafted = [], nothing_drafted(slots).ids
-    tells_margins = chooser.takes_argmax and runner.device.type == "cpu"
     while True:
         position = [start + len(states) for start in starts]
         states.append(runner.run(runner.embed(ids[:, None], position), slots.cache, position, 0, exit_block))
@@ -77,19 +80,5 @@ def draft_tokens(
         found = find_argmax(runner, x, chooser, drafted) if decode is None else None
         ids = chooser.sample(logits(), drafted) if found is None else found.ids[:, 0]
         drafted = torch.cat([drafted, ids[:, None]], 1)
-        margins = partial(margin_of, logits, found) if tells_margins else None
-        if len(states) == num_speculations or not goes_on(logits, margins, ids, x):
+        if len(states) == num_speculations or not goes_on(logits, ids, x):
             return Drafted(drafted, states, exit_block)
-
-
-def margin_of(logits: Callable[[], Tensor], found: Argmax | None) -> Tensor:
-    """Return the margin [A] of logits [A, 1, V], or of the two highest in `found`, for which none are computed."""
-    return lead(logits() if found is None else found.logits)[:, 0]
-
-
-def lead(logits: Tensor) -> Tensor:
-    """Return how far the highest of logits [..., V] is above the second: [...]; infinite where V is 1."""
-    if logits.shape[-1] == 1:
-        return logits.new_full(logits.shape[:-1], torch.inf)
-    first, second = logits.topk(2, -1).values.unbind(-1)
-    return first - second

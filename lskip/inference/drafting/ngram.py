@@ -14,6 +14,7 @@ class NgramDrafter(Drafter):
     """Drafter of the tokens that followed the text's last n-gram at its latest earlier occurrence."""
 
     kind = "ngram"
+    foresees = True
 
     def __init__(self, runners: Runners, slots: Slots):
         super().__init__(runners, slots)
@@ -26,12 +27,15 @@ class NgramDrafter(Drafter):
         self._indices[target] = self._indices[source]
 
     def propose(self, draft: Draft, count: int, chooser: Chooser, goes_on: GoesOn) -> Drafted | None:
-        guesses = [self._guess(slot, text, count) for slot, text in enumerate(self.slots.texts)]
+        guesses = self.foresee(count)
         if not (longest := max(map(len, guesses))):
             return None
         filled = [guess + [0] * (longest - len(guess)) for guess in guesses]
         ids = torch.tensor(filled, device=self.slots.pending.device)
         return Drafted(ids, counts=[len(guess) for guess in guesses])
+
+    def foresee(self, count: int) -> list[list[int]]:
+        return [self._guess(slot, text, count) for slot, text in enumerate(self.slots.texts)]
 
     def _guess(self, slot: int, text: list[int], count: int) -> list[int]:
         index = self._indices[slot]

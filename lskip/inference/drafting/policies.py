@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lskip.inference.drafting.costs import Costs
@@ -44,18 +44,23 @@ class DraftPolicy(ABC):
             without: drafts that have no tokens in this round: n-grams that do not occur in the text.
         """
 
-    def goes_on(
-        self, probabilities: Callable[[], list[float]], margins: Callable[[], list[float]] | None = None
-    ) -> bool:
+    def goes_on(self, probabilities: Callable[[], list[float]]) -> bool:
         """Return whether to draft another token; asked after each drafted token but the plan's last.
 
         Args:
             probabilities: returns, by slot, the probability that the draft gave the token just drafted. The call waits
                 for the device.
-            margins: returns, by slot, how far that token's logit is above the second; None on a GPU, for which it
-                would have to wait, and where tokens are sampled.
         """
         return True
+
+    def judge(self, agreed: Mapping[Draft, Sequence[Sequence[bool]]]) -> None:
+        """Learn what the drafts that the plan wanted `probed` would have said; called before `learn`.
+
+        Args:
+            agreed: by draft and slot, whether it would have chosen the token that the text got, at successive
+                positions. What cannot be told is left out.
+        """
+        return
 
     def learn(self, plan: DraftPlan, drafted: int, accepted: list[int], seconds: float | None = None) -> None:
         """Learn from the outcome of a round.
@@ -64,6 +69,18 @@ class DraftPolicy(ABC):
             drafted: tokens drafted in each slot, perhaps fewer than planned.
             accepted: how many of them were accepted, by slot.
             seconds: the round's time; None where it was not timed.
+        """
+        return
+
+    def learnt(self) -> dict[str, Any]:
+        """Return what the next process may begin with, in plain types, for `recall`; kept in the costs_file."""
+        return {}
+
+    def recall(self, learnt: dict[str, Any]) -> None:
+        """Begin with what `learnt` said in an earlier process, before the first `begin`.
+
+        Raises:
+            ValueError: what is wrong in it.
         """
         return
 
@@ -105,9 +122,7 @@ class ConfidenceDraft(FixedDraft):
         self.threshold, self.target, self.step = threshold, target, step
         self.acceptance_rate: float | None = None
 
-    def goes_on(
-        self, probabilities: Callable[[], list[float]], margins: Callable[[], list[float]] | None = None
-    ) -> bool:
+    def goes_on(self, probabilities: Callable[[], list[float]]) -> bool:
         given = probabilities()
         return 2 * sum(probability < self.threshold for probability in given) < len(given)
 

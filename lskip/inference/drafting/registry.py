@@ -88,9 +88,22 @@ def round_seconds(costs: Costs, plan: DraftPlan, slots: int) -> float:
     drafting, d c'(E, B) + V_0(B (d + 1)) with rounded ones (c' by their times) and V_0(B (d + 1)) with n-grams, where
     c(E, n) = E block(n) + head(n), b(E, n) = E block(n) and V_E(n) = (L - E) block(n) + head(n).
     """
-    draft, count = plan
+    draft, count, _ = plan
     if draft is None or count == 0:
         return costs.plain(slots)
     drafter = DRAFTERS[draft.kind]
     done = draft.exit_layer if drafter.leaves_states else 0
     return drafter.seconds(draft, count, slots, costs) + costs.verify(done, slots * (count + 1))
+
+
+def probe_seconds(costs: Costs, plan: DraftPlan, exits: int, slots: int) -> float:
+    """Return the seconds that a round of `plan` takes longer if verification's states are read at so many exits.
+
+    A head's product with all B (d + 1) rows each; and where the draft has left states, the E blocks under them run
+    again.
+    """
+    rows = slots * (plan.num_speculations + 1)
+    seconds = exits * costs.model.head_seconds(rows)
+    if plan.draft is not None and DRAFTERS[plan.draft.kind].leaves_states:
+        seconds += plan.draft.exit_layer * (costs.model.block_seconds(rows) - costs.model.block_seconds(slots))
+    return seconds

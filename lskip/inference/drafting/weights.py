@@ -3,7 +3,7 @@
 from lskip.inference.drafting.costs import Costs
 from lskip.inference.drafting.draft import Draft
 from lskip.inference.drafting.drafter import Available, Drafter, GoesOn
-from lskip.inference.drafting.layers import draft_tokens
+from lskip.inference.drafting.layers import draft_tokens, usual_exits
 from lskip.inference.drafting.round import Chooser, Drafted
 
 
@@ -13,10 +13,14 @@ class WeightsDrafter(Drafter):
     kind = "weights"
     needs = "draft_weights"
     takes_exit = True
+    resembles = "layers"
 
     @classmethod
     def drafts(cls, available: Available, exit_layer: int | None) -> list[Draft]:
-        return [Draft(cls.kind, exit_layer or available.num_layers)] if available.draft_weights else []
+        if not available.draft_weights:
+            return []
+        layers = available.num_layers
+        return [Draft(cls.kind, each) for each in ([exit_layer] if exit_layer else [layers, *usual_exits(layers)])]
 
     @classmethod
     def seconds(cls, draft: Draft, count: int, slots: int, costs: Costs) -> float:

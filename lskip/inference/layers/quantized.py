@@ -134,6 +134,14 @@ def choose_draft_layouts(draft_weights: str, samples: list[Tensor], batch_size: 
     return [layout]
 
 
+def stored_in_4_bits(weight: Tensor) -> bool:
+    """Say whether weight [out, in] has at most 16 values in each 32 numbers of a row, as GGUF's 4-bit types do."""
+    if weight.shape[1] % GROUP:
+        return False
+    ordered = weight[:ROWS_AT_ONCE].float().unflatten(1, (-1, GROUP)).sort(-1).values
+    return bool(((ordered.diff(dim=-1) != 0).sum(-1) < 16).all())
+
+
 def draft_head_layouts(layouts: list[Layout]) -> list[Layout]:
     """Return the layouts for the head of a draft whose blocks have `layouts`.
 

@@ -7,7 +7,7 @@ import torch
 from lskip.inference.layers.layout_choice import choose_exact_layout, choose_layouts, exact_by_default
 from lskip.inference.layers.linear import EXACT_WIDTH, Plain
 from lskip.inference.layers.lm_head import ScreenedHead
-from lskip.inference.layers.quantized import choose_draft_layouts, draft_head_layouts
+from lskip.inference.layers.quantized import choose_draft_layouts, draft_head_layouts, stored_in_4_bits
 from lskip.inference.runners.base import ModelRunner
 from lskip.inference.runners.fused_blocks import obstacle, sample_weights
 from lskip.inference.runners.fused_runner import FusedRunner, pack_head
@@ -44,6 +44,22 @@ def build_runner(
         return FusedRunner(decoder, layouts, release, width=EXACT_WIDTH)
     of_float32 = (layouts[0].inner_dtype or decoder.dtype) is torch.float32
     return FusedRunner(decoder, layouts, release, screen=screen() if of_float32 else None)
+
+
+def suited_draft_weights(decoder: Decoder, batch_size: int = 1) -> str | None:
+    """Return the rounded weights that suit a model to draft: int4 where it was stored in 4 bits, else int8.
+
+    None where their kernels, or the fused runner, do not work for it.
+    """
+    if decoder.device.type != "cpu" or obstacle(decoder) is not None:
+        return None
+    samples = sample_weights(decoder)
+    name = "int4" if all(map(stored_in_4_bits, samples)) else "int8"
+    try:
+        choose_draft_layouts(name, samples, batch_size)
+    except ValueError:
+        return None
+    return name
 
 
 def build_draft_runner(

@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from lskip.inference import TextGenerator
+from lskip.inference import GenerationSettings, TextGenerator
+from lskip.inference.decoding.sampling import TokenChooser
 from lskip.inference.drafting.draft import Draft
 from lskip.inference.drafting.policies import FixedDraft
 from lskip.inference.runners.module_runner import ModuleRunner
@@ -110,42 +111,53 @@ def test_model_sometimes_accepts_as_the_slow_reference(tiny_model, exit_layer, n
     assert len(set(tokens)) > 10 and 0.05 < ours.acceptance_rate < 0.95
 
 
-class Curious(FixedDraft):
-    """Policy that asks for the margin of the first of two drafted tokens."""
+class Judged(FixedDraft):
+    """Policy that probes other exits, and n-grams, in every round."""
+
+    PROBED = (Draft("layers", 1), Draft("layers", 3))
 
     def __init__(self):
-        self.margins, self.accepted = [], []
+        self.agreed, self.accepted = [], []
 
-    def goes_on(self, probabilities, margins=None):
-        self.margins.append(None if margins is None else margins()[0])
-        return True
+    def plan(self, slots, most, without=frozenset()):
+        return super().plan(slots, most, without)._replace(probed=self.PROBED)
+
+    def judge(self, agreed):
+        self.agreed.append(agreed)
 
     def learn(self, plan, drafted, accepted, seconds=None):
-        self.accepted += accepted
+        self.accepted.append(accepted)
 
 
 @torch.inference_mode()
-def test_margins_are_those_of_the_exit(tiny_model):
-    model, curious = tiny_model("llama"), Curious()
-    settings = {"exit_layer": 2, "num_speculations": 2, "draft_policy": curious}
-    tokens = TextGenerator(model).generate(PROMPT, **settings, **FULL).token_ids
-    length, expected = len(PROMPT) + 1, []
-    for accepted in curious.accepted[: len(curious.margins)]:
-        text = torch.tensor([[*PROMPT, *tokens][:length]])
-        state = model(text, output_hidden_states=True).hidden_states[2][0, -1]
-        logits = model.lm_head(model.model.norm(state))
-        logits[model.generation_config.eos_token_id] = -torch.inf  # FULL forbids the end
-        first, second = logits.topk(2).values
-        expected.append((first - second).item())
-        length += 1 + accepted
-    assert len(expected) > 10 and curious.margins == pytest.approx(expected, abs=1e-4)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 5}, {"temperature": 1.0, "top_k": 4, "seed": 2}])
+def test_probed_exits_agree_where_a_draft_of_theirs_would_have_been_accepted(tiny_model, settings):
+    """Against fixed drafts of one token by each exit: its token is accepted at a position, or not."""
+    model, judged = tiny_model("llama"), Judged()
+    settings = {**settings, **FULL}
+    drafting = {"exit_layer": 2, "num_speculations": 3}
+    ours = TextGenerator(model).generate(PROMPT, draft_policy=judged, **drafting, **settings)
+    assert ours.token_ids == TextGenerator(model).generate(PROMPT, **settings).token_ids
+    told = {draft: [said for agreed in judged.agreed for said in agreed[draft][0]] for draft in Judged.PROBED}
+    assert [len(agreed[Judged.PROBED[0]][0]) for agreed in judged.agreed] == [1 + sum(row) for row in judged.accepted]
+    for draft, said in told.items():
+        expected = accepted_at(model, draft.exit_layer, ours.token_ids, settings)
+        assert said[: len(expected)] == expected[: len(said)]
+        assert len(said) > 20 and 0 < sum(said) < len(said)
 
 
-def test_margins_are_not_told_where_tokens_are_sampled(tiny_model):
-    curious = Curious()
-    settings = {"exit_layer": 2, "num_speculations": 2, "draft_policy": curious}
-    TextGenerator(tiny_model("llama")).generate(PROMPT, temperature=1.0, **settings, **FULL)
-    assert len(curious.margins) > 10 and set(curious.margins) == {None}
+def accepted_at(model, exit_layer, tokens, settings):
+    """Return, for each token after the first, whether an exit's draft of it is the text's own token."""
+    found = []
+    for length in range(1, len(tokens)):
+        text = [*PROMPT, *tokens[:length]]
+        state = model(torch.tensor([text]), output_hidden_states=True).hidden_states[exit_layer]
+        logits = model.lm_head(model.model.norm(state))[0, -1:].float()
+        chosen = GenerationSettings(**settings)
+        chooser = TokenChooser(chosen, settings.get("seed", 0), (model.generation_config.eos_token_id,), PROMPT)
+        chooser.text = text
+        found.append(chooser.sample(logits, torch.empty(0, dtype=torch.long)).item() == tokens[length])
+    return found
 
 
 @pytest.mark.parametrize("exit_layer", [1, 2, 3])

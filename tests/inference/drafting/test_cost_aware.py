@@ -5,6 +5,7 @@ import random
 from functools import partial
 from itertools import product
 from statistics import mean
+from time import process_time
 from typing import NamedTuple
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from lskip.inference.drafting.cost_aware import CostAwareDraft
 from lskip.inference.drafting.costs import Costs, RowCosts
 from lskip.inference.drafting.draft import PLAIN, Draft, DraftPlan
-from lskip.inference.drafting.registry import round_seconds
+from lskip.inference.drafting.registry import probe_seconds, round_seconds
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 EARLY, LATE, WEIGHTS, NGRAM = Draft("layers", 6), Draft("layers", 15), Draft("weights", 30), Draft("ngram", 0)
@@ -46,14 +47,13 @@ class Moment(NamedTuple):
         return self.tokens / self.steps
 
 
-def simulate(policy, costs, accepts, num_speculations=8, slots=1, tokens=2000, seed=0, seconds=None, margins=None):
+def simulate(policy, costs, accepts, num_speculations=8, slots=1, tokens=2000, seed=0, seconds=None):
     """Simulate a text of so many tokens a slot, and return the Moment after each round.
 
     Args:
-        accepts: draft -> chance of acceptance, or a function of (tokens so far) -> that; a draft that is left out
-            never has tokens.
+        accepts: draft -> its chances (see `chance_at`), or a function of (tokens so far) -> that; a draft that is
+            left out never has tokens.
         seconds: a function of (plan) -> measured over predicted seconds of a round; None: rounds are not timed.
-        margins: a function of (rng) -> a token's margin and its own chance of acceptance; None: margins are not seen.
     """
     rng, moments, done, steps = random.Random(seed), [], 0.0, 0.0
     chances = accepts if callable(accepts) else lambda _: accepts
@@ -65,52 +65,51 @@ def simulate(policy, costs, accepts, num_speculations=8, slots=1, tokens=2000, s
         if plan.draft is not None and plan.draft not in offered:
             plan = policy.plan(slots, most, without=frozenset([plan.draft]))
         assert 0 <= plan.num_speculations <= min(most, num_speculations)
-        if margins is not None and plan.draft is not None:
-            drafted, accepted = drafted_by_margin(policy, plan, margins, slots, rng)
-            plan = DraftPlan(plan.draft, drafted)
-        else:
-            accepted = [accepted_of(plan, offered, rng) for _ in range(slots)]
-        excess = seconds(plan) if seconds else 1.0
-        spent = excess * round_seconds(costs, plan, slots)
+        accepted = [run_of(offered[plan.draft], plan.num_speculations, rng) if plan.draft else 0 for _ in range(slots)]
+        probed = [draft for draft in plan.probed if draft in offered]
+        if probed:
+            policy.judge({draft: [judged(offered[draft], 1 + count, rng) for count in accepted] for draft in probed})
+        exits = sum(draft.kind == "layers" for draft in plan.probed)
+        spent = round_seconds(costs, plan, slots) + (probe_seconds(costs, plan, exits, slots) if exits else 0)
+        spent *= seconds(plan) if seconds else 1.0
         policy.learn(plan, plan.num_speculations, accepted, spent if seconds else None)
         done, steps = done + 1 + sum(accepted) / slots, steps + spent / costs.plain(slots)
         moments.append(Moment(done, steps, plan))
     return moments
 
 
-def accepted_of(plan, chances, rng):
-    count = 0
-    while count < plan.num_speculations and rng.random() < chances[plan.draft]:
-        count += 1
-    return count
+def chance_at(chances, position):
+    """Return the chance of a token behind so many accepted ones: one for all, or (first, second …, all later)."""
+    return chances if isinstance(chances, float) else chances[min(position, len(chances) - 1)]
 
 
-def drafted_by_margin(policy, plan, margins, slots, rng):
-    """Return the number of drafted tokens, and of accepted ones by slot."""
-    drafted, accepted, right = 0, [0] * slots, [True] * slots
-    while drafted < plan.num_speculations:
-        tokens = [margins(rng) for _ in range(slots)]
-        drafted += 1
-        right = [before and rng.random() < chance for before, (_, chance) in zip(right, tokens, strict=True)]
-        accepted = [count + good for count, good in zip(accepted, right, strict=True)]
-        told = lambda tokens=tokens: [margin for margin, _ in tokens]  # noqa: E731
-        if drafted < plan.num_speculations and not policy.goes_on(unused, told):
-            break
-    return drafted, accepted
+def run_of(chances, count, rng):
+    length = 0
+    while length < count and rng.random() < chance_at(chances, length):
+        length += 1
+    return length
+
+
+def judged(chances, count, rng):
+    found, position = [], 0
+    for _ in range(count):
+        found.append(rng.random() < chance_at(chances, position))
+        position = position + 1 if found[-1] else 0
+    return found
+
+
+def speed_of(costs, chances, draft, count, slots=1):
+    """Return the speed over plain decoding of one draft and number of tokens, by the equation."""
+    tokens, reached = 1.0, 1.0
+    for position in range(count):
+        reached *= chance_at(chances[draft], position)
+        tokens += reached
+    return tokens * costs.plain(slots) / round_seconds(costs, DraftPlan(draft, count), slots)
 
 
 def best_fixed(costs, chances, num_speculations=8, slots=1):
-    """Return the speed over plain decoding of the best draft and number of tokens, by the equation."""
-    speeds = [1.0]
-    for draft, q in chances.items():
-        for d in range(1, num_speculations + 1):
-            tokens = 1 + sum(q**i for i in range(1, d + 1))
-            speeds.append(tokens * costs.plain(slots) / round_seconds(costs, DraftPlan(draft, d), slots))
-    return max(speeds)
-
-
-def unused():
-    raise AssertionError("nobody asked for costs")
+    counts = range(1, num_speculations + 1)
+    return max([1.0, *(speed_of(costs, chances, draft, count, slots) for draft, count in product(chances, counts))])
 
 
 def switching(period, first, second):
@@ -118,6 +117,9 @@ def switching(period, first, second):
 
 
 BAD, GOOD = {EARLY: 0.0, LATE: 0.1, WEIGHTS: 0.2}, {EARLY: 0.9, LATE: 0.95, WEIGHTS: 0.97}
+EXITS = {1: 0.45, 2: 0.62, 3: 0.7, 4: 0.76, 6: 0.81, 8: 0.85, 12: 0.9, 16: 0.93, 24: 0.97}
+TRAINED = {Draft("layers", layer): q for layer, q in EXITS.items()}
+UNTRAINED = {Draft("layers", layer): 0.02 * layer for layer in EXITS}
 TEXTS = {
     **{f"chance {q}": {EARLY: q, LATE: q, WEIGHTS: q} for q in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)},
     "good, then bad": lambda done: GOOD if done < 200 else BAD,
@@ -125,6 +127,7 @@ TEXTS = {
     "in turn, 40": switching(40, GOOD, BAD),
     "in turn, 200": switching(200, BAD, GOOD),
     "many": {Draft("layers", 2 * index): index / 40 for index in range(1, 15)},
+    "untrained": UNTRAINED | {Draft("weights", layer): 0.01 * layer for layer in EXITS},
 }
 
 
@@ -132,7 +135,7 @@ TEXTS = {
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("text", TEXTS)
 def test_never_slower_than_plain_decoding(text, table, slots):
-    """Red: without the bound of patience, with a larger budget, or where a round's worst outcome is not allowed for."""
+    """Red: without the account, with a larger budget, where a round's worst outcome or a probe is not allowed for."""
     for seed in range(2):
         moments = simulate(CostAwareDraft(), TABLES[table], TEXTS[text], 12, slots, tokens=1000, seed=seed)
         assert all(moment.steps <= 1.01 * moment.tokens + 6 + 1e-9 for moment in moments)
@@ -146,68 +149,58 @@ STATIONARY = [
     {EARLY: 0.3, LATE: 0.9, WEIGHTS: 0.6},
     {EARLY: 0.7, LATE: 0.75, WEIGHTS: 0.9},
     {EARLY: 0.0, LATE: 0.0, WEIGHTS: 0.9},
-    {EARLY: 0.6, LATE: 0.0, WEIGHTS: 0.85, NGRAM: 0.2},
+    {EARLY: 0.6, LATE: 0.7, WEIGHTS: 0.85, NGRAM: 0.2},
+    {EARLY: (0.5, 0.75, 0.9), LATE: (0.6, 0.8, 0.95)},
+    {EARLY: (0.6, 0.9, 0.97), WEIGHTS: (0.9, 0.95, 0.99)},
+    TRAINED,
+    TRAINED | {Draft("weights", layer): q - 0.01 for layer, q in EXITS.items()} | {WEIGHTS: 0.97},
+    UNTRAINED | {WEIGHTS: (0.9, 0.95)},
 ]
 
 
 @pytest.mark.parametrize("slots", [1, 8])
 @pytest.mark.parametrize("table", TABLES)
 def test_close_to_the_best_fixed_plan(table, slots):
-    """The mean over texts; red when a good draft is given up after early bad luck, or others are tried too often."""
-    costs, seeds = TABLES[table], range(12 if slots == 1 else 3)
+    """Learning included; red where one chance stands for all positions, or where good drafts are given up early."""
+    costs, seeds, shares = TABLES[table], range(6 if slots == 1 else 2), []
     for chances in STATIONARY:
         best = best_fixed(costs, chances, slots=slots)
         speeds = [simulate(CostAwareDraft(), costs, chances, slots=slots, seed=seed)[-1].speed for seed in seeds]
-        assert mean(speeds) >= 0.95 * best, (chances, best, speeds)
+        shares.append(mean(speeds) / best)
+        assert shares[-1] >= 0.87, (chances, best, speeds)
+    assert mean(shares) >= 0.975
 
 
-def test_tries_are_bounded_however_many_drafts_there_are():
-    """Red: without the bound of curiosity, fourteen useless drafts cost a quarter of the speed."""
-    chances = {Draft("layers", 2 * index): 0.5 for index in range(1, 15)} | {WEIGHTS: 0.95}
-    speeds = [simulate(CostAwareDraft(), TABLES["uneven"], chances, seed=seed)[-1].speed for seed in range(6)]
-    assert mean(speeds) > 0.82 * best_fixed(TABLES["uneven"], chances)
+def test_long_drafts_are_found_where_acceptance_comes_in_runs():
+    """The chance of a first token is .5, of one behind three accepted ones .99: one q for all would promise little."""
+    costs, chances = TABLES["flat"], {EARLY: (0.5, 0.95, 0.99)}
+    moments = simulate(CostAwareDraft(), costs, chances, 16, tokens=4000)
+    best = best_fixed(costs, chances, 16)
+    assert moments[-1].speed > 0.96 * best > 1.15 * speed_of(costs, chances, EARLY, 3)
 
 
-def of_rounded_weights(rng):
-    """Return a token's margin and chance as of SmolLM2's int4 copy: it errs only at one token in twenty, near a tie."""
-    return (0.05, 0.85) if rng.random() < 0.05 else (2.0, 1.0)
+def test_exits_are_found_by_probes():
+    """Red where each of nine exits has to be tried out: that costs the account's allowance and more."""
+    costs = TABLES["flat"]
+    for exits in ((2, 3, 4, 6), (8, 12)):  # those that the best draft is among
+        good = {Draft("layers", layer): 0.93 if layer >= exits[0] else 0.2 for layer in EXITS}
+        policy = CostAwareDraft()
+        moments = simulate(policy, costs, good, tokens=1500)
+        assert moments[-1].speed > 0.95 * best_fixed(costs, good)
+        late = [moment.plan.draft.exit_layer for moment in moments[-200:] if moment.plan.draft]
+        assert mean(layer == exits[0] for layer in late) > 0.9
+        read = [plan.probed for _, _, plan in moments if plan.probed]
+        assert 1 <= len(read) == policy.summary()["probes"] < 40 and max(map(len, read)) <= 4
 
 
-def of_a_poor_draft(rng):
-    return (0.2, 0.2) if rng.random() < 0.5 else (5.0, 0.9)
-
-
-def of_noise(rng):
-    return rng.choice([0.01, 0.2, 2.0, 9.0]), 0.8
-
-
-@pytest.mark.parametrize("table", ["flat", "uneven"])
-@pytest.mark.parametrize(
-    ("margins", "usual", "gain"),
-    [(of_rounded_weights, 0.9925, 1.025), (of_a_poor_draft, 0.55, 0.97), (of_noise, 0.8, 0.97)],
-)
-def test_a_round_ends_where_the_draft_is_unsure(margins, usual, gain, table):
-    """Against deciding without margins. Red where a single dear row ends a round, as in the uneven table."""
-    speeds = {
-        told: mean(
-            simulate(CostAwareDraft(), TABLES[table], {WEIGHTS: usual}, 32, 1, 1500, seed, margins=told)[-1].speed
-            for seed in range(20)
-        )
-        for told in (margins, None)
-    }
-    assert speeds[margins] > gain * speeds[None]
-    if margins is of_rounded_weights:
-        assert speeds[margins] > 1.01 * best_fixed(TABLES[table], {WEIGHTS: usual}, 32)
-
-
-@pytest.mark.parametrize("slots", [1, 8])
-@pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("margins", [of_rounded_weights, of_a_poor_draft, of_noise, lambda rng: (rng.random(), 0.0)])
-def test_never_slower_than_plain_decoding_whatever_margins_say(margins, table, slots):
-    for seed in range(2):
-        chances = {EARLY: 0.5, WEIGHTS: 0.5}
-        moments = simulate(CostAwareDraft(), TABLES[table], chances, 16, slots, 1000, seed, margins=margins)
-        assert all(moment.steps <= 1.01 * moment.tokens + 6 + 1e-9 for moment in moments)
+def test_probes_become_rare_where_nothing_pays_and_come_back_when_something_does():
+    chances = lambda done: UNTRAINED if done < 1500 else TRAINED  # noqa: E731
+    moments = simulate(CostAwareDraft(), TABLES["flat"], chances, tokens=4000)
+    probes = [moment.tokens for moment in moments if moment.plan.probed]
+    assert len([at for at in probes if 500 < at < 1500]) <= 10
+    late = [moment for moment in moments if moment.tokens > 3000]
+    speed = (late[-1].tokens - late[0].tokens) / (late[-1].steps - late[0].steps)
+    assert speed > 0.9 * best_fixed(TABLES["flat"], TRAINED)
 
 
 def test_drafts_where_it_pays_only():
@@ -231,8 +224,8 @@ def test_drafts_more_tokens_the_more_are_accepted():
 
 def test_finds_out_that_an_unused_draft_has_become_good():
     for seed in range(5):
-        moments = simulate(CostAwareDraft(), TABLES["flat"], lambda n: BAD if n < 600 else GOOD, tokens=1600, seed=seed)
-        begin = next(moment for moment in moments if moment.tokens > 1000)
+        moments = simulate(CostAwareDraft(), TABLES["flat"], lambda n: BAD if n < 600 else GOOD, tokens=2000, seed=seed)
+        begin = next(moment for moment in moments if moment.tokens > 1200)
         speed = (moments[-1].tokens - begin.tokens) / (moments[-1].steps - begin.steps)
         assert speed > 0.8 * best_fixed(TABLES["flat"], GOOD)
 
@@ -266,7 +259,32 @@ def test_planning_changes_nothing():
 def test_learning_goes_on_over_prompts():
     policy = CostAwareDraft()
     simulate(policy, TABLES["flat"], {EARLY: 1.0}, num_speculations=2)
-    assert simulate(policy, TABLES["flat"], {EARLY: 1.0}, tokens=50)[0].plan == DraftPlan(EARLY, 8)
+    assert simulate(policy, TABLES["flat"], {EARLY: 1.0}, tokens=50)[0].plan[:2] == (EARLY, 8)
+
+
+def test_the_next_process_begins_where_this_one_ended():
+    chances, first, second = {EARLY: 0.3, LATE: 0.97, WEIGHTS: 0.2}, CostAwareDraft(), CostAwareDraft()
+    simulate(first, TABLES["flat"], chances, tokens=800)
+    second.recall(json.loads(json.dumps(first.learnt())))
+    moments = simulate(second, TABLES["flat"], chances, tokens=200)
+    assert all(moment.plan.draft == LATE for moment in moments[1:20])
+    assert moments[-1].speed > 0.95 * best_fixed(TABLES["flat"], chances)
+
+
+@pytest.mark.parametrize(
+    ("learnt", "sentence"),
+    [
+        ([], "learnt: is not a table of drafts, extra"),
+        ({"drafts": {}, "extra": 1}, "drafts or extra is not a table"),
+        ({"drafts": {"ngram": {"accepted": [1] * 5}}, "extra": {}}, "'ngram' is not a table of accepted, refused"),
+        ({"drafts": {"ngram": {"accepted": [1] * 5, "refused": [-1] * 5}}, "extra": {}}, "refused of 'ngram' is not"),
+        ({"drafts": {"ngram": {"accepted": [1e999] * 5, "refused": [1] * 5}}, "extra": {}}, "accepted of 'ngram'"),
+        ({"drafts": {}, "extra": {"ngram": True}}, "extra of 'ngram' is True, not a number"),
+    ],
+)
+def test_what_another_process_learnt_is_looked_at(learnt, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        CostAwareDraft().recall(learnt)
 
 
 def excess(of_plain, of_drafts):
@@ -283,45 +301,57 @@ def test_costs_are_corrected_by_measured_seconds():
     assert timed[-1].speed > 0.95
 
 
+def test_what_a_drafted_token_takes_besides_is_learnt():
+    """Each takes a fifth of a plain round more than the table says, as in a small model: shorter drafts pay then."""
+    costs, chances = TABLES["flat"], {EARLY: 0.9}
+
+    def seconds(plan):
+        count, table = plan.num_speculations, round_seconds(costs, plan, 1)
+        return (table + 0.2 * count * costs.plain(1)) / table if count else 1.0
+
+    speeds = [speed_of(costs, chances, EARLY, count) / seconds(DraftPlan(EARLY, count)) for count in range(1, 9)]
+    moments = simulate(CostAwareDraft(), costs, chances, tokens=4000, seconds=seconds)
+    assert moments[-1].speed > 0.95 * max(speeds) > 1.05 * speeds[-1]
+
+
 @pytest.mark.parametrize("table", TABLES)
 def test_what_slow_rounds_lose_is_lost_once(table):
-    """Drafts take twice the table's time; they lose ALLOWANCE and the last round's excess over its expectation.
+    """Drafts take twice the table's time; they lose the allowance and the last round's excess over its expectation.
 
-    Red where rounds are booked at the slowly corrected time of the table: up to 17 plain rounds were lost.
+    Red where rounds are booked at the slowly corrected time of the table.
     """
     for seed, q in product(range(3), (0.75, 0.95)):
         moments = simulate(CostAwareDraft(), TABLES[table], {EARLY: q}, tokens=500, seed=seed, seconds=excess(1.0, 2.0))
-        assert max(moment.steps - 1.01 * moment.tokens for moment in moments) <= CostAwareDraft.ALLOWANCE + 3
+        assert max(moment.steps - 1.01 * moment.tokens for moment in moments) <= 6 + 3
 
 
 def test_plain_rounds_that_have_become_faster_are_noticed():
     """Red: without a timed plain round now and then."""
     rounds = iter(range(10**6))
-    costs, later = TABLES["flat"], slice(-150, None)
     moments = simulate(
         CostAwareDraft(),
-        costs,
+        TABLES["flat"],
         {EARLY: 0.8},
-        tokens=3000,
+        tokens=4000,
         seconds=lambda plan: excess(1 - 0.6 * (next(rounds) > 500), 1)(plan),
     )
-    assert mean(moment.plan.draft == EARLY for moment in moments[300:500]) > 0.95
-    assert mean(moment.plan.draft == EARLY for moment in moments[later]) < 0.05
+    assert mean(moment.plan.draft == EARLY for moment in moments[300:500]) > 0.9
+    assert mean(moment.plan.draft == EARLY for moment in moments[-150:]) < 0.05
 
 
 def test_a_plain_round_after_a_drafted_one_does_not_say_what_plain_rounds_take():
-    """Caches have the draft's weights then. Red where it is timed: a draft that has begun to lose 3 % seems to gain."""
+    """Caches have the draft's weights then. Red where it is timed: a draft that has begun to lose 5 % seems to gain."""
     rounds, before = iter(range(10**6)), [PLAIN]
     best = best_fixed(TABLES["flat"], {WEIGHTS: 0.75})
 
     def seconds(plan):
         before.append(plan)
-        of_draft = best / (1.2 if next(rounds) < 600 else 0.97)
+        of_draft = best / (1.2 if next(rounds) < 600 else 0.95)
         return of_draft if plan.draft else 1.12 if before[-2].draft else 1.0
 
-    moments = simulate(CostAwareDraft(), TABLES["flat"], {WEIGHTS: 0.75}, tokens=4000, seconds=seconds)
+    moments = simulate(CostAwareDraft(), TABLES["flat"], {WEIGHTS: 0.75}, tokens=5000, seconds=seconds)
     assert mean(moment.plan.draft == WEIGHTS for moment in moments[:600]) > 0.9
-    assert mean(moment.plan.draft == WEIGHTS for moment in moments[900:]) < 0.1
+    assert mean(moment.plan.draft == WEIGHTS for moment in moments[1200:]) < 0.15
 
 
 @pytest.mark.parametrize("factor", [0.5, 3.0])
@@ -339,7 +369,7 @@ def test_a_hiccup_of_the_machine_changes_little():
     assert mean(moment.plan.draft == EARLY for moment in moments) > 0.9
 
 
-@pytest.mark.parametrize(("q", "least"), [(0.2, 0.993), (0.5, 1.055)])
+@pytest.mark.parametrize(("q", "least"), [(0.2, 0.99), (0.5, 1.04)])
 def test_rounds_of_uneven_time_mislead_little(q, least):
     """Red where a draft's cost is that of its last few rounds, which are faster or slower by chance."""
     costs, speeds = TABLES["flat"], []
@@ -354,27 +384,17 @@ def test_rounds_of_uneven_time_mislead_little(q, least):
     assert mean(speeds) > least
 
 
-def test_where_nothing_pays_most_rounds_go_without_a_plan():
-    thoughts = []
-
-    class Thoughtful(CostAwareDraft):
-        def _offer(self, *arguments):
-            thoughts.append(arguments)
-            return super()._offer(*arguments)
-
-    def asks(slots):
-        thoughts.clear()
-        plan = policy.plan(slots, 50)
-        policy.learn(plan, 0, [0] * slots)
-        return bool(thoughts)
-
-    policy = Thoughtful()
-    simulate(policy, TABLES["flat"], {EARLY: 0.0}, slots=2, tokens=100)
-    asked = [asks(2) for _ in range(27)]
-    assert sum(asked) == 3 and asked[:18] == asked[9:]
-    while not asks(2):
-        pass
-    assert asks(1)  # a text has ended: with fewer a draft may pay
+def test_a_round_is_planned_in_a_hundredth_of_a_small_models_round():
+    """Twenty drafts, timed rounds: 3 ms a round is a small model's; red where all drafts are rated in each round."""
+    chances = TRAINED | {Draft("weights", layer): q - 0.01 for layer, q in EXITS.items()} | {WEIGHTS: 0.97, NGRAM: 0.1}
+    policy, spent = CostAwareDraft(), []
+    simulate(policy, TABLES["flat"], chances, tokens=500)
+    for _ in range(200):
+        began = process_time()
+        plan = policy.plan(1, 100)
+        policy.learn(plan, plan.num_speculations, [min(3, plan.num_speculations)])
+        spent.append(process_time() - began)
+    assert mean(spent) < 90e-6 * 3  # with room for a busy machine
 
 
 def test_ngrams_are_looked_up_in_every_round_though_other_drafts_do_not_pay():
@@ -392,11 +412,12 @@ def test_ngrams_are_looked_up_in_every_round_though_other_drafts_do_not_pay():
 
 def test_summary_is_plain_and_counts():
     policy = CostAwareDraft()
-    moments = simulate(policy, TABLES["flat"], {EARLY: 0.8, NGRAM: 0.1})
+    moments = simulate(policy, TABLES["flat"], {EARLY: 0.8, NGRAM: 0.9})
     said = json.loads(json.dumps(policy.summary()))
     used = [moment.plan for moment in moments if moment.plan.draft == EARLY]
     assert said["plain"] == {"rounds": sum(moment.plan.draft is None for moment in moments)}
-    assert set(said) == {"plain", "layers 6", "ngram"}
-    assert said["layers 6"]["rounds"] == len(used) == sum(said["layers 6"]["num_speculations"].values())
-    assert said["layers 6"]["num_speculations"]["4"] == sum(plan.num_speculations == 4 for plan in used)
-    assert said["layers 6"]["q"] == pytest.approx(0.8, abs=0.12)
+    assert set(said) <= {"plain", "layers 6", "ngram", "probes"} and "ngram" in said
+    used = [moment.plan for moment in moments if moment.plan.draft == NGRAM]
+    assert said["ngram"]["rounds"] == len(used) == sum(said["ngram"]["num_speculations"].values())
+    assert said["ngram"]["num_speculations"]["8"] == sum(plan.num_speculations == 8 for plan in used)
+    assert said["ngram"]["q"] == pytest.approx(0.9, abs=0.06)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lskip.inference import TextGenerator
-from lskip.inference.drafting.layers import lead
 from lskip.inference.layers import lm_head as module
 from lskip.inference.layers.lm_head import ScreenedHead, ScreenInt8, keeps_bounds, screened_head
 from lskip.models.decoder import Decoder
@@ -66,23 +65,6 @@ def test_the_argmax_is_that_of_the_whole_head(kind, monkeypatch):
     assert head.argmax(x.view(4, 2, SIZE)).ids.tolist() == expected.view(4, 2).tolist()
     for row, token in zip(x, expected, strict=True):
         assert int(head.argmax(row.view(1, 1, SIZE)).ids) == token
-
-
-@pytest.mark.parametrize("kind", ["flat", "close"])
-def test_margins_are_those_of_the_whole_head_where_they_are_small(kind, monkeypatch):
-    monkeypatch.setattr(module, "MOST_LEFT", 1)
-    weight, x = head_and_states(kind)
-    first, second = (x @ weight.T).topk(2).values.unbind(1)
-    expected, margins = first - second, lead(ScreenedHead(weight).argmax(x[None]).logits)[0]
-    near = expected < 0.5
-    assert torch.allclose(margins[near], expected[near], atol=1e-4) and near.any()
-    assert (margins >= expected - 1e-4).all()
-
-
-def test_a_margin_over_none_that_comes_near_is_infinite():
-    weight = torch.eye(WORDS, SIZE)
-    found = ScreenedHead(weight).argmax(torch.eye(1, SIZE)[None])
-    assert found.ids.item() == 0 and lead(found.logits).item() == torch.inf
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,50 @@
+"""Probes: what earlier exits say of positions that verification has run, and whether that became the text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lskip.inference.drafting.drafter import Runners
+from lskip.inference.drafting.round import Chooser, find_argmax
+
+
+@dataclass
+class Probe:
+    """A look at some exits in one round.
+
+    Where an exit would have chosen the token that the text got, a draft of that exit would have been accepted: its
+    blocks see the same tokens, and it chooses with the same noise.
+
+    Attributes:
+        runners: of the model; its exits are read as when they draft.
+        exits: blocks after which to look, each below the last.
+        agreed: by exit and slot, whether its choice was the text's, at successive positions; filled by the round.
+    """
+
+    runners: Runners
+    exits: list[int]
+    agreed: dict[int, list[list[bool]]] = field(default_factory=dict)
+
+    def read(self, states: dict[int, Tensor], drafted: Tensor, chooser: Chooser) -> Tensor:
+        """Return each exit's choices [exits, A, d + 1] after the text and after each of `drafted` [A, d].
+
+        Args:
+            states: [A, d + 1, D] by number of blocks.
+        """
+        said = []
+        for exit_layer in self.exits:
+            runner, x = self.runners.reading_drafts(self.runners.model, exit_layer), states[exit_layer]
+            found = find_argmax(runner, x, chooser, drafted)
+            said.append(chooser.choose(runner.decode(x), drafted) if found is None else found.ids)
+        return torch.stack(said)
+
+    def compare(self, said: Tensor, tokens: list[list[int]]) -> None:
+        """Compare what `read` gave with the tokens that each slot got."""
+        for exit_layer, by_slot in zip(self.exits, said.tolist(), strict=True):
+            pairs = zip(by_slot, tokens, strict=True)
+            self.agreed[exit_layer] = [
+                [one == other for one, other in zip(row, got, strict=False)] for row, got in pairs
+            ]
