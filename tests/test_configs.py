@@ -106,7 +106,9 @@ def test_the_falling_recipe_differs_from_the_small_one_by_its_dropout_alone():
 def test_every_recipe_says_what_the_paper_says():
     files = {path.stem: yaml.safe_load(path.read_text()) for path in RUNNABLE if path.parent.name == "recipes"}
     # For figures, or for what the paper has no recipe; the others are the paper's.
-    others = "small small_falling home_assistant home_assistant_plain retrofit_smollm2 retrofit_smollm2_plain deebert berxit"
+    others = (
+        "small small_falling home_assistant home_assistant_plain retrofit_smollm2 retrofit_smollm2_plain deebert berxit"
+    )
     for ours in others.split():
         files.pop(ours)
     assert files.keys() == RECIPES.keys()
