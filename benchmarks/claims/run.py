@@ -110,7 +110,14 @@ def run(out: Path, sizes: Sizes, workers: int, cache_dir: str | None, questions:
 
 
 def write_report(out: Path, sizes: Sizes, questions: str = QUESTIONS) -> None:
-    """Write claims.md and its figures: of a to g all runs must be there, of h and i those that are."""
+    """Write claims.md and its figures: of a to g all runs must be there, of h and i those that are.
+
+    Raises:
+        ValueError: `out` holds no runs, or runs of other sizes.
+    """
+    if not (out / "sizes.json").is_file():
+        raise ValueError(f"out: '{out}' holds no runs")
+    check_sizes(out, sizes)
     sections = make_sections(Results(out, sizes), questions)
     for section in sections:
         for name, figure in section.figures.items():

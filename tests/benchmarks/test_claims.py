@@ -104,6 +104,8 @@ def test_questions_h_and_i_are_reported_over_the_seeds_that_are_finished(out, si
     shutil.rmtree(tmp_path / "part" / "runs")
     write_report(tmp_path / "part", sizes, "hi")
     assert "no seed is finished" in (tmp_path / "part" / "claims.md").read_text()
+    with pytest.raises(ValueError, match="holds no runs"):
+        write_report(tmp_path / "none", sizes, "hi")
 
 
 def test_runs_of_before_there_were_sizes_for_recipes_go_on(sizes, tmp_path):
