@@ -15,6 +15,8 @@ MEMORY = [path for path in FILES if path.parent.name == "memory"]  # overlays: t
 # adapter_*.yaml are for `lskip adapt`: tests/adapters/test_adapt.py has them.
 RUNNABLE = [path for path in FILES if path not in [*OVERLAYS, *MEMORY] and not path.stem.startswith("adapter_")]
 
+SMALL = ("small", "small_falling")
+
 # What the paper (and figures) say of each recipe: p_max, e_scale, curriculum, learning rate (None: not stated).
 RECIPES = {
     "continual_llama2_7b": (0.1, 0.2, 8, 3e-5),
@@ -95,10 +97,17 @@ def test_the_plain_control_of_the_retrofit_sees_the_same_tokens_at_the_same_rate
     }
 
 
+def test_the_falling_recipe_differs_from_the_small_one_by_its_dropout_alone():
+    small, falling = (yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text()) for name in SMALL)
+    differing = {name for name in small.keys() | falling.keys() if small.get(name) != falling.get(name)}
+    assert differing == {"layer_dropout", "run_folder"}
+
+
 def test_every_recipe_says_what_the_paper_says():
     files = {path.stem: yaml.safe_load(path.read_text()) for path in RUNNABLE if path.parent.name == "recipes"}
     # For figures, or for what the paper has no recipe; the others are the paper's.
-    others = "small code home_assistant home_assistant_plain retrofit_smollm2 retrofit_smollm2_plain deebert berxit"
+    others = "small small_falling code home_assistant home_assistant_plain retrofit_smollm2 retrofit_smollm2_plain"
+    others += " deebert berxit"
     for ours in others.split():
         files.pop(ours)
     assert files.keys() == RECIPES.keys()

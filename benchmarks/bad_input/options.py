@@ -148,6 +148,7 @@ OPTIONS: dict[str, dict[str, Domain]] = {
         "batch_size": whole(1, good=(1,)),
         "lr": real(0, low_too=False),
         "warmup_steps": whole(0, good=(0,)),
+        "target": choice("kl", "lk", good=("lk",)),
         "unroll": whole(1, good=(1,)),
         "decay": real(0, low_too=False),
         "unroll_every": whole(1, good=(7,)),

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from matplotlib.figure import Figure
 
 from benchmarks.claims import figures
 from benchmarks.claims.arms import (
@@ -23,37 +19,19 @@ from benchmarks.claims.arms import (
     Sizes,
     grid_name,
 )
+from benchmarks.claims.recipe_report import recipes
+from benchmarks.claims.recipe_report import targets as recipe_targets
 from benchmarks.claims.results import Results
+from benchmarks.claims.section import Section
 from benchmarks.claims.statistics import RULE, Claim, paired, with_error
 
 
-@dataclass(frozen=True)
-class Section:
-    """The section of one question.
-
-    Attributes:
-        header, rows: of its table.
-        figures: file name -> figure.
-    """
-
-    title: str
-    header: Sequence[str]
-    rows: list[Sequence[str]]
-    claims: list[Claim]
-    figures: dict[str, Figure]
-    note: str = ""
-
-    def markdown(self) -> str:
-        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        pictures = "\n".join(f"![{self.title}]({name})" for name in self.figures)
-        claims = "\n".join(claim.line() for claim in self.claims)
-        return "\n\n".join(filter(None, [f"### {self.title}", self.note, table, claims, pictures])) + "\n"
-
-
-def make_sections(results: Results) -> list[Section]:
-    questions = (depth_schedules, ablation, curricula, grid, targets, retrofits, tasks)
-    return [question(results) for question in questions]
+def make_sections(results: Results, questions: str) -> list[Section]:
+    """Return the sections of the questions "abc…", in the order of the letters."""
+    single = dict(zip("abcdefg", (depth_schedules, ablation, curricula, grid, targets, retrofits, tasks), strict=True))
+    several = {"h": recipes, "i": recipe_targets}
+    sections = [[single[each](results)] if each in single else several[each](results) for each in sorted(questions)]
+    return [section for part in sections for section in part]
 
 
 def report(sections: list[Section], where: dict) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -17,14 +18,28 @@ def run_folder(out: Path, name: str, seed: int) -> Path:
 
 
 class Results:
-    """Reader of the folder of a finished benchmark; lists have one entry per seed."""
+    """Reader of the folder of a benchmark; lists have one entry per seed.
 
-    def __init__(self, out: Path, sizes: Sizes):
+    Args:
+        seeds: those to read, all of them finished; None: sizes.seeds.
+    """
+
+    def __init__(self, out: Path, sizes: Sizes, seeds: Sequence[int] | None = None):
         self.out, self.sizes = out, sizes
+        self.seeds = range(sizes.seeds) if seeds is None else seeds
         self._read = cache(lambda path: json.loads(path.read_text()))
 
     def _each_seed(self, name: str, file: str = "result.json") -> list[dict]:
-        return [self._read(run_folder(self.out, name, seed) / file) for seed in range(self.sizes.seeds)]
+        return [self._read(run_folder(self.out, name, seed) / file) for seed in self.seeds]
+
+    def finished(self, names: Iterable[str], seeds: int) -> Results:
+        """Return a reader of those of the first `seeds` seeds that are finished in all these arms."""
+        done = [
+            seed
+            for seed in range(seeds)
+            if all((run_folder(self.out, name, seed) / "result.json").is_file() for name in names)
+        ]
+        return Results(self.out, self.sizes, done)
 
     def curves(self, name: str) -> list[list[float]]:
         """The loss of every layer at the end of an arm."""
@@ -39,6 +54,11 @@ class Results:
     def agreement(self, name: str) -> list[float]:
         """Agreement of the middle layer with the last."""
         return [result["readings"][-1]["agreement"][self.sizes.middle - 1] for result in self._each_seed(name)]
+
+    def tokens_per_round(self, name: str, layer: int, num_speculations: int) -> list[float]:
+        """Expected tokens per round along held-out text, drafted by a layer."""
+        readings = (result["readings"][-1]["tokens_per_round"] for result in self._each_seed(name))
+        return [reading[str(num_speculations)][layer - 1] for reading in readings]
 
     def gap(self, name: str) -> list[float]:
         """Loss of the middle layer less that of the last."""

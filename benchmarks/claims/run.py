@@ -1,10 +1,11 @@
 """The claims of the LayerSkip paper, tested on a model small enough to train many times: one table per question.
 
-    python -m benchmarks.claims.run --out runs/claims [--quick] [--workers 2] [--publish PAGE]
+    python -m benchmarks.claims.run --out runs/claims [--questions h,i] [--quick] [--workers 2] [--publish PAGE]
 
 Every arm and seed has a folder under OUT/runs and is done when its result.json exists: repeating the command runs what
-is missing, the long run from its last checkpoint. Writes OUT/claims.md and figures beside it; --publish copies them
-into a page, in place of everything below its line `<!-- results -->`.
+is missing, stopped runs from their last checkpoint. Writes OUT/claims.md and figures beside it; --publish copies them
+into a page, in place of everything below its line `<!-- results -->`. Questions h and i are reported over the seeds
+that are finished in all of their arms: --report_only does that while others are still missing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.claims.arms import BOTH, CURRICULA, E_SCALE, NEITHER, QUICK, Sizes, make_arms, make_curriculum
+from benchmarks.claims.arms import (
+    BOTH,
+    CURRICULA,
+    E_SCALE,
+    NEITHER,
+    QUICK,
+    Sizes,
+    make_arms,
+    make_curriculum,
+    make_recipes,
+    make_targets,
+)
 from benchmarks.claims.report import make_sections, report
 from benchmarks.claims.results import LONG, STEP_TIMES, Results, run_folder
 from benchmarks.claims.tasks import measure_tasks
@@ -35,13 +47,17 @@ from lskip.callbacks import EarlyExitLoss
 from lskip.utils.output_files import write_json
 
 MARK = "<!-- results -->"
+PAPER, QUESTIONS = "abcdefg", "abcdefghi"
 CPU = torch.device("cpu")
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     try:
-        run(options.out, QUICK if options.quick else Sizes(), options.workers, options.cache_dir)
+        sizes = QUICK if options.quick else Sizes()
+        if not options.report_only:
+            run(options.out, sizes, options.workers, options.cache_dir, options.questions)
+        write_report(options.out, sizes, options.questions)
         if options.publish is not None:
             publish(options.out, options.publish)
     except (ValueError, OSError) as error:
@@ -53,14 +69,28 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_parser("benchmarks.claims.run", __doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder for runs, tables and figures")
     parser.add_argument("--quick", action="store_true", help="everything runs, nothing is learned well: minutes")
+    parser.add_argument("--questions", type=questions_of, default=QUESTIONS, help="such as h,i; default: all")
+    parser.add_argument("--report_only", action="store_true", help="train nothing, report what is finished")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--publish", type=Path, help="a Markdown page that gets the tables")
     parser.add_argument("--cache_dir", help="of the data; default: ~/.cache/lskip")
     return parser.parse_args(arguments)
 
 
-def run(out: Path, sizes: Sizes, workers: int, cache_dir: str | None) -> None:
-    """Run what is missing in `out`, then write tables and figures.
+def questions_of(text: str) -> str:
+    """Return the letters of a list such as h,i.
+
+    Raises:
+        ArgumentTypeError: one is not a question.
+    """
+    letters = text.replace(",", "")
+    if not letters or set(letters) - set(QUESTIONS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of letters from a to {QUESTIONS[-1]}")
+    return letters
+
+
+def run(out: Path, sizes: Sizes, workers: int, cache_dir: str | None, questions: str = QUESTIONS) -> None:
+    """Run what is missing in `out`.
 
     Raises:
         ValueError: `out` holds runs of other sizes, or workers is below 1.
@@ -71,11 +101,24 @@ def run(out: Path, sizes: Sizes, workers: int, cache_dir: str | None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     check_sizes(out, sizes)
     make_data(sizes, 0, cache_dir).setup("fit")  # once, before several processes want it
-    for jobs in (trainings(out, sizes, cache_dir), followers(out, sizes, cache_dir)):
-        work(jobs, workers)
-    if not (out / STEP_TIMES).is_file():
-        write_json(out / STEP_TIMES, time_curricula(sizes))
-    sections = make_sections(Results(out, sizes))
+    if set(questions) & set(PAPER):
+        for jobs in (trainings(out, sizes, cache_dir), followers(out, sizes, cache_dir)):
+            work(jobs, workers)
+        if not (out / STEP_TIMES).is_file():
+            write_json(out / STEP_TIMES, time_curricula(sizes))
+    work(recipe_trainings(out, sizes, cache_dir, questions), workers)
+
+
+def write_report(out: Path, sizes: Sizes, questions: str = QUESTIONS) -> None:
+    """Write claims.md and its figures: of a to g all runs must be there, of h and i those that are.
+
+    Raises:
+        ValueError: `out` holds no runs, or runs of other sizes.
+    """
+    if not (out / "sizes.json").is_file():
+        raise ValueError(f"out: '{out}' holds no runs")
+    check_sizes(out, sizes)
+    sections = make_sections(Results(out, sizes), questions)
     for section in sections:
         for name, figure in section.figures.items():
             figure.savefig(out / name, dpi=130)
@@ -84,7 +127,8 @@ def run(out: Path, sizes: Sizes, workers: int, cache_dir: str | None) -> None:
 
 def check_sizes(out: Path, sizes: Sizes) -> None:
     path = out / "sizes.json"
-    if path.is_file() and json.loads(path.read_text()) != asdict(sizes):
+    # Sizes that came later than the folder's runs are not theirs.
+    if path.is_file() and {**asdict(sizes), **json.loads(path.read_text())} != asdict(sizes):
         raise ValueError(f"out: '{out}' holds runs of other sizes; choose another folder")
     write_json(path, asdict(sizes))
 
@@ -106,6 +150,17 @@ def trainings(out: Path, sizes: Sizes, cache_dir: str | None) -> list[Job]:
         for name, arm in arms.items()
     ]  # fmt: skip
     return [long, *jobs]
+
+
+def recipe_trainings(out: Path, sizes: Sizes, cache_dir: str | None, questions: str) -> list[Job]:
+    """Return the jobs of questions h and i, seed by seed, so that what is finished can be compared."""
+    recipes = {**(make_recipes(sizes) if "h" in questions else {}), **(make_targets(sizes) if "i" in questions else {})}
+    return [
+        partial(train, run_folder(out, name, seed), recipe.arm, sizes, seed, cache_dir, recipe.steps,
+                readings=sizes.recipe_readings)
+        for seed in range(sizes.recipe_seeds)
+        for name, recipe in recipes.items()
+    ]  # fmt: skip
 
 
 def followers(out: Path, sizes: Sizes, cache_dir: str | None) -> list[Job]:

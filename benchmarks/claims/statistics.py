@@ -30,7 +30,7 @@ class Claim:
     def verdict(self) -> str:
         if len(self.differences) < 2:
             return "one seed: no verdict"
-        margin = T_95[len(self.differences) - 2] * standard_error(self.differences)
+        margin = margin_95(self.differences)
         mean = statistics.mean(self.differences)
         if abs(mean) <= margin:
             return "within noise"
@@ -43,6 +43,19 @@ class Claim:
 def standard_error(values) -> float:
     """Of the mean of independent values; nan for a single one."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def margin_95(values) -> float:
+    """Half of the 95 % interval of the mean of independent values, by Student's t; nan for a single one."""
+    return T_95[len(values) - 2] * standard_error(values) if len(values) > 1 else math.nan
+
+
+def with_interval(values, digits: int = 3) -> str:
+    """Mean and its 95 % interval; the mean alone of a single value."""
+    mean, margin = statistics.mean(values), margin_95(values)
+    if math.isnan(margin):
+        return f"{mean:+.{digits}f}"
+    return f"{mean:+.{digits}f} [{mean - margin:+.{digits}f}, {mean + margin:+.{digits}f}]"
 
 
 def with_error(values, digits: int = 3, sign: str = "") -> str:

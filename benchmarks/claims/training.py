@@ -34,7 +34,9 @@ def make_data(sizes: Sizes, seed: int, cache_dir: str | None) -> TextData:
 
 
 class Readings(Callback):
-    """Loss and agreement of every layer at each validation, over interruptions too; the model at some of them.
+    """Loss, agreement and tokens per round of every layer at each validation; the model at some of them.
+
+    They are kept over interruptions.
 
     Args:
         metrics: whose report is kept; must come before this one.
@@ -54,7 +56,8 @@ class Readings(Callback):
         report, step = self.metrics.report, trainer.global_step
         loss = [math.log(perplexity) for perplexity in report.perplexity]
         self.rows = [row for row in self.rows if row["step"] < step]  # a resumed run may validate again
-        self.rows.append({"step": step, "loss": loss, "agreement": report.agreement})
+        row = {"step": step, "loss": loss, "agreement": report.agreement}
+        self.rows.append({**row, "tokens_per_round": {str(d): all_ for d, all_ in report.tokens_per_round.items()}})
         if step in self.snapshots:
             pl_module.model.save_pretrained(self.folder / f"at_{step}")
             pl_module.tokenizer.save_pretrained(self.folder / f"at_{step}")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lskip.adapters.answers import AnswerRow, frequent_words, is_held_out, read_answers
 from lskip.adapters.join_fit import fit_join
 from lskip.adapters.module import AdapterModule, AveragedWeights, TimeBudget
-from lskip.adapters.options import AdapterData, AdapterTraining
+from lskip.adapters.options import TARGETS, AdapterData, AdapterTraining
 from lskip.adapters.record import record_answers
 from lskip.adapters.states import AnswerData, StateCache
 from lskip.adapters.unroll import draft_metrics
@@ -140,7 +140,7 @@ def _adapt(
     batches = AnswerData(*states, training.batch_size, training.val_answers, training.seed)
     del frozen, started  # frees their memory: from here on only the adapter runs
     chosen = {name: getattr(training, name) for name in ("unroll", "decay", "unroll_every", "lr", "warmup_steps")}
-    module = AdapterModule(adapter, **chosen)
+    module = AdapterModule(adapter, **chosen, target=TARGETS[training.target]())
     timer = TimeBudget(training.max_minutes)
     trainer = _trainer(folder, training, timer, place, resume)
     with interruptible(trainer, lambda: how_to_go_on(trainer, folder / CHECKPOINT, "--resume true")):

@@ -14,6 +14,7 @@ from lskip.adapters.unroll import draft_metrics, drafted_at, unrolled_states
 from lskip.losses import rows_at_once
 from lskip.models.exit_adapter import ExitAdapter
 from lskip.optimization import WarmupCosine
+from lskip.targets import ExitTarget, SelfDistillation
 from lskip.training.finite_steps import FiniteSteps
 from lskip.training.resumed_settings import ResumedSettings
 
@@ -26,24 +27,27 @@ def step_weights(num_steps: int, decay: float) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def draft_loss(states: Tensor, last_states: Tensor, head_weight: Tensor, row_weights: Tensor) -> Tensor:
-    """Return Σ row_weights · CE(softmax(last_states head^T), softmax(states head^T)), differentiable by `states` only.
+def draft_loss(
+    states: Tensor, last_states: Tensor, head_weight: Tensor, row_weights: Tensor, target: ExitTarget
+) -> Tensor:
+    """Return Σ row_weights · the target's loss of softmax(states head^T), differentiable by `states` only.
 
     Logits are computed a few rows at a time. As in `head_loss`, the forward pass computes the gradient, and products
     run in autocast's dtype.
 
     Args:
         states: [N, D], the adapter's.
-        last_states: [N, D], the frozen model's at the same positions.
+        last_states: [N, D], the frozen model's at the same positions: the teacher's.
         head_weight: [W, D].
         row_weights: [N].
+        target: one that needs a teacher and no labels; None: SelfDistillation.
     """
-    return _DraftLoss.apply(states, last_states, head_weight, row_weights)
+    return _DraftLoss.apply(states, last_states, head_weight, row_weights, target)
 
 
 class _DraftLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, states, last_states, head_weight, row_weights):
+    def forward(ctx, states, last_states, head_weight, row_weights, target):
         device = states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head_weight.dtype
         total_dtype = torch.promote_types(states.dtype, torch.float32)
@@ -53,13 +57,10 @@ class _DraftLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for start in range(0, len(states), count):
                 part = slice(start, start + count)
-                targets = (last_states[part].to(dtype) @ weight.T).to(total_dtype).softmax(-1)
-                logits = (states[part].to(dtype) @ weight.T).to(total_dtype)
-                log_total = logits.logsumexp(-1)
-                losses = log_total - (logits * targets).sum(-1)
+                logits, wanted = ((x[part].to(dtype) @ weight.T).to(total_dtype) for x in (states, last_states))
+                losses, grad_logits = target.loss(logits, None, wanted)
                 total += (losses * row_weights[part]).sum()
-                grad_logits = logits.sub_(log_total[:, None]).exp_().sub_(targets).mul_(row_weights[part, None])
-                grad[part] = grad_logits.to(dtype) @ weight
+                grad[part] = grad_logits.mul_(row_weights[part, None]).to(dtype) @ weight
         ctx.save_for_backward(grad)
         return total
 
@@ -67,16 +68,16 @@ class _DraftLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_total):
         (grad,) = ctx.saved_tensors
-        return grad * grad_total.to(grad.dtype), None, None, None
+        return grad * grad_total.to(grad.dtype), *[None] * 4
 
 
 class AdapterModule(LightningModule):
     """Training of an ExitAdapter to predict what the frozen model's last layer predicts.
 
     A batch is {"exit_states" [B, S, D], "last_states" [B, S, D] after the final norm, "scored" [B, S] bool}, padded
-    at the right; validation also needs "choices" [B, S], the argmax of the model. The loss is the cross-entropy between
-    the adapter's distribution and the last layer's over the adapter's words, a mean over the scored positions of each
-    draft step, and over the steps with weights decay^(j-1).
+    at the right; validation also needs "choices" [B, S], the argmax of the model. The loss is the target's (by
+    default KL) for the last layer's distribution and the adapter's over the adapter's words, a mean over the scored
+    positions of each draft step, and over the steps with weights decay^(j-1).
 
     Args:
         adapter: in float32.
@@ -87,6 +88,7 @@ class AdapterModule(LightningModule):
         lr: peak learning rate of AdamW.
         warmup_steps: optimizer steps until the peak.
         clip: maximal norm of the gradient.
+        target: one that needs a teacher and no labels; None: SelfDistillation.
     """
 
     def __init__(
@@ -98,9 +100,10 @@ class AdapterModule(LightningModule):
         lr: float = 1e-3,
         warmup_steps: int = 50,
         clip: float = 1.0,
+        target: ExitTarget | None = None,
     ):
         super().__init__()
-        self.adapter = adapter
+        self.adapter, self.target = adapter, target or SelfDistillation()
         self.unroll = unroll if adapter.shape.joins_last_state else 1
         self.decay, self.unroll_every = decay, unroll_every
         self.lr, self.warmup_steps, self.clip = lr, warmup_steps, clip
@@ -128,7 +131,8 @@ class AdapterModule(LightningModule):
             wanted.append(last_states[:, places].flatten(0, 1).index_select(0, where))
             dtype = torch.promote_types(unrolled.dtype, torch.float32)
             weights.append(torch.full_like(where, share[step - 1] / max(len(where), 1), dtype=dtype))
-        return draft_loss(torch.cat(states), torch.cat(wanted), self.adapter.body.lm_head.weight, torch.cat(weights))
+        parts = (torch.cat(each) for each in (states, wanted))
+        return draft_loss(*parts, self.adapter.body.lm_head.weight, torch.cat(weights), self.target)
 
     def _unrolled(self, batch: dict[str, Tensor], num_steps: int, starts: Tensor | None = None) -> Iterator[Tensor]:
         parts = [batch[name].to(self.adapter.join.weight.dtype) for name in ("exit_states", "last_states")]

@@ -6,10 +6,13 @@ from typing import Literal, get_args
 
 from lskip.data.arguments import check_cache
 from lskip.inference.prompt_file import Prompt, read_prompts
+from lskip.targets import LK, SelfDistillation
 from lskip.utils.checks import check_choice, check_real, check_whole
 from lskip.utils.user_paths import user_path
 
 Precision = Literal["32-true", "bf16-mixed"]
+Target = Literal["kl", "lk"]
+TARGETS = {"kl": SelfDistillation, "lk": LK}
 DEFAULT_STEPS = 2000
 YEAR = 365 * 24 * 60  # minutes
 
@@ -83,6 +86,8 @@ class AdapterTraining:
         batch_size: answers a step.
         lr: peak learning rate of AdamW.
         warmup_steps: optimizer steps until the peak.
+        target: kl: the last layer's distribution; lk: the share of drafts that it would accept (LK losses,
+            arXiv 2602.23881, their mixture with KL).
         unroll: draft steps to train on, each on the adapter's own states of the step before.
         decay: weight of a draft step in the loss, relative to the step before.
         unroll_every: draft steps after the first are trained on drafts that begin at every n-th position.
@@ -102,6 +107,7 @@ class AdapterTraining:
     batch_size: int = 16
     lr: float = 1e-3
     warmup_steps: int = 50
+    target: Target = "kl"
     unroll: int = 3
     decay: float = 0.8
     unroll_every: int = 3
@@ -127,6 +133,7 @@ class AdapterTraining:
             check_real("max_minutes", self.max_minutes, "above 0, at most a year", lambda value: 0 < value <= YEAR)
         if self.ema is not None:
             check_real("ema", self.ema, "between 0 and 1", lambda value: 0 < value < 1)
+        check_choice("target", self.target, get_args(Target))
         check_choice("precision", self.precision, get_args(Precision))
 
     @property

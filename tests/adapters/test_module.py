@@ -10,6 +10,7 @@ from lskip.adapters.module import AdapterModule, TimeBudget, draft_loss
 from lskip.adapters.states import collate
 from lskip.adapters.unroll import draft_metrics, drafted_at, num_rounds, unrolled_states
 from lskip.models.exit_adapter import AdapterShape, ExitAdapter
+from lskip.targets import LK, SelfDistillation
 
 WORDS = torch.arange(0, 300, 7)
 WINDOWED = {"sliding_window": 3}
@@ -90,21 +91,21 @@ def random_batch(lengths=((3, 9), (1, 5)), width: int = 32, dtype=torch.float64)
 
 @pytest.mark.parametrize(("unroll_every", "counts"), [(1, [10, 8, 6]), (2, [10, 5, 3]), (4, [10, 2, 2])])
 def test_the_loss_and_its_gradient_are_those_of_the_equation(tiny_model, unroll_every, counts):
-    """Chains drafted one by one, cross-entropies by their definition, and autograd through all of it."""
+    """Chains drafted one by one, divergences by their definition, and autograd through all of it."""
     adapter = double_adapter(tiny_model())
     head = adapter.body.lm_head.weight
     batch = random_batch()
     module = AdapterModule(adapter, unroll=3, decay=0.5, unroll_every=unroll_every)
-    entropies = {step: [] for step in range(3)}
+    divergences = {step: [] for step in range(3)}
     for row, (prompt, length) in enumerate([(3, 9), (1, 5)]):
         exit_states, last_states = batch["exit_states"][row], batch["last_states"][row]
         for start in range(prompt - 1, length - 1):
             steps = min(3, length - 1 - start) if start % unroll_every == 0 else 1
             for step, state in enumerate(drafted_one_by_one(adapter, exit_states, last_states, start, steps)):
                 target = (head @ last_states[start + step]).softmax(-1)
-                entropies[step].append(-(target * (head @ state).log_softmax(-1)).sum())
-    assert [len(parts) for parts in entropies.values()] == counts
-    means = [torch.stack(parts).mean() for parts in entropies.values()]
+                divergences[step].append((target * (target.log() - (head @ state).log_softmax(-1))).sum())
+    assert [len(parts) for parts in divergences.values()] == counts
+    means = [torch.stack(parts).mean() for parts in divergences.values()]
     expected = (means[0] + 0.5 * means[1] + 0.25 * means[2]) / 1.75
     wanted = torch.autograd.grad(expected, adapter.trained_parameters())
     loss = module.loss(batch)
@@ -126,14 +127,24 @@ def test_each_step_unrolls_other_rounds(tiny_model, monkeypatch):
     assert all(len(starts) == 3 for starts in seen)
 
 
-def test_the_loss_in_chunks(monkeypatch):
+def divergence(p, q):
+    return (p * (p / q).log()).sum(-1)
+
+
+def not_accepted(p, q):
+    alpha = torch.minimum(p, q).sum(-1)
+    weight = (-3 * alpha.detach()).exp()
+    return weight * divergence(p, q) + (1 - weight) * (1 - alpha)
+
+
+@pytest.mark.parametrize(("target", "equation"), [(SelfDistillation(), divergence), (LK(), not_accepted)])
+def test_the_loss_in_chunks(monkeypatch, target, equation):
     torch.manual_seed(0)
     states, last_states = torch.randn(7, 8, requires_grad=True), torch.randn(7, 8)
     head, weights = torch.randn(11, 8), torch.rand(7)
-    naive = F.cross_entropy(states @ head.T, (last_states @ head.T).softmax(-1), reduction="none")
-    expected = (naive * weights).sum()
+    expected = (equation((last_states @ head.T).softmax(-1), (states @ head.T).softmax(-1)) * weights).sum()
     monkeypatch.setattr("lskip.adapters.module.rows_at_once", lambda words, device: 3)
-    loss = draft_loss(states, last_states, head, weights)
+    loss = draft_loss(states, last_states, head, weights, target)
     torch.testing.assert_close(loss, expected)
     gradients = [torch.autograd.grad(2 * value, states)[0] for value in (loss, expected)]
     torch.testing.assert_close(*gradients)

@@ -26,7 +26,7 @@ def sizes(process_settings, tmp_path_factory):
     return replace(
         QUICK, source=str(corpus), layers=4, hidden=16, intermediate=32, heads=2, vocabulary=300, block_size=32,
         batch_size=2, steps=2, long_steps=100, retrofit_steps=2, max_val_blocks=6, items=5, prompt_tokens=12,
-        answer_tokens=6, warmup_steps=1, timed_rounds=2,
+        answer_tokens=6, warmup_steps=1, timed_rounds=2, recipe_steps=4, recipe_readings=2, recipe_seeds=2,
     )  # fmt: skip
 
 
@@ -39,14 +39,16 @@ def out(sizes, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(claims, "work", in_this_process)
         claims.run(folder / "out", sizes, 1, str(folder / "cache"))
+    claims.write_report(folder / "out", sizes)
     return folder / "out"
 
 
 def test_every_question_has_its_table_and_claims(out):
     page = (out / "claims.md").read_text()
-    for question in "abcdefg":
+    for question in "abcdefghi":
         section = page.split(f"### ({question}) ")[1].split("###")[0]
         assert "| ---" in section and ("- " in section or question == "g")
+        assert question not in "hi" or "seeds finished: 2" in section
         assert "nan" not in section.split("| layer |")[0]
     assert "### What did not reproduce" in page and "torch 2" in page
     for name in ("claims_depth.png", "claims_time.png", "claims_tasks.png"):
@@ -54,13 +56,14 @@ def test_every_question_has_its_table_and_claims(out):
 
 
 def test_arms_are_shared_and_each_is_a_folder_per_seed(out, sizes):
-    from benchmarks.claims.arms import make_arms
+    from benchmarks.claims.arms import make_arms, make_recipes, make_targets
 
     names = {path.name for path in (out / "runs").iterdir()}
-    assert names == {*make_arms(sizes.layers), "long", "retrofit_10", "retrofit_50", "retrofit_100"}
-    assert len(make_arms(sizes.layers)) == 9 + 2 + 2 + 1
+    recipes = {**make_recipes(sizes), **make_targets(sizes)}
+    assert names == {*make_arms(sizes.layers), *recipes, "long", "retrofit_10", "retrofit_50", "retrofit_100"}
+    assert len(make_arms(sizes.layers)) == 9 + 2 + 2 + 1 and len(recipes) == 2 + 2 * 3 + 2
     results = [json.loads(path.read_text()) for path in (out / "runs").rglob("result.json")]
-    assert len(results) == (14 + 3) * sizes.seeds + 1
+    assert len(results) == (14 + 3) * sizes.seeds + 1 + 10 * sizes.recipe_seeds
     assert all(result["readings"][-1]["step"] == result["steps"] for result in results)
     assert not list((out / "runs").rglob("last.ckpt"))
 
@@ -73,6 +76,7 @@ def test_a_rerun_trains_nothing_and_says_the_same(out, sizes, monkeypatch):
     monkeypatch.setattr(claims, "work", in_this_process)
     monkeypatch.setattr(claims_training, "Trainer", None)
     claims.run(out, sizes, 1, str(out.parent / "cache"))
+    claims.write_report(out, sizes)
     assert (out / "claims.md").read_text() == page
 
 
@@ -81,6 +85,63 @@ def test_other_sizes_do_not_mix_with_what_is_there(out, sizes):
 
     with pytest.raises(ValueError, match="holds runs of other sizes"):
         claims.run(out, replace(sizes, steps=3), 1, str(out.parent / "cache"))
+
+
+def test_questions_h_and_i_are_reported_over_the_seeds_that_are_finished(out, sizes, tmp_path):
+    import shutil
+
+    from benchmarks.claims.run import write_report
+
+    shutil.copytree(out, tmp_path / "part")
+    shutil.rmtree(tmp_path / "part" / "runs" / "recipe_falling" / "seed_0")
+    shutil.rmtree(tmp_path / "part" / "runs" / "long")
+    write_report(tmp_path / "part", sizes, "hi")
+    page = (tmp_path / "part" / "claims.md").read_text()
+    question_h, question_i = page.split("### (h) Recipes")[1].split("### (i) Targets")
+    assert "seeds finished: 1" in question_h and "one seed: no verdict" in question_h
+    assert "seeds finished: 2" in question_i
+    assert "### (a)" not in page
+    shutil.rmtree(tmp_path / "part" / "runs")
+    write_report(tmp_path / "part", sizes, "hi")
+    assert "no seed is finished" in (tmp_path / "part" / "claims.md").read_text()
+    with pytest.raises(ValueError, match="holds no runs"):
+        write_report(tmp_path / "none", sizes, "hi")
+
+
+def test_runs_of_before_there_were_sizes_for_recipes_go_on(sizes, tmp_path):
+    from dataclasses import asdict
+
+    from benchmarks.claims.run import check_sizes
+
+    before = {name: value for name, value in asdict(sizes).items() if not name.startswith("recipe_")}
+    (tmp_path / "sizes.json").write_text(json.dumps(before))
+    check_sizes(tmp_path, sizes)
+    assert json.loads((tmp_path / "sizes.json").read_text()) == asdict(sizes)
+
+
+@pytest.mark.parametrize("letters", ["h,j", "", "h i"])
+def test_a_question_that_is_none_is_refused(letters, capsys):
+    from benchmarks.claims.run import parse
+
+    with pytest.raises(SystemExit):
+        parse(["--out=x", f"--questions={letters}"])
+    assert "from a to i" in capsys.readouterr().err
+
+
+def test_equal_flops_by_hand():
+    from benchmarks.claims.arms import Arm, Sizes, share_of_blocks, steps_at_equal_flops
+
+    # 3 of 8 blocks are dropped at 0.5.
+    arm = Arm(0.5, "Alternating", time="Constant")
+    assert share_of_blocks(arm, 8, 10) == pytest.approx(1 - 1.5 / 8)
+    # 1000 / 0.8125 is 1230.8, and the next number of steps that four readings divide 1232.
+    assert steps_at_equal_flops(arm, Sizes(recipe_steps=1000)) == 1232
+    # The paper's: its mean over depth times its mean over time, both of (2^x - 1).
+    steps, layers = 5, 3
+    mean_time = sum(2 ** (step / 4) - 1 for step in range(steps)) / steps
+    mean_depth = sum(2 ** (block / 2) - 1 for block in range(layers)) / layers
+    rising = Arm(0.2, "Exponential", time="Exponential")
+    assert share_of_blocks(rising, layers, steps) == pytest.approx(1 - 0.2 * mean_time * mean_depth)
 
 
 def test_a_long_run_that_was_killed_goes_on_with_its_readings(out, sizes, tmp_path, monkeypatch):
@@ -141,6 +202,15 @@ def test_mean_and_standard_error_by_hand():
 
     # 1, 2, 6: mean 3, variance (4 + 1 + 9) / 2 = 7, error sqrt(7 / 3)
     assert with_error([1, 2, 6]) == f"3.000 ± {math.sqrt(7 / 3):.3f}"
+
+
+def test_interval_by_hand():
+    from benchmarks.claims.statistics import with_interval
+
+    # 1, 2, 6 again; Student's t for 2 degrees of freedom is 4.303
+    margin = 4.303 * math.sqrt(7 / 3)
+    assert with_interval([1, 2, 6]) == f"+3.000 [{3 - margin:+.3f}, {3 + margin:+.3f}]"
+    assert with_interval([0.5]) == "+0.500"
 
 
 def test_multiple_choice_is_the_likelihood_that_transformers_gives(tiny_model):
