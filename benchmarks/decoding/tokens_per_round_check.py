@@ -4,7 +4,8 @@
 
 The model answers held-out prompts greedily; one pass over each answer says where every exit is right, from which
 tokens per round follow (lskip/evaluation/sweep/own_answers.py). Then the same prompts are decoded anew with each exit
-and number of drafted tokens. Prints both for each; the target is a difference of at most 5 %.
+and number of drafted tokens. Prints both for each; the target is a difference of at most 5 %. With --draft_weights
+the exits are those of a rounded copy, which reads keys and values of its own here, and the model's in decoding.
 
 Writes result.json into --out.
 """
@@ -27,6 +28,7 @@ from lskip.evaluation.tasks.local import LocalTask
 from lskip.evaluation.tasks.prompts import Prompt, prompts_of
 from lskip.evaluation.tasks.task import Task
 from lskip.inference import TextGenerator
+from lskip.inference.layers.quantized import DRAFT_WEIGHTS
 from lskip.inference.options import LoadingOptions
 from lskip.utils.console import plain_console, plain_table
 from lskip.utils.output_files import write_json
@@ -39,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        generator = LoadingOptions(model=options.model, device="cpu").load()
+        generator = LoadingOptions(model=options.model, device="cpu", draft_weights=options.draft_weights).load()
         prompts = prompts_of(task_of(options), generator, options.prompts)
         cells = check(generator, prompts, options.exit_layers, options.num_speculations, options.batch_size)
     except (ValueError, OSError) as error:
@@ -54,6 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="smollm2", help="as for lskip")
     add("--out", required=True, type=Path, help="folder for result.json")
+    add("--draft_weights", choices=DRAFT_WEIGHTS, help="exits draft in rounded weights; default: in the model's own")
     add("--task", choices=TASKS, default="PythonTopics")
     add("--prompts_file", help="prompts as of LocalTask, in place of the task's")
     add("--max_new_tokens", type=int, default=48)
@@ -80,14 +83,14 @@ def check(
 ) -> list[dict[str, Any]]:
     """Return, for each exit and number of drafted tokens, tokens per round computed and decoded."""
     texts = own_texts(generator, prompts, batch_size)
-    readings = [
-        read_answer(generator.runner, generator.runners.reading_drafts, text, generator.vocab_size) for text in texts
-    ]
+    runner, kind = generator.draft_runner or generator.runner, "weights" if generator.draft_runner else "layers"
+    reading = generator.runners.reading_drafts
+    readings = [read_answer(runner, reading, text, generator.vocab_size) for text in texts]
     cells = []
     for count in num_speculations:
         computed = own_tokens_per_round(readings, count)
         for exit_layer in exit_layers:
-            draft = {"exit_layer": exit_layer, "num_speculations": count, "draft": "layers"}
+            draft = {"exit_layer": exit_layer, "num_speculations": count, "draft": kind}
             decoded = decode(generator, prompts, batch_size, draft)
             value = computed[exit_layer - 1]
             cells.append({**draft, "computed": value, "decoded": decoded, "difference": value / decoded - 1})

@@ -96,7 +96,7 @@ def own_tokens_per_round(readings: Sequence[ExitReading], num_speculations: int)
     """Return, by layer, tokens per round of decoding these answers, the prefill a round, if it drafts so many."""
     hits = torch.cat([reading.hits for reading in readings], 1)
     rounds = round_starts(hits, first_of_answers(readings), num_speculations).sum(1)
-    return (hits.shape[1] / rounds).tolist()
+    return (hits.shape[1] / rounds.double()).tolist()
 
 
 def first_of_answers(readings: Sequence[ExitReading]) -> Tensor:

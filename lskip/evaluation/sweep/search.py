@@ -48,13 +48,15 @@ class Search:
         """Return the records, as a sweep's, of the cells that were worth decoding; and a line on what was not tried."""
         refused: dict[str, str] = {}
         records = self._decode(answers, self.cells(), rounds, decoded_cells, refused)
-        others = [draft for draft in NEED_NO_TRAINING if draft not in self.drafts]
+        whole = {cell.draft for cell in self.cells() if cell.exit_layer is None}
+        others = [draft for draft in NEED_NO_TRAINING if draft not in whole]
         if trained_draft_pays(records) or not others:
             return records, ""
         if not self.goes_on:
             advice = f"which need no training: --drafts '[{','.join(others)}]'"
             return records, "" if best_cell(records) else f"not tried: {', '.join(others)}, {advice}"
-        say(f"no exit pays: trying {', '.join(others)}, which need no training")
+        trained = "adapter" if "adapter" in self.drafts else "exit"
+        say(f"no {trained} pays: trying {', '.join(others)}, which need no training")
         cells = candidates(others, None, self.num_speculations, self.num_layers)
         records += self._decode(answers, cells, rounds, decoded_cells, refused)
         return records, "\n".join(f"not tried: {draft} ({reason})" for draft, reason in refused.items())

@@ -72,7 +72,7 @@ def sweep(
         drafts: what drafts: layers, int8, int4, ngram, adapter, or a Drafter of your own by its import path; null:
             the exit_adapter where one is named, else layers.
         exit_layers: layers that drafts exit at; the last one stands for rounded drafts of all layers. null: a
-            sixth, a quarter, a third and half of the layers, and all for rounded weights.
+            sixth, a quarter, a third and half of the layers; for rounded weights all, and beside layers those too.
         num_speculations: tokens drafted; null: 2, 4, 6 and 8.
         policies: FixedDraft, ConfidenceDraft, CostAwareDraft, which draft so many tokens at most; null: FixedDraft.
         num_prompts: prompts of the task that each cell answers, those whose answers have room in the context.

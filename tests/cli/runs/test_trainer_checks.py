@@ -110,7 +110,7 @@ WATCHED = {
     "misspelled": (EarlyStopping("val_loss"), {}, "there are only train/loss, "),
     "F65 ModelCheckpoint": (ModelCheckpoint(monitor="valid/loss"), {}, "there are only train/loss, "),
     "of the test split": (ModelCheckpoint(monitor="test/loss"), {}, "there are only train/loss, "),
-    "a layer too many": (EarlyStopping("val/ppl/layer_09"), {}, "val/ppl/layer_01 … val/agreement/layer_04"),
+    "a layer too many": (EarlyStopping("val/ppl/layer_09"), {}, "val/ppl/layer_01 … val/tokens_per_round_8/layer_04"),
 }
 
 
@@ -132,5 +132,9 @@ def test_what_nothing_measures_is_not_watched(checked, callback, settings, said)
 
 
 def test_what_is_measured_is(checked):
-    checked(EarlyStopping("val/loss"), ModelCheckpoint(monitor="val/agreement/layer_02"), EarlyStopping("train/loss"))
+    checked(
+        EarlyStopping("val/loss"),
+        ModelCheckpoint(monitor="val/tokens_per_round_4/layer_02"),
+        EarlyStopping("train/loss"),
+    )
     checked(EarlyStopping("mine"), Own())

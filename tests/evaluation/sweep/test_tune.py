@@ -204,6 +204,14 @@ def test_where_no_exit_pays_what_needs_no_training_is_tried(place, monkeypatch, 
     assert found["draft"] == "ngram" and found["exit_layer"] is None
 
 
+def test_exits_that_the_user_names_do_not_keep_whole_copies_from_being_tried(place, monkeypatch):
+    decoded = search_with(monkeypatch, place, "--exit_layers=[2]")
+    assert {(cell.draft, cell.exit_layer) for cell in decoded} == {
+        *(("layers", 2), ("int8", 2)),
+        *(("int8", None), ("int4", None), ("ngram", None)),
+    }
+
+
 def test_where_an_exit_pays_nothing_else_is_tried(place, monkeypatch, capsys):
     """In int8 it does: that is saved, and no other draft decoded."""
     decoded = search_with(monkeypatch, place, pays=lambda cell: cell.draft == "int8" and cell.exit_layer is not None)
