@@ -11,7 +11,7 @@ class Sizes:
 
     Attributes:
         fit: further arguments for `lskip fit`, of both models.
-        small_fit: those of the plain small model: as many steps as take it about as long.
+        small_fit: those of the plain small model, whose steps are short: more of them.
         small_blocks: its blocks.
         items: held-out requests of each kind whose parses are scored, at every exit.
         tune_prompts: of these, how many `lskip tune` measures.
@@ -24,7 +24,7 @@ class Sizes:
     """
 
     fit: tuple[str, ...] = ()
-    small_fit: tuple[str, ...] = ("--trainer.max_steps=5000", "--trainer.val_check_interval=2500")
+    small_fit: tuple[str, ...] = ("--trainer.max_steps=2000", "--trainer.val_check_interval=1000")
     small_blocks: int = 3
     items: int = 300
     tune_prompts: int = 8
