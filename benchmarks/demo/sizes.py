@@ -24,12 +24,12 @@ class Sizes:
     """
 
     fit: tuple[str, ...] = ()
-    small_fit: tuple[str, ...] = ("--trainer.max_steps=2000", "--trainer.val_check_interval=1000")
+    small_fit: tuple[str, ...] = ("--trainer.max_steps=1700", "--trainer.val_check_interval=850")
     small_blocks: int = 3
-    items: int = 300
+    items: int = 200
     tune_prompts: int = 8
     requests: int = 20
-    turns: int = 3
+    turns: int = 2
     shown: int = 4
     hf_exits: tuple[int, ...] = (1, 2, 4)
     hf_lengths: tuple[int, ...] = (3, 5, 8)
