@@ -132,10 +132,14 @@ def verdict(task: dict) -> str:
     )
     speed = f"{faster:.2f}x the tokens a second" if faster >= 1 else f"only {faster:.2f}x the tokens a second"
     lines = [f"The small model makes {speed}; LayerSkip's exact match is {points} of it."]
-    if faster >= 1 and min(gains.values()) <= 0:
+    if faster >= 1 and max(gains.values()) <= 0:
         lines.append("For this task alone the small model wins.")
+    elif faster >= 1 and min(gains.values()) <= 0:
+        lines.append("So the small model is for speed; which one is better depends on what is asked.")
     elif faster >= 1:
         lines.append("So the small model is for speed alone, the deep one for quality.")
+    elif max(gains.values()) <= 0:
+        lines.append("So the small model is for quality, the deep one for speed.")
     else:
         lines.append("So the small model has no advantage here.")
     lines.append(

@@ -11,7 +11,7 @@ class Sizes:
 
     Attributes:
         fit: further arguments for `lskip fit`, of both models.
-        small_fit: those of the plain small model: as many steps as take it about as long.
+        small_fit: those of the plain small model, whose steps are short: more of them.
         small_blocks: its blocks.
         items: held-out requests of each kind whose parses are scored, at every exit.
         tune_prompts: of these, how many `lskip tune` measures.
@@ -24,12 +24,12 @@ class Sizes:
     """
 
     fit: tuple[str, ...] = ()
-    small_fit: tuple[str, ...] = ("--trainer.max_steps=5000", "--trainer.val_check_interval=2500")
+    small_fit: tuple[str, ...] = ("--trainer.max_steps=1700", "--trainer.val_check_interval=850")
     small_blocks: int = 3
-    items: int = 300
+    items: int = 200
     tune_prompts: int = 8
     requests: int = 20
-    turns: int = 3
+    turns: int = 2
     shown: int = 4
     hf_exits: tuple[int, ...] = (1, 2, 4)
     hf_lengths: tuple[int, ...] = (3, 5, 8)

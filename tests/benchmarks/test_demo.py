@@ -24,6 +24,7 @@ FIT = (
     "--model.hidden_size=64",
     "--model.intermediate_size=64",
     "--model.num_attention_heads=2",
+    "--model.num_key_value_heads=2",
     "--data.batch_size=2",
     "--trainer.limit_val_batches=1",
 )
@@ -53,7 +54,13 @@ def test_every_way_has_its_turns_and_the_median_of_its_seconds_counts(monkeypatc
 
 @pytest.mark.parametrize(
     ("small_speed", "small_match", "said"),
-    [(900, 0.9, "the small model wins"), (900, 0.1, "the deep one for quality"), (100, 0.1, "no advantage")],
+    [
+        (900, 0.9, "the small model wins"),
+        (900, 0.35, "depends on what is asked"),
+        (900, 0.1, "the deep one for quality"),
+        (100, 0.9, "the deep one for speed"),
+        (100, 0.1, "no advantage"),
+    ],
 )
 def test_the_verdict_follows_the_numbers(small_speed, small_match, said):
     exits = [{"layer": layer, "exact_match": 0.1 * layer} for layer in (1, 2, 3, 4)]
