@@ -124,7 +124,7 @@ class GenerationSettings:
         if self.draft is not None or self.num_speculations:
             chosen_later = getattr(self.draft_policy, "chooses_draft", False)
             check_draft(self.draft, self.exit_layer, self.num_speculations, available, chosen_later)
-        if not self.num_speculations and self.exit_criterion is None and self.exit_layer not in (None, num_layers):
+        if self.exits_by_adapter(available):
             check_fixed_exit(self.exit_layer, available)
 
     def exits_by_adapter(self, available: Available) -> bool:
