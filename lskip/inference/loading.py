@@ -50,10 +50,10 @@ def load_generator(
     folder = None if exit_adapter is None else find_adapter(exit_adapter)
     if costs_file is not None:
         check_costs_file(user_path(costs_file, "costs_file"))
-    listed = find_draft_tokens(draft_tokens, model)
     if draft_tokens not in (None, ALL) and exit_adapter is not None and draft_weights is None:
         raise ValueError(f"draft_tokens: {draft_tokens!r} is not for the exit_adapter, which has tokens of its own")
     place = resolve_device(device)
+    listed = find_draft_tokens(draft_tokens, model)
     loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
     loaded = loaded.eval().to(place)
     if draft_weights == "auto":

@@ -137,7 +137,7 @@ class GenerationSettings:
             chosen_later = self.draft == AUTO or getattr(self.draft_policy, "chooses_draft", False)
             kind = None if self.draft == AUTO else self.draft
             check_draft(kind, self.exit_layer, self.num_speculations, available, chosen_later)
-        if not self.num_speculations and self.exit_criterion is None and self.exit_layer not in (None, num_layers):
+        if self.exits_by_adapter(available):
             check_fixed_exit(self.exit_layer, available)
 
     def exits_by_adapter(self, available: Available) -> bool:

@@ -26,20 +26,21 @@ FILE = "draft_tokens.json"
 ALL = "all"
 SMALLEST_VOCABULARY = 8192  # beside a smaller head the blocks of an exit take as long
 MOST = 1 / 8  # of the vocabulary: more of it saves too little
-COVERED = 0.999  # of the text: each token that is missing is a draft that is refused
+COVERED = 0.999  # of further text of the kind: each token that is missing is a draft that is refused
 
 
 def few_tokens(counts: np.ndarray) -> list[int] | None:
     """Return the tokens of a text whose vocabulary is small beside the model's, the most frequent first; else None.
 
     Args:
-        counts: [V], how often each token occurs.
+        counts: [V], how often each token occurs. The share of tokens that occur once is the chance that the next one is
+            new (Good, Biometrika 40, 1953): a short text does not tell.
     """
     if len(counts) < SMALLEST_VOCABULARY or not counts.any():
         return None
     ids = np.argsort(-counts, kind="stable")[: int(MOST * len(counts))]
     ids = ids[counts[ids] > 0]
-    return ids.tolist() if counts[ids].sum() >= COVERED * counts.sum() else None
+    return ids.tolist() if counts[ids].sum() - (counts == 1).sum() >= COVERED * counts.sum() else None
 
 
 def keep_draft_tokens(folder: Path, listed: Sequence[int] | Sequence[str] | None) -> None:

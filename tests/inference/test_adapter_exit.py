@@ -62,19 +62,19 @@ def test_sampled_texts_and_long_prompts_too():
     assert generator.generate(prompt, **settings).token_ids == slow_text(model, adapter, prompt, chooser)
 
 
-def test_the_whole_model_and_drafts_are_as_before():
+def test_other_exits_the_whole_model_and_drafts_are_as_before():
     model = make_damped()
     generator = TextGenerator(model, weights="plain", exit_adapter=make_adapter(model, joins=False))
-    own = TextGenerator(model, weights="plain").generate(PROMPTS[0], max_new_tokens=TOKENS).token_ids
+    alone = TextGenerator(model, weights="plain")
+    own = alone.generate(PROMPTS[0], max_new_tokens=TOKENS).token_ids
+    first = {"exit_layer": 1, "max_new_tokens": TOKENS}
+    assert generator.generate(PROMPTS[0], **first).token_ids == alone.generate(PROMPTS[0], **first).token_ids
     for settings in ({}, {"exit_layer": 4}, {"exit_layer": EXIT, "num_speculations": 3}, {"num_speculations": 3}):
         assert generator.generate(PROMPTS[0], max_new_tokens=TOKENS, **settings).token_ids == own
 
 
-def test_other_exits_and_adapters_that_join_last_states_are_refused():
+def test_adapters_that_join_last_states_are_refused():
     model = make_damped()
-    generator = TextGenerator(model, exit_adapter=make_adapter(model, joins=False))
-    with pytest.raises(ValueError, match="exit_layer: 3 is not 2, for which the exit_adapter was made"):
-        generator.settings(exit_layer=3)
     generator = TextGenerator(model, exit_adapter=make_adapter(model))
     with pytest.raises(ValueError, match="exit_layer: 2 alone does not go with this exit_adapter, which joins"):
         generator.settings(exit_layer=EXIT)

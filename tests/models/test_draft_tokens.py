@@ -21,6 +21,8 @@ def test_few_tokens_by_hand():
     assert few_tokens(counts_of(t7=5, t3=90, t9=5)) == [3, 7, 9]  # the most frequent first, then by id
     assert few_tokens(counts_of(t7=5)[:8000]) is None  # a small vocabulary
     assert few_tokens(counts_of()) is None
+    assert few_tokens(counts_of(t3=999, t7=1)) == [3, 7]  # one of 1000 tokens was new: so may the next be
+    assert few_tokens(counts_of(t3=998, t7=1)) is None
     # An eighth, 1250 tokens, must be 999 of 1000: here 1250 of them are said 999,000 times, and one more x times.
     counts = counts_of(**{f"t{token}": 800 for token in range(1250)})
     counts[9000] = 790

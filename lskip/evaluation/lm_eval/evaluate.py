@@ -74,8 +74,8 @@ def evaluate(
         device: cpu, cuda …; auto takes a GPU where there is one.
         overwrite: replace an existing output.
         confirm_run_unsafe_code: let tasks that run what the model writes (HumanEval, MBPP) do so, on this machine.
-        exit_adapter: folder of an exit adapter without joins_last_state: its exit is read through it, and the only
-            other one that can be scored beside it is the last. null: none.
+        exit_adapter: folder of an exit adapter without joins_last_state, through which its exit is read; others are
+            read as without. null: none.
     """
     names, asked_exits = [name.strip() for name in tasks.split(",") if name.strip()], exit_names(exits)
     _check_numbers(batch_size, num_fewshot, limit)
@@ -249,11 +249,11 @@ def _exit_models(
 
 
 def check_adapter(adapter: ExitAdapter, exit_layers: list[int], decoder: Decoder) -> None:
-    """Raise ValueError unless each exit is the last layer, or one that the adapter reads for every token."""
-    num_layers, shape = decoder.num_layers, adapter.shape
-    for exit_layer in exit_layers:
-        if exit_layer != num_layers:
-            check_fixed_exit(exit_layer, Available(num_layers, False, shape.exit_layer, shape.joins_last_state))
+    """Raise ValueError unless the adapter reads one of the exits, for every token and without the last layer."""
+    shape = adapter.shape
+    if shape.exit_layer not in exit_layers:
+        raise ValueError(f"exits: {shape.exit_layer}, for which the exit_adapter was made, is none of them")
+    check_fixed_exit(shape.exit_layer, Available(decoder.num_layers, False, shape.exit_layer, shape.joins_last_state))
     if len(adapter.token_ids) < decoder.vocab_size:
         raise ValueError(
             f"exit_adapter: knows {len(adapter.token_ids)} of {decoder.vocab_size} tokens, and gives all others no"

@@ -54,27 +54,20 @@ def check_draft(
     Raises:
         ValueError: as Drafter.check, or an exit_layer that is not that of the exit adapter.
     """
-    if count:
-        check_adapter_exit(exit_layer, available)
+    if count and available.adapter_exit is not None and exit_layer not in (None, available.adapter_exit):
+        raise ValueError(
+            f"exit_layer: {exit_layer} is not {available.adapter_exit}, for which the exit_adapter was made; leave"
+            " out one of the two"
+        )
     if kind is None and not chosen_later:
         kind = next(each.kind for each in DRAFTERS.values() if available.has(each.needs))
     if kind is not None:
         DRAFTERS[kind].check(available, exit_layer, count)
 
 
-def check_adapter_exit(exit_layer: int | None, available: Available) -> None:
-    """Raise ValueError for an exit_layer that is not that of the exit adapter, where there is one."""
-    if available.adapter_exit is not None and exit_layer not in (None, available.adapter_exit):
-        raise ValueError(
-            f"exit_layer: {exit_layer} is not {available.adapter_exit}, for which the exit_adapter was made; leave"
-            " out one of the two"
-        )
-
-
 def check_fixed_exit(exit_layer: int, available: Available) -> None:
-    """Raise ValueError for a text that is to leave the model at an exit that its exit adapter cannot read."""
-    check_adapter_exit(exit_layer, available)
-    if available.adapter_joins:
+    """Raise ValueError for texts that are to leave the model through an exit adapter that needs its last layer."""
+    if available.adapter_joins and exit_layer == available.adapter_exit:
         raise ValueError(
             f"exit_layer: {exit_layer} alone does not go with this exit_adapter, which joins the last layer's state of"
             " the token before; draft with it (num_speculations), or train one by adapt --joins_last_state false"
