@@ -15,9 +15,8 @@ from lskip.inference.decoding.sampling import TokenChooser
 from lskip.inference.decoding.state_recorder import StateRecorder, check_states_at
 from lskip.inference.drafting.cost_aware import CostAwareDraft
 from lskip.inference.drafting.costs import Costs, measure_costs
-from lskip.inference.drafting.costs_file import keep_costs, keep_learnt, read_learnt
+from lskip.inference.drafting.costs_file import Learner, keep_costs
 from lskip.inference.drafting.drafter import Runners
-from lskip.inference.drafting.policies import DraftPolicy
 from lskip.inference.generation import Generation, TextStream
 from lskip.inference.layers.lm_head import screened_head
 from lskip.inference.model_defaults import read_defaults
@@ -101,7 +100,6 @@ class TextGenerator:
         if draft_weights == AUTO:
             draft_weights = suited_draft_weights(decoder, batch_size)
         self.draft_weights, self.draft_runner = draft_weights, None
-        self._recalled: DraftPolicy | None = None
         if draft_weights is not None:
             self.draft_runner = build_draft_runner(decoder, draft_weights, screen, batch_size)
         self.adapter_runner = None if exit_adapter is None else AdapterRunner(exit_adapter, batch_size)
@@ -275,7 +273,8 @@ class TextGenerator:
         recorder = None
         if states_at is not None:  # room for the last token too, and for what is accepted beyond a text's end
             recorder = StateRecorder.for_slots(states_at, self.runner, slots, cells + 1 + longest_draft(settings))
-        self._recall(settings.draft_policy)
+        learner = Learner(self.costs_file, settings.draft_policy)
+        learner.recall()
         batch = Batch(self.runners, settings, slots, cells, lambda: self.costs, recorder)
         while requests:
             batch.add(requests.popleft())
@@ -283,19 +282,7 @@ class TextGenerator:
             while batch.busy:
                 yield from batch.round()
         finally:
-            self._keep_learnt(settings.draft_policy)
-
-    def _recall(self, policy: DraftPolicy | None) -> None:
-        """Let a policy begin with what one learnt in an earlier process."""
-        if self.costs_file is None or policy is None or policy is self._recalled:
-            return
-        self._recalled = policy
-        if learnt := read_learnt(user_path(self.costs_file, "costs_file")):
-            policy.recall(learnt)
-
-    def _keep_learnt(self, policy: DraftPolicy | None) -> None:
-        if self.costs_file is not None and policy is not None and (learnt := policy.learnt()):
-            keep_learnt(user_path(self.costs_file, "costs_file"), learnt)
+            learner.keep()
 
     def _endings(
         self, requests: deque[Request], batch_size: int, settings: GenerationSettings, states_at: int | None

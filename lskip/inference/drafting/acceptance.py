@@ -56,22 +56,27 @@ class Acceptance:
         group = group_of(count - 1)
         return self.accepted[group] + self.refused[group] < PULL
 
-    def add_draft(self, accepted: int, drafted: int) -> None:
-        """Count a draft of which the first `accepted` tokens were."""
+    def add_draft(self, accepted: int, drafted: int, kept: float = 1.0) -> None:
+        """Count a draft of which the first `accepted` tokens were; older ones of a group count `kept` times as much."""
         for position in range(accepted):
-            self.accepted[group_of(position)] += 1
+            self._add(position, True, kept)
         if accepted < drafted:
-            self.refused[group_of(accepted)] += 1
+            self._add(accepted, False, kept)
 
-    def add_run(self, agrees: Iterable[bool]) -> None:
+    def add_run(self, agrees: Iterable[bool], kept: float = 1.0) -> None:
         """Count successive positions of a text, at each of which the draft would have agreed or not.
 
         After a position where it does not a new draft would begin.
         """
         position = 0
         for agreed in agrees:
-            (self.accepted if agreed else self.refused)[group_of(position)] += 1
+            self._add(position, agreed, kept)
             position = position + 1 if agreed else 0
+
+    def _add(self, position: int, accepted: bool, kept: float) -> None:
+        group = group_of(position)
+        self.accepted[group] = self.accepted[group] * kept + accepted
+        self.refused[group] = self.refused[group] * kept + (not accepted)
 
     def fade(self, kept: float) -> None:
         """Let what was counted so far count as `kept` times as much."""
