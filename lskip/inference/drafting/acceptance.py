@@ -10,7 +10,8 @@ from operator import mul
 from typing import NamedTuple
 
 GROUPS = 5  # of positions that are counted together: 1, 2, 3 to 4, 5 to 8, and those beyond
-PULL = 4.0  # imaginary tokens that pull a group's chance to that of the group before it
+FEW = 6.0  # tested tokens of a group that say little
+PULL = 2.0  # imaginary tokens that pull a group's chance to that of the group before it
 
 
 class Prior(NamedTuple):
@@ -53,8 +54,8 @@ class Acceptance:
 
     def is_short(self, count: int) -> bool:
         """Return whether too few drafts of so many tokens were tested to tell how long its runs are."""
-        group = group_of(count - 1)
-        return self.accepted[group] + self.refused[group] < PULL
+        tested = [accepted + refused for accepted, refused in zip(self.accepted, self.refused, strict=True)]
+        return min(tested[: group_of(count - 1) + 1]) < FEW
 
     def add_draft(self, accepted: int, drafted: int, kept: float = 1.0) -> None:
         """Count a draft of which the first `accepted` tokens were; older ones of a group count `kept` times as much."""

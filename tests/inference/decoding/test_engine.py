@@ -129,7 +129,7 @@ class Judged(FixedDraft):
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 5}, {"temperature": 1.0, "top_k": 4, "seed": 2}])
 def test_probed_exits_agree_where_a_draft_of_theirs_would_have_been_accepted(tiny_model, settings):
     """Against fixed drafts of one token by each exit: its token is accepted at a position, or not."""
-    model, judged = tiny_model("llama"), Judged()
+    model, judged = damped(tiny_model("llama"), 1, 0.4), Judged()
     settings = {**settings, **FULL}
     drafting = {"exit_layer": 2, "num_speculations": 3}
     ours = TextGenerator(model).generate(PROMPT, draft_policy=judged, **drafting, **settings)
