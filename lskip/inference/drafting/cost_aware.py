@@ -91,9 +91,7 @@ class CostAwareDraft(DraftPolicy):
         for draft in self.drafts:
             counts = self._recalled.get("drafts", {}).get(str(draft), {})
             self._records.setdefault(draft, Acceptance(**{name: list(each) for name, each in counts.items()}))
-        by_name = {str(draft): draft for draft in self.drafts}
-        for name, extra in self._recalled.get("extra", {}).items():
-            self._times.extra.setdefault(by_name.get(name, name), extra)
+        self._times.known = {name: tuple(pair) for name, pair in self._recalled.get("extra", {}).items()}
         # The deepest first, since none is taken to agree more often than those below it.
         self._by_depth = sorted(self.drafts, key=lambda draft: -draft.exit_layer)
         self._foreseen = [draft for draft in self.drafts if DRAFTERS[draft.kind].foresees]
@@ -228,11 +226,7 @@ class CostAwareDraft(DraftPolicy):
 
     def learnt(self) -> dict[str, Any]:
         counts = {str(draft): vars(record) for draft, record in self._records.items() if record.tested}
-        return (
-            {}
-            if not counts
-            else {"drafts": counts, "extra": {str(name): extra for name, extra in self._times.extra.items()}}
-        )
+        return {} if not counts else {"drafts": counts, "extra": self._times.learnt()}
 
     def recall(self, learnt: dict[str, Any]) -> None:
         check_learnt(learnt)
