@@ -6,22 +6,21 @@ import secrets
 from collections import deque
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING
 
+from lskip.inference.auto_draft import with_auto_draft
 from lskip.inference.decoding.batch import Batch, Request, bound, longest_draft
 from lskip.inference.decoding.sampling import TokenChooser
 from lskip.inference.decoding.state_recorder import StateRecorder, check_states_at
 from lskip.inference.drafting.cost_aware import CostAwareDraft
 from lskip.inference.drafting.costs import Costs, measure_costs
-from lskip.inference.drafting.costs_file import keep_costs, keep_learnt, read_learnt
+from lskip.inference.drafting.costs_file import Learner, keep_costs
 from lskip.inference.drafting.drafter import Runners
-from lskip.inference.drafting.policies import DraftPolicy
 from lskip.inference.generation import Generation, TextStream
 from lskip.inference.layers.lm_head import screened_head
 from lskip.inference.model_defaults import read_defaults
-from lskip.inference.runners.adapter_runner import AdapterRunner
+from lskip.inference.runners.adapter_runner import AdapterRunner, check_made_for
 from lskip.inference.runners.build import build_draft_runner, build_runner, suited_draft_weights
 from lskip.inference.runners.draft_head import DraftHead
 from lskip.inference.settings import AUTO, GenerationSettings
@@ -29,7 +28,7 @@ from lskip.inference.stopping import end_tokens, stop_rule
 from lskip.inference.text import TextPieces, decode_text, encode_prompt
 from lskip.models.decoder import Decoder
 from lskip.models.encoding import longest_text
-from lskip.models.exit_adapter import ExitAdapter, fingerprint
+from lskip.models.exit_adapter import ExitAdapter
 from lskip.utils.checks import check_whole
 from lskip.utils.devices import trim_heap
 from lskip.utils.user_paths import user_path
@@ -81,8 +80,7 @@ class TextGenerator:
             bit_exact: a text's logits are the same bits alone, in any batch, with and without speculation, in
                 bfloat16 too. Costs 15 to 22 % of the speed. False: texts are equal in float32 up to ties within
                 rounding. None: true for packed bfloat16 weights on a CPU (layout_choice.exact_by_default), else false.
-            costs_file: JSON file that keeps `costs`, and what a policy learnt; made where there is none. None: each
-                process measures and learns anew.
+            costs_file: JSON file that keeps `costs` and what a policy learnt, made where there is none; None: no file.
             exit_adapter: drafts behind the model's first blocks; trained for this model, on its device. It is
                 converted too (to int8 where that works), and left as it is.
             trained_exits: affine maps and the classifier of the model's exits; None: it has none.
@@ -94,7 +92,8 @@ class TextGenerator:
             ValueError: an unsupported family, a value that is unknown or does not work here, another model's adapter.
         """
         check_whole("batch_size", batch_size, 1)
-        decoder = _decoder_for(model, exit_adapter)
+        decoder = Decoder(model)
+        check_made_for(exit_adapter, decoder)
         self.tokenizer, self.costs_file = tokenizer, costs_file
         self.eos_ids = end_tokens(model, tokenizer)
         self.model_defaults = read_defaults(model.generation_config, self.eos_ids, decoder.device, decoder.vocab_size)
@@ -105,7 +104,6 @@ class TextGenerator:
         if draft_weights == AUTO:
             draft_weights = suited_draft_weights(decoder, batch_size)
         self.draft_weights, self.draft_runner = draft_weights, None
-        self._recalled: DraftPolicy | None = None
         if draft_weights is not None:
             self.draft_runner = build_draft_runner(decoder, draft_weights, screen, batch_size)
         self.adapter_runner = None if exit_adapter is None else AdapterRunner(exit_adapter, batch_size)
@@ -193,10 +191,7 @@ class TextGenerator:
         """
         chosen = self.model_defaults.changed(**settings)
         chosen.check_model(self.runners.available)
-        if chosen.draft == AUTO:
-            most = chosen.num_speculations or self.usual_speculations
-            policy = chosen.draft_policy or self.auto_policy
-            chosen = replace(chosen, draft=None, draft_policy=policy, num_speculations=most)
+        chosen = with_auto_draft(chosen, lambda: self.auto_policy, self.draft_weights)
         for criterion in (chosen.exit_criterion, getattr(chosen.draft_policy, "criterion", None)):
             bound(criterion, self.trained_exits)
         if chosen.stop_strings and self.tokenizer is None:
@@ -223,11 +218,6 @@ class TextGenerator:
     def auto_policy(self) -> CostAwareDraft:
         """The policy of draft "auto" where none is named; it goes on learning over all texts."""
         return CostAwareDraft()
-
-    @property
-    def usual_speculations(self) -> int:
-        """Tokens that a round drafts at most with draft "auto": a copy in 4 bits of 4-bit weights hardly errs."""
-        return 16 if self.draft_weights == "int4" else 8
 
     @cached_property
     def most_characters(self) -> int | None:
@@ -284,7 +274,8 @@ class TextGenerator:
         recorder = None
         if states_at is not None:  # room for the last token too, and for what is accepted beyond a text's end
             recorder = StateRecorder.for_slots(states_at, self.runner, slots, cells + 1 + longest_draft(settings))
-        self._recall(settings.draft_policy)
+        learner = Learner(self.costs_file, settings.draft_policy)
+        learner.recall()
         batch = Batch(self.runners, settings, slots, cells, lambda: self.costs, recorder)
         while requests:
             batch.add(requests.popleft())
@@ -292,19 +283,7 @@ class TextGenerator:
             while batch.busy:
                 yield from batch.round()
         finally:
-            self._keep_learnt(settings.draft_policy)
-
-    def _recall(self, policy: DraftPolicy | None) -> None:
-        """Let a policy begin with what one learnt in an earlier process."""
-        if self.costs_file is None or policy is None or policy is self._recalled:
-            return
-        self._recalled = policy
-        if learnt := read_learnt(user_path(self.costs_file, "costs_file")):
-            policy.recall(learnt)
-
-    def _keep_learnt(self, policy: DraftPolicy | None) -> None:
-        if self.costs_file is not None and policy is not None and (learnt := policy.learnt()):
-            keep_learnt(user_path(self.costs_file, "costs_file"), learnt)
+            learner.keep()
 
     def _endings(
         self, requests: deque[Request], batch_size: int, settings: GenerationSettings, states_at: int | None
@@ -326,11 +305,3 @@ class TextGenerator:
                 piece += under_way.pop(request).rest()
             if piece:
                 yield request.index, piece
-
-
-def _decoder_for(model: PreTrainedModel, exit_adapter: ExitAdapter | None) -> Decoder:
-    """Return the model's Decoder; ValueError for another model's adapter."""
-    decoder = Decoder(model)
-    if exit_adapter is not None and exit_adapter.made_for != fingerprint(decoder):
-        raise ValueError(f"exit_adapter: was made for another model ({exit_adapter.made_for})")
-    return decoder

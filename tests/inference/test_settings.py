@@ -44,7 +44,7 @@ BAD_SETTINGS = [
     ({"stop_strings": None}, "stop_strings: None"),
     ({"acceptance": "always"}, "acceptance: 'always' is not one of shared_noise, rejection"),
     ({"acceptance": None}, "acceptance: None"),
-    ({"draft": "n-gram"}, "draft: 'n-gram' is not one of adapter, weights, layers, ngram"),
+    ({"draft": "n-gram"}, "draft: 'n-gram' is not one of auto, adapter, weights, layers, ngram"),
     ({"draft": 3}, "draft: 3"),
     ({"draft": "weights"}, "draft: 'weights' needs draft_weights"),
     ({"draft": "weights", "num_speculations": 3, "exit_layer": 2}, "draft: 'weights' needs draft_weights"),

@@ -15,7 +15,7 @@ from torch import Tensor
 from lskip.inference.decoding.batch_chooser import BatchChooser
 from lskip.inference.decoding.early_exit import exit_round
 from lskip.inference.decoding.engine import Round, check_logits, prefill, verify
-from lskip.inference.decoding.probe import Probe
+from lskip.inference.decoding.probe import Probe, agreements
 from lskip.inference.decoding.sampling import TokenChooser
 from lskip.inference.decoding.state_recorder import StateRecorder
 from lskip.inference.drafting.costs import Costs
@@ -269,29 +269,6 @@ class Batch:
             sure = self.draft_criterion.exits(exit_layer, states[:, 0], states[:, 0], lambda: logits()[:, 0])
             return 2 * int((~sure).sum()) < len(sure)
         return self.policy.goes_on(lambda: logits()[:, 0].float().softmax(-1).gather(1, ids[:, None])[:, 0].tolist())
-
-
-def agreements(
-    probed: tuple[Draft, ...],
-    probe: Probe | None,
-    foreseen: dict[Draft, list[list[int]]],
-    tokens: list[list[int]],
-) -> dict[Draft, list[list[bool]]]:
-    """Return, by draft and slot, whether it would have chosen the tokens that came, at successive positions.
-
-    What was foreseen counts up to the first wrong token: behind it a draft has no sense.
-    """
-    agreed = {}
-    for draft in probed:
-        if draft in foreseen:
-            runs = [
-                [one == other for one, other in zip(guess, came, strict=False)]
-                for guess, came in zip(foreseen[draft], tokens, strict=True)
-            ]
-            agreed[draft] = [run[: run.index(False) + 1] if False in run else run for run in runs]
-        elif probe is not None and draft.exit_layer in probe.agreed:
-            agreed[draft] = probe.agreed[draft.exit_layer]
-    return agreed
 
 
 def _only(*observers: Observer | None) -> Observer | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lskip.inference.drafting.draft import Draft
 from lskip.inference.drafting.drafter import Runners
 from lskip.inference.drafting.round import Chooser, find_argmax
 
@@ -48,3 +49,26 @@ class Probe:
             self.agreed[exit_layer] = [
                 [one == other for one, other in zip(row, got, strict=False)] for row, got in pairs
             ]
+
+
+def agreements(
+    probed: tuple[Draft, ...],
+    probe: Probe | None,
+    foreseen: dict[Draft, list[list[int]]],
+    tokens: list[list[int]],
+) -> dict[Draft, list[list[bool]]]:
+    """Return, by draft and slot, whether it would have chosen the tokens that came, at successive positions.
+
+    What was foreseen counts up to the first wrong token: behind it a draft has no sense.
+    """
+    agreed = {}
+    for draft in probed:
+        if draft in foreseen:
+            runs = [
+                [one == other for one, other in zip(guess, came, strict=False)]
+                for guess, came in zip(foreseen[draft], tokens, strict=True)
+            ]
+            agreed[draft] = [run[: run.index(False) + 1] if False in run else run for run in runs]
+        elif probe is not None and draft.exit_layer in probe.agreed:
+            agreed[draft] = probe.agreed[draft.exit_layer]
+    return agreed

@@ -10,7 +10,8 @@ from operator import mul
 from typing import NamedTuple
 
 GROUPS = 5  # of positions that are counted together: 1, 2, 3 to 4, 5 to 8, and those beyond
-PULL = 4.0  # imaginary tokens that pull a group's chance to that of the group before it
+FEW = 6.0  # tested tokens of a group that say little
+PULL = 2.0  # imaginary tokens that pull a group's chance to that of the group before it
 
 
 class Prior(NamedTuple):
@@ -53,25 +54,30 @@ class Acceptance:
 
     def is_short(self, count: int) -> bool:
         """Return whether too few drafts of so many tokens were tested to tell how long its runs are."""
-        group = group_of(count - 1)
-        return self.accepted[group] + self.refused[group] < PULL
+        tested = [accepted + refused for accepted, refused in zip(self.accepted, self.refused, strict=True)]
+        return min(tested[: group_of(count - 1) + 1]) < FEW
 
-    def add_draft(self, accepted: int, drafted: int) -> None:
-        """Count a draft of which the first `accepted` tokens were."""
+    def add_draft(self, accepted: int, drafted: int, kept: float = 1.0) -> None:
+        """Count a draft of which the first `accepted` tokens were; older ones of a group count `kept` times as much."""
         for position in range(accepted):
-            self.accepted[group_of(position)] += 1
+            self._add(position, True, kept)
         if accepted < drafted:
-            self.refused[group_of(accepted)] += 1
+            self._add(accepted, False, kept)
 
-    def add_run(self, agrees: Iterable[bool]) -> None:
+    def add_run(self, agrees: Iterable[bool], kept: float = 1.0) -> None:
         """Count successive positions of a text, at each of which the draft would have agreed or not.
 
         After a position where it does not a new draft would begin.
         """
         position = 0
         for agreed in agrees:
-            (self.accepted if agreed else self.refused)[group_of(position)] += 1
+            self._add(position, agreed, kept)
             position = position + 1 if agreed else 0
+
+    def _add(self, position: int, accepted: bool, kept: float) -> None:
+        group = group_of(position)
+        self.accepted[group] = self.accepted[group] * kept + accepted
+        self.refused[group] = self.refused[group] * kept + (not accepted)
 
     def fade(self, kept: float) -> None:
         """Let what was counted so far count as `kept` times as much."""

@@ -63,7 +63,7 @@ class CostAwareDraft(DraftPolicy):
 
         Args:
             budget: share of the time that may be lost.
-            memory: tested tokens that the counts of a draft go back.
+            memory: tested tokens, of one draft at like positions, that its counts go back.
 
         Raises:
             ValueError: a budget that is not from 0 to 1, or a memory that is not a whole number from 2 up.
@@ -80,6 +80,7 @@ class CostAwareDraft(DraftPolicy):
         self._ranked_for, self._held, self._unfaded = 0, 0, 0  # slots; rounds left; rounds since counts have faded
         self._hopes: list[Draft] = []  # exits that may be faster than what is in use
         self._until_probe, self._probe_wait, self._probed_at = 0, 1, 1.0
+        self._looks = False  # whether the round that is planned is to show more than it brings
         self.probes = 0
 
     def begin(self, drafts: Sequence[Draft], costs: Callable[[], Costs], num_speculations: int) -> None:
@@ -90,15 +91,13 @@ class CostAwareDraft(DraftPolicy):
         for draft in self.drafts:
             counts = self._recalled.get("drafts", {}).get(str(draft), {})
             self._records.setdefault(draft, Acceptance(**{name: list(each) for name, each in counts.items()}))
-        by_name = {str(draft): draft for draft in self.drafts}
-        for name, extra in self._recalled.get("extra", {}).items():
-            self._times.extra.setdefault(by_name.get(name, name), extra)
+        self._times.known = {name: tuple(pair) for name, pair in self._recalled.get("extra", {}).items()}
         # The deepest first, since none is taken to agree more often than those below it.
         self._by_depth = sorted(self.drafts, key=lambda draft: -draft.exit_layer)
         self._foreseen = [draft for draft in self.drafts if DRAFTERS[draft.kind].foresees]
 
     def plan(self, slots: int, most: int, without: frozenset[Draft] = frozenset()) -> DraftPlan:
-        most = min(most, self.num_speculations)
+        most, self._looks = min(most, self.num_speculations), False
         if most < 1 or not self.drafts or self._times.plain_is_due:
             return PLAIN
         if self._held < 1 or slots != self._ranked_for:
@@ -113,19 +112,24 @@ class CostAwareDraft(DraftPolicy):
         return self._looking(PLAIN, most, slots, without)
 
     def _looking(self, plan: DraftPlan, most: int, slots: int, without: frozenset[Draft]) -> DraftPlan:
-        """Return the plan with what else is to be judged: n-grams, and where it is time, exits."""
+        """Return the plan with what else is to be judged: n-grams, and where it is time, exits, and a longer draft."""
         foreseen = tuple(draft for draft in self._foreseen if draft != plan.draft and draft not in without)
-        exits = tuple(spread([draft for draft in self._hopes if draft != plan.draft], self.PROBED))
-        if self._until_probe < 1 and exits:
-            count, counts = plan.num_speculations, [plan.num_speculations]
-            if plan.draft and count < self.LONG and self._records[plan.draft].is_short(self.LONG):
-                counts.insert(0, max(count, min(most, self.LONG)))
-            for count in counts:
+        if self._until_probe < 1:
+            exits = tuple(spread([draft for draft in self._hopes if draft != plan.draft], self.PROBED))
+            for count in self._counts(plan, most):
                 longer = plan._replace(num_speculations=count)
                 cost = self._times.expected(longer, slots) + self._times.probe(longer, len(exits), slots)
                 if cost <= 1 + self._account:
+                    self._looks = bool(exits) or count > plan.num_speculations
                     return longer._replace(probed=foreseen + exits)
         return plan._replace(probed=foreseen)
+
+    def _counts(self, plan: DraftPlan, most: int) -> list[int]:
+        """Return the plan's number of tokens, behind a larger one where nobody knows how long the draft's runs are."""
+        count = plan.num_speculations
+        if plan.draft and count < self.LONG and self._records[plan.draft].is_short(self.LONG):
+            return [max(count, min(most, self.LONG)), count]
+        return [count]
 
     def _rank(self, slots: int) -> None:
         """Rank the drafts that pay, the fastest first, and find the exits that a probe should look at."""
@@ -193,7 +197,7 @@ class CostAwareDraft(DraftPolicy):
     def judge(self, agreed: Mapping[Draft, Sequence[Sequence[bool]]]) -> None:
         for draft, by_slot in agreed.items():
             for run in by_slot:
-                self._records[draft].add_run(run)
+                self._records[draft].add_run(run, 1 - 1 / self.memory)
 
     def learn(self, plan: DraftPlan, drafted: int, accepted: list[int], seconds: float | None = None) -> None:
         slots, plan = len(accepted), plan if drafted else plan._replace(draft=None)
@@ -205,30 +209,24 @@ class CostAwareDraft(DraftPolicy):
         self._account = min(self.SAVINGS, self._account + (1 + self.budget) * tokens - cost)
         self._rounds.setdefault(plan.draft, Counter())[drafted] += 1
         self._held, self._unfaded, self._until_probe = self._held - 1, self._unfaded + 1, self._until_probe - 1
+        if self._looks:
+            self._have_looked(probing)
         if exits:
-            self._have_probed(probing)
-            seconds = None  # says little of rounds without a probe
+            self.probes, seconds = self.probes + 1, None  # its time says little of rounds without a probe
         if drafted:
-            self._learn_drafted(plan, accepted)
+            for count in accepted:
+                self._records[plan.draft].add_draft(count, drafted, 1 - 1 / self.memory)
             self._times.learn_drafted(plan.draft, drafted, slots, seconds)
         else:
             self._times.learn_plain(slots, seconds)
 
-    def _learn_drafted(self, plan: DraftPlan, accepted: list[int]) -> None:
-        record, drafted = self._records[plan.draft], plan.num_speculations
-        tested = sum(min(count + 1, drafted) for count in accepted)
-        record.fade((1 - 1 / self.memory) ** tested)
-        for count in accepted:
-            record.add_draft(count, drafted)
-
-    def _have_probed(self, cost: float) -> None:
-        self.probes += 1
+    def _have_looked(self, cost: float) -> None:
         self._held, self._until_probe = 0, max(self._probe_wait, round(cost / self.LOOKING))
         self._probe_wait = min(2 * self._probe_wait, self.SELDOM)
 
     def learnt(self) -> dict[str, Any]:
         counts = {str(draft): vars(record) for draft, record in self._records.items() if record.tested}
-        return {"drafts": counts, "extra": {str(name): extra for name, extra in self._times.extra.items()}}
+        return {} if not counts else {"drafts": counts, "extra": self._times.learnt()}
 
     def recall(self, learnt: dict[str, Any]) -> None:
         check_learnt(learnt)

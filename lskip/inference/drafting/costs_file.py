@@ -5,12 +5,14 @@ from typing import Any
 
 from lskip.inference.drafting.costs import Costs, blocks_of, fields_of, measure_costs
 from lskip.inference.drafting.learnt import check_learnt
+from lskip.inference.drafting.policies import DraftPolicy
 from lskip.inference.runners.base import ModelRunner
 from lskip.inference.runners.draft_head import DraftHead
 from lskip.utils.console import warn
 from lskip.utils.output_files import make_writable, write_json
 from lskip.utils.untrusted import parse_json, read_text
 from lskip.utils.user_errors import one_line
+from lskip.utils.user_paths import user_path
 
 
 def keep_costs(
@@ -68,24 +70,29 @@ def _saved(path: Path) -> dict[str, Any]:
     return fields_of(saved, f"costs_file: '{path}'", ("device", "costs", "learnt"))
 
 
-def read_learnt(path: Path) -> dict[str, Any] | None:
-    """Return what a policy learnt in an earlier process; None where there is no file, or nothing in it.
+class Learner:
+    """A policy whose learning goes on from process to process, in the costs_file; without one it does nothing."""
 
-    Raises:
-        ValueError: a file that holds something else.
-    """
-    if not path.exists():
-        return None
-    read_costs(path)
-    return _saved(path)["learnt"]
+    def __init__(self, costs_file: str | None, policy: DraftPolicy | None):
+        self.path = None if costs_file is None or policy is None else user_path(costs_file, "costs_file")
+        self.policy = policy
 
+    def recall(self) -> None:
+        """Let the policy begin with what one learnt in an earlier process; ValueError for a file of something else."""
+        if self.path is None or self.policy.learnt() or not self.path.exists():
+            return
+        read_costs(self.path)
+        if (learnt := _saved(self.path)["learnt"]) is not None:
+            self.policy.recall(learnt)
 
-def keep_learnt(path: Path, learnt: dict[str, Any]) -> None:
-    """Write what a policy learnt into the costs_file, in one step; a full disk brings a warning."""
-    try:
-        write_json(path, _saved(path) | {"learnt": learnt})
-    except (OSError, ValueError) as error:  # or the file has gone meanwhile: the texts are what was asked for
-        warn(f"costs_file: what the policy learnt is not kept ({one_line(error)})")
+    def keep(self) -> None:
+        """Write what the policy learnt, in one step; a full disk brings a warning."""
+        if self.path is None or not (learnt := self.policy.learnt()):
+            return
+        try:
+            write_json(self.path, _saved(self.path) | {"learnt": learnt})
+        except (OSError, ValueError) as error:  # or the file has gone meanwhile: the texts are what was asked for
+            warn(f"costs_file: what the policy learnt is not kept ({one_line(error)})")
 
 
 def check_costs_file(path: Path) -> None:

@@ -19,8 +19,8 @@ def check_learnt(learnt: Any) -> None:
             if not isinstance(numbers, list) or len(numbers) != GROUPS or not all(map(_is_count, numbers)):
                 raise ValueError(f"learnt: {name} of {draft!r} is not {GROUPS} numbers from 0 up")
     for draft, extra in learnt["extra"].items():
-        if not _is_number(extra):
-            raise ValueError(f"learnt: extra of {draft!r} is {extra!r}, not a number")
+        if not isinstance(extra, list) or len(extra) != 2 or not all(map(_is_number, extra)):
+            raise ValueError(f"learnt: extra of {draft!r} is {extra!r}, not two numbers")
 
 
 def _is_number(value: Any) -> bool:

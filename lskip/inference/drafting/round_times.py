@@ -9,26 +9,46 @@ from lskip.inference.drafting.registry import probe_seconds, round_seconds
 TABLE = 8  # weight of what is believed of a draft's extra time, in timed rounds
 STEADY = 64  # timed rounds that a correction averages: after few, the plan that looks best is the luckiest
 PLAIN_EVERY = 32  # timed rounds after which a plain one is timed, at first; as long as it takes the same, ever fewer
-FEW = 4  # plain rounds that are timed at first: all others are compared with them
+FEW = 8  # plain rounds that are timed at first: all others are compared with them
 SOON, SELDOM = 4, 512  # where it took another time, and at most
 SAME = 0.25
+
+
+class Line:
+    """Least squares of y = a + x d over the last STEADY rounds, pulled to a line that was believed before."""
+
+    def __init__(self):
+        self.sums = [0.0] * 5  # of 1, d, d^2, y, d y
+
+    def add(self, d: int, y: float) -> None:
+        """Add a round of d drafted tokens that took y."""
+        terms = (1, d, d * d, y, d * y)
+        self.sums = [(1 - 1 / STEADY) * total + term for total, term in zip(self.sums, terms, strict=True)]
+
+    def fit(self, believed: tuple[float, float], weight: float) -> tuple[float, float]:
+        """Return (a, x), where `believed` counts as much as `weight` rounds of four drafted tokens."""
+        n, d, dd, y, dy = self.sums
+        n, dd, y, dy = n + weight, dd + 16 * weight, y + weight * believed[0], dy + 16 * weight * believed[1]
+        scale = n * dd - d * d
+        return (y * dd - d * dy) / scale, (n * dy - d * y) / scale
 
 
 class RoundTimes:
     """Costs of rounds on this machine, measured in plain rounds.
 
-    A round of d drafted tokens takes s T + d x: T by the table of costs, s what plain rounds take over the table, and
-    x what a drafted token takes besides (choosing it, Python, a table that is wrong), by draft; a draft that was
-    never timed takes what others of its kind do.
+    A round of d drafted tokens takes s T + a + d x: T by the table of costs, s what plain rounds take over the table, a
+    and x what a round and a drafted token take besides (choosing it, Python, a table that is wrong). These are fitted
+    for each draft, and pulled to what all drafts of its kind take.
 
     Attributes:
         scale: s.
-        extra: x by draft and by kind, in plain rounds.
+        known: a and x by name of a draft or kind, in plain rounds, from an earlier process.
     """
 
     def __init__(self):
-        self.scale, self.extra = 1.0, {}
-        self._plain_timed, self._timed = 0, {}
+        self.scale, self._plain_timed = 1.0, 0
+        self.known: dict[str, tuple[float, float]] = {}
+        self._lines: dict[Draft | str, Line] = {}
         self._wait, self._since_plain = PLAIN_EVERY, 0
         self._are_timed = False
         self._has_just_drafted = False  # drafting drives the model's weights out of caches: a plain round is slow then
@@ -45,8 +65,8 @@ class RoundTimes:
 
     def rounds(self, draft: Draft, slots: int) -> list[float]:
         """Return what rounds of 1, 2, … tokens of a draft cost."""
-        extra = self._extra(draft)
-        return [steps + count * extra for count, steps in enumerate(self._table(draft, slots), 1)]
+        fixed, each = self._beyond(draft)
+        return [steps + fixed + count * each for count, steps in enumerate(self._table(draft, slots), 1)]
 
     def probe(self, plan: DraftPlan, exits: int, slots: int) -> float:
         """Return what the round of `plan` costs besides, if verification's states are read at so many `exits`."""
@@ -54,11 +74,11 @@ class RoundTimes:
 
     def expected(self, plan: DraftPlan, slots: int) -> float:
         """Return what a round costs, its probe left out."""
-        if plan.draft is None or plan.num_speculations == 0:
+        count = plan.num_speculations
+        if plan.draft is None or count == 0:
             return 1.0
-        return self._table(plan.draft, slots)[plan.num_speculations - 1] + plan.num_speculations * self._extra(
-            plan.draft
-        )
+        fixed, each = self._beyond(plan.draft)
+        return self._table(plan.draft, slots)[count - 1] + fixed + count * each
 
     def taken(self, expected: float, slots: int, seconds: float | None) -> float:
         """Return a round's time in plain rounds: measured where it was timed.
@@ -90,17 +110,26 @@ class RoundTimes:
         if seconds is None:
             return
         self._are_timed, self._since_plain = True, self._since_plain + 1
-        table, known = self._table(draft, slots)[drafted - 1], self._extra(draft)
-        expected = max(table + drafted * known, 0.1)
-        ratio = self._in_plain_rounds(seconds, slots) / expected
-        found = (min(max(ratio, 0.7), 1.4) * expected - table) / drafted
+        table, (fixed, each) = self._table(draft, slots)[drafted - 1], self._beyond(draft)
+        expected = max(table + fixed + drafted * each, 0.1)
+        found = min(max(self._in_plain_rounds(seconds, slots), 0.7 * expected), 1.4 * expected) - table
         for name in (draft, draft.kind):
-            timed = self._timed[name] = min(self._timed.get(name, 0.0) + 1, STEADY)
-            before = self.extra.get(name, known)
-            self.extra[name] = before + (found - before) / (timed + (TABLE if name == draft else 0))
+            self._lines.setdefault(name, Line()).add(drafted, found)
 
-    def _extra(self, draft: Draft) -> float:
-        return self.extra.get(draft, self.extra.get(draft.kind, 0.0))
+    def _beyond(self, draft: Draft) -> tuple[float, float]:
+        """Return what a round of a draft takes beyond the table: in any case, and for each drafted token."""
+        alike = self._fit(draft.kind, (0.0, 0.0), 2.0)
+        return self._fit(draft, alike, TABLE)
+
+    def _fit(self, name: Draft | str, believed: tuple[float, float], weight: float) -> tuple[float, float]:
+        believed = self.known.get(str(name), believed)
+        return self._lines[name].fit(believed, weight) if name in self._lines else believed
+
+    def learnt(self) -> dict[str, list[float]]:
+        """Return what rounds take beyond the table by draft and by kind, for `known` of the next process."""
+        drafts = [name for name in self._lines if isinstance(name, Draft)]
+        kinds = {draft.kind: list(self._fit(draft.kind, (0.0, 0.0), 2.0)) for draft in drafts}
+        return kinds | {str(draft): list(self._beyond(draft)) for draft in drafts}
 
     def _in_plain_rounds(self, seconds: float, slots: int) -> float:
         return seconds / (self._costs.plain(slots) * self.scale)

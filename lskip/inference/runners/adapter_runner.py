@@ -14,7 +14,7 @@ from lskip.inference.runners.fused_blocks import obstacle, sample_weights
 from lskip.inference.runners.fused_runner import FusedRunner
 from lskip.inference.runners.module_runner import ModuleRunner
 from lskip.models.decoder import Decoder
-from lskip.models.exit_adapter import ExitAdapter, side_by_side
+from lskip.models.exit_adapter import ExitAdapter, fingerprint, side_by_side
 
 
 class AdapterRunner:
@@ -72,3 +72,9 @@ def build_adapter_runner(decoder: Decoder, batch_size: int = 1, rounded: bool = 
     # It never embeds a token, and would keep the head's original for that; one row is for those who time it.
     runner.embedding = runner.embedding[:1].clone()
     return runner
+
+
+def check_made_for(adapter: ExitAdapter | None, decoder: Decoder) -> None:
+    """Raise ValueError for an adapter that was made for another model; None is none."""
+    if adapter is not None and adapter.made_for != fingerprint(decoder):
+        raise ValueError(f"exit_adapter: was made for another model ({adapter.made_for})")

@@ -133,13 +133,14 @@ class Judged(FixedDraft):
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 5}, {"temperature": 1.0, "top_k": 4, "seed": 2}])
 def test_probed_exits_agree_where_a_draft_of_theirs_would_have_been_accepted(tiny_model, settings):
     """Against fixed drafts of one token by each exit: its token is accepted at a position, or not."""
-    model, judged = tiny_model("llama"), Judged()
+    model, judged = damped(tiny_model("llama"), 1, 0.4), Judged()
     settings = {**settings, **FULL}
     drafting = {"exit_layer": 2, "num_speculations": 3}
     ours = TextGenerator(model).generate(PROMPT, draft_policy=judged, **drafting, **settings)
     assert ours.token_ids == TextGenerator(model).generate(PROMPT, **settings).token_ids
     told = {draft: [said for agreed in judged.agreed for said in agreed[draft][0]] for draft in Judged.PROBED}
-    assert [len(agreed[Judged.PROBED[0]][0]) for agreed in judged.agreed] == [1 + sum(row) for row in judged.accepted]
+    lengths = [len(agreed[Judged.PROBED[0]][0]) for agreed in judged.agreed]
+    assert lengths == [1 + sum(row) for row in judged.accepted][: len(lengths)]  # the last round has no room for a plan
     for draft, said in told.items():
         expected = accepted_at(model, draft.exit_layer, ours.token_ids, settings)
         assert said[: len(expected)] == expected[: len(said)]

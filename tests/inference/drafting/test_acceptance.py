@@ -37,11 +37,11 @@ def test_a_run_begins_anew_behind_a_disagreement():
 
 
 def test_little_tested_groups_are_believed_to_be_as_those_before_them():
-    """By hand: pooled (2 + 1) / (4 + 2) = .5; 1st (2 + 4 x .5) / 6 = 2/3; 2nd (0 + 4 x 2/3) / 6 = 4/9; then 4/9."""
+    """By hand: pooled (2 + 1) / (4 + 2) = .5; 1st (2 + 2 x .5) / 4 = 3/4; 2nd (0 + 2 x 3/4) / 4 = 3/8; then 3/8."""
     record = Acceptance()
     record.add_draft(1, 4)
     record.add_draft(1, 4)
-    assert record.chances(Prior()) == pytest.approx([2 / 3, 4 / 9, 4 / 9, 4 / 9, 4 / 9])
+    assert record.chances(Prior()) == pytest.approx([3 / 4, 3 / 8, 3 / 8, 3 / 8, 3 / 8])
 
 
 def test_an_untested_draft_is_hoped_to_be_perfect_and_a_tested_one_as_it_is():

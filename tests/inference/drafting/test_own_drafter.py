@@ -168,7 +168,7 @@ def test_a_drafter_that_could_not_be_named_is_refused(attributes):
         ("leaves.Drafts", "draft: 'leaves.Drafts' cannot be imported (SystemExit: 3)"),
         (".", "draft: '.' cannot be imported"),
         ("own_drafts.Drafted", "draft: 'own_drafts.Drafted' is not a class of the kind Drafter"),
-        ("last_tokn", "draft: 'last_tokn' is not one of adapter, weights, layers, ngram"),
+        ("last_tokn", "draft: 'last_tokn' is not one of auto, adapter, weights, layers, ngram"),
     ],
 )
 def test_a_name_that_is_none_is_told_before_a_model_is_loaded(folder, capsys, name, said):

@@ -1,0 +1,61 @@
+"""What a policy learnt, kept in the costs_file from one process to the next."""
+
+import json
+
+import pytest
+
+from lskip.inference import CostAwareDraft, TextGenerator
+from lskip.inference.drafting import costs_file
+from tests.conftest import make_model
+
+PROMPT = [7, 42, 99, 3, 250, 18, 77]
+DRAFTS = {"num_speculations": 4, "max_new_tokens": 40}
+
+pytestmark = pytest.mark.usefixtures("quick_costs")
+
+
+@pytest.fixture
+def generator(tmp_path):
+    return TextGenerator(make_model(eos_token_id=None), costs_file=str(tmp_path / "costs.json"))
+
+
+def test_the_next_process_knows_what_this_one_learnt(generator, tmp_path):
+    policy = CostAwareDraft()
+    generator.generate(PROMPT, draft_policy=policy, **DRAFTS)
+    saved = json.loads((tmp_path / "costs.json").read_text())
+    assert set(saved) == {"device", "costs", "learnt"} and saved["learnt"] == json.loads(json.dumps(policy.learnt()))
+    assert saved["learnt"]["drafts"]
+    later = CostAwareDraft()
+    generator.generate(PROMPT, draft_policy=later, **{**DRAFTS, "max_new_tokens": 2})
+    assert later.learnt()["drafts"].keys() >= saved["learnt"]["drafts"].keys()
+
+
+def test_a_costs_file_of_before_is_used_and_gets_what_is_learnt(generator, tmp_path):
+    generator.generate(PROMPT, draft_policy=CostAwareDraft(), **DRAFTS)
+    path = tmp_path / "costs.json"
+    before = json.loads(path.read_text())
+    before.pop("learnt")
+    path.write_text(json.dumps(before))
+    generator.generate(PROMPT, draft_policy=CostAwareDraft(), **DRAFTS)
+    assert json.loads(path.read_text()).keys() == {"device", "costs", "learnt"}
+
+
+def test_what_was_learnt_is_looked_at(generator, tmp_path):
+    generator.generate(PROMPT, draft_policy=CostAwareDraft(), **DRAFTS)
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"learnt": {"drafts": []}}))
+    with pytest.raises(
+        ValueError, match=r"costs_file: .* learnt: is not a table of drafts, extra; remove it to measure"
+    ):
+        generator.generate(PROMPT, draft_policy=CostAwareDraft(), **DRAFTS)
+
+
+def test_a_full_disk_does_not_stop_the_text(generator, monkeypatch, capsys):
+    text = generator.generate(PROMPT, draft_policy=CostAwareDraft(), **DRAFTS).token_ids
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(costs_file, "write_json", full)
+    assert generator.generate(PROMPT, draft_policy=CostAwareDraft(), **DRAFTS).token_ids == text
+    assert "what the policy learnt is not kept" in capsys.readouterr().err
