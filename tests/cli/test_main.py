@@ -262,7 +262,7 @@ LONG = {
         "lskip.evaluation.sweep.sweep.measure_cell",
         "0 of 8 cells are done; go on with",
     ),
-    "tune": (LOCAL, "lskip.evaluation.sweep.tune.forecast", "begins anew"),
+    "tune": (LOCAL, "lskip.evaluation.sweep.search.forecast", "begins anew"),
     "compare": (["{}"], "lskip.evaluation.runs.compare.read_run", ""),
 }
 
