@@ -127,19 +127,19 @@ class Found(NamedTuple):
 
 def compare_decoding(
     ours: tuple[PreTrainedModel, TextGenerator],
+    drafts: tuple[TextGenerator, dict[str, Any]],
     small: TextGenerator,
     requests: Sequence[Prompt],
-    settings: dict[str, Any],
     sizes: Sizes,
 ) -> Found:
     """Decode requests by lskip (also twice without drafts: the control), by transformers, and by the small model."""
-    model, generator = ours
+    (model, generator), (drafting, settings) = ours, drafts
     early_exit = best_early_exit(model, requests[: sizes.hf_requests], sizes)
     console.print(f"{len(requests)} held-out requests in turns; transformers' best: {early_exit}")
     ways = {
         "autoregressive": own_way(generator),
         "autoregressive again": own_way(generator),
-        "self-speculation": own_way(generator, **settings),
+        "self-speculation": own_way(drafting, **settings),
         "generate": transformers_way(model),
         "assistant_early_exit": transformers_way(model, early_exit),
         "small": own_way(small),

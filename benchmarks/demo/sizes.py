@@ -11,8 +11,7 @@ class Sizes:
 
     Attributes:
         fit: further arguments for `lskip fit`, of both models.
-        small_fit: those of the plain small model, whose steps are short: more of them.
-        small_blocks: its blocks.
+        small_blocks: of the plain small model.
         items: held-out requests of each kind whose parses are scored, at every exit.
         tune_prompts: of these, how many `lskip tune` measures.
         requests: of each kind, how many are decoded in turns.
@@ -24,7 +23,6 @@ class Sizes:
     """
 
     fit: tuple[str, ...] = ()
-    small_fit: tuple[str, ...] = ("--trainer.max_steps=1700", "--trainer.val_check_interval=850")
     small_blocks: int = 3
     items: int = 200
     tune_prompts: int = 8

@@ -48,15 +48,16 @@ def run_task(output: Path, sizes: Sizes) -> dict:
     ours = train(output / "task", sizes.fit)
     console.rule(f"A plain model of {sizes.small_blocks} blocks")
     plain = (f"--model.num_hidden_layers={sizes.small_blocks}", "--layer_dropout=null", "--early_exit_loss=null")
-    small = train(output / "task_small", (*sizes.fit, *sizes.small_fit, *plain))
+    small = train(output / "task_small", (*sizes.fit, *plain))
     console.rule("Held-out requests")
     held_out = {kind: prompts_of(HomeAssistant(unseen=kind), ours.generator, sizes.items) for kind in KINDS}
     exits = rate_exits(ours, held_out)
     print_exits(exits)
-    settings = find_settings(output / "task", sizes.tune_prompts)
+    draft_weights, settings = find_settings(output / "task", sizes.tune_prompts)
+    drafting = TextGenerator(ours.model, ours.generator.tokenizer, draft_weights=draft_weights)
     untouched = held_out["sentences"][sizes.tune_prompts :], held_out["templates"]  # the first were tuned on
     requests = [prompt for prompts in untouched for prompt in prompts[: sizes.requests]]
-    found = compare_decoding((ours.model, ours.generator), small.generator, requests, settings, sizes)
+    found = compare_decoding((ours.model, ours.generator), (drafting, settings), small.generator, requests, sizes)
     every = slice(None, None, max(1, len(requests) // sizes.shown))
     print_parses(requests[every], found.drafted[every])
     walk_through(ours, requests, found.drafted)
@@ -65,6 +66,7 @@ def run_task(output: Path, sizes: Sizes) -> dict:
         "exits": exits,
         "exact_match_sentences": exits[-1]["exact_match"],
         "exact_match_templates": exits[-1]["exact_match_templates"],
+        "draft_weights": draft_weights,
         **found.summary(),
         "plain_small_model": {
             **small.summary(),
@@ -89,12 +91,12 @@ def command(*arguments: str) -> None:
         raise SystemExit(f"benchmarks.demo.run: lskip {arguments[0]} failed; it says why above")
 
 
-def find_settings(folder: Path, prompts: int) -> dict[str, Any]:
-    """The draft, exit and length that `lskip tune` finds; nothing is drafted where it finds that nothing pays."""
+def find_settings(folder: Path, prompts: int) -> tuple[str | None, dict[str, Any]]:
+    """The rounded weights, draft, exit and length that `lskip tune` finds; no draft where it finds that none pays."""
     task = ("--task", "HomeAssistant", "--task.unseen", "sentences", "--num_prompts", str(prompts))
     command("tune", "--model", str(folder), *task)
     found = read_tuned(tuned_path(str(folder)))["HomeAssistant"]
-    return {name: found[name] for name in DECODING}
+    return found["draft_weights"], {name: found[name] for name in DECODING}
 
 
 # Exact match and agreement.

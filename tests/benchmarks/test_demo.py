@@ -78,7 +78,7 @@ def test_the_whole_demo(tmp_path, monkeypatch, capsys):
     grid = {"hf_exits": (1,), "hf_lengths": (2,)}
     summary = demo.run(
         tmp_path,
-        sizes.Sizes(fit=FIT, small_fit=(), **few, **grid, prompts=2, new_tokens=6, blocks=1, smollm2_drafts=drafts),
+        sizes.Sizes(fit=FIT, **few, **grid, prompts=2, new_tokens=6, blocks=1, smollm2_drafts=drafts),
     )
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     task, real = summary["task"], summary["smollm2"]
