@@ -84,6 +84,12 @@ class Acceptance:
         self.accepted = [count * kept for count in self.accepted]
         self.refused = [count * kept for count in self.refused]
 
+    def beside(self, alike: Acceptance, most: float) -> Acceptance:
+        """Return these counts and those of a draft that resembles this one, which count as `most` tokens at most."""
+        share = min(1.0, most / alike.tested) if alike.tested else 0.0
+        pairs = (self.accepted, alike.accepted), (self.refused, alike.refused)
+        return Acceptance(*([mine + share * other for mine, other in zip(*pair, strict=True)] for pair in pairs))
+
     def pooled(self, prior: Prior) -> tuple[float, float]:
         """Return the chance of any token, and its standard error; (.5, .5) where nothing is known."""
         weight = self.tested + prior.weight

@@ -137,7 +137,7 @@ class CostAwareDraft(DraftPolicy):
         offers, hopeful, deeper = [], [], {}
         for draft in self._by_depth:
             most_likely, most = deeper.get(draft.kind, (1.0, 1.0))
-            prior, record = self._prior(draft), self._records[draft]
+            prior, record = self._prior(draft), self._known(draft)
             prior = prior._replace(chance=min(prior.chance, most_likely))
             chance, error = record.pooled(prior)
             hope = min(chance + error, most)
@@ -152,7 +152,7 @@ class CostAwareDraft(DraftPolicy):
         speed, held = 1.0, self.HELD
         if self._ranking:
             best = self._ranking[0].draft
-            speed = max(1.0, self._offer(best, self._records[best].chances(self._prior(best)), slots).speed)
+            speed = max(1.0, self._offer(best, self._known(best).chances(self._prior(best)), slots).speed)
             held = min(held, 1 + int(self._records[best].tested / 16))
         self._held, self._ranked_for = held, slots
         self._find_hopes(hopeful, speed)
@@ -172,12 +172,13 @@ class CostAwareDraft(DraftPolicy):
         return Draft(DRAFTERS[draft.kind].resembles, draft.exit_layer) in self._records
 
     def _prior(self, draft: Draft) -> Prior:
-        if DRAFTERS[draft.kind].resembles and draft.exit_layer == self._num_layers:
-            return self.WHOLE_STACK
+        whole = DRAFTERS[draft.kind].resembles and draft.exit_layer == self._num_layers
+        return self.WHOLE_STACK if whole else Prior()
+
+    def _known(self, draft: Draft) -> Acceptance:
+        """Return what counts for a draft: its own record, and that of the same exit in the model's own weights."""
         alike = self._records.get(Draft(DRAFTERS[draft.kind].resembles, draft.exit_layer))
-        if alike is None or not alike.tested:
-            return Prior()
-        return Prior(alike.pooled(Prior())[0], 2 + min(alike.tested, self.ALIKE))
+        return self._records[draft] if alike is None else self._records[draft].beside(alike, self.ALIKE)
 
     def _offer(self, draft: Draft, chances: list[float], slots: int) -> Offer:
         """Return a draft's best speed at these chances, of the rounds that the account allows."""
