@@ -14,6 +14,7 @@ class Sizes:
         small_blocks: of the plain small model.
         items: held-out requests of each kind whose parses are scored, at every exit.
         tune_prompts: of these, how many `lskip tune` measures.
+        tuned_cells: cells that it decodes: near its best forecast the order is open.
         requests: of each kind, how many are decoded in turns.
         turns: how often each.
         shown: requests that are shown with their parse.
@@ -25,7 +26,8 @@ class Sizes:
     fit: tuple[str, ...] = ()
     small_blocks: int = 3
     items: int = 200
-    tune_prompts: int = 8
+    tune_prompts: int = 30
+    tuned_cells: int = 8
     requests: int = 20
     turns: int = 2
     shown: int = 4

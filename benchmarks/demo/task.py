@@ -53,7 +53,7 @@ def run_task(output: Path, sizes: Sizes) -> dict:
     held_out = {kind: prompts_of(HomeAssistant(unseen=kind), ours.generator, sizes.items) for kind in KINDS}
     exits = rate_exits(ours, held_out)
     print_exits(exits)
-    draft_weights, settings = find_settings(output / "task", sizes.tune_prompts)
+    draft_weights, settings = find_settings(output / "task", sizes)
     drafting = TextGenerator(ours.model, ours.generator.tokenizer, draft_weights=draft_weights)
     untouched = held_out["sentences"][sizes.tune_prompts :], held_out["templates"]  # the first were tuned on
     requests = [prompt for prompts in untouched for prompt in prompts[: sizes.requests]]
@@ -91,10 +91,11 @@ def command(*arguments: str) -> None:
         raise SystemExit(f"benchmarks.demo.run: lskip {arguments[0]} failed; it says why above")
 
 
-def find_settings(folder: Path, prompts: int) -> tuple[str | None, dict[str, Any]]:
+def find_settings(folder: Path, sizes: Sizes) -> tuple[str | None, dict[str, Any]]:
     """The rounded weights, draft, exit and length that `lskip tune` finds; no draft where it finds that none pays."""
-    task = ("--task", "HomeAssistant", "--task.unseen", "sentences", "--num_prompts", str(prompts))
-    command("tune", "--model", str(folder), *task)
+    task = ("--task", "HomeAssistant", "--task.unseen", "sentences")
+    effort = ("--num_prompts", str(sizes.tune_prompts), "--decoded_cells", str(sizes.tuned_cells))
+    command("tune", "--model", str(folder), *task, *effort)
     found = read_tuned(tuned_path(str(folder)))["HomeAssistant"]
     return found["draft_weights"], {name: found[name] for name in DECODING}
 
