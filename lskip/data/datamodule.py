@@ -42,12 +42,11 @@ class TextData(LightningDataModule):
     Batches are {"input_ids", "labels"}, each int64 [batch_size, block_size] (pairs and conversations: as many columns
     as the longest row needs); labels are aligned with the inputs (the model shifts them) and -100 where a token is not
     scored. The columns of the source decide: `messages` (a conversation in each row, every assistant turn is scored; a
-    `completion` beside them is the last), `prompt` and `completion` (a pair in each row, the completion is scored), or
-    `text` (joined, with the end-of-text token after each, and cut into blocks); else `conversations` (ShareGPT's:
-    from human, gpt, system or tool, and value) or `instruction`, `input` and `output` (a pair, with Stanford
-    Alpaca's prompt). `tools` beside `messages` are passed to the chat template. A conversation or pair longer than
-    a block is cut at the right, and left out with a warning if no scored token remains. A special token that a text
-    spells, such as <|endoftext|>, is plain text.
+    `completion` beside them is the last), `prompt` and `completion` (a pair, the completion is scored), or `text`
+    (joined, with the end-of-text token after each, and cut into blocks); else `conversations` (ShareGPT's: from human,
+    gpt, system or tool, and value) or `instruction`, `input` and `output` (a pair, with Stanford Alpaca's prompt).
+    `tools` beside `messages` are passed to the chat template. A conversation or pair longer than a block is cut at the
+    right, and left out with a warning if nothing scored remains. A special token that a text spells is plain text.
 
     Documents are de-duplicated and split by the sha256 of their content: the split is the same on every machine, no
     copy is on both sides, and the tokenizer is trained on the training split alone. Where rows have a column `group`,
@@ -59,16 +58,15 @@ class TextData(LightningDataModule):
     order; on several devices Lightning repeats a few rows to make their shares equal.
 
     Args:
-        source: "stdlib" (the Python source of this interpreter's standard library), "packages" (that of the installed
-            packages), "home_assistant" (pairs: a sentence said to a smart home, and its parse), a file (.jsonl,
-            .ndjson, .json, .parquet, .txt or any other of UTF-8 text), a folder of text or of rows (the kind of most
-            files; others are left out with a warning), or else a dataset of the Hugging Face hub as name, name:config
-            or name:config:split. A .txt is split at blank lines into documents of at least 4000 characters; a single
-            .txt without blank lines has one document in each line.
+        source: "stdlib" (the Python source of this interpreter's standard library), "packages" (of the installed
+            packages), "home_assistant" (pairs: what is said to a smart home, and its parse), a file (.jsonl, .ndjson,
+            .json, .parquet, .txt or any other UTF-8 text), a folder of text or of rows (the kind of most files; others
+            are left out with a warning), or else a dataset of the hub as name, name:config or name:config:split. A
+            .txt is split at blank lines into documents of at least 4000 characters; without any, at each line.
         tokenizer: any source of load_tokenizer (lskip.models.pretrained): smollm2, a folder, a hub name …; or a
             tokenizer; null trains a byte-level BPE on the training split.
         vocab_size: entries of the trained tokenizer; not used when `tokenizer` is given.
-        split_digits: make each digit a token of the trained tokenizer, as Llama's does: numbers are easier to copy.
+        split_digits: each digit is a token of the trained tokenizer, as of Llama's: numbers are easier to copy.
         block_size: tokens in a row.
         batch_size: rows in a batch, on each device.
         val_fraction: share of the documents held out for validation; 0: none, and a fit is not validated.
@@ -76,7 +74,7 @@ class TextData(LightningDataModule):
         val_within_groups: hold out for validation documents of the groups of training (new sentences of known
             templates), in the place of whole groups. Without groups it changes nothing.
         text_column: the column of the text; null looks for messages, prompt and completion, then text.
-        max_val_blocks: the most rows of validation, and of test; null takes all.
+        max_val_blocks: the most rows of validation, and of test; null: all.
         streaming: read during training, for a corpus larger than the disk. Training documents are then not
             de-duplicated, they repeat without end (set trainer.max_steps), and resuming reads again what was read.
             max_val_blocks must be set.
@@ -87,8 +85,7 @@ class TextData(LightningDataModule):
         cache_dir: folder of cached documents, tokenizers and tokens; null is ~/.cache/lskip.
 
     Raises:
-        ValueError, FileNotFoundError: messages name the argument; plain arguments are checked when the object is made,
-            the source when it is read.
+        ValueError, FileNotFoundError: for plain arguments when the object is made, for the source when it is read.
     """
 
     def __init__(
@@ -126,13 +123,11 @@ class TextData(LightningDataModule):
             raise ValueError("max_val_blocks: null, but with streaming there must be a limit")
         if streaming and group_by_length:
             raise ValueError("group_by_length: true, but with streaming the lengths to come are not known")
-        self.source = source
-        self.tokenizer_source = tokenizer
+        self.source, self.tokenizer_source = source, tokenizer
         self.vocab_size, self.split_digits = vocab_size, split_digits
         self.block_size, self.batch_size = block_size, batch_size
         self.rule = SplitRule(val_fraction, test_fraction, val_within_groups)
-        self.text_column, self.max_val_blocks = text_column, max_val_blocks
-        self.streaming = streaming
+        self.text_column, self.max_val_blocks, self.streaming = text_column, max_val_blocks, streaming
         self.num_workers, self.seed, self.group_by_length = num_workers, seed, group_by_length
         self.cache = check_cache(cache_dir)
         # Their kind and a hash of their content; None: not read yet, or streamed.

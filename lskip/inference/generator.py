@@ -45,8 +45,7 @@ class TextGenerator:
     Attributes:
         model_defaults: defaults of the model's generation_config.
         runner: runs the model's blocks and head (FusedRunner or ModuleRunner).
-        draft_runner: the same in rounded weights, which draft; None: there are none.
-        draft_weights: "int8" or "int4", those of draft_runner; None: there are none.
+        draft_runner, draft_weights: the same in rounded weights, which draft, and "int8" or "int4"; None: none.
         adapter_runner: the exit adapter that drafts behind `runner`'s first blocks, or None.
         draft_head: decodes drafts of layers and of weights to few tokens; None: to all.
     """
@@ -73,19 +72,17 @@ class TextGenerator:
             weights: their layout: "plain"; "packed" or "halved" (for the CPU); or "auto": by a rule what suits them
                 and this machine (on a CPU without bfloat16 products bfloat16 is computed in float32).
             draft_weights: "int8" or "int4": drafts come from a rounded copy of the blocks (of all of them where no
-                exit_layer is named) and are verified by the model's own weights, so that the text is the same. Needs
-                no training; CPU only. "auto": those that suit the model and this machine, if any do. None: drafts
-                come from the model's own first layers.
+                exit_layer is named) and are verified by the model's own weights; no training, CPU only. "auto": those
+                that suit the model and this machine, if any do. None: drafts come from the model's own first layers.
             release_model: free the model's blocks while converting. The model is of no use afterwards.
-            bit_exact: a text's logits are the same bits alone, in any batch, with and without speculation, in
-                bfloat16 too. Costs 15 to 22 % of the speed. False: texts are equal in float32 up to ties within
-                rounding. None: true for packed bfloat16 weights on a CPU (layout_choice.exact_by_default), else false.
-            costs_file: JSON file that keeps `costs` and what a policy learnt, made where there is none; None: no file.
-            exit_adapter: drafts behind the model's first blocks; trained for this model, on its device. It is
-                converted too (to int8 where that works), and left as it is.
-            trained_exits: affine maps and the classifier of the model's exits; None: it has none.
-            batch_size: texts that are going to be decoded together, as far as known: layouts are chosen for so many.
-                Any number of them can be.
+            bit_exact: a text's logits are the same bits alone, in any batch, with and without speculation, in bfloat16
+                too. Costs 15 to 22 % of the speed. False: texts are equal in float32 up to ties within rounding. None:
+                true for packed bfloat16 weights on a CPU (exact_by_default), else false.
+            costs_file: JSON file that keeps `costs` and what a policy learnt, made where there is none; None: none.
+            exit_adapter: drafts behind the model's first blocks; trained for this model, on its device. It is converted
+                too (to int8 where that works), and left as it is.
+            trained_exits: affine maps and the classifier of the model's exits.
+            batch_size: texts that are probably decoded together, for which layouts are chosen. Any number can be.
             draft_tokens: ids of tokens that drafts of layers and of weights choose among, with end tokens; None: all.
 
         Raises:
@@ -101,19 +98,17 @@ class TextGenerator:
         self.context_length = decoder.context_length
         # First, since building `runner` may take the model apart.
         screen = cache(partial(screened_head, decoder))
-        if draft_weights == AUTO:
-            draft_weights = suited_draft_weights(decoder, batch_size)
-        self.draft_weights, self.draft_runner = draft_weights, None
-        if draft_weights is not None:
-            self.draft_runner = build_draft_runner(decoder, draft_weights, screen, batch_size)
+        self.draft_weights = suited_draft_weights(decoder, batch_size) if draft_weights == AUTO else draft_weights
+        self.draft_runner = None
+        if self.draft_weights is not None:
+            self.draft_runner = build_draft_runner(decoder, self.draft_weights, screen, batch_size)
         self.adapter_runner = None if exit_adapter is None else AdapterRunner(exit_adapter, batch_size)
-        tokens = None if draft_tokens is None else {*draft_tokens, *self.eos_ids}
-        self.draft_head = None if tokens is None else DraftHead(decoder, tokens, batch_size)
-        lone_rows = batch_size == 1 and draft_weights is None and exit_adapter is None
+        few = None if draft_tokens is None else {*draft_tokens, *self.eos_ids}
+        self.draft_head = None if few is None else DraftHead(decoder, few, batch_size)
+        lone_rows = batch_size == 1 and self.draft_runner is None and exit_adapter is None
         self.runner = build_runner(decoder, weights, release_model, lone_rows, bit_exact, screen)
-        self.trained_exits = deepcopy(trained_exits)
-        if trained_exits is not None:
-            self.trained_exits.to(self.runner.device, self.runner.dtype)
+        copied = deepcopy(trained_exits)
+        self.trained_exits = None if copied is None else copied.to(self.runner.device, self.runner.dtype)
         trim_heap()  # give back what converting has freed, the model's own blocks among it
 
     def generate(self, prompt, **settings) -> Generation:
@@ -148,7 +143,7 @@ class TextGenerator:
         Args:
             prompts: as in `generate`.
             batch_size: texts that are decoded together.
-            indices: a number for each prompt; None: 0, 1, 2 …
+            indices: numbers of the prompts; None: 0, 1, 2 …
             states_at: blocks (1 … L) after which to keep the text's states, for Generation.states; None: keep none.
             settings: as in `generate`. With a seed, the prompt of index i gets seed + i.
 
@@ -227,11 +222,10 @@ class TextGenerator:
     @cached_property
     def costs(self) -> Costs:
         """Times of this model's passes on this machine: from `costs_file`, or measured, which takes a few seconds."""
-        adapter_runner = None if self.adapter_runner is None else self.adapter_runner.runner
-        parts = {"adapter_runner": adapter_runner, "draft_head": self.draft_head}
-        if self.costs_file is not None:
-            return keep_costs(user_path(self.costs_file, "costs_file"), self.runner, self.draft_runner, **parts)
-        return measure_costs(self.runner, self.draft_runner, **parts)
+        adapter = None if self.adapter_runner is None else self.adapter_runner.runner
+        path = None if self.costs_file is None else user_path(self.costs_file, "costs_file")
+        measure = measure_costs if path is None else partial(keep_costs, path)
+        return measure(self.runner, self.draft_runner, adapter_runner=adapter, draft_head=self.draft_head)
 
     def memory(self) -> dict[str, int]:
         """Return bytes by part: "blocks", "head", "embedding", and of what drafts "draft", "draft_head", "adapter"."""
@@ -240,10 +234,9 @@ class TextGenerator:
             draft = self.draft_runner.memory()
             shared = self.draft_runner.head is getattr(self.runner, "screen", None)
             parts["draft"] = draft["blocks"] + (0 if shared else draft["head"])
-        if self.draft_head is not None:
-            parts["draft_head"] = self.draft_head.nbytes
-        if self.adapter_runner is not None:
-            parts["adapter"] = self.adapter_runner.nbytes
+        for name, part in (("draft_head", self.draft_head), ("adapter", self.adapter_runner)):
+            if part is not None:
+                parts[name] = part.nbytes
         return parts
 
     def _prepare_all(

@@ -5,6 +5,7 @@ import torch
 from lskip.inference.drafting.costs_file import check_costs_file
 from lskip.inference.generator import TextGenerator
 from lskip.inference.runners.build import suited_draft_weights
+from lskip.inference.settings import AUTO
 from lskip.models.decoder import Decoder
 from lskip.models.draft_tokens import ALL, find_draft_tokens
 from lskip.models.exit_adapter import SHIPPED, find_adapter, load_adapter
@@ -48,20 +49,16 @@ def load_generator(
     check_choice("dtype", dtype, DTYPES)
     check_whole("batch_size", batch_size, 1)
     folder = None if exit_adapter is None else find_adapter(exit_adapter)
-    if costs_file is not None:
-        check_costs_file(user_path(costs_file, "costs_file"))
-    if draft_tokens not in (None, ALL) and exit_adapter is not None and draft_weights is None:
-        raise ValueError(f"draft_tokens: {draft_tokens!r} is not for the exit_adapter, which has tokens of its own")
+    _check_files(costs_file, draft_tokens, draft_weights is None and exit_adapter is not None)
     place = resolve_device(device)
     listed = find_draft_tokens(draft_tokens, model)
     loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
-    loaded = loaded.eval().to(place)
-    if draft_weights == "auto":
-        draft_weights = suited_draft_weights(Decoder(loaded), batch_size)
+    decoder = Decoder(loaded.eval().to(place))
+    if draft_weights == AUTO:
+        draft_weights = suited_draft_weights(decoder, batch_size)
         if draft_weights is None and folder is None and model in SHIPPED:
             folder = find_adapter(model)
     adapter = None if folder is None else load_adapter(folder, loaded)
-    decoder = Decoder(loaded)
     exits = load_trained_exits(model, decoder)
     return TextGenerator(
         loaded,
@@ -76,6 +73,14 @@ def load_generator(
         batch_size=batch_size,
         draft_tokens=None if listed is None else listed.ids(decoder.vocab_size, tokenizer),
     )
+
+
+def _check_files(costs_file: str | None, draft_tokens: str | None, adapter_alone: bool) -> None:
+    """Raise ValueError or OSError for files that cannot be used, before a model is loaded."""
+    if costs_file is not None:
+        check_costs_file(user_path(costs_file, "costs_file"))
+    if adapter_alone and draft_tokens not in (None, ALL):
+        raise ValueError(f"draft_tokens: {draft_tokens!r} is not for the exit_adapter, which has tokens of its own")
 
 
 def resolve_device(device: str) -> torch.device:

@@ -84,10 +84,15 @@ class CostAwareDraft(DraftPolicy):
         self.probes = 0
 
     def begin(self, drafts: Sequence[Draft], costs: Callable[[], Costs], num_speculations: int) -> None:
+        begun = self.drafts, self.num_speculations
         super().begin(drafts, costs, num_speculations)
         table = costs()
-        self._num_layers, self._held = table.num_layers, 0
-        self._times.begin(table, num_speculations)
+        if self._times.begin(table, num_speculations) or (self.drafts, num_speculations) != begun:
+            self._prepare(table.num_layers)
+
+    def _prepare(self, num_layers: int) -> None:
+        """Prepare for drafts and costs that are not those of the texts before."""
+        self._num_layers, self._held = num_layers, 0
         for draft in self.drafts:
             counts = self._recalled.get("drafts", {}).get(str(draft), {})
             self._records.setdefault(draft, Acceptance(**{name: list(each) for name, each in counts.items()}))

@@ -52,11 +52,16 @@ class RoundTimes:
         self._wait, self._since_plain = PLAIN_EVERY, 0
         self._are_timed = False
         self._has_just_drafted = False  # drafting drives the model's weights out of caches: a plain round is slow then
+        self._costs: Costs | None = None
+        self._most = 0
         self._tables: dict[tuple[Draft, int], list[float]] = {}
 
-    def begin(self, costs: Costs, most: int) -> None:
-        """Take the table of costs, for rounds of up to `most` drafted tokens."""
+    def begin(self, costs: Costs, most: int) -> bool:
+        """Take the table of costs, for rounds of up to `most` drafted tokens; return whether they are others."""
+        if (self._costs, self._most) == (costs, most):
+            return False
         self._costs, self._most, self._tables = costs, most, {}
+        return True
 
     @property
     def plain_is_due(self) -> bool:

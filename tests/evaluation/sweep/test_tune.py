@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from lskip.cli import main
+from lskip.evaluation.sweep import forecast as forecast_module
 from lskip.evaluation.sweep import search as search_module
 from lskip.evaluation.sweep import tune as tune_module
 from lskip.evaluation.sweep.advice import advice, best_cell
@@ -100,10 +101,10 @@ def test_a_whole_run_finds_the_exit_that_is_always_right(place, monkeypatch, cap
 
 def test_a_run_with_few_tokens_counts_what_they_draft_and_keeps_their_name(place, monkeypatch):
     """The exit that is always right among all tokens never is among tokens that the model does not say."""
-    monkeypatch.setattr(tune_module, "measure_cell", lambda g, cell, p, r: slow(cell))
-    forecasts, ranked = [], tune_module.best_first
-    monkeypatch.setattr(tune_module, "best_first", lambda found: forecasts.extend(found) or ranked(found))
-    task = ["--task=LocalTask", f"--task.path={place}/adds.jsonl", "--task.max_new_tokens=9"]
+    monkeypatch.setattr(search_module, "measure_cell", lambda g, cell, p, r: slow(cell))
+    forecasts, ranked = [], forecast_module.best_first
+    monkeypatch.setattr(forecast_module, "best_first", lambda found: forecasts.extend(found) or ranked(found))
+    task = ["--task=LocalTask", f"--task.path={place}/adds.jsonl", "--task.max_new_tokens=9", "--drafts=[layers]"]
     call = ["tune", f"--model={place}/model", *task, "--exit_layers=2", "--num_speculations=3", "--decoded_cells=1"]
     assert main(call) == 0
     said = load_generator(f"{place}/model").generate("def f0(a, b):", max_new_tokens=9).token_ids
