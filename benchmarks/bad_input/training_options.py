@@ -116,7 +116,7 @@ MODULE = {
     "early_exit_loss": a_class(good=("EarlyExitLoss", "null")),
     "early_exit_loss.e_scale": real(0, null=True, good=(0, 1)),
     "early_exit_loss.shares.2": real(0, 1, low_too=False, high_too=False, good=(0.3,)),
-    "early_exit_loss.curriculum": a_class(good=("Gradual", "AllExits")),
+    "early_exit_loss.curriculum": a_class(good=("Gradual", "null")),
     "early_exit_loss.curriculum.period": whole(1, good=(1,)),
     "checkpoint.every_n_train_steps": whole(1, good=(1, 10**9)),
     "run_folder": place_to_write(),

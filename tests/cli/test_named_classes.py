@@ -185,7 +185,7 @@ def test_what_is_allowed_still_is(place, capsys):
 @pytest.mark.kind("B20 B40 told before anything is read")
 @pytest.mark.parametrize(
     "field",
-    ["run_folder", "optimizer", "position_share", "trainer.max_steps", "data.block_size", "early_exit_loss.curriculum"],
+    ["run_folder", "optimizer", "position_share", "trainer.max_steps", "data.block_size", "layer_dropout.depth"],
 )
 def test_null_is_refused_where_it_means_nothing(field, place, capsys):
     assert f"{field}: null is not allowed" in refused(place, capsys, "fit", {"model": MODEL, **nested(field, None)})
