@@ -119,6 +119,7 @@ def drafting_of(task: dict) -> str:
     if not task["num_speculations"]:
         return "lskip tune found no draft that pays here, so nothing is drafted"
     layers = "all its layers" if task["exit_layer"] is None else f"the first {task['exit_layer']} of its layers"
+    layers = "n-grams" if task["draft"] == "ngram" else layers
     weights = f" in {task['draft_weights']}" if task["draft_weights"] else ""
     return f"{layers}{weights} draft {task['num_speculations']} (found by lskip tune)"
 
