@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -37,16 +38,23 @@ def compare(ours: list[bool], plain: list[bool], groups: list[str]) -> dict:
         the items were independent.
     """
     gain = np.array(ours, int) - np.array(plain, int)
-    _, group = np.unique(groups, return_inverse=True)
-    gains, sizes = np.bincount(group, gain), np.bincount(group)
-    draws = np.random.default_rng(0).integers(len(sizes), size=(RESAMPLES, len(sizes)))
-    differences = gains[draws].sum(1) / sizes[draws].sum(1)
     first, second = int((gain > 0).sum()), int((gain < 0).sum())
     tail = sum(math.comb(first + second, count) for count in range(min(first, second) + 1))
     return {
         "difference": float(gain.mean()),
-        "interval": np.percentile(differences, (2.5, 97.5)).tolist(),
+        "interval": interval(gain[None], groups),
         "only_layerskip": first,
         "only_plain": second,
         "mcnemar_p": min(1.0, 2 * tail / 2 ** (first + second)),
     }
+
+
+def interval(gains: np.ndarray, groups: Sequence) -> list[float]:
+    """The 95 % interval of the mean gain [S, N], by drawing S seeds and the groups [N] of the items anew."""
+    _, group = np.unique(groups, return_inverse=True)
+    totals, sizes, random = [np.bincount(group, each) for each in gains], np.bincount(group), np.random.default_rng(0)
+    drawn = random.integers(len(sizes), size=(RESAMPLES, len(sizes)))
+    seeds = random.integers(len(totals), size=(RESAMPLES, len(totals)))
+    sums = np.stack([total[drawn].sum(1) for total in totals], 1)
+    means = np.take_along_axis(sums, seeds, 1).mean(1) / sizes[drawn].sum(1)
+    return np.percentile(means, (2.5, 97.5)).tolist()

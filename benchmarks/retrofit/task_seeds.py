@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command_line import command_parser
-from benchmarks.retrofit.task_scores import RESAMPLES
+from benchmarks.retrofit.task_scores import interval
 
 NAMES = ("layerskip", "plain")
 
@@ -56,18 +56,6 @@ def read_answers(path: Path) -> dict[str, tuple[int, str]]:
     """Return (1 where it is right, its group) by prompt."""
     rows = map(json.loads, path.read_text().splitlines())
     return {row["prompt"]: (int(row["right"]), row["group"]) for row in rows}
-
-
-def interval(gains: np.ndarray, groups: np.ndarray) -> list[float]:
-    """Return the 95 % interval of the mean gain [S, N], by drawing seeds and groups [N] anew."""
-    totals = np.stack([np.bincount(groups, seed) for seed in gains])
-    sizes, random = np.bincount(groups), np.random.default_rng(0)
-    means = []
-    for _ in range(RESAMPLES):
-        drawn = random.integers(len(sizes), size=len(sizes))
-        seeds = random.integers(len(totals), size=len(totals))
-        means.append(totals[seeds][:, drawn].sum() / (sizes[drawn].sum() * len(seeds)))
-    return np.percentile(means, (2.5, 97.5)).tolist()
 
 
 def report(folders: list[Path], gains: np.ndarray, groups: np.ndarray) -> None:

@@ -40,7 +40,7 @@ def draft_loss(
         last_states: [N, D], the frozen model's at the same positions: the teacher's.
         head_weight: [W, D].
         row_weights: [N].
-        target: one that needs a teacher and no labels; None: SelfDistillation.
+        target: one that needs a teacher and no labels.
     """
     return _DraftLoss.apply(states, last_states, head_weight, row_weights, target)
 

@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lskip.data import TextData
-from lskip.models.draft_tokens import few_tokens, keep_draft_tokens
+from lskip.models.draft_tokens import SMALLEST_VOCABULARY, few_tokens, keep_draft_tokens
 
 MOST_POSITIONS = 2**22  # of the training split that are counted: about a second
 
@@ -29,6 +29,6 @@ class RunDraftTokens(Callback):
 
 def tokens_of(data: LightningDataModule | None) -> list[int] | None:
     """Return the tokens that are scored in training, the most frequent first; None: they are many, or not known."""
-    if not isinstance(data, TextData) or data.streaming:
-        return None
+    if not isinstance(data, TextData) or data.streaming or len(data.tokenizer) < SMALLEST_VOCABULARY:
+        return None  # before anything is counted
     return few_tokens(data.token_counts("train", max(1, MOST_POSITIONS // data.block_size)))

@@ -38,6 +38,11 @@ def run_past(
     return states
 
 
+def _exit_of(observer: Observer | None) -> list[int]:
+    """Return the exit that an observer sees, if there is one."""
+    return [] if observer is None else [observer.exit_layer]
+
+
 def prefill(
     runner: ModelRunner, cache: KVCache, prompt: list[int], full: int, observer: Observer | None = None
 ) -> Tensor:
@@ -49,9 +54,8 @@ def prefill(
     Returns:
         [1, 1, V]: the logits after the prompt's last token.
     """
-    start = 0
+    start, stops = 0, _exit_of(observer)
     for rows in torch.tensor([prompt], device=runner.device).split(PREFILL_ROWS, dim=1):
-        stops = [] if observer is None else [observer.exit_layer]
         states = run_past(runner, runner.embed(rows, [start]), cache, [start], 0, full, stops)
         if observer is not None:
             observer.observe(states[observer.exit_layer], runner.norm(states[full]), [start])
@@ -91,7 +95,7 @@ def verify(
         x = torch.cat([*drafted.states, x], 1)
     else:
         x = runner.embed(torch.cat([slots.pending[:, None], drafted.ids], 1), starts)
-    stops = [each.exit_layer for each in (slots.observer,) if each is not None] + ([] if probe is None else probe.exits)
+    stops = [*_exit_of(slots.observer), *([] if probe is None else probe.exits)]
     states = run_past(runner, x, slots.cache, starts, drafted.exit_block, full, stops)
     x = states[full]
     if (found := find_argmax(runner, x, chooser, drafted.ids)) is not None:

@@ -44,11 +44,15 @@ class Probe:
 
     def compare(self, said: Tensor, tokens: list[list[int]]) -> None:
         """Compare what `read` gave with the tokens that each slot got."""
-        for exit_layer, by_slot in zip(self.exits, said.tolist(), strict=True):
-            pairs = zip(by_slot, tokens, strict=True)
-            self.agreed[exit_layer] = [
-                [one == other for one, other in zip(row, got, strict=False)] for row, got in pairs
-            ]
+        self.agreed |= {
+            exit_layer: hits(each, tokens) for exit_layer, each in zip(self.exits, said.tolist(), strict=True)
+        }
+
+
+def hits(said: list[list[int]], came: list[list[int]]) -> list[list[bool]]:
+    """Return, by slot, whether what was said is what came, as far as both go."""
+    pairs = zip(said, came, strict=True)
+    return [[one == other for one, other in zip(*pair, strict=False)] for pair in pairs]
 
 
 def agreements(
@@ -64,10 +68,7 @@ def agreements(
     agreed = {}
     for draft in probed:
         if draft in foreseen:
-            runs = [
-                [one == other for one, other in zip(guess, came, strict=False)]
-                for guess, came in zip(foreseen[draft], tokens, strict=True)
-            ]
+            runs = hits(foreseen[draft], tokens)
             agreed[draft] = [run[: run.index(False) + 1] if False in run else run for run in runs]
         elif probe is not None and draft.exit_layer in probe.agreed:
             agreed[draft] = probe.agreed[draft.exit_layer]

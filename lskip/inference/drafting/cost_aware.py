@@ -172,9 +172,7 @@ class CostAwareDraft(DraftPolicy):
 
     def _is_read(self, draft: Draft) -> bool:
         """Return whether probes tell how often a draft is accepted, or one that resembles it."""
-        if DRAFTERS[draft.kind].reads_exit:
-            return True
-        return Draft(DRAFTERS[draft.kind].resembles, draft.exit_layer) in self._records
+        return DRAFTERS[draft.kind].reads_exit or self._alike(draft) is not None
 
     def _prior(self, draft: Draft) -> Prior:
         whole = DRAFTERS[draft.kind].resembles and draft.exit_layer == self._num_layers
@@ -182,8 +180,12 @@ class CostAwareDraft(DraftPolicy):
 
     def _known(self, draft: Draft) -> Acceptance:
         """Return what counts for a draft: its own record, and that of the same exit in the model's own weights."""
-        alike = self._records.get(Draft(DRAFTERS[draft.kind].resembles, draft.exit_layer))
+        alike = self._alike(draft)
         return self._records[draft] if alike is None else self._records[draft].beside(alike, self.ALIKE)
+
+    def _alike(self, draft: Draft) -> Acceptance | None:
+        """Return the record of the draft that this one resembles; None where there is none."""
+        return self._records.get(Draft(DRAFTERS[draft.kind].resembles, draft.exit_layer))
 
     def _offer(self, draft: Draft, chances: list[float], slots: int) -> Offer:
         """Return a draft's best speed at these chances, of the rounds that the account allows."""

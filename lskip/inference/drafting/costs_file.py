@@ -48,6 +48,11 @@ def keep_costs(
 
 def read_costs(path: Path) -> tuple[str, Costs]:
     """Return the device and the costs of a costs_file; ValueError if it has something else."""
+    return _read(path)[:2]
+
+
+def _read(path: Path) -> tuple[str, Costs, dict[str, Any] | None]:
+    """Return the device, the costs and what was learnt; ValueError for a file that has something else."""
     advice = "remove it to measure again"
     try:
         fields = _saved(path)
@@ -60,7 +65,7 @@ def read_costs(path: Path) -> tuple[str, Costs]:
         raise ValueError(f"costs_file: {said}; {advice}") from error
     if not isinstance(fields["device"], str):
         raise ValueError(f"costs_file: '{path}': device: {fields['device']!r} is not a text; {advice}")
-    return fields["device"], costs
+    return fields["device"], costs, fields["learnt"]
 
 
 def _saved(path: Path) -> dict[str, Any]:
@@ -81,8 +86,8 @@ class Learner:
         """Let the policy begin with what one learnt in an earlier process; ValueError for a file of something else."""
         if self.path is None or self.policy.learnt() or not self.path.exists():
             return
-        read_costs(self.path)
-        if (learnt := _saved(self.path)["learnt"]) is not None:
+        *_, learnt = _read(self.path)
+        if learnt is not None:
             self.policy.recall(learnt)
 
     def keep(self) -> None:

@@ -135,7 +135,7 @@ def choose_draft_layouts(draft_weights: str, samples: list[Tensor], batch_size: 
 
 
 def stored_in_4_bits(weight: Tensor) -> bool:
-    """Say whether weight [out, in] has at most 16 values in each 32 numbers of a row, as GGUF's 4-bit types do."""
+    """Return whether weight [out, in] has at most 16 values in each 32 numbers of a row, as GGUF's 4-bit types do."""
     if weight.shape[1] % GROUP:
         return False
     ordered = weight[:ROWS_AT_ONCE].float().unflatten(1, (-1, GROUP)).sort(-1).values

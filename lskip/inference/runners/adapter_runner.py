@@ -28,9 +28,8 @@ class AdapterRunner:
 
     def __init__(self, adapter: ExitAdapter, batch_size: int = 1, rounded: bool = True):
         """Convert the weights, for so many texts at a time; `adapter` is left as it is."""
-        self._made_of = adapter, batch_size
-        if adapter.shape.joins_last_state:  # is of no use without the model: free what was converted
-            self._made_of = None
+        # What joins the last layer's states only drafts: `unrounded` is not for it, and what was converted is freed.
+        self._made_of = None if adapter.shape.joins_last_state else (adapter, batch_size)
         self.shape, self.hidden_size = adapter.shape, adapter.join.out_features
         self.runner = build_adapter_runner(Decoder(adapter.body), batch_size, rounded)
         self.vocab_size = adapter.made_for["vocab_size"]
@@ -67,8 +66,11 @@ def build_adapter_runner(decoder: Decoder, batch_size: int = 1, rounded: bool = 
     if obstacle(decoder) is not None:
         return ModuleRunner(decoder)
     samples = sample_weights(decoder)
-    plain = choose_layouts("auto", samples[0], lone_rows=batch_size == 1)
-    runner = FusedRunner(decoder, rounded_layouts(samples, batch_size) if rounded else plain)
+    if rounded:
+        layouts = rounded_layouts(samples, batch_size)
+    else:
+        layouts = choose_layouts("auto", samples[0], lone_rows=batch_size == 1)
+    runner = FusedRunner(decoder, layouts)
     # It never embeds a token, and would keep the head's original for that; one row is for those who time it.
     runner.embedding = runner.embedding[:1].clone()
     return runner
