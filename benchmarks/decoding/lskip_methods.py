@@ -28,14 +28,22 @@ POLICY_CLASSES = {"fixed": FixedDraft, "confidence": ConfidenceDraft, "cost_awar
 class Generators:
     """One model, ready for decoding with each kind of draft weights in batches of each size."""
 
-    def __init__(self, model: PreTrainedModel, release: bool = False, exit_adapter: ExitAdapter | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        release: bool = False,
+        exit_adapter: ExitAdapter | None = None,
+        draft_tokens: list[int] | None = None,
+    ):
         """Prepare to build generators of a model.
 
         Args:
             release: convert the model instead of copying it; only one generator can then be built.
             exit_adapter: of the draft "adapter".
+            draft_tokens: that drafts of layers and of weights choose among; None: all.
         """
         self.model, self.release, self.exit_adapter = model, release, exit_adapter
+        self.draft_tokens = draft_tokens
         self.made: dict[tuple[str | None, int], TextGenerator] = {}
         self.costs: dict[TextGenerator, list[Costs]] = defaultdict(list)  # measured again and again
 
@@ -49,7 +57,7 @@ class Generators:
             elif draft_weights == ADAPTER:
                 made = self._convert(batch, exit_adapter=self.exit_adapter)
             else:
-                made = self._convert(batch, draft_weights=draft_weights)
+                made = self._convert(batch, draft_weights=draft_weights, draft_tokens=self.draft_tokens)
             self.made[draft_weights, batch] = made
         return self.made[draft_weights, batch]
 

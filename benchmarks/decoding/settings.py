@@ -46,7 +46,7 @@ DRAFTS = {
     "ngram": Source(None, "ngram"),
     # Everything that the generator has: the cost-aware policy chooses.
     "any": Source(None, None),
-    "int4+any": Source("int4", None),
+    **{f"{name}+any": Source(name, None) for name in DRAFT_WEIGHTS},
 }
 
 

@@ -4,8 +4,9 @@
 
 Of each model: exact match of its greedy answers (last layer, autoregressive) on the test split that its config names;
 draft_agreement of every exit along those answers; speed-up of self-speculation over its own autoregressive decoding,
-interleaved item by item, answers as long as the model makes them. The plain model's exits are not trained, so of it
-only drafts that leave it as it is are timed: the whole stack rounded, n-grams, an exit adapter if it has one.
+interleaved item by item, answers as long as the model makes them; drafts choose among the tokens that `lskip fit` kept
+with the run. The plain model's exits are not trained, so of it only drafts that leave it as it is are timed: the whole
+stack rounded, n-grams, an exit adapter if it has one.
 
 Writes into --out: task.json, environment.json, and answers_layerskip.jsonl and answers_plain.jsonl line by line.
 """
@@ -30,7 +31,7 @@ from benchmarks.command_line import command_parser
 from benchmarks.decoding.contestant_builder import load
 from benchmarks.decoding.lskip_methods import Generators, Lskip, run_of
 from benchmarks.decoding.measuring import Contestant, Measured, Run, measure, records
-from benchmarks.decoding.options import fill_in, number, numbers
+from benchmarks.decoding.options import fill_in, number, numbers, words
 from benchmarks.decoding.report import print_records
 from benchmarks.decoding.settings import Setting
 from benchmarks.environment import environment
@@ -40,12 +41,16 @@ from lskip.inference import TextGenerator
 from lskip.inference.layers.quantized import DRAFT_WEIGHTS
 from lskip.inference.text import decode_text
 from lskip.models.decoder import Decoder
+from lskip.models.draft_tokens import find_draft_tokens
 from lskip.models.encoding import open_ended
 from lskip.models.exit_adapter import find_adapter, load_adapter
+from lskip.utils.checks import check_choice
 from lskip.utils.output_files import write_json
 
 console = Console(width=190)
 SPLIT = ("source", "text_column", "val_fraction", "test_fraction")  # what decides which pairs are held out
+ADAPTIVE = ("any", *(f"{weights}+any" for weights in DRAFT_WEIGHTS))
+TIMED = ("layers", *DRAFT_WEIGHTS, "ngram", "adapter", *ADAPTIVE)
 SHARES = (1 / 6, 1 / 4, 1 / 3, 1 / 2)  # of the layers: where drafts exit when nothing is said
 # --quick sets what was not named: it shows that everything runs; its times say nothing.
 DEFAULTS = {
@@ -70,6 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     try:
+        for draft in options.drafts:
+            check_choice("drafts", draft, TIMED)
         items = held_out(options)
         options.out.mkdir(parents=True, exist_ok=True)
         result = run(options, items)
@@ -90,6 +97,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--timed_items", type=number, help="decode this many with every setting; default: 40")
     add("--exit_layers", type=numbers, help="default: a sixth, a quarter, a third and half of the model")
     add("--num_speculations", type=numbers, help="default: 3,5,8; CostAwareDraft gets the largest as its bound")
+    add("--drafts", type=words, default=TIMED, help=f"what is timed, of {', '.join(TIMED)}; default: all that work")
     add("--max_new_tokens", type=number, help="default: 64; an answer that is longer is wrong")
     add("--batch_size", type=number, default=8, help="of the answers that are not timed")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -142,7 +150,9 @@ def run(options: argparse.Namespace, items: Items) -> dict:
     right = {}
     for name, (model, tokenizer) in loaded.items():
         adapter, prompts = adapters.get(name), open_ended(tokenizer, items.prompts)
-        generators = Generators(model, exit_adapter=adapter)
+        listed = find_draft_tokens(None, str(getattr(options, name)))
+        tokens = None if listed is None else listed.ids(model.config.vocab_size, tokenizer)
+        generators = Generators(model, exit_adapter=adapter, draft_tokens=tokens)
         settings = settings_of(options, model.config.num_hidden_layers, name == "layerskip", adapter is not None)
         autoregressive = generators.drafting_with(None)
         with (options.out / f"answers_{name}.jsonl").open("w") as file:
@@ -200,19 +210,20 @@ def settings_of(options: argparse.Namespace, num_layers: int, exits: bool, adapt
     exit_layers = options.exit_layers or sorted({max(1, round(share * num_layers)) for share in SHARES})
     if max(exit_layers) >= num_layers:
         raise ValueError(f"exit_layers: {max(exit_layers)} is not from 1 to {num_layers - 1}, below the last layer")
-    drafts = [(None, draft) for draft in (*DRAFT_WEIGHTS, "ngram")]
-    adaptive = [(None, "int4+any")]
-    if exits:
-        drafts += [(exit_layer, draft) for exit_layer in exit_layers for draft in ("layers", *DRAFT_WEIGHTS)]
-        adaptive += [(exit_layer, draft) for exit_layer in exit_layers for draft in ("any", "int4+any")]
-    if adapter:
-        drafts.append((None, "adapter"))
-    drafting = ("self_speculative", options.dtype)
-    return [
-        Setting("autoregressive", options.dtype),
-        *(Setting(*drafting, *draft, "fixed", count) for draft in drafts for count in options.num_speculations),
-        *(Setting(*drafting, *draft, "cost_aware", max(options.num_speculations)) for draft in adaptive),
-    ]
+    own = ("layers", *DRAFT_WEIGHTS) if exits else ()
+    drafts = [(None, draft) for draft in (*DRAFT_WEIGHTS, "ngram", *ADAPTIVE)]
+    drafts += [(exit_layer, draft) for exit_layer in exit_layers for draft in own]
+    drafts += [(None, "adapter")] if adapter else []
+    settings = [Setting("autoregressive", options.dtype)]
+    for exit_layer, draft in drafts:
+        chooses = draft in ADAPTIVE
+        policy = "cost_aware" if chooses else "fixed"
+        counts = options.num_speculations[-1:] if chooses else options.num_speculations
+        if draft in options.drafts:
+            settings += [
+                Setting("self_speculative", options.dtype, exit_layer, draft, policy, count) for count in counts
+            ]
+    return settings
 
 
 def time_settings(

@@ -173,11 +173,10 @@ def test_every_draft_is_timed_and_changes_no_text(result):
     kinds = {name: {(r["draft"], r["exit_layer"], r["policy"]) for r in rows} for name, rows in settings.items()}
     rounded = ("int8", "int4")
     untrained = {(draft, None, "fixed") for draft in (*rounded, "ngram")}
-    adaptive = {("int4+any", None, "cost_aware"), (None, None, None)}
+    adaptive = {(f"{copy}any", None, "cost_aware") for copy in ("", "int8+", "int4+")} | {(None, None, None)}
     assert kinds["plain"] == untrained | adaptive | {("adapter", None, "fixed")}
     at_exit = {(draft, 2, "fixed") for draft in ("layers", *rounded)}
-    chosen_at_exit = {(draft, 2, "cost_aware") for draft in ("any", "int4+any")}
-    assert kinds["layerskip"] == untrained | adaptive | at_exit | chosen_at_exit
+    assert kinds["layerskip"] == untrained | adaptive | at_exit
     for record in result["decoding"]:
         assert record["mismatches"] == 0 and record["over_autoregressive"] > 0 and record["tokens_per_round"] >= 1
 
@@ -196,6 +195,7 @@ def test_it_says_what_it_found(output, result):
         (lambda runs: write_config(runs / "plain", runs / "pairs.jsonl", 0.4), (), "plain: its data are .*must be"),
         (lambda runs: (runs / "plain" / "config.yaml").unlink(), (), "is no run of lskip fit"),
         (lambda runs: None, ("--exit_layers", "4"), "exit_layers: 4 is not from 1 to 3"),
+        (lambda runs: None, ("--drafts", "int8,int3"), "drafts: 'int3'"),
     ],
 )
 def test_bad_input(runs, tmp_path, change, more, message):
