@@ -99,13 +99,25 @@ def answers_file(tmp_path) -> Path:
     return tmp_path / "answers.jsonl"
 
 
+@pytest.fixture(autouse=True)
+def costs_cache(monkeypatch, tmp_path_factory):
+    """Keep what tests measure out of the user's cache; return the folder."""
+    from lskip.inference.drafting import costs_file
+
+    folder = tmp_path_factory.getbasetemp() / "costs"
+    monkeypatch.setattr(costs_file, "CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture
 def quick_costs(monkeypatch):
     """Costs are measured for seconds; here nobody looks at times."""
     from lskip.inference import generator
+    from lskip.inference.drafting import costs_file
     from lskip.inference.drafting.costs import measure_costs
 
-    monkeypatch.setattr(generator, "measure_costs", lambda *steps, **more: measure_costs(*steps, seconds=0.05, **more))
+    for module in (generator, costs_file):
+        monkeypatch.setattr(module, "measure_costs", lambda *steps, **more: measure_costs(*steps, seconds=0.05, **more))
 
 
 @pytest.fixture(scope="module")

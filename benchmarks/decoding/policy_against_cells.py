@@ -93,9 +93,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def compare_batch(options: argparse.Namespace, size: int) -> dict[str, Any]:
     """Return the outcome at one batch size: the cells, and the policy's ratios to the best of them and to none."""
     weights = None if options.draft_weights == "none" else options.draft_weights
-    plain, ours = (
-        load_generator(options.model, draft_weights=name, device="cpu", batch_size=size) for name in (None, weights)
-    )
+    shared = {"device": "cpu", "costs_file": None, "batch_size": size}  # nothing learnt by an earlier process
+    plain, ours = (load_generator(options.model, draft_weights=name, **shared) for name in (None, weights))
     groups = groups_of(options, plain, size)
     chosen_on, compared_on = groups[: len(groups) // 2], groups[len(groups) // 2 :]
     none = Contestant("none", plain, {})

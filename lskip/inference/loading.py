@@ -2,13 +2,14 @@
 
 import torch
 
-from lskip.inference.drafting.costs_file import check_costs_file
+from lskip.inference.drafting.costs_file import AUTO as CACHED
+from lskip.inference.drafting.costs_file import cached_costs_file, check_costs_file
 from lskip.inference.generator import TextGenerator
 from lskip.inference.runners.build import suited_draft_weights
 from lskip.inference.settings import AUTO
 from lskip.models.decoder import Decoder
 from lskip.models.draft_tokens import ALL, find_draft_tokens
-from lskip.models.exit_adapter import SHIPPED, find_adapter, load_adapter
+from lskip.models.exit_adapter import SHIPPED, find_adapter, fingerprint, load_adapter
 from lskip.utils.checks import check_choice, check_whole
 from lskip.utils.devices import DTYPES
 from lskip.utils.user_paths import user_path
@@ -21,7 +22,7 @@ def load_generator(
     draft_weights: str | None = None,
     device: str = "auto",
     bit_exact: bool | None = None,
-    costs_file: str | None = None,
+    costs_file: str | None = "auto",
     exit_adapter: str | None = None,
     batch_size: int = 1,
     draft_tokens: str | None = None,
@@ -31,9 +32,10 @@ def load_generator(
     Args:
         model: "smollm2", a run, a checkpoint, a folder, a hub name, a GGUF file.
         dtype: "float32", "bfloat16" or "float16".
-        weights, draft_weights, bit_exact, costs_file, batch_size: as in TextGenerator. Where draft_weights is "auto",
-            none work here and no exit_adapter is named, the one that comes with lskip for this model is loaded.
+        weights, draft_weights, bit_exact, batch_size: as in TextGenerator. Where draft_weights is "auto", none work
+            here and no exit_adapter is named, the one that comes with lskip for this model is loaded.
         device: "cpu", "cuda", …; "auto": a GPU where there is one.
+        costs_file: as in TextGenerator; "auto": one in ~/.cache/lskip/costs of this model as it is loaded here.
         exit_adapter: the folder of an exit adapter that was trained for this model, or "smollm2", the one that comes
             with lskip; None: none.
         draft_tokens: a JSON file of the tokens that drafts of layers and of weights choose among; "all"; None: the file
@@ -46,20 +48,20 @@ def load_generator(
     from lskip.models.exit_heads import load_trained_exits
     from lskip.models.pretrained import load_model
 
-    check_choice("dtype", dtype, DTYPES)
-    check_whole("batch_size", batch_size, 1)
+    _check(dtype, batch_size, costs_file, draft_tokens, draft_weights is None and exit_adapter is not None)
     folder = None if exit_adapter is None else find_adapter(exit_adapter)
-    _check_files(costs_file, draft_tokens, draft_weights is None and exit_adapter is not None)
     place = resolve_device(device)
     listed = find_draft_tokens(draft_tokens, model)
     loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
     decoder = Decoder(loaded.eval().to(place))
     if draft_weights == AUTO:
         draft_weights = suited_draft_weights(decoder, batch_size)
-        if draft_weights is None and folder is None and model in SHIPPED:
-            folder = find_adapter(model)
+        folder = folder or (find_adapter(model) if draft_weights is None and model in SHIPPED else None)
     adapter = None if folder is None else load_adapter(folder, loaded)
-    exits = load_trained_exits(model, decoder)
+    few = None if listed is None else listed.ids(decoder.vocab_size, tokenizer)
+    if costs_file == CACHED:
+        drafting = [draft_weights, adapter and adapter.shape, few]
+        costs_file = cached_costs_file([fingerprint(decoder), dtype, weights, bit_exact, batch_size, *drafting], place)
     return TextGenerator(
         loaded,
         tokenizer,
@@ -69,15 +71,17 @@ def load_generator(
         bit_exact=bit_exact,
         costs_file=costs_file,
         exit_adapter=adapter,
-        trained_exits=exits,
+        trained_exits=load_trained_exits(model, decoder),
         batch_size=batch_size,
-        draft_tokens=None if listed is None else listed.ids(decoder.vocab_size, tokenizer),
+        draft_tokens=few,
     )
 
 
-def _check_files(costs_file: str | None, draft_tokens: str | None, adapter_alone: bool) -> None:
-    """Raise ValueError or OSError for files that cannot be used, before a model is loaded."""
-    if costs_file is not None:
+def _check(dtype: str, batch_size: int, costs_file: str | None, draft_tokens: str | None, adapter_alone: bool) -> None:
+    """Raise ValueError or OSError for values and files that cannot be used, before a model is loaded."""
+    check_choice("dtype", dtype, DTYPES)
+    check_whole("batch_size", batch_size, 1)
+    if costs_file not in (None, CACHED):
         check_costs_file(user_path(costs_file, "costs_file"))
     if adapter_alone and draft_tokens not in (None, ALL):
         raise ValueError(f"draft_tokens: {draft_tokens!r} is not for the exit_adapter, which has tokens of its own")

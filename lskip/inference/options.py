@@ -27,7 +27,8 @@ class LoadingOptions:
         bit_exact: a text is the same to the bit alone, in any batch, with and without drafts, in bfloat16 too;
             costs some speed. null: in bfloat16 on a CPU that has bfloat16 products.
         costs_file: JSON file that keeps what a pass costs on this machine, which CostAwareDraft goes by, and what
-            that has learnt; made where there is none. null: measured each time, which takes seconds.
+            that has learnt; made where there is none. auto: one in ~/.cache/lskip/costs for this model, as it is
+            loaded here. null: measured each time, which takes seconds.
         exit_adapter: folder of an exit adapter that was trained for this model, or smollm2, the one that comes with
             lskip; with num_speculations it drafts. null: none.
         draft_tokens: JSON file, a list of token ids or of texts: drafts of layers and weights choose among these
@@ -41,7 +42,7 @@ class LoadingOptions:
     draft_weights: Literal["auto", "int8", "int4"] | None = None
     device: str = "auto"
     bit_exact: bool | None = None
-    costs_file: str | None = None
+    costs_file: str | None = "auto"
     exit_adapter: str | None = None
     draft_tokens: str | None = None
 

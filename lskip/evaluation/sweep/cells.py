@@ -28,7 +28,7 @@ class Generators:
     """
 
     def __init__(self, loading: LoadingOptions):
-        self.loading = replace(loading, exit_adapter=None)
+        self.loading = replace(loading, exit_adapter=None, costs_file=None)  # costs are measured anew
         self.exit_adapter = loading.exit_adapter
         self.plain = self.loading.load()
         self._loaded: tuple[str, TextGenerator] | None = None

@@ -149,7 +149,7 @@ def check_grid(
             check_choice(name, value, choices)
     if loading.draft_weights is not None:
         raise ValueError(f"draft_weights: {loading.draft_weights!r} is set by the grid here; use drafts [int8, int4]")
-    if loading.costs_file is not None:
+    if loading.costs_file not in (None, "auto"):
         raise ValueError("costs_file: is not for a grid, which measures the costs of each draft anew; leave it out")
     needs = {draft: drafter_named(draft).needs for draft in drafts}
     for draft, needed in needs.items():

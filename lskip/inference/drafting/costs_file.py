@@ -1,7 +1,13 @@
 """The JSON file that keeps the costs of a model's passes on a machine, and what a policy learnt there."""
 
+import hashlib
+import json
+import os
+import platform
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lskip.inference.drafting.costs import Costs, blocks_of, fields_of, measure_costs
 from lskip.inference.drafting.learnt import check_learnt
@@ -13,6 +19,33 @@ from lskip.utils.output_files import make_writable, write_json
 from lskip.utils.untrusted import parse_json, read_text
 from lskip.utils.user_errors import one_line
 from lskip.utils.user_paths import user_path
+
+AUTO = "auto"
+CACHE = "~/.cache/lskip/costs"
+
+
+def cached_costs_file(loaded: list, device: torch.device) -> str | None:
+    """Return the file of the costs of a model as it was loaded, on this machine with these threads and this torch.
+
+    Args:
+        loaded: what identifies the model, and everything that was loaded with it and that costs depend on.
+
+    None where the cache cannot be written. A file there that lskip cannot read is removed.
+    """
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+    here = [platform.node(), os.cpu_count(), torch.get_num_threads(), torch.__version__, device.type, name]
+    key = hashlib.sha256(json.dumps([loaded, here], sort_keys=True, default=str).encode()).hexdigest()[:24]
+    try:
+        path = user_path(CACHE, "costs_file") / f"{key}.json"
+        make_writable(path.parent, "costs_file")
+    except ValueError:  # a home that cannot be written: nothing that the user asked for
+        return None
+    try:
+        check_costs_file(path)
+    except ValueError:
+        path.unlink()
+    return str(path)
 
 
 def keep_costs(

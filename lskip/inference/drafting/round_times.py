@@ -10,6 +10,7 @@ TABLE = 8  # weight of what is believed of a draft's extra time, in timed rounds
 STEADY = 64  # timed rounds that a correction averages: after few, the plan that looks best is the luckiest
 PLAIN_EVERY = 32  # timed rounds after which a plain one is timed, at first; as long as it takes the same, ever fewer
 FEW = 8  # plain rounds that are timed at first: all others are compared with them
+AGAIN = 2  # where an earlier process has timed rounds
 SOON, SELDOM = 4, 512  # where it took another time, and at most
 SAME = 0.25
 
@@ -66,7 +67,8 @@ class RoundTimes:
     @property
     def plain_is_due(self) -> bool:
         """Whether a plain round is to be timed again."""
-        return self._are_timed and (self._plain_timed < FEW or self._since_plain >= self._wait)
+        few = AGAIN if self.known else FEW
+        return self._are_timed and (self._plain_timed < few or self._since_plain >= self._wait)
 
     def rounds(self, draft: Draft, slots: int) -> list[float]:
         """Return what rounds of 1, 2, … tokens of a draft cost."""

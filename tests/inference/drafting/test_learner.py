@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lskip.inference import CostAwareDraft, TextGenerator
+from lskip.inference import CostAwareDraft, TextGenerator, load_generator
 from lskip.inference.drafting import costs_file
 from tests.conftest import make_model
 
@@ -59,3 +59,40 @@ def test_a_full_disk_does_not_stop_the_text(generator, monkeypatch, capsys):
     monkeypatch.setattr(costs_file, "write_json", full)
     assert generator.generate(PROMPT, draft_policy=CostAwareDraft(), **DRAFTS).token_ids == text
     assert "what the policy learnt is not kept" in capsys.readouterr().err
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Return the folder of cached costs, which is empty, and a model beside it."""
+    monkeypatch.setattr(costs_file, "CACHE", str(tmp_path / "cache"))
+    make_model(eos_token_id=None).save_pretrained(tmp_path / "model")
+    return tmp_path / "cache"
+
+
+def decode(cache, **loading):
+    generator = load_generator(str(cache.parent / "model"), device="cpu", **loading)
+    return generator.generate(PROMPT, draft="auto", max_new_tokens=20).token_ids
+
+
+def test_costs_are_cached_where_no_file_is_named(cache, monkeypatch):
+    texts = [decode(cache)]
+    (file,) = cache.iterdir()
+    assert json.loads(file.read_text())["learnt"]["drafts"]
+    monkeypatch.setattr(costs_file, "measure_costs", None)  # the next process measures nothing
+    texts.append(decode(cache))
+    assert texts[0] == texts[1] and list(cache.iterdir()) == [file]
+
+
+def test_another_way_to_load_a_model_has_costs_of_its_own(cache):
+    for loading in ({}, {"dtype": "bfloat16"}, {"weights": "plain"}, {"batch_size": 4}, {"costs_file": None}):
+        decode(cache, **loading)
+    assert len(list(cache.iterdir())) == 4
+
+
+def test_a_cache_that_is_broken_or_cannot_be_written_stops_nothing(cache, monkeypatch, capsys):
+    text = decode(cache)
+    (file,) = cache.iterdir()
+    file.write_text("{")
+    assert decode(cache) == text and json.loads(file.read_text())["costs"]
+    monkeypatch.setattr(costs_file, "CACHE", "/dev/null/costs")
+    assert decode(cache) == text and not capsys.readouterr().err
