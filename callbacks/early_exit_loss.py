@@ -50,12 +50,15 @@ class EarlyExitLoss(Callback):
         return exit_weights(num_layers, self.e_scale, on) if self.shares is None else share_weights(self.shares, on)
 
     def check_layers(self, pl_module: LightningModule) -> None:
-        """Raise ValueError where curriculum or shares name exits that the model does not have."""
+        """Raise ValueError where curriculum or shares name exits that the model lacks, or that are never on."""
         layers = len(pl_module.exit_weights.values)
         self.curriculum.check(layers)
         for exit_layer in self.shares or ():
             if exit_layer >= layers:
                 raise ValueError(f"shares: exit layer {exit_layer} is not below the last layer, {layers}")
+            if exit_layer not in self.curriculum.exits(layers):
+                name = type(self.curriculum).__name__
+                raise ValueError(f"shares: exit layer {exit_layer} is on at no step of curriculum {name}")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.exit_weights.claim(self)

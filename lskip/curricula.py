@@ -1,5 +1,7 @@
 """Curricula of the exits that are supervised at a step: C(t, l) of arXiv 2404.16710, section 4.2."""
 
+from collections.abc import Iterable
+
 from lskip.utils.checks import check_whole
 
 
@@ -14,6 +16,10 @@ class ExitCurriculum:
 
     def check(self, num_layers: int) -> None:
         """Raise ValueError where the curriculum does not fit a model of `num_layers`."""
+
+    def exits(self, num_layers: int) -> Iterable[int]:
+        """Return the exit layers (1-based) that are on at some step, the last left out or not; by default all."""
+        return range(1, num_layers + 1)
 
     def on(self, step: int, total: int, num_layers: int) -> list[bool]:
         """Return C(t, ·), one entry for each layer, at optimizer step `step` (0-based) of `total`.
@@ -64,6 +70,9 @@ class AllExits(ExitCurriculum):
 class LastExit(ExitCurriculum):
     """The last exit only: ordinary language-model training."""
 
+    def exits(self, num_layers: int) -> Iterable[int]:
+        return ()
+
     def is_on(self, step: int, total: int, block: int, num_layers: int) -> bool:
         return False
 
@@ -89,6 +98,9 @@ class ChosenExits(ExitCurriculum):
         deepest = max(self.exit_layers)
         if deepest >= num_layers:
             raise ValueError(f"exit_layers: {deepest} is not from 2 to {num_layers - 1}, below the last layer")
+
+    def exits(self, num_layers: int) -> Iterable[int]:
+        return self.exit_layers
 
     def is_on(self, step: int, total: int, block: int, num_layers: int) -> bool:
         return block + 1 == self.exit_layers[step % len(self.exit_layers)]

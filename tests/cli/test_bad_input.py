@@ -77,6 +77,10 @@ BAD = [
     (f"{FIT} --early_exit_loss.e_scale=1 --early_exit_loss.shares.2=0.3", "shares: 0.3 e_scale: 1.0 null"),
     (f"{FIT} --early_exit_loss.shares.2=1.5", "shares: exit layer 2: 1.5 below 1"),
     (f"{FIT} {SMALL} --early_exit_loss.shares.9=0.5", "shares: exit layer 9 below the last layer, 4"),
+    (
+        f"{FIT} {SMALL} --early_exit_loss.shares.2=0.5 --early_exit_loss.curriculum=LastExit",
+        "shares: exit layer 2 is on at no step LastExit",
+    ),
     (f"{FIT} --early_exit_loss=Nothing", "early_exit_loss: 'Nothing' EarlyExitLoss"),
     (f"{FIT} --layer_dropout.p_max=1.5", "error: p_max: 1.5"),
     (f"{FIT} --layer_dropout.p_mx=1", "layer_dropout.p_mx p_max, depth, time"),
