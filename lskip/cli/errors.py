@@ -62,6 +62,10 @@ def explain(report: str, parser: ArgumentParser, choices: dict[str, type]) -> st
         return f"{field}: {value!r} is not {allowed}"
     if re.search(r"object has no attribute|unhashable type|object is not", report):
         return f"{field}: what is given is not a class_path, the name of a class, and its init_args, names and values"
+    if key := re.search(r"invalid literal for int\(\) with base 10: (\S+)", report):
+        return f"{field}: the key {key[1]} is not a whole number"
+    if "unsupported operand type" in report:  # YAML reads {4:0.3} as a number to the base 60
+        return f"{field}: is not readable; in a mapping a space follows each colon, as in {{4: 0.3}}"
     text = re.sub(r"^[\s.-]+", "", " ".join(_NOISE.sub(" ", report).replace("- ", " ").split()))[:200]
     return f"{field}: {text}" if field else text
 

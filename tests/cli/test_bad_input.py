@@ -77,6 +77,8 @@ BAD = [
     (f"{FIT} --early_exit_loss.e_scale=1 --early_exit_loss.shares.2=0.3", "shares: 0.3 e_scale: 1.0 null"),
     (f"{FIT} --early_exit_loss.shares.2=1.5", "shares: exit layer 2: 1.5 below 1"),
     (f"{FIT} {SMALL} --early_exit_loss.shares.9=0.5", "shares: exit layer 9 below the last layer, 4"),
+    (f"{FIT} --early_exit_loss.shares={{{{2:0.3}}}}", "early_exit_loss a space follows each colon"),
+    (f"{FIT} --early_exit_loss.shares.a=0.3", "early_exit_loss.shares: the key 'a' is not a whole number"),
     (
         f"{FIT} {SMALL} --early_exit_loss.shares.2=0.5 --early_exit_loss.curriculum=LastExit",
         "shares: exit layer 2 is on at no step LastExit",
