@@ -99,7 +99,7 @@ def verify(
     states = run_past(runner, x, slots.cache, starts, drafted.exit_block, full, stops)
     x = states[full]
     if (found := find_argmax(runner, x, chooser, drafted.ids)) is not None:
-        accepted, own = keep_agreeing(found.ids, drafted.ids)
+        accepted, own = keep_agreeing(found, drafted.ids)
     else:
         accepted, own = chooser.verify(runner.decode(x), drafted.ids)
     said = None if probe is None else probe.read(states, drafted.ids, chooser)

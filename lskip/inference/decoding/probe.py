@@ -39,7 +39,7 @@ class Probe:
         for exit_layer in self.exits:
             runner, x = self.runners.reading_drafts(self.runners.model, exit_layer), states[exit_layer]
             found = find_argmax(runner, x, chooser, drafted)
-            said.append(chooser.choose(runner.decode(x), drafted) if found is None else found.ids)
+            said.append(chooser.choose(runner.decode(x), drafted) if found is None else found)
         return torch.stack(said)
 
     def compare(self, said: Tensor, tokens: list[list[int]]) -> None:

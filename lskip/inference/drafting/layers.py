@@ -78,7 +78,7 @@ def draft_tokens(
         x = states[-1]
         logits = cache(partial(runner.decode, x) if decode is None else partial(decode, x, position))
         found = find_argmax(runner, x, chooser, drafted) if decode is None else None
-        ids = chooser.sample(logits(), drafted) if found is None else found.ids[:, 0]
+        ids = chooser.sample(logits(), drafted) if found is None else found[:, 0]
         drafted = torch.cat([drafted, ids[:, None]], 1)
         if len(states) == num_speculations or not goes_on(logits, ids, x):
             return Drafted(drafted, states, exit_block)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lskip.inference.drafting.draft import DraftPlan
 from lskip.inference.layers.kv_cache import KVCache
-from lskip.inference.layers.lm_head import Argmax
 from lskip.inference.runners.base import ModelRunner
 
 
@@ -94,6 +93,6 @@ def nothing_drafted(slots: Slots) -> Drafted:
     return Drafted(slots.pending.new_empty(len(slots.pending), 0))
 
 
-def find_argmax(runner: ModelRunner, x: Tensor, chooser: Chooser, drafted: Tensor) -> Argmax | None:
+def find_argmax(runner: ModelRunner, x: Tensor, chooser: Chooser, drafted: Tensor) -> Tensor | None:
     """Return the argmax of x [A, n, D] where the chooser takes it and the runner finds it without all logits."""
     return runner.argmax(x, partial(chooser.ban, drafted=drafted)) if chooser.takes_argmax else None

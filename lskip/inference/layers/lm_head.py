@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,18 +20,6 @@ SLACK = 1.001  # on bounds that hold for real numbers, for arithmetic in float32
 
 
 Ban = Callable[[Tensor], None]  # is given logits [A, n, V] and makes -inf of what may not be chosen
-
-
-class Argmax(NamedTuple):
-    """The argmax, found without all logits.
-
-    Attributes:
-        ids: [A, n], the most probable tokens.
-        logits: [A, n, few], of these and of all tokens that come near.
-    """
-
-    ids: Tensor
-    logits: Tensor
 
 
 def screen_product(x: Tensor, packed: tuple[torch.classes.quantized.LinearPackedParamsBase]) -> Tensor:
@@ -92,8 +79,8 @@ class ScreenedHead:
         """Return the rounded head's logits [N, V] of normed states [N, D]: a draft's, where tokens are sampled."""
         return self.rounded(self.rotation.rotate(x))
 
-    def argmax(self, x: Tensor, ban: Ban | None = None) -> Argmax | None:
-        """Return the argmax of normed states [A, n, D], float32, of what `ban` leaves; the first of equals.
+    def argmax(self, x: Tensor, ban: Ban | None = None) -> Tensor | None:
+        """Return the argmax [A, n] of normed states [A, n, D], float32, of what `ban` leaves; the first of equals.
 
         None where too few tokens are out for this to pay, or a number is not finite.
         """
@@ -113,7 +100,7 @@ class ScreenedHead:
         logits = torch.cat([rows @ copy.T for copy in copies], 1)
         if ban is not None:
             logits.masked_fill_(screen.index_select(1, ids) == -torch.inf, -torch.inf)
-        return Argmax(ids[logits.argmax(1)].view(x.shape[:-1]), logits.view(*x.shape[:-1], -1))
+        return ids[logits.argmax(1)].view(x.shape[:-1])
 
     def bound(self, x: Tensor) -> Tensor:
         """Return how far each token's rounded logits of rotated x [N, D] may be off, in any row: [V]."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lskip.inference.layers.kv_cache import KVCache
-from lskip.inference.layers.lm_head import Argmax, Ban
+from lskip.inference.layers.lm_head import Ban
 
 
 class ModelRunner(Protocol):
@@ -27,4 +27,4 @@ class ModelRunner(Protocol):
     def fill(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> None: ...
     def norm(self, x: Tensor) -> Tensor: ...
     def decode(self, x: Tensor) -> Tensor: ...
-    def argmax(self, x: Tensor, ban: Ban | None = None) -> Argmax | None: ...  # None: no faster than by logits
+    def argmax(self, x: Tensor, ban: Ban | None = None) -> Tensor | None: ...  # None: no faster than by logits

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lskip.inference.layers.linear import Layout, Plain, pack
-from lskip.inference.layers.lm_head import Argmax, Ban
+from lskip.inference.layers.lm_head import Ban
 from lskip.inference.layers.quantized import choose_draft_layouts
 from lskip.inference.runners.base import ModelRunner
 from lskip.models.decoder import Decoder
@@ -67,14 +67,14 @@ class DraftHeadRunner:
         """Return logits [..., V] of exit states [..., D]: -inf for tokens that the head lacks."""
         return spread(self.head(self.runner.norm(x)), self.head.token_ids, self.head.vocab_size)
 
-    def argmax(self, x: Tensor, ban: Ban | None = None) -> Argmax:
+    def argmax(self, x: Tensor, ban: Ban | None = None) -> Tensor:
         """Return the argmax of exit states [A, n, D] among the head's tokens, of what `ban` leaves."""
         logits, ids = self.head(self.runner.norm(x)), self.head.token_ids
         if ban is not None:
             banned = logits.new_zeros(*x.shape[:-1], self.head.vocab_size)
             ban(banned)
             logits = logits + banned.index_select(-1, ids)
-        return Argmax(ids[logits.argmax(-1)], logits)
+        return ids[logits.argmax(-1)]
 
 
 def rounded_layouts(samples: list[Tensor], batch_size: int) -> list[Layout]:

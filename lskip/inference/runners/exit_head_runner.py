@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lskip.inference.layers.lm_head import Argmax, Ban
+from lskip.inference.layers.lm_head import Ban
 from lskip.inference.runners.base import ModelRunner
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class ExitHeadRunner:
         """Return logits [..., V] of exit states [..., D]."""
         return self.runner.decode(self.heads(self.exit_layer, x))
 
-    def argmax(self, x: Tensor, ban: Ban | None = None) -> Argmax | None:
+    def argmax(self, x: Tensor, ban: Ban | None = None) -> Tensor | None:
         """Return the argmax of exit states [A, n, D], of what `ban` leaves; None: by `decode` it is as fast."""
         return self.runner.argmax(self.heads(self.exit_layer, x), ban)
 

@@ -10,7 +10,7 @@ from lskip.inference.layers.attention import AlignedAttention, Attention, Heads,
 from lskip.inference.layers.block_functions import pad_rows
 from lskip.inference.layers.kv_cache import KVCache, new_cache
 from lskip.inference.layers.linear import Layout, Plain, pack
-from lskip.inference.layers.lm_head import Argmax, Ban, ScreenedHead
+from lskip.inference.layers.lm_head import Ban, ScreenedHead
 from lskip.inference.layers.torchscript import as_written
 from lskip.inference.runners.fused_blocks import Block, Norm, Stack, obstacle
 from lskip.models.decoder import Decoder
@@ -116,7 +116,7 @@ class FusedRunner:
         logits = self.head(self.final_norm(self._pad(flat)).to(self.inner_dtype))
         return logits[: len(flat)].view(*x.shape[:-1], -1).to(self.dtype)
 
-    def argmax(self, x: Tensor, ban: Ban | None = None) -> Argmax | None:
+    def argmax(self, x: Tensor, ban: Ban | None = None) -> Tensor | None:
         """Return the argmax of exit states [A, n, D], of what `ban` leaves; None: by `decode` it is as fast."""
         return None if self.screen is None else self.screen.argmax(self.final_norm(x), ban)
 

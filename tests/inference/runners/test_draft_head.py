@@ -33,15 +33,13 @@ def test_the_logits_are_those_of_the_models_exit(unrounded, family, more):
     expected = torch.full_like(own, -torch.inf)
     expected[..., FEW] = own[..., FEW]
     torch.testing.assert_close(runner.decode(states), expected)
-    found = runner.argmax(states)
-    assert torch.equal(found.ids, expected.argmax(-1))
-    torch.testing.assert_close(found.logits.topk(2).values, expected.topk(2).values)
+    assert torch.equal(runner.argmax(states), expected.argmax(-1))
 
     def ban(logits):  # as BatchChooser bans an end token in the first row of each slot
         logits[:, 0, 42] = -torch.inf
 
     ban(expected)
-    assert torch.equal(runner.argmax(states, ban).ids, expected.argmax(-1))
+    assert torch.equal(runner.argmax(states, ban), expected.argmax(-1))
 
 
 def test_int8_rows_choose_nearly_as_the_whole_head():
