@@ -12,7 +12,7 @@ from lskip.targets import LK, ExitTarget, Labels, SelfDistillation
 
 P_GRID, E_GRID = (0.0, 0.2, 0.5), (0.0, 0.2, 1.0)
 P_MAX, E_SCALE = 0.2, 0.2  # of questions b, c, e, f and g
-P_DEPTH = 0.5  # of question a: a rate whose effect is larger than the noise
+P_DEPTH = 0.5  # of questions a and h: a rate whose effect is larger than the noise
 PERIOD = 4
 
 DEPTHS: dict[str, type[Schedule]] = {"Exponential": Exponential, "Linear": Linear, "Constant": Constant}
@@ -40,7 +40,7 @@ class Sizes:
         seeds: of each arm. The long run has one.
         items: of each task of question g; prompts of `prompt_tokens`, answers of `answer_tokens`.
         timed_rounds: of the step times of question c.
-        recipe_steps, recipe_readings, recipe_seeds: of the arms of questions h and i.
+        recipe_steps, recipe_batch_size, recipe_readings, recipe_seeds: of the arms of questions h and i.
     """
 
     source: str = "stdlib"
@@ -65,6 +65,7 @@ class Sizes:
     answer_tokens: int = 16
     timed_rounds: int = 16
     recipe_steps: int = 2_000
+    recipe_batch_size: int = 4
     recipe_readings: int = 4
     recipe_seeds: int = 5
 
@@ -162,9 +163,9 @@ def equal_mean_rate(depth: str, layers: int) -> float:
 # Questions h and i: the same early exit loss in all arms but one.
 NO_DROPOUT, NO_EXITS = "recipe_none", "recipe_plain"
 DROPOUTS = {
-    "recipe_rising": Arm(P_MAX, "Exponential", time="Exponential"),
-    "recipe_falling": Arm(P_MAX, "Exponential", time="Falling", scale_kept=True),
-    "recipe_alternating": Arm(P_MAX, "Alternating", time="Falling", scale_kept=True),
+    "recipe_rising": Arm(P_DEPTH, "Exponential", time="Exponential"),
+    "recipe_falling": Arm(P_DEPTH, "Exponential", time="Falling", scale_kept=True),
+    "recipe_alternating": Arm(P_DEPTH, "Alternating", time="Falling", scale_kept=True),
 }
 EQUAL_FLOPS = "_equal_flops"  # the suffix of an arm that trains longer
 

@@ -11,7 +11,7 @@ from benchmarks.claims.arms import (
     EQUAL_FLOPS,
     NO_DROPOUT,
     NO_EXITS,
-    P_MAX,
+    P_DEPTH,
     PERIOD,
     Recipe,
     Sizes,
@@ -54,9 +54,10 @@ def recipes(results: Results) -> list[Section]:
         for name in ("recipe_falling" + suffix, "recipe_alternating" + suffix)
     ]
     note = (
-        f"p_max {P_MAX}, e_scale {E_SCALE}, Rotational {PERIOD}; seeds finished: {len(results.seeds)}. Equal FLOPs: as"
-        " many executions of a block for a sequence, in expectation, as without dropout; what the further steps cost in"
-        " embedding and heads is not counted. Differences are to no dropout, by seed, with their 95 % interval."
+        f"p_max {P_DEPTH}, e_scale {E_SCALE}, Rotational {PERIOD}, batches of {results.sizes.recipe_batch_size}; seeds"
+        f" finished: {len(results.seeds)}. Equal FLOPs: as many executions of a block for a sequence, in expectation,"
+        " as without dropout; what the further steps cost in embedding and heads is not counted. Differences are to no"
+        " dropout, by seed, with their 95 % interval."
     )
     rows = [_row(results, _label(name), name, arms[name]) for name in arms]
     shown = {_label(name): results.curves(name) for name in equal if name != NO_EXITS}

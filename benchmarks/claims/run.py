@@ -15,7 +15,7 @@ import json
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -154,6 +154,7 @@ def trainings(out: Path, sizes: Sizes, cache_dir: str | None) -> list[Job]:
 
 def recipe_trainings(out: Path, sizes: Sizes, cache_dir: str | None, questions: str) -> list[Job]:
     """Return the jobs of questions h and i, seed by seed, so that what is finished can be compared."""
+    sizes = replace(sizes, batch_size=sizes.recipe_batch_size)
     recipes = {**(make_recipes(sizes) if "h" in questions else {}), **(make_targets(sizes) if "i" in questions else {})}
     return [
         partial(train, run_folder(out, name, seed), recipe.arm, sizes, seed, cache_dir, recipe.steps,
