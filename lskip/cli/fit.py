@@ -24,7 +24,7 @@ from lskip.cli.config_files import CONFIG_HELP, ConfigFile, bound_yaml
 from lskip.cli.errors import innermost
 from lskip.cli.named_classes import restrict_imports
 from lskip.cli.option_parsing import parse_options
-from lskip.cli.runs.data_checks import check_block_size, check_tokenizer, check_tokenizer_is_there, match_data_to_model
+from lskip.cli.runs import data_checks
 from lskip.cli.runs.fit_help import explain_options
 from lskip.cli.runs.fit_report import print_end
 from lskip.cli.runs.resuming import (
@@ -94,8 +94,7 @@ class LayerSkipCLI(LightningCLI):
     """The command line of training: parses, makes the cheap checks, builds, and calls the Trainer.
 
     The top level holds `model`, the other arguments of LayerSkipModule, `data` (TextData unless a class_path
-    says otherwise), `layer_dropout`, `early_exit_loss` (both off unless named), `checkpoint`, `run_folder` and
-    `trainer`.
+    says otherwise), `layer_dropout`, `early_exit_loss` (off unless named), `checkpoint`, `run_folder`, `trainer`.
 
     Raises:
         ValueError, OSError, MisconfigurationException: mistakes of the user.
@@ -202,13 +201,15 @@ class LayerSkipCLI(LightningCLI):
     def _check_run(self) -> None:
         """Check that a new run has a folder without one, or what a resumed run changes."""
         if self.resumed is None:
+            data_checks.seed_data(self._settings, {})
             if not self._settings.trainer.fast_dev_run:
                 refuse_existing_run(self.folder)
             return
         if "optimizer_states" not in self.resumed:
             raise ValueError(f"ckpt_path: {self.ckpt_path!r} holds weights alone; begin with them by --model")
-        before, now = settings_before(self.resumed, Path(self.ckpt_path)), settings_of(self._settings.as_dict())
-        self.changes = changed_settings(before, now, self.resumed)
+        before = settings_before(self.resumed, Path(self.ckpt_path))
+        data_checks.seed_data(self._settings, before)
+        self.changes = changed_settings(before, settings_of(self._settings.as_dict()), self.resumed)
 
     def _lock_folder(self) -> None:
         fit = self.subcommand == "fit"
@@ -220,22 +221,22 @@ class LayerSkipCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         config = copy.deepcopy(self.config)
-        match_data_to_model(config[self.subcommand])
+        data_checks.match_data_to_model(config[self.subcommand])
         try:
             self.config_init = self.parser.instantiate_classes(config)
         except ValueError as error:
             raise ValueError(innermost(str(error))) from error
         built = self.config_init[self.subcommand]
         self.datamodule = built.data
-        check_tokenizer_is_there(built.data, built.model)
+        data_checks.check_tokenizer_is_there(built.data, built.model)
         seed = 0 if built.seed_everything is False else built.seed_everything
         arguments = {name: built[name] for name in self._module_arguments}
         self.model = LayerSkipModule(built.model, seed=seed, **arguments)
         self.model.settings = settings_of(self._settings.as_dict())
         if self.resumed is not None:
             check_resumable(self.resumed, self.model, self.ckpt_path)
-        check_block_size(self.datamodule, self.model)
-        check_tokenizer(self.datamodule, self.model)
+        data_checks.check_block_size(self.datamodule, self.model)
+        data_checks.check_tokenizer(self.datamodule, self.model)
         self.trainer = self.instantiate_trainer()
         if self.subcommand == "fit":
             self._check_before_data()

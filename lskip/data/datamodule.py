@@ -81,7 +81,7 @@ class TextData(LightningDataModule):
         num_workers: processes that load batches; 0 loads in the training process.
         group_by_length: make batches of rows of similar length, so that little is padded; text needs none, and a
             stream cannot.
-        seed: of the training order.
+        seed: of the training order; null: the run's seed_everything, and 0 outside of `lskip fit`.
         cache_dir: folder of cached documents, tokenizers and tokens; null is ~/.cache/lskip.
 
     Raises:
@@ -101,7 +101,7 @@ class TextData(LightningDataModule):
         max_val_blocks: int | None = 512,
         streaming: bool = False,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
         cache_dir: str | None = None,
         val_within_groups: bool = False,
         split_digits: bool = False,
@@ -114,7 +114,8 @@ class TextData(LightningDataModule):
         check_whole("block_size", block_size, 2, MOST_TOKENS)
         check_whole("batch_size", batch_size, 1, MOST_TOKENS)
         check_whole("num_workers", num_workers, 0, MOST_WORKERS)
-        check_whole("seed", seed, 0, 2**64 - 1)
+        self.seed = 0 if seed is None else seed
+        check_whole("seed", self.seed, 0, 2**64 - 1)
         check_fractions(val_fraction, test_fraction)
         check_text_column(text_column)
         if max_val_blocks is not None:
@@ -128,10 +129,9 @@ class TextData(LightningDataModule):
         self.block_size, self.batch_size = block_size, batch_size
         self.rule = SplitRule(val_fraction, test_fraction, val_within_groups)
         self.text_column, self.max_val_blocks, self.streaming = text_column, max_val_blocks, streaming
-        self.num_workers, self.seed, self.group_by_length = num_workers, seed, group_by_length
+        self.num_workers, self.group_by_length = num_workers, group_by_length
         self.cache = check_cache(cache_dir)
-        # Their kind and a hash of their content; None: not read yet, or streamed.
-        self.training_documents: dict[str, str] | None = None
+        self.training_documents: dict[str, str] | None = None  # kind and hash; None: not read yet, or streamed
         self._blocks: dict[str, Dataset] = {}
 
     def prepare_data(self) -> None:

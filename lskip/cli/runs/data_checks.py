@@ -1,4 +1,7 @@
-"""Agreement of a run's data with its model: the tokenizer, and the length of a row."""
+"""Agreement of a run's data with its model and its settings: tokenizer, length of a row, seed."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
@@ -17,6 +20,13 @@ def match_data_to_model(config: Namespace) -> None:
             arguments["vocab_size"] = size
     elif "tokenizer" in arguments and arguments["tokenizer"] is None:
         arguments["tokenizer"] = config.model
+
+
+def seed_data(config: Namespace, before: Mapping[str, Any]) -> None:
+    """Set the data's seed, where they name none, to that of `before`, a resumed run's settings, else of the run."""
+    arguments = config.data.init_args if config.data is not None else {}
+    if "seed" in arguments and arguments["seed"] is None:
+        arguments["seed"] = before.get("data.seed", int(config.seed_everything))
 
 
 def check_tokenizer_is_there(data: LightningDataModule | None, model: dict | str) -> None:

@@ -116,6 +116,16 @@ def test_the_optimizer_goes_by_the_command_line_and_config_yaml_says_so(go_on, p
     assert state["state"][0]["step"] == before["state"][0]["step"] + 2 == 6
 
 
+def test_another_seed_is_another_order_of_the_text(place, go_on):
+    """Red where seed_everything leaves the data's seed alone: fine-tunes of several seeds are then one and the same."""
+    config = {}
+    for name, more in {"5": ["--seed_everything=5"], "5 and 2": ["--seed_everything=5", "--data.seed=2"]}.items():
+        assert fit(place, name, "--trainer.max_steps=1", *more) == 0
+        config[name] = yaml.safe_load((place / name / "config.yaml").read_text())["data"]["init_args"]["seed"]
+    assert config == {"5": 5, "5 and 2": 2}
+    assert go_on("--seed_everything=5")[3]["data"]["init_args"]["seed"] == 0  # a run keeps its order
+
+
 ALTERED = {
     "F20 SGD": (["--optimizer=torch.optim.SGD", "--optimizer.lr=0.1"], "optimizer: 'torch.optim.SGD', but"),
     "B35 Adagrad": (["--optimizer=torch.optim.Adagrad"], "optimizer: 'torch.optim.Adagrad', but"),
