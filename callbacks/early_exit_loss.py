@@ -1,5 +1,6 @@
 """Early exit loss: every layer learns to be decoded by the shared LM head (arXiv 2404.16710, section 4.2)."""
 
+import math
 from collections.abc import Mapping
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -8,6 +9,7 @@ from lskip.curricula import AllExits, ExitCurriculum, Rotational
 from lskip.losses import exit_weights, share_weights
 from lskip.utils.checks import check_real, check_whole
 
+LARGEST = 1 - 1e-6  # sum of the shares: less is left of the last layer's by rounding alone
 E_SCALE, PERIOD = 0.2, 8  # where neither e_scale nor shares are given
 
 
@@ -77,10 +79,12 @@ class EarlyExitLoss(Callback):
 def _check_shares(shares: Mapping[int, float], e_scale: float | None) -> None:
     if e_scale is not None:
         raise ValueError(f"shares: {shares} and e_scale: {e_scale} both weigh the exits; leave one of them out (null)")
+    if not isinstance(shares, Mapping):
+        raise ValueError(f"shares: {shares!r} is not exit layers and their shares, as {{4: 0.3}}")
     if not shares:
         raise ValueError("shares: {} names no exit; null is the paper's equation")
     for exit_layer, share in shares.items():
         check_whole("shares: exit layer", exit_layer, 1)
         check_real(f"shares: exit layer {exit_layer}", share, "above 0 and below 1", lambda value: 0 < value < 1)
-    if sum(shares.values()) >= 1:
-        raise ValueError(f"shares: {shares} add up to {sum(shares.values()):g}; below 1 is left for the last layer")
+    if (total := math.fsum(shares.values())) > LARGEST:
+        raise ValueError(f"shares: {shares} add up to {total:g}; below 1 is left for the last layer")

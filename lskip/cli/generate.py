@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from lskip.evaluation.sweep.tuned import tuned_options
-from lskip.inference import Generation, GenerationSettings
+from lskip.inference import Generation, GenerationSettings, TextGenerator
 from lskip.inference.drafting.drafter import Available
 from lskip.inference.drafting.policies import DraftPolicy
 from lskip.inference.options import DecodingOptions, LoadingOptions
@@ -35,6 +35,7 @@ def generate(
     check_exit_layer(decoding, loading)
     interrupt = None
     generator = loading.load()
+    check_adapter_is_used(decoding, loading, generator)
     stream = generator.stream(prompt, **settings)
     try:
         for piece in stream:
@@ -63,6 +64,18 @@ def check_exit_layer(decoding: DecodingOptions, loading: LoadingOptions) -> None
     layers = getattr(load_config(loading.model), "num_hidden_layers", None)
     if layers is not None and loading.exit_adapter is None:
         GenerationSettings(**decoding.settings()).check_model(Available(layers, loading.draft_weights is not None))
+
+
+def check_adapter_is_used(decoding: DecodingOptions, loading: LoadingOptions, generator: TextGenerator) -> None:
+    """Raise ValueError for an exit_adapter that is named beside what would leave it out in silence."""
+    if loading.exit_adapter is None:
+        return
+    exit_layer = generator.runners.available.adapter_exit
+    if decoding.exit_criterion is not None:
+        raise ValueError("exit_criterion: reads the model's own exits; leave it or the exit_adapter out")
+    if decoding.exit_layer not in (None, exit_layer):
+        advice = f"is not {exit_layer}, for which the exit_adapter was made; leave out one of the two"
+        raise ValueError(f"exit_layer: {decoding.exit_layer} {advice}")
 
 
 def result_fields(generation: Generation) -> dict[str, Any]:

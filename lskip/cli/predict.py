@@ -7,7 +7,7 @@ from functools import partial
 
 from tqdm import tqdm
 
-from lskip.cli.generate import check_exit_layer, result_fields
+from lskip.cli.generate import check_adapter_is_used, check_exit_layer, result_fields
 from lskip.cli.predict_output import AnswerFile, lock_output, put_in_order, start_output
 from lskip.cli.predict_settings import (
     answer_settings,
@@ -76,6 +76,7 @@ def predict(
         speed = "all were there"
         if missing:
             generator = loading.load(min(batch_size, len(missing)))
+            check_adapter_is_used(decoding, loading, generator)
             chosen = generator.settings(**settings)
             if not is_known:
                 check_by_answering(path, asked, generator, chosen)

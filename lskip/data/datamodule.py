@@ -50,8 +50,8 @@ class TextData(LightningDataModule):
 
     Documents are de-duplicated and split by the sha256 of their content: the split is the same on every machine, no
     copy is on both sides, and the tokenizer is trained on the training split alone. Where rows have a column `group`,
-    the split is by the sha256 of that, and all documents of a group stay on one side; with `val_within_groups` test is
-    the same, and validation is documents of the groups of training.
+    the split is by the sha256 of that, and all documents of a group stay on one side (of copies that of the first
+    counts, in a stream each); with `val_within_groups` validation is other documents of the groups of training.
 
     Training order is a function of (seed, batch number): a run resumed with `ckpt_path` gets the batches that it would
     have got uninterrupted, if batch_size and the number of devices are the same. Validation and test are in a fixed
@@ -66,7 +66,7 @@ class TextData(LightningDataModule):
         tokenizer: any source of load_tokenizer (lskip.models.pretrained): smollm2, a folder, a hub name …; or a
             tokenizer; null trains a byte-level BPE on the training split.
         vocab_size: entries of the trained tokenizer; not used when `tokenizer` is given.
-        split_digits: each digit is a token of the trained tokenizer, as of Llama's: numbers are easier to copy.
+        split_digits: each digit is a token of a tokenizer trained here, as of Llama's: numbers are easier to copy.
         block_size: tokens in a row.
         batch_size: rows in a batch, on each device.
         val_fraction: share of the documents held out for validation; 0: none, and a fit is not validated.

@@ -3,13 +3,13 @@
 import torch
 
 from lskip.inference.drafting.costs_file import AUTO as CACHED
-from lskip.inference.drafting.costs_file import cached_costs_file, check_costs_file
+from lskip.inference.drafting.costs_file import cached_costs_file, check_costs_file, digest_of
 from lskip.inference.generator import TextGenerator
 from lskip.inference.runners.build import suited_draft_weights
 from lskip.inference.settings import AUTO
 from lskip.models.decoder import Decoder
 from lskip.models.draft_tokens import ALL, find_draft_tokens
-from lskip.models.exit_adapter import SHIPPED, find_adapter, fingerprint, load_adapter
+from lskip.models.exit_adapter import SHIPPED, find_adapter, load_adapter
 from lskip.utils.checks import check_choice, check_whole
 from lskip.utils.devices import DTYPES
 from lskip.utils.user_paths import user_path
@@ -60,8 +60,8 @@ def load_generator(
     adapter = None if folder is None else load_adapter(folder, loaded)
     few = None if listed is None else listed.ids(decoder.vocab_size, tokenizer)
     if costs_file == CACHED:
-        drafting = [draft_weights, adapter and adapter.shape, few]
-        costs_file = cached_costs_file([fingerprint(decoder), dtype, weights, bit_exact, batch_size, *drafting], place)
+        how = [dtype, weights, bit_exact, batch_size, draft_weights, adapter and adapter.shape, few]
+        costs_file = cached_costs_file([digest_of(loaded.state_dict()), *how], place)
     return TextGenerator(
         loaded,
         tokenizer,

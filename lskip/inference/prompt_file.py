@@ -118,6 +118,8 @@ def _parse_json(line: int, text: str) -> dict:
     where = f"prompts: line {line}"
     fields = parse_line(text, where)
     asked_of(fields, where)
+    if "tools" in fields:
+        raise ValueError(f"{where}: the key 'tools' is read by no prompt here; leave it out")
     for name, value in fields.items():
         if name in WRITTEN:
             raise ValueError(f"{where}: the key {name!r} is taken: it is what predict writes")

@@ -12,7 +12,7 @@ from lskip.utils.checks import check_choice, check_parts, check_real, check_text
 
 AUTO = "auto"  # as a draft: whatever pays of what is loaded
 ACCEPTANCES = ("shared_noise", "rejection")
-POLICY_METHODS = ("begin", "plan", "goes_on", "learn")
+POLICY_METHODS = ("begin", "plan", "goes_on", "judge", "learn", "learnt", "recall", "summary")
 CRITERION_METHODS = ("looks_at", "exits", "bound")
 
 

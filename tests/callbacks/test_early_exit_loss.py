@@ -70,6 +70,9 @@ def test_the_share_of_an_exit_that_is_off_goes_to_the_last_layer(tiny_model, tmp
         ({"shares": {2: float("nan")}}, "shares: exit layer 2: nan"),
         ({"shares": {2: 1.0}}, "shares: exit layer 2: 1.0"),
         ({"shares": {1: 0.5, 2: 0.5}}, "shares: .* add up to 1; below 1"),
+        ({"shares": {4: 0.7, 3: 0.2, 2: 0.1}}, "shares: .* add up to 1; below 1"),  # in this order 1 - 1e-16
+        ({"shares": {6: 0.11, 5: 0.31, 3: 0.16, 4: 0.06, 1: 0.36}}, "shares: .* add up to 1; below 1"),
+        ({"shares": [0.1]}, r"shares: \[0.1\] is not exit layers and their shares"),
     ],
 )
 def test_wrong_shares_are_refused(arguments, said):

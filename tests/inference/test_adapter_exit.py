@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lskip.cli import main
 from lskip.inference import TextGenerator
 from lskip.inference.decoding.sampling import TokenChooser
 from lskip.models.decoder import Decoder
@@ -78,3 +79,25 @@ def test_adapters_that_join_last_states_are_refused():
     generator = TextGenerator(model, exit_adapter=make_adapter(model))
     with pytest.raises(ValueError, match="exit_layer: 2 alone does not go with this exit_adapter, which joins"):
         generator.settings(exit_layer=EXIT)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--exit_layer=1"], "exit_layer: 1 is not 2, for which the exit_adapter was made"),
+        (["--exit_layer=1", "--draft=auto"], "exit_layer: 1 is not 2, for which the exit_adapter was made"),
+        (["--exit_layer=2", "--exit_criterion=Margin", "--exit_criterion.threshold=0.5"], "exit_criterion: reads the model's own exits; leave it or the"),
+    ],
+)
+def test_an_adapter_that_is_named_is_never_left_out_in_silence(tmp_path, tiny_tokenizer, capsys, options, said):
+    model = make_damped()
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    make_adapter(model, joins=False).save(tmp_path / "adapter")
+    (tmp_path / "prompts.txt").write_text("def f(\n")
+    loading = [f"--model={tmp_path}/model", f"--exit_adapter={tmp_path}/adapter", "--max_new_tokens=3", *options]
+    assert main(["generate", "--prompt=def f(", *loading]) == 2
+    assert said in capsys.readouterr().err
+    files = [f"--prompts={tmp_path}/prompts.txt", f"--output={tmp_path}/out.jsonl"]
+    assert main(["predict", *files, *loading]) == 2
+    assert said in capsys.readouterr().err

@@ -307,6 +307,7 @@ WRITTEN = "B8 what cannot be written stops predict in the middle"
         pytest.param('{"prompt": "a", "x": {"y": ["\\udfff"]}}', r"x: holds '\\udfff'", id="within lists"),
         pytest.param('{"prompt": "a", "\\ud800": 1}', r"holds '\\ud800'", id="a key"),
         pytest.param('{"messages": [{"role": "user", "content": "\\ud800"}]}', "messages: holds", id="messages"),
+        pytest.param('{"messages": [{"role": "user", "content": "a"}], "tools": []}', "the key 'tools'", id="tools"),
         pytest.param('{"prompt": "a", "n": NaN}', "n: a number that is not finite", id="NaN"),
         pytest.param('{"prompt": "a", "n": 1e999}', "n: a number that is not finite", id="1e999"),
         pytest.param('{"prompt": "a", "n": ' + "9" * 5000 + "}", "not JSON that is read", id="B41 5000 digits"),

@@ -12,6 +12,7 @@ from lskip.inference.drafting.policies import FixedDraft
 from lskip.inference.model_defaults import read_defaults
 
 PROMPT = [7, 42, 99]
+ALMOST = SimpleNamespace(begin=print, plan=print, goes_on=print, learn=print)  # no policy: learnt, judge … are missing
 
 BAD_SETTINGS = [
     ({"max_new_tokens": 0}, "max_new_tokens: 0"),
@@ -50,6 +51,7 @@ BAD_SETTINGS = [
     ({"draft": "weights", "num_speculations": 3, "exit_layer": 2}, "draft: 'weights' needs draft_weights"),
     ({"draft": "layers", "num_speculations": 3}, "num_speculations: 3 needs an exit_layer from 1 to 3"),
     ({"draft_policy": "fast"}, "draft_policy: 'fast' is not a DraftPolicy"),
+    ({"draft_policy": ALMOST}, "draft_policy: .* is not a DraftPolicy"),
     ({"draft_policy": FixedDraft}, "draft_policy: <class .* is not a DraftPolicy"),
     ({"draft_policy": FixedDraft(), "num_speculations": 3}, "num_speculations: 3 needs an exit_layer from 1 to 3"),
     ({"seed": -1}, "seed: -1"),

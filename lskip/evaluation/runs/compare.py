@@ -59,8 +59,11 @@ def _describe(summary: RunSummary) -> dict[str, str]:
     return {
         "curriculum": _method(summary, "early_exit_loss", "curriculum", "curriculum.period"),
         "e_scale": _method(summary, "early_exit_loss", "e_scale"),
+        "shares": _method(summary, "early_exit_loss", "shares"),
+        "exit_target": str(summary.settings.get("exit_target", "?")),
         "dropout p_max": _method(summary, "layer_dropout", "p_max"),
         "dropout depth, time": _method(summary, "layer_dropout", "depth", "time"),
+        "dropout scale_kept": _method(summary, "layer_dropout", "scale_kept"),
         "data": Path(str(summary.settings.get("data.source", "?"))).name,
         "steps": _steps(summary),
         "last layer's perplexity": f"{report.perplexity[-1]:.4g}",

@@ -24,7 +24,7 @@ def run_settings(config: Mapping[str, Any]) -> dict[str, str | float | int | boo
 
 def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any, bool]]:
     """Yield (dotted name, value, whether it is a class path) for all settings below `value`."""
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or any(str(key).isdecimal() for key in value):  # {4: 0.3} is one value
         yield name, value, False
         return
     if "class_path" in value:
@@ -38,5 +38,7 @@ def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any, bool]]:
 def _shown(value: Any, is_class: bool) -> str | float | int | bool:
     if isinstance(value, bool | int | float) and not is_class:
         return value
+    if isinstance(value, Mapping):
+        value = [f"{key}: {part}" for key, part in value.items()]
     text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return printable(text.rpartition(".")[2] if is_class else text, keep="")

@@ -19,6 +19,7 @@ from lskip.utils.console import say
 from lskip.utils.user_errors import one_line
 
 NEED_NO_TRAINING = ("int8", "int4", "ngram")  # drafts for any model
+PRECISION = 0.9
 EXITING = ("layers", *DRAFT_WEIGHTS)  # drafts whose exits are read along the answers
 
 Records = Sequence[dict[str, Any]]
@@ -42,7 +43,7 @@ class Search:
     num_speculations: Sequence[int]
     num_layers: int
     criterion: str | None = None
-    precision: float = 1.0
+    precision: float = PRECISION
 
     def run(self, answers: Answers, rounds: int, decoded_cells: int) -> tuple[list[dict[str, Any]], str]:
         """Return the records, as a sweep's, of the cells that were worth decoding; and a line on what was not tried."""
@@ -87,7 +88,7 @@ class Search:
             thresholds = self.thresholds(answers, draft)
             for cell in (cell for cell in cells if cell.draft == draft and cell.exit_layer):
                 chosen = thresholds[cell.exit_layer - 1]
-                if chosen.share:
+                if 0 < chosen.share < 1:  # with all of them it would end no draft
                     settings = (cell.draft, cell.exit_layer, cell.num_speculations)
                     found.append(CriterionCell(*settings, criterion=self.criterion, threshold=chosen.threshold))
         return found
@@ -146,9 +147,15 @@ def candidates(
     return cells
 
 
-def check_criterion(criterion: str, precision: float, drafts: Sequence[str]) -> None:
-    """Raise ValueError unless the criterion can be calibrated, and for a draft that exits."""
+def check_criterion(criterion: str | None, precision: float | None, drafts: Sequence[str]) -> float:
+    """Return the precision, PRECISION where none is named; ValueError for a criterion that no draft here can have."""
+    if criterion is None:
+        if precision is not None:
+            raise ValueError(f"precision: {precision} is a criterion's; name one, such as Entropy")
+        return PRECISION
+    precision = PRECISION if precision is None else precision
     check_choice("criterion", criterion, tuple(MEASURED))
     check_real("precision", precision, "above 0 and at most 1", lambda value: 0 < value <= 1)
     if "layers" not in drafts:
         raise ValueError(f"criterion: {criterion!r} ends drafts of exits; name layers among the drafts")
+    return precision

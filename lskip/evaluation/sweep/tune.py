@@ -11,7 +11,7 @@ from rich.console import Console
 from lskip.evaluation.sweep.advice import advice, best_cell
 from lskip.evaluation.sweep.cells import Generators
 from lskip.evaluation.sweep.forecast import Answers
-from lskip.evaluation.sweep.grid import CriterionCell, cell_of, check_grid
+from lskip.evaluation.sweep.grid import Cell, CriterionCell, cell_of, check_grid
 from lskip.evaluation.sweep.search import Records, Search, check_criterion, exits_of_answers
 from lskip.evaluation.sweep.sweep import in_words, print_cells
 from lskip.evaluation.sweep.tuned import adapter_place, check_place, save_tuned, tokens_place, tuned_path
@@ -41,7 +41,7 @@ def tune(
     decoded_cells: int = 3,
     batch_size: int = 4,
     criterion: CriterionName | None = None,
-    precision: float = 0.9,
+    precision: float | None = None,
 ) -> None:
     """Find exit_layer and num_speculations for a task in minutes; `--task` of generate and predict goes by it.
 
@@ -61,7 +61,7 @@ def tune(
         batch_size: prompts that are answered together where nothing is timed.
         criterion: Entropy or Margin: drafts of exits may also end where it is unsure (CriterionDraft), at the
             threshold of each exit that gives `precision`. null: they draft num_speculations every time.
-        precision: share of the tokens sure enough by the criterion that are to be right, above 0 and at most 1.
+        precision: share of the tokens sure enough by the criterion that are to be right, above 0 to 1; null: .9.
 
     Raises:
         ValueError: a value that is not allowed.
@@ -72,15 +72,14 @@ def tune(
     counts = {"num_prompts": num_prompts, "rounds": rounds, "decoded_cells": decoded_cells, "batch_size": batch_size}
     for name, value in counts.items():
         check_whole(name, value, 1)
-    if criterion is not None:
-        check_criterion(criterion, precision, named)
-    search = Search(
-        named, drafts is None, exit_layers, num_speculations, layers_of(loading.model), criterion, precision
-    )
+    precise = check_criterion(criterion, precision, named)
+    search = Search(named, drafts is None, exit_layers, num_speculations, layers_of(loading.model), criterion, precise)
     search.cells()  # refused before a model is loaded
     path = tuned_path(loading.model)
     check_place(path)
     generators = Generators(loading)
+    if "adapter" in named:
+        generators.drafting(Cell("adapter", None, 1))  # another model's is refused now
     prompts = prompts_of(task, generators.plain, num_prompts)
     with interrupt_explained("; nothing is saved yet: the same command begins anew"):
         answers = Answers(generators, prompts, batch_size, criterion and MEASURED[criterion])

@@ -9,6 +9,7 @@ from lskip.inference.drafting.registry import DRAFTERS
 from lskip.inference.exit_criteria import MEASURED
 from lskip.inference.loading import resolve_device
 from lskip.inference.options import DecodingOptions, DraftWeights, LoadingOptions
+from lskip.inference.settings import AUTO
 from lskip.models.draft_tokens import ALL
 from lskip.models.exit_adapter import SHIPPED, find_adapter
 from lskip.utils.output_files import make_writable, only_writer, write_json
@@ -125,7 +126,8 @@ def tuned_options(
     if decoding.num_speculations == 0 or decoding.exit_criterion is not None:
         return decoding, loading
     if _drafts_otherwise(found, decoding, loading):
-        found = dict.fromkeys(found) | {"num_speculations": found["num_speculations"]}
+        count = None if decoding.draft == AUTO else found["num_speculations"]  # a fixed draft's says nothing of it
+        found = dict.fromkeys(found) | {"num_speculations": count}
     _check_found(task, found, loading.model)
     policy = _policy_of(found)
     decoding = _filled(decoding, found, DECODING)

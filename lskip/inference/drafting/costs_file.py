@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lskip.inference.drafting.costs import Costs, blocks_of, fields_of, measure_costs
 from lskip.inference.drafting.learnt import check_learnt
@@ -22,6 +24,7 @@ from lskip.utils.user_paths import user_path
 
 AUTO = "auto"
 CACHE = "~/.cache/lskip/costs"
+SAMPLED = 64  # numbers of each matrix that tell models apart
 
 
 def cached_costs_file(loaded: list, device: torch.device) -> str | None:
@@ -43,9 +46,20 @@ def cached_costs_file(loaded: list, device: torch.device) -> str | None:
         return None
     try:
         check_costs_file(path)
-    except ValueError:
-        path.unlink()
+    except (ValueError, OSError):
+        if path.is_dir():
+            return None
+        path.unlink(missing_ok=True)
     return str(path)
+
+
+def digest_of(weights: Mapping[str, Tensor]) -> str:
+    """Return a hash of the names and shapes of a model's weights, and of some numbers of each."""
+    digest = hashlib.sha256()
+    for name, part in weights.items():
+        some = part.detach().flatten()[:: max(1, part.numel() // SAMPLED)][:SAMPLED].to("cpu", torch.float32)
+        digest.update(f"{name} {tuple(part.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def keep_costs(
@@ -60,20 +74,22 @@ def keep_costs(
     Raises:
         ValueError: a file that holds something else, or costs of another model or device.
     """
-    here = runner.device.type
+    here, layouts = runner.device.type, [getattr(each, "layout", None) for each in (runner, draft_runner)]
     if not path.exists():
         costs = measure_costs(runner, draft_runner, adapter_runner=adapter_runner, draft_head=draft_head)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"device": here, "costs": costs.to_dict()})
+            write_json(path, {"device": here, "layouts": layouts, "costs": costs.to_dict()})
         except OSError as error:  # a full disk: the text that asked for them goes on
             warn(f"costs_file: is not kept ({one_line(error)})")
         return costs
-    device, costs = read_costs(path)
+    saved = _read(path)
+    device, costs = saved["device"], saved["costs"]
     if device != here:
         raise ValueError(f"costs_file: '{path}' was measured on {device!r}, not on {here!r}; name another")
     measured = costs.num_layers, costs.draft is None, costs.adapter_blocks, costs.model.draft_head is None
-    if measured != (runner.num_layers, draft_runner is None, blocks_of(adapter_runner), draft_head is None):
+    loaded = runner.num_layers, draft_runner is None, blocks_of(adapter_runner), draft_head is None
+    if measured != loaded or saved["layouts"] not in (None, layouts):
         parts = "another model, of other draft_weights, of other draft_tokens or of another exit_adapter"
         raise ValueError(f"costs_file: '{path}' is of {parts}; name another file")
     return costs
@@ -81,15 +97,16 @@ def keep_costs(
 
 def read_costs(path: Path) -> tuple[str, Costs]:
     """Return the device and the costs of a costs_file; ValueError if it has something else."""
-    return _read(path)[:2]
+    saved = _read(path)
+    return saved["device"], saved["costs"]
 
 
-def _read(path: Path) -> tuple[str, Costs, dict[str, Any] | None]:
-    """Return the device, the costs and what was learnt; ValueError for a file that has something else."""
+def _read(path: Path) -> dict[str, Any]:
+    """Return the device, the layouts, the costs and what was learnt; ValueError for a file of something else."""
     advice = "remove it to measure again"
     try:
         fields = _saved(path)
-        costs = Costs.from_dict(fields["costs"])
+        fields["costs"] = Costs.from_dict(fields["costs"])
         if fields["learnt"] is not None:
             check_learnt(fields["learnt"])
     except (ValueError, OSError) as error:  # OSError: a folder
@@ -98,14 +115,14 @@ def _read(path: Path) -> tuple[str, Costs, dict[str, Any] | None]:
         raise ValueError(f"costs_file: {said}; {advice}") from error
     if not isinstance(fields["device"], str):
         raise ValueError(f"costs_file: '{path}': device: {fields['device']!r} is not a text; {advice}")
-    return fields["device"], costs, fields["learnt"]
+    return fields
 
 
 def _saved(path: Path) -> dict[str, Any]:
     saved = parse_json(read_text(path, "costs_file"), f"costs_file: '{path}'")
-    if isinstance(saved, dict):  # a new file, and those of before, have nothing learnt
-        saved = {"learnt": None} | saved
-    return fields_of(saved, f"costs_file: '{path}'", ("device", "costs", "learnt"))
+    if isinstance(saved, dict):  # a new file has nothing learnt; those of before have no layouts either
+        saved = {"learnt": None, "layouts": None} | saved
+    return fields_of(saved, f"costs_file: '{path}'", ("device", "layouts", "costs", "learnt"))
 
 
 class Learner:
@@ -119,7 +136,7 @@ class Learner:
         """Let the policy begin with what one learnt in an earlier process; ValueError for a file of something else."""
         if self.path is None or self.policy.learnt() or not self.path.exists():
             return
-        *_, learnt = _read(self.path)
+        learnt = _read(self.path)["learnt"]
         if learnt is not None:
             self.policy.recall(learnt)
 

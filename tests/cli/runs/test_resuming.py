@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from lskip.cli import main
+from lskip.cli.runs.resuming import changed_settings, settings_of
 
 KIND = "K6 resume, and what the command line says"
 BATCH, BLOCK = 4, 16
@@ -114,6 +115,16 @@ def test_the_optimizer_goes_by_the_command_line_and_config_yaml_says_so(go_on, p
     assert checkpoint["lr_schedulers"][0]["base_lrs"] == [1e-5, 1e-5]
     # The state went on: six steps of AdamW, its average of squares not begun anew.
     assert state["state"][0]["step"] == before["state"][0]["step"] + 2 == 6
+
+
+@pytest.mark.parametrize(("before", "now"), [(None, {3: 0.3}), ({3: 0.3}, None), ({3: 0.3}, {3: 0.3, 2: 0.2})])
+def test_shares_that_come_go_or_change_are_said(before, now):
+    settings = [
+        settings_of({"early_exit_loss": {"class_path": "callbacks.EarlyExitLoss", "init_args": {"shares": shares}}})
+        for shares in (before, now)
+    ]
+    (change,) = changed_settings(*settings, {"lskip": {}})
+    assert change.startswith("early_exit_loss.shares ") and "(was " in change
 
 
 def test_another_seed_is_another_order_of_the_text(place, go_on):

@@ -36,4 +36,6 @@ def test_a_config_by_hand():
         "layer_dropout": "LayerDropout",
         "trainer.max_steps": 250,
     }
+    shares = {"early_exit_loss": {"class_path": "lskip.callbacks.EarlyExitLoss", "init_args": {"shares": {4: 0.3}}}}
+    assert run_settings(shares) == {"early_exit_loss": "EarlyExitLoss", "early_exit_loss.shares": "4: 0.3"}
     assert run_settings({"model": "smollm2"}) == {"model": "smollm2"}

@@ -56,6 +56,8 @@ def test_a_user_who_drafts_otherwise_or_not_at_all_gets_no_draft_of_the_task(fol
     assert options_of(folder, "code", num_speculations=0) == NOTHING
     assert options_of(folder, "code", exit_criterion=Margin(0.5)) == nothing
     assert options_of(folder, "code", draft="ngram") == nothing | {"draft": "ngram", "num_speculations": 4}
+    for task in ("code", "prose"):  # how much a fixed draft may draft, if at all, is no bound on what pays
+        assert options_of(folder, task, draft="auto") == nothing | {"draft": "auto"}
     rounded = {"draft_weights": "int8"}
     assert options_of(folder, "chat", rounded) == nothing | rounded | {"num_speculations": 5}
 

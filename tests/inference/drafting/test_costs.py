@@ -320,6 +320,12 @@ def test_costs_are_kept_in_a_file(clock, tmp_path):
         keep_costs(path, runner, None, adapter)
     measured = keep_costs(other, runner, None, adapter)
     assert measured == keep_costs(other, runner, None, adapter) and measured.adapter_blocks == 5
+    both, third = FakeRunner(clock, 1e-5, 1e-6, 1e-5), tmp_path / "with_weights.json"
+    both.layout = "int8"
+    keep_costs(third, runner, both)
+    both.layout = "int4"
+    with pytest.raises(ValueError, match=r"costs_file: .* other draft_weights"):
+        keep_costs(third, runner, both)
     runner.device = torch.device("meta")
     with pytest.raises(ValueError, match=r"costs_file: .* measured on 'cpu', not on 'meta'"):
         keep_costs(path, runner)

@@ -23,7 +23,9 @@ def test_the_next_process_knows_what_this_one_learnt(generator, tmp_path):
     policy = CostAwareDraft()
     generator.generate(PROMPT, draft_policy=policy, **DRAFTS)
     saved = json.loads((tmp_path / "costs.json").read_text())
-    assert set(saved) == {"device", "costs", "learnt"} and saved["learnt"] == json.loads(json.dumps(policy.learnt()))
+    assert set(saved) == {"device", "layouts", "costs", "learnt"} and saved["learnt"] == json.loads(
+        json.dumps(policy.learnt())
+    )
     assert saved["learnt"]["drafts"]
     later = CostAwareDraft()
     generator.generate(PROMPT, draft_policy=later, **{**DRAFTS, "max_new_tokens": 2})
@@ -34,10 +36,10 @@ def test_a_costs_file_of_before_is_used_and_gets_what_is_learnt(generator, tmp_p
     generator.generate(PROMPT, draft_policy=CostAwareDraft(), **DRAFTS)
     path = tmp_path / "costs.json"
     before = json.loads(path.read_text())
-    before.pop("learnt")
+    before = {"device": before["device"], "costs": before["costs"]}
     path.write_text(json.dumps(before))
     generator.generate(PROMPT, draft_policy=CostAwareDraft(), **DRAFTS)
-    assert json.loads(path.read_text()).keys() == {"device", "costs", "learnt"}
+    assert json.loads(path.read_text()).keys() == {"device", "layouts", "costs", "learnt"}
 
 
 def test_what_was_learnt_is_looked_at(generator, tmp_path):
@@ -89,10 +91,27 @@ def test_another_way_to_load_a_model_has_costs_of_its_own(cache):
     assert len(list(cache.iterdir())) == 4
 
 
+def test_models_that_differ_anywhere_have_costs_of_their_own(cache):
+    """Red where the head alone tells them apart: a retrained block, another width of the MLP."""
+    model = make_model(eos_token_id=None)
+    decode(cache)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
+    model.save_pretrained(cache.parent / "model")
+    decode(cache)
+    wider = make_model(eos_token_id=None, intermediate_size=96)
+    wider.lm_head.weight.data = model.lm_head.weight.data
+    wider.save_pretrained(cache.parent / "model")
+    decode(cache)
+    assert len(list(cache.iterdir())) == 3
+
+
 def test_a_cache_that_is_broken_or_cannot_be_written_stops_nothing(cache, monkeypatch, capsys):
     text = decode(cache)
     (file,) = cache.iterdir()
     file.write_text("{")
     assert decode(cache) == text and json.loads(file.read_text())["costs"]
+    file.unlink()
+    file.mkdir()
+    assert decode(cache) == text
     monkeypatch.setattr(costs_file, "CACHE", "/dev/null/costs")
     assert decode(cache) == text and not capsys.readouterr().err
