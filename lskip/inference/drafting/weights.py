@@ -20,7 +20,9 @@ class WeightsDrafter(Drafter):
         if not available.draft_weights:
             return []
         layers = available.num_layers
-        return [Draft(cls.kind, each) for each in ([exit_layer] if exit_layer else [layers, *usual_exits(layers)])]
+        # Beside an adapter no probe reads exits, and to try them all takes longer than most texts.
+        exits = usual_exits(layers) if available.adapter_exit is None else []
+        return [Draft(cls.kind, each) for each in ([exit_layer] if exit_layer else [layers, *exits])]
 
     @classmethod
     def seconds(cls, draft: Draft, count: int, slots: int, costs: Costs) -> float:

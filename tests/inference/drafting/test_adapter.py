@@ -308,9 +308,9 @@ def test_memory_counts_the_adapter(tiny_model):
 def test_what_may_draft():
     adapter, weights, ngram = Draft("adapter", 2), Draft("weights", 4), Draft("ngram", 0)
     parts = [Draft("weights", exit_layer) for exit_layer in (1, 2, 3)]
-    assert drafts_of(None, None, Available(4, True, 2)) == [adapter, weights, *parts, ngram]
+    assert drafts_of(None, None, Available(4, True, 2)) == [adapter, weights, ngram]
     assert drafts_of(None, 2, Available(4, False, 2)) == [adapter, ngram]
-    assert drafts_of("weights", None, Available(4, True, 2)) == [weights, *parts]
+    assert drafts_of("weights", None, Available(4, True)) == [weights, *parts]
     assert drafts_of("layers", None, Available(9)) == [Draft("layers", each) for each in (1, 2, 3, 4, 6, 8)]
     assert drafts_of(None, 2, Available(9, True)) == [Draft("weights", 2), Draft("layers", 2), ngram]
 
