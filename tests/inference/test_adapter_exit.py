@@ -86,7 +86,10 @@ def test_adapters_that_join_last_states_are_refused():
     [
         (["--exit_layer=1"], "exit_layer: 1 is not 2, for which the exit_adapter was made"),
         (["--exit_layer=1", "--draft=auto"], "exit_layer: 1 is not 2, for which the exit_adapter was made"),
-        (["--exit_layer=2", "--exit_criterion=Margin", "--exit_criterion.threshold=0.5"], "exit_criterion: reads the model's own exits; leave it or the"),
+        (
+            ["--exit_layer=2", "--exit_criterion=Margin", "--exit_criterion.threshold=0.5"],
+            "exit_criterion: reads the model's own exits; leave it or the",
+        ),
     ],
 )
 def test_an_adapter_that_is_named_is_never_left_out_in_silence(tmp_path, tiny_tokenizer, capsys, options, said):

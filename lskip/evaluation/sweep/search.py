@@ -48,9 +48,10 @@ class Search:
     def run(self, answers: Answers, rounds: int, decoded_cells: int) -> tuple[list[dict[str, Any]], str]:
         """Return the records, as a sweep's, of the cells that were worth decoding; and a line on what was not tried."""
         refused: dict[str, str] = {}
-        records = self._decode(answers, self.cells(), rounds, decoded_cells, refused)
         whole = {cell.draft for cell in self.cells() if cell.exit_layer is None}
         others = [draft for draft in NEED_NO_TRAINING if draft not in whole]
+        least = 1.0 if self.goes_on and others else 0.0
+        records = self._decode(answers, self.cells(), rounds, decoded_cells, refused, least)
         if trained_draft_pays(records) or not others:
             return records, ""
         if not self.goes_on:
@@ -71,15 +72,29 @@ class Search:
         return calibrate_exits(answers.readings(draft), self.precision, MEASURED[self.criterion])
 
     def _decode(
-        self, answers: Answers, cells: Sequence[Cell], rounds: int, decoded_cells: int, refused: dict[str, str]
+        self,
+        answers: Answers,
+        cells: Sequence[Cell],
+        rounds: int,
+        decoded_cells: int,
+        refused: dict[str, str],
+        least: float = 0.0,
     ) -> list[dict[str, Any]]:
-        """Return the records of the best of these cells; drafts that do not work here are added to `refused`."""
+        """Return the records of the best of these cells; drafts that do not work here are added to `refused`.
+
+        Args:
+            least: speed-up that the cost model must promise a cell: it leaves out what a drafted token takes in Python.
+        """
         if self.goes_on:
             refused |= refusals(answers.generators, dict.fromkeys(cell.draft for cell in cells))
         usable = [cell for cell in cells if cell.draft not in refused]
         if self.criterion is not None:
             usable += self._criterion_cells(answers, usable)
-        return best_records(answers, usable, rounds, decoded_cells) if usable else []
+        ranked = forecast(answers, usable) if usable else []
+        promised = {each.cell: each.speedup for each in ranked}
+        best = [cell for cell in worth_decoding(ranked, decoded_cells) if promised[cell] >= least]
+        measured = (measure_cell(answers.generators, cell, answers.prompts, rounds) for cell in best)
+        return list(tqdm(measured, total=len(best), desc="decode", unit="cell"))
 
     def _criterion_cells(self, answers: Answers, cells: Sequence[Cell]) -> list[Cell]:
         """Return the cells that exit once more, with drafts that the criterion ends."""
@@ -125,13 +140,6 @@ def exits_of_answers(answers: Answers, search: Search) -> list[dict[str, Any]]:
     if search.criterion is not None:
         rows = [row | each._asdict() for row, each in zip(rows, search.thresholds(answers, "layers"), strict=True)]
     return rows[:-1]
-
-
-def best_records(answers: Answers, cells: Sequence[Cell], rounds: int, decoded_cells: int) -> list[dict[str, Any]]:
-    """Return the records, as a sweep's, of the cells that are worth decoding."""
-    best = worth_decoding(forecast(answers, cells), decoded_cells)
-    measured = (measure_cell(answers.generators, cell, answers.prompts, rounds) for cell in best)
-    return list(tqdm(measured, total=len(best), desc="decode", unit="cell"))
 
 
 def candidates(

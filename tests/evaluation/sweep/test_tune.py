@@ -181,9 +181,9 @@ def test_what_was_not_tried_and_needs_no_training_is_named(one_cell, capsys, dra
     assert said in printed and ("not tried" in printed) == bool(said)
 
 
-def search_with(monkeypatch, place, *options: str, pays=lambda cell: False) -> list[Cell]:
+def search_with(monkeypatch, place, *options: str, pays=lambda cell: False, head=(1e-4, 1e-4)) -> list[Cell]:
     """Run tune with set costs and times; return the cells that were decoded."""
-    decoded, row = [], RowCosts((1, 64), (1e-3, 1e-3), (1e-4, 1e-4))
+    decoded, row = [], RowCosts((1, 64), (1e-3, 1e-3), head)
     monkeypatch.setattr("lskip.inference.generator.measure_costs", lambda *runners, **more: Costs(6, row, row))
 
     def measured(generators, cell, prompts, rounds):
@@ -203,6 +203,12 @@ def test_where_no_exit_pays_what_needs_no_training_is_tried(place, monkeypatch, 
     assert "no exit pays: trying int4, ngram, which need no training" in printed and "use num_spec" in printed
     found = json.loads((place / "model" / "tuned.json").read_text())["adds"]
     assert found["draft"] == "ngram" and found["exit_layer"] is None
+
+
+def test_exits_that_cannot_pay_are_not_decoded(place, monkeypatch):
+    """The head takes nearly all of the time, row by row: a drafted token costs as much as one of the whole model."""
+    decoded = search_with(monkeypatch, place, head=(1.0, 64.0))
+    assert {cell.draft for cell in decoded} == {"int4", "ngram"}
 
 
 def test_exits_that_the_user_names_do_not_keep_whole_copies_from_being_tried(place, monkeypatch):
