@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,10 +31,10 @@ class CostAwareDraft(DraftPolicy):
 
     What a round brings follows from the draft's `Acceptance`, what it takes from `RoundTimes`. A draft is rated by an
     upper confidence bound on its acceptance, so that an untested one is worth a try, and counts fade, so that one that
-    was long unused is worth another. A deeper exit is taken to agree at least as often as an
-    earlier one, and an exit in rounded weights as often as in the model's own.
+    was long unused is worth another. An exit in rounded weights is taken to agree about as often as in the model's own.
 
-    Now and then a probe reads what other exits say of the same positions in verification's own states; n-grams are
+    Now and then a probe reads what other exits, the least known first, say of the same positions in verification's own
+    states. Where none can be read, a deeper exit is taken to agree at least as often as an earlier one. N-grams are
     judged by what came, without a pass.
 
     The loss against plain decoding is bounded by one account, in times of a plain round: it begins with ALLOWANCE,
@@ -120,7 +121,8 @@ class CostAwareDraft(DraftPolicy):
         """Return the plan with what else is to be judged: n-grams, and where it is time, exits, and a longer draft."""
         foreseen = tuple(draft for draft in self._foreseen if draft != plan.draft and draft not in without)
         if self._until_probe < 1:
-            exits = tuple(spread([draft for draft in self._hopes if draft != plan.draft], self.PROBED))
+            others = sorted((draft for draft in self._hopes if draft != plan.draft), key=self._tested)
+            exits = tuple(others[: self.PROBED])
             for count in self._counts(plan, most):
                 longer = plan._replace(num_speculations=count)
                 cost = self._times.expected(longer, slots) + self._times.probe(longer, len(exits), slots)
@@ -128,6 +130,9 @@ class CostAwareDraft(DraftPolicy):
                     self._looks = bool(exits) or count > plan.num_speculations
                     return longer._replace(probed=foreseen + exits)
         return plan._replace(probed=foreseen)
+
+    def _tested(self, draft: Draft) -> float:
+        return self._records[draft].tested
 
     def _counts(self, plan: DraftPlan, most: int) -> list[int]:
         """Return the plan's number of tokens, behind a larger one where nobody knows how long the draft's runs are."""
@@ -141,15 +146,15 @@ class CostAwareDraft(DraftPolicy):
         self._fade()
         offers, hopeful, deeper = [], [], {}
         for draft in self._by_depth:
-            most_likely, most = deeper.get(draft.kind, (1.0, 1.0))
-            prior, record = self._prior(draft), self._known(draft)
+            is_read, prior, record = self._is_read(draft), self._prior(draft), self._known(draft)
+            most_likely, most = (1.0, 1.0) if is_read else deeper.get(draft.kind, (1.0, 1.0))
             prior = prior._replace(chance=min(prior.chance, most_likely))
             chance, error = record.pooled(prior)
             hope = min(chance + error, most)
             deeper[draft.kind] = chance, hope
             more = hope - chance
-            if self._is_read(draft):
-                hopeful.append(self._offer(draft, record.chances(prior, self.HOPED * more), slots))
+            if is_read:
+                hopeful.append(self._offer(draft, record.chances(prior, self.HOPED * more), slots, math.inf))
                 more *= self.TRUSTED
             offers.append(self._offer(draft, record.chances(prior, more), slots))
         offers.sort(reverse=True)
@@ -187,9 +192,9 @@ class CostAwareDraft(DraftPolicy):
         """Return the record of the draft that this one resembles; None where there is none."""
         return self._records.get(Draft(DRAFTERS[draft.kind].resembles, draft.exit_layer))
 
-    def _offer(self, draft: Draft, chances: list[float], slots: int) -> Offer:
-        """Return a draft's best speed at these chances, of the rounds that the account allows."""
-        best, limit = Offer(0.0, 0, 0.0, draft), 1 + self._account
+    def _offer(self, draft: Draft, chances: list[float], slots: int, limit: float | None = None) -> Offer:
+        """Return a draft's best speed at these chances, of rounds that cost at most `limit`; None: what is allowed."""
+        best, limit = Offer(0.0, 0, 0.0, draft), 1 + self._account if limit is None else limit
         tokens, costs = expected_tokens(chances, self.num_speculations), self._times.rounds(draft, slots)
         for count, (brought, cost) in enumerate(zip(tokens, costs, strict=True), 1):
             if cost <= limit and brought > best.speed * cost:
@@ -229,7 +234,8 @@ class CostAwareDraft(DraftPolicy):
             self._times.learn_plain(slots, seconds)
 
     def _have_looked(self, cost: float) -> None:
-        self._held, self._until_probe = 0, max(self._probe_wait, round(cost / self.LOOKING))
+        share = self.LOOKING if self._ranking else max(self.budget / 2, cost / self.SELDOM)
+        self._held, self._until_probe = 0, max(self._probe_wait, round(cost / share))
         self._probe_wait = min(2 * self._probe_wait, self.SELDOM)
 
     def learnt(self) -> dict[str, Any]:
@@ -250,10 +256,3 @@ class CostAwareDraft(DraftPolicy):
                 q = self._records[draft].rate
                 said[str(draft)] = {"rounds": sum(counts.values()), "q": q, "num_speculations": by_count}
         return said | ({"probes": self.probes} if self.probes else {})
-
-
-def spread(drafts: list[Draft], most: int) -> list[Draft]:
-    """Return at most `most` of the drafts, evenly over their order."""
-    if len(drafts) <= most:
-        return drafts
-    return [drafts[index * (len(drafts) - 1) // (most - 1)] for index in range(most)]

@@ -120,6 +120,9 @@ BAD, GOOD = {EARLY: 0.0, LATE: 0.1, WEIGHTS: 0.2}, {EARLY: 0.9, LATE: 0.95, WEIG
 EXITS = {1: 0.45, 2: 0.62, 3: 0.7, 4: 0.76, 6: 0.81, 8: 0.85, 12: 0.9, 16: 0.93, 24: 0.97}
 TRAINED = {Draft("layers", layer): q for layer, q in EXITS.items()}
 UNTRAINED = {Draft("layers", layer): 0.02 * layer for layer in EXITS}
+# As a fine-tune of exit 4 alone: deeper exits agree less.
+ALONE = {1: 0.06, 2: 0.19, 3: 0.67, 4: 0.94, 6: 0.78, 8: 0.4, 12: 0.1, 16: 0.1, 24: 0.3}
+ONE_EXIT = {Draft("layers", layer): q for layer, q in ALONE.items()}
 TEXTS = {
     **{f"chance {q}": {EARLY: q, LATE: q, WEIGHTS: q} for q in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)},
     "good, then bad": lambda done: GOOD if done < 200 else BAD,
@@ -155,6 +158,8 @@ STATIONARY = [
     TRAINED,
     TRAINED | {Draft("weights", layer): q - 0.01 for layer, q in EXITS.items()} | {WEIGHTS: 0.97},
     UNTRAINED | {WEIGHTS: (0.9, 0.95)},
+    ONE_EXIT,
+    ONE_EXIT | {Draft("weights", layer): q for layer, q in ALONE.items()} | {WEIGHTS: 0.93},
 ]
 
 
@@ -168,7 +173,7 @@ def test_close_to_the_best_fixed_plan(table, slots):
         speeds = [simulate(CostAwareDraft(), costs, chances, slots=slots, seed=seed)[-1].speed for seed in seeds]
         shares.append(mean(speeds) / best)
         assert shares[-1] >= 0.87, (chances, best, speeds)
-    assert mean(shares) >= 0.97
+    assert mean(shares) >= 0.975
 
 
 def test_long_drafts_are_found_where_acceptance_comes_in_runs():
@@ -186,7 +191,7 @@ def test_exits_are_found_by_probes():
         good = {Draft("layers", layer): 0.93 if layer >= exits[0] else 0.2 for layer in EXITS}
         policy = CostAwareDraft()
         moments = simulate(policy, costs, good, tokens=1500)
-        assert moments[-1].speed > 0.88 * best_fixed(costs, good)
+        assert moments[-1].speed > 0.95 * best_fixed(costs, good)
         late = [moment.plan.draft.exit_layer for moment in moments[-200:] if moment.plan.draft]
         assert mean(layer in exits for layer in late) > 0.9
         read = [plan.probed for _, _, plan in moments if plan.probed]
