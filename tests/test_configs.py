@@ -65,7 +65,9 @@ def stand_in(tmp_path, tiny_config):
 def test_a_config_trains_a_stand_in(path, tmp_path, stand_in):
     run = tmp_path / "run"
     # The stand-in is not deep enough for the exits that a recipe names.
-    exits = ["--early_exit_loss.curriculum.exit_layers=[2]"] if "ChosenExits" in path.read_text() else []
+    text = path.read_text()
+    exits = ["--early_exit_loss.curriculum.exit_layers=[2]"] if "ChosenExits" in text else []
+    exits += ["--early_exit_loss.shares={2: 0.5}"] if "shares:" in text else []
     assert main(["fit", "--config", str(path), *stand_in(run), *exits]) == 0
     assert (run / "checkpoints" / "last.ckpt").is_file()
 

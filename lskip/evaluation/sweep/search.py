@@ -80,21 +80,13 @@ class Search:
         refused: dict[str, str],
         least: float = 0.0,
     ) -> list[dict[str, Any]]:
-        """Return the records of the best of these cells; drafts that do not work here are added to `refused`.
-
-        Args:
-            least: speed-up that the cost model must promise a cell: it leaves out what a drafted token takes in Python.
-        """
+        """Return the records of the best of these cells; drafts that do not work here are added to `refused`."""
         if self.goes_on:
             refused |= refusals(answers.generators, dict.fromkeys(cell.draft for cell in cells))
         usable = [cell for cell in cells if cell.draft not in refused]
         if self.criterion is not None:
             usable += self._criterion_cells(answers, usable)
-        ranked = forecast(answers, usable) if usable else []
-        promised = {each.cell: each.speedup for each in ranked}
-        best = [cell for cell in worth_decoding(ranked, decoded_cells) if promised[cell] >= least]
-        measured = (measure_cell(answers.generators, cell, answers.prompts, rounds) for cell in best)
-        return list(tqdm(measured, total=len(best), desc="decode", unit="cell"))
+        return best_records(answers, usable, rounds, decoded_cells, least) if usable else []
 
     def _criterion_cells(self, answers: Answers, cells: Sequence[Cell]) -> list[Cell]:
         """Return the cells that exit once more, with drafts that the criterion ends."""
@@ -140,6 +132,21 @@ def exits_of_answers(answers: Answers, search: Search) -> list[dict[str, Any]]:
     if search.criterion is not None:
         rows = [row | each._asdict() for row, each in zip(rows, search.thresholds(answers, "layers"), strict=True)]
     return rows[:-1]
+
+
+def best_records(
+    answers: Answers, cells: Sequence[Cell], rounds: int, decoded_cells: int, least: float = 0.0
+) -> list[dict[str, Any]]:
+    """Return the records, as a sweep's, of the cells that are worth decoding.
+
+    Args:
+        least: speed-up that the cost model must promise a cell: it leaves out what a drafted token takes in Python.
+    """
+    ranked = forecast(answers, cells)
+    promised = {each.cell: each.speedup for each in ranked}
+    best = [cell for cell in worth_decoding(ranked, decoded_cells) if promised[cell] >= least]
+    measured = (measure_cell(answers.generators, cell, answers.prompts, rounds) for cell in best)
+    return list(tqdm(measured, total=len(best), desc="decode", unit="cell"))
 
 
 def candidates(

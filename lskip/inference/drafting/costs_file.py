@@ -30,10 +30,10 @@ SAMPLED = 64  # numbers of each matrix that tell models apart
 def cached_costs_file(loaded: list, device: torch.device) -> str | None:
     """Return the file of the costs of a model as it was loaded, on this machine with these threads and this torch.
 
+    None where the cache cannot be written. A file there that lskip cannot read is removed.
+
     Args:
         loaded: what identifies the model, and everything that was loaded with it and that costs depend on.
-
-    None where the cache cannot be written. A file there that lskip cannot read is removed.
     """
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()
