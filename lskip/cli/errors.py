@@ -64,7 +64,8 @@ def explain(report: str, parser: ArgumentParser, choices: dict[str, type]) -> st
         return f"{field}: what is given is not a class_path, the name of a class, and its init_args, names and values"
     if key := re.search(r"invalid literal for int\(\) with base 10: (\S+)", report):
         return f"{field}: the key {key[1]} is not a whole number"
-    if "unsupported operand type" in report:  # YAML reads {4:0.3} as a number to the base 60
+    if re.search(r"unsupported operand type\(s\) for \+: '(int|float)' and 'str'", report):
+        # jsonargparse fails on {4:0.3}, whose key YAML reads as a number to the base 60.
         return f"{field}: is not readable; in a mapping a space follows each colon, as in {{4: 0.3}}"
     text = re.sub(r"^[\s.-]+", "", " ".join(_NOISE.sub(" ", report).replace("- ", " ").split()))[:200]
     return f"{field}: {text}" if field else text

@@ -8,6 +8,7 @@ from lskip.evaluation.sweep.tuned import tuned_options
 from lskip.inference import Generation, GenerationSettings, TextGenerator
 from lskip.inference.drafting.drafter import Available
 from lskip.inference.drafting.policies import DraftPolicy
+from lskip.inference.drafting.registry import check_adapter_exit
 from lskip.inference.options import DecodingOptions, LoadingOptions
 from lskip.inference.prompt_file import read_standard_input
 from lskip.utils.checks import check_unicode
@@ -70,12 +71,9 @@ def check_adapter_is_used(decoding: DecodingOptions, loading: LoadingOptions, ge
     """Raise ValueError for an exit_adapter that is named beside what would leave it out in silence."""
     if loading.exit_adapter is None:
         return
-    exit_layer = generator.runners.available.adapter_exit
     if decoding.exit_criterion is not None:
         raise ValueError("exit_criterion: reads the model's own exits; leave it or the exit_adapter out")
-    if decoding.exit_layer not in (None, exit_layer):
-        advice = f"is not {exit_layer}, for which the exit_adapter was made; leave out one of the two"
-        raise ValueError(f"exit_layer: {decoding.exit_layer} {advice}")
+    check_adapter_exit(decoding.exit_layer, generator.runners.available)
 
 
 def result_fields(generation: Generation) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import torch
 
-from lskip.inference.drafting.costs_file import AUTO as CACHED
 from lskip.inference.drafting.costs_file import cached_costs_file, check_costs_file, digest_of
 from lskip.inference.generator import TextGenerator
 from lskip.inference.runners.build import suited_draft_weights
@@ -59,7 +58,7 @@ def load_generator(
         folder = folder or (find_adapter(model) if draft_weights is None and model in SHIPPED else None)
     adapter = None if folder is None else load_adapter(folder, loaded)
     few = None if listed is None else listed.ids(decoder.vocab_size, tokenizer)
-    if costs_file == CACHED:
+    if costs_file == AUTO:
         how = [dtype, weights, bit_exact, batch_size, draft_weights, adapter and adapter.shape, few]
         costs_file = cached_costs_file([digest_of(loaded.state_dict()), *how], place)
     return TextGenerator(
@@ -81,7 +80,7 @@ def _check(dtype: str, batch_size: int, costs_file: str | None, draft_tokens: st
     """Raise ValueError or OSError for values and files that cannot be used, before a model is loaded."""
     check_choice("dtype", dtype, DTYPES)
     check_whole("batch_size", batch_size, 1)
-    if costs_file not in (None, CACHED):
+    if costs_file not in (None, AUTO):
         check_costs_file(user_path(costs_file, "costs_file"))
     if adapter_alone and draft_tokens not in (None, ALL):
         raise ValueError(f"draft_tokens: {draft_tokens!r} is not for the exit_adapter, which has tokens of its own")

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from lskip.inference.drafting.drafter import Drafter
 from lskip.inference.drafting.registry import DRAFTERS
 from lskip.inference.options import DraftWeights, LoadingOptions
+from lskip.inference.settings import AUTO
 from lskip.models.exit_adapter import find_adapter
 from lskip.utils.checks import check_choice, check_whole
 
@@ -149,7 +150,7 @@ def check_grid(
             check_choice(name, value, choices)
     if loading.draft_weights is not None:
         raise ValueError(f"draft_weights: {loading.draft_weights!r} is set by the grid here; use drafts [int8, int4]")
-    if loading.costs_file not in (None, "auto"):
+    if loading.costs_file not in (None, AUTO):
         raise ValueError("costs_file: is not for a grid, which measures the costs of each draft anew; leave it out")
     needs = {draft: drafter_named(draft).needs for draft in drafts}
     for draft, needed in needs.items():

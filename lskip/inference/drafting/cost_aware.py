@@ -98,7 +98,7 @@ class CostAwareDraft(DraftPolicy):
             counts = self._recalled.get("drafts", {}).get(str(draft), {})
             self._records.setdefault(draft, Acceptance(**{name: list(each) for name, each in counts.items()}))
         self._times.known = {name: tuple(pair) for name, pair in self._recalled.get("extra", {}).items()}
-        # The deepest first, since none is taken to agree more often than those below it.
+        # The deepest first: of exits that no probe reads, none is taken to agree more often than those below it.
         self._by_depth = sorted(self.drafts, key=lambda draft: -draft.exit_layer)
         self._foreseen = [draft for draft in self.drafts if DRAFTERS[draft.kind].foresees]
 
@@ -121,8 +121,8 @@ class CostAwareDraft(DraftPolicy):
         """Return the plan with what else is to be judged: n-grams, and where it is time, exits, and a longer draft."""
         foreseen = tuple(draft for draft in self._foreseen if draft != plan.draft and draft not in without)
         if self._until_probe < 1:
-            others = sorted((draft for draft in self._hopes if draft != plan.draft), key=self._tested)
-            exits = tuple(others[: self.PROBED])
+            others = [draft for draft in self._hopes if draft != plan.draft]
+            exits = tuple(sorted(others, key=lambda draft: self._records[draft].tested)[: self.PROBED])
             for count in self._counts(plan, most):
                 longer = plan._replace(num_speculations=count)
                 cost = self._times.expected(longer, slots) + self._times.probe(longer, len(exits), slots)
@@ -130,9 +130,6 @@ class CostAwareDraft(DraftPolicy):
                     self._looks = bool(exits) or count > plan.num_speculations
                     return longer._replace(probed=foreseen + exits)
         return plan._replace(probed=foreseen)
-
-    def _tested(self, draft: Draft) -> float:
-        return self._records[draft].tested
 
     def _counts(self, plan: DraftPlan, most: int) -> list[int]:
         """Return the plan's number of tokens, behind a larger one where nobody knows how long the draft's runs are."""

@@ -22,7 +22,6 @@ from lskip.utils.untrusted import parse_json, read_text
 from lskip.utils.user_errors import one_line
 from lskip.utils.user_paths import user_path
 
-AUTO = "auto"
 CACHE = "~/.cache/lskip/costs"
 SAMPLED = 64  # numbers of each matrix that tell models apart
 

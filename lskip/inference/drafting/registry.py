@@ -54,15 +54,21 @@ def check_draft(
     Raises:
         ValueError: as Drafter.check, or an exit_layer that is not that of the exit adapter.
     """
-    if count and available.adapter_exit is not None and exit_layer not in (None, available.adapter_exit):
-        raise ValueError(
-            f"exit_layer: {exit_layer} is not {available.adapter_exit}, for which the exit_adapter was made; leave"
-            " out one of the two"
-        )
+    if count:
+        check_adapter_exit(exit_layer, available)
     if kind is None and not chosen_later:
         kind = next(each.kind for each in DRAFTERS.values() if available.has(each.needs))
     if kind is not None:
         DRAFTERS[kind].check(available, exit_layer, count)
+
+
+def check_adapter_exit(exit_layer: int | None, available: Available) -> None:
+    """Raise ValueError for an exit_layer that is not the exit adapter's, where there is one."""
+    if available.adapter_exit is not None and exit_layer not in (None, available.adapter_exit):
+        raise ValueError(
+            f"exit_layer: {exit_layer} is not {available.adapter_exit}, for which the exit_adapter was made; leave"
+            " out one of the two"
+        )
 
 
 def check_fixed_exit(exit_layer: int, available: Available) -> None:

@@ -23,9 +23,8 @@ def test_the_next_process_knows_what_this_one_learnt(generator, tmp_path):
     policy = CostAwareDraft()
     generator.generate(PROMPT, draft_policy=policy, **DRAFTS)
     saved = json.loads((tmp_path / "costs.json").read_text())
-    assert set(saved) == {"device", "layouts", "costs", "learnt"} and saved["learnt"] == json.loads(
-        json.dumps(policy.learnt())
-    )
+    assert set(saved) == {"device", "layouts", "costs", "learnt"}
+    assert saved["learnt"] == json.loads(json.dumps(policy.learnt()))
     assert saved["learnt"]["drafts"]
     later = CostAwareDraft()
     generator.generate(PROMPT, draft_policy=later, **{**DRAFTS, "max_new_tokens": 2})
