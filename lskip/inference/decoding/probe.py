@@ -63,12 +63,14 @@ def agreements(
 ) -> dict[Draft, list[list[bool]]]:
     """Return, by draft and slot, whether it would have chosen the tokens that came, at successive positions.
 
-    What was foreseen counts up to the first wrong token: behind it a draft has no sense.
+    What was foreseen counts up to the first wrong token: behind it a draft has no sense. Where nothing was foreseen for
+    a text but something for another, its draft would have been empty beside the other's: a wrong token.
     """
     agreed = {}
     for draft in probed:
         if draft in foreseen:
             runs = hits(foreseen[draft], tokens)
+            runs = [run or [False] for run in runs] if any(runs) else runs
             agreed[draft] = [run[: run.index(False) + 1] if False in run else run for run in runs]
         elif probe is not None and draft.exit_layer in probe.agreed:
             agreed[draft] = probe.agreed[draft.exit_layer]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lskip.inference.drafting.acceptance import Acceptance, Prior, expected_tokens
@@ -48,7 +48,7 @@ class CostAwareDraft(DraftPolicy):
     SAVINGS = 20.0
     MIN_SPEEDUP = 1.02  # over plain decoding, for a draft to be used; over the best plan, for an exit to be probed
     FADING = 4  # counts of a draft fade in `memory` tokens of its own, or in so many times as many rounds without any
-    HELD = 8  # rounds that a ranking holds at most: one takes a hundredth of a small model's round
+    HELD = 4  # rounds that a ranking holds at most: one takes a twentieth of a small model's round
     HOPED, TRUSTED = 1.5, 0.3  # standard errors, for an exit to be probed and to be used: a probe costs less than a try
     LONG = 8  # tokens that the round of a probe drafts at least: how long runs are is seen by long drafts alone
     PROBED = 4  # exits that a probe reads at most
@@ -78,8 +78,10 @@ class CostAwareDraft(DraftPolicy):
         self._times = RoundTimes()
         self._rounds: dict[Draft | None, Counter[int]] = {}
         self._ranking: list[Offer] = []
+        self._speed = 1.0  # of the best of them
         self._ranked_for, self._held, self._unfaded = 0, 0, 0  # slots; rounds left; rounds since counts have faded
-        self._hopes: list[Draft] = []  # exits that may be faster than what is in use
+        self._used: Draft | None = None  # what drafted last
+        self._hopes: list[Draft] | None = None  # exits that may be faster than what is in use
         self._until_probe, self._probe_wait, self._probed_at = 0, 1, 1.0
         self._looks = False  # whether the round that is planned is to show more than it brings
         self.probes = 0
@@ -101,14 +103,22 @@ class CostAwareDraft(DraftPolicy):
         # The deepest first: of exits that no probe reads, none is taken to agree more often than those below it.
         self._by_depth = sorted(self.drafts, key=lambda draft: -draft.exit_layer)
         self._foreseen = [draft for draft in self.drafts if DRAFTERS[draft.kind].foresees]
+        # The record of the same exit in the model's own weights, for an exit in rounded ones.
+        twins = {draft: Draft(DRAFTERS[draft.kind].resembles, draft.exit_layer) for draft in self.drafts}
+        pairs = [(draft, twin) for draft, twin in twins.items() if twin in self._records]
+        self._alike = {one: self._records[other] for pair in pairs for one, other in (pair, pair[::-1])}
+        # Drafts of which probes tell how often they are accepted, or one that resembles them.
+        self._read = {draft for draft in self.drafts if DRAFTERS[draft.kind].reads_exit or draft in self._alike}
+        whole = {draft for draft in self.drafts if twins[draft] == ("layers", num_layers)}
+        self._priors = {draft: self.WHOLE_STACK if draft in whole else Prior() for draft in self.drafts}
 
     def plan(self, slots: int, most: int, without: frozenset[Draft] = frozenset()) -> DraftPlan:
         most, self._looks = min(most, self.num_speculations), False
-        if most < 1 or not self.drafts or self._times.plain_is_due:
+        if most < 1 or not self.drafts or self._times.plain_is_due(self._speed):
             return PLAIN
         if self._held < 1 or slots != self._ranked_for:
             self._rank(slots)
-        if not self._rounds and self._hopes:
+        if not self._rounds and self._exits_to_read(slots):
             return self._looking(PLAIN, most, slots, without)  # what a probe says of exits costs less than to try them
         for offer in self._ranking:
             if offer.draft in without:
@@ -121,7 +131,7 @@ class CostAwareDraft(DraftPolicy):
         """Return the plan with what else is to be judged: n-grams, and where it is time, exits, and a longer draft."""
         foreseen = tuple(draft for draft in self._foreseen if draft != plan.draft and draft not in without)
         if self._until_probe < 1:
-            others = [draft for draft in self._hopes if draft != plan.draft]
+            others = [draft for draft in self._exits_to_read(slots) if draft != plan.draft]
             exits = tuple(sorted(others, key=lambda draft: self._records[draft].tested)[: self.PROBED])
             for count in self._counts(plan, most):
                 longer = plan._replace(num_speculations=count)
@@ -139,55 +149,55 @@ class CostAwareDraft(DraftPolicy):
         return [count]
 
     def _rank(self, slots: int) -> None:
-        """Rank the drafts that pay, the fastest first, and find the exits that a probe should look at."""
+        """Rank the drafts that pay, the fastest first."""
         self._fade()
-        offers, hopeful, deeper = [], [], {}
+        offers = [
+            self._offer(draft, record.chances(prior, more * (self.TRUSTED if draft in self._read else 1)), slots)
+            for draft, record, prior, more in self._hoped()
+        ]
+        offers.sort(reverse=True)
+        self._ranking = [offer for offer in offers if offer.speed >= self.MIN_SPEEDUP]
+        self._speed, self._held, self._ranked_for = 1.0, self.HELD, slots
+        if self._ranking:
+            best = self._ranking[0].draft
+            self._speed = max(1.0, self._offer(best, self._known(best).chances(self._priors[best]), slots).speed)
+            # What is in use is what a round tells of; the first of the ranking may find nothing in this text.
+            tested = 0.0 if self._used is None else self._records[self._used].tested
+            self._held = min(self.HELD, 1 + int(tested / 16))
+        self._hopes = None
+        if not 0.8 < self._speed / self._probed_at < 1.25:  # acceptance has changed
+            self._probe_wait, self._until_probe = 1, min(self._until_probe, 1)
+            self._probed_at = self._speed
+
+    def _hoped(self) -> Iterator[tuple[Draft, Acceptance, Prior, float]]:
+        """Yield the drafts, each with what counts for it, its prior, and its standard error of acceptance."""
+        deeper: dict[str, tuple[float, float]] = {}
         for draft in self._by_depth:
-            is_read, prior, record = self._is_read(draft), self._prior(draft), self._known(draft)
-            most_likely, most = (1.0, 1.0) if is_read else deeper.get(draft.kind, (1.0, 1.0))
+            record, prior = self._known(draft), self._priors[draft]
+            most_likely, most = (1.0, 1.0) if draft in self._read else deeper.get(draft.kind, (1.0, 1.0))
             prior = prior._replace(chance=min(prior.chance, most_likely))
             chance, error = record.pooled(prior)
             hope = min(chance + error, most)
             deeper[draft.kind] = chance, hope
-            more = hope - chance
-            if is_read:
-                hopeful.append(self._offer(draft, record.chances(prior, self.HOPED * more), slots, math.inf))
-                more *= self.TRUSTED
-            offers.append(self._offer(draft, record.chances(prior, more), slots))
-        offers.sort(reverse=True)
-        self._ranking = [offer for offer in offers if offer.speed >= self.MIN_SPEEDUP]
-        speed, held = 1.0, self.HELD
-        if self._ranking:
-            best = self._ranking[0].draft
-            speed = max(1.0, self._offer(best, self._known(best).chances(self._prior(best)), slots).speed)
-            held = min(held, 1 + int(self._records[best].tested / 16))
-        self._held, self._ranked_for = held, slots
-        self._find_hopes(hopeful, speed)
+            yield draft, record, prior, hope - chance
 
-    def _find_hopes(self, offers: list[Offer], speed: float) -> None:
-        exits = {offer.draft.exit_layer for offer in offers if offer.speed > speed * self.MIN_SPEEDUP}
-        readable = [draft for draft in self.drafts if DRAFTERS[draft.kind].reads_exit]
-        self._hopes = [draft for draft in readable if draft.exit_layer in exits] or readable
-        if not 0.8 < speed / self._probed_at < 1.25:  # acceptance has changed
-            self._probe_wait, self._until_probe = 1, min(self._until_probe, 1)
-            self._probed_at = speed
-
-    def _is_read(self, draft: Draft) -> bool:
-        """Return whether probes tell how often a draft is accepted, or one that resembles it."""
-        return DRAFTERS[draft.kind].reads_exit or self._alike(draft) is not None
-
-    def _prior(self, draft: Draft) -> Prior:
-        whole = DRAFTERS[draft.kind].resembles and draft.exit_layer == self._num_layers
-        return self.WHOLE_STACK if whole else Prior()
+    def _exits_to_read(self, slots: int) -> list[Draft]:
+        """Return the exits that may be faster than what is in use: all, where none is known to be."""
+        if self._hopes is None:
+            offers = [
+                self._offer(draft, record.chances(prior, self.HOPED * more), slots, math.inf)
+                for draft, record, prior, more in self._hoped()
+                if draft in self._read
+            ]
+            exits = {offer.draft.exit_layer for offer in offers if offer.speed > self._speed * self.MIN_SPEEDUP}
+            readable = [draft for draft in self.drafts if DRAFTERS[draft.kind].reads_exit]
+            self._hopes = [draft for draft in readable if draft.exit_layer in exits] or readable
+        return self._hopes
 
     def _known(self, draft: Draft) -> Acceptance:
         """Return what counts for a draft: its own record, and that of the same exit in the model's own weights."""
-        alike = self._alike(draft)
+        alike = self._alike.get(draft)
         return self._records[draft] if alike is None else self._records[draft].beside(alike, self.ALIKE)
-
-    def _alike(self, draft: Draft) -> Acceptance | None:
-        """Return the record of the draft that this one resembles; None where there is none."""
-        return self._records.get(Draft(DRAFTERS[draft.kind].resembles, draft.exit_layer))
 
     def _offer(self, draft: Draft, chances: list[float], slots: int, limit: float | None = None) -> Offer:
         """Return a draft's best speed at these chances, of rounds that cost at most `limit`; None: what is allowed."""
@@ -224,6 +234,7 @@ class CostAwareDraft(DraftPolicy):
         if exits:
             self.probes, seconds = self.probes + 1, None  # its time says little of rounds without a probe
         if drafted:
+            self._used = plan.draft
             for count in accepted:
                 self._records[plan.draft].add_draft(count, drafted, 1 - 1 / self.memory)
             self._times.learn_drafted(plan.draft, drafted, slots, seconds)

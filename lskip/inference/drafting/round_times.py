@@ -8,11 +8,11 @@ from lskip.inference.drafting.registry import probe_seconds, round_seconds
 
 TABLE = 8  # weight of what is believed of a draft's extra time, in timed rounds
 STEADY = 64  # timed rounds that a correction averages: after few, the plan that looks best is the luckiest
-PLAIN_EVERY = 32  # timed rounds after which a plain one is timed, at first; as long as it takes the same, ever fewer
-FEW = 8  # plain rounds that are timed at first: all others are compared with them
+FEW = 4  # plain rounds that are timed at first: all others are compared with them
 AGAIN = 2  # where an earlier process has timed rounds
-SOON, SELDOM = 4, 512  # where it took another time, and at most
-SAME = 0.25
+SOON = 8  # rounds that draft between two that are timed, at least
+PLAIN_SHARE = 0.01  # of the tokens, at most, is lost by timing plain rounds again where drafts pay
+SAME = 0.25  # a plain round that differs more says that the machine has changed
 
 
 class Line:
@@ -50,7 +50,7 @@ class RoundTimes:
         self.scale, self._plain_timed = 1.0, 0
         self.known: dict[str, tuple[float, float]] = {}
         self._lines: dict[Draft | str, Line] = {}
-        self._wait, self._since_plain = PLAIN_EVERY, 0
+        self._since_plain = 0
         self._are_timed = False
         self._has_just_drafted = False  # drafting drives the model's weights out of caches: a plain round is slow then
         self._costs: Costs | None = None
@@ -64,11 +64,14 @@ class RoundTimes:
         self._costs, self._most, self._tables = costs, most, {}
         return True
 
-    @property
-    def plain_is_due(self) -> bool:
-        """Whether a plain round is to be timed again."""
+    def plain_is_due(self, speed: float) -> bool:
+        """Return whether a plain round is to be timed again, where drafts are `speed` times as fast.
+
+        The faster they are the more it costs, and the less it matters what exactly a plain round takes.
+        """
         few = AGAIN if self.known else FEW
-        return self._are_timed and (self._plain_timed < few or self._since_plain >= self._wait)
+        lost = 2 * (speed - 1)  # two rounds: the one behind a drafted one is not timed
+        return self._are_timed and (self._plain_timed < few or self._since_plain >= max(SOON, lost / PLAIN_SHARE))
 
     def rounds(self, draft: Draft, slots: int) -> list[float]:
         """Return what rounds of 1, 2, … tokens of a draft cost."""
@@ -106,8 +109,6 @@ class RoundTimes:
             steady = abs(ratio - known) < SAME * known
             self._plain_timed = min(self._plain_timed + 1, STEADY if steady else FEW)
             self.scale += (ratio - known) / self._plain_timed
-            if self._since_plain:
-                self._wait = min(2 * self._wait, SELDOM) if steady else SOON
             self._since_plain = 0
         self._has_just_drafted = False
 

@@ -7,7 +7,7 @@ import torch
 
 from lskip.inference import GenerationSettings, TextGenerator
 from lskip.inference.decoding.sampling import TokenChooser
-from lskip.inference.drafting.draft import Draft
+from lskip.inference.drafting.draft import Draft, DraftPlan
 from lskip.inference.drafting.policies import FixedDraft
 from lskip.inference.runners.module_runner import ModuleRunner
 from lskip.models.decoder import Decoder
@@ -159,6 +159,39 @@ def accepted_at(model, exit_layer, tokens, settings):
         chooser.text = text
         found.append(chooser.sample(logits, torch.empty(0, dtype=torch.long)).item() == tokens[length])
     return found
+
+
+class Foreseeing(Judged):
+    """Policy that drafts nothing, and has n-grams judged in every round."""
+
+    PROBED = (Draft("ngram", 0),)
+
+    def plan(self, slots, most, without=frozenset()):
+        return DraftPlan(None, 0, self.PROBED)
+
+
+def test_where_some_texts_have_no_ngram_their_drafts_count_as_refused(tiny_model):
+    """Red where texts without a guess are left out: in a batch n-grams then promise more than they bring."""
+    prompts, judged = [[5, 6, 7, 5, 6], [9, 8, 7, 6, 5]], Foreseeing()
+    generator = TextGenerator(tiny_model("llama"))
+    settings = {"draft": "ngram", "num_speculations": 4, "draft_policy": judged, **FULL}
+    texts = dict(generator.generate_batch(prompts, batch_size=2, **settings))
+    expected = []
+    for length in range(1, len(judged.agreed) + 1):
+        ids = [prompts[slot] + texts[slot].token_ids[:length] for slot in (0, 1)]
+        hits = [following(text, texts[slot].token_ids[length]) for slot, text in enumerate(ids)]
+        expected.append([[], []] if hits == [None, None] else [[bool(hit)] for hit in hits])
+    assert [agreed[Draft("ngram", 0)] for agreed in judged.agreed] == expected
+    assert [[False], [True]] in expected or [[True], [False]] in expected
+
+
+def following(text, token):
+    """Return whether `token` followed the text's last three tokens, else its last two, where they last stood."""
+    for size in (3, 2):
+        for end in range(len(text) - 1, size - 1, -1):
+            if text[end - size : end] == text[-size:]:
+                return text[end] == token
+    return None
 
 
 @pytest.mark.parametrize("exit_layer", [1, 2, 3])
