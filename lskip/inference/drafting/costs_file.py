@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,6 +27,8 @@ from lskip.utils.user_paths import user_path
 
 CACHE = "~/.cache/lskip/costs"
 SAMPLED = 64  # numbers of each matrix that tell models apart
+KEPT_EVERY = 10.0  # seconds between two writings of what one policy learnt: a short text may take as long as a writing
+_kept_at: WeakKeyDictionary[DraftPolicy, float] = WeakKeyDictionary()
 
 
 def cached_costs_file(loaded: list, device: torch.device) -> str | None:
@@ -140,9 +145,12 @@ class Learner:
             self.policy.recall(learnt)
 
     def keep(self) -> None:
-        """Write what the policy learnt, in one step; a full disk brings a warning."""
-        if self.path is None or not (learnt := self.policy.learnt()):
+        """Write what the policy learnt, in one step, unless it was just written; a full disk brings a warning."""
+        if self.path is None or time.monotonic() - _kept_at.get(self.policy, -math.inf) < KEPT_EVERY:
             return
+        if not (learnt := self.policy.learnt()):
+            return
+        _kept_at[self.policy] = time.monotonic()
         try:
             write_json(self.path, _saved(self.path) | {"learnt": learnt})
         except (OSError, ValueError) as error:  # or the file has gone meanwhile: the texts are what was asked for

@@ -31,6 +31,17 @@ def test_the_next_process_knows_what_this_one_learnt(generator, tmp_path):
     assert later.learnt()["drafts"].keys() >= saved["learnt"]["drafts"].keys()
 
 
+def test_what_is_learnt_is_not_written_after_every_short_text(generator, tmp_path, monkeypatch):
+    now, policy, written = [100.0], CostAwareDraft(), []
+    monkeypatch.setattr(costs_file.time, "monotonic", lambda: now[0])
+    write = costs_file.write_json
+    monkeypatch.setattr(costs_file, "write_json", lambda *given: (written.append(now[0]), write(*given)))
+    for now[0] in (100.0, 100.1, 105.0, 130.0, 130.1):
+        generator.generate(PROMPT, draft_policy=policy, **DRAFTS)
+    assert [at for at in written if at > 100] == [130.0]
+    assert json.loads((tmp_path / "costs.json").read_text())["learnt"]["drafts"]
+
+
 def test_a_costs_file_of_before_is_used_and_gets_what_is_learnt(generator, tmp_path):
     generator.generate(PROMPT, draft_policy=CostAwareDraft(), **DRAFTS)
     path = tmp_path / "costs.json"
