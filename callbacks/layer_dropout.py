@@ -21,7 +21,7 @@ class LayerDropout(Callback):
             (arXiv 2609.05275).
 
     Raises:
-        ValueError: p_max out of its range.
+        ValueError: p_max out of its range; or a schedule of the steps for the depth, or of the depth for the steps.
     """
 
     def __init__(
@@ -32,6 +32,9 @@ class LayerDropout(Callback):
         scale_kept: bool = False,
     ):
         check_real("p_max", p_max, "from 0 to 1", lambda value: 0 <= value <= 1)
+        for name, schedule in (("depth", depth), ("time", time)):
+            if name not in schedule.over:
+                raise ValueError(f"{name}: {type(schedule).__name__} is a schedule for {schedule.over[0]}, not for {name}")
         self.p_max = p_max
         self.depth = depth
         self.time = time

@@ -18,9 +18,11 @@ class Schedule:
 
     Attributes:
         needs_total: false if the value does not depend on `count`, so that the number of steps may be unknown.
+        over: what it may be a schedule of, "depth", "time" or both.
     """
 
     needs_total = True
+    over: tuple[str, ...] = ("depth", "time")
 
     def __call__(self, index: int, count: int) -> float:
         """Return the factor at `index` (0-based) of `count` blocks or steps."""
@@ -65,6 +67,8 @@ class Falling(Schedule):
         ValueError: a share out of its range.
     """
 
+    over = ("time",)
+
     def __init__(self, plateau: float = 0.31, decay: float = 0.08):
         for name, share in (("plateau", plateau), ("decay", decay)):
             check_real(name, share, "from 0 to 1", lambda value: 0 <= value <= 1)
@@ -85,6 +89,8 @@ class Alternating(Schedule):
     A schedule for the depth. Pull request 348 skips blocks 1, 3, 5, 7 and 9, counted from 0, of modded-nanogpt's 11; it
     draws at most one of them a step, here each is drawn by itself.
     """
+
+    over = ("depth",)
 
     def __call__(self, index: int, count: int) -> float:
         return float(index % 2 == 1 and index < count - 1)

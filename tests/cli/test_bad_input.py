@@ -88,6 +88,8 @@ BAD = [
     (f"{FIT} --layer_dropout.p_mx=1", "layer_dropout.p_mx p_max, depth, time"),
     (f"{FIT} --layer_dropout.depth=Square", "layer_dropout.depth 'Square' Alternating, Constant"),
     (f"{FIT} --layer_dropout.time=Falling --layer_dropout.time.plateau=2", "plateau: 2 from 0 to 1"),
+    (f"{FIT} --layer_dropout.time=Alternating", "time: Alternating is a schedule for depth, not for time"),
+    (f"{FIT} --layer_dropout.depth=Falling", "depth: Falling is a schedule for time, not for depth"),
     (f"{FIT} --optimizer=AdamX", "optimizer: 'AdamX' Adam"),
     (f"{FIT} --optimizer.lr=fast", "optimizer.lr: 'fast' number"),
     (f"{FIT} --position_share=0", "position_share: 0"),
