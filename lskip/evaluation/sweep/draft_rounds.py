@@ -27,7 +27,7 @@ def rounds_of_exit(text: OwnText, hits: Sequence[bool], num_speculations: int) -
     first = torch.arange(len(hits)) == 0
     starts = round_starts(torch.tensor(hits, dtype=torch.bool), first, num_speculations).nonzero().flatten().tolist()
     counts = [(done, most_drafted(text, done, num_speculations)) for done in starts[1:]]
-    return [DraftRound(most, leading(hits[done : done + most])) for done, most in counts]
+    return [_round(text, hits, done, most) for done, most in counts]
 
 
 def rounds_of_criterion(
@@ -45,7 +45,7 @@ def rounds_of_criterion(
 
     def right(done: int, most: int) -> DraftRound:
         drafted = min(leading(sure[done : done + most - 1]) + 1, most)  # the unsure token too
-        return DraftRound(drafted, leading(hits[done : done + drafted]))
+        return _round(text, hits, done, drafted)
 
     return _rounds(text, num_speculations, right)
 
@@ -66,6 +66,13 @@ def rounds_of_ngrams(text: OwnText, num_speculations: int) -> list[DraftRound]:
 def leading(hits: Sequence[bool]) -> int:
     """Return how many are true before the first that is not."""
     return next((place for place, hit in enumerate(hits) if not hit), len(hits))
+
+
+def _round(text: OwnText, hits: Sequence[bool], done: int, most: int) -> DraftRound:
+    """Return the round of up to `most` tokens behind the first `done`: a draft that says the text's end stops there."""
+    accepted = leading(hits[done : done + most])
+    stops = text.ends_drafts and done + accepted == len(text.answer)
+    return DraftRound(accepted if stops else most, accepted)
 
 
 def _rounds(text: OwnText, num_speculations: int, right: Callable[[int, int], DraftRound]) -> list[DraftRound]:

@@ -21,11 +21,13 @@ class OwnText(NamedTuple):
     Attributes:
         prompt, answer: token ids.
         max_new_tokens: the limit on the answer, near which rounds draft less.
+        ends_drafts: whether a draft that comes to the answer's end stops there, as Batch has it.
     """
 
     prompt: list[int]
     answer: list[int]
     max_new_tokens: int
+    ends_drafts: bool = False
 
 
 class ExitReading(NamedTuple):
@@ -43,7 +45,9 @@ class ExitReading(NamedTuple):
 def own_texts(generator: TextGenerator, prompts: Sequence[Prompt], batch_size: int) -> list[OwnText]:
     """Return the model's answers to prompts of one task."""
     most, answers = prompts[0].settings["max_new_tokens"], texts_in_order(generator, prompts, batch_size)
-    return [OwnText(prompt.ids, answer, most) for prompt, answer in zip(prompts, answers, strict=True)]
+    ends = {*generator.eos_ids} if generator.runner.device.type == "cpu" else set()
+    pairs = zip(prompts, answers, strict=True)
+    return [OwnText(prompt.ids, answer, most, answer[-1] in ends) for prompt, answer in pairs]
 
 
 @torch.inference_mode()

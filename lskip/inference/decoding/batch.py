@@ -251,7 +251,7 @@ class Batch:
             plan = self.policy.plan(len(self.requests), most, without)
             if plan.draft is None or plan.num_speculations == 0:
                 return plan, nothing_drafted(self.slots)
-            goes_on = partial(self._goes_on, plan.draft.exit_layer)
+            goes_on = partial(self._goes_on, plan.draft.exit_layer, [False] * len(self.requests))
             drafter = self.drafters[plan.draft.kind]
             if (drafted := drafter.propose(plan.draft, plan.num_speculations, chooser, goes_on)) is not None:
                 check_drafted(drafted, plan, len(self.requests))
@@ -264,7 +264,13 @@ class Batch:
         room = self.cache.cells - 1 - max(self.slots.starts)
         return min(room, max(request.left for request in self.requests) - 1, LONGEST_DRAFT)
 
-    def _goes_on(self, exit_layer: int, logits: Logits, ids: Tensor, states: Tensor) -> bool:
+    def _goes_on(self, exit_layer: int, ended: list[bool], logits: Logits, ids: Tensor, states: Tensor) -> bool:
+        """Return whether to draft on; `ended` tells of this round's drafts which have come to an end of the text."""
+        if ids.device.type == "cpu":  # elsewhere each look would wait for the device, and cost more than it saves
+            for slot, (request, token) in enumerate(zip(self.requests, ids.tolist(), strict=True)):
+                ended[slot] |= token in request.stop.eos_ids
+            if all(ended):
+                return False
         if self.draft_criterion is not None:
             sure = self.draft_criterion.exits(exit_layer, states[:, 0], states[:, 0], lambda: logits()[:, 0])
             return 2 * int((~sure).sum()) < len(sure)

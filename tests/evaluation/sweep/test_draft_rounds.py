@@ -13,7 +13,8 @@ from lskip.evaluation.sweep.draft_rounds import (
     shorter_rounds,
     tokens_of,
 )
-from lskip.evaluation.sweep.own_answers import ExitReading, OwnText, own_tokens_per_round, read_answer
+from lskip.evaluation.sweep.own_answers import ExitReading, OwnText, own_texts, own_tokens_per_round, read_answer
+from lskip.evaluation.tasks.prompts import Prompt
 from lskip.inference import CriterionDraft, Entropy, Margin, TextGenerator
 from lskip.models.exit_heads import TrainedExits
 from tests.conftest import make_model
@@ -103,6 +104,25 @@ def test_rounds_of_an_exit_are_those_that_decoding_makes(generator, exit_layer, 
         assert tokens_of(rounds) == len(text.answer) - 1
         tokens, passes = tokens + len(decoded.token_ids), passes + decoded.rounds
     assert own_tokens_per_round(readings, num_speculations)[exit_layer - 1] == pytest.approx(tokens / passes)
+
+
+@pytest.mark.parametrize("num_speculations", [3, 8])
+def test_the_last_round_of_a_text_that_ends_drafts_up_to_its_end(num_speculations):
+    model, ended = make_model(), 0
+    for prompt in PROMPTS:
+        model.generation_config.eos_token_id = None
+        free = TextGenerator(model, bit_exact=False).generate(prompt, max_new_tokens=NEW_TOKENS).token_ids
+        for model.generation_config.eos_token_id in set(free[3:]):
+            generator = TextGenerator(model, bit_exact=False)
+            (text,) = own_texts(generator, [Prompt("", prompt, {"max_new_tokens": NEW_TOKENS})], 1)
+            rounds = rounds_of_exit(text, reading_of(generator, text).hits[2].tolist(), num_speculations)
+            drafts = {"exit_layer": 3, "num_speculations": num_speculations, "draft": "layers"}
+            decoded = generator.generate(prompt, max_new_tokens=NEW_TOKENS, **drafts)
+            assert [each.accepted for each in rounds] == [each.accepted for each in decoded.history[1:]]
+            if rounds and rounds[-1].accepted + sum(each.accepted + 1 for each in rounds[:-1]) == len(text.answer) - 1:
+                assert rounds[-1].drafted == len(decoded.history[-1].drafted)
+                ended += rounds[-1].drafted < num_speculations
+    assert ended  # a last round was shorter
 
 
 @pytest.mark.parametrize("criterion", [Entropy(0.9), Margin(0.01)])

@@ -194,6 +194,28 @@ def following(text, token):
     return None
 
 
+def test_a_draft_drafts_nothing_behind_its_end_of_the_text(tiny_model):
+    """Red where it goes on, which brings nothing: behind an end that verification refuses all is refused."""
+    model = damped(tiny_model("llama", tie_word_embeddings=False, eos_token_id=None), 1, 0.4)
+    settings = {"exit_layer": 2, "num_speculations": 12, "max_new_tokens": 40}
+    free = TextGenerator(model).generate(PROMPT, **settings)
+    drafts = [each.drafted for each in free.history if len(each.drafted) > 2]
+    ends = [row[1] for row in drafts]  # each is drafted, with more behind it
+    for end in ends:
+        model.generation_config.eos_token_id = end
+        generator = TextGenerator(model)
+        ours = generator.generate(PROMPT, **settings)
+        assert ours.token_ids == generator.generate(PROMPT, max_new_tokens=40).token_ids
+        assert all(end not in each.drafted[:-1] for each in ours.history)
+        twice = dict(generator.generate_batch([PROMPT, PROMPT], batch_size=2, **settings))
+        assert [twice[0].history, twice[1].history] == [ours.history] * 2
+        other = [*PROMPT, 9]  # whose draft goes on where this one's has ended
+        beside = dict(generator.generate_batch([PROMPT, other], batch_size=2, **settings))
+        assert [beside[0].token_ids, beside[1].token_ids] == [
+            generator.generate(each, max_new_tokens=40).token_ids for each in (PROMPT, other)
+        ]
+
+
 @pytest.mark.parametrize("exit_layer", [1, 2, 3])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_fixed_exit_equals_a_model_cut_off_there(tiny_model, family, exit_layer):
