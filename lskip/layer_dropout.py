@@ -33,13 +33,12 @@ def run_kept_rows(
         scale: s; 1 in LayerSkip's equation.
 
     Returns:
-        [B, S, D], dropped rows unchanged. Where all are dropped, the block still runs on one row, times 0, to stay in
-        the autograd graph (DDP waits for every gradient) and in sharded all-gathers.
+        [B, S, D], dropped rows unchanged. Where all are dropped the block is not called: nothing is computed, and
+        sharded weights are not gathered. It gets no gradient then (StepGradients).
     """
     kept = (~dropped).nonzero().squeeze(1)
     if len(kept) == 0:
-        first = torch.zeros(1, dtype=torch.long, device=x.device)
-        return x + 0 * block(x[:1], inputs.rows(first, len(x)))
+        return x
     if len(kept) == len(x):
         return _scaled(x, block(x, inputs), scale)
     kept = to_device(kept, x.device)

@@ -1,10 +1,11 @@
 """The LightningModule that trains a decoder with a drop rate and an exit weight for each block."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,14 +15,16 @@ from lskip.low_rank import LowRank
 from lskip.models.decoder import Decoder
 from lskip.models.exit_heads import trained_exits
 from lskip.models.pretrained import load_model
-from lskip.models.readout import Readout, read_exits, scored_positions
+from lskip.models.readout import Readout, read_exits
+from lskip.models.scored import scored_of
 from lskip.optimization import WarmupCosine
 from lskip.targets import ExitTarget, Labels
-from lskip.training.accumulation import AccumulatedTokens
 from lskip.training.exit_rows import ExitRows, sampled_positions
 from lskip.training.layer_vector import LayerVector
+from lskip.training.lightning_utils import waits_for_all_gradients
 from lskip.training.optimizer_making import LRSchedulerCallable, OptimizerCallable
 from lskip.training.run_module import RunModule
+from lskip.training.step_gradients import Part, StepGradients, TookPart, fill_with_zeros, zero_of
 from lskip.training.teachers import ExitSupervision
 from lskip.utils.checks import check_real, check_whole
 from lskip.utils.finite import check_finite_weights
@@ -104,28 +107,59 @@ class LayerSkipModule(RunModule):
         self.kept_scales = LayerVector("kept_scales", [1.0] * layers)
         self.exit_weights = LayerVector("exit_weights", [0.0] * (layers - 1) + [1.0])
         self.validated_exits = [layers]  # LayerMetrics sets all of them
+        self._took_part = TookPart()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the early exit loss of a batch {"input_ids" [B, S], "labels" [B, S] or absent}, in nats."""
         self._check_length(batch["input_ids"])
         # Not `ready`, which in a checkpoint from within a batch already includes that batch.
         micro_batch = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        self._took_part.begin_micro_batch()
         loss, last_loss = self.early_exit_loss(batch, micro_batch)
-        self.log("train/loss", loss, prog_bar=True)
-        if self.exit_weights.values[-1] > 0:
-            self.log("train/loss_last_layer", last_loss)
-        if self.trainer.accumulate_grad_batches == 1:
-            return loss
-        scored, _ = scored_positions(batch["input_ids"], batch.get("labels"))
-        return loss * self._accumulated.weight(len(scored))
+        weighted = loss * self._gradients.weight(self.num_scored(batch), loss, last_loss)
+        idle = [part for key, part in self.optional_parts() if key not in self._took_part.now]
+        if waits_for_all_gradients(self.trainer) or not weighted.requires_grad:
+            weighted = weighted + zero_of(each for part in idle for each in part.parameters() if each.requires_grad)
+        return weighted
+
+    def num_scored(self, batch: dict[str, Tensor]) -> int:
+        """Return the number of items whose mean the loss of a batch is."""
+        return len(scored_of(batch)[0])
+
+    def optional_parts(self) -> Iterator[tuple[Part, nn.Module]]:
+        """Yield the modules that a step may leave out, each with its key in the record of what took part."""
+        for block, module in enumerate(self.decoder.blocks):
+            yield ("block", block), module
+        if self.exits is not None and self.exits.heads is not None:
+            for block, module in enumerate(self.exits.heads.maps):
+                yield ("exit", block), module
+        if self.exits is not None and self.exits.classifier is not None:
+            yield ("classifier", 0), self.exits.classifier
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        self._accumulated = AccumulatedTokens()
+        strategy = self.trainer.strategy
+        self._gradients = StepGradients(
+            self.trainer.world_size, self.device, lambda part: strategy.reduce(part.clone(), reduce_op="sum")
+        )
+        self._took_part.begin_step()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        if self.trainer.accumulate_grad_batches > 1:
-            self._accumulated.correct(self.parameters(), self.trainer.accumulate_grad_batches)
+        took_part = self._took_part
+        for key, part in self.optional_parts():
+            if key in took_part.used:
+                continue
+            if key in took_part.skipped:
+                # Layer dropout drops what a block adds, not its weight decay and momentum.
+                fill_with_zeros(part.parameters())
+            else:
+                for parameter in part.parameters():
+                    parameter.grad = None
+        took_part.begin_step()
+        loss, last_loss = self._gradients.finish(self.parameters(), self.trainer.accumulate_grad_batches)
+        self.log("train/loss", loss, prog_bar=True)
+        if self.exit_weights.values[-1] > 0:
+            self.log("train/loss_last_layer", last_loss)
 
     def early_exit_loss(self, batch: dict[str, Tensor], micro_batch: int) -> tuple[Tensor, Tensor]:
         """Return J = Σ_l ẽ(t, l) CE(g(x_{l+1}), y) (section 4.2), each CE a mean over the scored positions.
@@ -143,7 +177,7 @@ class LayerSkipModule(RunModule):
             ValueError: all exit weights are 0.
         """
         input_ids, decoder = batch["input_ids"], self.decoder
-        positions, targets = scored_positions(input_ids, batch.get("labels"))
+        positions, targets = scored_of(batch)
         exits = [block for block, weight in enumerate(self.exit_weights.values) if weight > 0]
         if not exits:
             raise ValueError("exit_weights: all are 0, so that nothing is trained; set at least one")
@@ -173,6 +207,9 @@ class LayerSkipModule(RunModule):
         states, classifier_loss = x.flatten(0, 1).index_select(0, rows), None
         if self.exits is not None:
             classifier_loss = self.exits.classifier_loss(self.decoder, block + 1, states, labels)
+            if self.exits.classifier is not None and block + 1 < self.decoder.num_layers:
+                # Without a scored token it has no loss here, and on another device it may have one.
+                self._took_part.add(("classifier", 0), in_graph=classifier_loss is not None)
             states = self.exits.translate(block + 1, states)
         weight = self.exit_weights.values[block] * len(positions) / max(len(rows), 1)
         dtype = torch.promote_types(self.decoder.dtype, torch.float32)
@@ -190,9 +227,12 @@ class LayerSkipModule(RunModule):
         inputs = self.decoder.block_inputs(x)
         for block in range(max(exits) + 1):
             dropped = draw_dropped(self.seed, micro_batch, block, len(x), self.drop_rates.values[block])
+            note = self._took_part.skip if dropped.all() else self._took_part.add
+            note(("block", block))
             scale = self.kept_scales.values[block]
             x = run_kept_rows(partial(self.decoder.block, block), x, inputs, dropped, scale)
             if block in exits:
+                self._took_part.add(("exit", block))
                 yield block, x
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Readout:

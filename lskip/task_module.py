@@ -1,5 +1,6 @@
 """The LightningModule for sequence classification and regression, with a head after every block."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import ClassVar, NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lskip.inference.exit_criteria import ExitCriterion
 from lskip.models.exit_heads import ExitClassifier, closeness
 from lskip.module import LayerSkipModule
+from lskip.training.step_gradients import Part
 from lskip.utils.checks import check_whole
 
 
@@ -89,6 +91,15 @@ class TaskModule(LayerSkipModule):
         """Return the outputs [N, num_outputs] of an exit for the last tokens' states [N, D]."""
         return self.heads[exit_layer - 1](self.decoder.norm(states))
 
+    def num_scored(self, batch: dict[str, Tensor]) -> int:
+        return len(batch["targets"])
+
+    def optional_parts(self) -> Iterator[tuple[Part, nn.Module]]:
+        for (kind, block), module in super().optional_parts():
+            yield ("map" if kind == "exit" else kind, block), module  # maps of text's exits are not used
+        for block, module in enumerate(self.heads):
+            yield ("exit", block), module
+
     def early_exit_loss(self, batch: dict[str, Tensor], micro_batch: int) -> tuple[Tensor, Tensor]:
         """Return the weighted loss of the exits and the classifier, and the loss of the last exit that is on."""
         targets, weights = batch["targets"], self.exit_weights.values
@@ -102,6 +113,7 @@ class TaskModule(LayerSkipModule):
             loss = self.task.losses(outputs, targets).mean()
             total = total + weights[block] * loss
             if self.classifier is not None and block + 1 < self.decoder.num_layers:
+                self._took_part.add(("classifier", 0))
                 classifier_losses.append(self.classifier.loss(states, self.task.rightness(outputs, targets)))
         return total + self._mean(classifier_losses), loss.detach()
 

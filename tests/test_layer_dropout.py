@@ -82,17 +82,15 @@ def test_what_broadcasts_over_the_batch_is_not_cut(decoder):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_block_without_rows_runs_one_and_gets_gradients_of_zero(decoder, batch_size):
+def test_a_block_without_rows_is_not_called(decoder, batch_size):
     seen = seen_inputs(decoder)
     x = torch.randn(batch_size, 9, 32, requires_grad=True)
     result = run_kept_rows(
         partial(decoder.block, 0), x, decoder.block_inputs(x), torch.ones(batch_size, dtype=torch.bool)
     )
-    assert torch.equal(result, x) and len(seen[0][0]) == 1
+    assert torch.equal(result, x) and not seen
     (result**2).sum().backward()
     assert torch.equal(x.grad, 2 * x)
-    for name, parameter in decoder.model.model.layers[0].named_parameters():
-        assert parameter.grad is not None and not parameter.grad.any(), name
 
 
 def test_gradients_reach_kept_and_dropped_rows(decoder):

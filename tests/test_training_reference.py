@@ -76,7 +76,9 @@ class Recorder(Callback):
         module.training_step = recorded
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.gradients.append({name: p.grad.clone() for name, p in module.model.named_parameters()})
+        # A block that a whole step skips gets its gradients of zero behind this hook.
+        parts = module.model.named_parameters()
+        self.gradients.append({name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in parts})
 
 
 def lightning_run(model, recipe, optimizer, accumulate, folder):

@@ -13,7 +13,7 @@ from lskip.callbacks import EarlyExitLoss, LayerDropout
 from lskip.curricula import Rotational
 from lskip.layer_dropout import draw_dropped, run_kept_rows
 from lskip.losses import head_loss
-from lskip.models.readout import scored_positions
+from lskip.models.scored import scored_positions
 from lskip.module import LayerSkipModule
 from lskip.schedules import Constant
 

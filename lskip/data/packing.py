@@ -19,6 +19,7 @@ from lskip.data.chat import conversation_tokens
 from lskip.data.stored_rows import grouped, open_rows, write_rows
 from lskip.data.text_tokens import PIECE, special_pattern, text_runs
 from lskip.models.encoding import added_around
+from lskip.models.scored import with_scored
 
 NOT_SCORED = -100
 READ_AHEAD = 64  # the most documents that are tokenized together
@@ -177,14 +178,14 @@ def batches(documents: Iterable[dict]) -> Iterator[dict[str, list[str]]]:
 
 
 def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """Return {"input_ids", "labels"}, each int64 [B, S]; the labels of packed text are its input_ids.
+    """Return {"input_ids", "labels"}, each int64 [B, S], and `with_scored`; labels of packed text are its input_ids.
 
     S is block_size for text; batches of pairs and conversations are cut after the last scored token of any row, since
     padding would cost as much as text.
     """
     batch = {name: torch.from_numpy(np.stack([row[name] for row in rows]).astype(np.int64)) for name in rows[0]}
     if "labels" not in batch:
-        return {"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone()}
+        return with_scored({"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone()})
     scored = (batch["labels"] != NOT_SCORED).any(0)
     size = len(scored) - int(scored.flip(0).int().argmax())  # block_size where nothing is scored
-    return {name: batch[name][:, :size] for name in ("input_ids", "labels")}
+    return with_scored({name: batch[name][:, :size] for name in ("input_ids", "labels")})

@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from lskip.losses import rows_at_once
 from lskip.models.decoder import Decoder
 from lskip.models.rounds import first_of_texts, round_starts
+from lskip.models.scored import scored_positions
 
 if TYPE_CHECKING:
     from lskip.models.exit_adapter import ExitAdapter
@@ -36,24 +37,6 @@ class Readout(NamedTuple):
     losses: Tensor
     predictions: Tensor
     positions: Tensor
-
-
-def scored_positions(input_ids: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the positions whose states predict a scored token, and those tokens.
-
-    Args:
-        input_ids: [B, S].
-        labels: [B, S] aligned with input_ids as in transformers, -100 where not scored; None: all are.
-
-    Returns:
-        Indices [N] into the B*S flattened positions, and the target tokens [N].
-    """
-    labels = input_ids if labels is None else labels
-    targets = torch.full_like(labels, -100)
-    targets[:, :-1] = labels[:, 1:]  # the state at s predicts token s + 1; the last predicts nothing known
-    targets = targets.flatten()
-    positions = (targets != -100).nonzero().squeeze(1)
-    return positions, targets[positions]
 
 
 def read_exits(

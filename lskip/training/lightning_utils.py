@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 
 
 def quiet_lightning() -> None:
@@ -15,6 +16,11 @@ def quiet_lightning() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
+
+
+def waits_for_all_gradients(trainer: Trainer) -> bool:
+    """Return whether backward hangs, or fails, where a trained parameter has no gradient: under DDP."""
+    return trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy)
 
 
 @contextmanager

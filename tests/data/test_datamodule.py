@@ -128,8 +128,11 @@ def test_batches(text_data):
     assert {name: (value.shape, value.dtype) for name, value in batch.items()} == {
         "input_ids": ((4, 16), torch.int64),
         "labels": ((4, 16), torch.int64),
+        "scored_positions": ((60,), torch.int64),  # all but the last of each row, which predicts nothing known
+        "scored_tokens": ((60,), torch.int64),
     }
     assert torch.equal(batch["input_ids"], batch["labels"])
+    assert torch.equal(batch["scored_tokens"], batch["labels"][:, 1:].flatten())
     assert batch["input_ids"].data_ptr() != batch["labels"].data_ptr()
 
 

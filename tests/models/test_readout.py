@@ -8,7 +8,8 @@ from torch.nn.functional import cross_entropy
 
 from lskip.models import readout
 from lskip.models.decoder import Decoder
-from lskip.models.readout import LayerReportMetric, Readout, read_exits, report_layers, scored_positions, settled_depth
+from lskip.models.readout import LayerReportMetric, Readout, read_exits, report_layers, settled_depth
+from lskip.models.scored import scored_positions
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}
 

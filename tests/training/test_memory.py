@@ -23,7 +23,8 @@ def random_ids(rows=4, length=12, seed=1):
 
 
 def gradients(module):
-    return {name: parameter.grad.clone() for name, parameter in module.model.named_parameters()}
+    parameters = module.model.named_parameters()
+    return {name: parameter.grad.clone() for name, parameter in parameters if parameter.grad is not None}
 
 
 # Gradient checkpointing

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lskip.models.decoder import Decoder
-from lskip.models.readout import first_depth, read_logits, scored_positions, settled_depth
+from lskip.models.readout import first_depth, read_logits, settled_depth
+from lskip.models.scored import scored_positions
 
 
 @dataclass(frozen=True)

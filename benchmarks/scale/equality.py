@@ -1,0 +1,131 @@
+"""Training by several processes against one process with all rows: the same weights after five steps.
+
+    python -m benchmarks.scale.equality --out result [--world_sizes 2,4] [--strategies ddp] [--cases "LoRA,clipping"]
+
+Float32, gloo on the CPU. Of each training the table shows the largest difference of a weight, as a share of its
+tensor's largest weight, and whether all processes hold the same bits. Drop rates are 0 and 1 alone, since another
+number of processes draws other sequences. Writes result.json into --out; ends with 1 where a training differs by more
+than 1e-5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from benchmarks.command_line import command_parser
+from benchmarks.decoding.options import numbers
+from benchmarks.environment import environment
+from benchmarks.scale.cases import CASES, ROWS, STEPS, Batch, Case
+from benchmarks.scale.ranks import run_ranks
+from lskip.module import LayerSkipModule
+from lskip.training.lightning_utils import quiet_lightning
+from lskip.utils.output_files import write_json
+
+MOST = 1e-5
+console = Console(width=120)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    names = list(CASES) if options.cases is None else options.cases
+    runs = [(1, "auto"), *((size, strategy) for strategy in options.strategies for size in options.world_sizes)]
+    for size, strategy in runs:
+        console.print(f"{len(names)} trainings by {size} process(es), {strategy}")
+        run_ranks(size, train_all, names, size, strategy, options.out)
+    found = [compared(name, size, strategy, options.out) for size, strategy in runs[1:] for name in names]
+    write_json(options.out / "result.json", {"environment": environment(torch.device("cpu")), "trainings": found})
+    print_result(found)
+    if any(each["difference"] > MOST or not each["same_bits"] for each in found):
+        raise SystemExit(1)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = command_parser("benchmarks.scale.equality", __doc__)
+    parser.add_argument("--out", required=True, type=Path, help="folder for weights and result.json")
+    parser.add_argument("--world_sizes", type=numbers, default=(2, 4), help="such as 2,4")
+    parser.add_argument("--strategies", type=lambda text: text.split(","), default=("ddp",), help="such as ddp")
+    parser.add_argument("--cases", type=lambda text: text.split(","), help="names of trainings; default: all")
+    options = parser.parse_args(arguments)
+    for name in options.cases or ():
+        if name not in CASES:
+            parser.error(f"cases: {name!r} is not one of {', '.join(CASES)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def train_all(names: list[str], world_size: int, strategy: str, out: Path) -> None:
+    """Train each case in this process, beside the others, and write what weights it ends with."""
+    quiet_lightning()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.simplefilter("ignore")  # of five steps without validation
+    for name in names:
+        weights, rank = train(CASES[name], world_size, strategy, out)
+        torch.save(weights, weights_file(out, name, world_size, strategy, rank))
+
+
+def train(case: Case, world_size: int, strategy: str, folder: Path) -> tuple[dict[str, Tensor], int]:
+    """Return the weights of one training, and the rank of this process."""
+    accumulate = 1 if world_size == 1 else case.accumulate
+    trainer = Trainer(
+        **{"strategy": strategy, "accelerator": "cpu", "devices": world_size, "max_steps": STEPS, "logger": False},
+        **{"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False},
+        **{"accumulate_grad_batches": accumulate, "default_root_dir": folder, "use_distributed_sampler": False},
+        callbacks=list(case.callbacks()),
+        **case.trainer,
+    )
+    module = LayerSkipModule(case.new_model(), optimizer=case.optimizer, lr_scheduler=None, **case.settings)
+    trainer.fit(module, loader_of(case, accumulate, world_size, trainer.global_rank))
+    return {name: part.detach().clone() for name, part in module.state_dict().items()}, trainer.global_rank
+
+
+def loader_of(case: Case, accumulate: int, world_size: int, rank: int) -> DataLoader:
+    """Return the rows of this process: its part of each micro-batch of each step."""
+    rows, batches = ROWS // accumulate // world_size, []
+    for step in range(STEPS):
+        whole: Batch = case.batch(step)
+        for part in range(accumulate):
+            first = (part * world_size + rank) * rows
+            batches.append({name: values[first : first + rows] for name, values in whole.items()})
+    return DataLoader(batches, batch_size=None)
+
+
+def weights_file(out: Path, name: str, world_size: int, strategy: str, rank: int) -> Path:
+    return out / f"{name.replace(' ', '_')}-{strategy}-{world_size}-{rank}.pt"
+
+
+def compared(name: str, world_size: int, strategy: str, out: Path) -> dict:
+    """Return the largest difference from one process, and whether all processes hold the same bits."""
+    first, *others = (
+        torch.load(weights_file(out, name, world_size, strategy, rank), weights_only=True) for rank in range(world_size)
+    )
+    one = torch.load(weights_file(out, name, 1, "auto", 0), weights_only=True)
+    return {
+        "case": name,
+        "strategy": strategy,
+        "world_size": world_size,
+        "difference": max(float((first[key] - part).abs().max() / part.abs().max()) for key, part in one.items()),
+        "same_bits": all(torch.equal(first[key], other[key]) for other in others for key in first),
+    }
+
+
+def print_result(found: list[dict]) -> None:
+    table = Table("training", "strategy", "processes", "largest difference", "same bits")
+    for each in found:
+        row = each["case"], each["strategy"], str(each["world_size"]), f"{each['difference']:.1e}"
+        table.add_row(*row, "yes" if each["same_bits"] else "NO")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,36 @@
+"""Processes of one training, over gloo on the CPU, as torchrun starts them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+
+import torch
+from torch import multiprocessing
+
+
+def run_ranks(world_size: int, work: Callable[..., None], *arguments) -> None:
+    """Call `work(*arguments)` in so many new processes, each of which finds its rank as under torchrun.
+
+    Raises:
+        ProcessRaisedException: of the first that failed; the others have been ended.
+    """
+    multiprocessing.spawn(_enter, (world_size, _free_port(), work, arguments), nprocs=world_size)
+
+
+def _enter(rank: int, world_size: int, port: int, work: Callable[..., None], arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    if world_size > 1:
+        os.environ |= {
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)},
+            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)},
+            **{"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "lskip"},
+        }
+    work(*arguments)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
