@@ -53,10 +53,10 @@ class LayerMetrics(Callback):
     def _publish(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
         for row in self.report.layers():
             layer = f"layer_{row.pop('layer'):02d}"
-            pl_module.log(f"{split}/ppl/{layer}", row.pop("perplexity"), rank_zero_only=True)
+            pl_module.log(f"{split}/ppl/{layer}", row.pop("perplexity"), sync_dist=True)
             for name, value in row.items():
-                pl_module.log(f"{split}/{name}/{layer}", value, rank_zero_only=True)
-        pl_module.log(f"{split}/layers_needed", self.report.layers_needed, rank_zero_only=True)
+                pl_module.log(f"{split}/{name}/{layer}", value, sync_dist=True)
+        pl_module.log(f"{split}/layers_needed", self.report.layers_needed, sync_dist=True)
         self._draw(trainer, split)
 
     @rank_zero_only

@@ -1,18 +1,19 @@
 """The LightningModule that trains a decoder with a drop rate and an exit weight for each block."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lskip.layer_dropout import draw_dropped, run_kept_rows
 from lskip.losses import head_loss
 from lskip.low_rank import LowRank
-from lskip.models.decoder import Decoder
+from lskip.models.decoder import BlockInputs, Decoder
 from lskip.models.exit_heads import trained_exits
 from lskip.models.pretrained import load_model
 from lskip.models.readout import Readout, read_exits
@@ -20,6 +21,7 @@ from lskip.models.scored import scored_of
 from lskip.optimization import WarmupCosine
 from lskip.targets import ExitTarget, Labels
 from lskip.training.exit_rows import ExitRows, sampled_positions
+from lskip.training.fsdp2 import FSDP2, shard
 from lskip.training.layer_vector import LayerVector
 from lskip.training.lightning_utils import waits_for_all_gradients
 from lskip.training.optimizer_making import LRSchedulerCallable, OptimizerCallable
@@ -107,7 +109,22 @@ class LayerSkipModule(RunModule):
         self.kept_scales = LayerVector("kept_scales", [1.0] * layers)
         self.exit_weights = LayerVector("exit_weights", [0.0] * (layers - 1) + [1.0])
         self.validated_exits = [layers]  # LayerMetrics sets all of them
+        self.held_out_loss = MeanMetric()
         self._took_part = TookPart()
+        self._sharded_by: FSDP2 | None = None
+
+    def configure_model(self) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDP2) and self._sharded_by is None:
+            self._sharded_by = strategy
+            shard(self, self.decoder.blocks, strategy.device_mesh["data_parallel"])
+
+    def forward(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Return `work(*arguments)`, one of this module's methods: the one call within which all its weights are whole.
+
+        Whatever reads a parameter goes through here, since sharded weights are gathered when a module is called.
+        """
+        return work(*arguments)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the early exit loss of a batch {"input_ids" [B, S], "labels" [B, S] or absent}, in nats."""
@@ -115,7 +132,7 @@ class LayerSkipModule(RunModule):
         # Not `ready`, which in a checkpoint from within a batch already includes that batch.
         micro_batch = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
         self._took_part.begin_micro_batch()
-        loss, last_loss = self.early_exit_loss(batch, micro_batch)
+        loss, last_loss = self(self.early_exit_loss, batch, micro_batch)
         weighted = loss * self._gradients.weight(self.num_scored(batch), loss, last_loss)
         idle = [part for key, part in self.optional_parts() if key not in self._took_part.now]
         if waits_for_all_gradients(self.trainer) or not weighted.requires_grad:
@@ -227,13 +244,25 @@ class LayerSkipModule(RunModule):
         inputs = self.decoder.block_inputs(x)
         for block in range(max(exits) + 1):
             dropped = draw_dropped(self.seed, micro_batch, block, len(x), self.drop_rates.values[block])
-            note = self._took_part.skip if dropped.all() else self._took_part.add
-            note(("block", block))
             scale = self.kept_scales.values[block]
-            x = run_kept_rows(partial(self.decoder.block, block), x, inputs, dropped, scale)
+            if dropped.all():
+                x = self._skip(block, x, inputs)
+            else:
+                self._took_part.add(("block", block))
+                x = run_kept_rows(partial(self.decoder.block, block), x, inputs, dropped, scale)
             if block in exits:
                 self._took_part.add(("exit", block))
                 yield block, x
+
+    def _skip(self, block: int, x: Tensor, inputs: BlockInputs) -> Tensor:
+        """Return x as it is, of a block that no sequence runs."""
+        part = ("block", block)
+        self._took_part.skip(part)
+        if part not in self._took_part.used or self._sharded_by is None or not self._sharded_by.syncs:
+            return x
+        # Its gradients of earlier micro-batches are still each rank's own: in this last one FSDP2 adds them up only for
+        # a block that runs.
+        return x + 0 * self.decoder.block(block, x[:1], inputs.rows(torch.zeros(1, dtype=torch.long), len(x)))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Readout:
         return self._read("val/loss", batch)
@@ -244,10 +273,11 @@ class LayerSkipModule(RunModule):
     def _read(self, name: str, batch: dict[str, Tensor]) -> Readout:
         self._check_length(batch["input_ids"])
         exits = self.validated_exits
-        readout = read_exits(self.decoder, batch["input_ids"], batch.get("labels"), exits, self.exits)
+        readout = self(read_exits, self.decoder, batch["input_ids"], batch.get("labels"), exits, self.exits)
         last = readout.losses[-1]
-        # Weighted by tokens, so that the mean over batches is the mean over tokens.
-        self.log(name, last.sum() / max(len(last), 1), batch_size=len(last), prog_bar=True, sync_dist=True)
+        # A mean over tokens, of all batches and devices.
+        self.held_out_loss.update(last.sum() / max(len(last), 1), len(last))
+        self.log(name, self.held_out_loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=1)
         return readout
 
     def _check_length(self, input_ids: Tensor) -> None:

@@ -6,6 +6,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -25,6 +26,8 @@ def gradient_norm(trainer: Trainer, optimizer: Optimizer) -> Tensor:
     """Return the norm of all gradients together, without waiting for the device."""
     trained = [part for group in optimizer.param_groups for part in group["params"]]
     norm = nn.utils.get_total_norm([part.grad for part in trained if part.grad is not None])
+    if isinstance(norm, DTensor):  # of sharded gradients
+        norm = norm.full_tensor()
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         norm = norm / scaler.get_scale()  # a fused optimizer unscales in its step

@@ -113,8 +113,8 @@ CASES = {
     "SelfDistillation": Case({"exit_target": SelfDistillation()}, callbacks=exits()),
     "LK": Case({"exit_target": LK()}, callbacks=exits(), batch=pairs),
     "anchor": Case({"anchor_weight": 0.5}, callbacks=exits()),
-    "LoRA": Case({"low_rank": LowRank(2, rank=4)}, callbacks=exits()),
-    "LoRA, dropped blocks": Case({"low_rank": LowRank(2, rank=4)}, callbacks=dropping),
+    "LoRA": Case({"low_rank": LowRank(2, rank=4)}, callbacks=exits(), optimizer=SGD),
+    "LoRA, dropped blocks": Case({"low_rank": LowRank(2, rank=4)}, callbacks=dropping, optimizer=SGD),
     "exit heads and classifier, rotational": Case(
         {"exit_heads": True, "learned_exit": True}, callbacks=exits(partial(Rotational, 2)), batch=pairs
     ),

@@ -1,6 +1,6 @@
 """Training by several processes against one process with all rows: the same weights after five steps.
 
-    python -m benchmarks.scale.equality --out result [--world_sizes 2,4] [--strategies ddp] [--cases "LoRA,clipping"]
+    python -m benchmarks.scale.equality --out result [--world_sizes 2,4] [--strategies ddp] [--cases "LoRA;clipping"]
 
 Float32, gloo on the CPU. Of each training the table shows the largest difference of a weight, as a share of its
 tensor's largest weight, and whether all processes hold the same bits. Drop rates are 0 and 1 alone, since another
@@ -21,6 +21,7 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from benchmarks.command_line import command_parser
@@ -55,7 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, help="folder for weights and result.json")
     parser.add_argument("--world_sizes", type=numbers, default=(2, 4), help="such as 2,4")
     parser.add_argument("--strategies", type=lambda text: text.split(","), default=("ddp",), help="such as ddp")
-    parser.add_argument("--cases", type=lambda text: text.split(","), help="names of trainings; default: all")
+    parser.add_argument("--cases", type=lambda text: text.split(";"), help="names of trainings; default: all")
     options = parser.parse_args(arguments)
     for name in options.cases or ():
         if name not in CASES:
@@ -86,7 +87,12 @@ def train(case: Case, world_size: int, strategy: str, folder: Path) -> tuple[dic
     )
     module = LayerSkipModule(case.new_model(), optimizer=case.optimizer, lr_scheduler=None, **case.settings)
     trainer.fit(module, loader_of(case, accumulate, world_size, trainer.global_rank))
-    return {name: part.detach().clone() for name, part in module.state_dict().items()}, trainer.global_rank
+    return {name: whole(part) for name, part in module.state_dict().items()}, trainer.global_rank
+
+
+def whole(part: Tensor) -> Tensor:
+    """Return a copy of a weight, gathered from the processes where it is sharded."""
+    return (part.full_tensor() if isinstance(part, DTensor) else part).detach().clone()
 
 
 def loader_of(case: Case, accumulate: int, world_size: int, rank: int) -> DataLoader:

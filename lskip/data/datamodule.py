@@ -25,7 +25,7 @@ from lskip.data.chat import check_chat_template
 from lskip.data.corpus import StoredCorpus
 from lskip.data.documents import NOT_CONTENT, SplitRule, content_key, first_columns, texts_of
 from lskip.data.formats import record_kind
-from lskip.data.loading import ResumableLoader, ResumableSampler
+from lskip.data.loading import ResumableLoader, ResumableSampler, held_out_loader
 from lskip.data.packing import ENCODERS, NOT_SCORED, collate, encode_documents, scored_lengths
 from lskip.data.sources import open_source
 from lskip.data.streaming import StreamedBlocks, StreamedCorpus, StreamLoader
@@ -55,7 +55,7 @@ class TextData(LightningDataModule):
 
     Training order is a function of (seed, batch number): a run resumed with `ckpt_path` gets the batches that it would
     have got uninterrupted, if batch_size and the number of devices are the same. Validation and test are in a fixed
-    order; on several devices Lightning repeats a few rows to make their shares equal.
+    order, each row once however many devices there are.
 
     Args:
         source: "stdlib" (the Python source of this interpreter's standard library), "packages" (of the installed
@@ -256,7 +256,7 @@ class TextData(LightningDataModule):
 
     def _held_out_loader(self, split: str) -> DataLoader:
         self._check_filled(split)
-        return DataLoader(self.blocks(split), shuffle=False, **self._loading())
+        return held_out_loader(self.blocks(split), *self._share(), **self._loading())
 
     def _check_filled(self, split: str) -> None:
         """Raise ValueError when a held-out split has no row."""

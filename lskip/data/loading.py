@@ -1,10 +1,12 @@
 """Loader and sampler whose order is a function of (seed, batch number), so that runs resume exactly."""
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 
 import numpy as np
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
+
+from lskip.data.packing import NOT_SCORED
 
 WINDOW = 16  # batches whose rows are sorted by length together
 
@@ -71,3 +73,36 @@ class ResumableSampler(DistributedSampler):
         parts = np.split(order[: rows * self.batches_per_epoch], range(WINDOW * rows, len(order), WINDOW * rows))
         batches = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
         return random.permutation(batches.reshape(-1, rows)).ravel()
+
+
+def held_out_loader(rows: Sequence[dict[str, np.ndarray]], world_size: int, rank: int, **loading) -> DataLoader:
+    """Return the loader of a rank's share of validation or test; all ranks have as many batches."""
+    if world_size == 1:
+        return DataLoader(rows, shuffle=False, **loading)
+    sampler = HeldOutSampler(rows, num_replicas=world_size, rank=rank, shuffle=False)
+    return DataLoader(HeldOutRows(rows), sampler=sampler, **loading)
+
+
+class HeldOutRows(Dataset):
+    """Rows of validation or test, and behind the last as many as asked for that score nothing."""
+
+    def __init__(self, rows: Sequence[dict[str, np.ndarray]]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        row = self.rows[min(index, len(self.rows) - 1)]
+        labels = row.get("labels", row["input_ids"])
+        return {**row, "labels": labels if index < len(self.rows) else np.full_like(labels, NOT_SCORED)}
+
+
+class HeldOutSampler(DistributedSampler):
+    """Indices of each rank's HeldOutRows, the same number on all: beyond the last row where rows do not divide.
+
+    Lightning's own sampler repeats rows, which would count twice.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, self.num_samples * self.num_replicas, self.num_replicas))

@@ -79,12 +79,11 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
-def test_blocks_that_drop_all_sequences_train_and_every_rank_draws_the_same(run):
+def test_every_rank_draws_the_same_and_calls_no_block_without_rows(run):
     first, second = (json.loads((run / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert len(first["losses"]) == 6 and first["losses"] != second["losses"]  # different data
-    assert first["rows"] == second["rows"] and len(first["rows"]) == 6 * 4
-    assert first["rows"][0::4] == [2] * 6 and first["rows"][3::4] == [1] * 6  # all rows; one, times 0
-    assert {1, 2} == set(first["rows"][1::4] + first["rows"][2::4])
+    assert first["rows"] == second["rows"] and set(first["rows"]) == {1, 2}
+    assert 6 * 1 + 1 < len(first["rows"]) < 6 * 3 + 1  # the first block always, the last never
     assert first["weights"] == second["weights"]
 
 
