@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.optim import Optimizer
 
 NAME = "fsdp2"
 
@@ -29,6 +38,59 @@ class FSDP2(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's "auto" is the number of nodes
         super().setup_environment()
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """False: the module is sharded in configure_model already, and takes a checkpoint as under other strategies."""
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """True: by `load_optimizer_state_dict`, after ResumedSettings has renewed what a checkpoint holds."""
+        return True
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        options = StateDictOptions(full_state_dict=True, strict=strict)
+        set_model_state_dict(self.lightning_module, checkpoint["state_dict"], options=options)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return, on rank 0, the state as torch's `optimizer.state_dict()` has it on one device; {} elsewhere."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(self.model, optimizer, options=options)
+        if not self.is_global_zero:
+            return {}
+        numbers = {name: number for number, name in enumerate(self._names(optimizer))}
+        return {
+            "state": {numbers[name]: part for name, part in state["state"].items()},
+            "param_groups": [
+                {**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]
+            ],
+        }
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        options = StateDictOptions(full_state_dict=True)
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            names = self._names(optimizer)
+            named = {
+                "state": {names[number]: part for number, part in state["state"].items()},
+                "param_groups": [
+                    {**group, "params": [names[number] for number in group["params"]]}
+                    for group in state["param_groups"]
+                ],
+            }
+            if named["state"]:
+                set_optimizer_state_dict(self.model, optimizer, named, options=options)
+            else:  # such as SGD's without momentum: there is nothing to share out
+                optimizer.load_state_dict(state)
+
+    def _names(self, optimizer: Optimizer) -> list[str]:
+        """Return the name of each of the optimizer's parameters, in its order."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:

@@ -1,0 +1,120 @@
+"""Checkpoints that move: saved by some processes, resumed by others, against one process that was not interrupted.
+
+    python -m benchmarks.scale.resume --out result [--quick]
+
+Three steps are trained and saved, and three more by another number of processes or another strategy, with as many rows
+in all: the same rows follow, and the weights are those of six steps by one process. Float32, gloo on the CPU. Writes
+result.json into --out; ends with 1 where weights differ by more than 1e-5 of their tensor's largest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.command_line import command_parser
+from benchmarks.environment import environment
+from benchmarks.scale.cases import ROWS, Case, dropping
+from benchmarks.scale.equality import MOST, whole
+from benchmarks.scale.ranks import run_ranks
+from lskip.callbacks import RunCheckpoint
+from lskip.data import TextData
+from lskip.module import LayerSkipModule
+from lskip.training.lightning_utils import quiet_lightning
+from lskip.utils.output_files import write_json
+
+CASE, HALF, STEPS = Case(callbacks=dropping, model={"vocab_size": 300}), 3, 6
+ONE = (1, "auto")
+SAVERS = (ONE, (2, "ddp"), (2, "fsdp2"), (4, "fsdp2"))
+RESUMERS = (ONE, (2, "ddp"), (2, "fsdp2"), (4, "ddp"), (4, "fsdp2"))
+console = Console(width=120)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    write_corpus(options.out / "texts.jsonl")
+    run_ranks(1, train, options.out, *ONE, "whole", STEPS, None)
+    found = []
+    for saver in options.savers:
+        run_ranks(saver[0], train, options.out, *saver, "saved", HALF, None)
+        for resumer in options.resumers:
+            run_ranks(resumer[0], train, options.out, *resumer, "resumed", STEPS, options.out / "saved" / "last.ckpt")
+            row = {"saved_by": saver, "resumed_by": resumer, "difference": difference(options.out)}
+            console.print(row)
+            found.append(row)
+    write_json(options.out / "result.json", {"environment": environment(torch.device("cpu")), "resumed": found})
+    print_result(found)
+    if any(each["difference"] > MOST for each in found):
+        raise SystemExit(1)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = command_parser("benchmarks.scale.resume", __doc__)
+    parser.add_argument("--out", required=True, type=Path, help="folder for checkpoints and result.json")
+    parser.add_argument("--quick", action="store_true", help="two of the ways alone")
+    options = parser.parse_args(arguments)
+    options.savers = SAVERS[2:3] if options.quick else SAVERS
+    options.resumers = RESUMERS[:2] if options.quick else RESUMERS
+    options.out.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def write_corpus(path: Path) -> None:
+    draw = random.Random(0)
+    texts = (" ".join(draw.choices(["on", "off", "the", "lamp", "2", "3", "of", "den"], k=40)) for _ in range(60))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def train(out: Path, world_size: int, strategy: str, name: str, steps: int, checkpoint: Path | None) -> None:
+    """Train in this process, beside the others, up to so many steps; save at the end, and write the weights."""
+    quiet_lightning()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.simplefilter("ignore")  # of few steps without validation
+    folder = out / name
+    if checkpoint is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    data = TextData(
+        str(out / "texts.jsonl"), vocab_size=300, block_size=12, batch_size=ROWS // world_size, cache_dir=str(out)
+    )
+    trainer = Trainer(
+        **{"strategy": strategy, "accelerator": "cpu", "devices": world_size, "max_steps": steps, "logger": False},
+        **{"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0},
+        callbacks=[*CASE.callbacks(), RunCheckpoint(folder)],
+        default_root_dir=out,
+    )
+    module = LayerSkipModule(CASE.new_model(), optimizer=CASE.optimizer, lr_scheduler=None)
+    trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
+    weights = {key: whole(part) for key, part in module.state_dict().items()}
+    if trainer.is_global_zero:
+        torch.save(weights, out / f"{name}.pt")
+
+
+def difference(out: Path) -> float:
+    """Return the largest difference of the resumed run's weights, as a share of their tensor's largest."""
+    one, other = (torch.load(out / f"{name}.pt", weights_only=True) for name in ("whole", "resumed"))
+    return max(float((other[key] - part).abs().max() / part.abs().max()) for key, part in one.items())
+
+
+def print_result(found: list[dict]) -> None:
+    table = Table("saved by", "resumed by", "largest difference")
+    for each in found:
+        table.add_row(
+            *(f"{size} {strategy}" for size, strategy in (each["saved_by"], each["resumed_by"])),
+            f"{each['difference']:.1e}",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
