@@ -34,7 +34,8 @@ class LayerDropout(Callback):
         check_real("p_max", p_max, "from 0 to 1", lambda value: 0 <= value <= 1)
         for name, schedule in (("depth", depth), ("time", time)):
             if name not in schedule.over:
-                raise ValueError(f"{name}: {type(schedule).__name__} is a schedule for {schedule.over[0]}, not for {name}")
+                kind, over = type(schedule).__name__, schedule.over[0]
+                raise ValueError(f"{name}: {kind} is a schedule for {over}, not for {name}")
         self.p_max = p_max
         self.depth = depth
         self.time = time
