@@ -27,7 +27,7 @@ class Sizes:
     small_blocks: int = 3
     items: int = 200
     tune_prompts: int = 30
-    tuned_cells: int = 8
+    tuned_cells: int = 10
     requests: int = 20
     turns: int = 2
     shown: int = 4

@@ -18,6 +18,6 @@ def with_auto_draft(
     """
     if settings.draft != AUTO:
         return settings
-    most = settings.num_speculations or (16 if draft_weights == "int4" else 8)
+    most = settings.num_speculations or (16 if draft_weights == "int4" else 12)
     chosen = settings.draft_policy or policy()
     return replace(settings, draft=None, draft_policy=chosen, num_speculations=most)

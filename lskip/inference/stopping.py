@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -51,6 +51,11 @@ class StopRule:
         if len(plain) < len(tokens):
             return tokens[: len(plain) + 1], "eos"
         return tokens, self.limit if len(done) + len(tokens) == self.max_new_tokens else None
+
+    def up_to_end(self, tokens: Sequence[int]) -> Sequence[int]:
+        """Return the first of `tokens` up to one that ends a text, that one included; all where none does."""
+        ends = (at for at, token in enumerate(tokens, start=1) if token in self.eos_ids)
+        return tokens[: next(ends, len(tokens))]
 
     def _until_stop_string(self, tokens: list[int], done: list[int]) -> int:
         """Return how many of `tokens` complete a stop string; 0: they do not.

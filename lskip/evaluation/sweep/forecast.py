@@ -24,6 +24,8 @@ from lskip.inference.drafting.draft import DraftPlan
 from lskip.inference.drafting.registry import drafts_of, round_seconds
 from lskip.inference.exit_criteria import MEASURED, MeasuredExit
 
+NEAR = 0.85  # of the best forecast: forecasts err by a tenth
+
 
 class Forecast(NamedTuple):
     """Prediction of the cost model for a cell: the speed-up of the rounds after the prefill."""
@@ -140,9 +142,16 @@ def best_first(forecasts: Sequence[Forecast]) -> list[Forecast]:
 
 
 def worth_decoding(forecasts: Sequence[Forecast], count: int) -> list[Cell]:
-    """Return the best cell of each draft and policy, then the best others, `count` in all, sorted by draft."""
-    firsts = {(forecast.cell.draft, forecast.cell.policy): forecast.cell for forecast in reversed(forecasts)}
+    """Return `count` cells, sorted by draft: the best of each draft and policy, of each exit that is near, then others.
+
+    Exits come before further lengths of one exit, which differ less: forecasts leave out what a drafted token takes
+    besides the model, and so rank the first exits too high.
+    """
     ranked = [forecast.cell for forecast in forecasts]
-    chosen = [*sorted(firsts.values(), key=ranked.index), *(cell for cell in ranked if cell not in firsts.values())]
+    firsts = {(cell.draft, cell.policy): cell for cell in reversed(ranked)}
+    near = [each.cell for each in forecasts if each.speedup >= NEAR * forecasts[0].speedup]
+    exits = {(cell.draft, cell.policy, cell.exit_layer): cell for cell in reversed(near)}
+    parts = (firsts.values(), exits.values())
+    chosen = list(dict.fromkeys([*(cell for part in parts for cell in sorted(part, key=ranked.index)), *ranked]))
     drafts = [draft for draft, _ in firsts]
     return sorted(chosen[:count], key=lambda cell: (drafts.index(cell.draft), ranked.index(cell)))

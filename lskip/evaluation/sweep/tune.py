@@ -26,7 +26,7 @@ from lskip.utils.console import plain_console, plain_table
 from lskip.utils.interrupts import interrupt_explained
 from lskip.utils.user_errors import one_line
 
-MOST_SPECULATIONS = 8
+MOST_SPECULATIONS = 12
 CriterionName = Literal["Entropy", "Margin"]
 
 
@@ -54,10 +54,10 @@ def tune(
         drafts: as in sweep; null: the exit_adapter where one is named, else the exits in the model's own weights and
             in int8. Where none of these pays, also what needs no training: int8, int4, ngram.
         exit_layers: layers that may draft; null: all but the last, and all of them for int8 and int4.
-        num_speculations: tokens drafted; null: 1 to 8.
+        num_speculations: tokens drafted; null: 1 to 12.
         num_prompts: prompts of the task that are answered.
         rounds: how often each of the best cells answers each, autoregressive decoding taking turns with it.
-        decoded_cells: cells that are decoded: the best of each draft, then the best of all others.
+        decoded_cells: cells that are decoded: the best of each draft, of each exit that is near, then of all others.
         batch_size: prompts that are answered together where nothing is timed.
         criterion: Entropy or Margin: drafts of exits may also end where it is unsure (CriterionDraft), at the
             threshold of each exit that gives `precision`. null: they draft num_speculations every time.

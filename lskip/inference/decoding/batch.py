@@ -71,8 +71,8 @@ class Request:
         self, tokens: list[int], drafted: Sequence[int] = (), accepted: int = 0, draft: Draft | None = None
     ) -> list[int]:
         """Add a round's tokens up to the end of the text, and return these."""
-        # What was drafted beyond its last token was drafted for its neighbours.
-        drafted = drafted[: self.left - 1]
+        # What was drafted beyond its last token, or behind an end of the text, was drafted for its neighbours.
+        drafted = self.stop.up_to_end(drafted[: self.left - 1])
         kept, self.generation.finish_reason = self.stop.cut(tokens, self.generation.token_ids)
         self.generation.add(kept, drafted, min(accepted, len(drafted)), draft)
         self.generation.seconds = time.perf_counter() - self.began

@@ -54,6 +54,16 @@ def test_the_best_of_each_draft_is_decoded_and_then_the_next_best():
     assert worth_decoding(ranked, 1) == [cells[0]]
 
 
+def test_other_exits_are_decoded_before_other_lengths_of_one_exit():
+    """Red where the near-equal lengths of the exit that is forecast to be best take all places."""
+    cells = [Cell("layers", 1, d) for d in range(4, 9)] + [Cell("layers", 3, 8), Cell("layers", 3, 7)]
+    cells += [Cell("layers", 9, 2)]
+    speedups = (2.0, 1.99, 1.98, 1.97, 1.96, 1.9, 1.89, 1.2)
+    ranked = [Forecast(cell, speedup, 2.0) for cell, speedup in zip(cells, speedups, strict=True)]
+    assert worth_decoding(ranked, 3) == [cells[0], cells[1], cells[5]]  # the last exit is not near
+    assert worth_decoding(ranked, 2) == [cells[0], cells[5]]
+
+
 def test_every_exit_is_a_candidate_where_none_is_named():
     cells = candidates(["layers", "int8"], None, [2], 5)
     exits = [Cell(draft, exit_layer, 2) for draft in ("layers", "int8") for exit_layer in (1, 2, 3, 4)]
