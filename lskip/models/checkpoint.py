@@ -152,8 +152,24 @@ def random_state() -> dict:
     return {"cpu": torch.get_rng_state(), "cuda": devices}
 
 
-def restore_random_state(state: dict) -> None:
-    """Restore what `random_state` returned; for accelerators only where their number is the same."""
+def random_states(state: dict) -> dict:
+    """Return what `random_state` returned in this process; of several processes {"ranks": [one of each]}, on all."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return state
+    ranks: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(ranks, state)
+    return {"ranks": ranks} if len(ranks) > 1 else state
+
+
+def restore_random_state(states: dict, rank: int = 0) -> None:
+    """Restore what `random_states` returned; for accelerators only where their number is the same.
+
+    Where more processes go on than have saved, the others begin streams of their own, which follow from those saved.
+    """
+    ranks = states.get("ranks", [states])
+    state = ranks[rank % len(ranks)]
     torch.set_rng_state(state["cpu"].cpu())
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([device.cpu() for device in state["cuda"]])
+    if rank >= len(ranks):
+        torch.manual_seed(int(torch.randint(2**62, ())) + rank)

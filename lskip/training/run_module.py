@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lskip.data.tokenizer import same_tokens
 from lskip.low_rank import LowRank
-from lskip.models.checkpoint import pack_model, random_state, restore_random_state
+from lskip.models.checkpoint import pack_model, random_state, random_states, restore_random_state
 from lskip.models.decoder import Decoder
 from lskip.optimization import WarmupCosine, clip_gradients, gradient_norm, parameter_groups
 from lskip.training.finite_steps import FiniteSteps
@@ -89,7 +89,7 @@ class RunModule(LightningModule):
 
     def on_train_start(self) -> None:
         if self._resumed_random_state is not None:
-            restore_random_state(self._resumed_random_state)
+            restore_random_state(self._resumed_random_state, self.global_rank)
 
     def setup(self, stage: str) -> None:
         for vector in (self.drop_rates, self.kept_scales, self.exit_weights):
@@ -125,7 +125,8 @@ class RunModule(LightningModule):
             checkpoint["lskip"] |= {"rows": rows_of(self.trainer), "total_steps": self.total_steps}
         if self.settings is not None:
             checkpoint["lskip"]["settings"] = self.settings
-        checkpoint.setdefault("random_state", random_state())
+        # Of each rank: dropout inside the model draws from streams of their own.
+        checkpoint["random_state"] = random_states(checkpoint.get("random_state", random_state()))
         self.finite_steps.check_saved(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
