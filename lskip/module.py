@@ -26,7 +26,7 @@ from lskip.training.layer_vector import LayerVector
 from lskip.training.lightning_utils import waits_for_all_gradients
 from lskip.training.optimizer_making import LRSchedulerCallable, OptimizerCallable
 from lskip.training.run_module import RunModule
-from lskip.training.step_gradients import Part, StepGradients, TookPart, fill_with_zeros, zero_of
+from lskip.training.step_gradients import Part, StepGradients, TookPart, settle_gradients, zero_of
 from lskip.training.teachers import ExitSupervision
 from lskip.utils.checks import check_real, check_whole
 from lskip.utils.finite import check_finite_weights
@@ -132,12 +132,21 @@ class LayerSkipModule(RunModule):
         # Not `ready`, which in a checkpoint from within a batch already includes that batch.
         micro_batch = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
         self._took_part.begin_micro_batch()
-        loss, last_loss = self(self.early_exit_loss, batch, micro_batch)
-        weighted = loss * self._gradients.weight(self.num_scored(batch), loss, last_loss)
-        idle = [part for key, part in self.optional_parts() if key not in self._took_part.now]
-        if waits_for_all_gradients(self.trainer) or not weighted.requires_grad:
-            weighted = weighted + zero_of(each for part in idle for each in part.parameters() if each.requires_grad)
-        return weighted
+        loss, last_loss = self(self._loss_of_all_parts, batch, micro_batch)
+        return loss * self._gradients.weight(self.num_scored(batch), loss, last_loss)
+
+    def _loss_of_all_parts(self, batch: dict[str, Tensor], micro_batch: int) -> tuple[Tensor, Tensor]:
+        """Return `early_exit_loss`, with gradients of zero for what took no part where devices wait for them.
+
+        FSDP2 waits for the parts that it holds together, all but the blocks.
+        """
+        loss, last_loss = self.early_exit_loss(batch, micro_batch)
+        idle = [(kind, part) for (kind, n), part in self.optional_parts() if (kind, n) not in self._took_part.now]
+        if self._sharded_by is not None:
+            idle = [(kind, part) for kind, part in idle if kind != "block"]
+        if self._sharded_by is not None or waits_for_all_gradients(self.trainer) or not loss.requires_grad:
+            loss = loss + zero_of(each for _, part in idle for each in part.parameters() if each.requires_grad)
+        return loss, last_loss
 
     def num_scored(self, batch: dict[str, Tensor]) -> int:
         """Return the number of items whose mean the loss of a batch is."""
@@ -162,17 +171,8 @@ class LayerSkipModule(RunModule):
         self._took_part.begin_step()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        took_part = self._took_part
-        for key, part in self.optional_parts():
-            if key in took_part.used:
-                continue
-            if key in took_part.skipped:
-                # Layer dropout drops what a block adds, not its weight decay and momentum.
-                fill_with_zeros(part.parameters())
-            else:
-                for parameter in part.parameters():
-                    parameter.grad = None
-        took_part.begin_step()
+        settle_gradients(self.optional_parts(), self._took_part)
+        self._took_part.begin_step()
         loss, last_loss = self._gradients.finish(self.parameters(), self.trainer.accumulate_grad_batches)
         self.log("train/loss", loss, prog_bar=True)
         if self.exit_weights.values[-1] > 0:

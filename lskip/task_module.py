@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lskip.inference.exit_criteria import ExitCriterion
 from lskip.models.exit_heads import ExitClassifier, closeness
 from lskip.module import LayerSkipModule
-from lskip.training.step_gradients import Part
 from lskip.utils.checks import check_whole
 
 
@@ -94,7 +93,7 @@ class TaskModule(LayerSkipModule):
     def num_scored(self, batch: dict[str, Tensor]) -> int:
         return len(batch["targets"])
 
-    def optional_parts(self) -> Iterator[tuple[Part, nn.Module]]:
+    def optional_parts(self) -> Iterator[tuple[tuple[str, int], nn.Module]]:
         for (kind, block), module in super().optional_parts():
             yield ("map" if kind == "exit" else kind, block), module  # maps of text's exits are not used
         for block, module in enumerate(self.heads):

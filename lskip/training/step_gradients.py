@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Part = tuple[str, int]
 
@@ -113,8 +113,14 @@ def zero_of(parameters: Iterable[Tensor]) -> Tensor | float:
     return sum(0 * parameter.flatten()[0] for parameter in parameters)
 
 
-def fill_with_zeros(parameters: Iterable[Tensor]) -> None:
-    """Give trained parameters that have no gradient one of zeros."""
-    for parameter in parameters:
-        if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+def settle_gradients(parts: Iterable[tuple[Part, nn.Module]], took_part: TookPart) -> None:
+    """Give a step's gradients to parts that it left out: zeros to blocks that layer dropout skipped, none to others.
+
+    Layer dropout drops what a block adds, not its weight decay and momentum. DDP made gradients of zero for all.
+    """
+    for part, module in parts:
+        for parameter in () if part in took_part.used else module.parameters():
+            if part not in took_part.skipped:
+                parameter.grad = None
+            elif parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)

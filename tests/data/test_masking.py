@@ -87,8 +87,8 @@ def test_a_batch_ends_behind_its_last_scored_token(bytes_tokenizer, completions,
     rows = PairEncoder(bytes_tokenizer, 10)({"prompt": ["2:", "1:"], "completion": completions})
     batch = collate([dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)])
     assert batch["input_ids"].shape == batch["labels"].shape == (2, length)
-    for name, tensor in batch.items():
-        assert tensor.tolist() == [row[:length].tolist() for row in rows[name]]
+    for name in rows:
+        assert batch[name].tolist() == [row[:length].tolist() for row in rows[name]]
     assert all((row[length:] == -100).all() for row in rows["labels"])
 
 
