@@ -141,11 +141,11 @@ class LayerSkipModule(RunModule):
         FSDP2 waits for the parts that it holds together, all but the blocks.
         """
         loss, last_loss = self.early_exit_loss(batch, micro_batch)
-        idle = [(kind, part) for (kind, n), part in self.optional_parts() if (kind, n) not in self._took_part.now]
-        if self._sharded_by is not None:
-            idle = [(kind, part) for kind, part in idle if kind != "block"]
-        if self._sharded_by is not None or waits_for_all_gradients(self.trainer) or not loss.requires_grad:
-            loss = loss + zero_of(each for _, part in idle for each in part.parameters() if each.requires_grad)
+        sharded = self._sharded_by is not None
+        if sharded or waits_for_all_gradients(self.trainer) or not loss.requires_grad:
+            parts = (each for each in self.optional_parts() if not (sharded and each[0][0] == "block"))
+            idle = (module for part, module in parts if part not in self._took_part.now)
+            loss = loss + zero_of(each for module in idle for each in module.parameters() if each.requires_grad)
         return loss, last_loss
 
     def num_scored(self, batch: dict[str, Tensor]) -> int:

@@ -35,8 +35,8 @@ def loader(batches, **settings):
 
 
 def gradients(module):
-    parameters = module.model.named_parameters()
-    return {name: parameter.grad.clone() for name, parameter in parameters if parameter.grad is not None}
+    parts = module.model.named_parameters()  # a block without rows has no gradient
+    return {name: torch.zeros_like(part) if part.grad is None else part.grad.clone() for name, part in parts}
 
 
 # Plain language-model training

@@ -11,9 +11,7 @@ than 1e-5.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -30,7 +28,6 @@ from benchmarks.environment import environment
 from benchmarks.scale.cases import CASES, ROWS, STEPS, Batch, Case
 from benchmarks.scale.ranks import run_ranks
 from lskip.module import LayerSkipModule
-from lskip.training.lightning_utils import quiet_lightning
 from lskip.utils.output_files import write_json
 
 MOST = 1e-5
@@ -67,9 +64,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def train_all(names: list[str], world_size: int, strategy: str, out: Path) -> None:
     """Train each case in this process, beside the others, and write what weights it ends with."""
-    quiet_lightning()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    warnings.simplefilter("ignore")  # of five steps without validation
     for name in names:
         weights, rank = train(CASES[name], world_size, strategy, out)
         torch.save(weights, weights_file(out, name, world_size, strategy, rank))
@@ -87,22 +81,28 @@ def train(case: Case, world_size: int, strategy: str, folder: Path) -> tuple[dic
     )
     module = LayerSkipModule(case.new_model(), optimizer=case.optimizer, lr_scheduler=None, **case.settings)
     trainer.fit(module, loader_of(case, accumulate, world_size, trainer.global_rank))
-    return {name: whole(part) for name, part in module.state_dict().items()}, trainer.global_rank
+    return whole_weights(module), trainer.global_rank
 
 
-def whole(part: Tensor) -> Tensor:
-    """Return a copy of a weight, gathered from the processes where it is sharded."""
-    return (part.full_tensor() if isinstance(part, DTensor) else part).detach().clone()
+def whole_weights(module: LayerSkipModule) -> dict[str, Tensor]:
+    """Return copies of the weights by name, gathered from the processes where they are sharded."""
+    parts = module.state_dict().items()
+    return {name: (part.full_tensor() if isinstance(part, DTensor) else part).detach().clone() for name, part in parts}
+
+
+def largest_difference(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Return the largest difference of a weight, as a share of the largest one that is expected in its tensor."""
+    return max(float((weights[name] - part).abs().max() / part.abs().max()) for name, part in expected.items())
 
 
 def loader_of(case: Case, accumulate: int, world_size: int, rank: int) -> DataLoader:
     """Return the rows of this process: its part of each micro-batch of each step."""
     rows, batches = ROWS // accumulate // world_size, []
     for step in range(STEPS):
-        whole: Batch = case.batch(step)
+        rows_of_all: Batch = case.batch(step)
         for part in range(accumulate):
             first = (part * world_size + rank) * rows
-            batches.append({name: values[first : first + rows] for name, values in whole.items()})
+            batches.append({name: values[first : first + rows] for name, values in rows_of_all.items()})
     return DataLoader(batches, batch_size=None)
 
 
@@ -120,7 +120,7 @@ def compared(name: str, world_size: int, strategy: str, out: Path) -> dict:
         "case": name,
         "strategy": strategy,
         "world_size": world_size,
-        "difference": max(float((first[key] - part).abs().max() / part.abs().max()) for key, part in one.items()),
+        "difference": largest_difference(first, one),
         "same_bits": all(torch.equal(first[key], other[key]) for other in others for key in first),
     }
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import multiprocessing
+
+from lskip.training.lightning_utils import quiet_lightning
 
 
 def run_ranks(world_size: int, work: Callable[..., None], *arguments) -> None:
@@ -21,6 +25,9 @@ def run_ranks(world_size: int, work: Callable[..., None], *arguments) -> None:
 
 def _enter(rank: int, world_size: int, port: int, work: Callable[..., None], arguments: tuple) -> None:
     torch.set_num_threads(1)
+    quiet_lightning()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.simplefilter("ignore")  # of few steps without validation
     if world_size > 1:
         os.environ |= {
             **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)},

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import random
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -26,12 +24,11 @@ from rich.table import Table
 from benchmarks.command_line import command_parser
 from benchmarks.environment import environment
 from benchmarks.scale.cases import ROWS, Case, dropping
-from benchmarks.scale.equality import MOST, whole
+from benchmarks.scale.equality import MOST, largest_difference, whole_weights
 from benchmarks.scale.ranks import run_ranks
 from lskip.callbacks import RunCheckpoint
 from lskip.data import TextData
 from lskip.module import LayerSkipModule
-from lskip.training.lightning_utils import quiet_lightning
 from lskip.utils.output_files import write_json
 
 CASE, HALF, STEPS = Case(callbacks=dropping, model={"vocab_size": 300}), 3, 6
@@ -78,9 +75,6 @@ def write_corpus(path: Path) -> None:
 
 def train(out: Path, world_size: int, strategy: str, name: str, steps: int, checkpoint: Path | None) -> None:
     """Train in this process, beside the others, up to so many steps; save at the end, and write the weights."""
-    quiet_lightning()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    warnings.simplefilter("ignore")  # of few steps without validation
     folder = out / name
     if checkpoint is None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -95,7 +89,7 @@ def train(out: Path, world_size: int, strategy: str, name: str, steps: int, chec
     )
     module = LayerSkipModule(CASE.new_model(), optimizer=CASE.optimizer, lr_scheduler=None)
     trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
-    weights = {key: whole(part) for key, part in module.state_dict().items()}
+    weights = whole_weights(module)
     if trainer.is_global_zero:
         torch.save(weights, out / f"{name}.pt")
 
@@ -103,7 +97,7 @@ def train(out: Path, world_size: int, strategy: str, name: str, steps: int, chec
 def difference(out: Path) -> float:
     """Return the largest difference of the resumed run's weights, as a share of their tensor's largest."""
     one, other = (torch.load(out / f"{name}.pt", weights_only=True) for name in ("whole", "resumed"))
-    return max(float((other[key] - part).abs().max() / part.abs().max()) for key, part in one.items())
+    return largest_difference(other, one)
 
 
 def print_result(found: list[dict]) -> None:

@@ -19,8 +19,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
-NAME = "fsdp2"
-
 
 class FSDP2(ModelParallelStrategy):
     """Lightning's strategy for FSDP2, with all devices in one data-parallel group and checkpoints in one file.
@@ -63,26 +61,13 @@ class FSDP2(ModelParallelStrategy):
         state = get_optimizer_state_dict(self.model, optimizer, options=options)
         if not self.is_global_zero:
             return {}
-        numbers = {name: number for number, name in enumerate(self._names(optimizer))}
-        return {
-            "state": {numbers[name]: part for name, part in state["state"].items()},
-            "param_groups": [
-                {**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]
-            ],
-        }
+        return _renamed(state, {name: number for number, name in enumerate(self._names(optimizer))})
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         options = StateDictOptions(full_state_dict=True)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            names = self._names(optimizer)
-            named = {
-                "state": {names[number]: part for number, part in state["state"].items()},
-                "param_groups": [
-                    {**group, "params": [names[number] for number in group["params"]]}
-                    for group in state["param_groups"]
-                ],
-            }
-            if named["state"]:
+            if state["state"]:
+                named = _renamed(state, dict(enumerate(self._names(optimizer))))
                 set_optimizer_state_dict(self.model, optimizer, named, options=options)
             else:  # such as SGD's without momentum: there is nothing to share out
                 optimizer.load_state_dict(state)
@@ -104,7 +89,13 @@ class FSDP2(ModelParallelStrategy):
             self.syncs = True
 
 
-StrategyRegistry.register(NAME, FSDP2, "Fully sharded data parallelism by torch's FSDP2, over all devices.")
+def _renamed(state: Mapping[str, Any], names: Mapping) -> dict[str, Any]:
+    """Return an optimizer's state under other names of its parameters."""
+    groups = [{**group, "params": [names[each] for each in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[each]: part for each, part in state["state"].items()}, "param_groups": groups}
+
+
+StrategyRegistry.register("fsdp2", FSDP2, "Fully sharded data parallelism by torch's FSDP2, over all devices.")
 
 
 def shard(module: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh) -> None:

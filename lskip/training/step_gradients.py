@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 Part = tuple[str, int]
 
@@ -105,7 +106,7 @@ class TookPart:
 
 def local(tensor: Tensor) -> Tensor:
     """Return this device's part of a sharded tensor; another as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def zero_of(parameters: Iterable[Tensor]) -> Tensor | float:

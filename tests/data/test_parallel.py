@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lskip.layer_dropout import draw_dropped
 from lskip.models.decoder import Decoder
 from lskip.models.readout import report_layers
 from tests.conftest import make_model
@@ -82,8 +83,10 @@ def run(tmp_path_factory) -> Path:
 def test_every_rank_draws_the_same_and_calls_no_block_without_rows(run):
     first, second = (json.loads((run / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert len(first["losses"]) == 6 and first["losses"] != second["losses"]  # different data
-    assert first["rows"] == second["rows"] and set(first["rows"]) == {1, 2}
-    assert 6 * 1 + 1 < len(first["rows"]) < 6 * 3 + 1  # the first block always, the last never
+    rates = (0, 1 / 3, 2 / 3, 1)
+    kept = [2 - int(draw_dropped(0, step, block, 2, rates[block]).sum()) for step in range(6) for block in range(4)]
+    assert kept[0::4] == [2] * 6 and kept[3::4] == [0] * 6 and {1, 2} <= set(kept[1::4] + kept[2::4])
+    assert first["rows"] == second["rows"] == [rows for rows in kept if rows]
     assert first["weights"] == second["weights"]
 
 

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -151,7 +152,7 @@ def worth_decoding(forecasts: Sequence[Forecast], count: int) -> list[Cell]:
     firsts = {(cell.draft, cell.policy): cell for cell in reversed(ranked)}
     near = [each.cell for each in forecasts if each.speedup >= NEAR * forecasts[0].speedup]
     exits = {(cell.draft, cell.policy, cell.exit_layer): cell for cell in reversed(near)}
-    parts = (firsts.values(), exits.values())
-    chosen = list(dict.fromkeys([*(cell for part in parts for cell in sorted(part, key=ranked.index)), *ranked]))
+    parts = ([cell for cell in ranked if cell in found.values()] for found in (firsts, exits))
+    chosen = list(dict.fromkeys([*chain(*parts), *ranked]))
     drafts = [draft for draft, _ in firsts]
     return sorted(chosen[:count], key=lambda cell: (drafts.index(cell.draft), ranked.index(cell)))

@@ -95,7 +95,7 @@ class CostAwareDraft(DraftPolicy):
 
     def _prepare(self, num_layers: int) -> None:
         """Prepare for drafts and costs that are not those of the texts before."""
-        self._num_layers, self._held = num_layers, 0
+        self._held = 0
         for draft in self.drafts:
             counts = self._recalled.get("drafts", {}).get(str(draft), {})
             self._records.setdefault(draft, Acceptance(**{name: list(each) for name, each in counts.items()}))
@@ -103,13 +103,13 @@ class CostAwareDraft(DraftPolicy):
         # The deepest first: of exits that no probe reads, none is taken to agree more often than those below it.
         self._by_depth = sorted(self.drafts, key=lambda draft: -draft.exit_layer)
         self._foreseen = [draft for draft in self.drafts if DRAFTERS[draft.kind].foresees]
-        # The record of the same exit in the model's own weights, for an exit in rounded ones.
+        # The record of the same exit in the model's other weights, rounded or its own.
         twins = {draft: Draft(DRAFTERS[draft.kind].resembles, draft.exit_layer) for draft in self.drafts}
         pairs = [(draft, twin) for draft, twin in twins.items() if twin in self._records]
         self._alike = {one: self._records[other] for pair in pairs for one, other in (pair, pair[::-1])}
         # Drafts of which probes tell how often they are accepted, or one that resembles them.
         self._read = {draft for draft in self.drafts if DRAFTERS[draft.kind].reads_exit or draft in self._alike}
-        whole = {draft for draft in self.drafts if twins[draft] == ("layers", num_layers)}
+        whole = {draft for draft, twin in twins.items() if twin.kind and twin.exit_layer == num_layers}
         self._priors = {draft: self.WHOLE_STACK if draft in whole else Prior() for draft in self.drafts}
 
     def plan(self, slots: int, most: int, without: frozenset[Draft] = frozenset()) -> DraftPlan:
@@ -195,7 +195,7 @@ class CostAwareDraft(DraftPolicy):
         return self._hopes
 
     def _known(self, draft: Draft) -> Acceptance:
-        """Return what counts for a draft: its own record, and that of the same exit in the model's own weights."""
+        """Return what counts for a draft: its own record, and that of the same exit in the model's other weights."""
         alike = self._alike.get(draft)
         return self._records[draft] if alike is None else self._records[draft].beside(alike, self.ALIKE)
 
