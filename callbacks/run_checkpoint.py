@@ -8,20 +8,22 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lskip.models.checkpoint import random_state
 from lskip.training.checkpoint_file import WholeFiles, remove_leftovers
+from lskip.training.lightning_utils import leave_signals_to_lskip
+from lskip.training.shared_signal import SharedSignal
 from lskip.utils.checks import check_whole
-from lskip.utils.interrupts import FirstSignal, interrupt
+from lskip.utils.interrupts import interrupt
 
 
 class RunCheckpoint(Checkpoint):
-    """Saves `last.ckpt` every few steps, at the end, and when Ctrl-C or SIGTERM stops the run.
+    """Saves `last.ckpt` every few steps, at the end, and when Ctrl-C, SIGTERM or SIGUSR1 stops the run.
 
     Lightning's ModelCheckpoint may save between two micro-batches of an accumulated step, whose gradient is then lost,
     and moves the file from another folder, which is not atomic. Here a checkpoint is always of the end of an optimizer
     step, and replaces the previous one atomically. To keep the best by a metric, add a ModelCheckpoint to
     `trainer.callbacks`.
 
-    The first Ctrl-C or SIGTERM finishes the step (or the batch of a validation), saves and ends; a second one ends
-    immediately.
+    The first signal finishes the step (or the batch of a validation), saves and ends; a second one ends immediately.
+    Of several processes one needs to get it: they end together, one step or batch later.
 
     Args:
         folder: where `last.ckpt` goes.
@@ -35,15 +37,17 @@ class RunCheckpoint(Checkpoint):
         check_whole("every_n_train_steps", every_n_train_steps, 1)
         self.path = Path(folder) / "last.ckpt"
         self.every_n_train_steps = every_n_train_steps
-        self._signal = FirstSignal()
+        self._signal = SharedSignal()
         self._step = 0  # optimizer steps after the last micro-batch
         self._saved = -1  # and at the last save
         self._end_of_step: dict = {}  # state of that moment, which a later checkpoint would not have
         self._saving = False
+        self._ends_in_validation = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or trainer.fast_dev_run:
             return
+        leave_signals_to_lskip(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFiles()
         if trainer.is_global_zero:
@@ -53,7 +57,7 @@ class RunCheckpoint(Checkpoint):
         self._step = trainer.global_step
         self._saved = self._step if str(trainer.ckpt_path) == str(self.path) else -1
         self._note_end_of_step(trainer)
-        self._signal.listen()
+        self._signal.listen_in(trainer)
 
     def _note_end_of_step(self, trainer: Trainer) -> None:
         self._end_of_step = {"fit_loop": trainer.fit_loop.state_dict(), "random_state": random_state()}
@@ -64,22 +68,25 @@ class RunCheckpoint(Checkpoint):
         if not stepped:
             return
         self._note_end_of_step(trainer)
-        # Every process must decide the same, since saving is collective.
-        interrupted = trainer.strategy.reduce_boolean_decision(self._signal.signum is not None, all=False)
-        if interrupted or self._step % self.every_n_train_steps == 0:
+        if self._step % self.every_n_train_steps == 0:
             self._save(trainer)
-        if interrupted:
-            self._end(trainer)
+        self._end_if_asked(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Where each validates as many batches, they can agree after each; elsewhere they end after the next step.
+        self._ends_in_validation = not trainer.sanity_checking and self._signal.alike(trainer.num_val_batches)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch) -> None:
-        # Several processes end after the next step, the only place where they agree on it.
-        if self._signal.signum is not None and trainer.world_size == 1:
-            self._end(trainer)
+        if trainer.state.fn == "fit" and self._ends_in_validation:
+            self._end_if_asked(trainer)
 
-    def _end(self, trainer: Trainer) -> None:
+    def _end_if_asked(self, trainer: Trainer) -> None:
+        """Save and raise the interrupt that a signal to any process stands for; every process decides the same."""
+        if (signum := self._signal.agreed()) is None:
+            return
         if self._saved != self._step:
             self._save(trainer)
-        raise interrupt(self._signal.signum or 0)
+        raise interrupt(signum)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._saved != trainer.global_step:

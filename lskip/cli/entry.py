@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from lskip import __version__
-from lskip.utils.interrupts import ended_by_sigterm
+from lskip.utils.interrupts import ended_by_signals
+from lskip.utils.ranks import launched, rank
 from lskip.utils.user_errors import is_users_mistake, one_line
 from lskip.utils.user_paths import did_you_mean
 
@@ -71,17 +72,20 @@ def _outcome(arguments: list[str], of_process: bool) -> int:
         return 0
     if command not in COMMANDS:
         return _complain("", f"{command!r} is not one of {', '.join(COMMANDS)}{did_you_mean(command, COMMANDS)}")
+    if command in _PLAIN and (launch := launched()) and launch.processes > 1:
+        return _complain(command, f"{launch.launcher} started {launch.processes} processes, and this command is for one")
     _be_quiet()
     try:
         _check_text(arguments)
-        with ended_by_sigterm(""):
+        with ended_by_signals(""):
             run = _command(command)
             with _own_modules(), _plain_warnings():
                 run(arguments)
     except KeyboardInterrupt as interrupt:
         if of_process:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the report
-        _complain(command, f"interrupted{interrupt}", "")
+        if rank() == 0:  # of processes that end together one says so
+            _complain(command, f"interrupted{interrupt}", "")
         return getattr(interrupt, "exit_code", 130)
     except BrokenPipeError:
         raise
@@ -93,8 +97,9 @@ def _outcome(arguments: list[str], of_process: bool) -> int:
 
 
 def _complain(command: str, sentence: str, kind: str = "error: ") -> int:
+    of_rank = f", rank {rank()}" if rank() > 0 else ""
     with suppress(OSError):
-        print(f"{f'lskip {command}'.rstrip()}: {kind}{sentence}", file=sys.stderr)
+        print(f"{f'lskip {command}'.rstrip()}{of_rank}: {kind}{sentence}", file=sys.stderr)
     return 2
 
 

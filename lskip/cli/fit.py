@@ -25,6 +25,7 @@ from lskip.cli.errors import innermost
 from lskip.cli.named_classes import restrict_imports
 from lskip.cli.option_parsing import parse_options
 from lskip.cli.runs import data_checks
+from lskip.cli.runs.device_checks import settle_devices
 from lskip.cli.runs.fit_help import explain_options
 from lskip.cli.runs.fit_report import print_end
 from lskip.cli.runs.resuming import (
@@ -53,11 +54,12 @@ from lskip.models.pretrained import LAST_CHECKPOINT, read_checkpoint
 from lskip.module import LayerSkipModule
 from lskip.schedules import Schedule
 from lskip.targets import ExitTarget
+from lskip.training.launcher import watched
 from lskip.training.lightning_utils import how_to_go_on, interruptible, quiet_lightning
 from lskip.training.step_bar import StepBar, wants_bar
 from lskip.utils.checks import check_whole
 from lskip.utils.console import say
-from lskip.utils.interrupts import ended_by_sigterm
+from lskip.utils.interrupts import ended_by_signals
 from lskip.utils.untrusted import parse_yaml
 from lskip.utils.user_paths import user_path
 
@@ -86,7 +88,7 @@ def run_training(arguments: list[str]) -> None:
     quiet_lightning()
     bound_yaml()
     restrict_imports()
-    with ended_by_sigterm(" by SIGTERM before it began; nothing is lost"):
+    with ended_by_signals(" by {signal} before it began; nothing is lost"):
         LayerSkipCLI(arguments)
 
 
@@ -178,6 +180,7 @@ class LayerSkipCLI(LightningCLI):
             plain = {key: parse_yaml(value, "model") for key, value in config.model.items() if isinstance(value, str)}
             config.model = {**config.model, **plain}
         check_trainer(config.trainer)
+        settle_devices(config.trainer)
         self._resolve_checkpoint(config)
         if self.subcommand == "fit":
             self._check_run()
@@ -245,11 +248,8 @@ class LayerSkipCLI(LightningCLI):
         """Check now what would otherwise fail after the text is tokenized, or after the first steps."""
         steps = self.trainer.max_steps
         self.model.check_training(steps if steps > 0 else None)
-        check_callbacks(self.trainer)
+        check_callbacks(self.trainer, self.model)
         check_monitors(self.trainer, self.model)
-        for callback in self.trainer.callbacks:
-            if hasattr(callback, "check_layers"):
-                callback.check_layers(self.model)
         if not self.trainer.fast_dev_run:
             check_room(self.folder, self.model, self.ckpt_path)
 
@@ -270,7 +270,7 @@ class LayerSkipCLI(LightningCLI):
         hparams = [RunHparams(run_settings(self._settings.as_dict()))] if self.subcommand == "fit" else []
         bar = [StepBar()] if self.subcommand == "fit" and wants_bar(settings) else []
         with settings_named(settings):
-            return self._instantiate_trainer(settings, [*methods, LayerMetrics(), *hparams, *checkpoint, *bar])
+            return watched(self._instantiate_trainer(settings, [*methods, LayerMetrics(), *hparams, *checkpoint, *bar]))
 
     def _tensorboard(self) -> RunLogger:
         folder = self.folder if self.subcommand == "fit" else self.folder / self.subcommand

@@ -23,6 +23,15 @@ def waits_for_all_gradients(trainer: Trainer) -> bool:
     return trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy)
 
 
+def leave_signals_to_lskip(trainer: Trainer) -> None:
+    """Keep Lightning from handling SIGTERM, which it does by a broadcast in the handler, and by one in every batch.
+
+    The first hangs where the other processes are within an operation of their own; for the second each batch waits.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
 @contextmanager
 def interruptible(trainer: Trainer, advice: Callable[[], str]) -> Iterator[None]:
     """Raise KeyboardInterrupt with advice where Lightning, after a signal, would exit without a message.

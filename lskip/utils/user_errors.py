@@ -28,13 +28,17 @@ _NAMES = {
 _ABROAD = (ArithmeticError, RecursionError)
 LONGEST = 290  # characters of a message
 _LIBRARIES = {"lightning", "torch", "transformers", "datasets", "jinja2", "yaml", "json", "copy", "jsonargparse"}
+# gloo's words for a process that is gone; NCCL waits for it, until its watchdog ends the one that waits.
+_LOST = re.compile(r"Connection (closed|reset) by peer|connection .*(closed|aborted)|Broken pipe|Connection refused")
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|alloc_cpu|Unable to allocate", re.I)
 
 
 def is_users_mistake(error: BaseException) -> bool:
     """Return whether `error` is caused by user input, so that one sentence is enough."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    if isinstance(error, ValueError | OSError) or lacks_memory(error) or not names.isdisjoint(_NAMES):
+    if isinstance(error, ValueError | OSError) or not names.isdisjoint(_NAMES):
+        return True
+    if lacks_memory(error) or lost_a_process(error):
         return True
     place = _raised_in(error.__traceback__)
     if isinstance(error, _ABROAD):
@@ -58,6 +62,8 @@ def one_line(error: BaseException) -> str:
     """Return the message of `error` on one line of at most LONGEST characters, control characters escaped."""
     if lacks_memory(error):
         return "memory: not enough for this; take a smaller model, batch_size, block_size or num_workers"
+    if lost_a_process(error):
+        return "another process of this run has ended, and this one with it"
     if isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{error.filename}: {error.strerror}"
     else:
@@ -79,3 +85,9 @@ def lacks_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
+
+
+def lost_a_process(error: BaseException) -> bool:
+    """Return whether `error` says that another process, which trains with this one, is gone."""
+    of_torch = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
+    return of_torch or (type(error) is RuntimeError and bool(_LOST.search(str(error))))

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, Learning
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lskip.callbacks.layer_metrics import LayerMetrics
+from lskip.cli.runs.device_checks import check_sharded
 from lskip.models.readout import NUM_SPECULATIONS
 from lskip.utils.checks import is_whole
 
@@ -117,11 +118,15 @@ def _with_name(settings: Mapping[str, Any], words: str) -> str:
 _FINDERS = ((LearningRateFinder, "optimizer.lr"), (BatchSizeFinder, "data.batch_size"))
 
 
-def check_callbacks(trainer: Trainer) -> None:
-    """Raise ValueError for callbacks that do not work with lskip."""
+def check_callbacks(trainer: Trainer, module: LightningModule) -> None:
+    """Raise ValueError for callbacks that do not work with lskip, with this strategy or with the model's layers."""
     for kind, name in _FINDERS:
         if any(isinstance(callback, kind) for callback in trainer.callbacks):
             raise ValueError(f"trainer.callbacks: {kind.__name__} is not supported; set {name}")
+    check_sharded(trainer)
+    for callback in trainer.callbacks:
+        if hasattr(callback, "check_layers"):
+            callback.check_layers(module)
 
 
 def check_monitors(trainer: Trainer, module: LightningModule) -> None:
