@@ -1,9 +1,11 @@
 """Layer dropout, more of it in deeper layers: p_{l,t} = S(t) D(l) p_max (arXiv 2404.16710, section 4.1)."""
 
+from typing import Literal
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lskip.schedules import Constant, Exponential, Schedule
-from lskip.utils.checks import check_real
+from lskip.utils.checks import check_choice, check_real
 
 
 class LayerDropout(Callback):
@@ -19,6 +21,9 @@ class LayerDropout(Callback):
             the full depth; for p = 1, which keeps none, 1. LayerSkip's equation has no such factor: it is the
             inverse-density scaling that modded-nanogpt's pull request 348 takes from "Don't Drop Dropout"
             (arXiv 2609.05275).
+        masks: where several devices train, each draws the same pattern for its own rows (shared), so that a block that
+            one skips is skipped by all and costs nothing; or a pattern of its own (per_rank), with less noise in the
+            gradient where each has few rows.
 
     Raises:
         ValueError: p_max out of its range; or a schedule of the steps for the depth, or of the depth for the steps.
@@ -30,6 +35,7 @@ class LayerDropout(Callback):
         depth: Schedule = Exponential(),
         time: Schedule = Constant(),
         scale_kept: bool = False,
+        masks: Literal["shared", "per_rank"] = "shared",
     ):
         check_real("p_max", p_max, "from 0 to 1", lambda value: 0 <= value <= 1)
         for name, schedule in (("depth", depth), ("time", time)):
@@ -40,6 +46,8 @@ class LayerDropout(Callback):
         self.depth = depth
         self.time = time
         self.scale_kept = scale_kept
+        check_choice("masks", masks, ("shared", "per_rank"))
+        self.masks = masks
 
     def drop_rates(self, step: int, total_steps: int | None, num_layers: int) -> list[float]:
         """Return p_{l,t} for each block at optimizer step `step` (0-based) of `total_steps`."""
@@ -65,6 +73,8 @@ class LayerDropout(Callback):
             name = type(self.time).__name__
             raise ValueError(f"layer_dropout.time: {name} needs a known number of steps; set trainer.max_steps")
         self.drop_rates(0, pl_module.total_steps, len(pl_module.drop_rates.values))
+        per_rank = self.masks == "per_rank" and trainer.world_size > 1
+        pl_module.mask_rank = trainer.global_rank if per_rank else None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int) -> None:
         rates = self.drop_rates(trainer.global_step, pl_module.total_steps, len(pl_module.drop_rates.values))

@@ -10,13 +10,18 @@ from lskip.models.decoder import BlockInputs
 from lskip.utils.devices import to_device
 
 
-def draw_dropped(seed: int, micro_batch: int, block: int, batch_size: int, drop_rate: float) -> Tensor:
+def draw_dropped(
+    seed: int, micro_batch: int, block: int, batch_size: int, drop_rate: float, rank: int | None = None
+) -> Tensor:
     """Return which sequences skip a block: bool [batch_size] on the CPU, true with probability `drop_rate`.
+
+    Each device draws the same for its own rows, unless its rank is given: then each draws a pattern of its own.
 
     A pure function of its arguments: a resumed run draws what the uninterrupted one would have, and no global random
     stream is used. On the CPU, since the number of kept rows must be known without waiting for an accelerator.
     """
-    draws = np.random.default_rng([seed, micro_batch, block]).random(batch_size)
+    key = [seed, micro_batch, block] if rank is None else [seed, micro_batch, block, rank]
+    draws = np.random.default_rng(key).random(batch_size)
     return torch.from_numpy(draws < drop_rate)
 
 

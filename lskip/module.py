@@ -110,6 +110,7 @@ class LayerSkipModule(RunModule):
         self.exit_weights = LayerVector("exit_weights", [0.0] * (layers - 1) + [1.0])
         self.validated_exits = [layers]  # LayerMetrics sets all of them
         self.held_out_loss = MeanMetric()
+        self.mask_rank: int | None = None  # LayerDropout sets it where each device draws a pattern of its own
         self._took_part = TookPart()
         self._sharded_by: FSDP2 | None = None
 
@@ -117,7 +118,7 @@ class LayerSkipModule(RunModule):
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDP2) and self._sharded_by is None:
             self._sharded_by = strategy
-            shard(self, self.decoder.blocks, strategy.device_mesh["data_parallel"])
+            shard(self, self.decoder.blocks, strategy)
 
     def forward(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Return `work(*arguments)`, one of this module's methods: the one call within which all its weights are whole.
@@ -243,7 +244,8 @@ class LayerSkipModule(RunModule):
         x = self.decoder.embed(input_ids)
         inputs = self.decoder.block_inputs(x)
         for block in range(max(exits) + 1):
-            dropped = draw_dropped(self.seed, micro_batch, block, len(x), self.drop_rates.values[block])
+            rate = self.drop_rates.values[block]
+            dropped = draw_dropped(self.seed, micro_batch, block, len(x), rate, self.mask_rank)
             scale = self.kept_scales.values[block]
             if dropped.all():
                 x = self._skip(block, x, inputs)
@@ -258,10 +260,12 @@ class LayerSkipModule(RunModule):
         """Return x as it is, of a block that no sequence runs."""
         part = ("block", block)
         self._took_part.skip(part)
-        if part not in self._took_part.used or self._sharded_by is None or not self._sharded_by.syncs:
+        # Another device may run it. And FSDP2 adds up each rank's own gradients of earlier micro-batches, in the last
+        # one, only for a block that runs.
+        pending = part in self._took_part.used and self._sharded_by is not None and self._sharded_by.syncs
+        if self.mask_rank is None and not pending:
             return x
-        # Its gradients of earlier micro-batches are still each rank's own: in this last one FSDP2 adds them up only for
-        # a block that runs.
+        self._took_part.add(part)
         return x + 0 * self.decoder.block(block, x[:1], inputs.rows(torch.zeros(1, dtype=torch.long), len(x)))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Readout:

@@ -15,10 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from lskip.callbacks import AlternatingExits, EarlyExitLoss, LayerDropout
 from lskip.curricula import AllExits, Gradual, LastExit, Rotational
 from lskip.low_rank import LowRank
-from lskip.schedules import Schedule
+from lskip.schedules import Constant, Schedule
 from lskip.targets import LK, SelfDistillation
 
 STEPS, ROWS, LENGTH, VOCABULARY, LAYERS = 5, 8, 13, 199, 4
+MOST = 1e-5
 # AdamW divides a gradient by its size: an eps under the rounding of sums would make a step of its noise.
 ADAMW = partial(torch.optim.AdamW, lr=3e-4, weight_decay=0.1, eps=1e-6)
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -65,6 +66,8 @@ class Case:
         accumulate: micro-batches of a step, where there are several processes; one process takes all rows at once.
         optimizer: parameters -> optimizer.
         trainer: settings of the Trainer.
+        most: by which a weight may differ, as a share of its tensor's largest.
+        same_size: whether DDP by as many processes is the measure, since one process would draw other patterns.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +77,8 @@ class Case:
     accumulate: int = 1
     optimizer: Callable = ADAMW
     trainer: dict[str, Any] = field(default_factory=dict)
+    most: float = MOST
+    same_size: bool = False
 
     def new_model(self) -> PreTrainedModel:
         """Return the model before training, the same in every process."""
@@ -91,6 +96,10 @@ def dropping() -> Sequence[Callback]:
     return [LayerDropout(1.0, ByTurns(), ByTurns()), EarlyExitLoss(0.5, Rotational(2))]
 
 
+def half_dropped(masks: str = "shared") -> Callable[[], Sequence[Callback]]:
+    return lambda: [LayerDropout(0.5, Constant(), masks=masks), EarlyExitLoss(0.5, AllExits())]
+
+
 def all_dropped() -> Sequence[Callback]:
     return [LayerDropout(1.0, ByTurns()), EarlyExitLoss(0.5, AllExits())]
 
@@ -105,6 +114,10 @@ CASES = {
     "last exit": Case(callbacks=exits(LastExit)),
     "dropped blocks": Case(callbacks=dropping),
     "dropped blocks, accumulation": Case(callbacks=dropping, accumulate=2),
+    "half of the rows dropped, accumulation": Case(callbacks=half_dropped(), accumulate=2, same_size=True),
+    "half of the rows dropped, patterns per rank": Case(
+        callbacks=half_dropped("per_rank"), accumulate=4, same_size=True
+    ),
     "half of the blocks never run": Case(callbacks=all_dropped),
     "accumulation": Case(callbacks=exits(), accumulate=2),
     "unequal pairs": Case(callbacks=exits(), batch=pairs),
@@ -123,5 +136,6 @@ CASES = {
     ),
     "BERxiT": Case({"learned_exit": True}, callbacks=lambda: [AlternatingExits()]),
     "gradient checkpointing": Case({"gradient_checkpointing": True}, callbacks=dropping),
+    "bf16-mixed": Case(callbacks=exits(), optimizer=SGD, trainer={"precision": "bf16-mixed"}, most=3e-3),
     "clipping": Case(callbacks=exits(), trainer={"gradient_clip_val": 0.05}, batch=pairs, accumulate=2),
 }

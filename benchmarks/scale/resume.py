@@ -23,8 +23,8 @@ from rich.table import Table
 
 from benchmarks.command_line import command_parser
 from benchmarks.environment import environment
-from benchmarks.scale.cases import ROWS, Case, dropping
-from benchmarks.scale.equality import MOST, largest_difference, whole_weights
+from benchmarks.scale.cases import MOST, ROWS, Case, dropping
+from benchmarks.scale.equality import largest_difference, whole_weights
 from benchmarks.scale.ranks import run_ranks
 from lskip.callbacks import RunCheckpoint
 from lskip.data import TextData

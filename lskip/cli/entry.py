@@ -73,7 +73,7 @@ def _outcome(arguments: list[str], of_process: bool) -> int:
     if command not in COMMANDS:
         return _complain("", f"{command!r} is not one of {', '.join(COMMANDS)}{did_you_mean(command, COMMANDS)}")
     if command in _PLAIN and (launch := launched()) and launch.processes > 1:
-        return _complain(command, f"{launch.launcher} started {launch.processes} processes, and this command is for one")
+        return _complain(command, f"{launch.launcher} started {launch.processes} processes; this command is for one")
     _be_quiet()
     try:
         _check_text(arguments)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -15,8 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
 
@@ -25,17 +26,25 @@ class FSDP2(ModelParallelStrategy):
 
     `--trainer.strategy fsdp2`. The module shards itself in `configure_model` (see `shard`).
 
+    In `bf16-mixed` blocks run in bfloat16 and the residual stream with them, not under autocast; what a rank holds, and
+    the sum of gradients over ranks, is in float32.
+
     Attributes:
         syncs: whether backward averages the gradients over the ranks: in the last micro-batch of a step.
+        dtypes: of the gathered weights and of the sum of gradients; those of the weights where they are None.
     """
 
     def __init__(self, **settings):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **settings)
         self.syncs = True
+        self.dtypes = MixedPrecisionPolicy()
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's "auto" is the number of nodes
         super().setup_environment()
+        if isinstance(self.precision_plugin, MixedPrecision):
+            self.dtypes = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            self.precision_plugin = Precision()
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -98,12 +107,13 @@ def _renamed(state: Mapping[str, Any], names: Mapping) -> dict[str, Any]:
 StrategyRegistry.register("fsdp2", FSDP2, "Fully sharded data parallelism by torch's FSDP2, over all devices.")
 
 
-def shard(module: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh) -> None:
+def shard(module: nn.Module, blocks: nn.ModuleList, strategy: FSDP2) -> None:
     """Shard a module in place: each block by itself, and all else (embedding, norm, head, exits) together.
 
     What belongs to no block is whole while the module's own call runs, and only then: so every read of the head must
     happen inside it. The last block stays whole after its forward pass, since backward begins with it.
     """
+    settings = {"mesh": strategy.device_mesh["data_parallel"], "mp_policy": strategy.dtypes}
     for number, block in enumerate(blocks, start=1):
-        fully_shard(block, mesh=mesh, reshard_after_forward=number < len(blocks))
-    fully_shard(module, mesh=mesh)
+        fully_shard(block, reshard_after_forward=number < len(blocks), **settings)
+    fully_shard(module, **settings)

@@ -93,10 +93,11 @@ class RankLauncher(_SubprocessScriptLauncher):
 
 
 def _ended(code: int) -> str:
-    if code >= 0:
+    signum = -code if code < 0 else code - 128
+    if signum not in set(signal.Signals):
         return f"ended with exit code {code}"
-    killed = " (as where memory is short)" if code == -signal.SIGKILL else ""
-    return f"was ended by {signal.Signals(-code).name}{killed}"
+    killed = " (as where memory is short)" if signum == signal.SIGKILL else ""
+    return f"was ended by {signal.Signals(signum).name}{killed}"
 
 
 def _end_with(parent: str | None) -> None:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from benchmarks.scale import ends
 from benchmarks.scale.equality import main
 
 FEW = (
@@ -13,6 +14,9 @@ FEW = (
     "exit heads, a process with nothing scored",
     "exit heads and classifier, rotational",
     "LoRA, dropped blocks",
+    "half of the rows dropped, accumulation",
+    "half of the rows dropped, patterns per rank",
+    "bf16-mixed",
 )
 
 
@@ -22,4 +26,13 @@ def test_two_processes_train_what_one_does(tmp_path, strategy):
     main([f"--out={tmp_path}", "--world_sizes=2", f"--strategies={strategy}", f"--cases={';'.join(FEW)}"])
     found = json.loads((tmp_path / "result.json").read_text())["trainings"]
     assert [each["case"] for each in found] == list(FEW)
-    assert all(each["same_bits"] and each["difference"] < 1e-5 for each in found)
+    assert all(each["same_bits"] for each in found)
+    assert all(each["difference"] < (3e-3 if each["case"] == "bf16-mixed" else 1e-5) for each in found)
+
+
+def test_a_signal_to_one_process_ends_both_and_loses_nothing(tmp_path):
+    """Red where the other process waits for ever, and where the saved step is not the last that was done."""
+    ends.main([f"--out={tmp_path}", "--faults=SIGTERM to rank 1, validation;SIGKILL to rank 0, training"])
+    asked, killed = json.loads((tmp_path / "result.json").read_text())["faults"]
+    assert asked["exit_code"] == 143 and asked["done"] == asked["saved"] > 0
+    assert all(each["all_ended"] and each["seconds"] < 60 and each["resumed_alike"] for each in (asked, killed))

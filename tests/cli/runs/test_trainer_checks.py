@@ -79,7 +79,7 @@ def test_what_lightning_refuses_is_named(settings, begins, monkeypatch):
 def test_callbacks_that_cannot_work_are_refused(finder):
     trainer = Trainer(accelerator="cpu", callbacks=[finder()], logger=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match=rf"^trainer\.callbacks: {finder.__name__} "):
-        check_callbacks(trainer)
+        check_callbacks(trainer, None)
 
 
 def test_a_fault_keeps_its_kind():
