@@ -4,8 +4,9 @@
 
 Float32, gloo on the CPU. Of each training the table shows the largest difference of a weight, as a share of its
 tensor's largest weight, and whether all processes hold the same bits. Drop rates are 0 and 1 alone, since another
-number of processes draws other sequences; where half of the rows are dropped, DDP by as many processes is the measure. Writes result.json into --out; ends with 1 where a training differs by more
-than 1e-5 (bf16-mixed, which FSDP2 does without autocast: 3e-3).
+number of processes draws other sequences; where half of the rows are dropped, DDP by as many processes is the measure.
+Writes result.json into --out; ends with 1 where a training differs by more than 1e-5 (bf16-mixed, which FSDP2 does
+without autocast: 3e-3).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many processes train, and how they share the work: what a launcher started holds, what is not proven is refused."""
+"""How many processes train and how they share the work: what a launcher started holds, the unproven is refused."""
 
 import pytest
 from lightning.pytorch import Trainer
