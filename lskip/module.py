@@ -90,7 +90,8 @@ class LayerSkipModule(RunModule):
             check_real("anchor_weight", anchor_weight, "from 0 up", lambda value: value >= 0)
         source = model
         if not isinstance(model, PreTrainedModel):
-            model, tokenizer = _load(model, tokenizer)
+            model, own = load_model(model)
+            tokenizer = own if tokenizer is None else tokenizer
         check_finite_weights(model)
         self.supervision = ExitSupervision(model, exit_target, anchor_weight)
         self.low_rank = low_rank
@@ -110,7 +111,7 @@ class LayerSkipModule(RunModule):
         self.exit_weights = LayerVector("exit_weights", [0.0] * (layers - 1) + [1.0])
         self.validated_exits = [layers]  # LayerMetrics sets all of them
         self.held_out_loss = MeanMetric()
-        self.mask_rank: int | None = None  # LayerDropout sets it where each device draws a pattern of its own
+        self.mask_rank: int | None = None  # of patterns of its own (LayerDropout)
         self._took_part = TookPart()
         self._sharded_by: FSDP2 | None = None
 
@@ -119,6 +120,8 @@ class LayerSkipModule(RunModule):
         if isinstance(strategy, FSDP2) and self._sharded_by is None:
             self._sharded_by = strategy
             shard(self, self.decoder.blocks, strategy)
+            if (reference := self.supervision.reference) is not None:
+                shard(reference, reference.decoder.blocks, strategy)
 
     def forward(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Return `work(*arguments)`, one of this module's methods: the one call within which all its weights are whole.
@@ -293,8 +296,3 @@ class LayerSkipModule(RunModule):
     def has_exit_heads(self) -> bool:
         """Whether the early exits have trainable heads."""
         return self.exits is not None and self.exits.heads is not None
-
-
-def _load(source: str | dict, tokenizer: PreTrainedTokenizerBase | None):
-    model, own = load_model(source)
-    return model, tokenizer if tokenizer is not None else own

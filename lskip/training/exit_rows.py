@@ -38,4 +38,4 @@ def sampled_positions(
         return None
     random = np.random.default_rng([seed, micro_batch, block, 1])
     picked = random.permutation(count)[: max(1, round(share * count))]
-    return to_device(torch.from_numpy(picked), device)
+    return to_device(torch.tensor(picked), device)

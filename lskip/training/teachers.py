@@ -3,7 +3,7 @@
 from copy import deepcopy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lskip.losses import Supervision, Teacher
@@ -26,7 +26,7 @@ class ExitSupervision:
     def __init__(self, model: PreTrainedModel, exit_target: ExitTarget, anchor_weight: float | None):
         self.exit_target = exit_target
         self._last_target = Labels() if anchor_weight is None else Anchored(anchor_weight)
-        self._reference = None if anchor_weight is None else Reference(model)
+        self.reference = None if anchor_weight is None else Reference(model)
 
     @property
     def needs_last_layer(self) -> bool:
@@ -47,7 +47,7 @@ class ExitSupervision:
         early = picked if last_states is None else picked[:-1]
         supervision = [self._early(rows, last_states, len(positions)) for rows in early]
         if last_states is not None:
-            teacher = None if self._reference is None else self._reference.teacher(input_ids, positions)
+            teacher = None if self.reference is None else self.reference(input_ids, positions)
             supervision.append(Supervision(len(positions), self._last_target, teacher))
         return supervision
 
@@ -58,20 +58,22 @@ class ExitSupervision:
         return Supervision(count if rows is None else len(rows), self.exit_target)
 
 
-class Reference:
+class Reference(nn.Module):
     """A frozen copy of the model before training, the teacher of the last layer's anchor.
 
-    It takes one more set of weights on each device (AdamW training takes four). It is not part of the trained module,
-    its optimizer or its checkpoint: a resumed run makes it again from the model that the run started from.
+    It takes one more set of weights on each device (AdamW training takes four), or under FSDP2 a share of one. It is
+    not part of the trained module, its optimizer or its checkpoint: a resumed run makes it again from the model that
+    the run started from.
     """
 
     def __init__(self, model: PreTrainedModel):
+        super().__init__()
         self.model = deepcopy(model).eval().requires_grad_(False)
         self.decoder = Decoder(self.model)
 
     @torch.no_grad()
-    def teacher(self, input_ids: Tensor, positions: Tensor) -> Teacher:
-        """Return its last layer at `positions` [N] of the flattened input_ids [B, S], after a forward pass."""
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Teacher:
+        """Return its last layer, after a forward pass, at `positions` [N] of the flattened input_ids [B, S]."""
         self.model.to(input_ids.device)
         decoder = self.decoder
         x = decoder.embed(input_ids)
