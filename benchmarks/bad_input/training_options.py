@@ -113,6 +113,7 @@ MODULE = {
     "layer_dropout.depth": a_class(good=("Linear", "Alternating")),
     "layer_dropout.time": a_class(good=("Linear", "Falling")),
     "layer_dropout.scale_kept": flag(good=("true",)),
+    "layer_dropout.masks": choice("shared", "per_rank", good=("per_rank",)),
     "early_exit_loss": a_class(good=("EarlyExitLoss", "null")),
     "early_exit_loss.e_scale": real(0, null=True, good=(0, 1)),
     "early_exit_loss.shares.2": real(0, 1, low_too=False, high_too=False, good=(0.3,)),
