@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.scale import ends
+from benchmarks.scale import ends, validation
 from benchmarks.scale.equality import main
 
 FEW = (
@@ -28,6 +28,13 @@ def test_two_processes_train_what_one_does(tmp_path, strategy):
     assert [each["case"] for each in found] == list(FEW)
     assert all(each["same_bits"] for each in found)
     assert all(each["difference"] < (3e-3 if each["case"] == "bf16-mixed" else 1e-5) for each in found)
+
+
+def test_two_processes_validate_what_one_does(tmp_path):
+    """Red where rows are read twice, left out, or where a mean of means is taken."""
+    validation.main([f"--out={tmp_path}", "--world_sizes=2", "--strategies=ddp,fsdp2"])
+    found = json.loads((tmp_path / "result.json").read_text())["validations"]
+    assert len(found) == 6 and all(each["difference"] < 1e-5 for each in found)
 
 
 def test_a_signal_to_one_process_ends_both_and_loses_nothing(tmp_path):
