@@ -112,7 +112,7 @@ class LayerSkipModule(RunModule):
         self.validated_exits = [layers]  # LayerMetrics sets all of them
         self.held_out_loss = MeanMetric()
         self.mask_rank: int | None = None  # of patterns of its own (LayerDropout)
-        self._took_part = TookPart()
+        self.took_part = TookPart()
         self._sharded_by: FSDP2 | None = None
 
     def configure_model(self) -> None:
@@ -135,7 +135,7 @@ class LayerSkipModule(RunModule):
         self._check_length(batch["input_ids"])
         # Not `ready`, which in a checkpoint from within a batch already includes that batch.
         micro_batch = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        self._took_part.begin_micro_batch()
+        self.took_part.begin_micro_batch()
         loss, last_loss = self(self._loss_of_all_parts, batch, micro_batch)
         return loss * self._gradients.weight(self.num_scored(batch), loss, last_loss)
 
@@ -148,7 +148,7 @@ class LayerSkipModule(RunModule):
         sharded = self._sharded_by is not None
         if sharded or waits_for_all_gradients(self.trainer) or not loss.requires_grad:
             parts = (each for each in self.optional_parts() if not (sharded and each[0][0] == "block"))
-            idle = (module for part, module in parts if part not in self._took_part.now)
+            idle = (module for part, module in parts if part not in self.took_part.now)
             loss = loss + zero_of(each for module in idle for each in module.parameters() if each.requires_grad)
         return loss, last_loss
 
@@ -172,11 +172,11 @@ class LayerSkipModule(RunModule):
         self._gradients = StepGradients(
             self.trainer.world_size, self.device, lambda part: strategy.reduce(part.clone(), reduce_op="sum")
         )
-        self._took_part.begin_step()
+        self.took_part.begin_step()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        settle_gradients(self.optional_parts(), self._took_part)
-        self._took_part.begin_step()
+        settle_gradients(self.optional_parts(), self.took_part)
+        self.took_part.begin_step()
         loss, last_loss = self._gradients.finish(self.parameters(), self.trainer.accumulate_grad_batches)
         self.log("train/loss", loss, prog_bar=True)
         if self.exit_weights.values[-1] > 0:
@@ -230,7 +230,7 @@ class LayerSkipModule(RunModule):
             classifier_loss = self.exits.classifier_loss(self.decoder, block + 1, states, labels)
             if self.exits.classifier is not None and block + 1 < self.decoder.num_layers:
                 # Without a scored token it has no loss here, and on another device it may have one.
-                self._took_part.add(("classifier", 0), in_graph=classifier_loss is not None)
+                self.took_part.add(("classifier", 0), in_graph=classifier_loss is not None)
             states = self.exits.translate(block + 1, states)
         weight = self.exit_weights.values[block] * len(positions) / max(len(rows), 1)
         dtype = torch.promote_types(self.decoder.dtype, torch.float32)
@@ -253,22 +253,22 @@ class LayerSkipModule(RunModule):
             if dropped.all():
                 x = self._skip(block, x, inputs)
             else:
-                self._took_part.add(("block", block))
+                self.took_part.add(("block", block))
                 x = run_kept_rows(partial(self.decoder.block, block), x, inputs, dropped, scale)
             if block in exits:
-                self._took_part.add(("exit", block))
+                self.took_part.add(("exit", block))
                 yield block, x
 
     def _skip(self, block: int, x: Tensor, inputs: BlockInputs) -> Tensor:
         """Return x as it is, of a block that no sequence runs."""
         part = ("block", block)
-        self._took_part.skip(part)
+        self.took_part.skip(part)
         # Another device may run it. And FSDP2 adds up each rank's own gradients of earlier micro-batches, in the last
         # one, only for a block that runs.
-        pending = part in self._took_part.used and self._sharded_by is not None and self._sharded_by.syncs
+        pending = part in self.took_part.used and self._sharded_by is not None and self._sharded_by.syncs
         if self.mask_rank is None and not pending:
             return x
-        self._took_part.add(part)
+        self.took_part.add(part)
         return x + 0 * self.decoder.block(block, x[:1], inputs.rows(torch.zeros(1, dtype=torch.long), len(x)))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Readout:

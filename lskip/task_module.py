@@ -112,7 +112,7 @@ class TaskModule(LayerSkipModule):
             loss = self.task.losses(outputs, targets).mean()
             total = total + weights[block] * loss
             if self.classifier is not None and block + 1 < self.decoder.num_layers:
-                self._took_part.add(("classifier", 0))
+                self.took_part.add(("classifier", 0))
                 classifier_losses.append(self.classifier.loss(states, self.task.rightness(outputs, targets)))
         return total + self._mean(classifier_losses), loss.detach()
 

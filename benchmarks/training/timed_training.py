@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -16,6 +17,7 @@ from lskip.losses import head_loss
 from lskip.models.scored import scored_positions
 from lskip.module import LayerSkipModule
 from lskip.schedules import Constant
+from lskip.training.step_gradients import settle_gradients
 
 PERIOD, STEP = 4, 1  # of 12 layers the exits 2, 6, 10 (1-based) are on, and the last
 
@@ -112,6 +114,9 @@ class Trained:
         else:
             loss, _ = module.early_exit_loss({"input_ids": self.ids}, micro_batch)
         loss.backward()
+        if not kind.plain_loop:
+            settle_gradients(module.optional_parts(), module.took_part)
+            module.took_part.begin_step()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -143,7 +148,7 @@ class Trained:
             draw_dropped(self.module.seed, micro_batch, block, self.sizes.batch, rate)
             for block, rate in enumerate(self.rates)
         ]
-        return torch.stack(draws).float().mean().item()
+        return float(np.mean(draws))
 
     def head(self) -> None:
         """What one more exit must do at least: the head's loss and gradients on all scored rows."""
