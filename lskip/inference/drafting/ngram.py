@@ -1,6 +1,7 @@
 """Prompt lookup: drafts of the tokens that followed the same n-gram earlier in the text."""
 
 from collections.abc import Iterable
+from itertools import cycle, islice
 
 import torch
 
@@ -75,11 +76,12 @@ class NgramIndex:
             self.text.append(token)
 
     def guess(self, num: int) -> list[int]:
-        """Return up to `num` tokens that followed the latest earlier occurrence of the longest n-gram at the end.
+        """Return `num` tokens that followed the latest earlier occurrence of the longest n-gram at the end, or none.
 
-        Fewer where the text ends; none where no n-gram occurred before.
+        Behind the text's end the guess follows itself: of a text that repeats its last few tokens it is more of them.
         """
         for size in self.sizes:
             if (start := self.followers.get(tuple(self.text[-size:]))) is not None:
-                return self.text[start : start + num]
+                followed = self.text[start : start + num]
+                return list(islice(cycle(followed), num))
         return []

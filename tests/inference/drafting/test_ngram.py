@@ -8,11 +8,17 @@ from lskip.inference.drafting.ngram import NgramIndex
 
 
 def searched(text, num, max_n, min_n):
-    """Return the tokens behind the latest earlier occurrence of the longest n-gram at the end, by a full search."""
+    """Return the tokens behind the latest earlier occurrence of the longest n-gram at the end, by a full search.
+
+    Token by token: what was guessed is text too, so that a guess may go beyond the end.
+    """
     for size in range(max_n, min_n - 1, -1):
         for start in range(len(text) - size - 1, -1, -1):
             if len(text) > size and text[start : start + size] == text[-size:]:
-                return text[start + size : start + size + num]
+                longer = list(text)
+                for place in range(start + size, start + size + num):
+                    longer.append(longer[place])
+                return longer[len(text) :]
     return []
 
 
@@ -35,7 +41,7 @@ def test_prefers_the_longer_match_then_the_later_one():
     index.push([1, 2, 3, 7, 0, 2, 3, 8, 0, 2, 3, 9, 0, 1, 2, 3])
     assert index.guess(2) == [7, 0]  # 1 2 3 occurred once, 2 3 was last followed by 9
     index.push([5, 2, 3])
-    assert index.guess(9) == [5, 2, 3]  # the latest earlier 2 3, up to where the text ends
+    assert index.guess(9) == [5, 2, 3] * 3  # the latest earlier 2 3, and where the text ends the guess follows itself
 
 
 def test_finds_nothing_in_a_text_without_repetition():
