@@ -21,7 +21,7 @@ def draw_dropped(seed: int, micro_batch: int, block: int, batch_size: int, drop_
 
 
 def run_kept_rows(
-    block: Callable[[Tensor, BlockInputs], Tensor], x: Tensor, inputs: BlockInputs, dropped: Tensor, scale: float = 1.0
+    block: Callable[[Tensor, BlockInputs], Tensor], x: Tensor, inputs: BlockInputs, dropped: Tensor | None, scale: float = 1.0
 ) -> Tensor:
     """Return x_{l+1} = x_l + M s f_l(x_l), with f_l computed for the kept rows only.
 
@@ -29,13 +29,15 @@ def run_kept_rows(
         block: (states, inputs) -> states, the residual included.
         x: [B, S, D].
         inputs: the other inputs of the block; their rows are selected too.
-        dropped: bool [B] on the CPU, from `draw_dropped`.
+        dropped: bool [B] on the CPU, from `draw_dropped`; None: no row is.
         scale: s; 1 in LayerSkip's equation.
 
     Returns:
         [B, S, D], dropped rows unchanged. Where all are dropped the block is not called: nothing is computed, and
         sharded weights are not gathered. It gets no gradient then (StepGradients).
     """
+    if dropped is None:
+        return _scaled(x, block(x, inputs), scale)
     kept = (~dropped).nonzero().squeeze(1)
     if len(kept) == 0:
         return x

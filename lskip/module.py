@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lskip.flops import TrainingFlops, training_flops
 from lskip.layer_dropout import draw_dropped, run_kept_rows
 from lskip.losses import head_loss
 from lskip.low_rank import LowRank
@@ -60,6 +61,7 @@ class LayerSkipModule(RunModule):
         gradient_checkpointing: keep only the input of each block for backward and run the block again there: less
             memory for one more forward pass of the blocks, the same gradients.
         seed: of layer dropout and of the sampled positions.
+        peak_flops: TFLOP/s of one device, for `train/mfu`; null: that of a GPU whose data sheet is known.
 
     Exit heads and exit classifier that were saved with `model` are loaded, whether they are asked for or not.
 
@@ -82,15 +84,17 @@ class LayerSkipModule(RunModule):
         not_finite: Literal["stop", "skip"] = "stop",
         gradient_checkpointing: bool = False,
         seed: int = 0,
+        peak_flops: float | None = None,
     ):
-        super().__init__(optimizer, lr_scheduler, not_finite)
+        super().__init__(optimizer, lr_scheduler, not_finite, peak_flops)
         check_real("position_share", position_share, "above 0 and at most 1", lambda value: 0 < value <= 1)
         check_whole("seed", seed, 0)
         if anchor_weight is not None:
             check_real("anchor_weight", anchor_weight, "from 0 up", lambda value: value >= 0)
         source = model
         if not isinstance(model, PreTrainedModel):
-            model, tokenizer = _load(model, tokenizer)
+            model, own = load_model(model)
+            tokenizer = own if tokenizer is None else tokenizer
         check_finite_weights(model)
         self.supervision = ExitSupervision(model, exit_target, anchor_weight)
         self.low_rank = low_rank
@@ -102,8 +106,7 @@ class LayerSkipModule(RunModule):
         self.decoder = Decoder(model)
         self.exits = trained_exits(source, self.decoder, exit_heads, learned_exit)
         self.tokenizer = tokenizer
-        self.position_share = position_share
-        self.seed = seed
+        self.position_share, self.seed = position_share, seed
         layers = self.decoder.num_layers
         self.drop_rates = LayerVector("drop_rates", [0.0] * layers)
         self.kept_scales = LayerVector("kept_scales", [1.0] * layers)
@@ -122,7 +125,7 @@ class LayerSkipModule(RunModule):
     def forward(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Return `work(*arguments)`, one of this module's methods: the one call within which all its weights are whole.
 
-        Whatever reads a parameter goes through here, since sharded weights are gathered when a module is called.
+        Whatever reads a parameter goes through here: sharded weights are gathered when a module is called.
         """
         return work(*arguments)
 
@@ -147,6 +150,10 @@ class LayerSkipModule(RunModule):
             idle = (module for part, module in parts if part not in self._took_part.now)
             loss = loss + zero_of(each for module in idle for each in module.parameters() if each.requires_grad)
         return loss, last_loss
+
+    def training_flops(self) -> TrainingFlops:
+        """Return the FLOPs of this module's parts, as they train now."""
+        return training_flops(self.decoder, self.exits, self.supervision.needs_last_layer, self.supervision.anchored)
 
     def num_scored(self, batch: dict[str, Tensor]) -> int:
         """Return the number of items whose mean the loss of a batch is."""
@@ -221,6 +228,7 @@ class LayerSkipModule(RunModule):
         share = 1.0 if block == self.decoder.num_layers - 1 else self.position_share
         picked = sampled_positions(self.seed, micro_batch, block, len(positions), share, x.device)
         rows, labels = (part if picked is None else part[picked] for part in (positions, targets))
+        self.work.decode(len(rows), last=block == self.decoder.num_layers - 1)
         states, classifier_loss = x.flatten(0, 1).index_select(0, rows), None
         if self.exits is not None:
             classifier_loss = self.exits.classifier_loss(self.decoder, block + 1, states, labels)
@@ -229,26 +237,28 @@ class LayerSkipModule(RunModule):
                 self._took_part.add(("classifier", 0), in_graph=classifier_loss is not None)
             states = self.exits.translate(block + 1, states)
         weight = self.exit_weights.values[block] * len(positions) / max(len(rows), 1)
-        dtype = torch.promote_types(self.decoder.dtype, torch.float32)
-        weights = torch.full(rows.shape, weight, device=x.device, dtype=dtype)
+        weights = torch.full_like(rows, weight, dtype=torch.promote_types(self.decoder.dtype, torch.float32))
         return ExitRows(self.decoder.norm(states), labels, weights, picked, classifier_loss)
 
     def _mean(self, losses: list[Tensor | None]) -> Tensor | float:
         """Return the mean of the losses that are not None; 0 where all are."""
-        losses = [loss for loss in losses if loss is not None]
-        return sum(losses) / len(losses) if losses else 0.0
+        there = [loss for loss in losses if loss is not None]
+        return sum(there) / len(there) if there else 0.0
 
     def _exit_states(self, input_ids: Tensor, exits: list[int], micro_batch: int):
         """Yield (block, its output [B, S, D]) for the blocks in `exits`, ascending, with layer dropout."""
         x = self.decoder.embed(input_ids)
+        self.work.embed(*input_ids.shape)
         inputs = self.decoder.block_inputs(x)
         for block in range(max(exits) + 1):
-            dropped = draw_dropped(self.seed, micro_batch, block, len(x), self.drop_rates.values[block])
-            scale = self.kept_scales.values[block]
-            if dropped.all():
+            rate, scale = self.drop_rates.values[block], self.kept_scales.values[block]
+            dropped = draw_dropped(self.seed, micro_batch, block, len(x), rate) if rate > 0 else None
+            kept = len(x) - (0 if dropped is None else int(dropped.sum()))  # of a tensor on the CPU
+            if kept == 0:
                 x = self._skip(block, x, inputs)
             else:
                 self._took_part.add(("block", block))
+                self.work.run(block, kept, x.shape[1])
                 x = run_kept_rows(partial(self.decoder.block, block), x, inputs, dropped, scale)
             if block in exits:
                 self._took_part.add(("exit", block))
@@ -272,8 +282,8 @@ class LayerSkipModule(RunModule):
 
     def _read(self, name: str, batch: dict[str, Tensor]) -> Readout:
         self._check_length(batch["input_ids"])
-        exits = self.validated_exits
-        readout = self(read_exits, self.decoder, batch["input_ids"], batch.get("labels"), exits, self.exits)
+        ids, labels = batch["input_ids"], batch.get("labels")
+        readout = self(read_exits, self.decoder, ids, labels, self.validated_exits, self.exits)
         last = readout.losses[-1]
         # A mean over tokens, of all batches and devices.
         self.held_out_loss.update(last.sum() / max(len(last), 1), len(last))
@@ -281,16 +291,10 @@ class LayerSkipModule(RunModule):
         return readout
 
     def _check_length(self, input_ids: Tensor) -> None:
-        length, context = input_ids.shape[1], self.decoder.context_length
-        if length > context:
+        if (length := input_ids.shape[1]) > (context := self.decoder.context_length):
             raise ValueError(f"block_size: {length} tokens, the model's context holds {context}")
 
     @property
     def has_exit_heads(self) -> bool:
         """Whether the early exits have trainable heads."""
         return self.exits is not None and self.exits.heads is not None
-
-
-def _load(source: str | dict, tokenizer: PreTrainedTokenizerBase | None):
-    model, own = load_model(source)
-    return model, tokenizer if tokenizer is not None else own

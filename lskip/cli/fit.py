@@ -27,6 +27,7 @@ from lskip.cli.option_parsing import parse_options
 from lskip.cli.runs import data_checks
 from lskip.cli.runs.fit_help import explain_options
 from lskip.cli.runs.fit_report import print_end
+from lskip.cli.runs.option_checks import check_options
 from lskip.cli.runs.resuming import (
     changed_settings,
     check_resumable,
@@ -41,7 +42,6 @@ from lskip.cli.runs.run_logger import RunLogger
 from lskip.cli.runs.trainer_checks import (
     check_callbacks,
     check_monitors,
-    check_trainer,
     missing_monitor_named,
     settings_named,
 )
@@ -58,7 +58,6 @@ from lskip.training.step_bar import StepBar, wants_bar
 from lskip.utils.checks import check_whole
 from lskip.utils.console import say
 from lskip.utils.interrupts import ended_by_sigterm
-from lskip.utils.untrusted import parse_yaml
 from lskip.utils.user_paths import user_path
 
 _METHODS = {"layer_dropout": LayerDropout, "early_exit_loss": EarlyExitLoss}
@@ -166,18 +165,8 @@ class LayerSkipCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self._settings
-        if config.get("weights_only") is False:
-            raise ValueError("weights_only: false is not allowed: a checkpoint's own code is never run")
-        if isinstance(config.model, str) and config.model.lstrip()[:1] in ("{", "["):
-            # A malformed mapping, or a list, which would be taken for a name.
-            parse_yaml(config.model, "model: the value")
-            raise ValueError(f"model: {config.model[:40]!r} is neither a name nor a transformers config")
         self.folder = user_path(config.run_folder, "run_folder")
-        if isinstance(config.model, dict):
-            # Flags such as --model.hidden_size 64 arrive as text.
-            plain = {key: parse_yaml(value, "model") for key, value in config.model.items() if isinstance(value, str)}
-            config.model = {**config.model, **plain}
-        check_trainer(config.trainer)
+        check_options(config)
         self._resolve_checkpoint(config)
         if self.subcommand == "fit":
             self._check_run()

@@ -33,6 +33,15 @@ class ExitSupervision:
         """Whether early exits need the last layer's states, even at a step that does not train it."""
         return self.exit_target.needs_teacher
 
+    @property
+    def anchored(self) -> bool:
+        """Whether a frozen copy of the model teaches the last layer."""
+        return self._reference is not None
+
+    def models(self) -> list[PreTrainedModel]:
+        """Return the models beside the trained one."""
+        return [] if self._reference is None else [self._reference.model]
+
     def of_step(
         self, picked: list[Tensor | None], last_states: Tensor | None, input_ids: Tensor, positions: Tensor
     ) -> list[Supervision]:
