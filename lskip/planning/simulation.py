@@ -95,16 +95,16 @@ class _Simulation:
             for model in module.supervision.models():
                 for tensor in [*model.parameters(), *model.buffers()]:
                     record.see(tensor, "anchor")
-            for _ in range(2):
-                self._step()
+            self._step(1)  # makes the optimizer's states
+            self._step(min(self.batch.accumulate, 2))  # more micro-batches are like the second
         numbers = {record.number(each): (each.shape, each.requires_grad) for each in module.parameters()}
         states = {record.number(each): each.shape for each in _states(self.optimizer)}
         rows = min(rows_at_once(module.decoder.vocab_size, torch.device("cpu")), self.batch.rows * self.batch.length)
         inside = rows * module.decoder.vocab_size * 4
         return Simulated(record, numbers, self.gradients, states, self.estimated, inside)
 
-    def _step(self) -> None:
-        for number in range(min(self.batch.accumulate, 2)):  # more of them are like the second
+    def _step(self, micro_batches: int) -> None:
+        for number in range(micro_batches):
             self._micro_batch(first=number == 0)
         self.record.phase = STEP
         with self.record.within("stepping"):
