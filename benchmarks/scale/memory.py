@@ -67,6 +67,16 @@ CASES = {
             *("--early_exit_loss=EarlyExitLoss", "--early_exit_loss.curriculum=AllExits"),
         ),
     ),
+    # Chosen, and first measured, after the two above had shown what a plan must count.
+    "another family, checkpointing, an anchor": Case(
+        {"model_type": "gpt2", "vocab_size": 16000, "n_embd": 640, "n_layer": 10, "n_head": 10, "n_positions": 512},
+        (
+            *("--data.batch_size=4", "--data.block_size=128", "--trainer.accumulate_grad_batches=2"),
+            *("--gradient_checkpointing=true", "--anchor_weight=0.5", "--exit_target=SelfDistillation"),
+            *("--early_exit_loss=EarlyExitLoss", "--early_exit_loss.curriculum=Rotational"),
+            *("--early_exit_loss.curriculum.period=3", "--trainer.gradient_clip_val=1.0"),
+        ),
+    ),
 }
 QUICK = {
     "quick": Case(

@@ -18,6 +18,7 @@ from lskip.cli.named_classes import restrict_imports
 from lskip.cli.option_parsing import parse_options
 from lskip.cli.runs.fit_help import explain_options
 from lskip.cli.runs.option_checks import check_options
+from lskip.data import TextData
 from lskip.flops import known_peak
 from lskip.models.pretrained import load_config, make_config
 from lskip.planning.memory import DDP, FSDP2, SINGLE
@@ -93,9 +94,10 @@ class PlanCLI(LayerSkipCLI):
             check_output_file(user_path(config.output, "output"))
         check_options(config)
         self._model_config = config_of(config.model)
-        arguments = config.data.init_args if config.data is not None else {}
-        if "seed" in arguments and arguments["seed"] is None:
-            arguments["seed"] = 0
+        if config.data is not None and config.data.class_path.endswith(f".{TextData.__name__}"):
+            # Of the data the sizes are read alone: source, tokenizer and cache need not be here.
+            for name, value in (("source", "stdlib"), ("tokenizer", None), ("cache_dir", None), ("seed", 0)):
+                config.data.init_args[name] = value
 
     def instantiate_classes(self) -> None:
         try:

@@ -40,7 +40,7 @@ def sentences(plan: Plan, mfu: float, peak: float | None) -> list[str]:
     total = sum(flops.values())
     lines = [
         f"on {where}{how}, {shape.precision}, gradient_checkpointing {str(plan.checkpointing).lower()}: "
-        f"{sum(plan.memory.values()) / 1e9:.1f} GB on each; not in it: what the device's libraries take, fragments",
+        f"{sum(plan.memory.values()) / 1e9:.1f} GB on each, besides what the device's libraries take",
         f"weights: {plan.parameters:,}, of which {plan.trained:,} train",
         f"layer dropout: {sum(average.drop_rates) / len(average.drop_rates):.1%} of the blocks' rows on average; "
         f"exits: {exits:.2f} on at a mean step, {sum(each > 0 for each in average.largest_exit_weights)} at most",
