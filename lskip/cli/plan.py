@@ -33,6 +33,7 @@ from lskip.utils.output_files import check_output_file, write_json
 from lskip.utils.user_paths import user_path
 
 LONG_NAMES = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+ACCELERATORS = ("auto", "gpu", "cuda", "cpu")
 MOST_DEVICES = 2**20
 
 
@@ -147,7 +148,12 @@ def shape_of(built: Namespace) -> RunShape:
     precision = LONG_NAMES.get(precision, precision)
     if precision not in PRECISIONS:
         raise ValueError(f"trainer.precision: {precision!r} cannot be planned; allowed: {', '.join(PRECISIONS)}")
-    on_gpu = trainer.accelerator != "cpu"
+    accelerator = trainer.accelerator if isinstance(trainer.accelerator, str) else type(trainer.accelerator).__name__
+    if accelerator not in ACCELERATORS:
+        raise ValueError(
+            f"trainer.accelerator: {accelerator!r} cannot be planned; allowed: {', '.join(ACCELERATORS)} (auto is a GPU)"
+        )
+    on_gpu = accelerator != "cpu"
     devices = number_of_devices(trainer.devices, on_gpu) * trainer.num_nodes
     if devices > MOST_DEVICES:
         raise ValueError(f"trainer.devices: {devices} on all nodes; a plan is for at most {MOST_DEVICES}")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from benchmarks.scale import memory
 from benchmarks.scale.equality import main
 
 FEW = (
@@ -23,3 +24,11 @@ def test_two_processes_train_what_one_does(tmp_path, strategy):
     found = json.loads((tmp_path / "result.json").read_text())["trainings"]
     assert [each["case"] for each in found] == list(FEW)
     assert all(each["same_bits"] and each["difference"] < 1e-5 for each in found)
+
+
+def test_a_plan_is_compared_with_what_a_training_takes(tmp_path):
+    """A smoke test: so small a training takes more for its process than for its tensors."""
+    memory.main([f"--out={tmp_path}", "--quick"])
+    (row,) = json.loads((tmp_path / "result.json").read_text())["memory"]
+    assert 0 < row["planned"] < row["measured"]
+    assert row["parts"]["optimizer"] > row["parts"]["weights"] == pytest.approx(4 * 147_776, abs=1000)
