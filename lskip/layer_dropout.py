@@ -21,7 +21,11 @@ def draw_dropped(seed: int, micro_batch: int, block: int, batch_size: int, drop_
 
 
 def run_kept_rows(
-    block: Callable[[Tensor, BlockInputs], Tensor], x: Tensor, inputs: BlockInputs, dropped: Tensor | None, scale: float = 1.0
+    block: Callable[[Tensor, BlockInputs], Tensor],
+    x: Tensor,
+    inputs: BlockInputs,
+    dropped: Tensor | None,
+    scale: float = 1.0,
 ) -> Tensor:
     """Return x_{l+1} = x_l + M s f_l(x_l), with f_l computed for the kept rows only.
 

@@ -1,6 +1,5 @@
 """FLOPs of training against torch's own counter, and against values by hand."""
 
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -98,7 +97,9 @@ BLOCK = 2 * WIDTH * WIDTH + 2 * WIDTH * PAIRS * 8 + 3 * WIDTH * INNER
 HEAD = VOCABULARY * WIDTH
 
 
-@pytest.mark.parametrize(("p_max", "depth", "mean_rates"), [(0.2, Constant, [0.2] * 4), (0.6, Linear, [0, 0.2, 0.4, 0.6])])
+@pytest.mark.parametrize(
+    ("p_max", "depth", "mean_rates"), [(0.2, Constant, [0.2] * 4), (0.6, Linear, [0, 0.2, 0.4, 0.6])]
+)
 def test_a_run_with_dropout_and_a_rotating_curriculum_by_hand(p_max, depth, mean_rates):
     """Red where the mean is not over the run's steps, or an exit counts at steps at which it is off."""
     module = LayerSkipModule(make_model())

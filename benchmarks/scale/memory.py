@@ -69,7 +69,10 @@ CASES = {
     ),
     # Chosen, and first measured, after the two above had shown what a plan must count.
     "another family, checkpointing, an anchor": Case(
-        {"model_type": "gpt2", "vocab_size": 16000, "n_embd": 640, "n_layer": 10, "n_head": 10, "n_positions": 512},
+        {
+            **{"model_type": "gpt2", "vocab_size": 16000, "n_embd": 640, "n_layer": 10, "n_head": 10},
+            **{"n_positions": 512, "bos_token_id": 0, "eos_token_id": 0},
+        },
         (
             *("--data.batch_size=4", "--data.block_size=128", "--trainer.accumulate_grad_batches=2"),
             *("--gradient_checkpointing=true", "--anchor_weight=0.5", "--exit_target=SelfDistillation"),

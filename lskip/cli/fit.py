@@ -60,10 +60,10 @@ from lskip.utils.console import say
 from lskip.utils.interrupts import ended_by_sigterm
 from lskip.utils.user_paths import user_path
 
-_METHODS = {"layer_dropout": LayerDropout, "early_exit_loss": EarlyExitLoss}
+METHODS = {"layer_dropout": LayerDropout, "early_exit_loss": EarlyExitLoss}
 # The classes that an error message lists after a misspelled one. Short names work for all that is imported here.
-_CHOICES = {
-    **_METHODS,
+CHOICES = {
+    **METHODS,
     "curriculum": ExitCurriculum,
     "depth": Schedule,
     "time": Schedule,
@@ -136,7 +136,7 @@ class LayerSkipCLI(LightningCLI):
         parser.set_defaults({"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-4}}})
         parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False, required=False)
         parser.set_defaults({"data": {"class_path": f"lskip.data.{TextData.__name__}"}})
-        for key, method in _METHODS.items():
+        for key, method in METHODS.items():
             parser.add_subclass_arguments(method, key, fail_untyped=False, required=False)
         parser.add_class_arguments(RunCheckpoint, "checkpoint", skip={"folder"}, instantiate=False)
         parser.add_argument(
@@ -153,7 +153,7 @@ class LayerSkipCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         args = args if args[0] == "fit" else with_run_data(args)
-        self.config = parse_options(parser, args, self._subcommand_parsers[args[0]], _CHOICES)
+        self.config = parse_options(parser, args, self._subcommand_parsers[args[0]], CHOICES)
         seed = self.config[args[0]].seed_everything
         if not isinstance(seed, bool):
             check_whole("seed_everything", seed, 0, 2**32 - 1)
@@ -250,7 +250,7 @@ class LayerSkipCLI(LightningCLI):
         if settings["max_epochs"] is None and settings["max_steps"] == -1 and settings["max_time"] is None:
             settings["max_epochs"] = 1
         settings["default_root_dir"] = settings["default_root_dir"] or str(self.folder)
-        methods = [built[key] for key in _METHODS if built[key] is not None]
+        methods = [built[key] for key in METHODS if built[key] is not None]
         checkpoint = [RunCheckpoint(self.folder / LAST_CHECKPOINT.parent, **built.checkpoint)]
         if self.subcommand == "fit":
             checkpoint.append(RunDraftTokens(self.folder / LAST_CHECKPOINT.parent))

@@ -1,7 +1,6 @@
 """`lskip plan`: memory, FLOPs and hours of a fit with the same options, without its weights and its data."""
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from lskip.cli.config_files import bound_yaml
 from lskip.cli.errors import innermost
-from lskip.cli.fit import _CHOICES, _METHODS, LayerSkipCLI
+from lskip.cli.fit import CHOICES, METHODS, LayerSkipCLI
 from lskip.cli.named_classes import restrict_imports
 from lskip.cli.option_parsing import parse_options
 from lskip.cli.runs.fit_help import explain_options
@@ -84,7 +83,7 @@ class PlanCLI(LayerSkipCLI):
         parser.add_argument("--output", type=str | None, default=None, help="JSON file to write; null: none")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
-        self.config = parse_options(parser, args, self._subcommand_parsers["plan"], _CHOICES)
+        self.config = parse_options(parser, args, self._subcommand_parsers["plan"], CHOICES)
 
     def before_instantiate_classes(self) -> None:
         config = self._settings
@@ -106,7 +105,7 @@ class PlanCLI(LayerSkipCLI):
         except ValueError as error:
             raise ValueError(innermost(str(error))) from error
         arguments = {name: built[name] for name in self._module_arguments if name != "model"}
-        callbacks = [built[key] for key in _METHODS if built[key] is not None]
+        callbacks = [built[key] for key in METHODS if built[key] is not None]
         callbacks += [each for each in _listed(built.trainer.callbacks) if writes_vectors(each)]
         self.shape = shape_of(built)
         self.plan = plan_run(self._model_config, arguments, callbacks, self.shape)
@@ -150,9 +149,7 @@ def shape_of(built: Namespace) -> RunShape:
         raise ValueError(f"trainer.precision: {precision!r} cannot be planned; allowed: {', '.join(PRECISIONS)}")
     accelerator = trainer.accelerator if isinstance(trainer.accelerator, str) else type(trainer.accelerator).__name__
     if accelerator not in ACCELERATORS:
-        raise ValueError(
-            f"trainer.accelerator: {accelerator!r} cannot be planned; allowed: {', '.join(ACCELERATORS)} (auto is a GPU)"
-        )
+        raise ValueError(f"trainer.accelerator: {accelerator!r} cannot be planned; allowed: {', '.join(ACCELERATORS)}")
     on_gpu = accelerator != "cpu"
     devices = number_of_devices(trainer.devices, on_gpu) * trainer.num_nodes
     if devices > MOST_DEVICES:

@@ -105,4 +105,6 @@ class Allocations(TorchDispatchMode):
             if total + beside.get(phase, 0) > most:
                 most, found = total + beside.get(phase, 0), (dict(now), phase)
         parts, phase = found
-        return {name: parts.get(name, 0) + extra.get(phase, {}).get(name, 0) for name in {*parts, *extra.get(phase, {})}}
+        return {
+            name: parts.get(name, 0) + extra.get(phase, {}).get(name, 0) for name in {*parts, *extra.get(phase, {})}
+        }

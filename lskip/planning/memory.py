@@ -105,7 +105,9 @@ def _gathered(module: LayerSkipModule) -> tuple[float, float]:
     blocks = [_bytes(block) for block in module.decoder.blocks]
     largest = max(total for total, _ in blocks)
     trained = max(part for _, part in blocks)
-    rest, rest_trained = (whole - sum(parts) for whole, parts in zip(_bytes(module), zip(*blocks, strict=True), strict=True))
+    rest, rest_trained = (
+        whole - sum(parts) for whole, parts in zip(_bytes(module), zip(*blocks, strict=True), strict=True)
+    )
     weights = rest + min(WHOLE_BLOCKS, len(blocks)) * largest
     return weights, weights + rest_trained + WHOLE_GRADIENTS * trained
 

@@ -113,6 +113,8 @@ def plan_run(config: PreTrainedConfig, arguments: dict, callbacks: Sequence[Call
     """
     module = module_of(config, arguments, shape.precision)
     check_shape(module.decoder.context_length, shape)
+    weights = list(module.parameters())
+    parameters = sum(each.numel() for each in weights), sum(each.numel() for each in weights if each.requires_grad)
     flops = module.training_flops()
     average = average_run(module, callbacks, shape.batch, shape.steps)
     checkpointing = bool(arguments.get("gradient_checkpointing"))
@@ -121,11 +123,9 @@ def plan_run(config: PreTrainedConfig, arguments: dict, callbacks: Sequence[Call
         for choice in (checkpointing, not checkpointing)
     }
     tokens = shape.batch.rows * shape.batch.length
-    weights = list(module_of(config, arguments, shape.precision).parameters())
     return Plan(
         shape,
-        sum(each.numel() for each in weights),
-        sum(each.numel() for each in weights if each.requires_grad),
+        *parameters,
         found[checkpointing][0],
         found[not checkpointing][0],
         checkpointing,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import inf, sqrt
 from random import Random
 from types import SimpleNamespace
@@ -71,7 +72,7 @@ def steps_of(total_steps: int | None) -> Iterator[int]:
         return
     draw = Random(0)
     bounds = [total_steps * part // MOST_STEPS for part in range(MOST_STEPS + 1)]
-    yield from (draw.randrange(first, last) for first, last in zip(bounds, bounds[1:], strict=False))
+    yield from (draw.randrange(first, last) for first, last in pairwise(bounds))
 
 
 def vectors_of(

@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.memory.peak import peak_bytes
@@ -23,9 +22,10 @@ SIZES = {
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16},
 }
 LAST = [0.0, 0.0, 0.0, 1.0]
+BATCH = Batch(2, 16)
 
 
-def planned(family="llama", batch=Batch(2, 16), precision="32-true", on_gpu=False, exits=LAST, model=None, **settings):
+def planned(family="llama", batch=BATCH, precision="32-true", on_gpu=False, exits=LAST, model=None, **settings):
     """Return a module without values, and what its simulated steps hold."""
     sizes = {**SIZES.get(family, {}), **(model or {})}
     arguments = {"optimizer": ADAMW, **settings}
@@ -42,7 +42,9 @@ def real_bytes(module: LayerSkipModule, rows=2, length=16) -> tuple[int, int, in
     weights = {part.data_ptr(): part for part in [*module.parameters(), *module.buffers()] if part.numel()}
     gradients = [part.grad for part in module.parameters() if part.grad is not None]
     states = [part for state in optimizer.state.values() for part in state.values()]
-    return tuple(sum(part.untyped_storage().nbytes() for part in parts) for parts in (weights.values(), gradients, states))
+    return tuple(
+        sum(part.untyped_storage().nbytes() for part in parts) for parts in (weights.values(), gradients, states)
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -171,5 +173,3 @@ class _NeedsValues(torch.optim.SGD):
             for part in group["params"]:
                 if part.grad is not None and part.grad.abs().max().item() >= 0:
                     self.state[part]["average"] = torch.zeros_like(part)
-
-

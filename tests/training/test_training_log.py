@@ -74,7 +74,9 @@ class SlowValidation(Callback):
         self.now += 100
 
 
-def speeds(tmp_path, monkeypatch, module: LayerSkipModule, batches: list[dict], *callbacks: Callback) -> EventAccumulator:
+def speeds(
+    tmp_path, monkeypatch, module: LayerSkipModule, batches: list[dict], *callbacks: Callback
+) -> EventAccumulator:
     """Return the curves of a training of four steps, logged every second one and validated after the third."""
     trainer = Trainer(
         callbacks=[SlowValidation(monkeypatch), *callbacks],
