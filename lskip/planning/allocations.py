@@ -83,11 +83,6 @@ class Allocations(TorchDispatchMode):
         finally:
             self.part = before
 
-    def events(self, sizes: Sizes) -> Iterator[tuple[int, int, int]]:
-        """Yield (storage, +1 or -1, bytes that count) of all that came and went."""
-        for number, sign, _ in self._events:
-            yield number, sign, int(sizes(self.parts[number], number, self._bytes[number]))
-
     def peak(self, extra: Mapping[str, Mapping[str, float]], sizes: Sizes) -> dict[str, float]:
         """Return the bytes of each part at the moment when all together are the most.
 

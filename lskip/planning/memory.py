@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from lskip.module import LayerSkipModule
-from lskip.planning.heap import most_held
 from lskip.planning.simulation import BACKWARD, FORWARD, STEP, Simulated
 
 # Parts as they are printed, in this order.
@@ -24,7 +23,6 @@ PARTS = {
     "exits": "embedding, exits, head and logits",
     "workspace": "workspace of backward",
     "stepping": "workspace of the optimizer's step",
-    "gaps": "gaps in the CPU's heap (glibc)",
 }
 SINGLE, DDP, FSDP2 = "one device", "ddp", "fsdp2"
 # Blocks whole at a time under FSDP2: the one that runs, the next one and the buffer that it comes in; gradients of the
@@ -38,18 +36,16 @@ def peak_memory(
     strategy: str,
     devices: int,
     kept_share: float = 1.0,
-    on_gpu: bool = True,
 ) -> dict[str, float]:
     """Return the bytes of each part on one device at its peak, by the names of PARTS.
 
     Exact for weights, gradients and states; of activations all that the step's operators return. What the device's
-    libraries take does not count; gaps that an allocator leaves count on a CPU alone, by `heap`.
+    libraries take does not count, nor the gaps that an allocator leaves.
 
     Args:
         simulated: of this module.
         strategy: SINGLE, DDP or FSDP2.
         kept_share: of the rows that blocks run on at most, by layer dropout.
-        on_gpu: whether the devices are GPUs.
     """
     sharded = strategy == FSDP2
     shares = _Shares(simulated, devices if sharded else 1, kept_share)
@@ -62,9 +58,6 @@ def peak_memory(
         for parts in extra.values():
             parts["buckets"] = buckets
     found = simulated.record.peak(extra, shares)
-    if not on_gpu:
-        tensors = sum(simulated.record.peak({}, shares).values())
-        found["gaps"] = max(most_held(simulated.record.events(shares)) - tensors, 0)
     return {name: found[name] for name in PARTS if found.get(name)}
 
 

@@ -147,7 +147,7 @@ def _memory(config: PreTrainedConfig, arguments: dict, average: RunAverage, shap
     module = module_of(config, arguments, shape.precision)
     module.exit_weights.values = list(average.largest_exit_weights)
     simulated = simulate(module, shape.batch, shape.precision, shape.on_gpu)
-    parts = peak_memory(module, simulated, shape.strategy, shape.devices, average.kept_share, shape.on_gpu)
+    parts = peak_memory(module, simulated, shape.strategy, shape.devices, average.kept_share)
     return parts, simulated.states_estimated > 0
 
 

@@ -34,13 +34,18 @@ def sentences(plan: Plan, mfu: float, peak: float | None) -> list[str]:
     kind = "GPU" if shape.on_gpu else "CPU"
     where = f"{shape.devices} {kind}s" if shape.devices > 1 else f"one {kind}"
     how = {DDP: ", DDP", FSDP2: ", FSDP2"}.get(shape.strategy, "")
+    beside = (
+        "besides its libraries and gaps"
+        if shape.on_gpu
+        else "and up to a third more by glibc's malloc (docs/memory.md)"
+    )
     exits = sum(average.exits_on)
     flops = plan.flops_per_token
     parts = ", ".join(f"{name} {count / 1e9:.3g}" for name, count in flops.items() if count)
     total = sum(flops.values())
     lines = [
         f"on {where}{how}, {shape.precision}, gradient_checkpointing {str(plan.checkpointing).lower()}: "
-        f"{sum(plan.memory.values()) / 1e9:.1f} GB on each, besides what the device's libraries take",
+        f"{sum(plan.memory.values()) / 1e9:.1f} GB on each, {beside}",
         f"weights: {plan.parameters:,}, of which {plan.trained:,} train",
         f"layer dropout: {sum(average.drop_rates) / len(average.drop_rates):.1%} of the blocks' rows on average; "
         f"exits: {exits:.2f} on at a mean step, {sum(each > 0 for each in average.largest_exit_weights)} at most",
