@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lskip.flops import TrainingFlops, training_flops
 from lskip.layer_dropout import draw_dropped, run_kept_rows
 from lskip.losses import head_loss
 from lskip.low_rank import LowRank
@@ -60,6 +61,7 @@ class LayerSkipModule(RunModule):
         gradient_checkpointing: keep only the input of each block for backward and run the block again there: less
             memory for one more forward pass of the blocks, the same gradients.
         seed: of layer dropout and of the sampled positions.
+        peak_flops: TFLOP/s of one device, for `train/mfu`; null: that of a GPU whose data sheet is known.
 
     Exit heads and exit classifier that were saved with `model` are loaded, whether they are asked for or not.
 
@@ -82,8 +84,9 @@ class LayerSkipModule(RunModule):
         not_finite: Literal["stop", "skip"] = "stop",
         gradient_checkpointing: bool = False,
         seed: int = 0,
+        peak_flops: float | None = None,
     ):
-        super().__init__(optimizer, lr_scheduler, not_finite)
+        super().__init__(optimizer, lr_scheduler, not_finite, peak_flops)
         check_real("position_share", position_share, "above 0 and at most 1", lambda value: 0 < value <= 1)
         check_whole("seed", seed, 0)
         if anchor_weight is not None:
@@ -103,30 +106,28 @@ class LayerSkipModule(RunModule):
         self.decoder = Decoder(model)
         self.exits = trained_exits(source, self.decoder, exit_heads, learned_exit)
         self.tokenizer = tokenizer
-        self.position_share = position_share
-        self.seed = seed
+        self.position_share, self.seed = position_share, seed
         layers = self.decoder.num_layers
         self.drop_rates = LayerVector("drop_rates", [0.0] * layers)
         self.kept_scales = LayerVector("kept_scales", [1.0] * layers)
         self.exit_weights = LayerVector("exit_weights", [0.0] * (layers - 1) + [1.0])
         self.validated_exits = [layers]  # LayerMetrics sets all of them
         self.held_out_loss = MeanMetric()
-        self.mask_rank: int | None = None  # of patterns of its own (LayerDropout)
         self.took_part = TookPart()
+        self.mask_rank: int | None = None  # of patterns of its own (LayerDropout)
         self._sharded_by: FSDP2 | None = None
 
     def configure_model(self) -> None:
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDP2) and self._sharded_by is None:
             self._sharded_by = strategy
-            shard(self, self.decoder.blocks, strategy)
-            if (reference := self.supervision.reference) is not None:
-                shard(reference, reference.decoder.blocks, strategy)
+            for root in (self, *self.supervision.teachers()):
+                shard(root, root.decoder.blocks, strategy)
 
     def forward(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Return `work(*arguments)`, one of this module's methods: the one call within which all its weights are whole.
 
-        Whatever reads a parameter goes through here, since sharded weights are gathered when a module is called.
+        Whatever reads a parameter goes through here: sharded weights are gathered when a module is called.
         """
         return work(*arguments)
 
@@ -152,26 +153,27 @@ class LayerSkipModule(RunModule):
             loss = loss + zero_of(each for module in idle for each in module.parameters() if each.requires_grad)
         return loss, last_loss
 
+    def training_flops(self) -> TrainingFlops:
+        """Return the FLOPs of this module's parts, as they train now."""
+        teaches, anchored = self.supervision.needs_last_layer, bool(self.supervision.teachers())
+        return training_flops(self.decoder, self.exits, teaches, anchored)
+
     def num_scored(self, batch: dict[str, Tensor]) -> int:
         """Return the number of items whose mean the loss of a batch is."""
         return len(scored_of(batch)[0])
 
     def optional_parts(self) -> Iterator[tuple[Part, nn.Module]]:
         """Yield the modules that a step may leave out, each with its key in the record of what took part."""
-        for block, module in enumerate(self.decoder.blocks):
-            yield ("block", block), module
-        if self.exits is not None and self.exits.heads is not None:
-            for block, module in enumerate(self.exits.heads.maps):
-                yield ("exit", block), module
+        heads = () if self.exits is None or self.exits.heads is None else self.exits.heads.maps
+        yield from ((("block", block), module) for block, module in enumerate(self.decoder.blocks))
+        yield from ((("exit", block), module) for block, module in enumerate(heads))
         if self.exits is not None and self.exits.classifier is not None:
             yield ("classifier", 0), self.exits.classifier
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        strategy = self.trainer.strategy
-        self._gradients = StepGradients(
-            self.trainer.world_size, self.device, lambda part: strategy.reduce(part.clone(), reduce_op="sum")
-        )
+        summed = partial(self.trainer.strategy.reduce, reduce_op="sum")
+        self._gradients = StepGradients(self.trainer.world_size, self.device, lambda part: summed(part.clone()))
         self.took_part.begin_step()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -225,6 +227,7 @@ class LayerSkipModule(RunModule):
         share = 1.0 if block == self.decoder.num_layers - 1 else self.position_share
         picked = sampled_positions(self.seed, micro_batch, block, len(positions), share, x.device)
         rows, labels = (part if picked is None else part[picked] for part in (positions, targets))
+        self.work.decode(len(rows), last=block == self.decoder.num_layers - 1)
         states, classifier_loss = x.flatten(0, 1).index_select(0, rows), None
         if self.exits is not None:
             classifier_loss = self.exits.classifier_loss(self.decoder, block + 1, states, labels)
@@ -233,27 +236,27 @@ class LayerSkipModule(RunModule):
                 self.took_part.add(("classifier", 0), in_graph=classifier_loss is not None)
             states = self.exits.translate(block + 1, states)
         weight = self.exit_weights.values[block] * len(positions) / max(len(rows), 1)
-        dtype = torch.promote_types(self.decoder.dtype, torch.float32)
-        weights = torch.full(rows.shape, weight, device=x.device, dtype=dtype)
+        weights = torch.full_like(rows, weight, dtype=torch.promote_types(self.decoder.dtype, torch.float32))
         return ExitRows(self.decoder.norm(states), labels, weights, picked, classifier_loss)
 
     def _mean(self, losses: list[Tensor | None]) -> Tensor | float:
         """Return the mean of the losses that are not None; 0 where all are."""
-        losses = [loss for loss in losses if loss is not None]
-        return sum(losses) / len(losses) if losses else 0.0
+        there = [loss for loss in losses if loss is not None]
+        return sum(there) / len(there) if there else 0.0
 
     def _exit_states(self, input_ids: Tensor, exits: list[int], micro_batch: int):
         """Yield (block, its output [B, S, D]) for the blocks in `exits`, ascending, with layer dropout."""
         x = self.decoder.embed(input_ids)
+        self.work.embed(*input_ids.shape)
         inputs = self.decoder.block_inputs(x)
         for block in range(max(exits) + 1):
-            rate = self.drop_rates.values[block]
+            rate, scale = self.drop_rates.values[block], self.kept_scales.values[block]
             dropped = draw_dropped(self.seed, micro_batch, block, len(x), rate, self.mask_rank)
-            scale = self.kept_scales.values[block]
             if dropped.all():
                 x = self._skip(block, x, inputs)
             else:
                 self.took_part.add(("block", block))
+                self.work.run(block, int((~dropped).sum()), x.shape[1])
                 x = run_kept_rows(partial(self.decoder.block, block), x, inputs, dropped, scale)
             if block in exits:
                 self.took_part.add(("exit", block))
@@ -279,8 +282,8 @@ class LayerSkipModule(RunModule):
 
     def _read(self, name: str, batch: dict[str, Tensor]) -> Readout:
         self._check_length(batch["input_ids"])
-        exits = self.validated_exits
-        readout = self(read_exits, self.decoder, batch["input_ids"], batch.get("labels"), exits, self.exits)
+        ids, labels = batch["input_ids"], batch.get("labels")
+        readout = self(read_exits, self.decoder, ids, labels, self.validated_exits, self.exits)
         last = readout.losses[-1]
         # A mean over tokens, of all batches and devices.
         self.held_out_loss.update(last.sum() / max(len(last), 1), len(last))
@@ -288,8 +291,7 @@ class LayerSkipModule(RunModule):
         return readout
 
     def _check_length(self, input_ids: Tensor) -> None:
-        length, context = input_ids.shape[1], self.decoder.context_length
-        if length > context:
+        if (length := input_ids.shape[1]) > (context := self.decoder.context_length):
             raise ValueError(f"block_size: {length} tokens, the model's context holds {context}")
 
     @property

@@ -20,7 +20,7 @@ OF_DOCS = sorted({c for page in PAGES.values() for c in re.findall(r"^    lskip 
 OF_DOCS = [command for command in OF_DOCS if not ELSEWHERE.search(command)]
 
 
-TRAINING = ("fit", "validate", "test")
+TRAINING = ("fit", "validate", "test", "plan")
 
 
 def test_there_are_commands_of_each_kind():

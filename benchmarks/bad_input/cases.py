@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 
 from benchmarks.bad_input.options import NOT_TRIED, OPTIONS
 from benchmarks.bad_input.training_options import OPTIONS as TRAINING
+from benchmarks.bad_input.training_options import PLAN
 from benchmarks.bad_input.verdict import Case
 from lskip.cli import main
 
@@ -44,7 +45,7 @@ def chosen(cases: list[Case], only: str, limit: int, seed: int) -> list[Case]:
 
 def options_without_cases() -> list[str]:
     """Return the options of the command line that no table covers."""
-    said = {**OPTIONS, "fit": TRAINING}
+    said = {**OPTIONS, "fit": TRAINING, "plan": {**TRAINING, **PLAN}}
     return [
         f"{command} --{name}"
         for command, table in said.items()

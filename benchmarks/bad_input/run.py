@@ -46,7 +46,7 @@ from lskip.utils.output_files import write_json
 
 HANG = 30.0  # seconds
 LIMIT = 900  # cases
-COMMANDS = {*MODULES, "fit", "validate", "test", "configs"}
+COMMANDS = {*MODULES, "fit", "validate", "test", "plan", "configs"}
 console = Console(width=140)
 
 

@@ -107,6 +107,7 @@ MODULE = {
     "learned_exit": flag(good=("true",)),
     "not_finite": choice("stop", "skip", good=("skip",)),
     "gradient_checkpointing": flag(good=("true",)),
+    "peak_flops": real(0, low_too=False, null=True, good=(1, "null")),
     "data": a_class(),
     "layer_dropout": a_class(good=("LayerDropout", "null")),
     "layer_dropout.p_max": real(0, 1, good=(0, 1)),
@@ -145,6 +146,14 @@ READ_LATER = (
     ),
     *(f"trainer.{name}" for name in ("fast_dev_run", "deterministic", "num_nodes", "default_root_dir")),
 )
+# Of plan, beside those of fit; and what of those it goes by.
+PLAN = {"mfu": real(0, 1, low_too=False, good=(1, 0.01)), "output": place_to_write()}
+PLANNED = (
+    *("model", "optimizer", "optimizer.betas", "position_share", "exit_target", "anchor_weight", "low_rank"),
+    *("gradient_checkpointing", "peak_flops", "layer_dropout.p_max", "early_exit_loss.curriculum", "data"),
+    *("data.block_size", "data.batch_size", "trainer.accelerator", "trainer.strategy", "trainer.devices"),
+    *("trainer.num_nodes", "trainer.precision", "trainer.max_steps", "trainer.accumulate_grad_batches"),
+)
 ONLY_OTHERS = {"verbose"}
 CHANGES_STEPS = {"trainer.fast_dev_run", "trainer.max_epochs"}
 
@@ -158,6 +167,12 @@ def cases(random: Random) -> Iterator[Case]:
             yield bad_value("fit", option, kind, value)
         if domain.good:
             yield good_value(option, random.choice(domain.good))
+    for option, domain in {**PLAN, **{name: OPTIONS[name] for name in PLANNED}}.items():
+        for kind, value in random.sample(domain.bad, min(1, len(domain.bad))):
+            yield bad_value("plan", option, kind, value)
+    for option, domain in PLAN.items():
+        for value in domain.good:
+            yield Case("plan", "legal", f"{option}={value!r}", arguments("plan", option, value), done(), odd_files)
     for command in ("validate", "test"):
         for option in READ_LATER:
             for kind, value in random.sample(OPTIONS[option].bad, min(1, len(OPTIONS[option].bad))):
@@ -175,6 +190,6 @@ def good_value(option: str, value: str) -> Case:
 
 
 def arguments(command: str, option: str, value: str) -> tuple[str, ...]:
-    base = fit_arguments("{place}", "{here}/out", "{place}/llama" if command == "fit" else "{place}/run")
+    base = fit_arguments("{place}", "{here}/out", "{place}/llama" if command in ("fit", "plan") else "{place}/run")
     extra = next((more for start, more in EXTRA.items() if option.startswith(start)), ())
     return (*base, *extra, f"--{option}={value}")

@@ -17,6 +17,7 @@ from lskip.utils.user_paths import did_you_mean
 HELP = """usage: lskip COMMAND [options]
 
   fit        train with layer dropout and early exit loss
+  plan       memory, FLOPs and hours of a fit, before it runs: without weights and without data
   validate   perplexity and agreement of every layer on held-out text
   test       the same on the test split
   predict    answer a file of prompts, one JSON line each
@@ -34,8 +35,9 @@ HELP = """usage: lskip COMMAND [options]
 `lskip --version` says which this is. Set LSKIP_TRACEBACK=1 to see where an error comes from.
 """
 _TRAINING = ("fit", "validate", "test")
+_PLANNING = ("plan",)
 _PLAIN = ("predict", "generate", "export", "adapt", "sweep", "tune", "evaluate", "compare", "inspect")
-COMMANDS = (*_TRAINING, *_PLAIN, "configs")
+COMMANDS = (*_TRAINING, *_PLANNING, *_PLAIN, "configs")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -119,6 +121,10 @@ def _command(name: str) -> Callable[[list[str]], None]:
         from lskip.cli.fit import run_training
 
         return run_training
+    if name in _PLANNING:
+        from lskip.cli.plan import run_plan
+
+        return run_plan
     from lskip.cli.commands import command_named, run_command
 
     command_named(name)

@@ -28,6 +28,7 @@ from lskip.cli.runs import data_checks
 from lskip.cli.runs.device_checks import settle_devices
 from lskip.cli.runs.fit_help import explain_options
 from lskip.cli.runs.fit_report import print_end
+from lskip.cli.runs.option_checks import check_options
 from lskip.cli.runs.resuming import (
     changed_settings,
     check_resumable,
@@ -42,7 +43,6 @@ from lskip.cli.runs.run_logger import RunLogger
 from lskip.cli.runs.trainer_checks import (
     check_callbacks,
     check_monitors,
-    check_trainer,
     missing_monitor_named,
     settings_named,
 )
@@ -60,13 +60,12 @@ from lskip.training.step_bar import StepBar, wants_bar
 from lskip.utils.checks import check_whole
 from lskip.utils.console import say
 from lskip.utils.interrupts import ended_by_signals
-from lskip.utils.untrusted import parse_yaml
 from lskip.utils.user_paths import user_path
 
-_METHODS = {"layer_dropout": LayerDropout, "early_exit_loss": EarlyExitLoss}
+METHODS = {"layer_dropout": LayerDropout, "early_exit_loss": EarlyExitLoss}
 # The classes that an error message lists after a misspelled one. Short names work for all that is imported here.
-_CHOICES = {
-    **_METHODS,
+CHOICES = {
+    **METHODS,
     "curriculum": ExitCurriculum,
     "depth": Schedule,
     "time": Schedule,
@@ -139,7 +138,7 @@ class LayerSkipCLI(LightningCLI):
         parser.set_defaults({"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-4}}})
         parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False, required=False)
         parser.set_defaults({"data": {"class_path": f"lskip.data.{TextData.__name__}"}})
-        for key, method in _METHODS.items():
+        for key, method in METHODS.items():
             parser.add_subclass_arguments(method, key, fail_untyped=False, required=False)
         parser.add_class_arguments(RunCheckpoint, "checkpoint", skip={"folder"}, instantiate=False)
         parser.add_argument(
@@ -156,7 +155,7 @@ class LayerSkipCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         args = args if args[0] == "fit" else with_run_data(args)
-        self.config = parse_options(parser, args, self._subcommand_parsers[args[0]], _CHOICES)
+        self.config = parse_options(parser, args, self._subcommand_parsers[args[0]], CHOICES)
         seed = self.config[args[0]].seed_everything
         if not isinstance(seed, bool):
             check_whole("seed_everything", seed, 0, 2**32 - 1)
@@ -168,18 +167,8 @@ class LayerSkipCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self._settings
-        if config.get("weights_only") is False:
-            raise ValueError("weights_only: false is not allowed: a checkpoint's own code is never run")
-        if isinstance(config.model, str) and config.model.lstrip()[:1] in ("{", "["):
-            # A malformed mapping, or a list, which would be taken for a name.
-            parse_yaml(config.model, "model: the value")
-            raise ValueError(f"model: {config.model[:40]!r} is neither a name nor a transformers config")
         self.folder = user_path(config.run_folder, "run_folder")
-        if isinstance(config.model, dict):
-            # Flags such as --model.hidden_size 64 arrive as text.
-            plain = {key: parse_yaml(value, "model") for key, value in config.model.items() if isinstance(value, str)}
-            config.model = {**config.model, **plain}
-        check_trainer(config.trainer)
+        check_options(config)
         settle_devices(config.trainer)
         self._resolve_checkpoint(config)
         if self.subcommand == "fit":
@@ -261,7 +250,7 @@ class LayerSkipCLI(LightningCLI):
         if settings["max_epochs"] is None and settings["max_steps"] == -1 and settings["max_time"] is None:
             settings["max_epochs"] = 1
         settings["default_root_dir"] = settings["default_root_dir"] or str(self.folder)
-        methods = [built[key] for key in _METHODS if built[key] is not None]
+        methods = [built[key] for key in METHODS if built[key] is not None]
         checkpoint = [RunCheckpoint(self.folder / LAST_CHECKPOINT.parent, **built.checkpoint)]
         if self.subcommand == "fit":
             checkpoint.append(RunDraftTokens(self.folder / LAST_CHECKPOINT.parent))

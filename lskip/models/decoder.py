@@ -135,6 +135,16 @@ class Decoder:
         """c, where logits become c tanh(logits / c) (Gemma, arXiv 2408.00118 section 2); None: no cap."""
         return getattr(self.config, "final_logit_softcapping", None)
 
+    @property
+    def project_in(self) -> nn.Module | None:
+        """The linear after the token embedding (OPT); None: there is none."""
+        return self._part(self.family.project_in)
+
+    @property
+    def project_out(self) -> nn.Module | None:
+        """The linear after the final norm (OPT); None: there is none."""
+        return self._part(self.family.project_out)
+
     def _part(self, path: str | None) -> nn.Module | None:
         return None if path is None else attrgetter(path)(self.model.base_model)
 
@@ -169,7 +179,7 @@ class Decoder:
             positions: [1 or B, S], for families with learned positions; None: 0 … S-1.
         """
         family, x = self.family, self.embedding(input_ids)
-        if (project := self._part(family.project_in)) is not None:
+        if (project := self.project_in) is not None:
             x = project(x)
         if (learned := self._part(family.positions)) is not None:
             if positions is None:
@@ -240,7 +250,7 @@ class Decoder:
 
     def norm(self, x: Tensor) -> Tensor:
         """Return states as the head takes them: after the final norm, and a projection where the family has one."""
-        x, project = self.final_norm(x), self._part(self.family.project_out)
+        x, project = self.final_norm(x), self.project_out
         return x if project is None else project(x)
 
     def decode(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lskip.data.tokenizer import same_tokens
+from lskip.flops import Work
 from lskip.low_rank import LowRank
 from lskip.models.checkpoint import pack_model, random_state, random_states, restore_random_state
 from lskip.models.decoder import Decoder
@@ -23,16 +24,18 @@ from lskip.training.optimizer_making import (
 )
 from lskip.training.resumed_settings import ResumedSettings, rows_of
 from lskip.training.training_log import TrainingLog
+from lskip.utils.checks import check_real
 
 
 class RunModule(LightningModule):
     """Base class of LayerSkipModule: optimizer, tokenizer and checkpoints of a run.
 
     Args:
-        optimizer, lr_scheduler, not_finite: as in LayerSkipModule.
+        optimizer, lr_scheduler, not_finite, peak_flops: as in LayerSkipModule.
 
     Attributes:
         settings: of the run, in plain values, which its checkpoints keep; None: not known.
+        work: what training steps have computed since it was last begun anew, for their FLOPs.
     """
 
     model: PreTrainedModel
@@ -43,8 +46,18 @@ class RunModule(LightningModule):
     kept_scales: LayerVector
     exit_weights: LayerVector
 
-    def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None, not_finite: str):
+    def __init__(
+        self,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+        not_finite: str,
+        peak_flops: float | None = None,
+    ):
         super().__init__()
+        if peak_flops is not None:
+            check_real("peak_flops", peak_flops, "above 0", lambda value: value > 0)
+        self.peak_flops = peak_flops
+        self.work = Work()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.finite_steps = FiniteSteps(not_finite)

@@ -33,6 +33,10 @@ class ExitSupervision:
         """Whether early exits need the last layer's states, even at a step that does not train it."""
         return self.exit_target.needs_teacher
 
+    def teachers(self) -> list["Reference"]:
+        """Return the frozen models beside the trained one."""
+        return [] if self.reference is None else [self.reference]
+
     def of_step(
         self, picked: list[Tensor | None], last_states: Tensor | None, input_ids: Tensor, positions: Tensor
     ) -> list[Supervision]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.scale import ends, validation
+from benchmarks.scale import ends, memory, validation
 from benchmarks.scale.equality import main
 
 FEW = (
@@ -43,3 +43,11 @@ def test_a_signal_to_one_process_ends_both_and_loses_nothing(tmp_path):
     asked, killed = json.loads((tmp_path / "result.json").read_text())["faults"]
     assert asked["exit_code"] == 143 and asked["done"] == asked["saved"] > 0
     assert all(each["all_ended"] and each["seconds"] < 60 and each["resumed_alike"] for each in (asked, killed))
+
+
+def test_a_plan_is_compared_with_what_a_training_takes(tmp_path):
+    """A smoke test: so small a training takes more for its process than for its tensors."""
+    memory.main([f"--out={tmp_path}", "--quick"])
+    (row,) = json.loads((tmp_path / "result.json").read_text())["memory"]
+    assert 0 < row["planned"] < row["measured"]
+    assert row["parts"]["optimizer"] > row["parts"]["weights"] == pytest.approx(4 * 147_776, abs=1000)

@@ -35,8 +35,13 @@ _SYNONYMS = (
 )
 
 
-def make_config(values: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedConfig:
+def make_config(
+    values: Mapping[str, Any], dtype: torch.dtype = torch.float32, fits_here: bool = True
+) -> PreTrainedConfig:
     """Return the transformers config of a mapping with `model_type`, for a model from scratch.
+
+    Args:
+        fits_here: refuse a model larger than this machine's memory.
 
     Raises:
         ValueError: an unknown family or field, a value that is not allowed, or a model larger than the memory.
@@ -51,7 +56,8 @@ def make_config(values: Mapping[str, Any], dtype: torch.dtype = torch.float32) -
     check_family(family)
     _refuse_unknown_fields(values, kind, dtype)
     config = build_config(values, "model.", strict=True)
-    check_memory(config, dtype)
+    if fits_here:
+        check_memory(config, dtype)
     return config
 
 
