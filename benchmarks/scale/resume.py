@@ -32,8 +32,8 @@ from lskip.module import LayerSkipModule
 from lskip.utils.output_files import write_json
 
 CASE, HALF, STEPS = Case(callbacks=dropping, model={"vocab_size": 300}), 3, 6
-ONE = (1, "auto")
-SAVERS = (ONE, (2, "ddp"), (2, "fsdp2"), (4, "fsdp2"))
+ONE, SHARDED = (1, "auto"), "fsdp2, sharded"
+SAVERS = (ONE, (2, "ddp"), (2, "fsdp2"), (4, "fsdp2"), (2, SHARDED), (4, SHARDED))
 RESUMERS = (ONE, (2, "ddp"), (2, "fsdp2"), (4, "ddp"), (4, "fsdp2"))
 console = Console(width=120)
 
@@ -59,10 +59,11 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_parser("benchmarks.scale.resume", __doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder for checkpoints and result.json")
-    parser.add_argument("--quick", action="store_true", help="two of the ways alone")
+    parser.add_argument("--quick", action="store_true", help="three of the ways alone")
+    parser.add_argument("--sharded", action="store_true", help="savers of shards alone")
     options = parser.parse_args(arguments)
-    options.savers = SAVERS[2:3] if options.quick else SAVERS
-    options.resumers = RESUMERS[:2] if options.quick else RESUMERS
+    options.savers = SAVERS[4:] if options.sharded else SAVERS[4:5] if options.quick else SAVERS
+    options.resumers = (ONE, (2, "ddp"), (4, "fsdp2")) if options.quick else RESUMERS
     options.out.mkdir(parents=True, exist_ok=True)
     return options
 
@@ -82,9 +83,9 @@ def train(out: Path, world_size: int, strategy: str, name: str, steps: int, chec
         str(out / "texts.jsonl"), vocab_size=300, block_size=12, batch_size=ROWS // world_size, cache_dir=str(out)
     )
     trainer = Trainer(
-        **{"strategy": strategy, "accelerator": "cpu", "devices": world_size, "max_steps": steps, "logger": False},
+        **{"strategy": strategy.partition(",")[0], "accelerator": "cpu", "devices": world_size, "max_steps": steps, "logger": False},
         **{"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0},
-        callbacks=[*CASE.callbacks(), RunCheckpoint(folder)],
+        callbacks=[*CASE.callbacks(), RunCheckpoint(folder, sharded=strategy == SHARDED)],
         default_root_dir=out,
     )
     module = LayerSkipModule(CASE.new_model(), optimizer=CASE.optimizer, lr_scheduler=None)

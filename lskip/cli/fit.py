@@ -180,7 +180,7 @@ class LayerSkipCLI(LightningCLI):
             plain = {key: parse_yaml(value, "model") for key, value in config.model.items() if isinstance(value, str)}
             config.model = {**config.model, **plain}
         check_trainer(config.trainer)
-        settle_devices(config.trainer)
+        settle_devices(config.trainer, self.subcommand == "fit" and config.checkpoint.sharded)
         self._resolve_checkpoint(config)
         if self.subcommand == "fit":
             self._check_run()

@@ -6,17 +6,22 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 
-from lskip.training.fsdp2 import FSDP2
+from lskip.training.fsdp2 import FSDP2, NOT_SHARDED
 from lskip.utils.ranks import launched
 
 
-def settle_devices(settings: MutableMapping[str, Any]) -> None:
+def settle_devices(settings: MutableMapping[str, Any], saves_shards: bool) -> None:
     """Set the Trainer's devices and nodes, where they are left open, to the processes that a launcher started.
+
+    Args:
+        settings: the Trainer's.
+        saves_shards: whether `checkpoint.sharded` is asked for.
 
     Raises:
         ValueError: they are set to something else, or the strategy does not train what lskip defines.
     """
-    _check_strategy(settings)
+    if _check_strategy(settings) not in ("fsdp2", "FSDP2") and saves_shards:
+        raise ValueError(NOT_SHARDED)
     _use_launch(settings)
 
 
@@ -54,8 +59,8 @@ _STRATEGIES = {
 }
 
 
-def _check_strategy(settings: Mapping[str, Any]) -> None:
-    """Raise ValueError for a strategy, or a precision under it, that does not train what lskip defines."""
+def _check_strategy(settings: Mapping[str, Any]) -> str:
+    """Return the strategy's name; raise ValueError where it, or a precision, does not train what lskip defines."""
     strategy = settings["strategy"]
     name = strategy if isinstance(strategy, str) else str(getattr(strategy, "class_path", "")).rpartition(".")[2]
     for refused, instead in _STRATEGIES.items():
@@ -63,6 +68,7 @@ def _check_strategy(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"trainer.strategy: {name!r} is not supported; take {instead}")
     if name in ("fsdp2", "FSDP2") and str(settings["precision"]).startswith("16"):
         raise ValueError(f"trainer.precision: {settings['precision']!r} is not supported by fsdp2; take bf16-mixed")
+    return name
 
 
 def check_sharded(trainer: Trainer) -> None:
