@@ -10,7 +10,7 @@ from lskip.training.checkpoint_file import remove_leftovers, use_whole_files
 from lskip.training.fsdp2 import FSDP2, NOT_SHARDED
 from lskip.training.lightning_utils import leave_signals_to_lskip
 from lskip.training.shared_signal import SharedSignal
-from lskip.utils.checks import check_choice, check_whole
+from lskip.utils.checks import check_whole
 from lskip.utils.interrupts import interrupt
 
 
@@ -37,7 +37,8 @@ class RunCheckpoint(Checkpoint):
 
     def __init__(self, folder: str | Path, every_n_train_steps: int = 200, sharded: bool = False):
         check_whole("every_n_train_steps", every_n_train_steps, 1)
-        check_choice("sharded", sharded, (True, False))
+        if not isinstance(sharded, bool):
+            raise ValueError(f"sharded: {sharded!r} is not true or false")
         self.sharded = sharded
         self.path = Path(folder) / "last.ckpt"
         self.every_n_train_steps = every_n_train_steps

@@ -88,8 +88,8 @@ def train(out: Path, world_size: int, strategy: str, name: str, steps: int, chec
         str(out / "texts.jsonl"), vocab_size=300, block_size=12, batch_size=ROWS // world_size, cache_dir=str(out)
     )
     trainer = Trainer(
-        **{"strategy": strategy.partition(",")[0], "accelerator": "cpu", "devices": world_size, "max_steps": steps, "logger": False},
-        **{"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0},
+        **{"strategy": strategy.partition(",")[0], "accelerator": "cpu", "devices": world_size, "max_steps": steps},
+        **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0},
         callbacks=[*CASE.callbacks(), RunCheckpoint(folder, sharded=strategy == SHARDED)],
         default_root_dir=out,
     )

@@ -79,9 +79,7 @@ class SavedTensor:
                 with _opened(piece.file, self.field) as file:
                     part = file.get_slice(self.name)[:]
                     if zlib.crc32(part.reshape(-1).view(torch.uint8).numpy()) != piece.crc32:
-                        raise ValueError(
-                            f"{self.field}: '{piece.file}' is damaged ({self.name} is not what was saved)"
-                        )
+                        raise ValueError(f"{self.field}: '{piece.file}' is damaged ({self.name} is not what was saved)")
                     rows[start - first : stop - first] = part[start - piece.first : stop - piece.first]
         return rows
 

@@ -218,7 +218,10 @@ def grown(entry: dict, index: dict) -> None:
 
 
 BROKEN = {
-    "truncated shard": (on_file(lambda path: os.truncate(path, path.stat().st_size - 8)), "00001.safetensors' is damag"),
+    "truncated shard": (
+        on_file(lambda path: os.truncate(path, path.stat().st_size - 8)),
+        "00001.safetensors' is damag",
+    ),
     "empty shard": (on_file(lambda path: os.truncate(path, 0)), "00001.safetensors' is damaged"),
     "shard of zeros": (on_file(lambda path: path.write_bytes(bytes(500))), "00001.safetensors' is damaged"),
     "huge header": (
@@ -235,7 +238,10 @@ BROKEN = {
     ),
     "missing index": (on_file(Path.unlink, "index.json"), "index.json' is missing"),
     "missing folder": (lambda path: shutil.rmtree(path.parent / FOLDER), "the folder '.*shards-7' is missing"),
-    "rows twice": (changed(lambda entry, _: entry["pieces"][1].__setitem__(1, 2)), "index.json': .*a': rows 2 to 5 are"),
+    "rows twice": (
+        changed(lambda entry, _: entry["pieces"][1].__setitem__(1, 2)),
+        "index.json': .*a': rows 2 to 5 are",
+    ),
     "rows not at all": (changed(lambda entry, _: entry["pieces"].pop(0)), "rows 0 to 3 are in no file"),
     "rows missing at the end": (changed(lambda entry, _: entry["pieces"].pop()), "5 rows, but the files hold 3"),
     "a file twice": (changed(lambda entry, _: entry["pieces"][1].__setitem__(0, 0)), "a file is named twice"),
