@@ -104,14 +104,18 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def remove_other_shards(path: Path) -> None:
-    """Delete folders of shards made for the checkpoint at `path` that it does not name; all where there is no such."""
+    """Delete folders of shards made for the checkpoint at `path` that neither it nor a copy of it beside it names."""
     folders = [each for each in path.parent.glob(f"{glob.escape(path.name)}.shards-*") if FOLDER.fullmatch(each.name)]
     try:
-        named = shards_of(path) if folders and path.is_file() else None
+        named = {shards_of(path)} if folders and path.is_file() else set()
     except ValueError:  # then it is not known what it needs
         return
-    for folder in folders:
-        if folder != named and not folder.is_symlink():
+    others = [folder for folder in folders if folder not in named and not folder.is_symlink()]
+    for copy in path.parent.glob("*.ckpt") if others else ():
+        with suppress(ValueError):
+            named.add(shards_of(copy))
+    for folder in others:
+        if folder not in named:
             _remove_shards(folder)
 
 

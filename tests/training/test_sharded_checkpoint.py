@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -270,6 +271,18 @@ def test_one_file_takes_the_place_of_shards(checkpoint, tmp_path):
     save_sharded(checkpoint(4), path)
     WholeFiles().save_checkpoint({"weights": torch.ones(1)}, path)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_copy_of_the_small_file_keeps_its_shards(checkpoint, tmp_path):
+    path = tmp_path / "last.ckpt"
+    save_sharded(checkpoint(1), path)
+    shutil.copy(path, tmp_path / "best.ckpt")
+    (tmp_path / "broken.ckpt").write_bytes(b"x")
+    for step in (2, 3):
+        save_sharded(checkpoint(step), path)
+    saved = [read_all(read_checkpoint(each))["state_dict"]["model.a"] for each in (path, tmp_path / "best.ckpt")]
+    assert [part.unique().tolist() for part in saved] == [[3.0], [1.0]]
+    assert len(list(tmp_path.glob("*.shards-*"))) == 2
 
 
 def test_a_checkpoint_is_removed_with_its_shards(checkpoint, tmp_path):

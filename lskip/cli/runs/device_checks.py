@@ -10,7 +10,7 @@ from lskip.training.fsdp2 import FSDP2, NOT_SHARDED
 from lskip.utils.ranks import launched
 
 
-def settle_devices(settings: MutableMapping[str, Any], saves_shards: bool) -> None:
+def settle_devices(settings: MutableMapping[str, Any], saves_shards: bool = False) -> None:
     """Set the Trainer's devices and nodes, where they are left open, to the processes that a launcher started.
 
     Args:
@@ -20,8 +20,9 @@ def settle_devices(settings: MutableMapping[str, Any], saves_shards: bool) -> No
     Raises:
         ValueError: they are set to something else, or the strategy does not train what lskip defines.
     """
-    if _check_strategy(settings) not in ("fsdp2", "FSDP2") and saves_shards:
-        raise ValueError(NOT_SHARDED)
+    _check_strategy(settings)
+    if saves_shards and isinstance(settings["strategy"], str) and settings["strategy"] != "fsdp2":
+        raise ValueError(NOT_SHARDED)  # of a class it is known when it is made: RunCheckpoint
     _use_launch(settings)
 
 
@@ -59,8 +60,8 @@ _STRATEGIES = {
 }
 
 
-def _check_strategy(settings: Mapping[str, Any]) -> str:
-    """Return the strategy's name; raise ValueError where it, or a precision, does not train what lskip defines."""
+def _check_strategy(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for a strategy, or a precision under it, that does not train what lskip defines."""
     strategy = settings["strategy"]
     name = strategy if isinstance(strategy, str) else str(getattr(strategy, "class_path", "")).rpartition(".")[2]
     for refused, instead in _STRATEGIES.items():
@@ -68,7 +69,6 @@ def _check_strategy(settings: Mapping[str, Any]) -> str:
             raise ValueError(f"trainer.strategy: {name!r} is not supported; take {instead}")
     if name in ("fsdp2", "FSDP2") and str(settings["precision"]).startswith("16"):
         raise ValueError(f"trainer.precision: {settings['precision']!r} is not supported by fsdp2; take bf16-mixed")
-    return name
 
 
 def check_sharded(trainer: Trainer) -> None:

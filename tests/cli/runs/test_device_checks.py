@@ -85,3 +85,11 @@ def test_averages_of_weights_are_refused_where_weights_are_sharded():
     trainer = Trainer(accelerator="cpu", devices=2, strategy="fsdp2", callbacks=[EMAWeightAveraging()], logger=False)
     with pytest.raises(ValueError, match="averages of weights"):
         check_callbacks(trainer, None)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_shards_are_saved_by_fsdp2_alone(monkeypatch, strategy):
+    environment(monkeypatch, {})
+    settle_devices(settings(strategy="fsdp2"), saves_shards=True)
+    with pytest.raises(ValueError, match=r"^checkpoint\.sharded: true is for trainer\.strategy fsdp2"):
+        settle_devices(settings(strategy=strategy), saves_shards=True)
