@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from lskip.models.checkpoint import random_state
-from lskip.training.checkpoint_file import WholeFiles, remove_leftovers
+from lskip.training.checkpoint_file import remove_leftovers, use_whole_files
+from lskip.training.fsdp2 import FSDP2, NOT_SHARDED
 from lskip.training.lightning_utils import leave_signals_to_lskip
 from lskip.training.shared_signal import SharedSignal
 from lskip.utils.checks import check_whole
@@ -28,13 +28,18 @@ class RunCheckpoint(Checkpoint):
     Args:
         folder: where `last.ckpt` goes.
         every_n_train_steps: optimizer steps between two checkpoints.
+        sharded: under fsdp2 each device writes what it holds into a folder beside `last.ckpt`, and none gathers the
+            whole, which takes 12 bytes a parameter of main memory with AdamW. Otherwise the checkpoint is one file.
 
     Raises:
-        ValueError: a number of steps below 1.
+        ValueError: a number of steps below 1, or `sharded` without fsdp2.
     """
 
-    def __init__(self, folder: str | Path, every_n_train_steps: int = 200):
+    def __init__(self, folder: str | Path, every_n_train_steps: int = 200, sharded: bool = False):
         check_whole("every_n_train_steps", every_n_train_steps, 1)
+        if not isinstance(sharded, bool):
+            raise ValueError(f"sharded: {sharded!r} is not true or false")
+        self.sharded = sharded
         self.path = Path(folder) / "last.ckpt"
         self.every_n_train_steps = every_n_train_steps
         self._signal = SharedSignal()
@@ -48,8 +53,11 @@ class RunCheckpoint(Checkpoint):
         if stage != "fit" or trainer.fast_dev_run:
             return
         leave_signals_to_lskip(trainer)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = WholeFiles()
+        use_whole_files(trainer)
+        if self.sharded:
+            if not isinstance(trainer.strategy, FSDP2):
+                raise ValueError(NOT_SHARDED)
+            trainer.strategy.saves_shards = True
         if trainer.is_global_zero:
             remove_leftovers(self.path.parent)
 

@@ -121,6 +121,7 @@ MODULE = {
     "early_exit_loss.curriculum": a_class(good=("Gradual", "null")),
     "early_exit_loss.curriculum.period": whole(1, good=(1,)),
     "checkpoint.every_n_train_steps": whole(1, good=(1, 10**9)),
+    "checkpoint.sharded": flag(good=("false",)),
     "run_folder": place_to_write(),
     "ckpt_path": file_to_read(good=("null",)),
     "weights_only": flag(null=True),

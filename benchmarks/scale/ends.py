@@ -1,11 +1,12 @@
 """Ends of a training by two processes: signals and kills, at every moment, and what is left of the run.
 
-    python -m benchmarks.scale.ends --out result [--faults "SIGTERM to rank 1"]
+    python -m benchmarks.scale.ends --out result [--faults "SIGTERM to rank 1, training"] [--sharded]
 
 For each fault a run is started, ended by it, and resumed. The table shows the exit code, the seconds until no process
 was left, the steps done and saved, and whether the resumed run ends with the weights, bit for bit, of one that nothing
-ended. Gloo on the CPU. Writes result.json into --out; ends with 1 where a process was left after a minute, where a
-signal lost a step or a kill more than those since the last checkpoint, and where weights differ.
+ended, and leaves one checkpoint. DDP, or with --sharded FSDP2 that saves shards; gloo on the CPU. Writes result.json
+into --out; ends with 1 where a process was left after a minute, where a signal lost a step or a kill more than those
+since the last checkpoint, and where weights differ.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from rich.table import Table
 
 from benchmarks.command_line import command_parser
 from benchmarks.environment import environment
+from lskip.training.checkpoint_file import WholeFiles
 from lskip.utils.output_files import write_json
 
 STEPS, EVERY, MOST_SECONDS = 60, 20, 60.0
@@ -83,7 +85,7 @@ FAULTS = [
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    config = write_config(options.out)
+    config = write_config(options.out, options.sharded)
     whole = options.out / "whole"
     shutil.rmtree(whole, ignore_errors=True)
     whole.mkdir()
@@ -102,6 +104,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_parser("benchmarks.scale.ends", __doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder for runs and result.json")
     parser.add_argument("--faults", help="names, separated by semicolons; default: all")
+    parser.add_argument("--sharded", action="store_true", help="FSDP2 with sharded checkpoints, in the place of DDP")
     options = parser.parse_args(arguments)
     names = [fault.name for fault in FAULTS]
     for name in (options.faults or "").split(";") if options.faults else ():
@@ -113,7 +116,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def write_config(folder: Path) -> Path:
+def write_config(folder: Path, sharded: bool) -> Path:
     """Return the path of a config of a small training with layer dropout, and write its texts beside it."""
     draw = random.Random(0)
     texts = (" ".join(draw.choices(["on", "off", "the", "lamp", "2", "3", "of", "den"], k=60)) for _ in range(600))
@@ -125,9 +128,10 @@ def write_config(folder: Path) -> Path:
         "data": {"class_path": "TextData", "init_args": {**data, "val_fraction": 0.05, "cache_dir": str(folder)}},
         "layer_dropout": {"class_path": "LayerDropout", "init_args": {"p_max": 0.5}},
         "early_exit_loss": {"class_path": "EarlyExitLoss"},
-        "checkpoint": {"every_n_train_steps": EVERY},
+        "checkpoint": {"every_n_train_steps": EVERY, "sharded": sharded},
         "trainer": {
-            **{"accelerator": "cpu", "strategy": "ddp", "max_steps": STEPS, "enable_progress_bar": False},
+            **{"accelerator": "cpu", "strategy": "fsdp2" if sharded else "ddp", "max_steps": STEPS},
+            **{"enable_progress_bar": False},
             **{"val_check_interval": 15, "check_val_every_n_epoch": None, "limit_val_batches": 6},
         },
     }
@@ -198,7 +202,9 @@ def arrived(when: str, run: Path) -> bool:
         time.sleep(3)  # while both import and build
         return True
     if when == "writing":
-        return saved_step(run) > 0 and (run / "checkpoints" / ".last.ckpt.partial").exists()
+        folder = run / "checkpoints"
+        begun = (folder / ".last.ckpt.partial").exists() or len(list(folder.glob("*.shards-*"))) > 1
+        return begun and saved_step(run) > 0
     return progress.exists() and ("validation" in progress.read_text()) == (when == "validation")
 
 
@@ -230,8 +236,11 @@ def saved_step(run: Path) -> int:
 
 
 def same_weights(run: Path, whole: Path) -> bool:
-    one, other = (torch.load(each / "checkpoints" / "last.ckpt", weights_only=True) for each in (run, whole))
-    return all(torch.equal(part, other["state_dict"][name]) for name, part in one["state_dict"].items())
+    """Return whether two runs end with the same bits, and the first has one checkpoint and nothing left beside it."""
+    paths = [each / "checkpoints" / "last.ckpt" for each in (run, whole)]
+    one, other = (WholeFiles().load_checkpoint(path, weights_only=True) for path in paths)
+    alike = all(torch.equal(part, other["state_dict"][name]) for name, part in one["state_dict"].items())
+    return alike and len(list(paths[0].parent.iterdir())) == 1 + ("shards" in one)
 
 
 def wrong(found: dict) -> bool:

@@ -1,10 +1,11 @@
 """Checkpoints that move: saved by some processes, resumed by others, against one process that was not interrupted.
 
-    python -m benchmarks.scale.resume --out result [--quick]
+    python -m benchmarks.scale.resume --out result [--sharded] [--quick]
 
 Three steps are trained and saved, and three more by another number of processes or another strategy, with as many rows
-in all: the same rows follow, and the weights are those of six steps by one process. Float32, gloo on the CPU. Writes
-result.json into --out; ends with 1 where weights differ by more than 1e-5 of their tensor's largest.
+in all: the same rows follow, and the weights are those of six steps by one process. Who goes on with shards that as
+many processes have saved ends with the bits of six steps by them. Float32, gloo on the CPU. Writes result.json into
+--out; ends with 1 where weights differ by more than 1e-5 of their tensor's largest, or bits where they may not.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from lskip.module import LayerSkipModule
 from lskip.utils.output_files import write_json
 
 CASE, HALF, STEPS = Case(callbacks=dropping, model={"vocab_size": 300}), 3, 6
-ONE = (1, "auto")
-SAVERS = (ONE, (2, "ddp"), (2, "fsdp2"), (4, "fsdp2"))
+ONE, SHARDED = (1, "auto"), "fsdp2, sharded"
+SAVERS = (ONE, (2, "ddp"), (2, "fsdp2"), (4, "fsdp2"), (2, SHARDED), (4, SHARDED))
 RESUMERS = (ONE, (2, "ddp"), (2, "fsdp2"), (4, "ddp"), (4, "fsdp2"))
 console = Console(width=120)
 
@@ -45,14 +46,18 @@ def main(arguments: list[str] | None = None) -> None:
     found = []
     for saver in options.savers:
         run_ranks(saver[0], train, options.out, *saver, "saved", HALF, None)
+        alike = (saver[0], "fsdp2") if saver[1] == SHARDED else None
+        if alike in options.resumers:
+            run_ranks(saver[0], train, options.out, *saver, "uninterrupted", STEPS, None)
         for resumer in options.resumers:
             run_ranks(resumer[0], train, options.out, *resumer, "resumed", STEPS, options.out / "saved" / "last.ckpt")
-            row = {"saved_by": saver, "resumed_by": resumer, "difference": difference(options.out)}
+            row = {"saved_by": saver, "resumed_by": resumer, "difference": difference(options.out, "whole")}
+            row["same_bits"] = difference(options.out, "uninterrupted") == 0 if resumer == alike else None
             console.print(row)
             found.append(row)
     write_json(options.out / "result.json", {"environment": environment(torch.device("cpu")), "resumed": found})
     print_result(found)
-    if any(each["difference"] > MOST for each in found):
+    if any(each["difference"] > MOST or each["same_bits"] is False for each in found):
         raise SystemExit(1)
 
 
@@ -60,9 +65,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_parser("benchmarks.scale.resume", __doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder for checkpoints and result.json")
     parser.add_argument("--quick", action="store_true", help="two of the ways alone")
+    parser.add_argument("--sharded", action="store_true", help="savers of shards alone")
     options = parser.parse_args(arguments)
-    options.savers = SAVERS[2:3] if options.quick else SAVERS
-    options.resumers = RESUMERS[:2] if options.quick else RESUMERS
+    options.savers = SAVERS[4:] if options.sharded else SAVERS[4:5] if options.quick else SAVERS
+    options.resumers = (ONE, (2, "fsdp2")) if options.quick else RESUMERS
     options.out.mkdir(parents=True, exist_ok=True)
     return options
 
@@ -82,9 +88,9 @@ def train(out: Path, world_size: int, strategy: str, name: str, steps: int, chec
         str(out / "texts.jsonl"), vocab_size=300, block_size=12, batch_size=ROWS // world_size, cache_dir=str(out)
     )
     trainer = Trainer(
-        **{"strategy": strategy, "accelerator": "cpu", "devices": world_size, "max_steps": steps, "logger": False},
-        **{"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0},
-        callbacks=[*CASE.callbacks(), RunCheckpoint(folder)],
+        **{"strategy": strategy.partition(",")[0], "accelerator": "cpu", "devices": world_size, "max_steps": steps},
+        **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0},
+        callbacks=[*CASE.callbacks(), RunCheckpoint(folder, sharded=strategy == SHARDED)],
         default_root_dir=out,
     )
     module = LayerSkipModule(CASE.new_model(), optimizer=CASE.optimizer, lr_scheduler=None)
@@ -94,18 +100,19 @@ def train(out: Path, world_size: int, strategy: str, name: str, steps: int, chec
         torch.save(weights, out / f"{name}.pt")
 
 
-def difference(out: Path) -> float:
+def difference(out: Path, measure: str) -> float:
     """Return the largest difference of the resumed run's weights, as a share of their tensor's largest."""
-    one, other = (torch.load(out / f"{name}.pt", weights_only=True) for name in ("whole", "resumed"))
+    one, other = (torch.load(out / f"{name}.pt", weights_only=True) for name in (measure, "resumed"))
     return largest_difference(other, one)
 
 
 def print_result(found: list[dict]) -> None:
-    table = Table("saved by", "resumed by", "largest difference")
+    table = Table("saved by", "resumed by", "largest difference", "bits of as many, uninterrupted")
     for each in found:
         table.add_row(
             *(f"{size} {strategy}" for size, strategy in (each["saved_by"], each["resumed_by"])),
             f"{each['difference']:.1e}",
+            {None: "", True: "the same", False: "OTHERS"}[each["same_bits"]],
         )
     console.print(table)
 

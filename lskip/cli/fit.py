@@ -169,7 +169,7 @@ class LayerSkipCLI(LightningCLI):
         config = self._settings
         self.folder = user_path(config.run_folder, "run_folder")
         check_options(config)
-        settle_devices(config.trainer)
+        settle_devices(config.trainer, self.subcommand == "fit" and config.checkpoint.sharded)
         self._resolve_checkpoint(config)
         if self.subcommand == "fit":
             self._check_run()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lskip.models.reading.shards import SavedTensor, place_tensors
 from lskip.utils.foreign import first_line
 
 
@@ -63,12 +64,13 @@ def unpack_tokenizer(files: dict[str, str | bytes], folder: Path) -> None:
 
 
 def read_checkpoint(path: Path, field: str = "model", whole: bool = False) -> dict:
-    """Return the content of a checkpoint of lskip, its tensors memory-mapped.
+    """Return the content of a checkpoint of lskip, its tensors memory-mapped; of a sharded one each is a SavedTensor.
 
     Args:
         field: the setting that names it, for messages.
         whole: compare every tensor with its checksum, as resuming needs. Otherwise callers use `check_checksums` on the
-            tensors that they read, since the optimizer's are twice the size of the weights.
+            tensors that they read, since the optimizer's are twice the size of the weights. A SavedTensor compares
+            itself when it is read; of a sharded checkpoint the optimizer's states are there only if this is true.
 
     Raises:
         ValueError: the file is no checkpoint of lskip, or damaged.
@@ -89,8 +91,9 @@ def read_checkpoint(path: Path, field: str = "model", whole: bool = False) -> di
             raise ValueError(f"{field}: {str(path)!r} is not a checkpoint of lskip (its {name!r} is no mapping)")
     if not isinstance(checkpoint["lskip"].get("config"), dict):
         raise ValueError(f"{field}: {str(path)!r} is not a checkpoint of lskip (its 'config' is no mapping)")
+    checkpoint = place_tensors(checkpoint, path, field, optimizer=whole)
     for key, part in checkpoint["state_dict"].items():
-        if not isinstance(key, str) or not isinstance(part, Tensor):
+        if not isinstance(key, str) or not isinstance(part, Tensor | SavedTensor):
             raise ValueError(f"{field}: {str(path)!r} is not a checkpoint of lskip ({key!r:.50} is no weight)")
     check_checksums(checkpoint if whole else {}, path, field)
     return checkpoint

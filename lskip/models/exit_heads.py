@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lskip.losses import rows_at_once
 from lskip.models.checkpoint import check_checksums, read_checkpoint
 from lskip.models.decoder import Decoder
+from lskip.models.reading.shards import read_tensors
 from lskip.models.reading.sources import find_source
 from lskip.utils.foreign import foreign
 
@@ -141,7 +142,7 @@ def _saved(source: str) -> dict[str, Tensor]:
             key.removeprefix(IN_CHECKPOINT): part for key, part in saved.items() if key.startswith(IN_CHECKPOINT)
         }
         check_checksums(weights, path)
-        return weights
+        return read_tensors(weights)
     path = Path(found.place) / EXITS_FILE if found.kind == "folder" else None
     if found.kind == "hub":
         try:

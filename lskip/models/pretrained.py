@@ -39,6 +39,7 @@ from lskip.models.reading.gguf_file import (
     parsed_once,
     read_facts,
 )
+from lskip.models.reading.shards import read_tensors
 from lskip.models.reading.sources import LAST_CHECKPOINT, Source, ask_hub, find_source, is_run
 from lskip.models.reading.weights_report import check_report, check_types, types_in, weights_files
 from lskip.utils.foreign import first_line, foreign, quietly
@@ -270,6 +271,7 @@ def _from_checkpoint(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, P
     check_checksums(weights, path)
     config = build_config(saved["config"], f"model: {str(path)!r}: config: ")
     check_weights_hold(config, sum(part.numel() for part in weights.values()), str(path))
+    weights = read_tensors(weights)
     if "low_rank_scale" in saved:
         weights = merged_low_rank(weights, saved["low_rank_scale"])
     with no_init_weights():

@@ -1,11 +1,16 @@
 """Atomic writing of checkpoint files."""
 
+import glob
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Trainer
+
+from lskip.models.reading.shards import FOLDER, INDEX_FILE, place_tensors, read_all, shards_of
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -27,11 +32,32 @@ class WholeFiles(TorchCheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             _write(checkpoint, partial)
             os.replace(partial, path)
+            sync_folder(path.parent)
         except OSError as error:
             whole = "; the one before it is whole" if path.exists() else ""
             raise ValueError(f"checkpoint: cannot write '{path}' ({error.strerror}){whole}") from error
         finally:
             partial.unlink(missing_ok=True)
+        remove_other_shards(path)
+
+    def load_checkpoint(self, path: str | Path, *arguments, **settings) -> dict[str, Any]:
+        """Return the whole checkpoint, whether it is one file or sharded."""
+        checkpoint = self.load_parts(path, *arguments, **settings)
+        return read_all(checkpoint) if "shards" in checkpoint else checkpoint
+
+    def load_parts(self, path: str | Path, *arguments, **settings) -> dict[str, Any]:
+        """Return a checkpoint as `load_checkpoint` does, but with a SavedTensor for what is sharded."""
+        return place_tensors(super().load_checkpoint(path, *arguments, **settings), Path(path), "ckpt_path")
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        super().remove_checkpoint(path)
+        remove_other_shards(Path(path))
+
+
+def use_whole_files(trainer: Trainer) -> None:
+    """Let a Trainer read and write checkpoints by WholeFiles, unless it has been given something of its own."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = WholeFiles()
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:
@@ -73,3 +99,40 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(".*.partial"):
         if path.is_file():
             path.unlink()
+    for shards in folder.glob("*.shards-*"):
+        remove_other_shards(folder / shards.name.rpartition(".shards-")[0])
+
+
+def remove_other_shards(path: Path) -> None:
+    """Delete folders of shards made for the checkpoint at `path` that neither it nor a copy of it beside it names."""
+    folders = [each for each in path.parent.glob(f"{glob.escape(path.name)}.shards-*") if FOLDER.fullmatch(each.name)]
+    try:
+        named = {shards_of(path)} if folders and path.is_file() else set()
+    except ValueError:  # then it is not known what it needs
+        return
+    others = [folder for folder in folders if folder not in named and not folder.is_symlink()]
+    for copy in path.parent.glob("*.ckpt") if others else ():
+        with suppress(ValueError):
+            named.add(shards_of(copy))
+    for folder in others:
+        if folder not in named:
+            _remove_shards(folder)
+
+
+def _remove_shards(folder: Path) -> None:
+    """Delete what lskip wrote into a folder of shards, the index first, and the folder where nothing else is in it."""
+    with suppress(OSError):  # what stays is removed the next time
+        for pattern in (INDEX_FILE, "weights-*.safetensors", "optimizer-*.safetensors"):
+            for path in folder.glob(pattern):
+                path.unlink()
+        folder.rmdir()
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names of a folder's files to the disk."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -13,6 +13,7 @@ from lskip.low_rank import LowRank
 from lskip.models.checkpoint import pack_model, random_state, random_states, restore_random_state
 from lskip.models.decoder import Decoder
 from lskip.optimization import WarmupCosine, clip_gradients, gradient_norm, parameter_groups
+from lskip.training.checkpoint_file import use_whole_files
 from lskip.training.finite_steps import FiniteSteps
 from lskip.training.layer_vector import LayerVector
 from lskip.training.optimizer_making import (
@@ -105,6 +106,7 @@ class RunModule(LightningModule):
             restore_random_state(self._resumed_random_state, self.global_rank)
 
     def setup(self, stage: str) -> None:
+        use_whole_files(self.trainer)  # for `validate` and `test`, too
         for vector in (self.drop_rates, self.kept_scales, self.exit_weights):
             vector.reset()
         of_data = getattr(self.trainer.datamodule, "tokenizer", None)

@@ -14,6 +14,7 @@ def all_finite(tree: Any) -> bool:
     """
     flags: dict[torch.device, list[Tensor]] = {}
     for tensor in _tensors(tree):
+        tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a DTensor: what this rank holds
         if tensor.is_floating_point() and type(tensor) in (Tensor, nn.Parameter):
             flags.setdefault(tensor.device, []).append(tensor.detach().isfinite().all())
     return all(torch.stack(each).all().item() for each in flags.values())

@@ -95,6 +95,8 @@ BAD = [
     (f"{FIT} --position_share=0", "position_share: 0"),
     (f"{FIT} --position_share=half", "position_share: 'half' number"),
     (f"{FIT} {SMALL} --checkpoint.every_n_train_steps=0", "every_n_train_steps: 0"),
+    (f"{FIT} {SMALL} --checkpoint.sharded=true", "checkpoint.sharded: true trainer.strategy fsdp2"),
+    (f"{FIT} {SMALL} --checkpoint.sharded=true --trainer.strategy=ddp", "checkpoint.sharded: true fsdp2"),
     (f"{FIT} --trainer.max_steps=many", "trainer.max_steps: 'many' whole number"),
     (f"{FIT} --trainer.max_steps=0", "trainer.max_steps: 0 from 1 up"),
     (f"{FIT} --trainer.limit_train_batches=0", "trainer.limit_train_batches: 0 from 1 up"),

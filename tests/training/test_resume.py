@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 
 from lskip.callbacks.run_checkpoint import RunCheckpoint
 from lskip.cli import main
+from tests.models.reading.test_shards import into_shards
 
 EPOCH = 12  # optimizer steps, each of two micro-batches of four rows of 16 tokens
 
@@ -90,6 +92,32 @@ def test_a_stopped_run_goes_on(tmp_path, arguments, stop):
     rest = ("--ckpt_path=last", f"--trainer.max_steps={2 * EPOCH}")
     assert main(arguments(tmp_path / "parts", *steady, *rest)) == 0
     assert_same(weights(tmp_path / "whole", 2 * EPOCH), weights(tmp_path / "parts", 2 * EPOCH))
+
+
+def test_a_run_goes_on_from_shards_and_is_measured(tmp_path, arguments, capsys):
+    """What three devices saved is another form of what one has: the rest of the run, and its layers, are the same."""
+    steady = ("--lr_scheduler=null", "--trainer.max_epochs=-1")
+    assert main(arguments(tmp_path / "one", *steady, "--trainer.max_steps=5")) == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "three")
+    path = tmp_path / "three" / "checkpoints" / "last.ckpt"
+    whole = torch.load(path, weights_only=True)
+    path.unlink()
+    into_shards(whole, path, 3)
+    measured = []
+    for name in ("one", "three"):
+        figure = f"--figure={tmp_path / name / 'figure.png'}"
+        for command in (["validate", f"--model={tmp_path / name}"], ["compare", str(tmp_path / name), figure]):
+            capsys.readouterr()
+            assert main(command) == 0
+            lines = capsys.readouterr().out.splitlines()
+            measured.append([line for line in lines if line.startswith("│") and name not in line])
+    assert measured[:2] == measured[2:] and all(measured)
+    for name in ("one", "three"):
+        rest = arguments(tmp_path / name, *steady, "--ckpt_path=last", "--trainer.max_steps=8")
+        assert main(["validate", *rest[1:-1]]) == 0
+        assert main(rest) == 0
+    assert_same(weights(tmp_path / "one", 8), weights(tmp_path / "three", 8))
+    assert {each.name for each in path.parent.iterdir()} == {"last.ckpt"}  # one file again, as not asked for shards
 
 
 def test_checkpoints_are_only_made_after_a_whole_step(tmp_path, arguments, monkeypatch):

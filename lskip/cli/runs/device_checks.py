@@ -6,17 +6,23 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 
-from lskip.training.fsdp2 import FSDP2
+from lskip.training.fsdp2 import FSDP2, NOT_SHARDED
 from lskip.utils.ranks import launched
 
 
-def settle_devices(settings: MutableMapping[str, Any]) -> None:
+def settle_devices(settings: MutableMapping[str, Any], saves_shards: bool = False) -> None:
     """Set the Trainer's devices and nodes, where they are left open, to the processes that a launcher started.
+
+    Args:
+        settings: the Trainer's.
+        saves_shards: whether `checkpoint.sharded` is asked for.
 
     Raises:
         ValueError: they are set to something else, or the strategy does not train what lskip defines.
     """
     _check_strategy(settings)
+    if saves_shards and isinstance(settings["strategy"], str) and settings["strategy"] != "fsdp2":
+        raise ValueError(NOT_SHARDED)  # of a class it is known when it is made: RunCheckpoint
     _use_launch(settings)
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 
 from lskip.models.pretrained import LAST_CHECKPOINT
+from lskip.models.reading.shards import files_of
 from lskip.training.checkpoint_file import partial_of, remove_leftovers
 from lskip.utils.output_files import make_writable, only_writer
 
@@ -110,7 +111,7 @@ def check_room(folder: Path, module: nn.Module, before: str | None) -> None:
         before: the checkpoint that the run resumes from, about as large as the next one; or None.
     """
     size = sum(part.numel() * part.element_size() for part in module.parameters())
-    size = max(size, Path(before).stat().st_size if before else 0)
+    size = max(size, sum(path.stat().st_size for path in files_of(Path(before))) if before else 0)
     free = shutil.disk_usage(folder).free
     if free < size:
         sizes = f"takes {_mebibytes(size)} at least, and {_mebibytes(free)} are free"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lskip.models.reading.shards import files_of
 from lskip.utils.hub import hub_lacks
 from lskip.utils.user_paths import near, user_path
 
@@ -159,7 +160,9 @@ def digest_of(model: str) -> str:
 def _files(place: Path) -> Iterator[Path]:
     """Yield the files that a model and its tokenizer are read from."""
     if place.is_file():
-        yield place
+        # Of shards the weights: the optimizer's states change nothing that the model says.
+        files = files_of(place) if place.suffix == ".ckpt" else [place]
+        yield from (path for path in files if not path.name.startswith("optimizer-"))
         return
     for path in sorted(place.iterdir()):
         named = path.suffix in (".json", ".txt") and any(word in path.name for word in NAMED)

@@ -29,7 +29,7 @@ def test_what_a_launcher_started_trains_together(monkeypatch, launch, given):
     """Red where each of six processes would be a run of its own."""
     environment(monkeypatch, launch)
     found = settings(**given)
-    settle_devices(found)
+    settle_devices(found, False)
     assert int(found["devices"]) == 2 and found["num_nodes"] == 3
 
 
@@ -40,13 +40,13 @@ def test_what_a_launcher_started_trains_together(monkeypatch, launch, given):
 def test_anything_else_is_refused(monkeypatch, launch, name, given):
     environment(monkeypatch, launch)
     with pytest.raises(ValueError, match=rf"^trainer\.devices: .*{name} started 2 processes on each of 3"):
-        settle_devices(settings(**given))
+        settle_devices(settings(**given), False)
 
 
 def test_alone_or_in_a_batch_script_nothing_is_set(monkeypatch):
     environment(monkeypatch, {"SLURM_NTASKS": "8"})
     found = settings()
-    settle_devices(found)
+    settle_devices(found, False)
     assert found == settings()
 
 
@@ -68,20 +68,28 @@ def test_a_command_for_one_process_is_refused_in_several(monkeypatch, capsys, la
 )
 def test_a_strategy_that_trains_something_else_is_refused(strategy, instead):
     with pytest.raises(ValueError, match=rf"^trainer\.strategy: '{strategy}' is not supported; take {instead}"):
-        settle_devices(settings(strategy=strategy))
+        settle_devices(settings(strategy=strategy), False)
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp2"])
 def test_others_pass(strategy):
-    settle_devices(settings(strategy=strategy, precision="bf16-mixed"))
+    settle_devices(settings(strategy=strategy, precision="bf16-mixed"), False)
 
 
 def test_16_mixed_is_refused_where_no_scaler_is_proven():
     with pytest.raises(ValueError, match=r"^trainer\.precision: '16-mixed' is not supported by fsdp2"):
-        settle_devices(settings(strategy="fsdp2", precision="16-mixed"))
+        settle_devices(settings(strategy="fsdp2", precision="16-mixed"), False)
 
 
 def test_averages_of_weights_are_refused_where_weights_are_sharded():
     trainer = Trainer(accelerator="cpu", devices=2, strategy="fsdp2", callbacks=[EMAWeightAveraging()], logger=False)
     with pytest.raises(ValueError, match="averages of weights"):
         check_callbacks(trainer, None)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_shards_are_saved_by_fsdp2_alone(monkeypatch, strategy):
+    environment(monkeypatch, {})
+    settle_devices(settings(strategy="fsdp2"), saves_shards=True)
+    with pytest.raises(ValueError, match=r"^checkpoint\.sharded: true is for trainer\.strategy fsdp2"):
+        settle_devices(settings(strategy=strategy), saves_shards=True)

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections import namedtuple
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lskip.cli import main
-from lskip.cli.runs.run_folder import run_place
+from lskip.cli.runs.run_folder import check_room, run_place
 from lskip.data import TextData
 from lskip.module import LayerSkipModule
 from lskip.utils.interrupts import Terminated
 from lskip.utils.output_files import only_writer
 from tests.conftest import make_config, make_model
+from tests.models.reading.test_shards import into_shards
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +195,19 @@ def test_a_disk_that_never_had_room(run, tmp_path, monkeypatch, free):
     code, sentence = run("fit", "--trainer.max_steps=1")
     assert code == 2 and f"run_folder: '{tmp_path / 'run'}' has no room for a checkpoint" in sentence
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.kind(FULL)
+def test_room_for_a_sharded_checkpoint_is_room_for_its_shards(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    weights = {"model.a": torch.zeros(100, 100)}
+    into_shards({"state_dict": weights, "lskip": {"config": {}}, "global_step": 1}, path)
+    for free in (45_000, 30_000):
+        usage = namedtuple("Usage", "total used free")(1, 1, free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        refused = pytest.raises(ValueError, match=r"no room for a checkpoint, which takes 0\.0 MiB")
+        with refused if free < 40_000 else nullcontext():
+            check_room(tmp_path, torch.nn.Linear(2, 2), str(path))
 
 
 OTHER = "K4 the data's tokenizer is not the model's"
