@@ -67,7 +67,9 @@ class _Shares:
     def __init__(self, simulated: Simulated, devices: int, kept_share: float):
         self.devices, self._kept_share = devices, kept_share
         shapes = {number: shape for number, (shape, _) in simulated.parameters.items()}
-        self._shapes = {**shapes, **simulated.gradients, **simulated.states}
+        # Gradients of several micro-batches are summed whole on each device, and shared out with the last (fsdp2.py).
+        gradients = {} if simulated.accumulates else simulated.gradients
+        self._shapes = {**shapes, **gradients, **simulated.states}
 
     def __call__(self, part: str, number: int, size: int) -> float:
         if part == "blocks":

@@ -55,6 +55,7 @@ class Simulated:
         record: of all storages.
         parameters: number of each weight's storage -> its shape, and whether it trains.
         gradients, states: number of a storage -> the shape of its tensor.
+        accumulates: whether a step has several micro-batches.
         states_estimated: bytes of the optimizer's states where the optimizer does not run without memory; else 0.
         workspace: bytes inside of one operator, which the record does not see (of a logsumexp over logits).
     """
@@ -63,6 +64,7 @@ class Simulated:
     parameters: dict[int, tuple[torch.Size, bool]]
     gradients: dict[int, torch.Size]
     states: dict[int, torch.Size]
+    accumulates: bool
     states_estimated: float
     workspace: float
 
@@ -101,7 +103,7 @@ class _Simulation:
         states = {record.number(each): each.shape for each in _states(self.optimizer)}
         rows = min(rows_at_once(module.decoder.vocab_size, torch.device("cpu")), self.batch.rows * self.batch.length)
         inside = rows * module.decoder.vocab_size * 4
-        return Simulated(record, numbers, self.gradients, states, self.estimated, inside)
+        return Simulated(record, numbers, self.gradients, states, self.batch.accumulate > 1, self.estimated, inside)
 
     def _step(self, micro_batches: int) -> None:
         for number in range(micro_batches):

@@ -127,6 +127,13 @@ def test_the_peak_is_that_of_a_real_second_step(settings, accumulate):
     assert found == pytest.approx(measured, rel=0.1)
 
 
+def test_fsdp2_sums_gradients_of_several_micro_batches_whole():
+    one, two = (peak_memory(*planned(batch=Batch(2, 16, count)), FSDP2, 4) for count in (1, 2))
+    assert two["weights"] == one["weights"]
+    trained = sum(part.numel() for part in planned()[0].parameters())
+    assert two["gradients"] == 4 * trained > 3 * one.get("gradients", 0)
+
+
 def test_a_gpu_holds_larger_chunks_of_logits_and_steps_on_lists():
     exits, model = [0.0, 0.25, 0.25, 0.5], {"vocab_size": 20_000}
     on_cpu, on_gpu = (
