@@ -36,6 +36,7 @@ def peak_memory(
     strategy: str,
     devices: int,
     kept_share: float = 1.0,
+    held: float = 1.0,
 ) -> dict[str, float]:
     """Return the bytes of each part on one device at its peak, by the names of PARTS.
 
@@ -46,9 +47,10 @@ def peak_memory(
         simulated: of this module.
         strategy: SINGLE, DDP or FSDP2.
         kept_share: of the rows that blocks run on at most, by layer dropout.
+        held: times as many bytes as simulated of what a device holds: its shares, where FSDP2 gathers them in 16 bits.
     """
     sharded = strategy == FSDP2
-    shares = _Shares(simulated, devices if sharded else 1, kept_share)
+    shares = _Shares(simulated, devices if sharded else 1, kept_share, held)
     extra = {phase: {"optimizer": simulated.states_estimated / shares.devices} for phase in (FORWARD, BACKWARD, STEP)}
     extra[FORWARD]["exits"] = simulated.workspace
     if sharded:
@@ -64,8 +66,8 @@ def peak_memory(
 class _Shares:
     """The bytes of a storage that one of several devices holds."""
 
-    def __init__(self, simulated: Simulated, devices: int, kept_share: float):
-        self.devices, self._kept_share = devices, kept_share
+    def __init__(self, simulated: Simulated, devices: int, kept_share: float, held: float):
+        self.devices, self._kept_share, self._held = devices, kept_share, held
         shapes = {number: shape for number, (shape, _) in simulated.parameters.items()}
         # Gradients of several micro-batches are summed whole on each device, and shared out with the last (fsdp2.py).
         gradients = {} if simulated.accumulates else simulated.gradients
@@ -76,10 +78,11 @@ class _Shares:
             return size * self._kept_share
         if self.devices == 1:
             return size
-        if part == "stepping":  # as sharded as what it steps
-            return size / self.devices
-        if part in ("weights", "gradients", "optimizer") and number in self._shapes:
-            return shard_bytes(self._shapes[number], size, self.devices)
+        if part in ("stepping", "anchor"):  # as sharded as what it steps, or as the model
+            return self._held * size / self.devices
+        if part in ("weights", "gradients", "optimizer"):
+            shape = self._shapes.get(number)
+            return self._held * (size if shape is None else shard_bytes(shape, size, self.devices))
         return size
 
 

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from transformers import PreTrainedConfig
 
 from lskip.flops import Work
-from lskip.planning.memory import peak_memory
+from lskip.planning.memory import FSDP2, peak_memory
 from lskip.planning.run_average import RunAverage, average_run
 from lskip.planning.simulation import Batch, module_of, simulate
 
@@ -144,10 +144,13 @@ def check_shape(context: int, shape: RunShape) -> None:
 
 def _memory(config: PreTrainedConfig, arguments: dict, average: RunAverage, shape: RunShape) -> tuple[dict, bool]:
     """Return the bytes by part at the peak, and whether the optimizer's states are estimated."""
-    module = module_of(config, arguments, shape.precision)
+    # FSDP2 runs bf16-mixed without autocast: on weights gathered in bfloat16, of shares that it holds in float32.
+    gathers_half = shape.strategy == FSDP2 and shape.precision == "bf16-mixed"
+    precision, held = ("bf16-true", 2.0) if gathers_half else (shape.precision, 1.0)
+    module = module_of(config, arguments, precision)
     module.exit_weights.values = list(average.largest_exit_weights)
-    simulated = simulate(module, shape.batch, shape.precision, shape.on_gpu)
-    parts = peak_memory(module, simulated, shape.strategy, shape.devices, average.kept_share)
+    simulated = simulate(module, shape.batch, precision, shape.on_gpu)
+    parts = peak_memory(module, simulated, shape.strategy, shape.devices, average.kept_share, held)
     return parts, simulated.states_estimated > 0
 
 
