@@ -108,7 +108,7 @@ class LayerSkipModule(RunModule):
         self.tokenizer = tokenizer
         self.position_share, self.seed = position_share, seed
         layers = self.decoder.num_layers
-        self.drop_rates = LayerVector("drop_rates", [0.0] * layers)
+        self.drop_rates = LayerVector("drop_rates", [0.0] * layers, most=1.0)
         self.kept_scales = LayerVector("kept_scales", [1.0] * layers)
         self.exit_weights = LayerVector("exit_weights", [0.0] * (layers - 1) + [1.0])
         self.validated_exits = [layers]  # LayerMetrics sets all of them

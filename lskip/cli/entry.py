@@ -185,7 +185,6 @@ def _plain_warnings() -> Iterator[None]:
 
 _HINTS = (
     ".*does not have many workers.*",  # rows are precomputed: workers would only copy them
-    ".*your dataloader is not resumable.*",  # TextData is: its position follows from the number of batches
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*exists and is not empty.*",
     ".*Total length of `.*` across ranks is zero.*",  # from data.val_fraction: 0

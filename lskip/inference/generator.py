@@ -171,7 +171,8 @@ class TextGenerator:
     @property
     def runners(self) -> Runners:
         """All that runs blocks here: the model, and what may draft for it."""
-        return Runners(self.runner, self.draft_runner, self.adapter_runner, self.trained_exits, self.draft_head)
+        parts = self.runner, self.draft_runner, self.adapter_runner, self.trained_exits, self.draft_head
+        return Runners(*parts, self.context_length)
 
     @property
     def defaults(self) -> GenerationSettings:
@@ -196,14 +197,8 @@ class TextGenerator:
     def prepare(self, prompt, settings: GenerationSettings, index: int = 0) -> Request:
         """Return the request of a prompt. `index`: its place in a batch, which its seed depends on."""
         ids = encode_prompt(prompt, self.tokenizer, settings.chat, self.vocab_size, self.most_characters)
-        stop = stop_rule(
-            self.eos_ids,
-            len(ids),
-            settings.max_new_tokens,
-            self.context_length,
-            settings.stop_strings,
-            self.tokenizer,
-        )
+        limits = settings.max_new_tokens, self.context_length
+        stop = stop_rule(self.eos_ids, len(ids), *limits, settings.stop_strings, self.tokenizer)
         seed = secrets.randbits(32) if settings.seed is None else (settings.seed + index) % 2**64
         rules = self.model_defaults
         chooser = TokenChooser(settings, seed, self.eos_ids, ids, rules.by_text, rules.warpers)

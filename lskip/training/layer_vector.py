@@ -1,7 +1,7 @@
 """The interface between LayerSkipModule and the callbacks: one number for each block, set by one callback."""
 
 from collections.abc import Sequence
-from math import inf
+from math import inf, isinf
 
 
 class LayerVector:
@@ -10,10 +10,12 @@ class LayerVector:
     Args:
         name: for error messages.
         values: those without a writer.
+        most: that a value may be.
     """
 
-    def __init__(self, name: str, values: Sequence[float]):
+    def __init__(self, name: str, values: Sequence[float], most: float = inf):
         self.name = name
+        self._most = most
         self._unwritten = list(values)
         self.reset()
 
@@ -40,15 +42,16 @@ class LayerVector:
 
         Raises:
             ValueError: another writer has claimed the vector, the number of values is not that of the blocks, or
-                a value is negative or not finite.
+                a value is negative, too large or not finite.
         """
         self.claim(writer)
         writer_name, layers = type(writer).__name__, len(self.values)
         if len(values) != layers:
             raise ValueError(f"{writer_name}: {len(values)} values for {self.name}, the model has {layers} layers")
-        wrong = [value for value in values if not 0 <= value < inf]
+        wrong = [value for value in values if not 0 <= value <= self._most or isinf(value)]
         if wrong:
-            raise ValueError(f"{writer_name}: {self.name} must be finite and 0 or more, not {wrong[0]}")
+            allowed = "finite and 0 or more" if isinf(self._most) else f"from 0 to {self._most:g}"
+            raise ValueError(f"{writer_name}: {self.name} must be {allowed}, not {wrong[0]}")
         self.values = list(values)
 
     def count_step(self) -> None:

@@ -1,6 +1,7 @@
 """The part of a LightningModule that is independent of its loss: optimizer, tokenizer, checkpoints."""
 
 import math
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
@@ -13,6 +14,7 @@ from lskip.low_rank import LowRank
 from lskip.models.checkpoint import pack_model, random_state, random_states, restore_random_state
 from lskip.models.decoder import Decoder
 from lskip.optimization import WarmupCosine, clip_gradients, gradient_norm, parameter_groups
+from lskip.training.batch_checks import check_batch
 from lskip.training.checkpoint_file import use_whole_files
 from lskip.training.finite_steps import FiniteSteps
 from lskip.training.layer_vector import LayerVector
@@ -100,6 +102,11 @@ class RunModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         return [self.finite_steps, ResumedSettings(), TrainingLog()]
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Return the batch, checked."""
+        check_batch(batch, self.decoder.vocab_size)
+        return batch
 
     def on_train_start(self) -> None:
         if self._resumed_random_state is not None:

@@ -23,7 +23,7 @@ from lskip.inference.drafting.draft import PLAIN, Draft, DraftPlan
 from lskip.inference.drafting.drafter import Runners
 from lskip.inference.drafting.policies import DraftPolicy, FixedDraft
 from lskip.inference.drafting.registry import DRAFTERS, drafts_of
-from lskip.inference.drafting.round import Drafted, Observer, Slots, check_drafted, nothing_drafted
+from lskip.inference.drafting.round import Drafted, Observer, Slots, check_drafted, check_plan, nothing_drafted
 from lskip.inference.exit_criteria import ExitCriterion, Logits
 from lskip.inference.generation import Generation
 from lskip.inference.layers.kv_cache import PREFILL_ROWS
@@ -251,6 +251,7 @@ class Batch:
             plan = self.policy.plan(len(self.requests), most, without)
             if plan.draft is None or plan.num_speculations == 0:
                 return plan, nothing_drafted(self.slots)
+            check_plan(plan, most, without)
             goes_on = partial(self._goes_on, plan.draft.exit_layer, [False] * len(self.requests))
             drafter = self.drafters[plan.draft.kind]
             if (drafted := drafter.propose(plan.draft, plan.num_speculations, chooser, goes_on)) is not None:
@@ -260,8 +261,11 @@ class Batch:
         return PLAIN, nothing_drafted(self.slots)
 
     def _most(self) -> int:
-        """Return the most tokens that a round can draft in each slot, by what requests may get and by their cells."""
-        room = self.cache.cells - 1 - max(self.slots.starts)
+        """Return the most tokens that a round can draft in each slot, by what requests may get and by their cells.
+
+        No slot goes beyond the context: learned positions end there, and some rotary angles, of all slots, change.
+        """
+        room = min(self.cache.cells, self.runners.context_length) - 1 - max(self.slots.starts)
         return min(room, max(request.left for request in self.requests) - 1, LONGEST_DRAFT)
 
     def _goes_on(self, exit_layer: int, ended: list[bool], logits: Logits, ids: Tensor, states: Tensor) -> bool:

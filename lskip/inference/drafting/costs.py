@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -14,7 +13,7 @@ import torch
 
 from lskip.inference.runners.base import ModelRunner
 from lskip.inference.runners.draft_head import DraftHead, DraftHeadRunner
-from lskip.utils.checks import check_whole
+from lskip.utils.checks import check_whole, is_real
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 CONTEXT = 128  # positions that the measured rows attend to, besides each other
@@ -50,7 +49,7 @@ class RowCosts:
             if len(seconds) != len(self.rows):
                 raise ValueError(f"{name}: has {len(seconds)} times for {len(self.rows)} numbers of rows")
             for value in seconds:
-                if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+                if not is_real(value) or value <= 0:
                     raise ValueError(f"{name}: {value!r} is not a number of seconds above 0")
 
     def block_seconds(self, rows: int) -> float:

@@ -1,9 +1,9 @@
 """The check of what a policy learnt in an earlier process, as it comes from a file."""
 
-import math
 from typing import Any
 
 from lskip.inference.drafting.acceptance import GROUPS
+from lskip.utils.checks import is_real
 
 
 def check_learnt(learnt: Any) -> None:
@@ -24,7 +24,7 @@ def check_learnt(learnt: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and is_real(value)
 
 
 def _is_count(value: Any) -> bool:

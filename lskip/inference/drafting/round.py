@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lskip.inference.drafting.draft import DraftPlan
+from lskip.inference.drafting.draft import Draft, DraftPlan
 from lskip.inference.layers.kv_cache import KVCache
 from lskip.inference.runners.base import ModelRunner
 
@@ -76,6 +76,14 @@ class Drafted(NamedTuple):
     states: Sequence[Tensor] = ()
     exit_block: int = 0
     counts: list[int] | None = None
+
+
+def check_plan(plan: DraftPlan, most: int, without: Collection[Draft]) -> None:
+    """Raise ValueError where a policy plans more than it was asked for, or a draft that has nothing."""
+    if not 1 <= plan.num_speculations <= most:
+        raise ValueError(f"draft_policy: plans {plan.num_speculations} tokens, allowed in this round are 0 to {most}")
+    if plan.draft in without:
+        raise ValueError(f"draft_policy: plans {str(plan.draft)!r}, which has nothing to draft in this round")
 
 
 def check_drafted(drafted: Drafted, plan: DraftPlan, slots: int) -> None:

@@ -34,7 +34,9 @@ class ModuleRunner:
         self.num_layers = decoder.num_layers
         self.dtype, self.device = decoder.dtype, decoder.device
         config = decoder.config
-        self.kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        # A stray field of a family without grouped heads is kept in a config, and its blocks do not read it.
+        grouped = hasattr(type(config)(), "num_key_value_heads")
+        self.kv_heads = (config.num_key_value_heads if grouped else None) or config.num_attention_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     def new_cache(self, slots: int, cells: int) -> KVCache:
