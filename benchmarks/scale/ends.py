@@ -41,20 +41,27 @@ console = Console(width=140)
 
 
 class SlowSteps(Callback):
-    """Makes steps and validations long enough for a signal, and notes what is done in `progress` beside the run."""
+    """Makes steps and validations long enough for a signal, and notes what is done in `progress` beside the run.
+
+    A line each, since a kill may come while one is written.
+    """
 
     def __init__(self, folder: str):
         self.path = Path(folder) / "progress"
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch) -> None:
         if trainer.is_global_zero:
-            self.path.write_text(f"step {trainer.global_step}")
+            self._note(f"step {trainer.global_step}")
         time.sleep(0.05)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
-            self.path.write_text(f"step {trainer.global_step}, validation")
+            self._note(f"step {trainer.global_step}, validation")
         time.sleep(0.2)
+
+    def _note(self, done: str) -> None:
+        with self.path.open("a") as file:
+            file.write(f"{done}\n")
 
 
 @dataclass(frozen=True)
@@ -197,7 +204,6 @@ def ranks_of(main: int, torchrun: bool) -> list[int]:
 
 def arrived(when: str, run: Path) -> bool:
     """Return whether a run is at the moment of a fault: in its first steps, in a validation, in a later writing."""
-    progress = run / "progress"
     if when == "start":
         time.sleep(3)  # while both import and build
         return True
@@ -205,7 +211,8 @@ def arrived(when: str, run: Path) -> bool:
         folder = run / "checkpoints"
         begun = (folder / ".last.ckpt.partial").exists() or len(list(folder.glob("*.shards-*"))) > 1
         return begun and saved_step(run) > 0
-    return progress.exists() and ("validation" in progress.read_text()) == (when == "validation")
+    noted = progress_of(run)
+    return bool(noted) and ("validation" in noted) == (when == "validation")
 
 
 def send(fault: Fault, main: int, ranks: list[int]) -> None:
@@ -223,10 +230,17 @@ def alive(number: int) -> bool:
     return True
 
 
+def progress_of(run: Path) -> str:
+    """Return the last whole line that rank 0 noted; "" where there is none."""
+    path = run / "progress"
+    whole = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return next((line for line in reversed(whole) if line.endswith("\n")), "")
+
+
 def steps_done(run: Path) -> int:
     """Return the steps that were done when the run ended, as far as rank 0 noted them."""
-    path = run / "progress"
-    return int(path.read_text().removeprefix("step ").split(",")[0]) if path.exists() else 0
+    noted = progress_of(run)
+    return int(noted.removeprefix("step ").split(",")[0]) if noted else 0
 
 
 def saved_step(run: Path) -> int:
