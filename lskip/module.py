@@ -133,7 +133,7 @@ class LayerSkipModule(RunModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the early exit loss of a batch {"input_ids" [B, S], "labels" [B, S] or absent}, in nats."""
-        self._check_length(batch["input_ids"])
+        self.check_batch(batch)
         # Not `ready`, which in a checkpoint from within a batch already includes that batch.
         micro_batch = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
         self.took_part.begin_micro_batch()
@@ -281,7 +281,7 @@ class LayerSkipModule(RunModule):
         return self._read("test/loss", batch)
 
     def _read(self, name: str, batch: dict[str, Tensor]) -> Readout:
-        self._check_length(batch["input_ids"])
+        self.check_batch(batch)
         ids, labels = batch["input_ids"], batch.get("labels")
         readout = self(read_exits, self.decoder, ids, labels, self.validated_exits, self.exits)
         last = readout.losses[-1]
@@ -289,10 +289,6 @@ class LayerSkipModule(RunModule):
         self.held_out_loss.update(last.sum() / max(len(last), 1), len(last))
         self.log(name, self.held_out_loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=1)
         return readout
-
-    def _check_length(self, input_ids: Tensor) -> None:
-        if (length := input_ids.shape[1]) > (context := self.decoder.context_length):
-            raise ValueError(f"block_size: {length} tokens, the model's context holds {context}")
 
     @property
     def has_exit_heads(self) -> bool:

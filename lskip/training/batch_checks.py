@@ -1,4 +1,4 @@
-"""Checks of a batch while it is still in main memory, where looking at its numbers makes no device wait."""
+"""Checks of the batches that a user's own DataModule may send."""
 
 from collections.abc import Mapping
 from typing import Any

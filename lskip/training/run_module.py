@@ -66,6 +66,7 @@ class RunModule(LightningModule):
         self.finite_steps = FiniteSteps(not_finite)
         self.settings: dict | None = None
         self._resumed_random_state: dict | None = None
+        self._has_checked = False  # a batch
 
     @property
     def total_steps(self) -> int | None:
@@ -103,10 +104,13 @@ class RunModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         return [self.finite_steps, ResumedSettings(), TrainingLog()]
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Return the batch, checked."""
-        check_batch(batch, self.decoder.vocab_size)
-        return batch
+    def check_batch(self, batch: Any) -> None:
+        """Raise ValueError for a batch that would train something else; on a GPU, which would wait, of the first."""
+        if not self._has_checked or batch["input_ids"].device.type == "cpu":
+            check_batch(batch, self.decoder.vocab_size)
+            self._has_checked = True
+        if (length := batch["input_ids"].shape[1]) > (context := self.decoder.context_length):
+            raise ValueError(f"block_size: {length} tokens, the model's context holds {context}")
 
     def on_train_start(self) -> None:
         if self._resumed_random_state is not None:
