@@ -131,7 +131,7 @@ def _wait(child: int, end: float) -> resource.struct_rusage | None:
             _kill_group(child)  # what it has started
             return None if killed else usage
         if now > end and not asked:
-            os.kill(child, signal.SIGUSR1)  # it writes where it is
+            os.kill(child, signal.SIGUSR2)  # it writes where it is
             asked = True
         if now > end + 0.5 and not killed:
             _kill_group(child)
@@ -160,7 +160,7 @@ def _become_the_case(case: Case, here: Path, report: Path) -> None:
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.stdout, sys.stderr = (open(stream, "w", encoding="utf-8", closefd=False) for stream in (1, 2))  # noqa: SIM115
-        faulthandler.register(signal.SIGUSR1, all_threads=False)
+        faulthandler.register(signal.SIGUSR2, all_threads=False)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(here)
         case.prepare(here)
