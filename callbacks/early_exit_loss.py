@@ -78,7 +78,9 @@ class EarlyExitLoss(Callback):
 
 def _check_shares(shares: Mapping[int, float], e_scale: float | None) -> None:
     if e_scale is not None:
-        raise ValueError(f"shares: {shares} and e_scale: {e_scale} both weigh the exits; e_scale null leaves it to shares")
+        raise ValueError(
+            f"shares: {shares} and e_scale: {e_scale} both weigh the exits; e_scale null leaves it to shares"
+        )
     if not isinstance(shares, Mapping):
         raise ValueError(f"shares: {shares!r} is not exit layers and their shares, as {{4: 0.3}}")
     if not shares:
