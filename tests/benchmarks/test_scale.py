@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.scale import ends, memory, resume, validation
+from benchmarks.scale import memory, resume, validation
 from benchmarks.scale.equality import main
 from lskip.export.to_hf import export
 from lskip.inference import load_generator
@@ -36,9 +36,9 @@ def test_two_processes_train_what_one_does(tmp_path, strategy):
 
 def test_two_processes_validate_what_one_does(tmp_path):
     """Red where rows are read twice, left out, or where a mean of means is taken."""
-    validation.main([f"--out={tmp_path}", "--world_sizes=2", "--strategies=ddp,fsdp2"])
+    validation.main([f"--out={tmp_path}", "--world_sizes=2", "--strategies=fsdp2"])
     found = json.loads((tmp_path / "result.json").read_text())["validations"]
-    assert len(found) == 6 and all(each["difference"] < 1e-5 for each in found)
+    assert len(found) == 4 and all(each["difference"] < 1e-5 for each in found)
 
 
 def test_what_two_processes_saved_in_shards_is_gone_on_with(tmp_path):
@@ -61,14 +61,6 @@ def test_what_two_processes_saved_in_shards_is_gone_on_with(tmp_path):
 
 def without_marks(checkpoint: dict) -> dict:
     return {name: part for name, part in checkpoint.items() if name != "shards"}
-
-
-def test_a_signal_to_one_process_ends_both_and_loses_nothing(tmp_path):
-    """Red where the other process waits for ever, and where the saved step is not the last that was done."""
-    ends.main([f"--out={tmp_path}", "--faults=SIGTERM to rank 1, validation;SIGKILL to rank 0, training"])
-    asked, killed = json.loads((tmp_path / "result.json").read_text())["faults"]
-    assert asked["exit_code"] == 143 and asked["done"] == asked["saved"] > 0
-    assert all(each["all_ended"] and each["seconds"] < 60 and each["resumed_alike"] for each in (asked, killed))
 
 
 def test_a_plan_is_compared_with_what_a_training_takes(tmp_path):
