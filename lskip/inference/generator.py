@@ -172,7 +172,7 @@ class TextGenerator:
     def runners(self) -> Runners:
         """All that runs blocks here: the model, and what may draft for it."""
         parts = self.runner, self.draft_runner, self.adapter_runner, self.trained_exits, self.draft_head
-        return Runners(*parts, self.context_length)
+        return Runners(*parts)
 
     @property
     def defaults(self) -> GenerationSettings:

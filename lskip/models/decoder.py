@@ -184,7 +184,7 @@ class Decoder:
         if (learned := self._part(family.positions)) is not None:
             if positions is None:
                 positions = torch.arange(x.shape[1], device=x.device)[None]
-            x = x + F.embedding(positions + family.first_position, learned.weight)
+            x = x + F.embedding(self._within(positions) + family.first_position, learned.weight)
         dropout = self._part(family.embedding_dropout)
         return x if dropout is None else dropout(x)
 
@@ -213,9 +213,17 @@ class Decoder:
         masks = {window: self._mask(positions, window, key_positions[window], x.dtype) for window in windows}
         return BlockInputs(positions, self._cos_sin(x, positions), masks, cache)
 
+    def _within(self, positions: Tensor) -> Tensor:
+        """Return positions within the context. A batch's text at its end drafts fillers beyond, which are never kept.
+
+        Learned positions end there, and some rotary angles, of all texts, change with the largest position.
+        """
+        return positions.clamp(max=self.context_length - 1)
+
     def _cos_sin(self, x: Tensor, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
         if self.rotary is None:
             return {}
+        positions = self._within(positions)
         if not self.family.rotary_by_kind:
             return {None: self.rotary(x, positions)}
         return {kind: self.rotary(x, positions, kind) for kind in set(self.config.layer_types)}

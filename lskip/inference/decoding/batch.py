@@ -261,11 +261,8 @@ class Batch:
         return PLAIN, nothing_drafted(self.slots)
 
     def _most(self) -> int:
-        """Return the most tokens that a round can draft in each slot, by what requests may get and by their cells.
-
-        No slot goes beyond the context: learned positions end there, and some rotary angles, of all slots, change.
-        """
-        room = min(self.cache.cells, self.runners.context_length) - 1 - max(self.slots.starts)
+        """Return the most tokens that a round can draft in each slot, by what requests may get and by their cells."""
+        room = self.cache.cells - 1 - max(self.slots.starts)
         return min(room, max(request.left for request in self.requests) - 1, LONGEST_DRAFT)
 
     def _goes_on(self, exit_layer: int, ended: list[bool], logits: Logits, ids: Tensor, states: Tensor) -> bool:

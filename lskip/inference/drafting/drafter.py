@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,7 +56,6 @@ class Runners:
         adapter: the model's exit adapter, or None.
         exits: affine maps and the classifier of the model's exits, or None.
         draft_head: decodes drafts of `model`'s and `draft`'s blocks to few tokens; None: their own heads do, to all.
-        context_length: positions that the model is made for.
     """
 
     model: ModelRunner
@@ -65,7 +63,6 @@ class Runners:
     adapter: AdapterRunner | None = None
     exits: TrainedExits | None = None
     draft_head: DraftHead | None = None
-    context_length: float = math.inf
 
     def reading_drafts(self, runner: ModelRunner, exit_layer: int) -> ModelRunner:
         """Return `runner`, `model` or `draft`, as the drafts of `exit_layer` are to be decoded."""
