@@ -24,10 +24,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from benchmarks.command_line import command_parser
-from benchmarks.decoding.options import numbers
 from benchmarks.environment import environment
 from benchmarks.scale.cases import CASES, ROWS, STEPS, Batch, Case
-from benchmarks.scale.ranks import run_ranks
+from benchmarks.scale.ranks import QUIET, add_ways, run_ranks
 from lskip.module import LayerSkipModule
 from lskip.utils.output_files import write_json
 
@@ -53,8 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_parser("benchmarks.scale.equality", __doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder for weights and result.json")
-    parser.add_argument("--world_sizes", type=numbers, default=(2, 4), help="such as 2,4")
-    parser.add_argument("--strategies", type=lambda text: text.split(","), default=("ddp",), help="such as ddp")
+    add_ways(parser)
     parser.add_argument("--cases", type=lambda text: text.split(";"), help="names of trainings; default: all")
     options = parser.parse_args(arguments)
     for name in options.cases or ():
@@ -75,8 +73,8 @@ def train(case: Case, world_size: int, strategy: str, folder: Path) -> tuple[dic
     """Return the weights of one training, and the rank of this process."""
     accumulate = 1 if world_size == 1 else case.accumulate
     trainer = Trainer(
-        **{"strategy": strategy, "accelerator": "cpu", "devices": world_size, "max_steps": STEPS, "logger": False},
-        **{"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False},
+        **QUIET,
+        **{"strategy": strategy, "devices": world_size, "max_steps": STEPS, "enable_checkpointing": False},
         **{"accumulate_grad_batches": accumulate, "default_root_dir": folder, "use_distributed_sampler": False},
         callbacks=list(case.callbacks()),
         **case.trainer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import socket
@@ -11,7 +12,17 @@ from collections.abc import Callable
 import torch
 from torch import multiprocessing
 
+from benchmarks.decoding.options import numbers
 from lskip.training.lightning_utils import quiet_lightning
+
+# Settings of a Trainer on the CPU that shows and writes nothing.
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def add_ways(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say by how many processes, and how, something is trained."""
+    parser.add_argument("--world_sizes", type=numbers, default=(2, 4), help="such as 2,4")
+    parser.add_argument("--strategies", type=lambda text: text.split(","), default=("ddp",), help="such as ddp")
 
 
 def run_ranks(world_size: int, work: Callable[..., None], *arguments) -> None:

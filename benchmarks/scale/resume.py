@@ -26,7 +26,7 @@ from benchmarks.command_line import command_parser
 from benchmarks.environment import environment
 from benchmarks.scale.cases import MOST, ROWS, Case, dropping
 from benchmarks.scale.equality import largest_difference, whole_weights
-from benchmarks.scale.ranks import run_ranks
+from benchmarks.scale.ranks import QUIET, run_ranks
 from lskip.callbacks import RunCheckpoint
 from lskip.data import TextData
 from lskip.module import LayerSkipModule
@@ -88,8 +88,8 @@ def train(out: Path, world_size: int, strategy: str, name: str, steps: int, chec
         str(out / "texts.jsonl"), vocab_size=300, block_size=12, batch_size=ROWS // world_size, cache_dir=str(out)
     )
     trainer = Trainer(
-        **{"strategy": strategy.partition(",")[0], "accelerator": "cpu", "devices": world_size, "max_steps": steps},
-        **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0},
+        **QUIET,
+        **{"strategy": strategy.partition(",")[0], "devices": world_size, "max_steps": steps, "limit_val_batches": 0},
         callbacks=[*CASE.callbacks(), RunCheckpoint(folder, sharded=strategy == SHARDED)],
         default_root_dir=out,
     )

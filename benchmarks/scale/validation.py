@@ -21,10 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command_line import command_parser
-from benchmarks.decoding.options import numbers
 from benchmarks.environment import environment
 from benchmarks.scale.cases import MOST, VOCABULARY, Case
-from benchmarks.scale.ranks import run_ranks
+from benchmarks.scale.ranks import QUIET, add_ways, run_ranks
 from lskip.callbacks import LayerMetrics
 from lskip.data.loading import held_out_loader
 from lskip.module import LayerSkipModule
@@ -52,8 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_parser("benchmarks.scale.validation", __doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder for result.json")
-    parser.add_argument("--world_sizes", type=numbers, default=(2, 4), help="such as 2,4")
-    parser.add_argument("--strategies", type=lambda text: text.split(","), default=("ddp",), help="such as ddp")
+    add_ways(parser)
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     return options
@@ -74,11 +72,7 @@ def validate_all(world_size: int, strategy: str, out: Path) -> None:
     """Validate each kind of rows in this process, beside the others; rank 0 writes what it found."""
     for kind in KINDS:
         metrics = LayerMetrics()
-        trainer = Trainer(
-            **{"strategy": strategy, "accelerator": "cpu", "devices": world_size, "logger": False},
-            **{"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": out},
-            callbacks=[metrics],
-        )
+        trainer = Trainer(**QUIET, strategy=strategy, devices=world_size, default_root_dir=out, callbacks=[metrics])
         module = LayerSkipModule(Case().new_model())
         loader = held_out_loader(rows_of(kind), world_size, rank_of(trainer), batch_size=BATCH)
         trainer.validate(module, loader, verbose=False)

@@ -57,9 +57,6 @@ class PlanCLI(LayerSkipCLI):
         ValueError, OSError: mistakes of the user.
     """
 
-    def __init__(self, args: list[str]):
-        super().__init__(args)
-
     @property
     def trainer_class(self) -> type[Trainer]:
         return _Planned

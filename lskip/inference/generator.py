@@ -171,8 +171,7 @@ class TextGenerator:
     @property
     def runners(self) -> Runners:
         """All that runs blocks here: the model, and what may draft for it."""
-        parts = self.runner, self.draft_runner, self.adapter_runner, self.trained_exits, self.draft_head
-        return Runners(*parts)
+        return Runners(self.runner, self.draft_runner, self.adapter_runner, self.trained_exits, self.draft_head)
 
     @property
     def defaults(self) -> GenerationSettings:

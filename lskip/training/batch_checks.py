@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NOT_SCORED = -100
+from lskip.data.packing import NOT_SCORED
 
 
 def check_batch(batch: Any, vocab_size: int) -> None:

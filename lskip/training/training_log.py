@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lskip.data.packing import NOT_SCORED
 from lskip.flops import Work, known_peak
 
 
@@ -83,7 +84,7 @@ def count_tokens(batch: dict[str, Tensor]) -> Tensor | int:
         return batch["input_ids"].numel()
     labels = batch["labels"]
     places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
-    return ((labels != -100) * places).amax(1).sum()
+    return ((labels != NOT_SCORED) * places).amax(1).sum()
 
 
 def _peak(trainer: Trainer, pl_module: LightningModule) -> float | None:

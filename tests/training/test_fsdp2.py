@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.scale.cases import CASES
 from benchmarks.scale.equality import loader_of
-from benchmarks.scale.ranks import run_ranks
+from benchmarks.scale.ranks import QUIET, run_ranks
 from lskip.module import LayerSkipModule
 
 
@@ -49,8 +49,8 @@ class Watch(Callback):
 def watched(name: str, out: Path) -> None:
     case, watch = CASES[name], Watch()
     trainer = Trainer(
-        **{"strategy": "fsdp2", "accelerator": "cpu", "devices": 2, "max_steps": 2, "logger": False},
-        **{"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False},
+        **QUIET,
+        **{"strategy": "fsdp2", "devices": 2, "max_steps": 2, "enable_checkpointing": False},
         **{"use_distributed_sampler": False, "default_root_dir": out.parent},
         callbacks=[*case.callbacks(), watch],
         **case.trainer,

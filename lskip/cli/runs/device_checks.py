@@ -65,7 +65,7 @@ def _check_strategy(settings: Mapping[str, Any]) -> None:
     strategy = settings["strategy"]
     name = strategy if isinstance(strategy, str) else str(getattr(strategy, "class_path", "")).rpartition(".")[2]
     for refused, instead in _STRATEGIES.items():
-        if name == refused or (name.startswith(f"{refused}_") and name != "fsdp2"):
+        if name == refused or name.startswith(f"{refused}_"):
             raise ValueError(f"trainer.strategy: {name!r} is not supported; take {instead}")
     if name in ("fsdp2", "FSDP2") and str(settings["precision"]).startswith("16"):
         raise ValueError(f"trainer.precision: {settings['precision']!r} is not supported by fsdp2; take bf16-mixed")
