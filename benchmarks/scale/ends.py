@@ -203,7 +203,7 @@ def ranks_of(main: int, torchrun: bool) -> list[int]:
 
 
 def arrived(when: str, run: Path) -> bool:
-    """Return whether a run is at the moment of a fault: in its first steps, in a validation, in a later writing."""
+    """Return whether a run has a checkpoint and is at the moment of a fault; "start": while it has nothing yet."""
     if when == "start":
         time.sleep(3)  # while both import and build
         return True
@@ -211,8 +211,7 @@ def arrived(when: str, run: Path) -> bool:
         folder = run / "checkpoints"
         begun = (folder / ".last.ckpt.partial").exists() or len(list(folder.glob("*.shards-*"))) > 1
         return begun and saved_step(run) > 0
-    noted = progress_of(run)
-    return bool(noted) and ("validation" in noted) == (when == "validation")
+    return steps_done(run) > EVERY and ("validation" in progress_of(run)) == (when == "validation")
 
 
 def send(fault: Fault, main: int, ranks: list[int]) -> None:

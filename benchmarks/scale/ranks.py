@@ -18,6 +18,9 @@ from lskip.training.lightning_utils import quiet_lightning
 # Settings of a Trainer on the CPU that shows and writes nothing.
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
+# What a process imports longest: a server imports it once, and the processes are its forks.
+IMPORTED_ONCE = ["lightning.pytorch", "transformers", "lskip.module", "lskip.data"]
+
 
 def add_ways(parser: argparse.ArgumentParser) -> None:
     """Add the options that say by how many processes, and how, something is trained."""
@@ -31,7 +34,9 @@ def run_ranks(world_size: int, work: Callable[..., None], *arguments) -> None:
     Raises:
         ProcessRaisedException: of the first that failed; the others have been ended.
     """
-    multiprocessing.spawn(_enter, (world_size, _free_port(), work, arguments), nprocs=world_size)
+    multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
+    entry = world_size, _free_port(), work, arguments
+    multiprocessing.start_processes(_enter, entry, nprocs=world_size, start_method="forkserver")
 
 
 def _enter(rank: int, world_size: int, port: int, work: Callable[..., None], arguments: tuple) -> None:
