@@ -51,8 +51,8 @@ class LayerDropout(Callback):
 
     def drop_rates(self, step: int, total_steps: int | None, num_layers: int) -> list[float]:
         """Return p_{l,t} for each block at optimizer step `step` (0-based) of `total_steps`."""
-        now = self.time(step, total_steps or 0) * self.p_max
-        return [now * self.depth(block, num_layers) for block in range(num_layers)]
+        now = _factor("time", self.time, step, total_steps or 0) * self.p_max
+        return [now * _factor("depth", self.depth, block, num_layers) for block in range(num_layers)]
 
     def kept_scales(self, drop_rates: list[float]) -> list[float]:
         """Return the factor of what each block adds to the sequences that keep it."""
@@ -62,7 +62,7 @@ class LayerDropout(Callback):
         """Raise ValueError where the depth schedule refuses the model's number of layers."""
         layers = len(pl_module.drop_rates.values)
         for block in range(layers):
-            self.depth(block, layers)
+            _factor("depth", self.depth, block, layers)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.drop_rates.claim(self)
@@ -80,3 +80,12 @@ class LayerDropout(Callback):
         rates = self.drop_rates(trainer.global_step, pl_module.total_steps, len(pl_module.drop_rates.values))
         pl_module.drop_rates.write(self, rates)
         pl_module.kept_scales.write(self, self.kept_scales(rates))
+
+
+def _factor(name: str, schedule: Schedule, index: int, count: int) -> float:
+    """Return the schedule's factor; ValueError where a schedule of the user's own gives no number."""
+    factor = schedule(index, count)
+    check_real(
+        f"layer_dropout.{name}: {type(schedule).__name__}({index}, {count})", factor, "from 0 up", lambda x: x >= 0
+    )
+    return factor

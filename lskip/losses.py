@@ -131,7 +131,7 @@ class _HeadLoss(torch.autograd.Function):
                 logits = _logits(x, weight, head_bias, total_dtype)
                 slope = None if softcap is None else _cap(logits, softcap)
                 teacher_logits = _teacher_logits(teacher, weight, head_bias, softcap, total_dtype)
-                losses[part], grad_logits = target.loss(logits, labels[part], teacher_logits)
+                losses[part], grad_logits = target.checked_loss(logits, labels[part], teacher_logits)
                 grad_logits.mul_(row_weights[part, None])
                 if slope is not None:
                     grad_logits.mul_(slope)

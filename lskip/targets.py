@@ -28,6 +28,20 @@ class ExitTarget:
         """
         raise NotImplementedError
 
+    def checked_loss(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return what `loss` does.
+
+        Raises:
+            ValueError: that is something else than losses [n] and gradients [n, V].
+        """
+        wanted = logits.shape[:1], logits.shape
+        found = self.loss(logits, labels, teacher_logits)
+        is_pair = isinstance(found, tuple | list) and len(found) == 2
+        if not is_pair or tuple(getattr(each, "shape", None) for each in found) != wanted:
+            name, shapes = type(self).__name__, [list(shape) for shape in wanted]
+            raise ValueError(f"exit_target: {name}.loss must return losses {shapes[0]} and gradients {shapes[1]}")
+        return found
+
 
 class Labels(ExitTarget):
     """The text's next token: cross-entropy, as in the paper (section 4.2)."""

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from lskip.targets import LK, Anchored, Labels, SelfDistillation
+from lskip.losses import Supervision, head_loss
+from lskip.targets import LK, Anchored, ExitTarget, Labels, SelfDistillation
 
 HALF, QUARTER = math.log(0.5), math.log(0.25)
 
@@ -176,3 +177,19 @@ def test_logits_far_apart_stay_finite(target):
 def test_numbers_out_of_range_are_refused(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+@pytest.mark.parametrize("wrong", [None, torch.zeros(()), (torch.zeros(()), None), "a mean", "a gradient of a mean"])
+def test_what_a_target_of_ones_own_returns_is_looked_at(wrong):
+    """Red where a mean is taken for the loss of every row."""
+
+    class Own(ExitTarget):
+        def loss(self, logits, labels, teacher_logits):
+            losses, gradient = Labels().loss(logits, labels)
+            return {"a mean": (losses.mean(), gradient), "a gradient of a mean": (losses, gradient.mean(0))}.get(
+                wrong if isinstance(wrong, str) else "", wrong
+            )
+
+    states, head = torch.randn(3, 4), torch.randn(7, 4)
+    with pytest.raises(ValueError, match=r"^exit_target: Own.loss must return losses \[3\] and gradients \[3, 7\]$"):
+        head_loss(states, head, None, torch.tensor([1, 2, 3]), torch.ones(3), None, [Supervision(3, Own())])

@@ -37,7 +37,6 @@ from lskip.cli.runs.resuming import (
     settings_of,
 )
 from lskip.cli.runs.run_data import with_run_data
-from lskip.cli.runs.run_draft_tokens import RunDraftTokens
 from lskip.cli.runs.run_folder import RunConfig, check_room, refuse_existing_run, run_place
 from lskip.cli.runs.run_logger import RunLogger
 from lskip.cli.runs.trainer_checks import (
@@ -46,11 +45,14 @@ from lskip.cli.runs.trainer_checks import (
     missing_monitor_named,
     settings_named,
 )
+from lskip.cli.runs.training_rows import KeepTrainingRows
 from lskip.curricula import ExitCurriculum
 from lskip.data import TextData
 from lskip.evaluation.runs.settings import run_settings
+from lskip.evaluation.runs.summary import steps_of
 from lskip.low_rank import LowRank
 from lskip.models.pretrained import LAST_CHECKPOINT, read_checkpoint
+from lskip.models.reading.sources import run_of
 from lskip.module import LayerSkipModule
 from lskip.schedules import Schedule
 from lskip.targets import ExitTarget
@@ -253,7 +255,7 @@ class LayerSkipCLI(LightningCLI):
         methods = [built[key] for key in METHODS if built[key] is not None]
         checkpoint = [RunCheckpoint(self.folder / LAST_CHECKPOINT.parent, **built.checkpoint)]
         if self.subcommand == "fit":
-            checkpoint.append(RunDraftTokens(self.folder / LAST_CHECKPOINT.parent))
+            checkpoint.append(KeepTrainingRows(self.folder / LAST_CHECKPOINT.parent))
         if settings["enable_checkpointing"] is False:
             checkpoint = []
         hparams = [RunHparams(run_settings(self._settings.as_dict()))] if self.subcommand == "fit" else []
@@ -262,10 +264,12 @@ class LayerSkipCLI(LightningCLI):
             return watched(self._instantiate_trainer(settings, [*methods, LayerMetrics(), *hparams, *checkpoint, *bar]))
 
     def _tensorboard(self) -> RunLogger:
-        folder = self.folder if self.subcommand == "fit" else self.folder / self.subcommand
+        if self.subcommand != "fit":
+            run = run_of(self._settings.model)
+            return RunLogger(self.folder / self.subcommand, None if run is None else steps_of(run))
         # Hides what an interrupted run logged after its last checkpoint: those steps are logged again.
         purge_step = None if self.resumed is None else self.resumed["global_step"] + 1
-        return RunLogger(folder, name="", version="", purge_step=purge_step)
+        return RunLogger(self.folder, purge_step=purge_step)
 
     # Running.
 

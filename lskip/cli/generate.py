@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from typing import Any
 
 from lskip.evaluation.sweep.tuned import tuned_options
@@ -122,6 +123,9 @@ def _summary(generation: Generation, policy: DraftPolicy | None, draft_weights: 
     if generation.acceptance_rate is not None:
         parts.append(f"acceptance_rate {generation.acceptance_rate:.2f}")
         parts.append(f"tokens_per_round {generation.tokens_per_round:.2f}")
+    if drafts := Counter(str(done.draft) for done in generation.history if done.draft is not None):
+        named = (f"{draft} in {count} round{'s' * (count > 1)}" for draft, count in drafts.most_common())
+        parts.append(f"drafted by {', '.join(named)}")
     if generation.mean_exit_layer is not None:
         parts.append(f"mean exit layer {generation.mean_exit_layer:.1f}")
     if draft_weights is not None:

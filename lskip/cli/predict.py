@@ -120,8 +120,9 @@ def completion_of(generation: Generation) -> str | None:
 def uses_chat_template(decoding: DecodingOptions, loading: LoadingOptions) -> bool:
     """Return whether a plain prompt goes through the model's chat template."""
     from lskip.models.pretrained import load_tokenizer  # brings the GGUF reader and the hub client
+    from lskip.models.prompt_form import uses_template  # brings transformers
 
-    return load_tokenizer(loading.model).chat_template is not None if decoding.chat is None else decoding.chat
+    return uses_template(load_tokenizer(loading.model), decoding.chat)
 
 
 def _rate(tokens: int, seconds: float) -> str:

@@ -83,7 +83,8 @@ class DecodingOptions:
         repetition_penalty: above 1 makes tokens that were there before less likely; null takes the model's default.
         stop_strings: a list of texts, each of which ends the answer where it appears; null takes the model's default.
         seed: of sampling; null: another one each time.
-        chat: whether a plain prompt goes through the chat template; null: when the model has one.
+        chat: whether a plain prompt goes through the chat template; null: when the model has one, and
+            was not trained on pairs without it.
     """
 
     max_new_tokens: int | None = None

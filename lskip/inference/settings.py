@@ -50,7 +50,8 @@ class GenerationSettings:
         stop_strings: texts that end the generation, with the token that completes one; they need a tokenizer. Only
             generated text counts, special tokens included.
         seed: fixes the sampled text; None: another text each time.
-        chat: whether a text prompt goes through the tokenizer's chat template; None: when it has one.
+        chat: whether a text prompt goes through the tokenizer's chat template; None: when it has one, and
+            training pairs did not go without it.
     """
 
     max_new_tokens: int = 256

@@ -1,9 +1,12 @@
 """Conversion of prompts to tokens, and of tokens to text as they come."""
 
+import warnings
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from lskip.models.encoding import encode, open_ended, render_chat
+from lskip.models.prompt_form import trained_ending, uses_template
 
 UNFINISHED = "\ufffd"  # what a tokenizer prints for bytes that are not a character yet
 LONGEST_HELD = 256  # tokens: bytes that are not a character after so many never become one
@@ -74,7 +77,8 @@ def encode_prompt(
 
     Args:
         prompt: a text, chat messages ({"role", "content"} each), or token ids (list, or tensor of one row).
-        chat: whether a text becomes a user's message in the chat template; None: when there is a template.
+        chat: whether a text becomes a user's message in the chat template; None: when there is one, and the run that
+            trained the model did not train on prompts without it.
         most_characters: the longest text that the context can have room for; None: any.
 
     Raises:
@@ -105,10 +109,11 @@ def _encode_text(
         raise ValueError("prompt: a text needs a tokenizer, and the model came without one; give token ids")
     if not prompt:
         return []
-    templated = tokenizer.chat_template is not None if chat is None else chat
-    if templated:
+    if uses_template(tokenizer, chat):
         return _encode_messages([{"role": "user", "content": prompt}], tokenizer, most_characters)
     _check_length(prompt, most_characters)
+    if not prompt.endswith(ending := trained_ending(tokenizer)):
+        warnings.warn(f"prompt: ends otherwise than those of training, which all end with {ending!r}", stacklevel=2)
     return open_ended(tokenizer, [prompt])[0]
 
 

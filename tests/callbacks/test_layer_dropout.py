@@ -1,10 +1,12 @@
 """LayerDropout in a run: the right rates at each step (by hand in test_equations.py), and its refusals."""
 
+import math
+
 import pytest
 import torch
 
 from lskip.callbacks import LayerDropout
-from lskip.schedules import Constant, Exponential, Linear
+from lskip.schedules import Constant, Exponential, Linear, Schedule
 from tests.trainers import Stream, fit_vectors
 
 
@@ -45,3 +47,14 @@ def test_one_layer_or_one_step_drops_nothing_where_a_rate_grows(tiny_model, tmp_
     assert fit(tmp_path, tiny_model(), LayerDropout(0.5, time=Linear()), max_steps=1) == [[0.0] * 4]
     assert fit(tmp_path, tiny_model(), LayerDropout(0.5, Constant(), Exponential()), max_steps=1) == [[0.0] * 4]
     assert fit(tmp_path, tiny_model(num_hidden_layers=1), LayerDropout(0.5, Constant()), max_steps=1) == [[0.5]]
+
+
+@pytest.mark.parametrize("name", ["depth", "time"])
+@pytest.mark.parametrize("factor", [None, math.nan, "1", [1.0]])
+def test_a_schedule_of_ones_own_that_gives_no_number_is_named(name, factor):
+    class Own(Schedule):
+        def __call__(self, index, count):
+            return factor
+
+    with pytest.raises(ValueError, match=rf"^layer_dropout.{name}: Own\(\d, \d\): .* is not a number"):
+        LayerDropout(0.1, **{name: Own()}).drop_rates(0, 5, 4)

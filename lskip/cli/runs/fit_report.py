@@ -6,10 +6,12 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from lskip.callbacks import LayerMetrics
 from lskip.evaluation.layers.figure import print_layers
 from lskip.models.pretrained import is_run
+from lskip.models.prompt_form import trained_ending
 from lskip.utils.untrusted import printable
 
 
@@ -31,7 +33,15 @@ def print_end(trainer: Trainer, folder: Path) -> None:
         return
     run = shlex.quote(printable(str(folder), keep=""))
     print(f"run: {steps}, in {run}")
-    print(f'next: lskip generate --model {run} --prompt "…"')
+    print(f"next: lskip generate --model {run} --prompt {_prompt_like(trainer.lightning_module.tokenizer)}")
     print(f"      lskip validate --model {run}")
     if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
         print(f"      tensorboard --logdir {run}")
+
+
+def _prompt_like(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Return a word of the shell that stands for a prompt as training had them."""
+    ending = "" if tokenizer is None else trained_ending(tokenizer)
+    if not ending:
+        return '"…"'
+    return f"$'…{ending.encode('unicode_escape').decode().replace(chr(39), chr(92) + chr(39))}'"

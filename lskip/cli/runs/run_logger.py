@@ -1,20 +1,31 @@
 """TensorBoard logger of a run."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 
 class RunLogger(TensorBoardLogger):
-    """Lightning's TensorBoardLogger without the "epoch" curve and without hparams.yaml, which would be empty."""
+    """Lightning's TensorBoardLogger without the "epoch" curve and without hparams.yaml, which would be empty.
+
+    Args:
+        folder: of the event files.
+        steps: optimizer steps of the checkpoint that is measured, under which all is logged; None: as Lightning counts.
+        purge_step: of TensorBoardLogger.
+    """
+
+    def __init__(self, folder: Path, steps: int | None = None, purge_step: int | None = None):
+        super().__init__(folder, name="", version="", purge_step=purge_step)
+        self.steps = steps
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log all metrics but "epoch"."""
         values = {name: value for name, value in metrics.items() if name != "epoch"}
         if values:
-            super().log_metrics(values, step)
+            super().log_metrics(values, step if self.steps is None else self.steps - 1)  # Lightning counts from 0
 
     @rank_zero_only
     def save(self) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +18,7 @@ from lskip.data.packing import NOT_SCORED
 from lskip.evaluation.layers.divergence import report_divergence
 from lskip.evaluation.layers.divergence_figure import divergence_figure, print_divergence
 from lskip.evaluation.layers.figure import image_of
-from lskip.evaluation.layers.inspect_data import DataOptions
+from lskip.evaluation.layers.inspect_data import USUAL_BLOCK, DataOptions
 from lskip.evaluation.layers.settling import Settling, read_settling, spellings
 from lskip.evaluation.layers.settling_page import settling_page, token_ids
 from lskip.inference.loading import resolve_device
@@ -69,7 +70,7 @@ def inspect(
     check_choice("dtype", dtype, DTYPES)
     folder = _free(user_path(output, "output"), overwrite)
     place, documents = resolve_device(device), data_options.open()
-    _check_model(load_config(model), data_options.block_size)
+    data_options = _fitting(load_config(model), data_options)
     with output_folder(folder), interrupt_explained("; nothing is written yet: the same command begins anew"):
         loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
         if tokenizer is None:
@@ -95,12 +96,15 @@ def _free(folder: Path, overwrite: bool) -> Path:
     return folder
 
 
-def _check_model(config: PreTrainedConfig, block_size: int) -> None:
-    """Raise ValueError for an unsupported family, or a context shorter than a block."""
+def _fitting(config: PreTrainedConfig, options: DataOptions) -> DataOptions:
+    """Return the options with a block_size; ValueError for an unsupported family, or a context shorter than a block."""
     family_of(config)
     longest = config.max_position_embeddings
-    if block_size > longest:
-        raise ValueError(f"block_size: {block_size} is more than the {longest} tokens that the model can read")
+    if options.block_size is None:
+        return replace(options, block_size=min(USUAL_BLOCK, longest))
+    if options.block_size > longest:
+        raise ValueError(f"block_size: {options.block_size} is more than the {longest} tokens that the model can read")
+    return options
 
 
 def _beginning(batch: dict[str, Tensor]) -> Tensor:

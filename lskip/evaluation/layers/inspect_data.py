@@ -22,6 +22,7 @@ from lskip.data.tokenizer import check_tokenizer
 from lskip.utils.checks import check_whole
 
 TOPICS = "topics"  # Python's own help topics: English prose on every machine
+USUAL_BLOCK = 512
 HELD_OUT = (0.05, 0.05)  # default shares of val and test in `fit`
 
 
@@ -33,7 +34,7 @@ class DataOptions:
         data: topics (English prose that comes with Python), or what --data.source of fit takes: stdlib, packages,
             home_assistant, a file, a folder, a hub data set.
         split: only what fit, by default, would train on or hold out of the data: train, val or test; null: all of it.
-        block_size: tokens in a block.
+        block_size: tokens in a block; null: 512, or as many as the model can read.
         num_blocks: blocks that are read, at most: the first ones of the data.
         batch_size: blocks that go through the model together.
 
@@ -43,12 +44,13 @@ class DataOptions:
 
     data: str = TOPICS
     split: Literal["train", "val", "test"] | None = None
-    block_size: int = 512
+    block_size: int | None = None
     num_blocks: int = 8
     batch_size: int = 4
 
     def __post_init__(self):
-        for name, lowest in (("block_size", 2), ("num_blocks", 1), ("batch_size", 1)):
+        sizes = {"num_blocks": 1, "batch_size": 1, **({} if self.block_size is None else {"block_size": 2})}
+        for name, lowest in sizes.items():
             check_whole(name, getattr(self, name), lowest)
 
     @property

@@ -17,7 +17,7 @@ class RunSummary:
 
     Attributes:
         settings: of run_settings, with the data that the report is on; empty without config.yaml.
-        steps: optimizer steps before the last validation (for `lskip validate`, of the checkpoint); None: unknown.
+        steps: optimizer steps before the last validation; None: unknown.
         report: of that validation.
         trained: optimizer steps of the checkpoint; None: unknown.
     """
@@ -44,9 +44,12 @@ def read_run(folder: Path) -> RunSummary:
         raise FileNotFoundError(f"runs: there is no folder '{folder}'")
     settings = _settings(folder / "config.yaml")
     if (measured := last_validation(folder)) is not None:
-        return RunSummary(settings, *measured, trained=_steps_of(folder))
+        return RunSummary(settings, *measured, trained=steps_of(folder))
     if (measured := last_validation(folder / "validate")) is not None:
-        return RunSummary(_with_data_of(settings, folder / "validate"), _steps_of(folder), measured[1])
+        steps, report = measured
+        of_before = steps == 1  # lskip logged every `lskip validate` as that of the first step
+        read = _with_data_of(settings, folder / "validate")
+        return RunSummary(read, None if of_before else steps, report, trained=steps_of(folder))
     command = f"lskip validate --model {shlex.quote(str(folder))}"
     raise ValueError(f"runs: '{folder}' has no numbers of its layers; this makes them: {command}")
 
@@ -68,7 +71,7 @@ def _settings(path: Path) -> dict[str, str | float | int | bool]:
     return run_settings(config)
 
 
-def _steps_of(folder: Path) -> int | None:
+def steps_of(folder: Path) -> int | None:
     """Return the optimizer steps of a run's checkpoint; None if it cannot be read."""
     path = folder / LAST_CHECKPOINT
     if not path.is_file():

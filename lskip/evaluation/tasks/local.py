@@ -32,7 +32,8 @@ class LocalTask(Task):
             path: the file.
             metrics: of its answers: rouge, bleu, edit_similarity, exact_match; null: edit_similarity.
             stop_strings: texts, each of which ends an answer; null: none.
-            chat: whether a plain prompt goes through the chat template; null: when the model has one.
+            chat: whether a plain prompt goes through the chat template; null: when the model has one,
+                and was not trained on pairs without it.
 
         Raises:
             ValueError: a bad argument, or a bad line, with its number. FileNotFoundError: no such file.

@@ -27,7 +27,8 @@ class Task(ABC):
     Attributes:
         metrics: names in lskip.evaluation.tasks.scores.METRICS.
         stop_strings: each ends an answer and is no part of it.
-        chat: whether a plain prompt goes through the chat template; None: when the model has one.
+        chat: whether a plain prompt goes through the chat template; None: when the model has one, and
+            was not trained on pairs without it.
         max_new_tokens: of an answer, at most.
     """
 

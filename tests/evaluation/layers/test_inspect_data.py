@@ -48,7 +48,7 @@ def test_of_pairs_only_completions_are_scored(tmp_path, tiny_tokenizer):
 
 def test_what_fills_no_block_is_refused(tmp_path, tiny_tokenizer):
     (tmp_path / "short.txt").write_text("def add")
-    options = DataOptions(data=str(tmp_path / "short.txt"))
+    options = DataOptions(data=str(tmp_path / "short.txt"), block_size=512)
     with pytest.raises(ValueError, match=r"^data: .*short.txt does not fill one block_size of 512 tokens$"):
         options.open().batches(tiny_tokenizer, options)
 

@@ -57,7 +57,7 @@ def test_layers_beyond_99_keep_their_order(tmp_path):
 def test_a_validation_after_training_stands_in(tmp_path):
     write_events(tmp_path / "validate", LAST)
     found = read_run(tmp_path)
-    assert found.steps is None and found.report.perplexity == LAST[1] and found.settings == {}
+    assert found.steps == 20 and found.report.perplexity == LAST[1] and found.settings == {}
     write_events(tmp_path, FIRST)
     assert read_run(tmp_path).report.perplexity == FIRST[1]
 
@@ -86,6 +86,11 @@ def test_what_fit_and_validate_leave(tmp_path, tiny_config, capsys):
     assert main(["validate", f"--model={run}", f"--run_folder={run}", *data, *quiet]) == 0
     found = read_run(run)
     assert found.settings["early_exit_loss.curriculum"] == "Gradual" and len(found.report.perplexity) == 4
+    assert found.steps == found.trained == 2
     table = [set(line.replace("│", " ").split()) for line in capsys.readouterr().out.splitlines()]
     for layer, perplexity in enumerate(found.report.perplexity, start=1):
         assert any({str(layer), f"{perplexity:.4g}"} <= cells for cells in table)
+    on = ["--trainer.max_steps=3", "--ckpt_path=last", "--trainer.limit_val_batches=0"]
+    assert main(["fit", *train, *data, *quiet, *on]) == 0
+    found = read_run(run)
+    assert (found.steps, found.trained) == (2, 3)  # it was measured before it went on
