@@ -95,6 +95,7 @@ def files(random: Random) -> Iterator[Case]:
         "d.Json",
         "d.jsonl.gz",
         "d.csv",
+        "d.csv.zst",
         "d.tsv",
         "d.gz",
         "d.zip",
@@ -182,6 +183,11 @@ def tables(random: Random) -> Iterator[Case]:
     yield of_bytes(
         "parquet", "lists", refused("text|source"), parquet({"text": [[text] for text in DOCUMENTS]}), "d.parquet"
     )
+
+
+def table(texts: list[str]) -> str:
+    """Return a .csv of one column."""
+    return "\r\n".join(["text", *('"' + text.replace('"', '""') + '"' for text in texts)])
 
 
 def parquet(columns: dict) -> bytes:

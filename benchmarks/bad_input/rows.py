@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from benchmarks.bad_input.data import DOCUMENTS, FIT, GOOD, READ_OR_NAMED, case, lines, of_bytes, parquet, trained_on
+from benchmarks.bad_input.data import (
+    DOCUMENTS,
+    FIT,
+    GOOD,
+    READ_OR_NAMED,
+    case,
+    lines,
+    of_bytes,
+    parquet,
+    table,
+    trained_on,
+)
 from benchmarks.bad_input.verdict import Case, done, either, refused
 
 
@@ -204,7 +216,10 @@ def folders() -> Iterator[Case]:
         "one .json of a list": (told, {"train.json": json.dumps([{"text": text} for text in DOCUMENTS])}),
         "a .JSONL": (told, {"train.JSONL": lines()}),
         "a .ndjson": (told, {"train.ndjson": lines()}),
-        "a .csv": (refused("source"), {"train.csv": "text\na\nb\n"}),
+        "a .csv": (READ, {"train.csv": table(DOCUMENTS)}),
+        "a .csv.gz": (READ, {"train.csv.gz": gzip.compress(table(DOCUMENTS).encode())}),
+        "a .csv with a row cut": (refused("source"), {"train.csv": "a,text\n" + table(DOCUMENTS)}),
+        "a .xlsx": (refused("source"), {"train.xlsx": "text\na\nb\n"}),
         "a .jsonl.gz": (refused("source"), {"train.jsonl.gz": b"\x1f\x8b\x08\0\0"}),
         "jsonl and parquet": (refused("source"), {**jsonl, "train.parquet": parquet({"text": DOCUMENTS})}),
         "two jsonl, one empty": (told, {**jsonl, "more.jsonl": b""}),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lskip.data.files import LONGEST, NotTextError, files_below, numbered_lines
+from lskip.data.files import LONGEST, NotTextError, files_below, numbered_lines, suffix_of
 
 SKIPPED_FOLDERS = ("site-packages", "dist-packages", "test", "tests", "testing", "idle_test", "__pycache__")
 PROSE_DOCUMENT = 4000  # characters after which a long .txt is cut at the next blank line
@@ -81,7 +81,7 @@ def cut_lines(
     needs many), or after a line of spaces where none is empty. A lone .txt with neither has one document for each line.
     Any other file is one document.
     """
-    is_txt, by_line = path.suffix.lower() == ".txt", lone and separator == LINES
+    is_txt, by_line = suffix_of(path) == ".txt", lone and separator == LINES
     begin, document, length = 1, [], 0
     for number, line in lines:
         if is_txt and by_line:

@@ -12,11 +12,17 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-TABLES = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
-PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar")
+from lskip.utils.foreign import first_line
+
+TABLES = {
+    **{".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"},
+    **{".csv": "csv", ".tsv": "csv"},
+}
+CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # of pyarrow, behind the suffix of what is compressed
+PACKED = (".xz", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar")
 # Kinds that are not read; other binary files are recognized by their content.
-NOT_READ = (*PACKED, ".csv", ".tsv", ".xls", ".xlsx", ".arrow", ".feather", ".pdf", ".rtf", ".doc", ".docx", ".odt")
-READ = ".txt, .jsonl, .ndjson, .json, .parquet or any file of UTF-8 text"
+NOT_READ = (*PACKED, ".xls", ".xlsx", ".arrow", ".feather", ".pdf", ".rtf", ".doc", ".docx", ".odt")
+READ = ".txt, .jsonl, .ndjson, .json, .csv, .tsv (or these as .gz, .bz2, .zst), .parquet or any file of UTF-8 text"
 # Files that describe a data set cloned from a hub.
 CARDS = ("readme", "license", "licence", "citation", "dataset_info", "dataset_infos", "dataset_dict", "state")
 HELD_OUT = re.compile(r"(test|validation|valid|val|dev|eval)\b", re.ASCII)  # names of other splits' files
@@ -35,17 +41,26 @@ class NotTextError(ValueError):
     """A file whose content is not UTF-8 text, nor text in the encoding of its byte order mark."""
 
 
+def suffix_of(path: Path) -> str:
+    """Return the suffix that says what a file holds, in small letters: of a.JSONL.gz it is .jsonl."""
+    return (Path(path.stem) if path.suffix.lower() in CODECS else path).suffix.lower()
+
+
 def kind_of(path: Path) -> str | None:
-    """Return "json", "parquet" or "text" by the file's suffix; None for a kind that is not read."""
-    suffix = path.suffix.lower()
-    return None if suffix in NOT_READ else TABLES.get(suffix, "text")
+    """Return "json", "csv", "parquet" or "text" by the file's suffix; None for a kind that is not read."""
+    suffix = suffix_of(path)
+    if suffix in NOT_READ or (suffix == ".parquet" and suffix != path.suffix.lower()):
+        return None
+    return TABLES.get(suffix, "text")
 
 
 def check_is_read(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"source: '{path}' is neither a file nor a folder")
-    suffix = path.suffix.lower()
-    if suffix in NOT_READ:
+    if kind_of(path) is None:
+        suffix = suffix_of(path)
+        if suffix == ".parquet":
+            raise ValueError(f"source: '{path}': a .parquet file is compressed inside; unpack it first")
         advice = "unpack it first" if suffix in PACKED else f"give {READ}"
         raise ValueError(f"source: '{path}': a {suffix} file is not read; {advice}")
 
@@ -79,14 +94,14 @@ def folder_files(folder: Path) -> tuple[list[Path], str]:
     kinds = {file: kind_of(file) if file.is_file() or file.is_symlink() else None for file in files}
     cards = {file for file in files if file.name.lower().split(".")[0] in CARDS}
     texts = [file for file in files if kinds[file] == "text" and file not in cards]
-    rows = [file for file in files if kinds[file] in ("json", "parquet") and file not in cards]
+    rows = [file for file in files if kinds[file] in ("json", "csv", "parquet") and file not in cards]
     if texts:
-        rows = [file for file in rows if file.suffix.lower() != ".json" or begins_as_rows(file)]
+        rows = [file for file in rows if suffix_of(file) != ".json" or begins_as_rows(file)]
     if rows and len(rows) >= len(texts):
         check_one_kind(folder, rows)
         kept, kind = rows, kinds[rows[0]]
     else:
-        kept, kind = [file for file in files if kinds[file] == "text" or file.suffix.lower() == ".json"], "text"
+        kept, kind = [file for file in files if kinds[file] == "text" or suffix_of(file) == ".json"], "text"
         warn(folder, "files of rows are read as text", set(kept) & set(rows))
     if set(kept) <= cards and None in kinds.values():
         kept = []  # only what save_to_disk writes beside its .arrow files
@@ -101,7 +116,7 @@ def folder_files(folder: Path) -> tuple[list[Path], str]:
 
 def check_one_kind(folder: Path, rows: list[Path]) -> None:
     if len({kind_of(file) for file in rows}) > 1:
-        suffixes = " and ".join(sorted({file.suffix.lower() for file in rows}))
+        suffixes = " and ".join(sorted({suffix_of(file) for file in rows}))
         raise ValueError(f"source: folder '{folder}' holds {suffixes} files; name a folder with one kind")
 
 
@@ -125,8 +140,18 @@ def begins_as_rows(path: Path) -> bool:
         return False
 
 
+def open_bytes(path: Path) -> io.BufferedReader:
+    """Open a file to read; a compressed one is unpacked as it is read."""
+    codec = CODECS.get(path.suffix.lower())
+    if codec is None:
+        return path.open("rb")
+    import pyarrow  # slow import: only when needed
+
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=codec))
+
+
 def encoding_of(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         begin = file.read(4)
     return next((encoding for mark, encoding in BOMS.items() if begin.startswith(mark)), "utf-8")
 
@@ -135,10 +160,10 @@ def encoding_of(path: Path) -> str:
 def opened(path: Path) -> Iterator[io.TextIOWrapper]:
     """Open a text file whose lines end in "\\n" alone; raise ValueError if it cannot be read."""
     try:
-        with path.open(encoding=encoding_of(path), newline="\n") as file:
+        with io.TextIOWrapper(open_bytes(path), encoding_of(path), newline="\n") as file:
             yield file
-    except OSError as error:
-        raise ValueError(f"source: cannot read '{path}' ({error.strerror})") from error
+    except OSError as error:  # without strerror: a compressed file that is damaged
+        raise ValueError(f"source: cannot read '{path}' ({error.strerror or first_line(error)})") from error
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -150,7 +175,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     with opened(path) as file:
         read = in_bytes if file.encoding.startswith("utf-8") else in_characters
         if file.encoding == "utf-8-sig":
-            file.buffer.seek(len(codecs.BOM_UTF8))
+            file.buffer.read(len(codecs.BOM_UTF8))
         for number in count(1):
             try:
                 line, is_long = read(file, LONGEST + 1)

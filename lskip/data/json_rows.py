@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lskip.data.corpora import PLACE
-from lskip.data.files import LONGEST, NotTextError, numbered_lines, opened
+from lskip.data.files import LONGEST, NotTextError, numbered_lines, opened, suffix_of
 from lskip.utils.untrusted import parse_json
 
 CHUNK = 2**20  # characters
@@ -40,7 +40,7 @@ def is_listed(path: Path) -> bool:
     try:
         json.loads(first)
     except (ValueError, RecursionError):
-        return path.suffix.lower() == ".json" and first.startswith("{")
+        return suffix_of(path) == ".json" and first.startswith("{")
     return False
 
 

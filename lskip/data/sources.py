@@ -11,6 +11,7 @@ from datasets import IterableDataset, config, load_dataset
 from huggingface_hub import constants
 
 from lskip.data.corpora import EMBEDDED, read_texts
+from lskip.data.csv_rows import read_csv
 from lskip.data.files import check_is_read, folder_files, kind_of
 from lskip.data.json_rows import read_json
 from lskip.utils.foreign import first_line
@@ -90,7 +91,7 @@ def open_files(source: str, files: list[Path], kind: str, streaming: bool, lone:
     paths = [str(file) for file in files]
     if kind == "parquet":
         return load(source, kind, True, data_files=paths), key
-    read = {"json": read_json, "text": read_texts}[kind]
+    read = {"json": read_json, "csv": read_csv, "text": read_texts}[kind]
     if streaming:  # an IterableDataset, which distributes the files among workers
         return IterableDataset.from_generator(read, gen_kwargs={"paths": paths, "lone": lone}), key
     return FileRows(read, paths, lone), key

@@ -1,9 +1,9 @@
 """Files of a source: read by their kind, refused by name, or left out with a warning."""
 
-import bz2
 import codecs
 import gzip
 import json
+import lzma
 import os
 
 import numpy as np
@@ -84,7 +84,8 @@ def test_rows_of_a_file(text_data, tmp_path, name, content, streaming):
         pytest.param({"README.md": b"a", "train.json": LIST}, "1 files left out", id="README and a .json"),
         pytest.param({"name.py": b"a = 1", "train.json": LIST}, "such as name.py", id="script and a .json"),
         pytest.param({"a.ndjson": LINES, "deep/B.JSONL": LINES, "c.json": LIST}, None, id="three spellings of rows"),
-        pytest.param({"a.jsonl": LINES, "b.csv": b"a,b"}, "1 files left out, such as b.csv", id="csv beside rows"),
+        pytest.param({"a.jsonl": LINES, "b.xlsx": b"a,b"}, "1 files left out, such as b.xlsx", id="xlsx beside rows"),
+        pytest.param({"a.JSONL.GZ": gzip.compress(LINES), "b.jsonl": b""}, None, id="compressed rows"),
         pytest.param({"x.jsonl/d.jsonl": LINES}, None, id="a folder named x.jsonl"),
         pytest.param(
             {"train.jsonl": LINES, "test.jsonl": b""},
@@ -106,12 +107,25 @@ def test_rows_of_a_folder(text_data, tmp_path, recwarn, files, words):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        pytest.param("d.jsonl.gz", gzip.compress(LINES), "a .gz file is not read; unpack it first", id="F45 gz"),
+        pytest.param("d.jsonl.gz", LINES, "cannot read '.*d.jsonl.gz'", id="not gz"),
+        pytest.param("d.jsonl.gz", gzip.compress(LINES)[:-9], "cannot read .* .Truncated", id="gz that is cut"),
+        pytest.param("d.jsonl.zst", LINES, "cannot read '.*d.jsonl.zst'", id="not zst"),
+        pytest.param("d.tar.gz", gzip.compress(LINES), "a .tar file is not read; unpack it first", id="tar.gz"),
+        pytest.param("d.parquet.gz", gzip.compress(LINES), "a .parquet file is compressed inside", id="parquet.gz"),
+        pytest.param("d.csv", b"", "is empty", id="empty csv"),
+        pytest.param("d.csv", b"\n\n", "its first row must name the columns", id="blank csv"),
+        pytest.param("d.csv", b"text,text\na,b\n", "its first row must name the columns, each once", id="csv twice"),
+        pytest.param("d.csv", b"text,\na,b\n", "its first row must name the columns", id="csv without a name"),
+        pytest.param("d.csv", b"text\n\na,b\n", "line 3: 2 values for the 1 columns", id="csv too many"),
+        pytest.param("d.tsv", b'text\tb\n"a\nc"\n', "line 2: 1 value for the 2 columns", id="tsv too few"),
+        pytest.param("d.csv", b'text\n"a\n', "line 2 is not a row of .csv .unexpected end", id="csv open quote"),
+        pytest.param("d.csv", b"a,b\n1,2\n", "has the columns", id="csv of other columns"),
+        pytest.param("d.csv", b"text\ncaf\xe9\n", "is not UTF-8 text", id="Latin-1 csv"),
         pytest.param("d.jsonl", gzip.compress(LINES), "is not UTF-8 text|NUL bytes in line 1", id="gz named otherwise"),
-        pytest.param("d.txt.bz2", bz2.compress(LINES), "a .bz2 file is not read", id="bz2"),
+        pytest.param("d.txt.xz", lzma.compress(LINES), "a .xz file is not read", id="xz"),
         *[
             pytest.param(f"d{suffix}", LINES, f"d{suffix}': a {suffix.lower()} file is not read", id=suffix)
-            for suffix in (".csv", ".TSV", ".zst", ".xz", ".zip", ".tar", ".arrow", ".pdf", ".docx")
+            for suffix in (".XLSX", ".lz4", ".zip", ".tar", ".arrow", ".pdf", ".docx")
         ],
         pytest.param(
             "d.txt", "caf\u00e9\n".encode("latin-1"), r"d.txt' is not UTF-8 text \(line 1\)", id="F47 Latin-1"
@@ -150,7 +164,8 @@ def test_a_file_that_is_refused(text_data, tmp_path, name, content, words, strea
             "no text files",
             id="save_to_disk of splits",
         ),
-        pytest.param({"a.gz": b"a", "b.csv": b"a,b"}, r"no text files, such as a.gz", id="packed and csv alone"),
+        pytest.param({"a.xz": b"a", "b.xlsx": b"a,b"}, r"no text files, such as a.xz", id="packed and xlsx alone"),
+        pytest.param({"a.jsonl": LINES, "b.csv.gz": b"a"}, ".csv and .jsonl files", id="csv beside rows"),
         pytest.param({"a.txt": b"\xe9", "b.txt": b"\xe8"}, "no documents", id="all of it Latin-1"),
     ],
 )
