@@ -190,7 +190,8 @@ class LayerSkipModule(RunModule):
         An exit target or an anchor replaces CE; the loss of an exit classifier is added.
 
         Args:
-            batch: {"input_ids" [B, S], "labels" [B, S] or absent (all are scored), -100 where not scored}.
+            batch: {"input_ids" [B, S], "labels" [B, S] or absent (all are scored), -100 where not scored,
+                "position_ids" [B, S] or absent (`Decoder.enter`)}.
             micro_batch: number of the batch in the run, the key of the random draws.
 
         Returns:
@@ -199,14 +200,13 @@ class LayerSkipModule(RunModule):
         Raises:
             ValueError: all exit weights are 0.
         """
-        input_ids, decoder = batch["input_ids"], self.decoder
-        positions, targets = scored_of(batch)
+        decoder, (positions, targets) = self.decoder, scored_of(batch)
         exits = [block for block, weight in enumerate(self.exit_weights.values) if weight > 0]
         if not exits:
             raise ValueError("exit_weights: all are 0, so that nothing is trained; set at least one")
         if self.supervision.needs_last_layer:
             exits = sorted({*exits, decoder.num_layers - 1})
-        through = self._exit_states(input_ids, exits, micro_batch)
+        through = self._exit_states(batch, exits, micro_batch)
         read = [self._exit_rows(block, x, positions, targets, micro_batch) for block, x in through]
         last_states = read[-1].states if exits[-1] == decoder.num_layers - 1 else None
         total, losses = head_loss(
@@ -216,7 +216,7 @@ class LayerSkipModule(RunModule):
             torch.cat([rows.labels for rows in read]),
             torch.cat([rows.weights for rows in read]),
             decoder.logit_softcap,
-            self.supervision.of_step([rows.picked for rows in read], last_states, input_ids, positions),
+            self.supervision.of_step([rows.picked for rows in read], last_states, batch, positions),
         )
         last = losses[len(losses) - len(read[-1].labels) :]
         classifier_loss = self._mean([rows.classifier_loss for rows in read])
@@ -244,11 +244,10 @@ class LayerSkipModule(RunModule):
         there = [loss for loss in losses if loss is not None]
         return sum(there) / len(there) if there else 0.0
 
-    def _exit_states(self, input_ids: Tensor, exits: list[int], micro_batch: int):
+    def _exit_states(self, batch: dict[str, Tensor], exits: list[int], micro_batch: int):
         """Yield (block, its output [B, S, D]) for the blocks in `exits`, ascending, with layer dropout."""
-        x = self.decoder.embed(input_ids)
-        self.work.embed(*input_ids.shape)
-        inputs = self.decoder.block_inputs(x)
+        x, inputs = self.decoder.enter(batch["input_ids"], batch.get("position_ids"))
+        self.work.embed(*x.shape[:2])
         for block in range(max(exits) + 1):
             rate, scale = self.drop_rates.values[block], self.kept_scales.values[block]
             dropped = draw_dropped(self.seed, micro_batch, block, len(x), rate, self.mask_rank)
@@ -282,8 +281,8 @@ class LayerSkipModule(RunModule):
 
     def _read(self, name: str, batch: dict[str, Tensor]) -> Readout:
         self.check_batch(batch)
-        ids, labels = batch["input_ids"], batch.get("labels")
-        readout = self(read_exits, self.decoder, ids, labels, self.validated_exits, self.exits)
+        ids, labels, places = batch["input_ids"], batch.get("labels"), batch.get("position_ids")
+        readout = self(read_exits, self.decoder, ids, labels, self.validated_exits, self.exits, places)
         last = readout.losses[-1]
         # A mean over tokens, of all batches and devices.
         self.held_out_loss.update(last.sum() / max(len(last), 1), len(last))

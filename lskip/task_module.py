@@ -106,7 +106,7 @@ class TaskModule(LayerSkipModule):
         if not exits:
             raise ValueError("exit_weights: all are 0, so that nothing is trained; set at least one")
         total, classifier_losses = 0.0, []
-        for block, x in self._exit_states(batch["input_ids"], exits, micro_batch):
+        for block, x in self._exit_states(batch, exits, micro_batch):
             states = last_states(x, batch["lengths"])
             outputs = self.read(block + 1, states)
             loss = self.task.losses(outputs, targets).mean()

@@ -1,6 +1,8 @@
 """The LightningDataModule that turns texts, pairs and conversations into batches of tokens."""
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from lskip.data.corpus import StoredCorpus
 from lskip.data.documents import NOT_CONTENT, SplitRule, content_key, first_columns, texts_of
 from lskip.data.formats import record_kind
 from lskip.data.loading import ResumableLoader, ResumableSampler, held_out_loader
-from lskip.data.packing import ENCODERS, NOT_SCORED, collate, encode_documents, scored_lengths
+from lskip.data.packing import DOCUMENTS, ENCODERS, NOT_SCORED, border_of, collate, encode_documents, scored_lengths
 from lskip.data.sources import open_source
 from lskip.data.streaming import StreamedBlocks, StreamedCorpus, StreamLoader
 from lskip.data.tokenizer import SMALLEST_VOCABULARY, check_tokenizer, tokenizer_key, trained_tokenizer
@@ -43,7 +45,7 @@ class TextData(LightningDataModule):
     as the longest row needs); labels are aligned with the inputs (the model shifts them) and -100 where a token is not
     scored. The columns of the source decide: `messages` (a conversation in each row, every assistant turn is scored; a
     `completion` beside them is the last), `prompt` and `completion` (a pair, the completion is scored), or `text`
-    (joined, with the end-of-text token after each, and cut into blocks); else `conversations` (ShareGPT's: from human,
+    (packed, with the end-of-text token after each, and cut into blocks); else `conversations` (ShareGPT's: from human,
     gpt, system or tool, and value) or `instruction`, `input` and `output` (a pair, with Stanford Alpaca's prompt).
     `tools` beside `messages` are passed to the chat template. A conversation or pair longer than a block is cut at the
     right, and left out with a warning if nothing scored remains. A special token that a text spells is plain text.
@@ -54,8 +56,7 @@ class TextData(LightningDataModule):
     counts, in a stream each); with `val_within_groups` validation is other documents of the groups of training.
 
     Training order is a function of (seed, batch number): a run resumed with `ckpt_path` gets the batches that it would
-    have got uninterrupted, if batch_size and the number of devices are the same. Validation and test are in a fixed
-    order, each row once however many devices there are.
+    have got uninterrupted. Validation and test are in a fixed order, each row once however many devices there are.
 
     Args:
         source: "stdlib" (the Python source of this interpreter's standard library), "packages" (of the installed
@@ -81,6 +82,9 @@ class TextData(LightningDataModule):
         num_workers: processes that load batches; 0 loads in the training process.
         group_by_length: make batches of rows of similar length, so that little is padded; text needs none, and a
             stream cannot.
+        documents: of texts in one row: separate (attention stays inside each, its positions begin at 0, and its first
+            token is not scored) or joined (as one long text, at less cost); null: separate, and a run of `lskip fit`
+            that goes on keeps what it had.
         seed: of the training order; null: the run's seed_everything, and 0 outside of `lskip fit`.
         cache_dir: folder of cached documents, tokenizers and tokens; null is ~/.cache/lskip.
 
@@ -106,6 +110,7 @@ class TextData(LightningDataModule):
         val_within_groups: bool = False,
         split_digits: bool = False,
         group_by_length: bool = False,
+        documents: Literal["separate", "joined"] | None = None,
     ):
         super().__init__()
         check_source(source)
@@ -129,7 +134,8 @@ class TextData(LightningDataModule):
         self.block_size, self.batch_size = block_size, batch_size
         self.rule = SplitRule(val_fraction, test_fraction, val_within_groups)
         self.text_column, self.max_val_blocks, self.streaming = text_column, max_val_blocks, streaming
-        self.num_workers, self.group_by_length = num_workers, group_by_length
+        check_choice("documents", documents, (None, *DOCUMENTS))
+        self.num_workers, self.group_by_length, self.are_joined = num_workers, group_by_length, documents == "joined"
         self.cache = check_cache(cache_dir)
         self.training_documents: dict[str, str] | None = None  # kind and hash; None: not read yet, or streamed
         self._blocks: dict[str, Dataset] = {}
@@ -197,17 +203,6 @@ class TextData(LightningDataModule):
         if split not in self._blocks:
             self._blocks[split] = self._encoded(split)
         return self._blocks[split]
-
-    def unigram_perplexity(self, split: str = "val") -> float:
-        """Return the perplexity of `split` under token frequencies of the training split, each count plus one.
-
-        A model that ignores its context reaches about this.
-        """
-        self._check_filled(split)
-        counts = self.token_counts("train") + 1
-        held_out = self.token_counts(split)
-        log_probability = np.log(counts / counts.sum())
-        return float(np.exp(-(held_out * log_probability).sum() / held_out.sum()))
 
     def token_counts(self, split: str, most_rows: int | None = None) -> np.ndarray:
         """Return how often each token is a target in `split`, int64 [len(tokenizer)].
@@ -288,7 +283,12 @@ class TextData(LightningDataModule):
         """Return the arguments of every loader, with a generator of its own in place of the global one."""
         own = torch.Generator().manual_seed(self.seed)
         sizes = {"batch_size": self.batch_size, "num_workers": self.num_workers}
-        return {**sizes, "collate_fn": collate, "generator": own}
+        return {**sizes, "collate_fn": self._collate, "generator": own}
+
+    @cached_property
+    def _collate(self) -> Callable:
+        is_apart = self._corpus.kind == "text" and not self.are_joined
+        return partial(collate, border=border_of(self.tokenizer)) if is_apart else collate
 
     def _share(self) -> tuple[int, int]:
         """Return the number of data-parallel processes, and the rank of this one."""

@@ -188,12 +188,26 @@ class Decoder:
         dropout = self._part(family.embedding_dropout)
         return x if dropout is None else dropout(x)
 
+    def enter(self, input_ids: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, BlockInputs]:
+        """Return the input of block 0 [B, S, D] and what all blocks share, for a pass over whole rows.
+
+        Args:
+            input_ids: [B, S].
+            position_ids: [B, S], each token's position in its document: attention stays inside one, and another begins
+                where a position is 0. None: each row is one document.
+        """
+        x = self.embed(input_ids, position_ids)
+        if position_ids is None:
+            return x, self.block_inputs(x)
+        return x, self.block_inputs(x, position_ids, documents=(position_ids == 0).cumsum(1))
+
     def block_inputs(
         self,
         x: Tensor,
         positions: Tensor | None = None,
         cache: Any = None,
         key_positions: dict[int | None, Tensor] | None = None,
+        documents: Tensor | None = None,
     ) -> BlockInputs:
         """Return positions and masks for one pass over x [B, Q, D].
 
@@ -204,13 +218,14 @@ class Decoder:
             key_positions: window of a block -> [1 or B, K], the positions of the keys in its cache; needed with a
                 cache. Masks are then always explicit: without one, scaled_dot_product_attention would cut a longer
                 cache to the first Q keys.
+            documents: [B, Q], the number of each token's document, inside which attention stays; None: there is one.
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
         windows = {self.window(block) for block in range(self.num_layers)}
         if cache is None:
             key_positions = dict.fromkeys(windows)
-        masks = {window: self._mask(positions, window, key_positions[window], x.dtype) for window in windows}
+        masks = {window: self._mask(positions, window, key_positions[window], documents, x.dtype) for window in windows}
         return BlockInputs(positions, self._cos_sin(x, positions), masks, cache)
 
     def _within(self, positions: Tensor) -> Tensor:
@@ -228,9 +243,16 @@ class Decoder:
             return {None: self.rotary(x, positions)}
         return {kind: self.rotary(x, positions, kind) for kind in set(self.config.layer_types)}
 
-    def _mask(self, positions: Tensor, window: int | None, keys: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    def _mask(
+        self,
+        positions: Tensor,
+        window: int | None,
+        keys: Tensor | None,
+        documents: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor | None:
         queries = positions.shape[1]
-        kernels_mask = keys is None and self.config._attn_implementation == "sdpa"
+        kernels_mask = keys is None and documents is None and self.config._attn_implementation == "sdpa"
         if kernels_mask and (window is None or window >= queries):
             return None  # plain causal attention, which the kernels do without a mask
         keys = positions if keys is None else keys
@@ -238,6 +260,8 @@ class Decoder:
         visible = distance >= 0
         if window is not None:
             visible &= distance < window
+        if documents is not None:
+            visible &= documents[:, None, :, None] == documents[:, None, None, :]
         # Additive, since eager attention takes no boolean mask.
         return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
             ~visible, torch.finfo(dtype).min

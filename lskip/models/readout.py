@@ -45,10 +45,16 @@ def read_exits(
     labels: Tensor | None,
     exits: Sequence[int],
     trained: TrainedExits | None = None,
+    position_ids: Tensor | None = None,
 ) -> Readout:
-    """Return losses and predictions of each exit, as `read_logits` with `score_logits`."""
+    """Return losses and predictions of each exit, as `read_logits` with `score_logits`.
+
+    Args:
+        position_ids: [B, S], of rows of several documents (`Decoder.enter`); None: each row is one.
+    """
     positions, targets = scored_positions(input_ids, labels)
-    return Readout(*read_positions(decoder, input_ids, positions, targets, exits, score_logits, trained), positions)
+    scored = input_ids, positions, targets
+    return Readout(*read_positions(decoder, *scored, exits, score_logits, trained, None, position_ids), positions)
 
 
 def score_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,6 +94,7 @@ def read_positions(
     read: LogitsReader,
     trained: TrainedExits | None = None,
     adapter: ExitAdapter | None = None,
+    position_ids: Tensor | None = None,
 ) -> list[Tensor]:
     """Return the same as `read_logits`, for given positions.
 
@@ -95,10 +102,10 @@ def read_positions(
         positions: [N] into the B*S flattened states, in any order, repeated or not.
         targets: [N], the token to score at each.
         adapter: its exit is read through it. It joins no last states, and knows all tokens.
+        position_ids: as in `read_exits`; not with an adapter.
     """
     wanted = {decoder.block_index(exit_layer) for exit_layer in exits}
-    x = decoder.embed(input_ids)
-    inputs = decoder.block_inputs(x)
+    x, inputs = decoder.enter(input_ids, position_ids)
     rows = []
     for block in range(max(wanted) + 1):
         x = decoder.block(block, x, inputs)

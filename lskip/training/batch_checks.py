@@ -29,8 +29,17 @@ def check_batch(batch: Any, vocab_size: int) -> None:
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()):
         raise ValueError("attention_mask: a row has padding before its text; pad at the right")
-    if positions is not None and not bool((positions == torch.arange(ids.shape[1], device=ids.device)).all()):
-        raise ValueError("position_ids: a row's positions are not 0, 1, 2 …; each row is one text from its beginning")
+    if positions is not None:
+        _check_positions(positions, ids)
+
+
+def _check_positions(positions: Any, ids: Tensor) -> None:
+    if not isinstance(positions, Tensor) or positions.shape != ids.shape:
+        found = list(positions.shape) if isinstance(positions, Tensor) else type(positions).__name__
+        raise ValueError(f"position_ids: a batch has them as {found}, and input_ids of {list(ids.shape)}")
+    goes_on = positions[:, 1:] == positions[:, :-1] + 1
+    if not bool((goes_on | (positions[:, 1:] == 0)).all() and (positions[:, 0] == 0).all()):
+        raise ValueError("position_ids: a row's positions are not 0, 1, 2 …, from 0 again where a document begins")
 
 
 def _check_tokens(name: str, tokens: Any, vocab_size: int, also: int | None = None) -> None:

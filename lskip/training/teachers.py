@@ -1,5 +1,6 @@
 """The supervision of the exits: early ones by the exit target, the last one by the text and an optional anchor."""
 
+from collections.abc import Mapping
 from copy import deepcopy
 
 import torch
@@ -38,20 +39,24 @@ class ExitSupervision:
         return [] if self.reference is None else [self.reference]
 
     def of_step(
-        self, picked: list[Tensor | None], last_states: Tensor | None, input_ids: Tensor, positions: Tensor
+        self,
+        picked: list[Tensor | None],
+        last_states: Tensor | None,
+        batch: Mapping[str, Tensor],
+        positions: Tensor,
     ) -> list[Supervision]:
         """Return the supervision of each exit that is on, ascending.
 
         Args:
             picked: for each exit, which of the N scored positions it decodes, [n]; None: all.
             last_states: [N, D], the last layer's after the final norm; None: the last exit is not on.
-            input_ids: [B, S].
+            batch: {"input_ids" [B, S], "position_ids" or not}.
             positions: [N], indices of the scored positions among the B*S flattened ones.
         """
         early = picked if last_states is None else picked[:-1]
         supervision = [self._early(rows, last_states, len(positions)) for rows in early]
         if last_states is not None:
-            teacher = None if self.reference is None else self.reference(input_ids, positions)
+            teacher = None if self.reference is None else self.reference(batch, positions)
             supervision.append(Supervision(len(positions), self._last_target, teacher))
         return supervision
 
@@ -76,12 +81,11 @@ class Reference(nn.Module):
         self.decoder = Decoder(self.model)
 
     @torch.no_grad()
-    def forward(self, input_ids: Tensor, positions: Tensor) -> Teacher:
+    def forward(self, batch: Mapping[str, Tensor], positions: Tensor) -> Teacher:
         """Return its last layer, after a forward pass, at `positions` [N] of the flattened input_ids [B, S]."""
-        self.model.to(input_ids.device)
+        self.model.to(positions.device)
         decoder = self.decoder
-        x = decoder.embed(input_ids)
-        inputs = decoder.block_inputs(x)
+        x, inputs = decoder.enter(batch["input_ids"], batch.get("position_ids"))
         for block in range(decoder.num_layers):
             x = decoder.block(block, x, inputs)
         states = decoder.norm(x.flatten(0, 1).index_select(0, positions))

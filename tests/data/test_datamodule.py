@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import math
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -210,15 +208,3 @@ def test_only_the_stage_that_runs_is_tokenized(text_data):
     assert set(data._blocks) == {"val"}
     data.setup("predict")
     assert set(data._blocks) == {"val"}
-
-
-# Unigram perplexity
-
-
-def test_unigram_perplexity(text_data):
-    data = text_data()
-    train, val = (np.array(data.blocks(split)["input_ids"])[:, 1:].reshape(-1).tolist() for split in ("train", "val"))
-    counts, vocabulary = Counter(train), len(data.tokenizer)
-    total = len(train) + vocabulary
-    loss = -sum(math.log((counts[token] + 1) / total) for token in val) / len(val)
-    assert data.unigram_perplexity() == pytest.approx(math.exp(loss))

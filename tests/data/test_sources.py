@@ -237,8 +237,6 @@ def test_too_small_a_corpus(text_data):
         text_data(few, val_fraction=0.01).val_dataloader()
     with pytest.raises(ValueError, match=r"test_fraction: 0.0 leaves 0 of 120 documents for test"):
         text_data(test_fraction=0.0).test_dataloader()
-    with pytest.raises(ValueError, match=r"test_fraction: 0.0 leaves 0 of 120 documents for test"):
-        text_data(test_fraction=0.0).unigram_perplexity("test")
     with pytest.raises(
         ValueError, match=r"batch_size: 4096 on 1 device\(s\), but the training split has only \d+ rows"
     ):

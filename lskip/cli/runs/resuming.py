@@ -47,8 +47,12 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def settings_before(checkpoint: dict, path: Path) -> dict[str, Any]:
     """Return the settings of the run that made a checkpoint: those stored in it, else of its folder's config.yaml.
 
-    {} if there is neither.
+    Those that are not known are left out, but for the documents in a row, which were joined before they had a name.
     """
+    return {"data.documents": "joined", **_known_settings(checkpoint, path)}
+
+
+def _known_settings(checkpoint: dict, path: Path) -> dict[str, Any]:
     if "settings" in checkpoint["lskip"]:
         return checkpoint["lskip"]["settings"]
     config = path.parent.parent / CONFIG_FILE

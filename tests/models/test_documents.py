@@ -1,0 +1,96 @@
+"""Documents in one row that are kept apart, against each of them alone."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from lskip.data.packing import Border, collate
+from lskip.layer_dropout import run_kept_rows
+from lskip.models.decoder import Decoder
+
+LENGTHS = ((5, 1, 9, 2), (7, 10))
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 4},
+    "gemma2": {"sliding_window": 4},
+    "qwen3": {},
+    "gpt2": {},
+    "opt": {},
+}
+
+
+def documents() -> list[list[torch.Tensor]]:
+    random = torch.Generator().manual_seed(0)
+    return [[torch.randint(1, 300, (length,), generator=random) for length in row] for row in LENGTHS]
+
+
+def positions() -> torch.Tensor:
+    return torch.stack([torch.cat([torch.arange(length) for length in row]) for row in LENGTHS])
+
+
+def states_of(decoder: Decoder, ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+    x, inputs = decoder.enter(ids, position_ids)
+    for block in range(decoder.num_layers):
+        x = decoder.block(block, x, inputs)
+    return x
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_are_those_of_each_alone(tiny_model, family, attention):
+    """Red where attention, a window or positions reach over a border; by transformers' own forward, in float64."""
+    model, rows = tiny_model(family, **FAMILIES[family]).double(), documents()
+    model.set_attn_implementation(attention)
+    alone = [[model(input_ids=document[None], use_cache=False).logits[0] for document in row] for row in rows]
+    decoder, ids = Decoder(model), torch.stack([torch.cat(row) for row in rows])
+    packed = decoder.decode(states_of(decoder, ids, positions()))
+    expected = torch.stack([torch.cat(row) for row in alone])
+    torch.testing.assert_close(packed, expected, rtol=1e-5, atol=1e-5)
+    joined = decoder.decode(states_of(decoder, ids, None))
+    assert not torch.allclose(joined[0, 5:], expected[0, 5:], atol=1e-3)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found, wanted = (
+        torch.autograd.grad((part * weights).sum(), list(model.parameters())) for part in (packed, expected)
+    )
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_that_keep_a_block_keep_their_documents(tiny_model):
+    decoder = Decoder(tiny_model("mistral", sliding_window=4))
+    ids = torch.stack([torch.cat(row) for row in documents()]).repeat(2, 1)
+    x, inputs = decoder.enter(ids, positions().repeat(2, 1))
+    dropped = np.array([False, True, True, False])
+    found = run_kept_rows(partial(decoder.block, 0), x, inputs, dropped)
+    whole = decoder.block(0, x, inputs)
+    torch.testing.assert_close(found[~dropped], whole[~dropped], rtol=1e-5, atol=1e-5)
+    assert torch.equal(found[dropped], x[dropped])
+
+
+@pytest.mark.parametrize(
+    ("border", "row", "places"),
+    [
+        (Border(0), [5, 0, 7, 8, 0, 9], [0, 1, 0, 1, 2, 0]),
+        (Border(0), [0, 0, 7, 8, 6, 0], [0, 0, 0, 1, 2, 3]),
+        (Border(0, (1,)), [5, 0, 1, 8, 0, 1], [0, 1, 0, 1, 2, 0]),
+        (Border(0, (0,)), [0, 4, 0, 0, 7, 0], [0, 1, 2, 0, 1, 2]),  # one token is begin and end
+        (Border(0, (0,)), [0, 0, 7, 0, 0, 3], [0, 0, 1, 2, 0, 1]),
+        (Border(0, (0, 2)), [5, 0, 0, 2, 4, 0], [0, 1, 0, 1, 2, 3]),
+    ],
+)
+def test_borders_are_found_by_the_tokens_around_them(border, row, places):
+    """By hand; the first token of a document is not scored, as none before it tells of it."""
+    other = [3] * len(row)
+    batch = collate([{"input_ids": np.array(row)}, {"input_ids": np.array(other)}], border)
+    assert batch["position_ids"].tolist() == [places, list(range(len(row)))]
+    expected = [-100 if place == 0 else token for token, place in zip(row, places, strict=True)]
+    assert batch["labels"][0].tolist() == expected and batch["labels"][1].tolist()[1:] == other[1:]
+    assert len(batch["scored_tokens"]) == sum(place > 0 for place in places) + len(row) - 1
+
+
+def test_rows_of_one_document_take_the_attention_without_a_mask():
+    batch = collate([{"input_ids": np.array([3, 4, 5, 0])}], Border(0))
+    assert "position_ids" not in batch and batch["labels"].tolist() == [[3, 4, 5, 0]]
