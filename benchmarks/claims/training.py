@@ -28,7 +28,6 @@ def make_data(sizes: Sizes, seed: int, cache_dir: str | None) -> TextData:
         block_size=sizes.block_size,
         batch_size=sizes.batch_size,
         max_val_blocks=sizes.max_val_blocks,
-        documents="joined",  # as in all published runs
         seed=seed,
         cache_dir=cache_dir,
     )

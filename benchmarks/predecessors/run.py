@@ -114,7 +114,6 @@ def language_arm(arm: Arm, sizes: Sizes, options: argparse.Namespace) -> list[di
         test_fraction=0.0,
         max_val_blocks=sizes.texts,
         seed=options.seed,
-        documents="joined",  # as in all published runs
         cache_dir=options.cache_dir,
     )
     data.setup("fit")

@@ -47,6 +47,15 @@ def pairs(step: int) -> Batch:
     return batch
 
 
+def documents(step: int) -> Batch:
+    """Return rows of two documents each, kept apart, one of them short."""
+    batch = text(step)
+    firsts = torch.randint(1, LENGTH, (ROWS, 1), generator=torch.Generator().manual_seed(step))
+    places = torch.arange(LENGTH).expand(ROWS, LENGTH)
+    batch["labels"][places == firsts] = -100
+    return {**batch, "position_ids": torch.where(places < firsts, places, places - firsts)}
+
+
 def half_scored(step: int) -> Batch:
     """Return rows of which the first half scores nothing: with two processes, all of the first one's."""
     batch = text(step)
@@ -123,6 +132,7 @@ CASES = {
     "unequal pairs": Case(callbacks=exits(), batch=pairs),
     "unequal pairs, accumulation": Case(callbacks=exits(), batch=pairs, accumulate=2),
     "a process with nothing scored": Case(callbacks=exits(), batch=half_scored),
+    "documents apart": Case(callbacks=dropping, batch=documents, settings={"anchor_weight": 0.5}),
     "SelfDistillation": Case({"exit_target": SelfDistillation()}, callbacks=exits()),
     "LK": Case({"exit_target": LK()}, callbacks=exits(), batch=pairs),
     "anchor": Case({"anchor_weight": 0.5}, callbacks=exits()),

@@ -82,9 +82,8 @@ class TextData(LightningDataModule):
         num_workers: processes that load batches; 0 loads in the training process.
         group_by_length: make batches of rows of similar length, so that little is padded; text needs none, and a
             stream cannot.
-        documents: of texts in one row: separate (attention stays inside each, its positions begin at 0, and its first
-            token is not scored) or joined (as one long text, at less cost); null: separate, and a run of `lskip fit`
-            that goes on keeps what it had.
+        documents: in one row of text: joined, as one long text; or separate: attention stays inside each, its
+            positions begin at 0, and its first token is not scored. That costs a mask in attention.
         seed: of the training order; null: the run's seed_everything, and 0 outside of `lskip fit`.
         cache_dir: folder of cached documents, tokenizers and tokens; null is ~/.cache/lskip.
 
@@ -110,7 +109,7 @@ class TextData(LightningDataModule):
         val_within_groups: bool = False,
         split_digits: bool = False,
         group_by_length: bool = False,
-        documents: Literal["separate", "joined"] | None = None,
+        documents: Literal["joined", "separate"] = "joined",
     ):
         super().__init__()
         check_source(source)
@@ -134,8 +133,8 @@ class TextData(LightningDataModule):
         self.block_size, self.batch_size = block_size, batch_size
         self.rule = SplitRule(val_fraction, test_fraction, val_within_groups)
         self.text_column, self.max_val_blocks, self.streaming = text_column, max_val_blocks, streaming
-        check_choice("documents", documents, (None, *DOCUMENTS))
-        self.num_workers, self.group_by_length, self.are_joined = num_workers, group_by_length, documents == "joined"
+        check_choice("documents", documents, DOCUMENTS)
+        self.num_workers, self.group_by_length, self.are_apart = num_workers, group_by_length, documents == "separate"
         self.cache = check_cache(cache_dir)
         self.training_documents: dict[str, str] | None = None  # kind and hash; None: not read yet, or streamed
         self._blocks: dict[str, Dataset] = {}
@@ -287,8 +286,9 @@ class TextData(LightningDataModule):
 
     @cached_property
     def _collate(self) -> Callable:
-        is_apart = self._corpus.kind == "text" and not self.are_joined
-        return partial(collate, border=border_of(self.tokenizer)) if is_apart else collate
+        """The function that makes batches of rows, of which only those of text hold several documents."""
+        are_apart = self.are_apart and self._corpus.kind == "text"
+        return partial(collate, border=border_of(self.tokenizer)) if are_apart else collate
 
     def _share(self) -> tuple[int, int]:
         """Return the number of data-parallel processes, and the rank of this one."""

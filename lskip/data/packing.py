@@ -25,7 +25,7 @@ from lskip.models.scored import with_scored
 NOT_SCORED = -100
 READ_AHEAD = 64  # the most documents that are tokenized together
 BLOCKS = "blocks.arrow"
-DOCUMENTS = ("separate", "joined")  # how several lie in one row
+DOCUMENTS = ("joined", "separate")  # how several lie in one row
 
 
 class Encoder:

@@ -193,8 +193,8 @@ class Decoder:
 
         Args:
             input_ids: [B, S].
-            position_ids: [B, S], each token's position in its document: attention stays inside one, and another begins
-                where a position is 0. None: each row is one document.
+            position_ids: [1 or B, S], each token's position in its document: attention stays inside one, and another
+                begins where a position is 0. None: each row is one document, for which attention needs no mask.
         """
         x = self.embed(input_ids, position_ids)
         if position_ids is None:
@@ -218,7 +218,7 @@ class Decoder:
             key_positions: window of a block -> [1 or B, K], the positions of the keys in its cache; needed with a
                 cache. Masks are then always explicit: without one, scaled_dot_product_attention would cut a longer
                 cache to the first Q keys.
-            documents: [B, Q], the number of each token's document, inside which attention stays; None: there is one.
+            documents: [1 or B, Q], the number of each token's document, inside which attention stays; None: one a row.
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]

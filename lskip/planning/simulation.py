@@ -40,11 +40,15 @@ def module_of(config: PreTrainedConfig, arguments: dict, precision: str) -> Laye
 
 @dataclass(frozen=True)
 class Batch:
-    """The shape of a micro-batch: rows of `length` tokens, all scored; `accumulate` of them make a step."""
+    """The shape of a micro-batch: rows of `length` tokens, all scored; `accumulate` of them make a step.
+
+    `apart`: a row has several documents, inside which attention stays by a mask.
+    """
 
     rows: int
     length: int
     accumulate: int = 1
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,9 @@ def _label(block: nn.Module, record: Allocations) -> None:
 def _fake_batch(batch: Batch) -> dict[str, Tensor]:
     """Return a batch of which all is scored; called inside a FakeTensorMode."""
     scored = batch.rows * (batch.length - 1)
+    places = {"position_ids": torch.zeros(batch.rows, batch.length, dtype=torch.long)} if batch.apart else {}
     return {
+        **places,
         "input_ids": torch.zeros(batch.rows, batch.length, dtype=torch.long),
         "scored_positions": torch.zeros(scored, dtype=torch.long),
         "scored_tokens": torch.zeros(scored, dtype=torch.long),

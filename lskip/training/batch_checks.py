@@ -34,7 +34,7 @@ def check_batch(batch: Any, vocab_size: int) -> None:
 
 
 def _check_positions(positions: Any, ids: Tensor) -> None:
-    if not isinstance(positions, Tensor) or positions.shape != ids.shape:
+    if not isinstance(positions, Tensor) or positions.shape not in (ids.shape, (1, ids.shape[1])):
         found = list(positions.shape) if isinstance(positions, Tensor) else type(positions).__name__
         raise ValueError(f"position_ids: a batch has them as {found}, and input_ids of {list(ids.shape)}")
     goes_on = positions[:, 1:] == positions[:, :-1] + 1

@@ -18,6 +18,7 @@ FEW = (
     "exit heads, a process with nothing scored",
     "exit heads and classifier, rotational",
     "LoRA, dropped blocks",
+    "documents apart",
     "half of the rows dropped, accumulation",
     "half of the rows dropped, patterns per rank",
     "bf16-mixed",

@@ -21,7 +21,10 @@ REFUSED = {
     "labels that were shifted": ({"input_ids": IDS, "labels": IDS[:, 1:]}, "labels: .*aligned"),
     "labels, a list": ({"input_ids": IDS, "labels": IDS.tolist()}, "labels: .*list"),
     "padding at the left": ({"input_ids": IDS, "attention_mask": RIGHT.flip(1)}, "attention_mask: .*right"),
-    "texts joined in a row": ({"input_ids": IDS, "position_ids": torch.arange(6) % 3}, "position_ids: "),
+    "positions that go on": ({"input_ids": IDS, "position_ids": torch.arange(12).view(2, 6)}, "position_ids: .*from 0"),
+    "positions with a gap": ({"input_ids": IDS, "position_ids": torch.arange(6)[None] * 2}, "position_ids: .*0, 1, 2"),
+    "positions of no rows": ({"input_ids": IDS, "position_ids": torch.arange(6)}, "position_ids: .*\\[6\\], and"),
+    "positions in a list": ({"input_ids": IDS, "position_ids": [0, 1]}, "position_ids: .* list, and"),
 }
 
 
@@ -36,6 +39,7 @@ def test_what_collators_of_others_send_passes():
     check_batch(
         {"input_ids": IDS, "labels": labels, "attention_mask": RIGHT, "position_ids": torch.arange(6)[None]}, 64
     )
+    check_batch({"input_ids": IDS, "position_ids": torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 0, 0, 1, 2]])}, 64)
     check_batch({"input_ids": IDS[:0]}, 64)
 
 

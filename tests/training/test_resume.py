@@ -94,6 +94,26 @@ def test_a_stopped_run_goes_on(tmp_path, arguments, stop):
     assert_same(weights(tmp_path / "whole", 2 * EPOCH), weights(tmp_path / "parts", 2 * EPOCH))
 
 
+def test_documents_stay_as_a_run_had_them(tmp_path, arguments, capsys):
+    """Also of a run of before they had a name."""
+    steady = ("--lr_scheduler=null", "--trainer.max_epochs=-1")
+    apart = (*steady, "--data.documents=separate")
+    assert main(arguments(tmp_path / "joined", *steady, "--trainer.max_steps=4")) == 0
+    assert main(arguments(tmp_path / "whole", *apart, "--trainer.max_steps=8")) == 0
+    assert main(arguments(tmp_path / "parts", *apart, "--trainer.max_steps=4")) == 0
+    assert main(arguments(tmp_path / "parts", *apart, "--ckpt_path=last", "--trainer.max_steps=8")) == 0
+    assert_same(weights(tmp_path / "whole", 8), weights(tmp_path / "parts", 8))
+    joined, separate = (weights(tmp_path / name, steps) for name, steps in (("joined", 4), ("parts", 8)))
+    assert any(not torch.equal(joined[name], separate[name]) for name in joined)
+    path = tmp_path / "joined" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["lskip"]["settings"].pop("data.documents") == "joined"
+    torch.save(checkpoint, path)
+    capsys.readouterr()
+    assert main(arguments(tmp_path / "joined", *apart, "--ckpt_path=last", "--trainer.max_steps=6")) == 2
+    assert "data.documents: 'separate', but this run has 'joined'" in capsys.readouterr().err
+
+
 def test_a_run_goes_on_from_shards_and_is_measured(tmp_path, arguments, capsys):
     """What three devices saved is another form of what one has: the rest of the run, and its layers, are the same."""
     steady = ("--lr_scheduler=null", "--trainer.max_epochs=-1")

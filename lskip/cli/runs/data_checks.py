@@ -22,17 +22,11 @@ def match_data_to_model(config: Namespace) -> None:
         arguments["tokenizer"] = config.model
 
 
-def settle_data(config: Namespace, before: Mapping[str, Any]) -> None:
-    """Set seed and form of the rows, where the data leave them open, to those of `before`, a resumed run's settings.
-
-    Args:
-        before: {} for a new run, whose seed is that of the run.
-    """
+def seed_data(config: Namespace, before: Mapping[str, Any]) -> None:
+    """Set the data's seed, where they name none, to that of `before`, a resumed run's settings, else of the run."""
     arguments = config.data.init_args if config.data is not None else {}
-    settled = {"seed": int(config.seed_everything), "documents": "separate"}
-    for name, value in settled.items():
-        if name in arguments and arguments[name] is None:
-            arguments[name] = before.get(f"data.{name}", value)
+    if "seed" in arguments and arguments["seed"] is None:
+        arguments["seed"] = before.get("data.seed", int(config.seed_everything))
 
 
 def check_tokenizer_is_there(data: LightningDataModule | None, model: dict | str) -> None:

@@ -44,8 +44,6 @@ def _data_of(run: Path, has_source: bool) -> dict[str, Any] | None:
         raise ValueError(f"data: '{path}' does not say what the run was trained on; give --data.source")
     arguments = data.get("init_args")
     source = arguments.get("source", "") if isinstance(arguments, dict) else ""
-    if isinstance(arguments, dict) and str(data.get("class_path")).endswith("TextData"):
-        arguments.setdefault("documents", "joined")  # a run of before they had a name
     if not has_source:
         said = f" (source {source})" if source else ""
         say(f"data: as in {path}{said}", sys.stderr)
