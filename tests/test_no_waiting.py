@@ -19,6 +19,7 @@ STEPS = {
     "anchor": {"anchor_weight": 0.5},
     "LoRA": {"low_rank": LowRank(2, rank=2)},
     "checkpointing": {"gradient_checkpointing": True},
+    "documents apart": {},
 }
 
 
@@ -33,14 +34,16 @@ def without_values(module: nn.Module, mode: FakeTensorMode) -> None:
             part._buffers[name] = mode.from_tensor(buffer)
 
 
-@pytest.mark.parametrize("settings", STEPS.values(), ids=STEPS)
-def test_forward_and_backward_read_no_value(tiny_model, settings):
+@pytest.mark.parametrize("name", STEPS)
+def test_forward_and_backward_read_no_value(tiny_model, name):
     """Red where a step calls item, bool, tolist or nonzero on what a device holds: each makes the host wait for it."""
-    module = LayerSkipModule(tiny_model(), **settings)
+    module = LayerSkipModule(tiny_model(), **STEPS[name])
     module.exit_weights.values = [0.1, 0.2, 0.3, 0.4]
     module.drop_rates.values = [0.0, 0.3, 0.6, 1.0]
     ids = torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(0))
     batch = with_scored({"input_ids": ids, "labels": ids.masked_fill(torch.arange(ids.shape[1]) < 3, -100)})
+    if name == "documents apart":
+        batch["position_ids"] = (torch.arange(ids.shape[1]) % 5).repeat(len(ids), 1)
     mode = FakeTensorMode(allow_non_fake_inputs=False)
     without_values(module, mode)
     if module.supervision.reference is not None:
