@@ -109,3 +109,13 @@ def test_rounds_are_paired_and_interleaved():
     assert [number for _, number in calls] == [0] * 6 + [1] * 3 + [2] * 3
     # the median of 3, 2 and 4, not the ratio of the medians
     assert paired_ratio({"x": [3.0, 4.0, 4.0], "base": [1.0, 2.0, 1.0]}, "x", "base") == 3.0
+
+
+def test_what_separate_documents_cost(tmp_path):
+    """A smoke test: both kinds of step run on the same tokens, at each length."""
+    from benchmarks.training.documents import main
+
+    main(["--quick", f"--output={tmp_path / 'result.json'}", "--threads=1"])
+    rows = json.loads((tmp_path / "result.json").read_text())["steps"]
+    assert [(row["length"], row["rows"]) for row in rows] == [(256, 2), (512, 1)]
+    assert all(row["documents"] > row["rows"] and row["time_ratio"] > 0 for row in rows)
