@@ -152,7 +152,8 @@ def shape_of(built: Namespace) -> RunShape:
     if devices > MOST_DEVICES:
         raise ValueError(f"trainer.devices: {devices} on all nodes; a plan is for at most {MOST_DEVICES}")
     steps = trainer.max_steps if trainer.max_steps and trainer.max_steps > 0 else None
-    batch = Batch(rows, length, trainer.accumulate_grad_batches, getattr(built.data, "are_apart", False))
+    apart = getattr(built.data, "are_apart", False) or getattr(built.data, "pack", False)
+    batch = Batch(rows, length, trainer.accumulate_grad_batches, apart)
     return RunShape(batch, devices, strategy_of(trainer.strategy, devices), precision, on_gpu, steps)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from lskip.data.sources import NAMES, check_packages, local_path
-from lskip.utils.checks import check_real
+from lskip.data.tokenizer import SMALLEST_VOCABULARY
+from lskip.utils.checks import check_real, check_whole
 from lskip.utils.user_paths import user_path
 
 MOST_WORKERS = 128  # processes: thousands would start, one after another, before any error
@@ -25,6 +26,26 @@ def check_tokenizer_source(tokenizer) -> None:
         return
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"tokenizer: {tokenizer!r} is neither a name, nor a folder, nor a tokenizer, nor null")
+
+
+def check_sizes(vocab_size: int, block_size: int, batch_size: int, num_workers: int, seed: int) -> None:
+    check_whole("vocab_size", vocab_size, SMALLEST_VOCABULARY, MOST_TOKENS)
+    check_whole("block_size", block_size, 2, MOST_TOKENS)
+    check_whole("batch_size", batch_size, 1, MOST_TOKENS)
+    check_whole("num_workers", num_workers, 0, MOST_WORKERS)
+    check_whole("seed", seed, 0, 2**64 - 1)
+
+
+def check_limits(max_val_blocks: int | None, streaming: bool, group_by_length: bool, pack: bool) -> None:
+    if max_val_blocks is not None:
+        check_whole("max_val_blocks", max_val_blocks, 1)
+    elif streaming:
+        raise ValueError("max_val_blocks: null, but with streaming there must be a limit")
+    for name, value in (("group_by_length", group_by_length), ("pack", pack)):
+        if streaming and value:
+            raise ValueError(f"{name}: true, but with streaming the lengths to come are not known")
+    if group_by_length and pack:
+        raise ValueError("group_by_length: true, but with pack: true all rows are as long; leave one of them out")
 
 
 def check_fractions(val_fraction: float, test_fraction: float) -> None:

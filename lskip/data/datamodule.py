@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lskip.data.arguments import (
-    MOST_TOKENS,
-    MOST_WORKERS,
     check_cache,
     check_fractions,
+    check_limits,
+    check_sizes,
     check_source,
     check_text_column,
     check_tokenizer_source,
@@ -28,11 +28,12 @@ from lskip.data.corpus import StoredCorpus
 from lskip.data.documents import NOT_CONTENT, SplitRule, content_key, first_columns, texts_of
 from lskip.data.formats import record_kind
 from lskip.data.loading import ResumableLoader, ResumableSampler, held_out_loader
+from lskip.data.packed_rows import PackedRows
 from lskip.data.packing import DOCUMENTS, ENCODERS, NOT_SCORED, border_of, collate, encode_documents, scored_lengths
 from lskip.data.sources import open_source
 from lskip.data.streaming import StreamedBlocks, StreamedCorpus, StreamLoader
-from lskip.data.tokenizer import SMALLEST_VOCABULARY, check_tokenizer, tokenizer_key, trained_tokenizer
-from lskip.utils.checks import check_choice, check_whole
+from lskip.data.tokenizer import check_tokenizer, tokenizer_key, trained_tokenizer
+from lskip.utils.checks import check_choice
 from lskip.utils.output_files import make_writable
 
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
@@ -84,6 +85,8 @@ class TextData(LightningDataModule):
             stream cannot.
         documents: in one row of text: joined, as one long text; or separate: attention stays inside each, its
             positions begin at 0, and its first token is not scored. That costs a mask in attention.
+        pack: put several pairs or conversations of training into one row, each kept apart, so that hardly anything is
+            padded; layer dropout then drops such a row.
         seed: of the training order; null: the run's seed_everything, and 0 outside of `lskip fit`.
         cache_dir: folder of cached documents, tokenizers and tokens; null is ~/.cache/lskip.
 
@@ -110,31 +113,24 @@ class TextData(LightningDataModule):
         split_digits: bool = False,
         group_by_length: bool = False,
         documents: Literal["joined", "separate"] = "joined",
+        pack: bool = False,
     ):
         super().__init__()
         check_source(source)
         check_tokenizer_source(tokenizer)
-        check_whole("vocab_size", vocab_size, SMALLEST_VOCABULARY, MOST_TOKENS)
-        check_whole("block_size", block_size, 2, MOST_TOKENS)
-        check_whole("batch_size", batch_size, 1, MOST_TOKENS)
-        check_whole("num_workers", num_workers, 0, MOST_WORKERS)
         self.seed = 0 if seed is None else seed
-        check_whole("seed", self.seed, 0, 2**64 - 1)
+        check_sizes(vocab_size, block_size, batch_size, num_workers, self.seed)
         check_fractions(val_fraction, test_fraction)
         check_text_column(text_column)
-        if max_val_blocks is not None:
-            check_whole("max_val_blocks", max_val_blocks, 1)
-        elif streaming:
-            raise ValueError("max_val_blocks: null, but with streaming there must be a limit")
-        if streaming and group_by_length:
-            raise ValueError("group_by_length: true, but with streaming the lengths to come are not known")
+        check_limits(max_val_blocks, streaming, group_by_length, pack)
         self.source, self.tokenizer_source = source, tokenizer
         self.vocab_size, self.split_digits = vocab_size, split_digits
         self.block_size, self.batch_size = block_size, batch_size
         self.rule = SplitRule(val_fraction, test_fraction, val_within_groups)
         self.text_column, self.max_val_blocks, self.streaming = text_column, max_val_blocks, streaming
         check_choice("documents", documents, DOCUMENTS)
-        self.num_workers, self.group_by_length, self.are_apart = num_workers, group_by_length, documents == "separate"
+        self.num_workers, self.are_apart = num_workers, documents == "separate"
+        self.group_by_length, self.pack = group_by_length, pack
         self.cache = check_cache(cache_dir)
         self.training_documents: dict[str, str] | None = None  # kind and hash; None: not read yet, or streamed
         self._blocks: dict[str, Dataset] = {}
@@ -153,6 +149,8 @@ class TextData(LightningDataModule):
         if self.streaming:
             return self._stream_loader()
         blocks, (world, rank) = self.blocks("train"), self._share()
+        if self.pack and self._corpus.kind != "text":
+            blocks = PackedRows(blocks, self.tokenizer.eos_token_id)
         lengths = scored_lengths(blocks) if self.group_by_length else None
         sampler = ResumableSampler(blocks, self.batch_size, self.seed, self._batches_done, world, rank, lengths)
         if not len(sampler):

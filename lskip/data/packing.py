@@ -211,7 +211,9 @@ def kept_apart(batch: dict[str, torch.Tensor], border: Border) -> dict[str, torc
 
 
 def collate(rows: list[dict[str, np.ndarray]], border: Border | None = None) -> dict[str, torch.Tensor]:
-    """Return {"input_ids", "labels"}, each int64 [B, S], and `with_scored`; labels of packed text are its input_ids.
+    """Return {"input_ids", "labels"} and what else rows have, int64 [B, S], and `with_scored`.
+
+    Labels of packed text are its input_ids.
 
     S is block_size for text; batches of pairs and conversations are cut after the last scored token of any row, since
     padding would cost as much as text.
@@ -226,4 +228,4 @@ def collate(rows: list[dict[str, np.ndarray]], border: Border | None = None) -> 
         return with_scored(joined if border is None else kept_apart(joined, border))
     scored = (batch["labels"] != NOT_SCORED).any(0)
     size = len(scored) - int(scored.flip(0).int().argmax())  # block_size where nothing is scored
-    return with_scored({name: batch[name][:, :size] for name in ("input_ids", "labels")})
+    return with_scored({name: part[:, :size] for name, part in batch.items()})

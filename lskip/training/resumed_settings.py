@@ -42,7 +42,7 @@ class ResumedSettings(Callback):
                 rank_zero_warn(f"data.source: its training documents are not those that the run read up to step {step}")
 
     def _rescale(self, progress: dict[str, dict], before: dict[str, Any], now: dict[str, Any]) -> None:
-        by_tokens = now.get("documents", {}).get("kind", "text") == "text"
+        by_tokens = now.get("pack") or now.get("documents", {}).get("kind", "text") == "text"
         sizes = [_size(rows, by_tokens) for rows in (before, now)]
         for part in ("total", "current") if sizes[0] != sizes[1] else ():
             progress[part] = _rescaled(progress[part], *sizes)
@@ -58,12 +58,13 @@ class ResumedSettings(Callback):
 
 
 def rows_of(trainer: Trainer) -> dict[str, Any] | None:
-    """Return batch_size, block_size, devices and training documents of a run; None where the data do not tell."""
+    """Return batch_size, block_size, devices and documents of a run, and if its rows are packed; None: not known."""
     data = trainer.datamodule
     names = ("batch_size", "block_size")
     if not all(isinstance(getattr(data, name, None), int) for name in names):
         return None
     rows = {**{name: getattr(data, name) for name in names}, "devices": trainer.world_size}
+    rows |= {"pack": True} if getattr(data, "pack", False) else {}
     documents = getattr(data, "training_documents", None)
     return rows if documents is None else {**rows, "documents": documents}
 

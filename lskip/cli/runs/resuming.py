@@ -47,9 +47,9 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def settings_before(checkpoint: dict, path: Path) -> dict[str, Any]:
     """Return the settings of the run that made a checkpoint: those stored in it, else of its folder's config.yaml.
 
-    Those that are not known are left out, but for the documents in a row, which were joined before they had a name.
+    Those that are not known are left out, but for what rows held before these options had names.
     """
-    return {"data.documents": "joined", **_known_settings(checkpoint, path)}
+    return {"data.documents": "joined", "data.pack": False, **_known_settings(checkpoint, path)}
 
 
 def _known_settings(checkpoint: dict, path: Path) -> dict[str, Any]:
