@@ -265,11 +265,12 @@ class LayerSkipCLI(LightningCLI):
 
     def _tensorboard(self) -> RunLogger:
         if self.subcommand != "fit":
-            run = run_of(self._settings.model)
-            return RunLogger(self.folder / self.subcommand, None if run is None else steps_of(run))
+            logger, run = RunLogger(self.folder / self.subcommand, name="", version=""), run_of(self._settings.model)
+            logger.steps = None if run is None else steps_of(run)
+            return logger
         # Hides what an interrupted run logged after its last checkpoint: those steps are logged again.
         purge_step = None if self.resumed is None else self.resumed["global_step"] + 1
-        return RunLogger(self.folder, purge_step=purge_step)
+        return RunLogger(self.folder, name="", version="", purge_step=purge_step)
 
     # Running.
 

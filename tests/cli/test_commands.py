@@ -51,7 +51,9 @@ def test_a_decoding_option_does_what_its_setting_does(model_folder, capsys, flag
     text, counts = capsys.readouterr()
     assert text == expected.text + "\n"
     rates = f"acceptance_rate {expected.acceptance_rate:.2f}, tokens_per_round {expected.tokens_per_round:.2f}"
-    assert f"{rates}, {expected.finish_reason}]" in counts
+    drafts = [each.draft for each in expected.history if each.drafted]
+    drafted = f"drafted by {drafts[0]} in {len(drafts)} round{'s' * (len(drafts) > 1)}"
+    assert set(drafts) == {drafts[0]} and f"{rates}, {drafted}, {expected.finish_reason}]" in counts
 
 
 def test_loading_options_reach_the_generator(model_folder, monkeypatch):

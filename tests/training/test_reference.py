@@ -14,6 +14,6 @@ def test_its_logits_are_the_original_ones_however_the_model_changes(tiny_model):
         expected = model(ids).logits.flatten(0, 1)[positions]
         for parameter in model.parameters():
             parameter.add_(1)
-    teacher = reference(ids, positions)
+    teacher = reference({"input_ids": ids}, positions)
     torch.testing.assert_close(teacher.states @ teacher.head_weight.T, expected, rtol=1e-5, atol=1e-5)
     assert not any(part is not None and part.requires_grad for part in teacher)

@@ -78,16 +78,16 @@ def test_each_row_is_taught_by_its_own_position(tiny_model):
     states = torch.arange(10.0)[:, None].requires_grad_()
     supervision = ExitSupervision(tiny_model(), SelfDistillation(), None)
     picked = torch.tensor([7, 2])
-    early, last = supervision.of_step([picked, None], states, random_ids(), torch.arange(10))
+    early, last = supervision.of_step([picked, None], states, {"input_ids": random_ids()}, torch.arange(10))
     assert early.teacher.states.flatten().tolist() == [7, 2] and not early.teacher.states.requires_grad
     assert (last.count, type(last.target), last.teacher) == (10, Labels, None)
 
 
 def test_without_the_last_layer_all_learn_the_exit_target(tiny_model):
     supervision = ExitSupervision(tiny_model(), Labels(), 0.5)
-    (only,) = supervision.of_step([torch.tensor([1])], None, random_ids(), torch.arange(10))
+    (only,) = supervision.of_step([torch.tensor([1])], None, {"input_ids": random_ids()}, torch.arange(10))
     assert (only.count, type(only.target)) == (1, Labels)
-    *_, last = supervision.of_step([None, None], torch.zeros(10, 32), random_ids(), torch.arange(10))
+    *_, last = supervision.of_step([None, None], torch.zeros(10, 32), {"input_ids": random_ids()}, torch.arange(10))
     assert isinstance(last.target, Anchored) and isinstance(last.teacher, Teacher)
 
 

@@ -1,7 +1,6 @@
 """TensorBoard logger of a run."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -10,15 +9,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 class RunLogger(TensorBoardLogger):
     """Lightning's TensorBoardLogger without the "epoch" curve and without hparams.yaml, which would be empty.
 
-    Args:
-        folder: of the event files.
+    Attributes:
         steps: optimizer steps of the checkpoint that is measured, under which all is logged; None: as Lightning counts.
-        purge_step: of TensorBoardLogger.
     """
 
-    def __init__(self, folder: Path, steps: int | None = None, purge_step: int | None = None):
-        super().__init__(folder, name="", version="", purge_step=purge_step)
-        self.steps = steps
+    steps: int | None = None
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

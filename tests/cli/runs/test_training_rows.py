@@ -53,7 +53,7 @@ def test_fit_keeps_the_tokens_of_its_answers(tmp_path):
 
 
 def encoded(model: str, prompt: str, chat: bool | None = None) -> list[int]:
-    return encode_prompt(prompt, load_generator(model, device="cpu").tokenizer, chat, 49152)
+    return encode_prompt(prompt, load_tokenizer(model), chat, 49152)
 
 
 def test_prompts_take_the_form_of_training(tmp_path):

@@ -24,11 +24,8 @@ class TableDecoder:
     def block_index(self, exit_layer):
         return exit_layer - 1
 
-    def embed(self, input_ids):
-        return torch.zeros(*input_ids.shape, self.vocab_size)
-
-    def block_inputs(self, x):
-        return None
+    def enter(self, input_ids, position_ids):
+        return torch.zeros(*input_ids.shape, self.vocab_size), None
 
     def block(self, index, x, inputs):
         return self.logits[index][None]
