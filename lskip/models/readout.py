@@ -53,8 +53,8 @@ def read_exits(
         position_ids: [B, S], of rows of several documents (`Decoder.enter`); None: each row is one.
     """
     positions, targets = scored_positions(input_ids, labels)
-    scored = input_ids, positions, targets
-    return Readout(*read_positions(decoder, *scored, exits, score_logits, trained, None, position_ids), positions)
+    how = {"trained": trained, "position_ids": position_ids}
+    return Readout(*read_positions(decoder, input_ids, positions, targets, exits, score_logits, **how), positions)
 
 
 def score_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
