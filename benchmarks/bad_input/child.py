@@ -23,7 +23,7 @@ from lskip.cli import main
 from lskip.cli.commands import MODULES
 
 MEMORY = 3 * 2**30  # bytes of addresses that a case may take beyond what is there when it begins
-MOST_MEBIBYTES = 1000  # that it may use beyond what its parent does
+MOST_MEBIBYTES = 1000  # that it may take beyond what is in memory when it begins
 LARGEST_KEPT = 8 * 2**20  # bytes of a file that are looked at for changes
 
 
@@ -112,8 +112,9 @@ def run_case(case: Case, here: Path, seconds: float) -> Verdict:
         return Verdict(f"hang: {_where(error)}", spent, mebibytes, error[-600:])
     if not report.exists():
         return Verdict(f"crash: {error[-300:]!r}", spent, mebibytes, error[-600:])
-    found, most = json.loads(report.read_text()), MOST_MEBIBYTES + _own_mebibytes()
-    wrong = found["wrong"] or (f"memory: {mebibytes} MiB" if mebibytes > most else None)
+    found = json.loads(report.read_text())
+    is_more = mebibytes > MOST_MEBIBYTES + found["mebibytes_before"]
+    wrong = found["wrong"] or (f"memory: {mebibytes} MiB" if is_more else None)
     return Verdict(wrong, spent, mebibytes, found["said"])
 
 
@@ -164,14 +165,15 @@ def _become_the_case(case: Case, here: Path, report: Path) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(here)
         case.prepare(here)
-        before = contents(here)
+        before, mebibytes_before = contents(here), _own_mebibytes()
         _limit_memory()
         code = _exit_code(case, here)
         sys.stdout.flush()
         sys.stderr.flush()
         seen = Seen(code, _read(out), _read(err), here)
         wrong = judge(case, seen, before, contents(here))
-        report.write_text(json.dumps({"wrong": wrong, "said": seen.sentence[-600:]}))
+        said = seen.sentence[-600:]
+        report.write_text(json.dumps({"wrong": wrong, "said": said, "mebibytes_before": mebibytes_before}))
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

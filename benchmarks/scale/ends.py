@@ -198,8 +198,18 @@ def wait_for(found: Callable, most: float = 120.0):
 def ranks_of(main: int, torchrun: bool) -> list[int]:
     """Return the process numbers of rank 0 and rank 1, once both are there."""
     children = [int(number) for number in Path(f"/proc/{main}/task/{main}/children").read_text().split()]
-    ranks = children if torchrun else [main, *children]
-    return ranks if len(ranks) == 2 else []
+    local = {local_rank(child): child for child in children} | ({} if torchrun else {0: main})
+    return [local[0], local[1]] if {0, 1} <= local.keys() else []
+
+
+def local_rank(number: int) -> int | None:
+    """Return which rank of its machine a process was started as; None: it is another, or has ended."""
+    try:
+        variables = Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    named = dict(each.partition(b"=")[::2] for each in variables)
+    return int(named[b"LOCAL_RANK"]) if b"LOCAL_RANK" in named else None
 
 
 def arrived(when: str, run: Path) -> bool:

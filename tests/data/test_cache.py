@@ -1,11 +1,13 @@
 """Caches of documents, tokenizers and blocks: verified, rebuilt where changed, complete after kills and full disks."""
 
+import io
 import json
 import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -211,11 +213,20 @@ def test_litter_that_is_held_stays(tmp_path):
 
 
 @pytest.fixture
-def small_files():
-    """Return a function (bytes) that limits the size of files, in place of a full disk: the tests may run as root."""
+def small_files(monkeypatch):
+    """Return a function (bytes) that limits the size of files, in place of a full disk: the tests may run as root.
+
+    Progress bars are written elsewhere: pytest's file for what they write is limited too, and a bar that cannot write
+    keeps tqdm's lock, for which processes that load batches in later tests would wait for ever.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    def limit(size: int) -> None:
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    yield limit
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     signal.signal(signal.SIGXFSZ, handler)
 
