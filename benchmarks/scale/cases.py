@@ -72,7 +72,8 @@ class Case:
         model: fields of the model's config that differ.
         callbacks: makes them.
         batch: step -> the rows of all processes.
-        accumulate: micro-batches of a step, where there are several processes; one process takes all rows at once.
+        accumulate: the most micro-batches of a step, where there are several processes, each of which needs a row; one
+            process takes all rows at once.
         optimizer: parameters -> optimizer.
         trainer: settings of the Trainer.
         most: by which a weight may differ, as a share of its tensor's largest.

@@ -71,7 +71,7 @@ def train_all(names: list[str], world_size: int, strategy: str, out: Path) -> No
 
 def train(case: Case, world_size: int, strategy: str, folder: Path) -> tuple[dict[str, Tensor], int]:
     """Return the weights of one training, and the rank of this process."""
-    accumulate = 1 if world_size == 1 else case.accumulate
+    accumulate = 1 if world_size == 1 else min(case.accumulate, ROWS // world_size)
     trainer = Trainer(
         **QUIET,
         **{"strategy": strategy, "devices": world_size, "max_steps": STEPS, "enable_checkpointing": False},

@@ -20,6 +20,9 @@ def check_batch(batch: Any, vocab_size: int) -> None:
     if not isinstance(ids, Tensor):
         raise ValueError(f"data: a batch is a {type(batch).__name__} without input_ids, not a mapping that has them")
     _check_tokens("input_ids", ids, vocab_size)
+    if not ids.numel():
+        advice = "with nothing to learn from, send a row with labels of -100"  # other devices wait for its blocks
+        raise ValueError(f"input_ids: a batch has them of shape {list(ids.shape)}; {advice}")
     labels = batch.get("labels")
     if labels is not None:
         _check_tokens("labels", labels, vocab_size, NOT_SCORED)

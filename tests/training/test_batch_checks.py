@@ -14,6 +14,8 @@ REFUSED = {
     "a tuple": ((IDS, IDS), "data: a batch is a tuple"),
     "no ids": ({"ids": IDS}, "data: a batch is a dict"),
     "rows without a batch": ({"input_ids": IDS[0]}, "input_ids: .*not as \\[B, S\\]"),
+    "no row": ({"input_ids": IDS[:0]}, "input_ids: .*\\[0, 6\\]; .* -100"),
+    "no column": ({"input_ids": IDS[:, :0]}, "input_ids: .*\\[2, 0\\]; "),
     "numbers": ({"input_ids": IDS.float()}, "input_ids: .*torch.float32"),
     "an id beyond the vocabulary": ({"input_ids": IDS + 60}, "input_ids: a batch has 64, allowed are 0 to 63"),
     "a label beyond it": ({"input_ids": IDS, "labels": IDS + 60}, "labels: a batch has 64"),
@@ -40,7 +42,6 @@ def test_what_collators_of_others_send_passes():
         {"input_ids": IDS, "labels": labels, "attention_mask": RIGHT, "position_ids": torch.arange(6)[None]}, 64
     )
     check_batch({"input_ids": IDS, "position_ids": torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 0, 0, 1, 2]])}, 64)
-    check_batch({"input_ids": IDS[:0]}, 64)
 
 
 def test_each_batch_of_a_run_is_checked(tiny_model, tmp_path):
