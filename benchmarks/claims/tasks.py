@@ -30,7 +30,7 @@ def measure_tasks(folder: Path, model_folder: Path, sizes: Sizes, seed: int, cac
         return
     folder.mkdir(parents=True, exist_ok=True)
     model, _ = load_model(str(model_folder))
-    rows = np.array(make_data(sizes, 0, cache_dir).blocks("val")["input_ids"])[: sizes.items]
+    rows = make_data(sizes, 0, cache_dir).blocks("val")[: sizes.items]["input_ids"]
     prompts = torch.from_numpy(rows[:, : sizes.prompt_tokens])
     answers = torch.from_numpy(rows[:, sizes.prompt_tokens : sizes.prompt_tokens + sizes.answer_tokens])
     open_ended = [open_generation(model, prompts, answers, layer) for layer in range(1, sizes.layers + 1)]

@@ -110,7 +110,7 @@ def held_out(seen: Trained, options: argparse.Namespace) -> dict[str, Tensor]:
     tokenizer = load_tokenizer(seen.model)
     limits = {"tokenizer": tokenizer, "max_val_blocks": options.code_blocks, "cache_dir": options.cache_dir}
     data = seen.data | {"source": options.code_source or seen.data["source"]}
-    code = torch.tensor(np.stack(TextData(**data, **limits).blocks("test")["input_ids"]))
+    code = torch.tensor(np.stack(TextData(**data, **limits).blocks("test")[:]["input_ids"]))
     topics = pydoc_data.topics.topics
     length = options.prose_blocks * 512
     text = "\n\n".join(topics[name] for name in sorted(topics))[: 16 * length]  # a token is no longer than that

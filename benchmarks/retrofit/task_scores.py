@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lskip.data.packing import collate, padded
+from lskip.data.collation import collate
+from lskip.data.rows import padded
 from lskip.models.decoder import Decoder
 from lskip.models.readout import LayerReportMetric, read_exits
 

@@ -24,7 +24,7 @@ from benchmarks.command_line import command_parser
 from benchmarks.decoding.options import numbers
 from benchmarks.environment import environment
 from benchmarks.training.train_step import paired_ratio, time_rounds
-from lskip.data.packing import Border, collate
+from lskip.data.collation import Border, collate
 from lskip.module import LayerSkipModule
 from lskip.utils.output_files import write_json
 

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from datasets.utils import tqdm
 
+from lskip.data.arrow_rows import open_rows, sort_rows, write_rows
 from lskip.data.cache import cached_folder
 from lskip.data.documents import (
     CONTENT,
@@ -18,9 +19,7 @@ from lskip.data.documents import (
     document_features,
     read_records,
     split_of,
-    unique,
 )
-from lskip.data.stored_rows import open_rows, sort_rows, write_rows
 
 DOCUMENTS = "documents.arrow"
 
@@ -62,11 +61,11 @@ def store_documents(rows: Iterable[dict], kind: str, text_column: str | None, fo
 
     def write(target: Path) -> None:
         features, unsorted = document_features(kind), target / "unsorted.arrow"
-        records = unique(read_records(rows, kind, text_column))
+        records = read_records(rows, kind, text_column)
         write_rows(unsorted, features, tqdm(records, desc="Reading documents", unit=""))
         if not len(open_rows(unsorted)):
             raise ValueError("source: every row is empty")
-        sort_rows(unsorted, target / DOCUMENTS, features, by="digest")
+        sort_rows(unsorted, target / DOCUMENTS, features, by="digest", width=CONTENT)
         unsorted.unlink()
 
     return open_rows(cached_folder(folder, write) / DOCUMENTS)

@@ -1,5 +1,6 @@
 """The LightningDataModule that turns texts, pairs and conversations into batches of tokens."""
 
+import os
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Literal
@@ -9,7 +10,6 @@ import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -24,15 +24,19 @@ from lskip.data.arguments import (
 )
 from lskip.data.cache import remove_litter
 from lskip.data.chat import check_chat_template
+from lskip.data.collation import DOCUMENTS, border_of, collate
 from lskip.data.corpus import StoredCorpus
 from lskip.data.documents import NOT_CONTENT, SplitRule, content_key, first_columns, texts_of
+from lskip.data.encoders import ENCODERS, Encoder
 from lskip.data.formats import record_kind
 from lskip.data.loading import ResumableLoader, ResumableSampler, held_out_loader
 from lskip.data.packed_rows import PackedRows
-from lskip.data.packing import DOCUMENTS, ENCODERS, NOT_SCORED, border_of, collate, encode_documents, scored_lengths
+from lskip.data.rows import StoredRows, stored_rows
 from lskip.data.sources import open_source
 from lskip.data.streaming import StreamedBlocks, StreamedCorpus, StreamLoader
+from lskip.data.token_store import MOST_OF_AN_EXAMPLE, stored_tokens
 from lskip.data.tokenizer import check_tokenizer, tokenizer_key, trained_tokenizer
+from lskip.models.scored import NOT_SCORED
 from lskip.utils.checks import check_choice
 from lskip.utils.output_files import make_writable
 
@@ -133,7 +137,7 @@ class TextData(LightningDataModule):
         self.group_by_length, self.pack = group_by_length, pack
         self.cache = check_cache(cache_dir)
         self.training_documents: dict[str, str] | None = None  # kind and hash; None: not read yet, or streamed
-        self._blocks: dict[str, Dataset] = {}
+        self._blocks: dict[str, StoredRows] = {}
 
     def prepare_data(self) -> None:
         """Download, split and tokenize into the cache, in one process for each machine."""
@@ -149,9 +153,9 @@ class TextData(LightningDataModule):
         if self.streaming:
             return self._stream_loader()
         blocks, (world, rank) = self.blocks("train"), self._share()
+        lengths = blocks.lengths if self.group_by_length else None
         if self.pack and self._corpus.kind != "text":
             blocks = PackedRows(blocks, self.tokenizer.eos_token_id)
-        lengths = scored_lengths(blocks) if self.group_by_length else None
         sampler = ResumableSampler(blocks, self.batch_size, self.seed, self._batches_done, world, rank, lengths)
         if not len(sampler):
             raise ValueError(
@@ -191,10 +195,11 @@ class TextData(LightningDataModule):
         check_choice("split", split, ("train", "val", "test"))
         return self._corpus.documents(split).remove_columns(list(NOT_CONTENT))
 
-    def blocks(self, split: str) -> Dataset:
+    def blocks(self, split: str) -> StoredRows:
         """Return all rows of "train", or up to max_val_blocks of "val" or "test".
 
-        A row has numpy input_ids [block_size], and labels [block_size] for pairs and conversations.
+        A row, blocks[3], has numpy input_ids [block_size], and labels [block_size] for pairs and conversations;
+        blocks[3:5] has those of two, each [2, block_size].
         """
         check_choice("split", split, ("train", "val", "test"))
         if split not in self._blocks:
@@ -207,9 +212,8 @@ class TextData(LightningDataModule):
         Args:
             most_rows: count in so many rows at most, evenly spaced; None: in all.
         """
-        counts, blocks = np.zeros(len(self.tokenizer), np.int64), self.blocks(split)
-        step = 1 if most_rows is None else -(-len(blocks) // most_rows) or 1
-        for rows in (blocks if step == 1 else blocks.select(range(0, len(blocks), step))).iter(1000):
+        counts = np.zeros(len(self.tokenizer), np.int64)
+        for rows in self.blocks(split).in_parts(most_rows):
             targets = rows.get("labels", rows["input_ids"])[:, 1:]
             counts += np.bincount(targets[targets != NOT_SCORED], minlength=len(counts))
         return counts
@@ -224,27 +228,21 @@ class TextData(LightningDataModule):
             return StreamedCorpus(rows, kind, self.text_column, self.rule, self.max_val_blocks, self.block_size)
         return StoredCorpus(rows, key, kind, self.text_column, self.rule, self.cache / "documents")
 
-    def _make_encoder(self):
+    def _make_encoder(self, limit: int | None = None) -> Encoder:
         tokenizer = self.tokenizer
         if self._corpus.kind == "chat":
             check_chat_template(tokenizer)
-        return ENCODERS[self._corpus.kind](tokenizer, self.block_size)
+        return ENCODERS[self._corpus.kind](tokenizer, limit)
 
-    def _encoded(self, split: str) -> Dataset:
-        documents, encoder = self._corpus.documents(split), self._make_encoder()
+    def _encoded(self, split: str) -> StoredRows:
+        documents, encoder = self._corpus.documents(split), self._make_encoder(MOST_OF_AN_EXAMPLE)
         content = content_key(documents)
         if split == "train":
             self.training_documents = {"kind": self._corpus.kind, "sha256": content}
-        key = content_key(self._corpus.kind, content, tokenizer_key(self.tokenizer), self.block_size)
-        blocks = encode_documents(documents, encoder, self.cache / "blocks" / key, split)
-        if self._corpus.kind != "text" and len(blocks) < len(documents):
-            rank_zero_warn(
-                f"{len(documents) - len(blocks)} of {len(documents)} {split} examples left out: nothing scored "
-                f"within block_size={self.block_size} tokens"
-            )
-        if split == "train" or self.max_val_blocks is None:
-            return blocks
-        return blocks.select(range(min(len(blocks), self.max_val_blocks)))
+        folder = self.cache / "tokens" / content_key(self._corpus.kind, content, tokenizer_key(self.tokenizer))
+        store = stored_tokens(documents, encoder, folder, split, os.cpu_count() or 1)
+        most = None if split == "train" else self.max_val_blocks
+        return stored_rows(store, self.tokenizer, self.block_size, split, most)
 
     def _held_out_loader(self, split: str) -> DataLoader:
         self._check_filled(split)
@@ -271,7 +269,8 @@ class TextData(LightningDataModule):
         if trainer is not None and trainer.max_steps == -1 and trainer.limit_train_batches == 1.0:
             raise ValueError("trainer.max_steps: not set, but with streaming the training documents repeat for ever")
         world, rank = self._share()
-        blocks = StreamedBlocks(self._corpus, self._make_encoder, self.batch_size, self.seed, world, rank)
+        make_encoder = partial(self._make_encoder, self.block_size)
+        blocks = StreamedBlocks(self._corpus, make_encoder, self.block_size, self.batch_size, self.seed, world, rank)
         loader = StreamLoader(blocks, **self._loading(), drop_last=True)
         loader.position = self._batches_done
         return loader

@@ -6,7 +6,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from lskip.data.packing import NOT_SCORED
+from lskip.models.scored import NOT_SCORED
 
 WINDOW = 16  # batches whose rows are sorted by length together
 

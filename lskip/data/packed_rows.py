@@ -3,10 +3,10 @@
 from collections import defaultdict
 
 import numpy as np
-from datasets import Dataset
 from torch.utils import data
 
-from lskip.data.packing import NOT_SCORED, scored_lengths
+from lskip.data.rows import ExampleRows
+from lskip.models.scored import NOT_SCORED
 
 
 def fill_rows(lengths: np.ndarray, size: int) -> list[list[int]]:
@@ -44,14 +44,13 @@ class PackedRows(data.Dataset):
     An example ends with its last scored token; positions begin at 0 with each, and its first token is not scored.
 
     Args:
-        examples: rows {"input_ids", "labels"}, each int [size], padded at the right.
+        examples: one a row.
         pad: the token behind the last example of a row.
     """
 
-    def __init__(self, examples: Dataset, pad: int):
+    def __init__(self, examples: ExampleRows, pad: int):
         self.examples, self.pad = examples, pad
-        self.lengths = scored_lengths(examples)
-        self.size = len(examples[0]["labels"]) if len(examples) else 0
+        self.lengths, self.size = examples.lengths, examples.block_size
         self.rows = fill_rows(self.lengths, self.size)
 
     def __len__(self) -> int:

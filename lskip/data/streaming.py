@@ -10,9 +10,10 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import get_worker_info
 
 from lskip.data.documents import SPLITS, SplitRule, document_features, read_records, split_of, unique
+from lskip.data.encoders import READ_AHEAD, Encoder
 from lskip.data.formats import COLUMNS
 from lskip.data.loading import ResumableLoader
-from lskip.data.packing import READ_AHEAD, encoded_rows
+from lskip.data.rows import RowMaker
 from lskip.data.tokenizer import TRAINING_CHARACTERS
 
 SHUFFLE_BUFFER = 1000  # documents in the shuffle buffer
@@ -92,7 +93,8 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
     def __init__(
         self,
         corpus: StreamedCorpus,
-        make_encoder: Callable,
+        make_encoder: Callable[[], Encoder],
+        block_size: int,
         batch_size: int,
         seed: int,
         num_replicas: int = 1,
@@ -100,6 +102,7 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
     ):
         self.corpus = corpus
         self.make_encoder = make_encoder
+        self.block_size = block_size
         self.batch_size = batch_size
         self.seed = seed
         self.num_replicas = num_replicas
@@ -118,13 +121,13 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
 
     def rows(self, shard: int, shards: int) -> Iterator[dict]:
         """Yield encoded rows of one share of the training documents, without end."""
-        encoder, epoch = self.make_encoder(), 0
+        maker, epoch = RowMaker(self.make_encoder(), self.block_size), 0
         shuffled = self.corpus.rows.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
         share = split_dataset_by_node(shuffled, rank=shard, world_size=shards)
         while True:
             share.set_epoch(epoch)
             count = 0
-            for row in encoded_rows(encoder, self.corpus.records(share, "train")):
+            for row in maker.rows(self.corpus.records(share, "train")):
                 count += 1
                 yield row
             if count == 0:

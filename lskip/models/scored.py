@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+NOT_SCORED = -100  # a label, as in transformers
+
 
 def scored_positions(input_ids: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the positions whose states predict a scored token, and those tokens.
@@ -15,10 +17,10 @@ def scored_positions(input_ids: Tensor, labels: Tensor | None) -> tuple[Tensor, 
         Indices [N] into the B*S flattened positions, and the target tokens [N].
     """
     labels = input_ids if labels is None else labels
-    targets = torch.full_like(labels, -100)
+    targets = torch.full_like(labels, NOT_SCORED)
     targets[:, :-1] = labels[:, 1:]  # the state at s predicts token s + 1; the last predicts nothing known
     targets = targets.flatten()
-    positions = (targets != -100).nonzero().squeeze(1)
+    positions = (targets != NOT_SCORED).nonzero().squeeze(1)
     return positions, targets[positions]
 
 

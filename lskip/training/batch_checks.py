@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lskip.data.packing import NOT_SCORED
+from lskip.models.scored import NOT_SCORED
 
 
 def check_batch(batch: Any, vocab_size: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 import time
@@ -15,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lskip.utils.console import say
-from lskip.utils.user_errors import lost_a_process
+from lskip.utils.user_errors import how_it_ended, lost_a_process
 
 GRACE = 10.0  # seconds that the others have to end by themselves after one has ended
 _PARENT = "LSKIP_STARTED_BY"
@@ -78,7 +77,7 @@ class RankLauncher(_SubprocessScriptLauncher):
         while True:
             for rank, process in enumerate(self.procs, start=1):
                 if process.poll():
-                    return f"the process of rank {rank} {_ended(process.returncode)}, and the run with it"
+                    return f"the process of rank {rank} {how_it_ended(process.returncode)}, and the run with it"
             if time.monotonic() >= until:
                 return None
             time.sleep(0.2)
@@ -90,14 +89,6 @@ class RankLauncher(_SubprocessScriptLauncher):
             time.sleep(0.2)
         for process in self.procs:
             process.kill()
-
-
-def _ended(code: int) -> str:
-    signum = -code if code < 0 else code - 128
-    if signum not in set(signal.Signals):
-        return f"ended with exit code {code}"
-    killed = " (as where memory is short)" if signum == signal.SIGKILL else ""
-    return f"was ended by {signal.Signals(signum).name}{killed}"
 
 
 def _end_with(parent: str | None) -> None:

@@ -6,8 +6,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lskip.data.packing import NOT_SCORED
 from lskip.flops import Work, known_peak
+from lskip.models.scored import NOT_SCORED
 
 
 class TrainingLog(Callback):

@@ -1,6 +1,7 @@
 """Exceptions that the user can fix, and the one line that the command line prints for them."""
 
 import re
+import signal
 from types import TracebackType
 
 from lskip.utils.untrusted import printable
@@ -91,3 +92,12 @@ def lost_a_process(error: BaseException) -> bool:
     """Return whether `error` says that another process, which trains with this one, is gone."""
     of_torch = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
     return of_torch or (type(error) is RuntimeError and bool(_LOST.search(str(error))))
+
+
+def how_it_ended(code: int) -> str:
+    """Return how a process ended, by its exit code, which is negative or above 128 after a signal."""
+    signum = -code if code < 0 else code - 128
+    if signum not in set(signal.Signals):
+        return f"ended with exit code {code}"
+    killed = " (as where memory is short)" if signum == signal.SIGKILL else ""
+    return f"was ended by {signal.Signals(signum).name}{killed}"

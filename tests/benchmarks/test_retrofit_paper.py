@@ -86,7 +86,7 @@ def test_a_part_of_the_data_is_held_out_as_the_whole_is(runs, tmp_path):
         "block_size": 16,
         "cache_dir": str(runs / "cache"),
     }
-    blocks = TextData(**data, tokenizer=str(runs / "stock"), max_val_blocks=5).blocks("test")["input_ids"]
+    blocks = TextData(**data, tokenizer=str(runs / "stock"), max_val_blocks=5).blocks("test")[:]["input_ids"]
     model, _ = load_model(str(runs / "plain"))
     with torch.inference_mode():
         losses = [model(ids[None], labels=ids[None]).loss for ids in torch.tensor(np.stack(blocks)).long()]

@@ -7,8 +7,8 @@ from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lskip.data.packing import ChatEncoder
-from tests.data.test_datamodule import data_maker
+from lskip.data.encoders import ChatEncoder
+from tests.data.test_datamodule import data_maker, made
 
 KIND = "K13 which tokens of a chat are scored"
 MARKS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot|>", "<|end|>"]
@@ -132,7 +132,7 @@ def tokenizer_of(byte_level, template) -> PreTrainedTokenizerFast:
 def scored(tokenizer, messages: list[dict], tools=None, size: int = 600) -> str:
     """Return the scored tokens of a conversation as text."""
     stored = {"messages": messages, "tools": tools} if tools else messages
-    row = ChatEncoder(tokenizer, size)({"messages": [json.dumps(stored)]})
+    row = made(ChatEncoder(tokenizer), {"messages": [json.dumps(stored)]}, size)
     return tokenizer.decode([int(label) for label in row["labels"][0] if label != -100]) if row["labels"] else ""
 
 
@@ -239,7 +239,7 @@ def test_a_template_that_writes_the_last_turn_otherwise(byte_level, template, me
     messages = CONVERSATIONS[messages] if isinstance(messages, str) else messages
     assert scored(tokenizer, messages) == expected
     # What is read is the conversation as the template writes it, for all its turns.
-    ids = ChatEncoder(tokenizer, 600)({"messages": [json.dumps(messages)]})["input_ids"][0].tolist()
+    ids = made(ChatEncoder(tokenizer), {"messages": [json.dumps(messages)]}, 600)["input_ids"][0].tolist()
     assert tokenizer.decode(ids).startswith(tokenizer.apply_chat_template(messages, tokenize=False))
 
 
@@ -273,7 +273,7 @@ def test_tools_are_written_into_the_prompt(byte_level, tmp_path, tiny_tokenizer)
     expected = '<call>{"name": "add", "arguments": {"a": 2}}</call><|im_end|>'
     assert scored(tokenizer, CALL) == scored(tokenizer, CALL, TOOLS) == expected
     rows = [{"messages": [user(f"{i}"), *CALL[1:]], "tools": TOOLS if i % 2 else json.dumps(TOOLS)} for i in range(60)]
-    batch = data_maker(tmp_path, tokenizer)(rows, block_size=300).blocks("train")
+    batch = data_maker(tmp_path, tokenizer)(rows, block_size=300).blocks("train")[:]
     assert all('"name": "add"' in tokenizer.decode(ids).split("<|im_end|>")[0] for ids in batch["input_ids"])
 
 
@@ -326,7 +326,7 @@ def test_calls_and_tools_are_written_in_the_order_of_their_keys(byte_level, tmp_
     expected = {tokenizer.apply_chat_template(row["messages"], tools, tokenize=False) for row in rows}
     stored = [{**row, "messages": [row["messages"][0], {**row["messages"][1], "content": content}]} for row in rows]
     make = data_maker(tmp_path, tokenizer)
-    ids = make(stored, block_size=500, val_fraction=0, test_fraction=0).blocks("train")["input_ids"]
+    ids = make(stored, block_size=500, val_fraction=0, test_fraction=0).blocks("train")[:]["input_ids"]
     assert {tokenizer.decode(row).replace("</s>", "") for row in ids} == expected
 
 
@@ -342,7 +342,7 @@ def test_tools_of_a_parquet(byte_level, tmp_path):
     rows = [{"messages": [user(f"{i}"), assistant("yo")], "tools": json.dumps(TOOLS)} for i in range(60)]
     Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
     make = data_maker(tmp_path, tokenizer_of(byte_level, WITH_TOOLS))
-    batch = make(source=str(tmp_path / "d.parquet"), block_size=300).blocks("train")
+    batch = make(source=str(tmp_path / "d.parquet"), block_size=300).blocks("train")[:]
     assert all('"name": "add"' in tokenizer_of(byte_level, WITH_TOOLS).decode(ids) for ids in batch["input_ids"])
 
 
@@ -440,7 +440,7 @@ def test_marks_that_a_message_spells_are_text(byte_level, template, said):
     tokenizer = tokenizer_of(byte_level, template)
     end = "</s>" if template == ZEPHYR else "<|im_end|>"
     for messages in ([user(said), assistant("yo")], [user("hi"), assistant(said)]):
-        ids = ChatEncoder(tokenizer, 600)({"messages": [json.dumps(messages)]})["input_ids"][0].tolist()
+        ids = made(ChatEncoder(tokenizer), {"messages": [json.dumps(messages)]}, 600)["input_ids"][0].tolist()
         assert tokenizer.decode(ids).startswith(tokenizer.apply_chat_template(messages, tokenize=False))
         # The marks are those of a conversation that spells none, and then the padding.
         plain = tokenizer.apply_chat_template([user("x"), assistant("y")])["input_ids"]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-import lskip.data.packing as packing
 from lskip.data import TextData
 from lskip.data.documents import split_of
-from lskip.data.packing import TextPacker
+from lskip.data.encoders import Encoder, TextEncoder
+from lskip.data.rows import RowMaker
 
 
 def texts(count: int = 120) -> list[str]:
@@ -79,13 +79,13 @@ def test_a_copy_is_kept_once_and_crosses_nothing(text_data, tmp_path):
     twice = text_data(source=write_jsonl(tmp_path / "twice.jsonl", [{"text": text} for text in shuffled]))
     for split in ("train", "val", "test"):
         assert twice.documents(split)["text"][:] == once.documents(split)["text"][:]  # the order too
-        assert np.array_equal(twice.blocks(split)["input_ids"], once.blocks(split)["input_ids"])
+        assert np.array_equal(twice.blocks(split)[:]["input_ids"], once.blocks(split)[:]["input_ids"])
 
 
 def test_no_validation_text_in_training_blocks(text_data):
     rows = [{"text": f"<{i:04d}>" * 10} for i in range(100)]
     data = text_data(rows)
-    train = data.tokenizer.decode(np.array(data.blocks("train")["input_ids"]).reshape(-1))
+    train = data.tokenizer.decode(np.array(data.blocks("train")[:]["input_ids"]).reshape(-1))
     marks = {split: {text[:6] for text in data.documents(split)["text"]} for split in ("train", "val", "test")}
     assert not any(mark in train for mark in marks["val"] | marks["test"])
     assert sum(mark in train for mark in marks["train"]) >= len(marks["train"]) - 1  # the end may not fill a block
@@ -111,13 +111,20 @@ def naive_blocks(documents: list[str], tokenizer, size: int) -> np.ndarray:
 def test_packing_is_concatenation(text_data, tiny_tokenizer, split):
     data = text_data()
     expected = naive_blocks(data.documents(split)["text"][:], tiny_tokenizer, 16)
-    assert len(expected) > 10 and np.array_equal(data.blocks(split)["input_ids"], expected)
+    assert len(expected) > 10 and np.array_equal(data.blocks(split)[:]["input_ids"], expected)
 
 
-def test_packer_carries_the_rest_across_calls(tiny_tokenizer):
-    packer, blocks = TextPacker(tiny_tokenizer, 7), []
+def made(encoder: Encoder, documents: dict[str, list[str]], size: int) -> dict[str, list[np.ndarray]]:
+    """Return the rows of documents given by columns, by columns too."""
+    each = (dict(zip(documents, values, strict=True)) for values in zip(*documents.values(), strict=True))
+    rows = list(RowMaker(encoder, size).rows(each))
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def test_what_fills_no_row_is_kept_for_the_next_documents(tiny_tokenizer):
+    maker, blocks = RowMaker(TextEncoder(tiny_tokenizer), 7), []
     for text in texts(9):
-        blocks += packer({"text": [text]})["input_ids"]
+        blocks += [row["input_ids"] for row in maker.rows([{"text": text}])]
     assert np.array_equal(blocks, naive_blocks(texts(9), tiny_tokenizer, 7))
 
 
@@ -144,11 +151,11 @@ def test_loaders_leave_the_global_random_stream_alone(text_data):
 
 def test_validation_is_in_order_complete_and_capped(text_data):
     everything = text_data(max_val_blocks=None)
-    blocks = np.array(everything.blocks("val")["input_ids"])
+    blocks = np.array(everything.blocks("val")[:]["input_ids"])
     assert rows_of(everything.val_dataloader()) == blocks.tolist()
     assert len(blocks) % 4  # the last batch is a partial one
     assert rows_of(text_data(max_val_blocks=3).val_dataloader()) == blocks[:3].tolist()
-    assert rows_of(text_data().test_dataloader()) == text_data().blocks("test")["input_ids"][:].tolist()
+    assert rows_of(text_data().test_dataloader()) == text_data().blocks("test")[:]["input_ids"].tolist()
 
 
 # Caches
@@ -157,23 +164,26 @@ def test_validation_is_in_order_complete_and_capped(text_data):
 def test_the_second_set_up_tokenizes_nothing(text_data, monkeypatch):
     source = text_data(tokenizer=None, vocab_size=300)
     source.setup("fit")
-    first = np.array(source.blocks("train")["input_ids"])
+    first = np.array(source.blocks("train")[:]["input_ids"])
 
     def forbidden(*_):
         raise AssertionError("tokenized again")
 
-    monkeypatch.setattr(packing.TextPacker, "rows", forbidden)
+    monkeypatch.setattr(TextEncoder, "runs", forbidden)
     monkeypatch.setattr("lskip.data.tokenizer.train_bpe", forbidden)
     monkeypatch.setattr("lskip.data.corpus.read_records", forbidden)
     again = text_data(source=source.source, tokenizer=None, vocab_size=300)
     again.setup("fit")
-    assert np.array_equal(again.blocks("train")["input_ids"], first)
+    assert np.array_equal(again.blocks("train")[:]["input_ids"], first)
+    short = text_data(source=source.source, tokenizer=None, vocab_size=300, block_size=8)
+    short.setup("fit")
+    assert np.array_equal(short.blocks("train")[: 2 * len(first)]["input_ids"].reshape(first.shape), first)
     with pytest.raises(AssertionError):
-        text_data(source=source.source, tokenizer=None, vocab_size=300, block_size=8).setup("fit")
+        text_data(source=source.source, tokenizer=None, vocab_size=301).setup("fit")
 
 
 def test_a_kill_while_tokenizing_leaves_no_half_cache(text_data, monkeypatch):
-    data, original, calls = text_data(), packing.TextPacker.rows, []
+    data, original, calls = text_data(), TextEncoder.runs, []
 
     def killed(self, batch):
         calls.append(1)
@@ -181,10 +191,10 @@ def test_a_kill_while_tokenizing_leaves_no_half_cache(text_data, monkeypatch):
             raise KeyboardInterrupt
         return original(self, batch)
 
-    monkeypatch.setattr(packing.TextPacker, "rows", killed)
+    monkeypatch.setattr(TextEncoder, "runs", killed)
     with pytest.raises(KeyboardInterrupt):
         data.blocks("train")
-    monkeypatch.setattr(packing.TextPacker, "rows", original)
+    monkeypatch.setattr(TextEncoder, "runs", original)
     whole = text_data(source=data.source, cache_dir=str(data.cache.parent / "other")).blocks("train")
     assert len(text_data(source=data.source).blocks("train")) == len(whole)
 
@@ -198,7 +208,7 @@ def test_a_changed_file_is_read_again(text_data):
 def test_everything_written_lies_in_cache_dir(text_data, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     text_data(tokenizer=None, vocab_size=300).setup("fit")
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"blocks", "documents", "tokenizers"}
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"documents", "tokenizers", "tokens"}
     assert not (tmp_path / "home").exists()
 
 

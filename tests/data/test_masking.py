@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lskip.data.packing import ChatEncoder, PairEncoder, collate
+from lskip.data.collation import collate
+from lskip.data.encoders import ChatEncoder, PairEncoder
 from lskip.data.tokenizer import tokenizer_key
-from tests.data.test_datamodule import data_maker
+from tests.data.test_datamodule import data_maker, made
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -61,7 +62,7 @@ def spelled(tokenizer, labels: np.ndarray) -> str:
 
 
 def test_prompt_is_masked_and_the_end_is_scored(bytes_tokenizer):
-    rows = PairEncoder(bytes_tokenizer, 10)({"prompt": ["2+2=", "hi"], "completion": ["4", "you all there"]})
+    rows = made(PairEncoder(bytes_tokenizer), {"prompt": ["2+2=", "hi"], "completion": ["4", "you all there"]}, 10)
     assert [spelled(bytes_tokenizer, labels) for labels in rows["labels"]] == ["....4$....", "..you all "]
     assert [spelled(bytes_tokenizer, ids) for ids in rows["input_ids"]] == ["2+2=4$$$$$", "hiyou all "]
 
@@ -73,7 +74,7 @@ def test_pairs_with_nothing_scored_are_left_out_with_a_warning(text_data, bytes_
     with pytest.warns(UserWarning, match=f"{long} of {len(data.documents('train'))} train examples left out"):
         blocks = data.blocks("train")
     assert len(blocks) == len(data.documents("train")) - long and long > 10
-    assert {spelled(bytes_tokenizer, labels) for labels in blocks["labels"]} == {".....yes$..."}
+    assert {spelled(bytes_tokenizer, labels) for labels in blocks[:]["labels"]} == {".....yes$..."}
     batch = next(iter(data.train_dataloader()))
     assert (batch["labels"][:, :5] == -100).all() and (batch["input_ids"] >= 0).all()
 
@@ -84,7 +85,7 @@ def test_pairs_with_nothing_scored_are_left_out_with_a_warning(text_data, bytes_
     ids=["longest", "cut", "short"],
 )
 def test_a_batch_ends_behind_its_last_scored_token(bytes_tokenizer, completions, length):
-    rows = PairEncoder(bytes_tokenizer, 10)({"prompt": ["2:", "1:"], "completion": completions})
+    rows = made(PairEncoder(bytes_tokenizer), {"prompt": ["2:", "1:"], "completion": completions}, 10)
     batch = collate([dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)])
     assert batch["input_ids"].shape == batch["labels"].shape == (2, length)
     for name in rows:
@@ -100,7 +101,7 @@ def test_a_batch_without_a_scored_token_is_as_long_as_its_rows():
 def test_pad_token_fills_where_there_is_one(chat_tokenizer):
     tokenizer = chat_tokenizer(None)
     tokenizer.pad_token = "!"
-    row = PairEncoder(tokenizer, 12)({"prompt": ["a"], "completion": ["b"]})
+    row = made(PairEncoder(tokenizer), {"prompt": ["a"], "completion": ["b"]}, 12)
     assert row["input_ids"][0][3:].tolist() == [tokenizer.convert_tokens_to_ids("!")] * 9
 
 
@@ -116,7 +117,7 @@ CONVERSATION = [
 def test_every_assistant_turn_is_scored(bytes_tokenizer, template):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_tokenizer.backend_tokenizer, eos_token="<end>")
     tokenizer.chat_template = template
-    row = ChatEncoder(tokenizer, 60)({"messages": [json.dumps(CONVERSATION)]})
+    row = made(ChatEncoder(tokenizer), {"messages": [json.dumps(CONVERSATION)]}, 60)
     written = "<user>hey\n<assistant>yo\n<user>ok\n<assistant>bye\n"
     assert spelled(tokenizer, row["input_ids"][0]) == written + "$" * 12
     expected = "." * 21 + "yo\n" + "." * 9 + "." * 11 + "bye\n"
@@ -132,13 +133,13 @@ def test_messages_from_a_file(text_data, chat_tokenizer):
 
 def test_a_template_that_rewrites_history_is_refused(chat_tokenizer):
     with pytest.raises(ValueError, match="rewrites earlier turns"):
-        ChatEncoder(chat_tokenizer(LAST_ONLY), 60)({"messages": [json.dumps(CONVERSATION)]})
+        made(ChatEncoder(chat_tokenizer(LAST_ONLY)), {"messages": [json.dumps(CONVERSATION)]}, 60)
 
 
 def test_a_template_that_refuses_a_conversation(chat_tokenizer):
     template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match="roles must alternate"):
-        ChatEncoder(chat_tokenizer(template), 60)({"messages": [json.dumps(CONVERSATION)]})
+        made(ChatEncoder(chat_tokenizer(template)), {"messages": [json.dumps(CONVERSATION)]}, 60)
 
 
 # Tokenizer

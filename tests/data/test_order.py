@@ -193,7 +193,7 @@ def stream_rows(data: TextData, count: int, position: int = 0) -> list:
 def test_streamed_tokens_are_those_of_the_stored_split(make_data):
     stored, streamed = make_data(), make_data(streaming=True)
     assert streamed.documents("val")["text"][:] == stored.documents("val")["text"][:]
-    assert (streamed.blocks("val")["input_ids"][:] == stored.blocks("val")["input_ids"][:]).all()
+    assert (streamed.blocks("val")[:]["input_ids"] == stored.blocks("val")[:]["input_ids"]).all()
     # Train: the first pass over the stream, up to what was carried into the second.
     documents = Counter(tuple(stored.tokenizer(text).input_ids) for text in stored.documents("train")["text"])
     count = len(stored.blocks("train")) // 3
@@ -221,7 +221,7 @@ def test_shares_of_a_stream_are_disjoint_and_complete(make_data):
     data = make_data(streaming=True)
     shares = []
     for rank in range(3):
-        blocks = StreamedBlocks(data._corpus, data._make_encoder, 3, 0, num_replicas=3, rank=rank)
+        blocks = StreamedBlocks(data._corpus, data._make_encoder, data.block_size, 3, 0, num_replicas=3, rank=rank)
         stream = blocks.rows(shard=rank, shards=3)
         tokens = [token for _ in range(6) for token in next(stream)["input_ids"].tolist()]
         shares.append({piece for piece in data.tokenizer.decode(tokens).split("<|endoftext|>")[:-1]})
@@ -246,6 +246,6 @@ def test_more_shares_than_a_stream_has_text(make_data, tmp_path, tiny_tokenizer)
     data = make_data(source=str(path), streaming=True, block_size=4, val_fraction=0.01, test_fraction=0.0)
     from lskip.data.streaming import StreamedBlocks
 
-    blocks = StreamedBlocks(data._corpus, data._make_encoder, 1, 0)
+    blocks = StreamedBlocks(data._corpus, data._make_encoder, data.block_size, 1, 0)
     with pytest.raises(ValueError, match="share 2 of 2 of the stream holds no training block"):
         next(blocks.rows(shard=1, shards=2))

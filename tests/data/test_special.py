@@ -6,11 +6,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 import lskip.data.text_tokens as text_tokens
-from lskip.data.packing import PairEncoder, TextPacker
+from lskip.data.encoders import PairEncoder, TextEncoder
 from lskip.data.text_tokens import cut_text, encode_plain
 from lskip.data.tokenizer import train_bpe
 from lskip.models.encoding import open_ended
-from tests.data.test_datamodule import data_maker, texts
+from tests.data.test_datamodule import data_maker, made, texts
 from tests.data.test_tokenizer import TEXT
 
 SPECIAL = "K15 special tokens around and inside text"
@@ -25,7 +25,7 @@ def test_f57_an_end_of_text_that_documents_spell(tmp_path, tiny_tokenizer, own, 
     make = data_maker(tmp_path, None if own else tiny_tokenizer)
     data = make(rows, vocab_size=300, val_fraction=0.5, test_fraction=0, streaming=streaming, max_val_blocks=10**4)
     with pytest.warns(UserWarning, match=r"line \d+ spells the special token '<\|endoftext\|>'"):
-        ids = np.array(data.blocks("val")["input_ids"]).reshape(-1)
+        ids = np.array(data.blocks("val")[:]["input_ids"]).reshape(-1)
     assert abs((ids == data.tokenizer.eos_token_id).sum() - len(data.documents("val"))) <= 1
     text = "<end>".join(data.documents("val")["text"]) + "<end>"
     parts = np.split(ids, np.flatnonzero(ids == data.tokenizer.eos_token_id))
@@ -36,7 +36,7 @@ def test_f57_an_end_of_text_that_documents_spell(tmp_path, tiny_tokenizer, own, 
 @pytest.mark.parametrize("spelled", ["<|endoftext|>", "a<|endoftext|>", "<|endoftext|><|endoftext|> b"])
 def test_pairs_that_spell_it(tiny_tokenizer, spelled):
     for prompt, completion in ((spelled, "yes"), ("hey", spelled)):
-        row = PairEncoder(tiny_tokenizer, 80)({"prompt": [prompt], "completion": [completion]})
+        row = made(PairEncoder(tiny_tokenizer), {"prompt": [prompt], "completion": [completion]}, 80)
         label = row["labels"][0]
         assert tiny_tokenizer.decode(label[label != -100]) == completion + "<|endoftext|>"
         assert (label == 0).sum() == 1
@@ -72,10 +72,10 @@ def test_what_a_tokenizer_puts_around_a_text(tiny_tokenizer, template, before):
         inside = tiny_tokenizer(text).input_ids
         assert open_ended(tokenizer, [text]) == [before + inside]
     plain = encode_plain(tiny_tokenizer, texts(9))
-    packed = TextPacker(tokenizer, 7)({"text": texts(9)})["input_ids"]
+    packed = made(TextEncoder(tokenizer), {"text": texts(9)}, 7)["input_ids"]
     stream = [token for ids in plain for token in (*before, *ids, 0)]
     assert np.array_equal(np.concatenate(packed), stream[: len(packed) * 7])
-    pair = PairEncoder(tokenizer, 30)({"prompt": ["a"], "completion": ["b"]})
+    pair = made(PairEncoder(tokenizer), {"prompt": ["a"], "completion": ["b"]}, 30)
     expected = [*before, *tiny_tokenizer("a").input_ids, *tiny_tokenizer("b").input_ids, 0]
     assert pair["input_ids"][0][: len(expected)].tolist() == expected
 
@@ -136,10 +136,10 @@ def test_a_long_text_without_a_place_to_cut_loses_nothing(make, unit):
 def test_blocks_of_long_documents_are_those_of_whole_ones(tmp_path, tiny_tokenizer, monkeypatch, streaming):
     rows = [{"text": f"def f{i}(x): return x + {i}\n" * (1 + i % 40)} for i in range(60)]
     make, fixed = data_maker(tmp_path, tiny_tokenizer), {"val_fraction": 0.5, "streaming": streaming}
-    whole = make(rows, **fixed).blocks("val")["input_ids"][:]
+    whole = make(rows, **fixed).blocks("val")[:]["input_ids"]
     monkeypatch.setattr(text_tokens, "PIECE", 300)
     monkeypatch.setattr(cut_text, "__defaults__", (300,))
-    cut = make(rows, **fixed, cache_dir=str(tmp_path / "other")).blocks("val")["input_ids"][:]
+    cut = make(rows, **fixed, cache_dir=str(tmp_path / "other")).blocks("val")[:]["input_ids"]
     assert np.array_equal(whole, cut)
 
 
@@ -150,6 +150,6 @@ def test_of_a_long_pair_no_more_is_tokenized_than_a_row_needs(tiny_tokenizer, mo
     monkeypatch.setattr(text_tokens, "encode_plain", lambda t, texts: seen.extend(texts) or real(t, texts))
     monkeypatch.setattr(text_tokens, "PIECE", 300)
     monkeypatch.setattr(cut_text, "__defaults__", (300,))
-    row = PairEncoder(tiny_tokenizer, 64)({"prompt": ["ab"], "completion": ["c d " * 100_000]})
+    row = made(PairEncoder(tiny_tokenizer, 64), {"prompt": ["ab"], "completion": ["c d " * 100_000]}, 64)
     assert (row["labels"][0] != -100).sum() == 64 - len(tiny_tokenizer("ab").input_ids)
     assert sum(map(len, seen)) < 20_000

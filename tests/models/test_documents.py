@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lskip.data.packing import Border, collate
+from lskip.data.collation import Border, collate
 from lskip.layer_dropout import run_kept_rows
 from lskip.models.decoder import Decoder
 from lskip.models.readout import read_exits

@@ -6,9 +6,9 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lskip.data import TextData
-from lskip.data.packing import NOT_SCORED
 from lskip.models.draft_tokens import SMALLEST_VOCABULARY, few_tokens, keep_draft_tokens
 from lskip.models.prompt_form import keep_form
+from lskip.models.scored import NOT_SCORED
 
 MOST_POSITIONS = 2**22  # of the training split that are counted: about a second
 MOST_PROMPTS = 1000
@@ -48,6 +48,6 @@ def tokens_of(data: LightningDataModule | None) -> list[int] | None:
 def prompts_of(data: TextData) -> list[list[int]]:
     """Return the token ids of the prompts of some training pairs, evenly spaced."""
     blocks = data.blocks("train")
-    some = blocks.select(range(0, len(blocks), -(-len(blocks) // MOST_PROMPTS)))[:]
+    some = blocks[:: -(-len(blocks) // MOST_PROMPTS)]
     firsts = (some["labels"] != NOT_SCORED).argmax(1)
     return [ids[:first].tolist() for ids, first in zip(some["input_ids"], firsts, strict=True)]

@@ -14,7 +14,6 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from lskip.data.packing import NOT_SCORED
 from lskip.evaluation.layers.divergence import report_divergence
 from lskip.evaluation.layers.divergence_figure import divergence_figure, print_divergence
 from lskip.evaluation.layers.figure import image_of
@@ -26,6 +25,7 @@ from lskip.models.decoder import Decoder
 from lskip.models.encoding import open_ended
 from lskip.models.families import family_of
 from lskip.models.pretrained import load_config, load_model
+from lskip.models.scored import NOT_SCORED
 from lskip.utils.checks import check_choice, check_whole
 from lskip.utils.console import plain_console
 from lskip.utils.devices import DTYPES, DType

@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lskip.data.arguments import check_source
 from lskip.data.chat import check_chat_template
+from lskip.data.collation import collate
 from lskip.data.documents import first_columns, read_records, split_of
+from lskip.data.encoders import ENCODERS
 from lskip.data.formats import record_kind
-from lskip.data.packing import ENCODERS, collate, encoded_rows
+from lskip.data.rows import RowMaker
 from lskip.data.sources import open_source
 from lskip.data.tokenizer import check_tokenizer
 from lskip.utils.checks import check_whole
@@ -103,7 +105,7 @@ class Documents:
             check_chat_template(tokenizer)
         encoder = ENCODERS[self.kind](check_tokenizer(tokenizer), options.block_size)
         with _named_data():
-            rows = list(islice(encoded_rows(encoder, self._records()), options.num_blocks))
+            rows = list(islice(RowMaker(encoder, options.block_size).rows(self._records()), options.num_blocks))
         if not rows:
             raise ValueError(f"data: {options.name} does not fill one block_size of {options.block_size} tokens")
         size = options.batch_size

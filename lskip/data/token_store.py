@@ -1,0 +1,111 @@
+"""The tokens of a split's documents in flat files, without rows: written once, read memory-mapped at any block size."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from datasets.utils import tqdm
+
+from lskip.data.cache import cached_folder
+from lskip.data.encoders import Encoder, in_batches
+from lskip.utils.worker_processes import WorkerProcesses
+
+PART = 2**22  # characters of documents that are tokenized by one process before another's turn
+FEW_PARTS = 2  # are tokenized here: processes take seconds to start
+MOST_OF_AN_EXAMPLE = 2**24  # tokens: no row is longer
+
+Arrays = tuple[np.ndarray, ...]
+
+
+class TokenStore:
+    """Tokens of documents, one document after the other.
+
+    Attributes:
+        tokens: [tokens], memory-mapped, unsigned.
+        ends: int64 [documents], memory-mapped: where in `tokens` each document ends.
+        scored: bool [tokens], memory-mapped; None: all are.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.tokens = _opened(next(folder.glob("tokens.*")))
+        self.ends = _opened(folder / "ends.int64")
+        scored = folder / "scored.bool"
+        self.scored = _opened(scored) if scored.is_file() else None
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def place(self, document: int) -> tuple[int, int]:
+        """Return where in `tokens` a document begins and ends."""
+        return int(self.ends[document - 1]) if document else 0, int(self.ends[document])
+
+    def __reduce__(self):
+        return TokenStore, (self.folder,)  # a process that loads batches maps the files itself
+
+
+def _opened(path: Path) -> np.ndarray:
+    kind = np.dtype(path.suffix[1:])
+    # An empty file cannot be mapped. Of a memmap each slice would be one, ten times as slow to make.
+    return np.asarray(np.memmap(path, kind, "r")) if path.stat().st_size else np.zeros(0, kind)
+
+
+def stored_tokens(documents: Dataset, encoder: Encoder, folder: Path, split: str, processes: int) -> TokenStore:
+    """Return the tokens of all documents, from `folder` where they are cached, else made and written there.
+
+    Args:
+        split: for the progress bar.
+        processes: tokenize beside this one, unless there is little to do.
+    """
+
+    def write(target: Path) -> None:
+        largest = max(encoder.tokenizer.get_vocab().values())
+        kind = np.dtype(np.uint16 if largest < 2**16 else np.uint32)
+        names = [f"tokens.{kind.name}", "ends.int64", *(["scored.bool"] if encoder.marks_scored else [])]
+        with ExitStack() as stack:
+            files = [stack.enter_context((target / name).open("wb")) for name in names]
+            progress, end = stack.enter_context(tqdm(total=len(documents), desc=f"Tokenizing {split}", unit="")), 0
+            for tokens, lengths, *scored in encoded_parts(documents, encoder, processes):
+                ends = end + lengths.cumsum(dtype=np.int64)
+                for file, part in zip(files, (tokens.astype(kind), ends, *scored), strict=True):
+                    file.write(part.data)
+                end = int(ends[-1])
+                progress.update(len(lengths))
+
+    return TokenStore(cached_folder(folder, write))
+
+
+def encoded_parts(documents: Dataset, encoder: Encoder, processes: int) -> Iterator[Arrays]:
+    """Yield the tokens, the lengths and, where it is told, which tokens are scored of documents, part by part."""
+    parts = in_batches(documents, 2**30, PART)
+    few = list(islice(parts, FEW_PARTS + 1))
+    if processes < 2 or len(few) <= FEW_PARTS:
+        for part in chain(few, parts):
+            yield encoded(encoder, part)[0]
+            encoder.warn()
+        return
+    with WorkerProcesses(processes, encoded, encoder) as workers:
+        for arrays, spelled in workers.map(chain(few, parts)):
+            encoder.spelled = encoder.spelled or spelled
+            encoder.warn()
+            yield arrays
+
+
+def encoded(encoder: Encoder, part: dict[str, list]) -> tuple[Arrays, str | None]:
+    """Return the arrays of some documents, and what the encoder would warn of."""
+    documents = (dict(zip(part, values, strict=True)) for values in zip(*part.values(), strict=True))
+    tokens, scored, lengths, length = [np.zeros(0, np.int64)], [np.zeros(0, bool)], [], 0
+    for batch in in_batches(documents):
+        for run in encoder.runs(batch):
+            tokens.append(np.array(run.ids, np.int64))
+            if run.scored is not None:
+                scored.append(np.array(run.scored, bool))
+            length += len(run.ids)
+            if run.is_last:
+                lengths.append(length)
+                length = 0
+    marks = (np.concatenate(scored),) if encoder.marks_scored else ()
+    return (np.concatenate(tokens), np.array(lengths, np.int64), *marks), encoder.spelled
