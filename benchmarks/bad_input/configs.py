@@ -23,6 +23,7 @@ WITH = {  # an option of each command, and a valid value
     "tune": ("rounds", 1),
     "evaluate": ("batch_size", 2),
     "compare": ("figure", "{here}/out.png"),
+    "data": ("show", 2),
     "inspect": ("num_blocks", 2),
     "adapt": ("max_steps", 3),
     "fit": ("position_share", 1.0),

@@ -11,6 +11,7 @@ from random import Random
 
 from benchmarks.bad_input.checks import answers, holds, json_holds, numbered, prints_the_answer
 from benchmarks.bad_input.checks import texts as texts_of
+from benchmarks.bad_input.data_options import DATA
 from benchmarks.bad_input.fixtures import PROMPTS, adapt_arguments
 from benchmarks.bad_input.values import (
     Domain,
@@ -94,7 +95,15 @@ OPTIONS: dict[str, dict[str, Domain]] = {
         **RESUMED,
         **LOADING,
     },
-    "tune": {"task": a_class(), **GRID, **COUNTS, "decoded_cells": whole(1, good=(10**6,)), **LOADING},
+    "tune": {
+        "task": a_class(),
+        **GRID,
+        **COUNTS,
+        "decoded_cells": whole(1, good=(10**6,)),
+        "criterion": choice("Entropy", "Margin", null=True, good=("Entropy", "null")),
+        "precision": real(0, 1, low_too=False, null=True, good=("null",)),
+        **LOADING,
+    },
     "evaluate": {
         "tasks": names("own"),
         "model": file_to_read(),
@@ -112,6 +121,7 @@ OPTIONS: dict[str, dict[str, Domain]] = {
         "exit_adapter": file_to_read(),
     },
     "compare": {"runs": file_to_read(), "figure": place_to_write()},
+    "data": {**DATA, "split": choice("train", "val", "test", good=("train", "val")), "show": whole(0, good=(0, 1))},
     "inspect": {
         "output": place_to_write(),
         "model": file_to_read(),
@@ -186,6 +196,10 @@ BASES: dict[str, tuple[tuple[str, ...], Done]] = {
         done(json_holds("out.json", lambda found: found["results"])),
     ),
     "compare": (("{place}/run", "--figure={here}/out.png"), done(holds("out.png", folder="."))),
+    "data": (
+        ("--source={place}/data.jsonl", "--tokenizer={place}/llama", "--cache_dir={place}/cache", "--block_size=16"),
+        done(lambda seen: None if " positions computed for each" in seen.out else f"printed {seen.out!r}"),
+    ),
     "inspect": (
         ("--model={place}/llama", "--output={here}/out", "--data={place}/data.jsonl", "--block_size=16"),
         done(holds("report.json", "figure.png", "settling.html")),

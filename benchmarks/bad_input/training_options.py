@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from random import Random
 
 from benchmarks.bad_input.checks import trained
+from benchmarks.bad_input.data_options import DATA
 from benchmarks.bad_input.fixtures import fit_arguments
 from benchmarks.bad_input.options import odd_files
 from benchmarks.bad_input.values import (
@@ -65,26 +66,6 @@ TRAINER = {
     "default_root_dir": anything(good=("null",)),
     "enable_autolog_hparams": flag(good=("false",)),
     "model_registry": anything(good=("null",)),
-}
-DATA = {
-    "source": file_to_read(),
-    "tokenizer": file_to_read(good=("null", "{place}/llama")),
-    "vocab_size": whole(257, good=(300,)),
-    "block_size": whole(2, 128, good=(2, 32)),  # of 128 the corpus fills too few
-    "batch_size": whole(1, 1000, good=(1,)),
-    "val_fraction": real(0, 1, True, False, good=(0, 0.3)),
-    "test_fraction": real(0, 1, True, False, good=(0, 0.3)),
-    "text_column": choice("text", null=True, good=("text", "null")),
-    "max_val_blocks": whole(1, null=True, good=(1, 10**30, "null")),
-    "streaming": flag(good=("true",)),
-    "documents": choice("joined", "separate", good=("separate",)),
-    "pack": flag(good=("true",)),
-    "group_by_length": flag(good=("true",)),
-    "split_digits": flag(good=("true",)),
-    "val_within_groups": flag(good=("true",)),
-    "num_workers": whole(0, also=(("huge", "5000"), ("huge", str(10**9)))),
-    "seed": whole(0, 2**63 - 1, good=(0, 2**31)),
-    "cache_dir": place_to_write(good=("{here}/cache", "")),
 }
 MODULE = {
     "seed_everything": whole(0, 2**32 - 1, good=(0, 2**32 - 1, "true")),

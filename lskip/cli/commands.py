@@ -22,6 +22,7 @@ from lskip.utils.foreign import first_line
 
 # The module of each command's function, imported when it runs: some import Lightning, which takes seconds.
 MODULES = {
+    "data": "lskip.cli.data",
     "predict": "lskip.cli.predict",
     "generate": "lskip.cli.generate",
     "adapt": "lskip.adapters.adapt",
@@ -50,8 +51,9 @@ def run_command(arguments: list[str]) -> None:
     described = {part.arg_name: part.description for part in parse_docstring(command.__doc__).params}
     for key in lists:
         parser.add_argument(key, nargs="+", help=described[key])
-    # Dataclass arguments: each of their fields is an option.
-    groups = {key: kind for key, kind in get_type_hints(command).items() if is_dataclass(kind)}
+    # Dataclasses, and a data module: each of their arguments is an option.
+    hints = get_type_hints(command).items()
+    groups = {key: kind for key, kind in hints if is_dataclass(kind) or hasattr(kind, "prepare_data")}
     plain = parser.add_function_arguments(command, skip={*groups, *lists})
     members = {key: parser.add_class_arguments(kind) for key, kind in groups.items()}
     values = _parse(parser, options)

@@ -17,6 +17,7 @@ from lskip.utils.user_paths import did_you_mean
 HELP = """usage: lskip COMMAND [options]
 
   fit        train with layer dropout and early exit loss
+  data       rows of a data set as a run would get them: documents, positions, what is scored
   plan       memory, FLOPs and hours of a fit, before it runs: without weights and without data
   validate   perplexity and agreement of every layer on held-out text
   test       the same on the test split
@@ -36,7 +37,7 @@ HELP = """usage: lskip COMMAND [options]
 """
 _TRAINING = ("fit", "validate", "test")
 _PLANNING = ("plan",)
-_PLAIN = ("predict", "generate", "export", "adapt", "sweep", "tune", "evaluate", "compare", "inspect")
+_PLAIN = ("data", "predict", "generate", "export", "adapt", "sweep", "tune", "evaluate", "compare", "inspect")
 COMMANDS = (*_TRAINING, *_PLANNING, *_PLAIN, "configs")
 
 

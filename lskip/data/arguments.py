@@ -33,7 +33,7 @@ def check_sizes(vocab_size: int, block_size: int, batch_size: int, num_workers: 
     check_whole("block_size", block_size, 2, MOST_TOKENS)
     check_whole("batch_size", batch_size, 1, MOST_TOKENS)
     check_whole("num_workers", num_workers, 0, MOST_WORKERS)
-    check_whole("seed", seed, 0, 2**64 - 1)
+    check_whole("seed", seed, 0, 2**63 - 1)
 
 
 def check_limits(max_val_blocks: int | None, streaming: bool, group_by_length: bool, pack: bool) -> None:
