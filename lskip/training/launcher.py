@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -14,9 +15,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lskip.utils.console import say
+from lskip.utils.interrupts import ENDING
 from lskip.utils.user_errors import how_it_ended, lost_a_process
 
 GRACE = 10.0  # seconds that the others have to end by themselves after one has ended
+ASKED = [128 + each for each in (signal.SIGINT, *ENDING)]  # exit codes
 _PARENT = "LSKIP_STARTED_BY"
 
 
@@ -53,7 +56,7 @@ class RankLauncher(_SubprocessScriptLauncher):
             self._end_others(GRACE)
             if ended is None:
                 raise
-            raise ValueError(ended) from error
+            raise ValueError(_sentence(*ended)) from error
         except BaseException:
             self._end_others(0)
             raise
@@ -67,17 +70,21 @@ class RankLauncher(_SubprocessScriptLauncher):
             if ended := self._first_ended(0):
                 if not over.wait(GRACE):
                     self._end_others(0)
-                    say(f"lskip: error: {ended}", sys.stderr)
-                    os._exit(1)
+                    say(f"lskip: error: {_sentence(*ended)}", sys.stderr)
+                    code = ended[1] if ended[1] > 0 else 128 - ended[1]
+                    os._exit(code if code in ASKED else 1)  # who asks one process to end asks all
                 return
 
-    def _first_ended(self, patience: float) -> str | None:
-        """Return a sentence on the first process that ended with an error, within so many seconds; None: none did."""
+    def _first_ended(self, patience: float) -> tuple[int, int] | None:
+        """Return rank and exit code of the first process that ended with an error, within so many seconds.
+
+        None: none did.
+        """
         until = time.monotonic() + patience
         while True:
             for rank, process in enumerate(self.procs, start=1):
                 if process.poll():
-                    return f"the process of rank {rank} {how_it_ended(process.returncode)}, and the run with it"
+                    return rank, process.returncode
             if time.monotonic() >= until:
                 return None
             time.sleep(0.2)
@@ -89,6 +96,10 @@ class RankLauncher(_SubprocessScriptLauncher):
             time.sleep(0.2)
         for process in self.procs:
             process.kill()
+
+
+def _sentence(rank: int, code: int) -> str:
+    return f"the process of rank {rank} {how_it_ended(code)}, and the run with it"
 
 
 def _end_with(parent: str | None) -> None:
