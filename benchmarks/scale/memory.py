@@ -82,6 +82,20 @@ CASES = {
             *("--early_exit_loss.curriculum.period=3", "--trainer.gradient_clip_val=1.0"),
         ),
     ),
+    # The same, some days of changes later.
+    "LoRA in 16 bits, grouped queries, an untied head": Case(
+        {
+            **{"model_type": "mistral", "vocab_size": 24000, "hidden_size": 640, "intermediate_size": 1792},
+            **{"num_hidden_layers": 14, "num_attention_heads": 10, "num_key_value_heads": 2, "sliding_window": 256},
+            **{"max_position_embeddings": 1024, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False},
+        },
+        (
+            *("--data.batch_size=3", "--data.block_size=384", "--data.documents=separate"),
+            *("--trainer.precision=bf16-mixed", "--low_rank=LowRank", "--low_rank.rank=8", "--low_rank.exit_layer=6"),
+            *("--layer_dropout=LayerDropout", "--layer_dropout.p_max=0.3", "--layer_dropout.depth=Constant"),
+            *("--early_exit_loss=EarlyExitLoss", "--early_exit_loss.curriculum=Gradual"),
+        ),
+    ),
 }
 QUICK = {
     "quick": Case(
