@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks.command_line import command_parser
 from benchmarks.environment import environment
-from benchmarks.scale.cases import MOST, ROWS, Case, dropping
+from benchmarks.scale.cases import MOST, ROWS, Case, dropping, half_dropped
 from benchmarks.scale.equality import largest_difference, whole_weights
 from benchmarks.scale.ranks import QUIET, run_ranks
 from lskip.callbacks import RunCheckpoint
@@ -32,7 +32,13 @@ from lskip.data import TextData
 from lskip.module import LayerSkipModule
 from lskip.utils.output_files import write_json
 
-CASE, HALF, STEPS = Case(callbacks=dropping, model={"vocab_size": 300}), 3, 6
+HALF, STEPS = 3, 6
+# What is dropped -> a training.
+BLOCKS, ROWS_AT_RANDOM = "whole blocks", "at random"
+CASES = {
+    BLOCKS: Case(callbacks=dropping, model={"vocab_size": 300}),
+    ROWS_AT_RANDOM: Case(callbacks=half_dropped(), model={"vocab_size": 300, "attention_dropout": 0.2}),
+}
 ONE, SHARDED = (1, "auto"), "fsdp2, sharded"
 SAVERS = (ONE, (2, "ddp"), (2, "fsdp2"), (4, "fsdp2"), (2, SHARDED), (4, SHARDED))
 RESUMERS = (ONE, (2, "ddp"), (2, "fsdp2"), (4, "ddp"), (4, "fsdp2"))
@@ -42,19 +48,32 @@ console = Console(width=120)
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     write_corpus(options.out / "texts.jsonl")
-    run_ranks(1, train, options.out, *ONE, "whole", STEPS, None)
+    last = options.out / "saved" / "last.ckpt"
+    run_ranks(1, train, BLOCKS, options.out, *ONE, "whole", STEPS, None)
     found = []
     for saver in options.savers:
-        run_ranks(saver[0], train, options.out, *saver, "saved", HALF, None)
+        run_ranks(saver[0], train, BLOCKS, options.out, *saver, "saved", HALF, None)
         alike = (saver[0], "fsdp2") if saver[1] == SHARDED else None
         if alike in options.resumers:
-            run_ranks(saver[0], train, options.out, *saver, "uninterrupted", STEPS, None)
+            run_ranks(saver[0], train, BLOCKS, options.out, *saver, "uninterrupted", STEPS, None)
         for resumer in options.resumers:
-            run_ranks(resumer[0], train, options.out, *resumer, "resumed", STEPS, options.out / "saved" / "last.ckpt")
-            row = {"saved_by": saver, "resumed_by": resumer, "difference": difference(options.out, "whole")}
+            run_ranks(resumer[0], train, BLOCKS, options.out, *resumer, "resumed", STEPS, last)
+            row = {"saved_by": saver, "resumed_by": resumer, "drops": BLOCKS}
+            row["difference"] = difference(options.out, "whole")
             row["same_bits"] = difference(options.out, "uninterrupted") == 0 if resumer == alike else None
             console.print(row)
             found.append(row)
+    for saver in (saver for saver in options.savers if saver[0] == 2):
+        for name, steps, checkpoint in (
+            ("uninterrupted", STEPS, None),
+            ("saved", HALF, None),
+            ("resumed", STEPS, last),
+        ):
+            run_ranks(2, train, ROWS_AT_RANDOM, options.out, *saver, name, steps, checkpoint)
+        off = difference(options.out, "uninterrupted")
+        by = {"saved_by": saver, "resumed_by": saver, "drops": ROWS_AT_RANDOM}
+        found.append({**by, "difference": off, "same_bits": off == 0})
+        console.print(found[-1])
     write_json(options.out / "result.json", {"environment": environment(torch.device("cpu")), "resumed": found})
     print_result(found)
     if any(each["difference"] > MOST or each["same_bits"] is False for each in found):
@@ -79,9 +98,11 @@ def write_corpus(path: Path) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def train(out: Path, world_size: int, strategy: str, name: str, steps: int, checkpoint: Path | None) -> None:
+def train(
+    drops: str, out: Path, world_size: int, strategy: str, name: str, steps: int, checkpoint: Path | None
+) -> None:
     """Train in this process, beside the others, up to so many steps; save at the end, and write the weights."""
-    folder = out / name
+    case, folder = CASES[drops], out / name
     if checkpoint is None:
         shutil.rmtree(folder, ignore_errors=True)
     data = TextData(
@@ -90,10 +111,10 @@ def train(out: Path, world_size: int, strategy: str, name: str, steps: int, chec
     trainer = Trainer(
         **QUIET,
         **{"strategy": strategy.partition(",")[0], "devices": world_size, "max_steps": steps, "limit_val_batches": 0},
-        callbacks=[*CASE.callbacks(), RunCheckpoint(folder, sharded=strategy == SHARDED)],
+        callbacks=[*case.callbacks(), RunCheckpoint(folder, sharded=strategy == SHARDED)],
         default_root_dir=out,
     )
-    module = LayerSkipModule(CASE.new_model(), optimizer=CASE.optimizer, lr_scheduler=None)
+    module = LayerSkipModule(case.new_model(), optimizer=case.optimizer, lr_scheduler=None)
     trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
     weights = whole_weights(module)
     if trainer.is_global_zero:
@@ -107,10 +128,11 @@ def difference(out: Path, measure: str) -> float:
 
 
 def print_result(found: list[dict]) -> None:
-    table = Table("saved by", "resumed by", "largest difference", "bits of as many, uninterrupted")
+    table = Table("saved by", "resumed by", "drops", "largest difference", "bits of as many, uninterrupted")
     for each in found:
         table.add_row(
             *(f"{size} {strategy}" for size, strategy in (each["saved_by"], each["resumed_by"])),
+            each["drops"],
             f"{each['difference']:.1e}",
             {None: "", True: "the same", False: "OTHERS"}[each["same_bits"]],
         )

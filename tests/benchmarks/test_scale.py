@@ -46,8 +46,9 @@ def test_what_two_processes_saved_in_shards_is_gone_on_with(tmp_path):
     """Red where rows are not those of the same names, and where an export of it says something else."""
     resume.main([f"--out={tmp_path}", "--quick"])
     found = json.loads((tmp_path / "result.json").read_text())["resumed"]
-    assert [each["resumed_by"] for each in found] == [[1, "auto"], [2, "fsdp2"]]
+    assert [each["resumed_by"] for each in found] == [[1, "auto"], [2, "fsdp2"], [2, "fsdp2, sharded"]]
     assert all(each["difference"] < 1e-5 for each in found) and found[1]["same_bits"]
+    assert found[2]["drops"] == "at random" and found[2]["same_bits"]
     path = tmp_path / "saved" / "last.ckpt"
     assert len(list(shards_of(path).glob("weights-*"))) == 2
     WholeFiles().save_checkpoint(without_marks(WholeFiles().load_checkpoint(path)), tmp_path / "one.ckpt")
