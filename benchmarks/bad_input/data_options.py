@@ -18,7 +18,7 @@ DATA = {
     "group_by_length": flag(good=("true",)),
     "split_digits": flag(good=("true",)),
     "val_within_groups": flag(good=("true",)),
-    "num_workers": whole(0, also=(("huge", "5000"), ("huge", str(10**9)))),
+    "num_workers": whole(0, null=True, good=(1, "null"), also=(("huge", "5000"), ("huge", str(10**9)))),
     "seed": whole(0, 2**63 - 1, good=(0, 2**31)),
     "cache_dir": place_to_write(good=("{here}/cache", "")),
 }

@@ -1,11 +1,11 @@
 """Time and memory of a training step: savings of layer dropout, and costs of early exits.
 
     python -m benchmarks.training.train_step [--quick] [--output result.json] [--threads 2] [--device cpu]
-    python -m benchmarks.training.train_step --batch 1 --rounds 200
+    python -m benchmarks.training.train_step --batch 1 --rounds 200 --kinds plain,dropout
 
 All kinds of step run interleaved in one process; a time ratio is the median over the rounds of the ratio to the
 plain step of the same round. Beside it is the ratio of the means: with few rows a step drops all of a block or nothing,
-and a median says little.
+and a median says little. With --kinds the table of those steps is all that is measured.
 """
 
 from __future__ import annotations
@@ -53,13 +53,14 @@ def paired_ratio(seconds: dict[str, list[float]], name: str, base: str) -> float
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
 
 
-def measure_steps(sizes: Sizes, device: torch.device) -> dict:
-    """Time and peak memory of every kind of step, and what dropout and exits should cost."""
+def measure_steps(sizes: Sizes, device: torch.device, only: list[str] | None = None) -> dict:
+    """Time and peak memory of every kind of step, and, of all of them, what dropout and exits should cost."""
     trained = Trained(sizes, device)
-    kinds = kinds_of_step(sizes)
+    kinds = {name: kind for name, kind in kinds_of_step(sizes).items() if only is None or name in only}
     works = {name: partial(trained.step, kind) for name, kind in kinds.items()}
-    works |= {"blocks": partial(trained.blocks, False), "blocks, dropout": partial(trained.blocks, True)}
-    works["head"] = lambda micro_batch: trained.head()
+    if only is None:
+        works |= {"blocks": partial(trained.blocks, False), "blocks, dropout": partial(trained.blocks, True)}
+        works["head"] = lambda micro_batch: trained.head()
     seconds = time_rounds(works, sizes.rounds, device)
     resident = resident_bytes(trained.module, trained.optimizer)
     peaks = {name: resident + peak_bytes(partial(works[name], 0), device) for name in kinds}
@@ -74,6 +75,8 @@ def measure_steps(sizes: Sizes, device: torch.device) -> dict:
         }
         for name in kinds
     ]
+    if only is not None:
+        return {"steps": steps}
     return {"steps": steps, "dropout": judge_dropout(trained, seconds), "exits": judge_exits(trained, seconds)}
 
 
@@ -86,7 +89,7 @@ def judge_dropout(trained: Trained, seconds: dict[str, list[float]]) -> dict:
         "plain_blocks_seconds": statistics.median(seconds["blocks"]),
         "blocks_time_ratio": paired_ratio(seconds, "blocks, dropout", "blocks"),
         "target_ratio": 1 - 0.8 * statistics.mean(rates),
-        "saved_share_of_rate": statistics.median((1 - ours / plain) / rate for ours, plain, rate in pairs),
+        "saved_share_of_rate": statistics.median((1 - ours / plain) / rate for ours, plain, rate in pairs if rate),
     }
 
 
@@ -111,9 +114,11 @@ def judge_exits(trained: Trained, seconds: dict[str, list[float]]) -> dict:
     }
 
 
-def run(sizes: Sizes, device: torch.device) -> dict:
+def run(sizes: Sizes, device: torch.device, only: list[str] | None = None) -> dict:
     """All figures, as written to --output."""
-    result = {"environment": environment(device), "sizes": asdict(sizes), **measure_steps(sizes, device)}
+    result = {"environment": environment(device), "sizes": asdict(sizes), **measure_steps(sizes, device, only)}
+    if only is not None:
+        return result
     result["exit_loss_memory"] = [
         measure_exit_loss(vocabulary, sizes.hidden, sizes.exits, sizes.exit_rows, device, sizes.plain_loop_bytes)
         for vocabulary in sizes.vocabularies
@@ -137,6 +142,8 @@ def show(result: dict, console: Console) -> None:
         for s in result["steps"]
     ]
     print_table(console, "Training step", STEP_COLUMNS, rows)
+    if "dropout" not in result:
+        return
     dropout, exits = result["dropout"], result["exits"]
     console.print(
         f"Dropout: plain blocks {dropout['plain_blocks_seconds']:.3f} s; at rate {dropout['mean_rate']:.3f} they take "
@@ -188,12 +195,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     parser.add_argument("--batch", type=int, help="rows of a step")
     parser.add_argument("--rounds", type=int, help="steps of each kind")
+    parser.add_argument(
+        "--kinds", type=lambda text: ["plain", *text.split(",")], help="names in the table; default: all"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     options = parser.parse_args(arguments)
+    for name in options.kinds or ():
+        if name not in kinds_of_step(Sizes()):
+            parser.error(f"kinds: {name!r} is not one of {', '.join(kinds_of_step(Sizes()))}")
     torch.set_num_threads(options.threads)
     given = {key: value for key, value in (("batch", options.batch), ("rounds", options.rounds)) if value}
-    result = run(replace(QUICK if options.quick else Sizes(), **given), options.device)
+    result = run(replace(QUICK if options.quick else Sizes(), **given), options.device, options.kinds)
     show(result, Console(width=120))
     if options.output is not None:
         write_json(options.output, result)

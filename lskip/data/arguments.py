@@ -28,11 +28,12 @@ def check_tokenizer_source(tokenizer) -> None:
         raise ValueError(f"tokenizer: {tokenizer!r} is neither a name, nor a folder, nor a tokenizer, nor null")
 
 
-def check_sizes(vocab_size: int, block_size: int, batch_size: int, num_workers: int, seed: int) -> None:
+def check_sizes(vocab_size: int, block_size: int, batch_size: int, num_workers: int | None, seed: int) -> None:
     check_whole("vocab_size", vocab_size, SMALLEST_VOCABULARY, MOST_TOKENS)
     check_whole("block_size", block_size, 2, MOST_TOKENS)
     check_whole("batch_size", batch_size, 1, MOST_TOKENS)
-    check_whole("num_workers", num_workers, 0, MOST_WORKERS)
+    if num_workers is not None:
+        check_whole("num_workers", num_workers, 0, MOST_WORKERS)
     check_whole("seed", seed, 0, 2**63 - 1)
 
 

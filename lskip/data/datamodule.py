@@ -40,6 +40,7 @@ from lskip.models.scored import NOT_SCORED
 from lskip.utils.checks import check_choice
 from lskip.utils.output_files import make_writable
 
+GPU_WORKERS = 2  # one makes a batch while another's is copied
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 
 
@@ -84,7 +85,7 @@ class TextData(LightningDataModule):
         streaming: read during training, for a corpus larger than the disk. Training documents are then not
             de-duplicated, they repeat without end (set trainer.max_steps), and resuming reads again what was read.
             max_val_blocks must be set.
-        num_workers: processes that load batches; 0 loads in the training process.
+        num_workers: processes that load batches; 0: none; null: 2 for a GPU (unless it streams), else none.
         group_by_length: make batches of rows of similar length, so that little is padded; text needs none, and a
             stream cannot.
         documents: in one row of text: joined, as one long text; or separate: attention stays inside each, its
@@ -110,7 +111,7 @@ class TextData(LightningDataModule):
         text_column: str | None = None,
         max_val_blocks: int | None = 512,
         streaming: bool = False,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         seed: int | None = None,
         cache_dir: str | None = None,
         val_within_groups: bool = False,
@@ -278,7 +279,11 @@ class TextData(LightningDataModule):
     def _loading(self) -> dict:
         """Return the arguments of every loader, with a generator of its own in place of the global one."""
         own = torch.Generator().manual_seed(self.seed)
-        sizes = {"batch_size": self.batch_size, "num_workers": self.num_workers}
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        workers = (
+            (GPU_WORKERS if on_gpu and not self.streaming else 0) if self.num_workers is None else self.num_workers
+        )
+        sizes = {"batch_size": self.batch_size, "num_workers": workers, "pin_memory": on_gpu}
         return {**sizes, "collate_fn": self._collate, "generator": own}
 
     @cached_property

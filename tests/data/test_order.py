@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -178,6 +179,20 @@ def test_lightning_neither_replaces_the_sampler_nor_warns_about_resuming(make_da
     fit(tmp_path / "a", make_data(), ckpt_path=tmp_path / "a" / "last.ckpt", max_epochs=1)
     assert isinstance(data.trainer.train_dataloader.sampler, ResumableSampler)
     assert not [warning for warning in recwarn if "resum" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    ("device", "streaming", "asked", "workers"),
+    [("cuda", False, None, 2), ("cpu", False, None, 0), ("cuda", True, None, 0), ("cuda", False, 1, 1)],
+)
+def test_a_gpu_gets_its_batches_from_other_processes(make_data, device, streaming, asked, workers):
+    data = make_data(streaming=streaming, num_workers=asked)
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    data.trainer = SimpleNamespace(
+        strategy=strategy, distributed_sampler_kwargs=None, max_steps=1, limit_train_batches=1.0, state=None
+    )
+    loader = data.train_dataloader()
+    assert (loader.num_workers, loader.pin_memory) == (workers, device == "cuda")
 
 
 # Streaming
