@@ -40,7 +40,7 @@ from lskip.models.scored import NOT_SCORED
 from lskip.utils.checks import check_choice
 from lskip.utils.output_files import make_writable
 
-GPU_WORKERS = 2  # one makes a batch while another's is copied
+GPU_WORKERS = 2
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 
 
@@ -278,12 +278,12 @@ class TextData(LightningDataModule):
 
     def _loading(self) -> dict:
         """Return the arguments of every loader, with a generator of its own in place of the global one."""
-        own = torch.Generator().manual_seed(self.seed)
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         workers = (
             (GPU_WORKERS if on_gpu and not self.streaming else 0) if self.num_workers is None else self.num_workers
         )
         sizes = {"batch_size": self.batch_size, "num_workers": workers, "pin_memory": on_gpu}
+        own = torch.Generator().manual_seed(self.seed)
         return {**sizes, "collate_fn": self._collate, "generator": own}
 
     @cached_property
