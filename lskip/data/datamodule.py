@@ -86,12 +86,10 @@ class TextData(LightningDataModule):
             de-duplicated, they repeat without end (set trainer.max_steps), and resuming reads again what was read.
             max_val_blocks must be set.
         num_workers: processes that load batches; 0: none; null: 2 for a GPU (unless it streams), else none.
-        group_by_length: make batches of rows of similar length, so that little is padded; text needs none, and a
-            stream cannot.
+        group_by_length: make batches of rows of similar length, so that little is padded; not of text or a stream.
         documents: in one row of text: joined, as one long text; or separate: attention stays inside each, its
             positions begin at 0, and its first token is not scored. That costs a mask in attention.
-        pack: put several pairs or conversations of training into one row, each kept apart, so that hardly anything is
-            padded; layer dropout then drops such a row.
+        pack: put several pairs or conversations of training into one row, each kept apart, which layer dropout drops.
         seed: of the training order; null: the run's seed_everything, and 0 outside of `lskip fit`.
         cache_dir: folder of cached documents, tokenizers and tokens; null is ~/.cache/lskip.
 
