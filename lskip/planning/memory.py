@@ -25,6 +25,9 @@ PARTS = {
     "stepping": "workspace of the optimizer's step",
 }
 SINGLE, DDP, FSDP2 = "one device", "ddp", "fsdp2"
+# What a process on a CPU takes for each byte of tensors, with the gaps that glibc's malloc leaves: 1.15 to 1.32 in four
+# trainings (benchmarks.scale.memory).
+GLIBC_GAPS = 1.2
 # Blocks whole at a time under FSDP2: the one that runs, the next one and the buffer that it comes in; gradients of the
 # block that ran, and the buffer that they leave in.
 WHOLE_BLOCKS, WHOLE_GRADIENTS = 3, 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from lskip.planning.memory import DDP, FSDP2, PARTS
+from lskip.planning.memory import DDP, FSDP2, GLIBC_GAPS, PARTS
 from lskip.planning.plan import Plan
 from lskip.utils.console import plain_table
 
@@ -34,10 +34,11 @@ def sentences(plan: Plan, mfu: float, peak: float | None) -> list[str]:
     kind = "GPU" if shape.on_gpu else "CPU"
     where = f"{shape.devices} {kind}s" if shape.devices > 1 else f"one {kind}"
     how = {DDP: ", DDP", FSDP2: ", FSDP2"}.get(shape.strategy, "")
+    total_memory = sum(plan.memory.values()) / 1e9
     beside = (
         "besides its libraries and gaps"
         if shape.on_gpu
-        else "and up to a third more by glibc's malloc (docs/memory.md)"
+        else f"some {total_memory * GLIBC_GAPS:.1f} with the gaps of glibc's malloc (docs/memory.md)"
     )
     exits = sum(average.exits_on)
     flops = plan.flops_per_token
@@ -45,7 +46,7 @@ def sentences(plan: Plan, mfu: float, peak: float | None) -> list[str]:
     total = sum(flops.values())
     lines = [
         f"on {where}{how}, {shape.precision}, gradient_checkpointing {str(plan.checkpointing).lower()}: "
-        f"{sum(plan.memory.values()) / 1e9:.1f} GB on each, {beside}",
+        f"{total_memory:.1f} GB on each, {beside}",
         f"weights: {plan.parameters:,}, of which {plan.trained:,} train",
         f"layer dropout: {sum(average.drop_rates) / len(average.drop_rates):.1%} of the blocks' rows on average; "
         f"exits: {exits:.2f} on at a mean step, {sum(each > 0 for each in average.largest_exit_weights)} at most",
