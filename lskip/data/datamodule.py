@@ -1,6 +1,5 @@
 """The LightningDataModule that turns texts, pairs and conversations into batches of tokens."""
 
-import os
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Literal
@@ -239,7 +238,7 @@ class TextData(LightningDataModule):
         if split == "train":
             self.training_documents = {"kind": self._corpus.kind, "sha256": content}
         folder = self.cache / "tokens" / content_key(self._corpus.kind, content, tokenizer_key(self.tokenizer))
-        store = stored_tokens(documents, encoder, folder, split, os.cpu_count() or 1)
+        store = stored_tokens(documents, encoder, folder, split)
         most = None if split == "train" else self.max_val_blocks
         return stored_rows(store, self.tokenizer, self.block_size, split, most)
 

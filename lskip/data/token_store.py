@@ -1,5 +1,6 @@
 """The tokens of a split's documents in flat files, without rows: written once, read memory-mapped at any block size."""
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import chain, islice
@@ -14,6 +15,7 @@ from lskip.data.encoders import Encoder, in_batches
 from lskip.utils.worker_processes import WorkerProcesses
 
 PART = 2**22  # characters of documents that are tokenized by one process before another's turn
+MOST_PROCESSES = 16  # each holds a tokenizer, and half a gigabyte of libraries
 FEW_PARTS = 2  # are tokenized here: processes take seconds to start
 MOST_OF_AN_EXAMPLE = 2**24  # tokens: no row is longer
 
@@ -53,12 +55,13 @@ def _opened(path: Path) -> np.ndarray:
     return np.asarray(np.memmap(path, kind, "r")) if path.stat().st_size else np.zeros(0, kind)
 
 
-def stored_tokens(documents: Dataset, encoder: Encoder, folder: Path, split: str, processes: int) -> TokenStore:
+def stored_tokens(documents: Dataset, encoder: Encoder, folder: Path, split: str) -> TokenStore:
     """Return the tokens of all documents, from `folder` where they are cached, else made and written there.
+
+    Where there is much to do, a process for each core tokenizes.
 
     Args:
         split: for the progress bar.
-        processes: tokenize beside this one, unless there is little to do.
     """
 
     def write(target: Path) -> None:
@@ -68,7 +71,7 @@ def stored_tokens(documents: Dataset, encoder: Encoder, folder: Path, split: str
         with ExitStack() as stack:
             files = [stack.enter_context((target / name).open("wb")) for name in names]
             progress, end = stack.enter_context(tqdm(total=len(documents), desc=f"Tokenizing {split}", unit="")), 0
-            for tokens, lengths, *scored in encoded_parts(documents, encoder, processes):
+            for tokens, lengths, *scored in encoded_parts(documents, encoder):
                 ends = end + lengths.cumsum(dtype=np.int64)
                 for file, part in zip(files, (tokens.astype(kind), ends, *scored), strict=True):
                     file.write(part.data)
@@ -78,8 +81,9 @@ def stored_tokens(documents: Dataset, encoder: Encoder, folder: Path, split: str
     return TokenStore(cached_folder(folder, write))
 
 
-def encoded_parts(documents: Dataset, encoder: Encoder, processes: int) -> Iterator[Arrays]:
+def encoded_parts(documents: Dataset, encoder: Encoder) -> Iterator[Arrays]:
     """Yield the tokens, the lengths and, where it is told, which tokens are scored of documents, part by part."""
+    processes = min(os.cpu_count() or 1, MOST_PROCESSES)
     parts = in_batches(documents, 2**30, PART)
     few = list(islice(parts, FEW_PARTS + 1))
     if processes < 2 or len(few) <= FEW_PARTS:

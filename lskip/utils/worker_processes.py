@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from lskip.utils.user_errors import how_it_ended
@@ -47,8 +48,9 @@ class WorkerProcesses:
         self.pool.shutdown(cancel_futures=True)
         for process in self.processes:
             process.wait()
-            process.stdin.close()
-            process.stdout.close()
+            for pipe in (process.stdin, process.stdout):
+                with suppress(BrokenPipeError):  # of a part that it did not read
+                    pipe.close()
 
     def map(self, parts: Iterable[Any]) -> Iterator[Any]:
         """Yield `work(first, part)` of each part, in their order; few parts are read ahead."""
