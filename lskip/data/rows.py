@@ -24,7 +24,7 @@ def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def padded(ids: Sequence[int], scored: Sequence[bool], size: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
     """Return input_ids [size] and labels [size], cut or padded at the right."""
-    input_ids, labels = np.full(size, pad, np.int32), np.full(size, NOT_SCORED, np.int32)
+    input_ids, labels = np.full(size, pad, np.int64), np.full(size, NOT_SCORED, np.int64)
     count = min(len(ids), size)
     input_ids[:count] = ids[:count]
     labels[:count] = np.where(scored[:count], ids[:count], NOT_SCORED)
@@ -52,7 +52,7 @@ class RowMaker:
         self.rest += run.ids
         size = len(self.rest) // self.block_size * self.block_size
         full, self.rest = self.rest[:size], self.rest[size:]
-        for row in np.array(full, np.int32).reshape(-1, self.block_size):
+        for row in np.array(full, np.int64).reshape(-1, self.block_size):
             yield {"input_ids": row}
 
     def _example(self, run: Run) -> Iterator[Row]:
@@ -111,7 +111,7 @@ class TextRows(StoredRows):
 
     def _row(self, number: int) -> Row:
         first = number * self.block_size
-        return {"input_ids": self.store.tokens[first : first + self.block_size].astype(np.int32)}
+        return {"input_ids": self.store.tokens[first : first + self.block_size].astype(np.int64)}
 
 
 class ExampleRows(StoredRows):
@@ -143,7 +143,7 @@ class ExampleRows(StoredRows):
         start, end = self.store.place(int(self.examples[number]))
         here = slice(start, min(end, start + self.block_size))
         ids, labels = padded(
-            self.store.tokens[here].astype(np.int32), self.store.scored[here], self.block_size, self.pad
+            self.store.tokens[here].astype(np.int64), self.store.scored[here], self.block_size, self.pad
         )
         return {"input_ids": ids, "labels": labels}
 

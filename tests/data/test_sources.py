@@ -93,7 +93,7 @@ def test_a_hub_name_goes_to_load_dataset(text_data, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"seed": 2**70}, "seed: 1180591620717411303424 is not a whole number from 0 to 18446744073709551615"),
+        ({"seed": 2**70}, "seed: 1180591620717411303424 is not a whole number from 0 to 9223372036854775807"),
         ({"num_workers": 5000}, "num_workers: 5000 is not a whole number from 0 to 128"),
         ({"block_size": 2**40}, "block_size: 1099511627776 is not a whole number from 2 to 16777216"),
         ({"batch_size": 2**40}, "batch_size: 1099511627776"),

@@ -30,8 +30,8 @@ CHATS = [
 
 
 @pytest.fixture
-def make(tmp_path, tiny_tokenizer):
-    tiny_tokenizer.chat_template = CHATML
+def make(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", CHATML)
     return partial(data_maker(tmp_path, tiny_tokenizer), val_fraction=0.3, max_val_blocks=None)
 
 
@@ -111,8 +111,8 @@ def test_a_special_token_is_told_once_by_many_processes(make, small_parts, recwa
     assert sum("spells the special token" in str(each.message) for each in recwarn) == 1
 
 
-def test_what_a_process_refuses_is_told_by_name(make, small_parts, tiny_tokenizer):
-    tiny_tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+def test_what_a_process_refuses_is_told_by_name(make, small_parts, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
     data = make(CHATS)
     with pytest.raises(ValueError, match=r"line .*roles must alternate"):
         data.blocks("train")
