@@ -61,9 +61,8 @@ def prepare(here: Path) -> None:
 
 
 def case(command: str, kind: str, what: str, right, around: Callable) -> Case:
-    # Answers that are begun stay, with how they were begun.
-    leaves = ("w/out", "w/out.jsonl", "w/.out.jsonl.settings.json", "w/out.json", "w/out.png", "w/model", "w/second")
-    leaves += ("w/second.err",)
+    answers = ("w/out.jsonl", "w/.out.jsonl.settings.json")  # those that are begun stay, with how they were begun
+    leaves = (*answers, "w/out", "w/out.json", "w/out.png", "w/model", "w/second", "w/second.err")
     return Case(command, kind, what, arguments_of(command), right, prepare, around, leaves, leaves)
 
 

@@ -1,13 +1,13 @@
 """`lskip data`: what a run would train on, row by row, before it does."""
 
-from collections.abc import Iterator
-from itertools import groupby, islice
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import chain, groupby, islice
 from typing import Literal, NamedTuple
 
 import torch
 from rich.text import Text
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lskip.data import TextData
@@ -34,8 +34,10 @@ def data(data: TextData, split: Literal["train", "val", "test"] = "train", show:
     data.setup("test" if split == "test" else "fit")
     loader = getattr(data, f"{split}_dataloader")()
     console = plain_console()
-    console.print(numbers_of(loader, split), soft_wrap=True)
-    rows = list(islice(rows_of(loader), show))
+    batches = list(islice(loader, max(COUNTED, show)))
+    size = f"{len(loader.dataset):,} rows" if hasattr(loader.dataset, "__len__") else "a stream"
+    console.print(f"{split}: {size}; {numbers_of(batches)}", soft_wrap=True)
+    rows = list(islice(rows_of(batches), show))
     for number, row in enumerate(rows):
         console.print()
         console.print(described(row, number, data.tokenizer), soft_wrap=True)
@@ -60,15 +62,13 @@ class Row(NamedTuple):
     @property
     def kinds(self) -> list[str]:
         """What each position is: scored, context or padding."""
-        scored = (self.labels != NOT_SCORED).tolist()
-        return [
-            "padding" if at >= self.end else "scored" if is_scored else "context" for at, is_scored in enumerate(scored)
-        ]
+        is_scored = (self.labels[: self.end] != NOT_SCORED).tolist()
+        return [*("scored" if each else "context" for each in is_scored), *["padding"] * (len(self.ids) - self.end)]
 
 
-def rows_of(loader: DataLoader) -> Iterator[Row]:
+def rows_of(batches: Iterable[dict[str, Tensor]]) -> Iterator[Row]:
     """Yield the rows of batches."""
-    for batch in loader:
+    for batch in batches:
         ids, labels = batch["input_ids"], batch["labels"]
         places = batch.get("position_ids", torch.arange(ids.shape[1])[None]).expand_as(ids)
         for row in range(len(ids)):
@@ -78,19 +78,13 @@ def rows_of(loader: DataLoader) -> Iterator[Row]:
             yield Row(ids[row], labels[row], starts, end)
 
 
-def numbers_of(loader: DataLoader, split: str) -> str:
-    """Return a sentence on the size of the split, and on what of its batches is computed for nothing."""
-    counts, batches = {kind: 0 for kind in COLOURS}, 0
-    for batch in islice(loader, COUNTED):
-        batches += 1
-        for row in rows_of([batch]):
-            for kind, found in groupby(row.kinds):
-                counts[kind] += len(list(found))
+def numbers_of(batches: list[dict[str, Tensor]]) -> str:
+    """Return how much of some batches is scored, and what is computed for it."""
+    counts = Counter(chain.from_iterable(row.kinds for row in rows_of(batches)))
     tokens = counts["scored"] + counts["context"]
-    scored, computed = counts["scored"] / max(tokens, 1), sum(counts.values()) / max(tokens, 1)
-    size = f"{len(loader.dataset):,} rows" if hasattr(loader.dataset, "__len__") else "a stream"
+    scored, computed = counts["scored"] / max(tokens, 1), counts.total() / max(tokens, 1)
     return (
-        f"{split}: {size}; in {batches} batches {tokens:,} tokens, {scored:.0%} of them scored, "
+        f"in {len(batches)} batches {tokens:,} tokens, {scored:.0%} of them scored, "
         f"{computed:.2f} positions computed for each"
     )
 

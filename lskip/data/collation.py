@@ -55,7 +55,8 @@ def collate(rows: list[dict[str, np.ndarray]], border: Border | None = None) -> 
         border: of packed documents that are kept apart: "position_ids" [B, S] begin at 0 with each, whose first token
             is not scored, since no token before it tells of it. None: they are joined.
     """
-    batch = {name: torch.from_numpy(np.stack([row[name] for row in rows]).astype(np.int64)) for name in rows[0]}
+    stacked = {name: np.stack([row[name] for row in rows], dtype=np.int64) for name in rows[0]}
+    batch = {name: torch.from_numpy(part) for name, part in stacked.items()}
     if "labels" not in batch:
         joined = {"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone()}
         return with_scored(joined if border is None else kept_apart(joined, border))

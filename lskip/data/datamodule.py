@@ -276,9 +276,8 @@ class TextData(LightningDataModule):
     def _loading(self) -> dict:
         """Return the arguments of every loader, with a generator of its own in place of the global one."""
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        workers = (
-            (GPU_WORKERS if on_gpu and not self.streaming else 0) if self.num_workers is None else self.num_workers
-        )
+        is_left_open = self.num_workers is None and on_gpu and not self.streaming
+        workers = GPU_WORKERS if is_left_open else self.num_workers or 0
         sizes = {"batch_size": self.batch_size, "num_workers": workers, "pin_memory": on_gpu}
         own = torch.Generator().manual_seed(self.seed)
         return {**sizes, "collate_fn": self._collate, "generator": own}

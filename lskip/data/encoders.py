@@ -128,7 +128,7 @@ class ChatEncoder(Encoder):
 ENCODERS = {encoder.kind: encoder for encoder in (TextEncoder, PairEncoder, ChatEncoder)}
 
 
-def in_batches(documents: Iterable[dict], most: int = READ_AHEAD, characters: int = PIECE) -> Iterator[dict[str, list]]:
-    """Yield documents by columns, at most so many and about so many characters at once."""
-    for group in grouped(documents, most, characters):
+def in_batches(documents: Iterable[dict]) -> Iterator[dict[str, list]]:
+    """Yield documents by columns, as many as are tokenized together."""
+    for group in grouped(documents, READ_AHEAD, PIECE):
         yield {name: [row[name] for row in group] for name in group[0]}

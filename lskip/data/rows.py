@@ -68,6 +68,7 @@ class StoredRows(Dataset):
         lengths: columns that each row needs, up to its last scored token, int [rows]; None for text, which needs all.
     """
 
+    columns: tuple[str, ...]
     lengths: np.ndarray | None = None
 
     def __init__(self, store: TokenStore, block_size: int):

@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset
 from datasets.utils import tqdm
 
+from lskip.data.arrow_rows import grouped
 from lskip.data.cache import cached_folder
 from lskip.data.encoders import Encoder, in_batches
 from lskip.utils.worker_processes import WorkerProcesses
@@ -84,7 +85,7 @@ def stored_tokens(documents: Dataset, encoder: Encoder, folder: Path, split: str
 def encoded_parts(documents: Dataset, encoder: Encoder) -> Iterator[Arrays]:
     """Yield the tokens, the lengths and, where it is told, which tokens are scored of documents, part by part."""
     processes = min(os.cpu_count() or 1, MOST_PROCESSES)
-    parts = in_batches(documents, 2**30, PART)
+    parts = grouped(documents, len(documents), PART)
     few = list(islice(parts, FEW_PARTS + 1))
     if processes < 2 or len(few) <= FEW_PARTS:
         for part in chain(few, parts):
@@ -98,9 +99,8 @@ def encoded_parts(documents: Dataset, encoder: Encoder) -> Iterator[Arrays]:
             yield arrays
 
 
-def encoded(encoder: Encoder, part: dict[str, list]) -> tuple[Arrays, str | None]:
+def encoded(encoder: Encoder, documents: list[dict]) -> tuple[Arrays, str | None]:
     """Return the arrays of some documents, and what the encoder would warn of."""
-    documents = (dict(zip(part, values, strict=True)) for values in zip(*part.values(), strict=True))
     tokens, scored, lengths, length = [np.zeros(0, np.int64)], [np.zeros(0, bool)], [], 0
     for batch in in_batches(documents):
         for run in encoder.runs(batch):
