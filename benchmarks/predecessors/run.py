@@ -114,6 +114,7 @@ def language_arm(arm: Arm, sizes: Sizes, options: argparse.Namespace) -> list[di
         test_fraction=0.0,
         max_val_blocks=sizes.texts,
         seed=options.seed,
+        documents="joined",  # as its figures were measured
         cache_dir=options.cache_dir,
     )
     data.setup("fit")

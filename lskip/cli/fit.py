@@ -195,14 +195,14 @@ class LayerSkipCLI(LightningCLI):
     def _check_run(self) -> None:
         """Check that a new run has a folder without one, or what a resumed run changes."""
         if self.resumed is None:
-            data_checks.seed_data(self._settings, {})
+            data_checks.settle_data(self._settings, {})
             if not self._settings.trainer.fast_dev_run:
                 refuse_existing_run(self.folder)
             return
         if "optimizer_states" not in self.resumed:
             raise ValueError(f"ckpt_path: {self.ckpt_path!r} holds weights alone; begin with them by --model")
         before = settings_before(self.resumed, Path(self.ckpt_path))
-        data_checks.seed_data(self._settings, before)
+        data_checks.settle_data(self._settings, before)
         self.changes = changed_settings(before, settings_of(self._settings.as_dict()), self.resumed)
 
     def _lock_folder(self) -> None:

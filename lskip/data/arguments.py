@@ -42,9 +42,8 @@ def check_limits(max_val_blocks: int | None, streaming: bool, group_by_length: b
         check_whole("max_val_blocks", max_val_blocks, 1)
     elif streaming:
         raise ValueError("max_val_blocks: null, but with streaming there must be a limit")
-    for name, value in (("group_by_length", group_by_length), ("pack", pack)):
-        if streaming and value:
-            raise ValueError(f"{name}: true, but with streaming the lengths to come are not known")
+    if streaming and group_by_length:
+        raise ValueError("group_by_length: true, but with streaming the lengths to come are not known; there is pack")
     if group_by_length and pack:
         raise ValueError("group_by_length: true, but with pack: true all rows are as long; leave one of them out")
 

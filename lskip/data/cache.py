@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_warn
 
 WRITTEN = "written.json"  # size and sha256 of every other file of the folder
-FOLDERS = ("documents", "tokenizers", "tokens")
+FOLDERS = ("documents", "tokenizers", "tokens", "streams")
 UNFINISHED = ".unfinished-"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 

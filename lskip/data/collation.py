@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from lskip.models.encoding import added_around
 from lskip.models.scored import NOT_SCORED, with_scored
 
-DOCUMENTS = ("joined", "separate")  # how several lie in one row
+DOCUMENTS = ("separate", "joined")  # how several lie in one row
 
 
 class Border(NamedTuple):

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Literal
 
-import numpy as np
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
@@ -30,12 +29,12 @@ from lskip.data.encoders import ENCODERS, Encoder
 from lskip.data.formats import record_kind
 from lskip.data.loading import ResumableLoader, ResumableSampler, held_out_loader
 from lskip.data.packed_rows import PackedRows
-from lskip.data.rows import StoredRows, stored_rows
+from lskip.data.rows import StoredRows, check_filled, rows_of, warn_of_left_out
 from lskip.data.sources import open_source
-from lskip.data.streaming import StreamedBlocks, StreamedCorpus, StreamLoader
+from lskip.data.stream_store import StreamedTokens
+from lskip.data.streaming import StreamedBlocks, StreamedCorpus, StreamLoader, check_ends, stored_stream
 from lskip.data.token_store import MOST_OF_AN_EXAMPLE, stored_tokens
 from lskip.data.tokenizer import check_tokenizer, tokenizer_key, trained_tokenizer
-from lskip.models.scored import NOT_SCORED
 from lskip.utils.checks import check_choice
 from lskip.utils.output_files import make_writable
 
@@ -82,12 +81,12 @@ class TextData(LightningDataModule):
         text_column: the column of the text; null looks for messages, prompt and completion, then text.
         max_val_blocks: the most rows of validation, and of test; null: all.
         streaming: read during training, for a corpus larger than the disk. Training documents are then not
-            de-duplicated, they repeat without end (set trainer.max_steps), and resuming reads again what was read.
-            max_val_blocks must be set.
-        num_workers: processes that load batches; 0: none; null: 2 for a GPU (unless it streams), else none.
+            de-duplicated, and they repeat without end (set trainer.max_steps). max_val_blocks must be set.
+        num_workers: processes that load batches; 0: none; null: 2 for a GPU, else none.
         group_by_length: make batches of rows of similar length, so that little is padded; not of text or a stream.
-        documents: in one row of text: joined, as one long text; or separate: attention stays inside each, its
-            positions begin at 0, and its first token is not scored. That costs a mask in attention.
+        documents: in one row of text: separate (attention stays inside each, its positions begin at 0, and its first
+            token is not scored; that costs a mask in attention), or joined, as one long text; null: separate, and in a
+            run that goes on as it began.
         pack: put several pairs or conversations of training into one row, each kept apart, which layer dropout drops.
         seed: of the training order; null: the run's seed_everything, and 0 outside of `lskip fit`.
         cache_dir: folder of cached documents, tokenizers and tokens; null is ~/.cache/lskip.
@@ -114,7 +113,7 @@ class TextData(LightningDataModule):
         val_within_groups: bool = False,
         split_digits: bool = False,
         group_by_length: bool = False,
-        documents: Literal["joined", "separate"] = "joined",
+        documents: Literal["separate", "joined"] | None = None,
         pack: bool = False,
     ):
         super().__init__()
@@ -130,8 +129,9 @@ class TextData(LightningDataModule):
         self.block_size, self.batch_size = block_size, batch_size
         self.rule = SplitRule(val_fraction, test_fraction, val_within_groups)
         self.text_column, self.max_val_blocks, self.streaming = text_column, max_val_blocks, streaming
-        check_choice("documents", documents, DOCUMENTS)
-        self.num_workers, self.are_apart = num_workers, documents == "separate"
+        if documents is not None:
+            check_choice("documents", documents, DOCUMENTS)
+        self.num_workers, self.are_apart = num_workers, documents != "joined"
         self.group_by_length, self.pack = group_by_length, pack
         self.cache = check_cache(cache_dir)
         self.training_documents: dict[str, str] | None = None  # kind and hash; None: not read yet, or streamed
@@ -204,18 +204,6 @@ class TextData(LightningDataModule):
             self._blocks[split] = self._encoded(split)
         return self._blocks[split]
 
-    def token_counts(self, split: str, most_rows: int | None = None) -> np.ndarray:
-        """Return how often each token is a target in `split`, int64 [len(tokenizer)].
-
-        Args:
-            most_rows: count in so many rows at most, evenly spaced; None: in all.
-        """
-        counts = np.zeros(len(self.tokenizer), np.int64)
-        for rows in self.blocks(split).in_parts(most_rows):
-            targets = rows.get("labels", rows["input_ids"])[:, 1:]
-            counts += np.bincount(targets[targets != NOT_SCORED], minlength=len(counts))
-        return counts
-
     @cached_property
     def _corpus(self) -> StoredCorpus | StreamedCorpus:
         make_writable(self.cache, "cache_dir")
@@ -223,7 +211,15 @@ class TextData(LightningDataModule):
         rows, key = open_source(self.source, self.streaming)
         kind = record_kind(first_columns(rows, self.source), self.text_column, self.source)
         if self.streaming:
-            return StreamedCorpus(rows, kind, self.text_column, self.rule, self.max_val_blocks, self.block_size)
+            return StreamedCorpus(
+                rows,
+                content_key(self.source, key),
+                kind,
+                self.text_column,
+                self.rule,
+                self.max_val_blocks,
+                self.block_size,
+            )
         return StoredCorpus(rows, key, kind, self.text_column, self.rule, self.cache / "documents")
 
     def _make_encoder(self, limit: int | None = None) -> Encoder:
@@ -240,44 +236,43 @@ class TextData(LightningDataModule):
         folder = self.cache / "tokens" / content_key(self._corpus.kind, content, tokenizer_key(self.tokenizer))
         store = stored_tokens(documents, encoder, folder, split)
         most = None if split == "train" else self.max_val_blocks
-        return stored_rows(store, self.tokenizer, self.block_size, split, most)
+        rows = rows_of(store, self.tokenizer, self.block_size, most)
+        warn_of_left_out(rows, split)
+        return rows
 
     def _held_out_loader(self, split: str) -> DataLoader:
-        self._check_filled(split)
+        documents = self._corpus.documents(split)
+        check_filled(self.blocks(split), len(documents), self._corpus.size, split, self.rule)
         return held_out_loader(self.blocks(split), *self._share(), **self._loading())
 
-    def _check_filled(self, split: str) -> None:
-        """Raise ValueError when a held-out split has no row."""
-        if not len(self.blocks(split)):
-            documents = self._corpus.documents(split)
-            if len(documents) and self._corpus.kind != "text":
-                raise ValueError(
-                    f"block_size: in none of the {len(documents)} {split} examples is anything scored within "
-                    f"{self.block_size} tokens"
-                )
-            fraction = self.rule.val_fraction if split == "val" else self.rule.test_fraction
-            of = "" if self._corpus.size is None else f" of {self._corpus.size}"
-            raise ValueError(
-                f"{split}_fraction: {fraction} leaves {len(documents)}{of} documents for {split}, which do not "
-                f"fill one row of {self.block_size} tokens: too small a corpus, or too small a fraction"
-            )
-
     def _stream_loader(self) -> StreamLoader:
-        trainer = self.trainer
-        if trainer is not None and trainer.max_steps == -1 and trainer.limit_train_batches == 1.0:
-            raise ValueError("trainer.max_steps: not set, but with streaming the training documents repeat for ever")
-        world, rank = self._share()
-        make_encoder = partial(self._make_encoder, self.block_size)
-        blocks = StreamedBlocks(self._corpus, make_encoder, self.block_size, self.batch_size, self.seed, world, rank)
+        check_ends(self.trainer)
+        blocks = StreamedBlocks(self._stream, self.batch_size, *self._share())
         loader = StreamLoader(blocks, **self._loading(), drop_last=True)
         loader.position = self._batches_done
         return loader
 
+    @cached_property
+    def _stream(self) -> StreamedTokens:
+        encoder = self._make_encoder(self.block_size)
+        return stored_stream(self._corpus, encoder, self.block_size, self.pack, self.seed, self.cache / "streams")
+
+    def state_dict(self) -> dict:
+        """Return where a stream's present part begins, which a run that goes on elsewhere begins to read from."""
+        if not self.streaming or self.trainer is None:
+            return {}
+        row = self._batches_done() * self.batch_size * self._share()[0]
+        return {"block_size": self.block_size, "segments": self._stream.around(row)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from what `state_dict` returned, unless its rows were of another length."""
+        if self.streaming and state.get("block_size") == self.block_size:
+            self._stream.add(state["segments"])
+
     def _loading(self) -> dict:
         """Return the arguments of every loader, with a generator of its own in place of the global one."""
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        is_left_open = self.num_workers is None and on_gpu and not self.streaming
-        workers = GPU_WORKERS if is_left_open else self.num_workers or 0
+        workers = GPU_WORKERS if self.num_workers is None and on_gpu else self.num_workers or 0
         sizes = {"batch_size": self.batch_size, "num_workers": workers, "pin_memory": on_gpu}
         own = torch.Generator().manual_seed(self.seed)
         return {**sizes, "collate_fn": self._collate, "generator": own}

@@ -1,22 +1,33 @@
-"""Streamed corpora, larger than the disk: documents are read, tokenized and packed during training."""
+"""Streamed corpora, larger than the disk: documents are read and tokenized during training."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
-from datasets.distributed import split_dataset_by_node
+from lightning.pytorch import Trainer
 from torch.utils.data import get_worker_info
 
-from lskip.data.documents import SPLITS, SplitRule, document_features, read_records, split_of, unique
-from lskip.data.encoders import READ_AHEAD, Encoder
+from lskip.data.documents import (
+    SPLITS,
+    SplitRule,
+    content_key,
+    document_features,
+    read_records,
+    split_of,
+    unique,
+)
+from lskip.data.encoders import Encoder
 from lskip.data.formats import COLUMNS
 from lskip.data.loading import ResumableLoader
-from lskip.data.rows import RowMaker
-from lskip.data.tokenizer import TRAINING_CHARACTERS
+from lskip.data.rows import Row, rows_of
+from lskip.data.stream_store import StreamedTokens, StreamReader
+from lskip.data.tokenizer import TRAINING_CHARACTERS, tokenizer_key
 
-SHUFFLE_BUFFER = 1000  # documents in the shuffle buffer
 CHARACTERS_PER_TOKEN = 4  # an estimate, to stop reading held-out text
 
 
@@ -28,6 +39,7 @@ class StreamedCorpus:
     """
 
     rows: IterableDataset
+    key: str
     kind: str
     text_column: str | None
     rule: SplitRule
@@ -64,8 +76,9 @@ class StreamedCorpus:
         found.sort(key=lambda record: record["digest"])
         return documents_of(found, self.kind)
 
-    def records(self, rows: IterableDataset, split: str) -> Iterator[dict]:
-        for record in read_records(plain_rows(rows), self.kind, self.text_column):
+    def records(self, rows: Iterable[dict], split: str) -> Iterator[dict]:
+        """Yield the documents of a split that are in some rows of the source."""
+        for record in read_records(rows, self.kind, self.text_column):
             if split_of(record["digest"], *self.rule) == split:
                 yield record
 
@@ -75,64 +88,41 @@ def documents_of(records: list[dict], kind: str) -> Dataset:
     return Dataset.from_dict({name: [record[name] for record in records] for name in features}, features=features)
 
 
-def plain_rows(rows: IterableDataset) -> Iterator[dict]:
-    """Yield the rows one by one; in a loader's worker `iter(rows)` would split them among the workers once more."""
-    for batch in rows.iter(READ_AHEAD):
-        for values in zip(*batch.values(), strict=True):
-            yield dict(zip(batch, values, strict=True))
+def stored_stream(
+    corpus: StreamedCorpus, encoder: Encoder, block_size: int, pack: bool, seed: int, folder: Path
+) -> StreamedTokens:
+    """Return the training rows of a stream, kept in `folder`."""
+    tokenizer, pack = encoder.tokenizer, pack and corpus.kind != "text"
+    key = content_key(corpus.key, corpus.text_column, corpus.rule, tokenizer_key(tokenizer), block_size, pack, seed)
+    documents = partial(corpus.records, split="train")
+    make_rows = partial(rows_of, tokenizer=tokenizer, block_size=block_size)
+    pad = tokenizer.eos_token_id if pack else None
+    return StreamedTokens(StreamReader(corpus.rows, seed), documents, encoder, make_rows, pad, folder / key)
+
+
+def check_ends(trainer: Trainer | None) -> None:
+    """Raise ValueError for a training that a stream would not let end."""
+    if trainer is not None and trainer.max_steps == -1 and trainer.limit_train_batches == 1.0:
+        raise ValueError("trainer.max_steps: not set, but with streaming the training documents repeat for ever")
 
 
 class StreamedBlocks(torch.utils.data.IterableDataset):
-    """Endless training rows: after the last document the stream begins again, in another order.
+    """Endless training rows of one device: after the last document the stream begins again, in another order.
 
-    With W workers batch n is made by the worker of role n % W, each with its own share of the documents. A loader
-    always begins with worker 0; so that a run resumed at batch `first` continues exactly, worker 0 then takes the role
-    `first` % W, and each worker skips the rows that its role has already yielded.
+    Batch n of all devices together is the same rows in the same order, however many there are; a worker of W makes
+    each W-th batch from `first` on.
     """
 
-    def __init__(
-        self,
-        corpus: StreamedCorpus,
-        make_encoder: Callable[[], Encoder],
-        block_size: int,
-        batch_size: int,
-        seed: int,
-        num_replicas: int = 1,
-        rank: int = 0,
-    ):
-        self.corpus = corpus
-        self.make_encoder = make_encoder
-        self.block_size = block_size
-        self.batch_size = batch_size
-        self.seed = seed
-        self.num_replicas = num_replicas
-        self.rank = rank
+    def __init__(self, tokens: StreamedTokens, batch_size: int, num_replicas: int = 1, rank: int = 0):
+        self.tokens, self.batch_size, self.num_replicas, self.rank = tokens, batch_size, num_replicas, rank
         self.first = 0
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[Row]:
         worker = get_worker_info()
         workers, index = (worker.num_workers, worker.id) if worker else (1, 0)
-        role = (index + self.first) % workers
-        given = (self.first - role + workers - 1) // workers * self.batch_size
-        rows = self.rows(shard=self.rank * workers + role, shards=self.num_replicas * workers)
-        for _ in range(given):
-            next(rows)
-        yield from rows
-
-    def rows(self, shard: int, shards: int) -> Iterator[dict]:
-        """Yield encoded rows of one share of the training documents, without end."""
-        maker, epoch = RowMaker(self.make_encoder(), self.block_size), 0
-        shuffled = self.corpus.rows.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
-        share = split_dataset_by_node(shuffled, rank=shard, world_size=shards)
-        while True:
-            share.set_epoch(epoch)
-            count = 0
-            for row in maker.rows(self.corpus.records(share, "train")):
-                count += 1
-                yield row
-            if count == 0:
-                raise ValueError(f"source: share {shard + 1} of {shards} of the stream holds no training block")
-            epoch += 1
+        for batch in count(self.first + index, workers):
+            start = (batch * self.num_replicas + self.rank) * self.batch_size
+            yield from map(self.tokens.row, range(start, start + self.batch_size))
 
 
 class StreamLoader(ResumableLoader):

@@ -1,7 +1,7 @@
 """The tokens of a split's documents in flat files, without rows: written once, read memory-mapped at any block size."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import chain, islice
 from pathlib import Path
@@ -66,20 +66,33 @@ def stored_tokens(documents: Dataset, encoder: Encoder, folder: Path, split: str
     """
 
     def write(target: Path) -> None:
-        largest = max(encoder.tokenizer.get_vocab().values())
-        kind = np.dtype(np.uint16 if largest < 2**16 else np.uint32)
-        names = [f"tokens.{kind.name}", "ends.int64", *(["scored.bool"] if encoder.marks_scored else [])]
-        with ExitStack() as stack:
-            files = [stack.enter_context((target / name).open("wb")) for name in names]
-            progress, end = stack.enter_context(tqdm(total=len(documents), desc=f"Tokenizing {split}", unit="")), 0
-            for tokens, lengths, *scored in encoded_parts(documents, encoder):
-                ends = end + lengths.cumsum(dtype=np.int64)
-                for file, part in zip(files, (tokens.astype(kind), ends, *scored), strict=True):
-                    file.write(part.data)
-                end = int(ends[-1])
-                progress.update(len(lengths))
+        with tqdm(total=len(documents), desc=f"Tokenizing {split}", unit="") as progress:
+            write_tokens(target, encoder, encoded_parts(documents, encoder), progress.update)
 
     return TokenStore(cached_folder(folder, write))
+
+
+def write_tokens(
+    folder: Path, encoder: Encoder, parts: Iterable[Arrays], report: Callable[[int], object] | None = None
+) -> None:
+    """Write the files of a TokenStore.
+
+    Args:
+        parts: of the documents, as `encoded` makes them.
+        report: called with the number of documents of each part that is written.
+    """
+    largest = max(encoder.tokenizer.get_vocab().values())
+    kind = np.dtype(np.uint16 if largest < 2**16 else np.uint32)
+    names = [f"tokens.{kind.name}", "ends.int64", *(["scored.bool"] if encoder.marks_scored else [])]
+    with ExitStack() as stack:
+        files, end = [stack.enter_context((folder / name).open("wb")) for name in names], 0
+        for tokens, lengths, *scored in parts:
+            ends = end + lengths.cumsum(dtype=np.int64)
+            for file, part in zip(files, (tokens.astype(kind), ends, *scored), strict=True):
+                file.write(part.data)
+            end = int(ends[-1])
+            if report is not None:
+                report(len(lengths))
 
 
 def encoded_parts(documents: Dataset, encoder: Encoder) -> Iterator[Arrays]:
@@ -88,15 +101,20 @@ def encoded_parts(documents: Dataset, encoder: Encoder) -> Iterator[Arrays]:
     parts = grouped(documents, len(documents), PART)
     few = list(islice(parts, FEW_PARTS + 1))
     if processes < 2 or len(few) <= FEW_PARTS:
-        for part in chain(few, parts):
-            yield encoded(encoder, part)[0]
-            encoder.warn()
+        yield from encoded_here(chain(few, parts), encoder)
         return
     with WorkerProcesses(processes, encoded, encoder) as workers:
         for arrays, spelled in workers.map(chain(few, parts)):
             encoder.spelled = encoder.spelled or spelled
             encoder.warn()
             yield arrays
+
+
+def encoded_here(parts: Iterable[list[dict]], encoder: Encoder) -> Iterator[Arrays]:
+    """Yield the arrays of each part of the documents, made in this process."""
+    for part in parts:
+        yield encoded(encoder, part)[0]
+        encoder.warn()
 
 
 def encoded(encoder: Encoder, documents: list[dict]) -> tuple[Arrays, str | None]:

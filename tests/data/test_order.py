@@ -1,7 +1,6 @@
-"""The order of training rows: permutations, shares of each device, resuming, streaming."""
+"""The order of training rows: permutations, shares of each device, resuming."""
 
 import json
-from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -183,7 +182,7 @@ def test_lightning_neither_replaces_the_sampler_nor_warns_about_resuming(make_da
 
 @pytest.mark.parametrize(
     ("device", "streaming", "asked", "workers"),
-    [("cuda", False, None, 2), ("cpu", False, None, 0), ("cuda", True, None, 0), ("cuda", False, 1, 1)],
+    [("cuda", False, None, 2), ("cpu", False, None, 0), ("cuda", True, None, 2), ("cuda", False, 1, 1)],
 )
 def test_a_gpu_gets_its_batches_from_other_processes(make_data, device, streaming, asked, workers):
     data = make_data(streaming=streaming, num_workers=asked)
@@ -193,74 +192,3 @@ def test_a_gpu_gets_its_batches_from_other_processes(make_data, device, streamin
     )
     loader = data.train_dataloader()
     assert (loader.num_workers, loader.pin_memory) == (workers, device == "cuda")
-
-
-# Streaming
-
-
-def stream_rows(data: TextData, count: int, position: int = 0) -> list:
-    loader = data.train_dataloader()
-    loader.position = lambda: position
-    batches = iter(loader)
-    return [next(batches)["input_ids"].tolist() for _ in range(count)]
-
-
-def test_streamed_tokens_are_those_of_the_stored_split(make_data):
-    stored, streamed = make_data(), make_data(streaming=True)
-    assert streamed.documents("val")["text"][:] == stored.documents("val")["text"][:]
-    assert (streamed.blocks("val")[:]["input_ids"] == stored.blocks("val")[:]["input_ids"]).all()
-    # Train: the first pass over the stream, up to what was carried into the second.
-    documents = Counter(tuple(stored.tokenizer(text).input_ids) for text in stored.documents("train")["text"])
-    count = len(stored.blocks("train")) // 3
-    tokens = [token for batch in stream_rows(streamed, count) for row in batch for token in row]
-    eos, seen, start = stored.tokenizer.eos_token_id, Counter(), 0
-    for end in (i for i, token in enumerate(tokens) if token == eos):
-        seen[tuple(tokens[start:end])] += 1
-        start = end + 1
-    assert not seen - documents and sum((documents - seen).values()) <= 10
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_resumes_anywhere(make_data, workers):
-    data = make_data(streaming=True, num_workers=workers)
-    whole = stream_rows(data, 24)
-    assert whole[:5] != whole[5:10]
-    for done in (1, 2, 13):
-        assert stream_rows(data, 24 - done, position=done) == whole[done:]
-
-
-def test_shares_of_a_stream_are_disjoint_and_complete(make_data):
-    from lskip.data.streaming import StreamedBlocks
-
-    data = make_data(streaming=True)
-    shares = []
-    for rank in range(3):
-        blocks = StreamedBlocks(data._corpus, data._make_encoder, data.block_size, 3, 0, num_replicas=3, rank=rank)
-        stream = blocks.rows(shard=rank, shards=3)
-        tokens = [token for _ in range(6) for token in next(stream)["input_ids"].tolist()]
-        shares.append({piece for piece in data.tokenizer.decode(tokens).split("<|endoftext|>")[:-1]})
-    assert all(shares) and not (shares[0] & shares[1] or shares[1] & shares[2] or shares[0] & shares[2])
-
-
-def test_a_stream_trains_its_tokenizer_on_training_text(make_data):
-    tokenizer = make_data(streaming=True, tokenizer=None, vocab_size=300).tokenizer
-    assert tokenizer.get_vocab() == make_data(tokenizer=None, vocab_size=300).tokenizer.get_vocab()
-
-
-def test_an_endless_stream_needs_max_steps(make_data, tmp_path):
-    with pytest.raises(ValueError, match=r"trainer.max_steps: not set"):
-        fit(tmp_path, make_data(streaming=True), max_epochs=1)
-    with pytest.raises(ValueError, match="kept nowhere with streaming"):
-        make_data(streaming=True).documents("train")
-
-
-def test_more_shares_than_a_stream_has_text(make_data, tmp_path, tiny_tokenizer):
-    path = tmp_path / "one.jsonl"
-    path.write_text(json.dumps({"text": "just this one line of text"}) + "\n")
-    data = make_data(source=str(path), streaming=True, block_size=4, val_fraction=0.01, test_fraction=0.0)
-    from lskip.data.streaming import StreamedBlocks
-
-    blocks = StreamedBlocks(data._corpus, data._make_encoder, data.block_size, 1, 0)
-    with pytest.raises(ValueError, match="share 2 of 2 of the stream holds no training block"):
-        next(blocks.rows(shard=1, shards=2))

@@ -95,23 +95,29 @@ def test_a_stopped_run_goes_on(tmp_path, arguments, stop):
 
 
 def test_documents_stay_as_a_run_had_them(tmp_path, arguments, capsys):
-    """Also of a run of before they had a name."""
-    steady = ("--lr_scheduler=null", "--trainer.max_epochs=-1")
-    apart = (*steady, "--data.documents=separate")
-    assert main(arguments(tmp_path / "joined", *steady, "--trainer.max_steps=4")) == 0
-    assert main(arguments(tmp_path / "whole", *apart, "--trainer.max_steps=8")) == 0
-    assert main(arguments(tmp_path / "parts", *apart, "--trainer.max_steps=4")) == 0
-    assert main(arguments(tmp_path / "parts", *apart, "--ckpt_path=last", "--trainer.max_steps=8")) == 0
-    assert_same(weights(tmp_path / "whole", 8), weights(tmp_path / "parts", 8))
-    joined, separate = (weights(tmp_path / name, steps) for name, steps in (("joined", 4), ("parts", 8)))
-    assert any(not torch.equal(joined[name], separate[name]) for name in joined)
-    path = tmp_path / "joined" / "checkpoints" / "last.ckpt"
+    """Apart in a new run; joined in one of before they had a name."""
+
+    def fit(name: str, steps: int, *more: str) -> int:
+        steady = ("--lr_scheduler=null", "--trainer.max_epochs=-1", f"--trainer.max_steps={steps}")
+        return main(arguments(tmp_path / name, *steady, *more))
+
+    assert fit("whole", 8) == fit("apart", 8, "--data.documents=separate") == fit("parts", 4) == 0
+    assert fit("joined", 8, "--data.documents=joined") == fit("earlier", 4, "--data.documents=joined") == 0
+    path = tmp_path / "earlier" / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     assert checkpoint["lskip"]["settings"].pop("data.documents") == "joined"
     torch.save(checkpoint, path)
     capsys.readouterr()
-    assert main(arguments(tmp_path / "joined", *apart, "--ckpt_path=last", "--trainer.max_steps=6")) == 2
+    assert fit("earlier", 6, "--data.documents=separate", "--ckpt_path=last") == 2
     assert "data.documents: 'separate', but this run has 'joined'" in capsys.readouterr().err
+    assert fit("earlier", 8, "--ckpt_path=last") == fit("parts", 8, "--ckpt_path=last") == 0
+    whole, apart, parts, joined, earlier = (
+        weights(tmp_path / name, 8) for name in ("whole", "apart", "parts", "joined", "earlier")
+    )
+    assert_same(whole, apart)
+    assert_same(whole, parts)
+    assert_same(joined, earlier)
+    assert any(not torch.equal(joined[name], whole[name]) for name in joined)
 
 
 def test_a_run_goes_on_from_shards_and_is_measured(tmp_path, arguments, capsys):

@@ -7,6 +7,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 
 from lskip.data import TextData
+from lskip.data.collation import DOCUMENTS
 from lskip.models.pretrained import make_config
 from lskip.module import LayerSkipModule
 
@@ -22,11 +23,17 @@ def match_data_to_model(config: Namespace) -> None:
         arguments["tokenizer"] = config.model
 
 
-def seed_data(config: Namespace, before: Mapping[str, Any]) -> None:
-    """Set the data's seed, where they name none, to that of `before`, a resumed run's settings, else of the run."""
+def settle_data(config: Namespace, before: Mapping[str, Any]) -> None:
+    """Set the seed and `documents` of data that leave them open, to be kept with the run.
+
+    Args:
+        before: the settings of the run that goes on, whose values they get; {} of a new run.
+    """
     arguments = config.data.init_args if config.data is not None else {}
-    if "seed" in arguments and arguments["seed"] is None:
-        arguments["seed"] = before.get("data.seed", int(config.seed_everything))
+    of_a_new_run = {"seed": int(config.seed_everything), "documents": DOCUMENTS[0]}
+    for name, value in of_a_new_run.items():
+        if name in arguments and arguments[name] is None:
+            arguments[name] = before.get(f"data.{name}", value)
 
 
 def check_tokenizer_is_there(data: LightningDataModule | None, model: dict | str) -> None:

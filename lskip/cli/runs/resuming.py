@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from lskip.cli.runs.run_data import OF_EARLIER_RUNS
 from lskip.cli.runs.run_folder import CONFIG_FILE
 from lskip.data.tokenizer import same_tokens
 from lskip.evaluation.runs.settings import flatten
@@ -49,7 +50,8 @@ def settings_before(checkpoint: dict, path: Path) -> dict[str, Any]:
 
     Those that are not known are left out, but for what rows held before these options had names.
     """
-    return {"data.documents": "joined", "data.pack": False, **_known_settings(checkpoint, path)}
+    earlier = {f"data.{name}": value for name, value in OF_EARLIER_RUNS.items()}
+    return {**earlier, **_known_settings(checkpoint, path)}
 
 
 def _known_settings(checkpoint: dict, path: Path) -> dict[str, Any]:

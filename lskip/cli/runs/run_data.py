@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from lskip.cli.config_files import config_file, read_config
+from lskip.data import TextData
 from lskip.models.reading.sources import run_of
 from lskip.utils.console import say
+
+# What rows held in runs whose config.yaml and checkpoints do not say it: these options came later.
+OF_EARLIER_RUNS = {"documents": "joined", "pack": False}
 
 
 def with_run_data(arguments: list[str]) -> list[str]:
@@ -44,6 +48,8 @@ def _data_of(run: Path, has_source: bool) -> dict[str, Any] | None:
         raise ValueError(f"data: '{path}' does not say what the run was trained on; give --data.source")
     arguments = data.get("init_args")
     source = arguments.get("source", "") if isinstance(arguments, dict) else ""
+    if isinstance(arguments, dict) and str(data.get("class_path")).rpartition(".")[2] == TextData.__name__:
+        data["init_args"] = {**OF_EARLIER_RUNS, **arguments}
     if not has_source:
         said = f" (source {source})" if source else ""
         say(f"data: as in {path}{said}", sys.stderr)

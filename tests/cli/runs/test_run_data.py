@@ -71,6 +71,21 @@ def test_validate_has_the_numbers_of_the_fit(model, run, capsys):
     assert math.isclose(measured, logged, rel_tol=1e-5)
 
 
+@pytest.mark.kind("H1 a run is measured on its own data")
+def test_a_run_of_before_documents_were_apart_is_measured_as_it_was_trained(run, capsys, tmp_path):
+    assert main(["fit", f"--model={json.dumps(make_config())}", f"--run_folder={tmp_path / 'joined'}", *FIT,
+                 "--data.documents=joined"]) == 0  # fmt: skip
+    path = tmp_path / "joined" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    assert config["data"]["init_args"].pop("documents") == "joined"
+    path.write_text(yaml.safe_dump(config))
+    found = {}
+    for name, more in {"as it was": [], "apart": ["--data.documents=separate"]}.items():
+        assert main(["validate", f"--model={tmp_path / 'joined'}", *QUIET, *more]) == 0
+        found[name] = perplexity(capsys.readouterr().out)
+    assert found["as it was"] == f"{scalars(tmp_path / 'joined')['val/ppl/layer_04'][-1]:.4g}" != found["apart"]
+
+
 @pytest.mark.kind("H1 a run is measured on its own data", "H1")
 def test_compare_of_a_run_that_was_validated_alone_has_its_numbers(run, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
