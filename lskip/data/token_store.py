@@ -1,6 +1,5 @@
 """The tokens of a split's documents in flat files, without rows: written once, read memory-mapped at any block size."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import chain, islice
@@ -13,7 +12,7 @@ from datasets.utils import tqdm
 from lskip.data.arrow_rows import grouped
 from lskip.data.cache import cached_folder
 from lskip.data.encoders import Encoder, in_batches
-from lskip.utils.worker_processes import WorkerProcesses
+from lskip.utils.worker_processes import WorkerProcesses, available_cores
 
 PART = 2**22  # characters of documents that are tokenized by one process before another's turn
 MOST_PROCESSES = 16  # each holds a tokenizer, and half a gigabyte of libraries
@@ -97,7 +96,7 @@ def write_tokens(
 
 def encoded_parts(documents: Dataset, encoder: Encoder) -> Iterator[Arrays]:
     """Yield the tokens, the lengths and, where it is told, which tokens are scored of documents, part by part."""
-    processes = min(os.cpu_count() or 1, MOST_PROCESSES)
+    processes = min(available_cores(), MOST_PROCESSES)
     parts = grouped(documents, len(documents), PART)
     few = list(islice(parts, FEW_PARTS + 1))
     if processes < 2 or len(few) <= FEW_PARTS:

@@ -21,6 +21,11 @@ from lskip.utils.user_errors import how_it_ended
 ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 
+def available_cores() -> int:
+    """Return the number of cores that this process may use, where the system says so, else of all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class WorkerProcesses:
     """Processes that call `work(first, part)`, in a with statement.
 
