@@ -13,7 +13,7 @@ DATA = {
     "text_column": choice("text", null=True, good=("text", "null")),
     "max_val_blocks": whole(1, null=True, good=(1, 10**30, "null")),
     "streaming": flag(good=("true",)),
-    "documents": choice("joined", "separate", good=("separate",)),
+    "documents": choice("joined", "separate", null=True, good=("joined", "null")),
     "pack": flag(good=("true",)),
     "group_by_length": flag(good=("true",)),
     "split_digits": flag(good=("true",)),

@@ -1,10 +1,12 @@
 """Checks of TextData's arguments; each raises ValueError with the argument, its value and what is allowed."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from lskip.data.mixture import WINDOW
 from lskip.data.sources import NAMES, check_packages, local_path
 from lskip.data.tokenizer import SMALLEST_VOCABULARY
 from lskip.utils.checks import check_real, check_whole
@@ -17,6 +19,8 @@ MOST_TOKENS = 2**24  # in a row, and rows in a batch
 def check_source(source: str) -> None:
     if not isinstance(source, str) or not source.strip() or "\0" in source:
         raise ValueError(f"source: {source!r} names no text; give {', '.join(NAMES)}, a file, a folder or a hub name")
+    if source.lstrip()[:1] in ("[", "{"):
+        raise ValueError(f"source: {source!r} is no list such as [{{source: a.jsonl, weight: 3}}, {{source: b}}]")
     check_packages(source)
     local_path(source)
 
@@ -37,13 +41,43 @@ def check_sizes(vocab_size: int, block_size: int, batch_size: int, num_workers: 
     check_whole("seed", seed, 0, 2**63 - 1)
 
 
-def check_limits(max_val_blocks: int | None, streaming: bool, group_by_length: bool, pack: bool) -> None:
+def named_sources(source) -> list[tuple[str, float]]:
+    """Return the sources that `data.source` names, each with its weight.
+
+    Raises:
+        ValueError, FileNotFoundError: one is no source, or no weight.
+    """
+    if not isinstance(source, list | tuple):
+        check_source(source)
+        return [(source, 1.0)]
+    if not source:
+        raise ValueError("source: [] names no text")
+    found = []
+    for entry in source:
+        if isinstance(entry, Mapping) and not {"source"} <= set(entry) <= {"source", "weight"}:
+            raise ValueError(f"source: an entry {dict(entry)!r}; each has source and, unless it is 1, weight")
+        name, weight = (entry["source"], entry.get("weight", 1.0)) if isinstance(entry, Mapping) else (entry, 1.0)
+        check_source(name)
+        check_real(f"source: weight of {name}", weight, "above 0", lambda value: value > 0)
+        found.append((name, float(weight)))
+    total = sum(weight for _, weight in found)
+    for name, weight in found:
+        if weight * WINDOW < total:
+            raise ValueError(f"source: weight of {name}: {weight:g} of {total:g} in all is less than 1 row in {WINDOW}")
+    return found
+
+
+def check_limits(
+    max_val_blocks: int | None, streaming: bool, group_by_length: bool, pack: bool, sources: int = 1
+) -> None:
     if max_val_blocks is not None:
         check_whole("max_val_blocks", max_val_blocks, 1)
     elif streaming:
         raise ValueError("max_val_blocks: null, but with streaming there must be a limit")
     if streaming and group_by_length:
         raise ValueError("group_by_length: true, but with streaming the lengths to come are not known; there is pack")
+    if sources > 1 and group_by_length:
+        raise ValueError("group_by_length: true, but rows of several sources come in turn; there is pack")
     if group_by_length and pack:
         raise ValueError("group_by_length: true, but with pack: true all rows are as long; leave one of them out")
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from functools import cached_property, partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
@@ -16,27 +16,26 @@ from lskip.data.arguments import (
     check_fractions,
     check_limits,
     check_sizes,
-    check_source,
     check_text_column,
     check_tokenizer_source,
+    named_sources,
 )
-from lskip.data.cache import remove_litter
-from lskip.data.chat import check_chat_template
 from lskip.data.collation import DOCUMENTS, border_of, collate
-from lskip.data.corpus import StoredCorpus
-from lskip.data.documents import NOT_CONTENT, SplitRule, content_key, first_columns, texts_of
-from lskip.data.encoders import ENCODERS, Encoder
-from lskip.data.formats import record_kind
-from lskip.data.loading import ResumableLoader, ResumableSampler, held_out_loader
-from lskip.data.packed_rows import PackedRows
-from lskip.data.rows import StoredRows, check_filled, rows_of, warn_of_left_out
-from lskip.data.sources import open_source
+from lskip.data.documents import NOT_CONTENT, SplitRule, content_key, in_turns, texts_of
+from lskip.data.loading import (
+    EndlessBatches,
+    EndlessLoader,
+    ResumableLoader,
+    ResumableSampler,
+    check_ends,
+    held_out_loader,
+)
+from lskip.data.mixture import Endless, EndlessRows, MixedRows, SeveralRows, with_all_columns
+from lskip.data.rows import Row, StoredRows
 from lskip.data.stream_store import StreamedTokens
-from lskip.data.streaming import StreamedBlocks, StreamedCorpus, StreamLoader, check_ends, stored_stream
-from lskip.data.token_store import MOST_OF_AN_EXAMPLE, stored_tokens
-from lskip.data.tokenizer import check_tokenizer, tokenizer_key, trained_tokenizer
+from lskip.data.text_source import Reading, TextSource
+from lskip.data.tokenizer import check_tokenizer, trained_tokenizer
 from lskip.utils.checks import check_choice
-from lskip.utils.output_files import make_writable
 
 GPU_WORKERS = 2
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
@@ -67,7 +66,9 @@ class TextData(LightningDataModule):
             packages), "home_assistant" (pairs: what is said to a smart home, and its parse), a file (.jsonl, .ndjson,
             .json, .parquet, .txt or any other UTF-8 text), a folder of text or of rows (the kind of most files; others
             are left out with a warning), or else a dataset of the hub as name, name:config or name:config:split. A
-            .txt is split at blank lines into documents of at least 4000 characters; without any, at each line.
+            .txt is split at blank lines into documents of at least 4000 characters; without any, at each line. Or a
+            list of them with weights, [{source: a.jsonl, weight: 3}, {source: b}]: of 4 rows of training, 3 are of the
+            first. They repeat without end (set trainer.max_steps); max_val_blocks is shared as rows are.
         tokenizer: any source of load_tokenizer (lskip.models.pretrained): smollm2, a folder, a hub name …; or a
             tokenizer; null trains a byte-level BPE on the training split.
         vocab_size: entries of the trained tokenizer; not used when `tokenizer` is given.
@@ -97,7 +98,7 @@ class TextData(LightningDataModule):
 
     def __init__(
         self,
-        source: str = "stdlib",
+        source: list[dict[str, Any] | str] | str = "stdlib",
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         vocab_size: int = 4096,
         block_size: int = 256,
@@ -117,18 +118,17 @@ class TextData(LightningDataModule):
         pack: bool = False,
     ):
         super().__init__()
-        check_source(source)
+        named = named_sources(source)
         check_tokenizer_source(tokenizer)
         self.seed = 0 if seed is None else seed
         check_sizes(vocab_size, block_size, batch_size, num_workers, self.seed)
         check_fractions(val_fraction, test_fraction)
         check_text_column(text_column)
-        check_limits(max_val_blocks, streaming, group_by_length, pack)
+        check_limits(max_val_blocks, streaming, group_by_length, pack, len(named))
         self.source, self.tokenizer_source = source, tokenizer
         self.vocab_size, self.split_digits = vocab_size, split_digits
-        self.block_size, self.batch_size = block_size, batch_size
+        self.block_size, self.batch_size, self.streaming = block_size, batch_size, streaming
         self.rule = SplitRule(val_fraction, test_fraction, val_within_groups)
-        self.text_column, self.max_val_blocks, self.streaming = text_column, max_val_blocks, streaming
         if documents is not None:
             check_choice("documents", documents, DOCUMENTS)
         self.num_workers, self.are_apart = num_workers, documents != "joined"
@@ -136,6 +136,10 @@ class TextData(LightningDataModule):
         self.cache = check_cache(cache_dir)
         self.training_documents: dict[str, str] | None = None  # kind and hash; None: not read yet, or streamed
         self._blocks: dict[str, StoredRows] = {}
+        reading = Reading(text_column, self.rule, block_size, streaming, pack, self.seed, self.cache)
+        self.weights, most = [weight for _, weight in named], max_val_blocks
+        shares = [most and max(1, round(most * weight / sum(self.weights))) for weight in self.weights]
+        self.sources = [TextSource(name, reading, share) for (name, _), share in zip(named, shares, strict=True)]
 
     def prepare_data(self) -> None:
         """Download, split and tokenize into the cache, in one process for each machine."""
@@ -148,12 +152,12 @@ class TextData(LightningDataModule):
                 self.blocks(split)
 
     def train_dataloader(self) -> DataLoader:
-        if self.streaming:
-            return self._stream_loader()
-        blocks, (world, rank) = self.blocks("train"), self._share()
-        lengths = blocks.lengths if self.group_by_length else None
-        if self.pack and self._corpus.kind != "text":
-            blocks = PackedRows(blocks, self.tokenizer.eos_token_id)
+        if self.streaming or len(self.sources) > 1:
+            return self._endless_loader()
+        (source,), (world, rank) = self.sources, self._share()
+        blocks, lengths = source.training_rows(self.tokenizer), None
+        if self.group_by_length:
+            lengths = blocks.lengths
         sampler = ResumableSampler(blocks, self.batch_size, self.seed, self._batches_done, world, rank, lengths)
         if not len(sampler):
             raise ValueError(
@@ -174,10 +178,11 @@ class TextData(LightningDataModule):
         """The tokenizer: given, loaded or trained."""
         tokenizer = self.tokenizer_source
         if tokenizer is None:
-            training = self._corpus.training_sample()
+            training = [source.corpus.training_sample() for source in self.sources]
             kind = "bpe digits" if self.split_digits else "bpe"
-            folder = self.cache / "tokenizers" / content_key(kind, training, self.vocab_size)
-            tokenizer = trained_tokenizer(texts_of(training), self.vocab_size, folder, self.split_digits)
+            folder = self.cache / "tokenizers" / content_key(kind, *training, self.vocab_size)
+            texts = in_turns(map(texts_of, training))
+            tokenizer = trained_tokenizer(texts, self.vocab_size, folder, self.split_digits)
         elif isinstance(tokenizer, str):
             from lskip.models.pretrained import load_tokenizer  # slow import: only when needed
 
@@ -187,11 +192,12 @@ class TextData(LightningDataModule):
     def documents(self, split: str) -> Dataset:
         """Return the raw documents of "train", "val" or "test", ordered by the hash of their content.
 
-        Columns: text, or prompt and completion, or messages (as JSON text). With streaming only the held-out
-        documents that were read; "train" raises ValueError.
+        Columns: text, or prompt and completion, or messages (as JSON text); those of all sources. With streaming only
+        the held-out documents that were read; "train" raises ValueError.
         """
         check_choice("split", split, ("train", "val", "test"))
-        return self._corpus.documents(split).remove_columns(list(NOT_CONTENT))
+        found = [source.corpus.documents(split).remove_columns(list(NOT_CONTENT)) for source in self.sources]
+        return found[0] if len(found) == 1 else concatenate_datasets(found)
 
     def blocks(self, split: str) -> StoredRows:
         """Return all rows of "train", or up to max_val_blocks of "val" or "test".
@@ -201,73 +207,63 @@ class TextData(LightningDataModule):
         """
         check_choice("split", split, ("train", "val", "test"))
         if split not in self._blocks:
-            self._blocks[split] = self._encoded(split)
+            parts = [source.rows(split, self.tokenizer) for source in self.sources]
+            self._blocks[split] = parts[0] if len(parts) == 1 else SeveralRows(parts, self._finish)
+            if split == "train":
+                contents = [source.content("train") for source in self.sources]
+                content = contents[0] if len(contents) == 1 else content_key(contents)
+                self.training_documents = {"kind": self.kind, "sha256": content}
         return self._blocks[split]
 
-    @cached_property
-    def _corpus(self) -> StoredCorpus | StreamedCorpus:
-        make_writable(self.cache, "cache_dir")
-        remove_litter(self.cache)
-        rows, key = open_source(self.source, self.streaming)
-        kind = record_kind(first_columns(rows, self.source), self.text_column, self.source)
-        if self.streaming:
-            return StreamedCorpus(
-                rows,
-                content_key(self.source, key),
-                kind,
-                self.text_column,
-                self.rule,
-                self.max_val_blocks,
-                self.block_size,
-            )
-        return StoredCorpus(rows, key, kind, self.text_column, self.rule, self.cache / "documents")
-
-    def _make_encoder(self, limit: int | None = None) -> Encoder:
-        tokenizer = self.tokenizer
-        if self._corpus.kind == "chat":
-            check_chat_template(tokenizer)
-        return ENCODERS[self._corpus.kind](tokenizer, limit)
-
-    def _encoded(self, split: str) -> StoredRows:
-        documents, encoder = self._corpus.documents(split), self._make_encoder(MOST_OF_AN_EXAMPLE)
-        content = content_key(documents)
-        if split == "train":
-            self.training_documents = {"kind": self._corpus.kind, "sha256": content}
-        folder = self.cache / "tokens" / content_key(self._corpus.kind, content, tokenizer_key(self.tokenizer))
-        store = stored_tokens(documents, encoder, folder, split)
-        most = None if split == "train" else self.max_val_blocks
-        rows = rows_of(store, self.tokenizer, self.block_size, most)
-        warn_of_left_out(rows, split)
-        return rows
+    @property
+    def kind(self) -> str:
+        """text, pairs or chat; mixed, where the sources are not of one kind."""
+        kinds = {source.kind for source in self.sources}
+        return kinds.pop() if len(kinds) == 1 else "mixed"
 
     def _held_out_loader(self, split: str) -> DataLoader:
-        documents = self._corpus.documents(split)
-        check_filled(self.blocks(split), len(documents), self._corpus.size, split, self.rule)
+        for source in self.sources if not len(self.blocks(split)) else ():
+            source.check_filled(split, self.tokenizer)
         return held_out_loader(self.blocks(split), *self._share(), **self._loading())
 
-    def _stream_loader(self) -> StreamLoader:
+    def _endless_loader(self) -> EndlessLoader:
         check_ends(self.trainer)
-        blocks = StreamedBlocks(self._stream, self.batch_size, *self._share())
-        loader = StreamLoader(blocks, **self._loading(), drop_last=True)
+        loader = EndlessLoader(EndlessBatches(self._training, self.batch_size, *self._share()), **self._loading())
         loader.position = self._batches_done
         return loader
 
     @cached_property
-    def _stream(self) -> StreamedTokens:
-        encoder = self._make_encoder(self.block_size)
-        return stored_stream(self._corpus, encoder, self.block_size, self.pack, self.seed, self.cache / "streams")
+    def _streams(self) -> list[StreamedTokens]:
+        return [source.stream(self.tokenizer) for source in self.sources] if self.streaming else []
+
+    @cached_property
+    def _training(self) -> Endless:
+        """The rows of training by their numbers, of a stream or of several sources."""
+        rows = self._streams or [EndlessRows(each.training_rows(self.tokenizer), self.seed) for each in self.sources]
+        return rows[0] if len(rows) == 1 else MixedRows(rows, self._finish, self.weights, self.seed)
+
+    @cached_property
+    def _finish(self) -> list[Callable[[Row], Row] | None]:
+        """For each source the function that gives its rows the columns of all; None: they have them."""
+        if self.kind != "mixed":
+            return [None] * len(self.sources)
+        border = border_of(self.tokenizer) if self.are_apart else None
+        return [partial(with_all_columns, border=border if each.kind == "text" else None) for each in self.sources]
 
     def state_dict(self) -> dict:
         """Return where a stream's present part begins, which a run that goes on elsewhere begins to read from."""
         if not self.streaming or self.trainer is None:
             return {}
         row = self._batches_done() * self.batch_size * self._share()[0]
-        return {"block_size": self.block_size, "segments": self._stream.around(row)}
+        counts = [row] if len(self.sources) == 1 else self._training.counts(row)
+        segments = [stream.around(count) for stream, count in zip(self._streams, counts, strict=True)]
+        return {"block_size": self.block_size, "segments": segments}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from what `state_dict` returned, unless its rows were of another length."""
         if self.streaming and state.get("block_size") == self.block_size:
-            self._stream.add(state["segments"])
+            for stream, segments in zip(self._streams, state["segments"], strict=True):
+                stream.add(segments)
 
     def _loading(self) -> dict:
         """Return the arguments of every loader, with a generator of its own in place of the global one."""
@@ -280,7 +276,7 @@ class TextData(LightningDataModule):
     @cached_property
     def _collate(self) -> Callable:
         """The function that makes batches of rows, of which only those of text hold several documents."""
-        are_apart = self.are_apart and self._corpus.kind == "text"
+        are_apart = self.are_apart and self.kind == "text"
         return partial(collate, border=border_of(self.tokenizer)) if are_apart else collate
 
     def _share(self) -> tuple[int, int]:

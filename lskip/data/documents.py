@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -121,6 +122,16 @@ def texts_of(documents: Dataset) -> Iterator[str]:
     """Yield the content of each document as one text, to train a tokenizer on."""
     for row in documents:
         yield "\n".join(row[name] for name in documents.column_names if name not in NOT_CONTENT)
+
+
+def in_turns(texts: Iterable[Iterable[str]]) -> Iterator[str]:
+    """Yield one text of each source, then the next one of each, until all have ended."""
+    waiting = deque(map(iter, texts))
+    while waiting:
+        source = waiting.popleft()
+        for text in islice(source, 1):
+            yield text
+            waiting.append(source)
 
 
 def content_key(*parts) -> str:

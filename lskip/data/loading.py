@@ -1,11 +1,16 @@
 """Loader and sampler whose order is a function of (seed, batch number), so that runs resume exactly."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence, Sized
+from itertools import count
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torch.utils.data.distributed import DistributedSampler
 
+from lskip.data.mixture import Endless
+from lskip.data.rows import Row
 from lskip.models.scored import NOT_SCORED
 
 WINDOW = 16  # batches whose rows are sorted by length together
@@ -15,7 +20,22 @@ class ResumableLoader(DataLoader):
     """A loader without state, since its sampler or data set knows where to begin.
 
     Lightning warns about loaders without these two methods on every resume.
+
+    Attributes:
+        seconds_waited: for batches, in all.
     """
+
+    seconds_waited = 0.0
+
+    def __iter__(self) -> Iterator[dict]:
+        batches = super().__iter__()
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds_waited += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
 
     def state_dict(self) -> dict:
         return {}
@@ -73,6 +93,47 @@ class ResumableSampler(DistributedSampler):
         parts = np.split(order[: rows * self.batches_per_epoch], range(WINDOW * rows, len(order), WINDOW * rows))
         batches = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
         return random.permutation(batches.reshape(-1, rows)).ravel()
+
+
+class EndlessBatches(IterableDataset):
+    """The rows of one device for batch after batch, of a stream or of several sources, which repeat without end.
+
+    Batch n of all devices together is the same rows in the same order, however many there are; a worker of W makes
+    each W-th batch from `first` on.
+
+    Args:
+        rows: `rows.row(n)` is row n.
+    """
+
+    def __init__(self, rows: Endless, batch_size: int, num_replicas: int = 1, rank: int = 0):
+        self.rows, self.batch_size, self.num_replicas, self.rank = rows, batch_size, num_replicas, rank
+        self.first = 0
+
+    def __iter__(self) -> Iterator[Row]:
+        worker = get_worker_info()
+        workers, index = (worker.num_workers, worker.id) if worker else (1, 0)
+        for batch in count(self.first + index, workers):
+            start = (batch * self.num_replicas + self.rank) * self.batch_size
+            yield from map(self.rows.row, range(start, start + self.batch_size))
+
+
+class EndlessLoader(ResumableLoader):
+    """A loader that sets where its EndlessBatches begin, before workers copy them."""
+
+    position: Callable[[], int] = staticmethod(lambda: 0)
+
+    def __iter__(self):
+        self.dataset.first = self.position()
+        return super().__iter__()
+
+
+def check_ends(trainer: Trainer | None) -> None:
+    """Raise ValueError for a training that rows without end would not let end."""
+    if trainer is not None and trainer.max_steps == -1 and trainer.limit_train_batches == 1.0:
+        raise ValueError(
+            "trainer.max_steps: not set, but with streaming, or with several sources, the training documents repeat "
+            "for ever"
+        )
 
 
 def held_out_loader(rows: Sequence[dict[str, np.ndarray]], world_size: int, rank: int, **loading) -> DataLoader:

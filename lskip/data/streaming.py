@@ -1,16 +1,12 @@
 """Streamed corpora, larger than the disk: documents are read and tokenized during training."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from datasets import Dataset, IterableDataset
-from lightning.pytorch import Trainer
-from torch.utils.data import get_worker_info
 
 from lskip.data.documents import (
     SPLITS,
@@ -23,8 +19,7 @@ from lskip.data.documents import (
 )
 from lskip.data.encoders import Encoder
 from lskip.data.formats import COLUMNS
-from lskip.data.loading import ResumableLoader
-from lskip.data.rows import Row, rows_of
+from lskip.data.rows import rows_of
 from lskip.data.stream_store import StreamedTokens, StreamReader
 from lskip.data.tokenizer import TRAINING_CHARACTERS, tokenizer_key
 
@@ -98,38 +93,3 @@ def stored_stream(
     make_rows = partial(rows_of, tokenizer=tokenizer, block_size=block_size)
     pad = tokenizer.eos_token_id if pack else None
     return StreamedTokens(StreamReader(corpus.rows, seed), documents, encoder, make_rows, pad, folder / key)
-
-
-def check_ends(trainer: Trainer | None) -> None:
-    """Raise ValueError for a training that a stream would not let end."""
-    if trainer is not None and trainer.max_steps == -1 and trainer.limit_train_batches == 1.0:
-        raise ValueError("trainer.max_steps: not set, but with streaming the training documents repeat for ever")
-
-
-class StreamedBlocks(torch.utils.data.IterableDataset):
-    """Endless training rows of one device: after the last document the stream begins again, in another order.
-
-    Batch n of all devices together is the same rows in the same order, however many there are; a worker of W makes
-    each W-th batch from `first` on.
-    """
-
-    def __init__(self, tokens: StreamedTokens, batch_size: int, num_replicas: int = 1, rank: int = 0):
-        self.tokens, self.batch_size, self.num_replicas, self.rank = tokens, batch_size, num_replicas, rank
-        self.first = 0
-
-    def __iter__(self) -> Iterator[Row]:
-        worker = get_worker_info()
-        workers, index = (worker.num_workers, worker.id) if worker else (1, 0)
-        for batch in count(self.first + index, workers):
-            start = (batch * self.num_replicas + self.rank) * self.batch_size
-            yield from map(self.tokens.row, range(start, start + self.batch_size))
-
-
-class StreamLoader(ResumableLoader):
-    """A loader that sets where its StreamedBlocks begin, before workers copy them."""
-
-    position: Callable[[], int] = staticmethod(lambda: 0)
-
-    def __iter__(self):
-        self.dataset.first = self.position()
-        return super().__iter__()

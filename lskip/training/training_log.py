@@ -17,8 +17,9 @@ class TrainingLog(Callback):
     `train/drop_rate/layer_08` and `train/exit_weight/layer_08` are means over the steps, since a curriculum changes at
     each. `train/tokens_per_second` counts tokens of all devices up to the last scored one of each row, in the time
     outside of validation. `train/mfu` is what the blocks that ran and the exits that were on computed, padding
-    included, as a share of the device's peak, where that is known (`peak_flops`). With `not_finite: skip` the steps
-    skipped so far are `train/skipped_steps`.
+    included, as a share of the device's peak, where that is known (`peak_flops`). `train/waiting_for_data` is the
+    share of the same time in which a step waited for its batch, where the loader of TextData counts that. With
+    `not_finite: skip` the steps skipped so far are `train/skipped_steps`.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -30,6 +31,7 @@ class TrainingLog(Callback):
 
     def _begin(self, pl_module: LightningModule) -> None:
         self._tokens: Tensor | int = 0  # on the device, where a batch has padding: no step waits for it
+        self._waited = _seconds_waited(pl_module.trainer)
         pl_module.work = Work()
         self._since, self._paused = time.perf_counter(), None
 
@@ -60,6 +62,8 @@ class TrainingLog(Callback):
         tokens = int(self._tokens) * trainer.world_size
         seconds = time.perf_counter() - self._since  # after the device has finished
         values["train/tokens_per_second"] = tokens / seconds
+        if self._waited is not None:
+            values["train/waiting_for_data"] = (_seconds_waited(trainer) - self._waited) / seconds
         if self._peak is not None:
             values["train/mfu"] = sum(self._flops.of(pl_module.work).values()) / (seconds * self._peak)
         if pl_module.finite_steps.not_finite == "skip":
@@ -85,6 +89,11 @@ def count_tokens(batch: dict[str, Tensor]) -> Tensor | int:
     labels = batch["labels"]
     places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
     return ((labels != NOT_SCORED) * places).amax(1).sum()
+
+
+def _seconds_waited(trainer: Trainer) -> float | None:
+    """Return how long training has waited for batches so far; None where the loader does not count it."""
+    return getattr(trainer.train_dataloader, "seconds_waited", None)
 
 
 def _peak(trainer: Trainer, pl_module: LightningModule) -> float | None:

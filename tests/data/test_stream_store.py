@@ -56,8 +56,9 @@ def batches(data: TextData, count: int, position: int = 0) -> list:
 
 def one_epoch(data: TextData) -> int:
     """Return how many batches of a stream hold its first epoch."""
-    data._stream.row(1500)  # beyond the first epoch: its segments are known then
-    return next(s.first for s in sorted(data._stream.known.values()) if s.begin["epoch"] == 1) // data.batch_size
+    rows = data.train_dataloader().dataset.rows
+    rows.row(1500)  # beyond the first epoch: its segments are known then
+    return next(s.first for s in sorted(rows.known.values()) if s.begin["epoch"] == 1) // data.batch_size
 
 
 def test_streamed_documents_are_those_of_the_stored_split(make_data):

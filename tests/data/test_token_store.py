@@ -36,8 +36,8 @@ def make(tmp_path, tiny_tokenizer, monkeypatch):
 
 
 def rows_one_by_one(data, split: str) -> list[dict]:
-    documents = data._corpus.documents(split)
-    return list(RowMaker(ENCODERS[data._corpus.kind](data.tokenizer), data.block_size).rows(documents))
+    documents = data.sources[0].corpus.documents(split)
+    return list(RowMaker(ENCODERS[data.kind](data.tokenizer), data.block_size).rows(documents))
 
 
 @pytest.mark.filterwarnings("ignore:.*left out")
@@ -90,7 +90,7 @@ def small_parts(monkeypatch):
     start = WorkerProcesses._start
     monkeypatch.setattr(WorkerProcesses, "_start", lambda self: started.append(self) or start(self))
     monkeypatch.setattr(token_store, "PART", 1500)
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(token_store, "available_cores", lambda: 3)
     return started
 
 
@@ -100,7 +100,7 @@ def test_several_processes_tokenize_what_one_does(make, tmp_path, monkeypatch, s
     many = make(rows, block_size=64)
     found = many.blocks("train")[:]
     assert len(small_parts) == 3
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(token_store, "available_cores", lambda: 1)
     one = make(rows, block_size=64, cache_dir=str(tmp_path / "other")).blocks("train")[:]
     assert len(small_parts) == 3 and all(np.array_equal(found[name], one[name]) for name in one)
 

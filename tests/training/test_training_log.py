@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from lskip.callbacks import EarlyExitLoss, LayerDropout, LayerMetrics, RunHparams
 from lskip.cli.runs.run_logger import RunLogger
+from lskip.data.loading import ResumableLoader
 from lskip.flops import Work
 from lskip.layer_dropout import draw_dropped
 from lskip.module import LayerSkipModule
@@ -75,16 +76,16 @@ class SlowValidation(Callback):
 
 
 def speeds(
-    tmp_path, monkeypatch, module: LayerSkipModule, batches: list[dict], *callbacks: Callback
+    tmp_path, clock: SlowValidation, module: LayerSkipModule, batches: list[dict], *callbacks: Callback, kind=DataLoader
 ) -> EventAccumulator:
     """Return the curves of a training of four steps, logged every second one and validated after the third."""
     trainer = Trainer(
-        callbacks=[SlowValidation(monkeypatch), *callbacks],
+        callbacks=[clock, *callbacks],
         logger=RunLogger(tmp_path, name="", version=""),
         **{"log_every_n_steps": 2, "max_steps": 4, "val_check_interval": 3, "accelerator": "cpu"},
         **{"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False},
     )
-    trainer.fit(module, DataLoader(batches, batch_size=None), DataLoader(batches[:1], batch_size=None))
+    trainer.fit(module, kind(batches, batch_size=None), DataLoader([batches[0]], batch_size=None))
     return EventAccumulator(str(tmp_path)).Reload()
 
 
@@ -97,16 +98,34 @@ def test_speed_counts_no_padding_and_no_validation(tiny_model, tmp_path, monkeyp
     ids, labels = torch.ones(2, 12, dtype=torch.long), torch.full((2, 12), -100)
     labels[0, 3:9] = labels[1, 2:5] = 1  # 9 and 5 tokens up to the last scored one
     batches = [{"input_ids": ids, "labels": labels}] * 8
-    events = speeds(tmp_path, monkeypatch, LayerSkipModule(tiny_model()), batches)
+    events = speeds(tmp_path, SlowValidation(monkeypatch), LayerSkipModule(tiny_model()), batches)
     assert of_two_steps(events, "tokens_per_second") == pytest.approx([14, 14])
     assert "train/mfu" not in events.Tags()["scalars"]  # on a CPU whose peak nobody gave
+
+
+class SlowBatches(list):
+    """Batches that each take three seconds to load, by the clock of a log."""
+
+    clock: "SlowValidation"
+
+    def __getitem__(self, index):
+        self.clock.now += 3
+        return super().__getitem__(index)
+
+
+def test_the_share_of_time_that_goes_by_waiting_for_batches(tiny_model, tmp_path, monkeypatch):
+    """Red where validation counts, or the time with a batch in hand does."""
+    batches = SlowBatches([{"input_ids": torch.ones(2, 12, dtype=torch.long)}] * 8)
+    batches.clock = SlowValidation(monkeypatch)
+    events = speeds(tmp_path, batches.clock, LayerSkipModule(tiny_model()), batches, kind=ResumableLoader)
+    assert of_two_steps(events, "waiting_for_data")[1] == pytest.approx(3 / 4)
 
 
 def test_utilization_is_of_the_blocks_that_ran_and_the_exits_that_were_on(tiny_model, tmp_path, monkeypatch):
     module = LayerSkipModule(tiny_model(), seed=3, peak_flops=1e-6, exit_heads=True)
     batches = [{"input_ids": torch.ones(2, 12, dtype=torch.long)}] * 8
     dropout, exits = LayerDropout(0.5, Constant()), EarlyExitLoss(0.2)
-    events = speeds(tmp_path, monkeypatch, module, batches, dropout, exits)
+    events = speeds(tmp_path, SlowValidation(monkeypatch), module, batches, dropout, exits)
     flops, expected = module.training_flops(), []
     for first in (0, 2):
         work = Work()

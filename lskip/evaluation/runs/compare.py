@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -64,7 +65,7 @@ def _describe(summary: RunSummary) -> dict[str, str]:
         "dropout p_max": _method(summary, "layer_dropout", "p_max"),
         "dropout depth, time": _method(summary, "layer_dropout", "depth", "time"),
         "dropout scale_kept": _method(summary, "layer_dropout", "scale_kept"),
-        "data": Path(str(summary.settings.get("data.source", "?"))).name,
+        "data": _source(summary.settings.get("data.source", "?")),
         "steps": _steps(summary),
         "last layer's perplexity": f"{report.perplexity[-1]:.4g}",
         "middle layer's perplexity": f"{report.perplexity[middle - 1]:.4g} (layer {middle})",
@@ -75,6 +76,14 @@ def _describe(summary: RunSummary) -> dict[str, str]:
         },
         "layers_needed": f"{report.layers_needed:.1f} of {len(report.perplexity)}" if told else NOT_TOLD,
     }
+
+
+def _source(source: Any) -> str:
+    """Return the name of what a run was trained on; of several sources with their weights."""
+    if not isinstance(source, list):
+        return Path(str(source)).name
+    entries = (each if isinstance(each, dict) else {"source": each} for each in source)
+    return " + ".join(f"{each.get('weight', 1)} x {_source(each.get('source', '?'))}" for each in entries)
 
 
 def _tokens_per_round(report: LayerReport, num_speculations: int, layer: int) -> str:

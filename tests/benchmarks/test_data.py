@@ -1,0 +1,21 @@
+"""What a killed training reads, and what a corpus costs: the benchmarks' code, small."""
+
+import argparse
+import json
+import random
+
+from benchmarks.data import corpus_size, kills
+
+
+def test_a_stream_goes_on_after_a_kill_by_another_number_of_processes(tmp_path):
+    """Red where a process that goes on reads other rows, or where two processes read the same ones."""
+    options = argparse.Namespace(out=tmp_path, kills=1)
+    found = kills.killed_trainings("streamed", options, random.Random(0))
+    assert found["as_undisturbed"] and found["processes"] == [1, 2]
+
+
+def test_the_memory_and_time_of_a_corpus(tmp_path):
+    corpus_size.main([f"--out={tmp_path}", "--quick"])
+    (row,) = json.loads((tmp_path / "result.json").read_text())["corpora"]
+    assert row["documents"] >= 500 and row["stored_bytes"] > 10**6
+    assert all(10**8 < row[part]["anonymous_bytes"] < 2 * 10**9 for part in ("prepare", "train"))
