@@ -35,7 +35,7 @@ def data(data: TextData, split: Literal["train", "val", "test"] = "train", show:
     loader = getattr(data, f"{split}_dataloader")()
     console = plain_console()
     batches = list(islice(loader, max(COUNTED, show)))
-    size = f"{len(loader.dataset):,} rows" if hasattr(loader.dataset, "__len__") else "a stream"
+    size = f"{len(loader.dataset):,} rows" if hasattr(loader.dataset, "__len__") else "rows without end"
     console.print(f"{split}: {size}; {numbers_of(batches)}", soft_wrap=True)
     rows = list(islice(rows_of(batches), show))
     for number, row in enumerate(rows):

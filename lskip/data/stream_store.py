@@ -21,16 +21,25 @@ from lskip.data.cache import cached_folder, discard, locked
 from lskip.data.encoders import READ_AHEAD, Encoder
 from lskip.data.packed_rows import PackedRows
 from lskip.data.rows import Row, StoredRows
-from lskip.data.token_store import PART, TokenStore, encoded_here, write_tokens
+from lskip.data.token_store import TokenStore, encoded_here, write_tokens
 from lskip.utils.output_files import write_json
 
 FIRST, LARGEST = 2**22, 2**26  # characters of a segment: the first soon lets training begin, later ones shuffle widely
 KEPT = 3  # segments before the one that is made
+PART = 2**20  # characters that are tokenized together
 MOST_KNOWN = 1000  # segments whose beginning is noted
 MOST_SHARDS = 256  # parts of the source that are put in another order in each epoch
 
 Place = dict[str, Any]  # {"epoch", "shard", "state"}: of a document in the stream
 BEGIN: Place = {"epoch": 0, "shard": 0, "state": None}
+
+
+def _still(rows: Iterator[dict]) -> Iterator[dict]:
+    """Yield the rows for as long as the process has not come to its end; RuntimeError then, which nobody sees."""
+    for row in rows:
+        if not threading.main_thread().is_alive():
+            raise RuntimeError("the process ends")
+        yield row
 
 
 class Segment(NamedTuple):
@@ -140,7 +149,8 @@ class StreamedTokens:
             segment = following
         order = np.random.default_rng((self.reader.seed, segment.number)).permutation(len(rows))
         self.open = segment, rows, order
-        threading.Thread(target=self._make_ahead, args=(self.known[segment.number + 1],), daemon=True).start()
+        # No daemon: one that is amid a library's code when Python ends brings it down. It ends itself then (`_still`).
+        threading.Thread(target=self._make_ahead, args=(self.known[segment.number + 1],)).start()
 
     def _before(self, row: int) -> list[Segment]:
         """Return the known segments that begin at or before a row, in their order."""
@@ -157,7 +167,7 @@ class StreamedTokens:
 
     def _made(self, segment: Segment) -> StoredRows | PackedRows:
         def write(folder: Path) -> None:
-            raw = self.reader.read(segment.begin, min(FIRST << segment.number, LARGEST))
+            raw = _still(self.reader.read(segment.begin, min(FIRST << segment.number, LARGEST)))
             parts = grouped(self.documents(raw), PART, PART)
             write_tokens(folder, self.encoder, encoded_here(parts, self.encoder))
             write_json(folder / "end.json", self.reader.end)

@@ -1,6 +1,9 @@
 """Streams: every document once an epoch, in an order that neither devices, workers, kills nor machines change."""
 
 import json
+import subprocess
+import sys
+import time
 from collections import Counter
 from functools import partial
 
@@ -192,3 +195,29 @@ def test_an_endless_stream_needs_max_steps(make_data, tmp_path):
 def test_a_stream_without_a_row(make_data):
     with pytest.raises(ValueError, match="the stream holds no training row of block_size tokens"):
         batches(make_data(block_size=4096), 1)
+
+
+SLOWLY = """
+import sys, time
+from lskip.data import TextData, stream_store
+stream_store.FIRST = stream_store.LARGEST = 10_000
+read = stream_store.StreamReader.read
+def slowly(reader, begin, characters):
+    for row in read(reader, begin, characters):
+        time.sleep(0 if begin == stream_store.BEGIN else 0.5)  # what is made ahead takes a minute
+        yield row
+stream_store.StreamReader.read = slowly
+data = TextData(sys.argv[1], vocab_size=300, block_size=32, batch_size=2, streaming=True, cache_dir=sys.argv[2])
+print(next(iter(data.train_dataloader()))["input_ids"].shape, flush=True)
+"""
+
+
+def test_a_process_ends_while_a_segment_is_made(make_data, tmp_path):
+    """Red where it waits for the thread that makes it, or where that brings Python down."""
+    source = make_data().source
+    command = [sys.executable, "-c", SLOWLY, source, str(tmp_path / "c")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "torch.Size" in process.stdout.readline()
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and time.monotonic() - began < 15 and "Fatal" not in errors, errors
