@@ -5,6 +5,7 @@ import json
 import random
 
 from benchmarks.data import corpus_size, kills
+from benchmarks.training import padding
 
 
 def test_a_stream_goes_on_after_a_kill_by_another_number_of_processes(tmp_path):
@@ -19,3 +20,11 @@ def test_the_memory_and_time_of_a_corpus(tmp_path):
     (row,) = json.loads((tmp_path / "result.json").read_text())["corpora"]
     assert row["documents"] >= 500 and row["stored_bytes"] > 10**6
     assert all(10**8 < row[part]["anonymous_bytes"] < 2 * 10**9 for part in ("prepare", "train"))
+
+
+def test_packed_pairs_compute_less_than_pairs_as_they_come(tmp_path):
+    padding.main([f"--output={tmp_path / 'result.json'}", "--quick", "--threads=1"])
+    computed = {
+        row["way"]: row["positions_per_token"] for row in json.loads((tmp_path / "result.json").read_text())["ways"]
+    }
+    assert computed["as they come"] > 1.2 > 1.1 > computed["group_by_length"] and computed["pack"] < 1.1
