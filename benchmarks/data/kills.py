@@ -46,6 +46,7 @@ from lskip.utils.output_files import write_json
 EVERY = 5  # steps between checkpoints
 ROWS = 8  # of a step, of all processes
 WORLDS = (1, 2, 4)  # processes, in turns
+HELPERS_END = 20  # seconds: they look for their parent after each part
 PATIENCE = 300  # seconds until a process that does nothing is a failure
 SPLIT = {"val_fraction": 0.02, "test_fraction": 0.0, "vocab_size": 300, "max_val_blocks": 8}
 console = Console(width=120)
@@ -106,7 +107,9 @@ def killed_preparations(options: argparse.Namespace, draw: random.Random) -> dic
         else:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        time.sleep(1)
+        until = time.monotonic() + HELPERS_END
+        while processes_of(process.pid) and time.monotonic() < until:
+            time.sleep(0.1)
         left += processes_of(process.pid)
     end = prepare(options.out / "killed", options).wait()
     files = [
@@ -128,11 +131,12 @@ def prepare(cache: Path, options: argparse.Namespace) -> subprocess.Popen:
 
 
 def processes_of(session: int) -> list[int]:
-    """Return the processes of a session that are there."""
+    """Return the processes of a session that run; one that has ended may still be listed (Z)."""
     found = []
-    for process in (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()):
-        with suppress(OSError):  # it has just ended
-            found += [process] if os.getsid(process) == session else []
+    for path in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):  # it has just ended; no process
+            state = Path(path, "stat").read_text().rpartition(")")[2].split()[0]
+            found += [int(path.name)] if os.getsid(int(path.name)) == session and state != "Z" else []
     return found
 
 
