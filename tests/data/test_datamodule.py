@@ -129,7 +129,7 @@ def test_what_fills_no_row_is_kept_for_the_next_documents(tiny_tokenizer):
 
 
 def test_batches(text_data):
-    batch = next(iter(text_data().train_dataloader()))
+    batch = next(iter(text_data(documents="joined").train_dataloader()))
     assert {name: (value.shape, value.dtype) for name, value in batch.items()} == {
         "input_ids": ((4, 16), torch.int64),
         "labels": ((4, 16), torch.int64),

@@ -307,7 +307,7 @@ def test_an_empty_split_of_a_stream(text_data, fractions, empty):
 @pytest.mark.kind(EMPTY)
 def test_a_stream_without_training_documents(text_data):
     data = text_data(streaming=True, val_fraction=0.999999, test_fraction=0)
-    with pytest.raises(ValueError, match="share 1 of 1 of the stream holds no training block"):
+    with pytest.raises(ValueError, match="the stream holds no training row of block_size tokens"):
         next(iter(data.train_dataloader()))
 
 

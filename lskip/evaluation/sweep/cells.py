@@ -130,10 +130,10 @@ def times_of(
         planned: each round's plan and number of slots.
 
     Returns:
-        "speedup": the median over all turns of autoregressive over drafted seconds, prefill included; "speedups": each
-        of them, NaN where the clock stood still; "tokens_per_second", "autoregressive_tokens_per_second";
-        "share_of_ideal": the speed-up over the cost model's for the planned rounds, prefill left out in both; None
-        where a text has one token.
+        "speedup": the autoregressive over the drafted seconds of all turns together, prefill included, since who
+        waits pays for the slow texts too; "speedups": of each turn, NaN where the clock stood still;
+        "tokens_per_second", "autoregressive_tokens_per_second"; "share_of_ideal": the speed-up over the cost model's
+        for the planned rounds, prefill left out in both; None where a text has one token.
     """
     speedups = [pair.plain.seconds / (pair.drafted.seconds or math.nan) for pair in pairs]
     gained = [
@@ -145,7 +145,8 @@ def times_of(
     predicted = sum(round_seconds(drafting, plan, slots) for plan, slots in planned)
     ideal = tokens * plain.plain(1) / predicted if predicted else None
     return {
-        "speedup": median([speedup for speedup in speedups if math.isfinite(speedup)] or [math.nan]),
+        "speedup": sum(pair.plain.seconds for pair in pairs)
+        / (sum(pair.drafted.seconds for pair in pairs) or math.nan),
         "tokens_per_second": median(pair.drafted.tokens_per_second for pair in pairs),
         "autoregressive_tokens_per_second": median(pair.plain.tokens_per_second for pair in pairs),
         "share_of_ideal": median(gained) / ideal if gained and ideal else None,
