@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     seconds = time_rounds(works, options.rounds, device)
     found = []
     for way, some in batches.items():
-        tokens = sum(int(tokens_of(batch)) for batch in some)
+        tokens = sum(int(count_tokens(batch)) for batch in some)
         computed = sum(batch["input_ids"].numel() for batch in some)
         row = {"way": way, "batches": len(some), "positions_per_token": computed / tokens}
         found.append({**row, "seconds_per_1000_tokens": 1000 * sum(seconds[way]) / tokens})
@@ -97,11 +97,6 @@ def endless(data: TextData) -> Iterator[dict[str, Tensor]]:
 
 def one(module: LayerSkipModule, batches: list[dict[str, Tensor]], number: int) -> None:
     step(module, batches[number], number)
-
-
-def tokens_of(batch: dict[str, Tensor]) -> Tensor | int:
-    """Return the tokens of a batch; a packed row's last scored one is its last token."""
-    return count_tokens({name: batch[name] for name in ("input_ids", "labels")})
 
 
 def print_result(found: list[dict]) -> None:

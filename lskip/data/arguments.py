@@ -67,9 +67,7 @@ def named_sources(source) -> list[tuple[str, float]]:
     return found
 
 
-def check_limits(
-    max_val_blocks: int | None, streaming: bool, group_by_length: bool, pack: bool, sources: int = 1
-) -> None:
+def check_limits(max_val_blocks: int | None, streaming: bool, group_by_length: bool, pack: bool, sources: int) -> None:
     if max_val_blocks is not None:
         check_whole("max_val_blocks", max_val_blocks, 1)
     elif streaming:

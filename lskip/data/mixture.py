@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lskip.data.collation import Border, kept_apart
-from lskip.data.packed_rows import PackedRows
+from lskip.data.packed_rows import TrainingRows
 from lskip.data.rows import Row, StoredRows
 
 Finish = Callable[[Row], Row] | None
@@ -26,7 +26,7 @@ class Endless(Protocol):
 class EndlessRows:
     """Stored rows again and again, each time in another order, a function of the seed."""
 
-    def __init__(self, rows: StoredRows | PackedRows, seed: int):
+    def __init__(self, rows: TrainingRows, seed: int):
         self.rows, self.seed = rows, seed
         self.order: tuple[int, np.ndarray] = -1, np.zeros(0)  # of which epoch
 

@@ -5,7 +5,7 @@ from collections import defaultdict
 import numpy as np
 from torch.utils import data
 
-from lskip.data.rows import ExampleRows
+from lskip.data.rows import ExampleRows, StoredRows
 from lskip.models.scored import NOT_SCORED
 
 
@@ -69,3 +69,6 @@ class PackedRows(data.Dataset):
             start += length
         places[start:] = np.arange(self.size - start)  # padding is a text of its own
         return {"input_ids": ids, "labels": labels, "position_ids": places}
+
+
+TrainingRows = StoredRows | PackedRows

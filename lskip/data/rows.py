@@ -10,7 +10,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lskip.data.documents import SplitRule
 from lskip.data.encoders import Encoder, Run
 from lskip.data.token_store import TokenStore
 from lskip.models.scored import NOT_SCORED
@@ -166,28 +165,6 @@ def warn_of_left_out(rows: StoredRows, split: str) -> None:
             f"{rows.left_out} of {len(rows.store)} {split} examples left out: nothing scored within "
             f"block_size={rows.block_size} tokens"
         )
-
-
-def check_filled(rows: StoredRows, documents: int, size: int | None, split: str, rule: SplitRule) -> None:
-    """Raise ValueError when a held-out split has no row.
-
-    Args:
-        documents: of the split.
-        size: of all documents; None: not known, of a stream.
-    """
-    if len(rows):
-        return
-    if documents and isinstance(rows, ExampleRows):
-        raise ValueError(
-            f"block_size: in none of the {documents} {split} examples is anything scored within "
-            f"{rows.block_size} tokens"
-        )
-    fraction = rule.val_fraction if split == "val" else rule.test_fraction
-    of = "" if size is None else f" of {size}"
-    raise ValueError(
-        f"{split}_fraction: {fraction} leaves {documents}{of} documents for {split}, which do not fill one row of "
-        f"{rows.block_size} tokens: too small a corpus, or too small a fraction"
-    )
 
 
 def scored_lengths(store: TokenStore, block_size: int) -> np.ndarray:

@@ -19,8 +19,8 @@ from datasets import IterableDataset
 from lskip.data.arrow_rows import grouped
 from lskip.data.cache import cached_folder, discard, locked
 from lskip.data.encoders import READ_AHEAD, Encoder
-from lskip.data.packed_rows import PackedRows
-from lskip.data.rows import Row, StoredRows
+from lskip.data.packed_rows import TrainingRows
+from lskip.data.rows import Row
 from lskip.data.token_store import TokenStore, encoded_here, write_tokens
 from lskip.utils.output_files import write_json
 
@@ -95,7 +95,6 @@ class StreamedTokens:
         documents: makes training documents of the rows of the source.
         encoder: of those.
         make_rows: makes rows of a segment's tokens.
-        pad: the token behind the last example of a packed row; None: rows are not packed.
         place: of the segments, a path whose name is continued.
     """
 
@@ -104,11 +103,10 @@ class StreamedTokens:
         reader: StreamReader,
         documents: Callable[[Iterator[dict]], Iterator[dict]],
         encoder: Encoder,
-        make_rows: Callable[[TokenStore], StoredRows],
-        pad: int | None,
+        make_rows: Callable[[TokenStore], TrainingRows],
         place: Path,
     ):
-        self.reader, self.documents, self.make_rows, self.pad, self.place = reader, documents, make_rows, pad, place
+        self.reader, self.documents, self.make_rows, self.place = reader, documents, make_rows, place
         # Threads share no tokenizer: one that encodes in two at once raises.
         self.encoder = type(encoder)(copy.deepcopy(encoder.tokenizer), encoder.limit)
         self.known = {0: Segment(0, 0, BEGIN)}
@@ -156,7 +154,7 @@ class StreamedTokens:
         """Return the known segments that begin at or before a row, in their order."""
         return sorted(segment for segment in list(self.known.values()) if segment.first <= row)
 
-    def _rows(self, segment: Segment) -> StoredRows | PackedRows:
+    def _rows(self, segment: Segment) -> TrainingRows:
         """Return the rows of a segment, made where they are not here; afterwards the next one is known."""
         with locked(self._path("lock")):
             return self._made(segment)
@@ -165,7 +163,7 @@ class StreamedTokens:
         with suppress(Exception), locked(self._path("lock"), timeout=0):  # who needs it, tries again and raises
             self._made(segment)
 
-    def _made(self, segment: Segment) -> StoredRows | PackedRows:
+    def _made(self, segment: Segment) -> TrainingRows:
         def write(folder: Path) -> None:
             raw = _still(self.reader.read(segment.begin, min(FIRST << segment.number, LARGEST)))
             parts = grouped(self.documents(raw), PART, PART)
@@ -174,7 +172,6 @@ class StreamedTokens:
 
         path = cached_folder(self._path(str(segment.number)), write)
         rows = self.make_rows(TokenStore(path))
-        rows = rows if self.pad is None else PackedRows(rows, self.pad)
         self._read_index()
         if segment.number + 1 not in self.known:
             end = json.loads((path / "end.json").read_text())

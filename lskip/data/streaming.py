@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 from datasets import Dataset, IterableDataset
@@ -11,17 +9,13 @@ from datasets import Dataset, IterableDataset
 from lskip.data.documents import (
     SPLITS,
     SplitRule,
-    content_key,
     document_features,
     read_records,
     split_of,
     unique,
 )
-from lskip.data.encoders import Encoder
 from lskip.data.formats import COLUMNS
-from lskip.data.rows import rows_of
-from lskip.data.stream_store import StreamedTokens, StreamReader
-from lskip.data.tokenizer import TRAINING_CHARACTERS, tokenizer_key
+from lskip.data.tokenizer import TRAINING_CHARACTERS
 
 CHARACTERS_PER_TOKEN = 4  # an estimate, to stop reading held-out text
 
@@ -81,15 +75,3 @@ class StreamedCorpus:
 def documents_of(records: list[dict], kind: str) -> Dataset:
     features = document_features(kind)
     return Dataset.from_dict({name: [record[name] for record in records] for name in features}, features=features)
-
-
-def stored_stream(
-    corpus: StreamedCorpus, encoder: Encoder, block_size: int, pack: bool, seed: int, folder: Path
-) -> StreamedTokens:
-    """Return the training rows of a stream, kept in `folder`."""
-    tokenizer, pack = encoder.tokenizer, pack and corpus.kind != "text"
-    key = content_key(corpus.key, corpus.text_column, corpus.rule, tokenizer_key(tokenizer), block_size, pack, seed)
-    documents = partial(corpus.records, split="train")
-    make_rows = partial(rows_of, tokenizer=tokenizer, block_size=block_size)
-    pad = tokenizer.eos_token_id if pack else None
-    return StreamedTokens(StreamReader(corpus.rows, seed), documents, encoder, make_rows, pad, folder / key)

@@ -1,7 +1,7 @@
 """One source of texts, pairs or conversations: its documents, and its rows of training and of what is held out."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -12,12 +12,12 @@ from lskip.data.corpus import StoredCorpus
 from lskip.data.documents import SplitRule, content_key, first_columns
 from lskip.data.encoders import ENCODERS, Encoder
 from lskip.data.formats import record_kind
-from lskip.data.packed_rows import PackedRows
-from lskip.data.rows import StoredRows, check_filled, rows_of, warn_of_left_out
+from lskip.data.packed_rows import PackedRows, TrainingRows
+from lskip.data.rows import StoredRows, rows_of, warn_of_left_out
 from lskip.data.sources import open_source
-from lskip.data.stream_store import StreamedTokens
-from lskip.data.streaming import StreamedCorpus, stored_stream
-from lskip.data.token_store import MOST_OF_AN_EXAMPLE, stored_tokens
+from lskip.data.stream_store import StreamedTokens, StreamReader
+from lskip.data.streaming import StreamedCorpus
+from lskip.data.token_store import MOST_OF_AN_EXAMPLE, TokenStore, stored_tokens
 from lskip.data.tokenizer import tokenizer_key
 from lskip.utils.output_files import make_writable
 
@@ -46,6 +46,7 @@ class TextSource:
     def __init__(self, name: str, reading: Reading, most_held_out: int | None):
         self.name, self.reading, self.most_held_out = name, reading, most_held_out
         self._rows: dict[str, StoredRows] = {}
+        self._contents: dict[str, str] = {}
 
     @cached_property
     def corpus(self) -> StoredCorpus | StreamedCorpus:
@@ -66,7 +67,9 @@ class TextSource:
 
     def content(self, split: str) -> str:
         """Return a hash of the documents of a split."""
-        return content_key(self.corpus.documents(split))
+        if split not in self._contents:  # it takes seconds of millions of documents
+            self._contents[split] = content_key(self.corpus.documents(split))
+        return self._contents[split]
 
     def rows(self, split: str, tokenizer: PreTrainedTokenizerBase) -> StoredRows:
         """Return all rows of "train", or up to `most_held_out` of "val" or "test", of stored tokens."""
@@ -79,20 +82,48 @@ class TextSource:
             warn_of_left_out(self._rows[split], split)
         return self._rows[split]
 
-    def training_rows(self, tokenizer: PreTrainedTokenizerBase) -> StoredRows | PackedRows:
+    def training_rows(self, tokenizer: PreTrainedTokenizerBase) -> TrainingRows:
         """Return the rows of training, packed where they should be."""
-        rows = self.rows("train", tokenizer)
-        return PackedRows(rows, tokenizer.eos_token_id) if self.reading.pack and self.kind != "text" else rows
+        return self._packed(self.rows("train", tokenizer), tokenizer)
 
     def stream(self, tokenizer: PreTrainedTokenizerBase) -> StreamedTokens:
-        """Return the rows of training as a stream."""
-        encoder, how = self._encoder(tokenizer, self.reading.block_size), self.reading
-        return stored_stream(self.corpus, encoder, how.block_size, how.pack, how.seed, how.cache / "streams")
+        """Return the rows of training as a stream, packed where they should be."""
+        corpus, how = self.corpus, self.reading
+        of_source = corpus.key, how.text_column, how.rule
+        key = content_key(*of_source, tokenizer_key(tokenizer), how.block_size, self._packs, how.seed)
+        return StreamedTokens(
+            StreamReader(corpus.rows, how.seed),
+            partial(corpus.records, split="train"),
+            self._encoder(tokenizer, how.block_size),
+            partial(self._rows_of_segment, tokenizer=tokenizer),
+            how.cache / "streams" / key,
+        )
 
     def check_filled(self, split: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise ValueError when a held-out split has no row."""
-        documents = len(self.corpus.documents(split))
-        check_filled(self.rows(split, tokenizer), documents, self.corpus.size, split, self.reading.rule)
+        if len(self.rows(split, tokenizer)):
+            return
+        documents, size, rule = len(self.corpus.documents(split)), self.reading.block_size, self.reading.rule
+        if documents and self.kind != "text":
+            raise ValueError(
+                f"block_size: in none of the {documents} {split} examples is anything scored within {size} tokens"
+            )
+        fraction = rule.val_fraction if split == "val" else rule.test_fraction
+        of = "" if self.corpus.size is None else f" of {self.corpus.size}"
+        raise ValueError(
+            f"{split}_fraction: {fraction} leaves {documents}{of} documents for {split}, which do not fill one row of "
+            f"{size} tokens: too small a corpus, or too small a fraction"
+        )
+
+    @property
+    def _packs(self) -> bool:
+        return self.reading.pack and self.kind != "text"
+
+    def _packed(self, rows: StoredRows, tokenizer: PreTrainedTokenizerBase) -> TrainingRows:
+        return PackedRows(rows, tokenizer.eos_token_id) if self._packs else rows
+
+    def _rows_of_segment(self, store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> TrainingRows:
+        return self._packed(rows_of(store, tokenizer, self.reading.block_size), tokenizer)
 
     def _encoder(self, tokenizer: PreTrainedTokenizerBase, limit: int) -> Encoder:
         if self.kind == "chat":

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from functools import partial
@@ -11,6 +12,7 @@ import pytest
 
 from lskip.data import TextData, stream_store
 from lskip.data.stream_store import StreamReader
+from lskip.data.token_store import TokenStore
 from tests.data.test_order import fit
 
 DOCUMENTS = 240
@@ -76,6 +78,21 @@ def test_streamed_documents_are_those_of_the_stored_split(make_data):
     expected[stored.tokenizer.eos_token_id] += len(stored.documents("train"))
     lost = expected.total() - tokens.total()
     assert not tokens - expected and lost < 0.05 * expected.total()  # the last tokens of a segment, and of the epoch
+
+
+def test_every_document_is_stored_once_in_an_epoch(make_data, monkeypatch):
+    """Whole documents, in the order in which they are stored: rows are shuffled."""
+    monkeypatch.setattr(stream_store, "KEPT", 10**6)
+    data, stored = make_data(), make_data(streaming=False)
+    rows = data.train_dataloader().dataset.rows
+    rows.row(1500)
+    stores = {int(path.name.rpartition("-")[2]): TokenStore(path) for path in data.cache.glob("streams/*-*")
+              if path.is_dir() and path.name[0] != "."}  # fmt: skip
+    last = next(s.number for s in sorted(rows.known.values()) if s.begin["epoch"] == 1)
+    found = Counter()
+    for store in (stores[number] for number in range(last)):
+        found.update(data.tokenizer.decode(store.tokens[slice(*store.place(n))]) for n in range(len(store)))
+    assert last > 3 and found == Counter(f"{text}<|endoftext|>" for text in stored.documents("train")["text"])
 
 
 def pairs_of(make_data, tmp_path, **arguments) -> TextData:
@@ -174,6 +191,9 @@ def test_a_run_with_rows_of_another_length_goes_on(make_data, tmp_path):
 
 def test_a_changed_segment_is_made_again(make_data):
     whole = batches(make_data(), 8)
+    for thread in threading.enumerate():  # the one that makes the next segment, whose folder is renamed
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(timeout=30)
     for path in (make_data().cache / "streams").glob("*/tokens.*"):
         path.write_bytes(bytes(path.stat().st_size))
     with pytest.warns(match="is not as it was written"):
