@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features
 
-MOST_ROWS = 1000  # in a batch of the file
-MOST_BYTES = 2**24
+from lskip.data.grouping import grouped
+
 GATHERED = 16  # rows that are read together to be put in order; one may be long
 
 
@@ -18,20 +18,6 @@ def write_rows(path: Path, features: Features, rows: Iterable[dict]) -> None:
         for batch in grouped(rows):
             columns = [pa.array([row[field.name] for row in batch], type=field.type) for field in schema]
             writer.write_batch(pa.record_batch(columns, schema=schema))
-
-
-def grouped(rows: Iterable[dict], most_rows: int = MOST_ROWS, most_bytes: int = MOST_BYTES) -> Iterator[list[dict]]:
-    """Yield the rows in lists of bounded size; a row beyond the bound is a list of its own."""
-    batch, size = [], 0
-    for row in rows:
-        length = sum(len(value) for value in row.values())
-        if batch and (size + length > most_bytes or len(batch) == most_rows):
-            yield batch
-            batch, size = [], 0
-        batch.append(row)
-        size += length
-    if batch:
-        yield batch
 
 
 def open_rows(path: Path) -> Dataset:

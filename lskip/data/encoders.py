@@ -4,15 +4,18 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from lightning.pytorch.utilities import rank_zero_warn
+import numpy as np
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from lskip.data.arrow_rows import grouped
 from lskip.data.chat import conversation_tokens
+from lskip.data.grouping import grouped
 from lskip.data.text_tokens import PIECE, special_pattern, text_runs
 from lskip.models.encoding import added_around
 
 READ_AHEAD = 64  # the most documents that are tokenized together
+
+Arrays = tuple[np.ndarray, ...]
 
 
 class Run(NamedTuple):
@@ -132,3 +135,23 @@ def in_batches(documents: Iterable[dict]) -> Iterator[dict[str, list]]:
     """Yield documents by columns, as many as are tokenized together."""
     for group in grouped(documents, READ_AHEAD, PIECE):
         yield {name: [row[name] for row in group] for name in group[0]}
+
+
+def encoded(encoder: Encoder, documents: list[dict]) -> tuple[Arrays, str | None]:
+    """Return the tokens, the lengths and, where it is told, which tokens are scored of some documents.
+
+    Second is what the encoder would warn of. Processes that help a preparation run this: what this file imports each of
+    them imports, so neither Lightning nor torch, which take seconds and hundreds of megabytes.
+    """
+    tokens, scored, lengths, length = [np.zeros(0, np.int64)], [np.zeros(0, bool)], [], 0
+    for batch in in_batches(documents):
+        for run in encoder.runs(batch):
+            tokens.append(np.array(run.ids, np.int64))
+            if run.scored is not None:
+                scored.append(np.array(run.scored, bool))
+            length += len(run.ids)
+            if run.is_last:
+                lengths.append(length)
+                length = 0
+    marks = (np.concatenate(scored),) if encoder.marks_scored else ()
+    return (np.concatenate(tokens), np.array(lengths, np.int64), *marks), encoder.spelled

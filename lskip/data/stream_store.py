@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import IterableDataset
 
-from lskip.data.arrow_rows import grouped
 from lskip.data.cache import cached_folder, discard, locked
 from lskip.data.encoders import READ_AHEAD, Encoder
+from lskip.data.grouping import grouped
 from lskip.data.packed_rows import TrainingRows
 from lskip.data.rows import Row
 from lskip.data.token_store import TokenStore, encoded_here, write_tokens

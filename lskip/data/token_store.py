@@ -9,17 +9,15 @@ import numpy as np
 from datasets import Dataset
 from datasets.utils import tqdm
 
-from lskip.data.arrow_rows import grouped
 from lskip.data.cache import cached_folder
-from lskip.data.encoders import Encoder, in_batches
+from lskip.data.encoders import Arrays, Encoder, encoded
+from lskip.data.grouping import grouped
 from lskip.utils.worker_processes import WorkerProcesses, available_cores
 
-PART = 2**22  # characters of documents that are tokenized by one process before another's turn
-MOST_PROCESSES = 16  # each holds a tokenizer, and half a gigabyte of libraries
-FEW_PARTS = 2  # are tokenized here: processes take seconds to start
+PART = 2**20  # characters of documents that are tokenized by one process before another's turn
+MOST_PROCESSES = 32  # each holds a tokenizer and a hundred megabytes of libraries; this one reads what they write
+FEW_PARTS = 4  # are tokenized here: processes take a second to start
 MOST_OF_AN_EXAMPLE = 2**24  # tokens: no row is longer
-
-Arrays = tuple[np.ndarray, ...]
 
 
 class TokenStore:
@@ -114,19 +112,3 @@ def encoded_here(parts: Iterable[list[dict]], encoder: Encoder) -> Iterator[Arra
     for part in parts:
         yield encoded(encoder, part)[0]
         encoder.warn()
-
-
-def encoded(encoder: Encoder, documents: list[dict]) -> tuple[Arrays, str | None]:
-    """Return the arrays of some documents, and what the encoder would warn of."""
-    tokens, scored, lengths, length = [np.zeros(0, np.int64)], [np.zeros(0, bool)], [], 0
-    for batch in in_batches(documents):
-        for run in encoder.runs(batch):
-            tokens.append(np.array(run.ids, np.int64))
-            if run.scored is not None:
-                scored.append(np.array(run.scored, bool))
-            length += len(run.ids)
-            if run.is_last:
-                lengths.append(length)
-                length = 0
-    marks = (np.concatenate(scored),) if encoder.marks_scored else ()
-    return (np.concatenate(tokens), np.array(lengths, np.int64), *marks), encoder.spelled

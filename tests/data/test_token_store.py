@@ -3,6 +3,8 @@
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -85,11 +87,11 @@ def test_tokens_of_a_large_vocabulary_are_kept_whole(make, size):
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    """Set what one process tokenizes before another's turn to about ten documents, and count processes."""
+    """Set what one process tokenizes before another's turn to about four documents, and count processes."""
     started = []
     start = WorkerProcesses._start
     monkeypatch.setattr(WorkerProcesses, "_start", lambda self: started.append(self) or start(self))
-    monkeypatch.setattr(token_store, "PART", 1500)
+    monkeypatch.setattr(token_store, "PART", 600)
     monkeypatch.setattr(token_store, "available_cores", lambda: 3)
     return started
 
@@ -117,6 +119,13 @@ def test_what_a_process_refuses_is_told_by_name(make, small_parts, tiny_tokenize
     with pytest.raises(ValueError, match=r"line .*roles must alternate"):
         data.blocks("train")
     assert not list((data.cache / "tokens").glob(".unfinished-*"))
+
+
+@pytest.mark.parametrize("package", ["torch", "lightning", "datasets"])
+def test_what_helps_imports_little(package):
+    """Each of them would be seconds and hundreds of megabytes in every process."""
+    code = f"import sys, lskip.data.encoders; print({package!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.strip() == b"False"
 
 
 def kill_itself(_, part: str) -> str:
