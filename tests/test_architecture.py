@@ -32,8 +32,10 @@ MAY_IMPORT = {
     "task_module": {"inference", "models", "module", "utils"},  # inference: exit criteria classify too
     "planning": {"models", "module", "training", "utils", *METHOD},
     "adapters": {"callbacks", "data", "inference", "models", "training", "utils", *METHOD},
+    "serving": {"inference", "utils"},
     "cli": {
-        *("callbacks", "data", "evaluation", "inference", "models", "module", "planning", "training", "utils"),
+        *("callbacks", "data", "evaluation", "inference", "models", "module", "planning", "serving", "training"),
+        "utils",
         *METHOD,
     },
     "__main__": {"cli"},

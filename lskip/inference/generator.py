@@ -10,7 +10,8 @@ from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING
 
 from lskip.inference.auto_draft import with_auto_draft
-from lskip.inference.decoding.batch import Batch, Request, bound, longest_draft
+from lskip.inference.decoding.batch import Batch, bound, longest_draft
+from lskip.inference.decoding.request import Request
 from lskip.inference.decoding.sampling import TokenChooser
 from lskip.inference.decoding.state_recorder import StateRecorder, check_states_at
 from lskip.inference.drafting.cost_aware import CostAwareDraft

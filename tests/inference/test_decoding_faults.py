@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from lskip.inference import TextGenerator
-from lskip.inference.decoding.batch import Batch, Request
+from lskip.inference.decoding.batch import Batch
+from lskip.inference.decoding.request import Request
 from lskip.inference.decoding.sampling import TokenChooser
 from lskip.inference.drafting.cost_aware import CostAwareDraft
 from lskip.inference.drafting.costs import Costs, RowCosts

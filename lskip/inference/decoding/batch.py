@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from lskip.inference.decoding.batch_chooser import BatchChooser
 from lskip.inference.decoding.early_exit import exit_round
 from lskip.inference.decoding.engine import Round, check_logits, prefill, verify
 from lskip.inference.decoding.probe import Probe, agreements
-from lskip.inference.decoding.sampling import TokenChooser
+from lskip.inference.decoding.request import Joining, Request, RequestError
 from lskip.inference.decoding.state_recorder import StateRecorder
 from lskip.inference.drafting.costs import Costs
 from lskip.inference.drafting.draft import PLAIN, Draft, DraftPlan
@@ -25,12 +24,10 @@ from lskip.inference.drafting.policies import DraftPolicy, FixedDraft
 from lskip.inference.drafting.registry import DRAFTERS, drafts_of
 from lskip.inference.drafting.round import Drafted, Observer, Slots, check_drafted, check_plan, nothing_drafted
 from lskip.inference.exit_criteria import ExitCriterion, Logits
-from lskip.inference.generation import Generation
 from lskip.inference.layers.kv_cache import PREFILL_ROWS
 from lskip.inference.runners.adapter_exit_runner import AdapterExitRunner
 from lskip.inference.runners.exit_head_runner import read_at
 from lskip.inference.settings import GenerationSettings
-from lskip.inference.stopping import StopRule
 
 if TYPE_CHECKING:
     from lskip.models.exit_heads import TrainedExits
@@ -38,53 +35,16 @@ if TYPE_CHECKING:
 LONGEST_DRAFT = PREFILL_ROWS - 1  # tokens in each slot that one pass may verify
 
 
-@dataclass(eq=False)
-class Request:
-    """One prompt on its way to a text.
-
-    Attributes:
-        prompt: token ids.
-        chooser: chooses its tokens.
-        stop: ends its text.
-        generation: the outcome so far.
-        index: its place among the prompts of a batch.
-        began: time of the start of its prefill, of time.perf_counter.
-    """
-
-    prompt: list[int]
-    chooser: TokenChooser
-    stop: StopRule
-    generation: Generation
-    index: int = 0
-    began: float = 0.0
-
-    @property
-    def left(self) -> int:
-        """Number of tokens that it may still get."""
-        return self.stop.max_new_tokens - len(self.generation.token_ids)
-
-    @property
-    def ended(self) -> bool:
-        return self.generation.finish_reason is not None
-
-    def add(
-        self, tokens: list[int], drafted: Sequence[int] = (), accepted: int = 0, draft: Draft | None = None
-    ) -> list[int]:
-        """Add a round's tokens up to the end of the text, and return these."""
-        # What was drafted beyond its last token, or behind an end of the text, was drafted for its neighbours.
-        drafted = self.stop.up_to_end(drafted[: self.left - 1])
-        kept, self.generation.finish_reason = self.stop.cut(tokens, self.generation.token_ids)
-        self.generation.add(kept, drafted, min(accepted, len(drafted)), draft)
-        self.generation.seconds = time.perf_counter() - self.began
-        self.chooser.text += kept
-        return kept
-
-
 class Batch:
     """Batch of requests, at most as many at a time as there are slots; others wait in a queue.
 
     Slots 0 … A-1 of the cache are in use. When a request ends, the one in the last slot moves into its slot, keys and
     values included. Waiting requests join behind the others, each prefilled alone.
+
+    Attributes:
+        requests: those with a slot, in the order of slots.
+        joining: the one whose prefill is under way; None: there is none.
+        waiting: those without.
     """
 
     def __init__(
@@ -95,6 +55,7 @@ class Batch:
         cells: int,
         costs: Callable[[], Costs],
         recorder: StateRecorder | None = None,
+        pieces_a_round: int | None = None,
     ):
         """Make room in a cache.
 
@@ -105,8 +66,11 @@ class Batch:
             cells: cells that the longest text needs: one a token, but for its last.
             costs: measures what rounds cost, for a policy that asks.
             recorder: keeps the states of each text for its Generation, where there is no adapter; None: keep none.
+            pieces_a_round: pieces of prompts that are prefilled between two rounds at most, so that texts under way do
+                not wait for a long one; None: all.
         """
         self.runners, self.recorder, num_layers = runners, recorder, runners.model.num_layers
+        self.pieces_a_round = pieces_a_round
         self.full, num_speculations = settings.full_depth(num_layers), longest_draft(settings)
         self.runner = read_at(runners.model, runners.exits, self.full)
         if settings.exits_by_adapter(runners.available):
@@ -116,6 +80,7 @@ class Batch:
         self.cache = self.runner.new_cache(slots, cells + (num_speculations if slots > 1 else 0))
         self.slots = Slots(self.cache, torch.empty(0, dtype=torch.long, device=runners.model.device))
         self.requests: list[Request] = []
+        self.joining: Joining | None = None
         self.waiting: deque[Request] = deque()
         self.policy: DraftPolicy = settings.draft_policy or FixedDraft()
         self.criterion = bound(settings.exit_criterion, runners.exits)
@@ -137,13 +102,15 @@ class Batch:
         """Take a request out, whether it waits or runs."""
         if request in self.waiting:
             self.waiting.remove(request)
+        elif self.joining is not None and self.joining.request is request:
+            self.joining = None
         elif request in self.requests:
             self._leave(self.requests.index(request))
 
     @property
     def busy(self) -> bool:
         """Whether there is a request that has not ended."""
-        return bool(self.requests or self.waiting)
+        return bool(self.requests or self.joining or self.waiting)
 
     @torch.inference_mode()
     def round(self) -> list[tuple[Request, list[int]]]:
@@ -159,26 +126,53 @@ class Batch:
         return list(news.items())
 
     def _join(self) -> dict[Request, list[int]]:
-        """Prefill waiting requests into free slots, and return the first token of each, which the prefill brings."""
-        news = {}
-        while self.waiting and len(self.requests) < len(self.cache.lengths):
-            request = self.waiting.popleft()
-            request.began = time.perf_counter()
-            slot = len(self.requests)
-            observer = None if self.slots.observer is None else self.slots.observer.begin(slot)
-            for drafter in self.drafters.values():
-                drafter.begin(slot)
-            logits = prefill(self.runner, self.cache.slot(slot), request.prompt, self.full, observer)
-            check_logits(logits)
-            self.cache.lengths[slot] = len(request.prompt)
-            none = torch.empty(1, 0, dtype=torch.long, device=logits.device)
-            _, token = BatchChooser([request.chooser]).verify(logits, none)
-            news[request] = request.add(token.tolist())
-            if request.ended:
-                self._record(request, slot)
-            else:
-                self.requests.append(request)
-                self.slots.pending = torch.cat([self.slots.pending, token])
+        """Prefill waiting requests into free slots, and return the first token of each, which the prefill brings.
+
+        Raises:
+            RequestError: one cannot be answered; it is taken out.
+        """
+        news, pieces = {}, 0
+        while pieces != self.pieces_a_round and (self.joining or self._begin_next()):
+            request = self.joining.request
+            try:
+                logits = next(self.joining.pieces)
+                if logits is not None:
+                    check_logits(logits)
+                    news[request] = self._end_prefill(logits)
+            except ValueError as error:
+                self.joining = None
+                raise RequestError(request, error) from error
+            pieces += 1
+        return news
+
+    def _begin_next(self) -> bool:
+        """Give the next waiting request a slot; return whether there is one, and room."""
+        slot = len(self.requests)
+        if not self.waiting or slot == len(self.cache.lengths):
+            return False
+        request = self.waiting.popleft()
+        request.began = time.perf_counter()
+        observer = None if self.slots.observer is None else self.slots.observer.begin(slot)
+        for drafter in self.drafters.values():
+            drafter.begin(slot)
+        pieces = prefill(self.runner, self.cache.slot(slot), request.prompt, self.full, observer)
+        self.joining = Joining(request, slot, pieces)
+        return True
+
+    def _end_prefill(self, logits: Tensor) -> list[int]:
+        """Give the request that joins its first token, and its place behind the others if it goes on."""
+        (request, slot), self.joining = (self.joining.request, self.joining.slot), None
+        self.cache.lengths[slot] = len(request.prompt)
+        none = torch.empty(1, 0, dtype=torch.long, device=logits.device)
+        _, token = BatchChooser([request.chooser]).verify(logits, none)
+        news = request.add(token.tolist())
+        if request.ended:
+            self._record(request, slot)
+        else:
+            if slot != len(self.requests):  # texts have ended since it began
+                self._move(slot, len(self.requests))
+            self.requests.append(request)
+            self.slots.pending = torch.cat([self.slots.pending, token])
         return news
 
     def _record(self, request: Request, slot: int) -> None:
@@ -191,15 +185,19 @@ class Batch:
     def _leave(self, slot: int) -> None:
         last = len(self.requests) - 1
         if slot != last:
-            self.cache.move(last, slot)
+            self._move(last, slot)
             self.requests[slot] = self.requests[last]
             self.slots.pending[slot] = self.slots.pending[last]
-            if self.slots.observer is not None:
-                self.slots.observer.move(last, slot)
-            for drafter in self.drafters.values():
-                drafter.move(last, slot)
         self.requests.pop()
         self.slots.pending = self.slots.pending[:last]
+
+    def _move(self, source: int, target: int) -> None:
+        """Move what is kept of the text in slot `source` to slot `target`, which has none."""
+        self.cache.move(source, target)
+        if self.slots.observer is not None:
+            self.slots.observer.move(source, target)
+        for drafter in self.drafters.values():
+            drafter.move(source, target)
 
     def _advance(self) -> list[tuple[Request, list[int]]]:
         chooser = BatchChooser([request.chooser for request in self.requests])
@@ -245,7 +243,8 @@ class Batch:
 
     def _draft(self, chooser: BatchChooser) -> tuple[DraftPlan, Drafted]:
         """Return what the policy plans for this round, carried out; planned anew where a drafter has nothing."""
-        most, without = self._most(), frozenset()
+        most = self._most()
+        without = frozenset(draft for draft in self.drafts if not all(each.allows(draft) for each in self.requests))
         self.slots.texts = [request.chooser.text for request in self.requests]
         while self.drafts and most >= 1:
             plan = self.policy.plan(len(self.requests), most, without)
@@ -263,7 +262,8 @@ class Batch:
     def _most(self) -> int:
         """Return the most tokens that a round can draft in each slot, by what requests may get and by their cells."""
         room = self.cache.cells - 1 - max(self.slots.starts)
-        return min(room, max(request.left for request in self.requests) - 1, LONGEST_DRAFT)
+        allowed = [each.most_drafted for each in self.requests if each.most_drafted is not None]
+        return min(room, max(request.left for request in self.requests) - 1, LONGEST_DRAFT, *allowed)
 
     def _goes_on(self, exit_layer: int, ended: list[bool], logits: Logits, ids: Tensor, states: Tensor) -> bool:
         """Return whether to draft on; `ended` tells of this round's drafts which have come to an end of the text."""

@@ -7,7 +7,7 @@ Autoregressive decoding is rounds that draft nothing; a fixed exit is the same o
 Stopping, sampling, slots' coming and going and the running of blocks are elsewhere.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -45,14 +45,14 @@ def _exit_of(observer: Observer | None) -> list[int]:
 
 def prefill(
     runner: ModelRunner, cache: KVCache, prompt: list[int], full: int, observer: Observer | None = None
-) -> Tensor:
-    """Run blocks 0 … `full`-1 on a prompt, in pieces, into a `cache` of one slot, from its first cell on.
+) -> Iterator[Tensor | None]:
+    """Run blocks 0 … `full`-1 on a prompt, piece by piece, into a `cache` of one slot, from its first cell on.
 
     Args:
         observer: of that slot.
 
     Returns:
-        [1, 1, V]: the logits after the prompt's last token.
+        None after each piece but the last; after that the logits [1, 1, V] behind the prompt's last token.
     """
     start, stops = 0, _exit_of(observer)
     for rows in torch.tensor([prompt], device=runner.device).split(PREFILL_ROWS, dim=1):
@@ -60,7 +60,7 @@ def prefill(
         if observer is not None:
             observer.observe(states[observer.exit_layer], runner.norm(states[full]), [start])
         start += rows.shape[1]
-    return runner.decode(states[full][:, -1:])
+        yield runner.decode(states[full][:, -1:]) if start == len(prompt) else None
 
 
 def keep_agreeing(own: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:

@@ -237,3 +237,51 @@ def test_numbers_beyond_all_bounds_take_what_the_context_takes(tiny_model, quick
 def test_a_stop_string_longer_than_any_text_stops_nothing(tiny_model, tiny_tokenizer):
     generator = TextGenerator(tiny_model("llama", eos_token_id=None), tiny_tokenizer)
     assert len(generator.generate("x", max_new_tokens=50, stop_strings=["a" * 10**6]).token_ids) == 50
+
+
+# Long prompts that join piece by piece
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_long_prompt_joins_piece_by_piece_while_others_go_on(tiny_model, tiny_tokenizer, way):
+    """Every round brings the texts under way their tokens, though some end while the long prompt comes in."""
+    generator = TextGenerator(tiny_model("llama", max_position_embeddings=2048), tiny_tokenizer)
+    long = [token % 300 for token in range(7, 1500)]
+    prompts = [[7, 42, 99], [250, 3], long, [18, 77]]
+    settings = generator.settings(temperature=1.5, seed=5, **WAYS[way])
+    lengths = (3, 40, 20, 20)
+    requests = [
+        generator.prepare(prompt, generator.settings(**{**vars(settings), "max_new_tokens": length}), index)
+        for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
+    ]
+    batch = Batch(generator.runners, settings, 3, 1600, lambda: None, pieces_a_round=1)
+    for request in requests:
+        batch.add(request)
+    rounds = defaultdict(list)
+    count = 0
+    while batch.busy:
+        count += 1
+        for request, tokens in batch.round():
+            rounds[request.index].append(count)
+            assert tokens
+    assert rounds[2][0] - rounds[1][0] >= -(-len(long) // 256)  # it came in pieces
+    assert rounds[1] == list(range(rounds[1][0], rounds[1][-1] + 1))  # and the other had its tokens in each round
+    assert rounds[0][-1] < rounds[2][0]  # a slot before its own was free by then
+    for request, prompt, length in zip(requests, prompts, lengths, strict=True):
+        alone = generator.generate(prompt, **{**vars(settings), "max_new_tokens": length, "seed": 5 + request.index})
+        assert request.generation.token_ids == alone.token_ids
+
+
+def test_a_request_that_joins_can_be_cancelled(tiny_model, tiny_tokenizer):
+    generator = TextGenerator(tiny_model("llama", max_position_embeddings=2048), tiny_tokenizer)
+    settings = generator.settings(max_new_tokens=5)
+    batch = Batch(generator.runners, settings, 1, 1024, lambda: None, pieces_a_round=1)
+    one, other = generator.prepare([3] * 900, settings), generator.prepare([7, 42, 99], settings)
+    batch.add(one)
+    batch.add(other)
+    assert batch.round() == []  # its first piece, of four
+    batch.cancel(one)
+    while batch.busy:
+        batch.round()
+    assert one.generation.token_ids == []
+    assert other.generation.token_ids == generator.generate([7, 42, 99], max_new_tokens=5).token_ids

@@ -1,0 +1,82 @@
+"""Bodies of answers in OpenAI's form, whole and in chunks."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+from uuid import uuid4
+
+from lskip.inference import Generation
+
+FINISH = {"eos": "stop", "stop_string": "stop", "length": "length", "context": "length"}
+
+
+class Form:
+    """The form of one answer: of a chat, or of a completion.
+
+    Args:
+        model: name to give.
+        chat: whether it is a chat's.
+    """
+
+    def __init__(self, model: str, chat: bool):
+        self.chat = chat
+        name = "chat.completion" if chat else "text_completion"
+        self._object, self._chunk = name, name + ".chunk" * chat
+        self._head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}", "created": int(time.time())}
+        self._model = model
+
+    def whole(self, texts: list[str], generations: list[Generation]) -> dict[str, Any]:
+        """Return the body of an answer that is not streamed."""
+        choices = [
+            self._choice(place, {"message": {"role": "assistant", "content": text}}, text, generation.finish_reason)
+            for place, (text, generation) in enumerate(zip(texts, generations, strict=True))
+        ]
+        return {**self._head, "object": self._object, "model": self._model, "choices": choices, **usage(generations)}
+
+    def first(self, count: int) -> list[dict[str, Any]]:
+        """Return the chunks that come before any text."""
+        role = {"delta": {"role": "assistant", "content": ""}}
+        return [self._with([self._choice(place, role, "", None)]) for place in range(count)] if self.chat else []
+
+    def piece(self, place: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+        """Return the chunk of a piece of text, perhaps the last."""
+        return self._with([self._choice(place, {"delta": {"content": text} if text else {}}, text, finish_reason)])
+
+    def usage(self, generations: list[Generation]) -> dict[str, Any]:
+        """Return the chunk that says what was used."""
+        return {**self._with([]), **usage(generations)}
+
+    def _with(self, choices: list[dict]) -> dict[str, Any]:
+        return {**self._head, "object": self._chunk, "model": self._model, "choices": choices}
+
+    def _choice(self, place: int, of_chat: dict, text: str, finish_reason: str | None) -> dict[str, Any]:
+        content = of_chat if self.chat else {"text": text}
+        return {"index": place, **content, "logprobs": None, "finish_reason": FINISH.get(finish_reason)}
+
+
+def usage(generations: list[Generation]) -> dict[str, Any]:
+    """Return how many tokens there were, and how many drafted ones were kept and not."""
+    prompts = sum(each.prompt_tokens for each in generations)
+    completions = sum(len(each.token_ids) for each in generations)
+    accepted = sum(each.accepted for each in generations)
+    details = {
+        "accepted_prediction_tokens": accepted,
+        "rejected_prediction_tokens": sum(each.drafted for each in generations) - accepted,
+    }
+    totals = {"prompt_tokens": prompts, "completion_tokens": completions, "total_tokens": prompts + completions}
+    return {"usage": {**totals, "completion_tokens_details": details}}
+
+
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """Return an error in OpenAI's form."""
+    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
+    return {
+        "error": {"message": message, "type": kind if status < 500 else "server_error", "param": param, "code": code}
+    }
+
+
+def event(body: dict[str, Any] | str) -> str:
+    """Return a server-sent event."""
+    return f"data: {body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)}\n\n"

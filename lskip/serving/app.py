@@ -1,0 +1,226 @@
+"""The routes of the server: OpenAI's completions and chat completions, models, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from lskip.inference import GenerationSettings
+from lskip.serving.answer_text import AnswerText
+from lskip.serving.answers import Form, error_body, event
+from lskip.serving.asked import Asked, Chat, Completion, RequestRefusedError, read_asked
+from lskip.serving.engine import BusyError, Engine, News, Ticket
+from lskip.serving.metrics import Metrics
+
+MOST_BYTES = 2**20  # of a body
+MOST_SECONDS = 30  # that a body may take to come
+RETRY_AFTER = 1  # seconds
+HERE = ("localhost", "127.0.0.1", "::1")
+
+
+class Server:
+    """What the routes share.
+
+    Attributes:
+        engine: decodes.
+        model: the name that clients give.
+        hosts: names under which clients reach it, or *: another one is a web page's trick (DNS rebinding).
+        api_key: that clients must send; None: none.
+    """
+
+    def __init__(self, engine: Engine, model: str, hosts: tuple[str, ...] = (), api_key: str | None = None):
+        self.engine, self.model, self.api_key = engine, model, api_key
+        self.hosts = {*HERE, *hosts}
+        self.metrics = Metrics(model, engine)
+
+    def app(self) -> FastAPI:
+        """Return the application."""
+        app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, dependencies=[Depends(self._check_host)])
+        app.add_exception_handler(RequestRefusedError, _refusal)
+        app.add_exception_handler(HTTPException, _no_such_route)
+        app.add_exception_handler(Exception, _fault)
+        keyed = {"dependencies": [Depends(self._check_key)]}
+        app.add_api_route("/health", self._health, methods=["GET"])
+        app.add_api_route("/metrics", self._metrics, methods=["GET"])
+        app.add_api_route("/v1/models", self._models, methods=["GET"], **keyed)
+        app.add_api_route("/v1/completions", self._complete, methods=["POST"], **keyed)
+        app.add_api_route("/v1/chat/completions", self._chat, methods=["POST"], **keyed)
+        return app
+
+    async def _check_host(self, http: Request) -> None:
+        names = [urlsplit(f"//{http.headers.get('host', '')}").hostname]
+        if (origin := http.headers.get("origin")) is not None:
+            names.append(urlsplit(origin).hostname)
+        for name in () if "*" in self.hosts else names:
+            if name not in self.hosts:
+                raise RequestRefusedError(403, f"host: {name!r} is not a name of this server", code="forbidden_host")
+
+    async def _check_key(self, http: Request) -> None:
+        given = http.headers.get("authorization", "").removeprefix("Bearer ")
+        if self.api_key is not None and not secrets.compare_digest(given.encode(), self.api_key.encode()):
+            raise RequestRefusedError(401, "api_key: is missing or wrong", code="invalid_api_key")
+
+    async def _health(self) -> dict[str, str]:
+        return {"status": "ok"}
+
+    async def _metrics(self) -> Response:
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def _models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": self.model, "object": "model", "created": 0, "owned_by": "lskip"}]}
+
+    async def _complete(self, http: Request) -> Response:
+        return await self._answer(http, Completion)
+
+    async def _chat(self, http: Request) -> Response:
+        return await self._answer(http, Chat)
+
+    async def _answer(self, http: Request, kind: type[Asked]) -> Response:
+        asked = read_asked(kind, await read_body(http))
+        if asked.model not in (None, self.model):
+            sentence = f"model: {asked.model!r} is not served here; it is {self.model!r}"
+            raise RequestRefusedError(404, sentence, "model", "model_not_found")
+        answer = Answer(self, asked)
+        if asked.stream:
+            return StreamingResponse(answer.events(), media_type="text/event-stream")
+        return await unless_gone(http, answer.whole())
+
+
+class Answer:
+    """The answer to one request of a client: to one prompt or to several."""
+
+    def __init__(self, server: Server, asked: Asked):
+        """Hand the prompts to the engine.
+
+        Raises:
+            RequestRefusedError: a bad field or prompt, or too many requests.
+        """
+        self.server, self.engine, self.asked = server, server.engine, asked
+        self.form = Form(server.model, isinstance(asked, Chat))
+        self.news: asyncio.Queue[tuple[int, News]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        self.requests = [self._prepare(place, prompt) for place, prompt in enumerate(asked.prompts)]
+        self.texts = [AnswerText(self.engine.generator.tokenizer, asked.stops) for _ in self.requests]
+        try:
+            self.tickets = self.engine.submit(self.requests, partial(_put, loop, self.news))
+        except BusyError as error:
+            server.metrics.refused("busy")
+            raise RequestRefusedError(429, "too many requests wait; try again", code="busy") from error
+
+    def _prepare(self, place: int, prompt):
+        changed = {} if isinstance(self.asked, Chat) else {"chat": False}
+        try:
+            settings: GenerationSettings = self.engine.generator.settings(**changed, **self.asked.settings())
+            request = self.engine.prepare(prompt, settings, place)
+        except ValueError as error:
+            field, _, said = str(error).partition(": ")
+            name = self.asked.client_names.get(field, field)
+            raise RequestRefusedError(400, f"{name}: {said}", name) from error
+        request.most_drafted, request.deepest_draft = self.asked.most_drafted, self.asked.exit_layer
+        return request
+
+    async def pieces(self) -> AsyncIterator[tuple[int, str, str | None]]:
+        """Yield (place of the prompt, piece of its text, finish_reason with its last); free the slots however it ends.
+
+        Raises:
+            RequestRefusedError: what went wrong in the engine.
+        """
+        left: dict[int, Ticket] = dict(enumerate(self.tickets))
+        outcome = "cancelled"
+        try:
+            while left:
+                place, news = await self.news.get()
+                if news.error is not None:
+                    outcome = "error"
+                    raise RequestRefusedError(500, str(news.error))
+                piece = self.texts[place].push(news.tokens, news.finish_reason is not None)
+                if news.finish_reason is not None:
+                    self.server.metrics.ended(left.pop(place), news.finish_reason)
+                if piece or news.finish_reason is not None:
+                    yield place, piece, news.finish_reason
+        finally:
+            for ticket in left.values():
+                self.engine.cancel(ticket)
+                self.server.metrics.ended(ticket, outcome)
+
+    async def whole(self) -> Response:
+        """Return the answer once it is complete."""
+        texts = [""] * len(self.requests)
+        async for place, piece, _ in self.pieces():
+            texts[place] += piece
+        return JSONResponse(self.form.whole(texts, [request.generation for request in self.requests]))
+
+    async def events(self) -> AsyncIterator[str]:
+        """Yield the answer in server-sent events as it comes."""
+        for chunk in self.form.first(len(self.requests)):
+            yield event(chunk)
+        try:
+            async for place, piece, finish_reason in self.pieces():
+                yield event(self.form.piece(place, piece, finish_reason))
+        except RequestRefusedError as error:
+            yield event(error_body(error.status, error.message))
+            return
+        if self.asked.stream_options is not None and self.asked.stream_options.include_usage:
+            yield event(self.form.usage([request.generation for request in self.requests]))
+        yield event("[DONE]")
+
+
+def _put(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue, place: int, news: News) -> None:
+    with suppress(RuntimeError):  # the loop has been closed: nobody reads any more
+        loop.call_soon_threadsafe(queue.put_nowait, (place, news))
+
+
+async def read_body(http: Request) -> bytes:
+    """Return the body; RequestRefusedError for one that is too large or too slow."""
+    body = b""
+    try:
+        async with asyncio.timeout(MOST_SECONDS):
+            async for part in http.stream():
+                body += part
+                if len(body) > MOST_BYTES:
+                    raise RequestRefusedError(413, f"body: has more than {MOST_BYTES} bytes", code="body_too_large")
+    except TimeoutError as error:
+        raise RequestRefusedError(408, f"body: did not come within {MOST_SECONDS} s", code="body_too_slow") from error
+    return body
+
+
+async def unless_gone(http: Request, answer) -> Response:
+    """Return the awaited answer; where the client goes away before, stop it, and return an empty one."""
+    task = asyncio.ensure_future(answer)
+    gone = asyncio.ensure_future(_gone(http))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        return Response(status_code=499)
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _refusal(http: Request, error: RequestRefusedError) -> JSONResponse:
+    headers = {"Retry-After": str(RETRY_AFTER)} if error.status == 429 else None
+    return JSONResponse(error_body(error.status, error.message, error.param, error.code), error.status, headers)
+
+
+async def _no_such_route(http: Request, error: HTTPException) -> JSONResponse:
+    return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, error.headers)
+
+
+async def _fault(http: Request, error: Exception) -> JSONResponse:
+    return JSONResponse(error_body(500, "the server failed; its log says how"), 500)

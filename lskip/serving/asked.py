@@ -1,0 +1,170 @@
+"""What a client asks for: the fields of OpenAI's requests, checked by name, and those of lskip beside them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+# Fields that change nothing here, whatever they say.
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+# Fields that are not supported, and the values with which they change nothing.
+NEUTRAL: dict[str, tuple] = {
+    **dict.fromkeys(("n", "best_of"), (1,)),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), (0,)),
+    **dict.fromkeys(("logprobs", "echo"), (False,)),
+    **{"tools": ([],), "functions": ([],), "logit_bias": ({},), "modalities": (["text"],)},
+    **{"tool_choice": ("none", "auto"), "response_format": ({"type": "text"},), "suffix": ("",)},
+}
+MOST_STOPS = 4  # as OpenAI's
+
+
+class RequestRefusedError(Exception):
+    """A request that gets an error in OpenAI's form."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    include_usage: bool = False
+
+
+class Asked(BaseModel):
+    """Fields of both kinds of request. Those of the last paragraph are lskip's own.
+
+    Attributes:
+        exit_layer, num_speculations, draft: bounds on how to draft for this text, which stays the same: the deepest
+            exit that may draft, the most tokens of a draft, "none" for no draft at all.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    exit_layer: Annotated[int, Field(ge=1)] | None = None
+    num_speculations: Annotated[int, Field(ge=0)] | None = None
+    draft: Literal["none"] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Return the GenerationSettings that are asked for; what is not is left to the model."""
+        named = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+        found = {name: value for name, value in named.items() if value is not None}
+        if self.stops:
+            found["stop_strings"] = tuple(self.stops)
+        if self.seed is not None:
+            found["seed"] = self.seed % 2**64  # OpenAI's may be negative
+        if self.most_tokens is not None:
+            found["max_new_tokens"] = self.most_tokens
+        return found
+
+    @property
+    def client_names(self) -> dict[str, str]:
+        """Fields of GenerationSettings, and the prompt -> the names by which the client knows them."""
+        return {"max_new_tokens": "max_tokens", "stop_strings": "stop"}
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_tokens
+
+    def check(self) -> None:
+        """Raise RequestRefusedError for fields, or values, that are not supported."""
+        for name, value in (self.model_extra or {}).items():
+            if value is not None and name not in IGNORED and not changes_nothing(name, value):
+                sentence = f"{name}: is not supported by this server"
+                raise RequestRefusedError(400, sentence, name, "unsupported_parameter")
+        if len(self.stops) > MOST_STOPS or "" in self.stops:
+            raise RequestRefusedError(400, f"stop: give 1 to {MOST_STOPS} texts, none of them empty", "stop")
+
+    @property
+    def most_drafted(self) -> int | None:
+        """The most tokens that a round may draft for it; None: as many as the server's settings say."""
+        return 0 if self.draft == "none" else self.num_speculations
+
+
+class Completion(Asked):
+    """A request of /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, each a text or token ids."""
+        several = isinstance(self.prompt, list) and not all(isinstance(part, int) for part in self.prompt)
+        return self.prompt if several else [self.prompt]
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A message of a conversation, its content text."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def as_template_takes_it(self) -> dict[str, str]:
+        role = "system" if self.role == "developer" else self.role
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": role, "content": text}
+
+
+class Chat(Asked):
+    """A request of /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+
+    @property
+    def prompts(self) -> list[list[dict[str, str]]]:
+        """The one prompt: its messages."""
+        return [[message.as_template_takes_it() for message in self.messages]]
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def client_names(self) -> dict[str, str]:
+        limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        return {**super().client_names, "max_new_tokens": limit, "prompt": "messages"}
+
+
+def changes_nothing(name: str, value: Any) -> bool:
+    """Return whether a field that is not supported says what happens without it."""
+    return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in NEUTRAL.get(name, ()))
+
+
+def read_asked(kind: type[Asked], body: bytes) -> Asked:
+    """Return a request; RequestRefusedError, by the name of the field, for one that is not understood."""
+    try:
+        asked = kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        name = ".".join(map(str, first["loc"])) or "body"
+        raise RequestRefusedError(400, f"{name}: {first['msg'].lower()}", name) from error
+    asked.check()
+    return asked

@@ -1,0 +1,90 @@
+"""`lskip serve` as a process: what it says, how a signal ends it, what it refuses before a model is loaded."""
+
+import copy
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+
+import pytest
+
+from lskip.cli import main
+from tests.serving.conftest import TEMPLATE
+
+
+@pytest.fixture
+def saved(tiny_model, tiny_tokenizer, tmp_path):
+    """Return the folder of a tiny model with a chat template."""
+    tiny_model("llama", max_position_embeddings=4096).save_pretrained(tmp_path / "tiny")
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def ask(url: str, **fields) -> dict:
+    body = json.dumps({"prompt": "def add", "max_tokens": 4, **fields}).encode()
+    with urllib.request.urlopen(urllib.request.Request(f"{url}/completions", body), timeout=60) as answer:
+        return json.load(answer)
+
+
+def test_a_signal_lets_answers_end(saved):
+    """After SIGTERM an answer under way comes whole, and the process ends as one that was asked to."""
+    command = [sys.executable, "-m", "lskip", "serve", f"--model={saved}", "--port=0", "--max_batch_size=2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        said = process.stdout.readline()
+        assert "serving tiny" in said and "2 texts at a time, of up to 4096 tokens" in said
+        url = re.search(r"http://\S+/v1", said)[0]
+        assert ask(url)["usage"]["completion_tokens"] == 4
+        found = []
+        client = threading.Thread(target=lambda: found.append(ask(url, prompt="return a", max_tokens=1500)))
+        client.start()
+        while b'running{model="tiny"} 1.0' not in urllib.request.urlopen(url.replace("/v1", "/metrics")).read():
+            assert client.is_alive()
+        os.kill(process.pid, signal.SIGTERM)
+        client.join()
+        assert found[0]["usage"]["completion_tokens"] == 1500
+        assert process.wait(60) == 143
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--port", "70000"], "port: 70000 is not from 0 to 65535"),
+        (["--max_batch_size", "0"], "max_batch_size: 0"),
+        (["--max_context", "5000"], "max_context: 5000 is more than the model's context of 4096"),
+        (["--exit_layer", "2"], "exit_layer: is of drafts here"),
+        (["--exit_layer", "9", "--draft", "layers", "--num_speculations", "3"], "exit_layer: 9"),
+        (["--draft", "telepathy"], "draft: 'telepathy'"),
+        (["--host", "no.such.host.example"], "host: 'no.such.host.example' is no address"),
+        (["--api_key", ""], "api_key: is empty"),
+    ],
+)
+def test_bad_options_are_one_sentence(saved, options, said, capsys):
+    assert main(["serve", "--model", str(saved), "--port", "0", *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_a_port_in_use_is_told_before_the_model_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "--model", "no/such/model", "--port", port]) == 2
+    assert f"port: cannot listen at port {port} of 127.0.0.1" in capsys.readouterr().err
+
+
+def test_packages_that_are_missing_are_named(monkeypatch, capsys):
+    find = __import__("importlib.util").util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else find(name))
+    assert main(["serve", "--model", "no/such/model"]) == 2
+    assert "pip install uvicorn" in capsys.readouterr().err
