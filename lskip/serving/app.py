@@ -69,8 +69,9 @@ class Server:
         if self.api_key is not None and not secrets.compare_digest(given.encode(), self.api_key.encode()):
             raise RequestRefusedError(401, "api_key: is missing or wrong", code="invalid_api_key")
 
-    async def _health(self) -> dict[str, str]:
-        return {"status": "ok"}
+    async def _health(self) -> JSONResponse:
+        goes = self.engine.goes
+        return JSONResponse({"status": "ok" if goes else "the engine has ended"}, 200 if goes else 503)
 
     async def _metrics(self) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")

@@ -94,6 +94,11 @@ class Engine:
         self._learner.keep()
 
     @property
+    def goes(self) -> bool:
+        """Whether requests are answered."""
+        return self._thread.is_alive() and not self._closing
+
+    @property
     def cache_bytes(self) -> int:
         """Memory of all texts' keys and values."""
         return bytes_of(self.batch.cache)

@@ -15,6 +15,12 @@ def test_a_stream_goes_on_after_a_kill_by_another_number_of_processes(tmp_path):
     assert found["as_undisturbed"] and found["processes"] == [1, 2]
 
 
+def test_a_stream_begins_late_with_its_cache_or_without(tmp_path):
+    """Red where a stream that begins late, its segment made anew or not, gives other rows."""
+    found = kills.late_start(argparse.Namespace(out=tmp_path, late_step=40))
+    assert found["as_undisturbed"] and all(found[name]["step"] == 45 for name in ("its cache", "an empty cache"))
+
+
 def test_the_memory_and_time_of_a_corpus(tmp_path):
     corpus_size.main([f"--out={tmp_path}", "--quick"])
     (row,) = json.loads((tmp_path / "result.json").read_text())["corpora"]

@@ -221,6 +221,13 @@ def test_who_may_ask(serve):
         assert raw(server, "GET", "/health", Origin="https://evil.example")[0] == 403
 
 
+def test_health_is_the_engines(serve):
+    with serve() as server:
+        assert raw(server, "GET", "/health")[0] == 200
+        server.engine.close()
+        assert raw(server, "GET", "/health")[0] == 503
+
+
 def test_metrics_count_what_was_done(serve):
     with serve() as server:
         answers = [server.client.completions.create(model="tiny", prompt="def", max_tokens=n) for n in (3, 9)]
