@@ -178,10 +178,10 @@ class TextData(LightningDataModule):
         """The tokenizer: given, loaded or trained."""
         tokenizer = self.tokenizer_source
         if tokenizer is None:
-            training = [source.corpus.training_sample() for source in self.sources]
             kind = "bpe digits" if self.split_digits else "bpe"
-            folder = self.cache / "tokenizers" / content_key(kind, *training, self.vocab_size)
-            texts = in_turns(map(texts_of, training))
+            samples = [source.sample_key for source in self.sources]
+            folder = self.cache / "tokenizers" / content_key(kind, *samples, self.vocab_size)
+            texts = in_turns(texts_of(source.corpus.training_sample()) for source in self.sources)
             tokenizer = trained_tokenizer(texts, self.vocab_size, folder, self.split_digits)
         elif isinstance(tokenizer, str):
             from lskip.models.pretrained import load_tokenizer  # slow import: only when needed

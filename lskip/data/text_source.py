@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lskip.data.cache import remove_litter
@@ -65,6 +66,11 @@ class TextSource:
         """text, pairs or chat."""
         return self.corpus.kind
 
+    @property
+    def sample_key(self) -> Dataset | str:
+        """What tells a tokenizer's training documents: they themselves, or of a stream, unread, where they come from."""
+        return self._stream_key if self.reading.streaming else self.corpus.training_sample()
+
     def content(self, split: str) -> str:
         """Return a hash of the documents of a split."""
         if split not in self._contents:  # it takes seconds of millions of documents
@@ -89,8 +95,7 @@ class TextSource:
     def stream(self, tokenizer: PreTrainedTokenizerBase) -> StreamedTokens:
         """Return the rows of training as a stream, packed where they should be."""
         corpus, how = self.corpus, self.reading
-        of_source = corpus.key, how.text_column, how.rule
-        key = content_key(*of_source, tokenizer_key(tokenizer), how.block_size, self._packs, how.seed)
+        key = content_key(self._stream_key, tokenizer_key(tokenizer), how.block_size, self._packs, how.seed)
         return StreamedTokens(
             StreamReader(corpus.rows, how.seed),
             partial(corpus.records, split="train"),
@@ -114,6 +119,10 @@ class TextSource:
             f"{split}_fraction: {fraction} leaves {documents}{of} documents for {split}, which do not fill one row of "
             f"{size} tokens: too small a corpus, or too small a fraction"
         )
+
+    @property
+    def _stream_key(self) -> str:
+        return content_key(self.corpus.key, self.reading.text_column, self.reading.rule)
 
     @property
     def _packs(self) -> bool:
