@@ -68,7 +68,7 @@ class TextSource:
 
     @property
     def sample_key(self) -> Dataset | str:
-        """What tells a tokenizer's training documents: they themselves, or of a stream, unread, where they come from."""
+        """What tells a tokenizer's training documents: these, or of a stream, unread, where they come from."""
         return self._stream_key if self.reading.streaming else self.corpus.training_sample()
 
     def content(self, split: str) -> str:
