@@ -109,13 +109,17 @@ class Answer:
         self.form = Form(server.model, isinstance(asked, Chat))
         self.news: asyncio.Queue[tuple[int, News]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
+        if len(asked.prompts) > self.engine.most:
+            sentence = f"prompt: {len(asked.prompts)} prompts; this server takes {self.engine.most} at a time"
+            raise RequestRefusedError(400, sentence, "prompt")
         self.requests = [self._prepare(place, prompt) for place, prompt in enumerate(asked.prompts)]
         self.texts = [AnswerText(self.engine.generator.tokenizer, asked.stops) for _ in self.requests]
         try:
             self.tickets = self.engine.submit(self.requests, partial(_put, loop, self.news))
         except BusyError as error:
             server.metrics.refused("busy")
-            raise RequestRefusedError(429, "too many requests wait; try again", code="busy") from error
+            status, why = (429, "too many requests wait") if self.engine.goes else (503, "the server ends")
+            raise RequestRefusedError(status, f"{why}; try again", code="busy") from error
 
     def _prepare(self, place: int, prompt):
         changed = {} if isinstance(self.asked, Chat) else {"chat": False}
@@ -215,7 +219,7 @@ async def _gone(http: Request) -> None:
 
 
 async def _refusal(http: Request, error: RequestRefusedError) -> JSONResponse:
-    headers = {"Retry-After": str(RETRY_AFTER)} if error.status == 429 else None
+    headers = {"Retry-After": str(RETRY_AFTER)} if error.status in (429, 503) else None
     return JSONResponse(error_body(error.status, error.message, error.param, error.code), error.status, headers)
 
 

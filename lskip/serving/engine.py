@@ -94,6 +94,11 @@ class Engine:
         self._learner.keep()
 
     @property
+    def most(self) -> int:
+        """Requests that it takes at a time, those that wait among them."""
+        return self.most_waiting + len(self.batch.cache.lengths)
+
+    @property
     def goes(self) -> bool:
         """Whether requests are answered."""
         return self._thread.is_alive() and not self._closing
@@ -140,7 +145,7 @@ class Engine:
             BusyError: too many wait.
         """
         with self._wake:
-            if self._closing or len(self._tickets) + len(requests) > self.most_waiting + len(self.batch.cache.lengths):
+            if self._closing or len(self._tickets) + len(requests) > self.most:
                 raise BusyError
             came = time.perf_counter()
             tickets = [Ticket(each, partial(deliver, place), came) for place, each in enumerate(requests)]
@@ -169,6 +174,8 @@ class Engine:
                 self._round()
             elif self._closing:
                 return
+            if not self.batch.busy:
+                self._learner.keep()  # while nobody waits
 
     def _round(self) -> None:
         under_way = [*self.batch.requests, *([self.batch.joining.request] if self.batch.joining else ())]

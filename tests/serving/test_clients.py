@@ -221,11 +221,18 @@ def test_who_may_ask(serve):
         assert raw(server, "GET", "/health", Origin="https://evil.example")[0] == 403
 
 
-def test_health_is_the_engines(serve):
+def test_more_prompts_than_it_ever_takes(serve):
+    with serve(slots=2, most_waiting=1) as server, pytest.raises(openai.BadRequestError, match="takes 3 at a time"):
+        server.client.completions.create(model="tiny", prompt=["a"] * 4, max_tokens=3)
+
+
+def test_a_server_that_ends_says_so(serve):
     with serve() as server:
         assert raw(server, "GET", "/health")[0] == 200
         server.engine.close()
         assert raw(server, "GET", "/health")[0] == 503
+        status, _, headers = raw(server, "POST", "/v1/completions", b'{"prompt": "def"}')
+        assert status == 503 and "retry-after" in headers
 
 
 def test_metrics_count_what_was_done(serve):
