@@ -14,7 +14,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from lskip.inference import GenerationSettings
+from lskip.inference.decoding.request import Request as DecodingRequest
 from lskip.serving.answer_text import AnswerText
 from lskip.serving.answers import Form, error_body, event
 from lskip.serving.asked import Asked, Chat, Completion, RequestRefusedError, read_asked
@@ -57,10 +57,12 @@ class Server:
         return app
 
     async def _check_host(self, http: Request) -> None:
+        if "*" in self.hosts:
+            return
         names = [urlsplit(f"//{http.headers.get('host', '')}").hostname]
         if (origin := http.headers.get("origin")) is not None:
             names.append(urlsplit(origin).hostname)
-        for name in () if "*" in self.hosts else names:
+        for name in names:
             if name not in self.hosts:
                 raise RequestRefusedError(403, f"host: {name!r} is not a name of this server", code="forbidden_host")
 
@@ -112,7 +114,7 @@ class Answer:
         if len(asked.prompts) > self.engine.most:
             sentence = f"prompt: {len(asked.prompts)} prompts; this server takes {self.engine.most} at a time"
             raise RequestRefusedError(400, sentence, "prompt")
-        self.requests = [self._prepare(place, prompt) for place, prompt in enumerate(asked.prompts)]
+        self.requests = self._prepare()
         self.texts = [AnswerText(self.engine.generator.tokenizer, asked.stops) for _ in self.requests]
         try:
             self.tickets = self.engine.submit(self.requests, partial(_put, loop, self.news))
@@ -121,17 +123,18 @@ class Answer:
             status, why = (429, "too many requests wait") if self.engine.goes else (503, "the server ends")
             raise RequestRefusedError(status, f"{why}; try again", code="busy") from error
 
-    def _prepare(self, place: int, prompt):
-        changed = {} if isinstance(self.asked, Chat) else {"chat": False}
+    def _prepare(self) -> list[DecodingRequest]:
+        changed = {} if self.form.chat else {"chat": False}
         try:
-            settings: GenerationSettings = self.engine.generator.settings(**changed, **self.asked.settings())
-            request = self.engine.prepare(prompt, settings, place)
+            settings = self.engine.generator.settings(**changed, **self.asked.settings())
+            found = [self.engine.prepare(prompt, settings, place) for place, prompt in enumerate(self.asked.prompts)]
         except ValueError as error:
             field, _, said = str(error).partition(": ")
             name = self.asked.client_names.get(field, field)
             raise RequestRefusedError(400, f"{name}: {said}", name) from error
-        request.most_drafted, request.deepest_draft = self.asked.most_drafted, self.asked.exit_layer
-        return request
+        for request in found:
+            request.most_drafted, request.deepest_draft = self.asked.most_drafted, self.asked.exit_layer
+        return found
 
     async def pieces(self) -> AsyncIterator[tuple[int, str, str | None]]:
         """Yield (place of the prompt, piece of its text, finish_reason with its last); free the slots however it ends.

@@ -14,7 +14,6 @@ from lskip.inference import GenerationSettings, TextGenerator
 from lskip.inference.decoding.batch import Batch
 from lskip.inference.decoding.request import Request, RequestError
 from lskip.inference.drafting.costs_file import Learner
-from lskip.inference.layers.kv_cache import KVCache
 
 PIECES_A_ROUND = 1  # of a prompt, so that the others' next tokens wait for no more than that
 
@@ -76,8 +75,9 @@ class Engine:
         self.generator, self.context, self.most_waiting = generator, context, most_waiting
         self._learner = Learner(generator.costs_file, settings.draft_policy)
         self._learner.recall()
-        costs = partial(getattr, generator, "costs")
-        self.batch = Batch(generator.runners, settings, slots, context, costs, pieces_a_round=PIECES_A_ROUND)
+        self.batch = Batch(
+            generator.runners, settings, slots, context, lambda: generator.costs, pieces_a_round=PIECES_A_ROUND
+        )
         self._tickets: dict[Request, Ticket] = {}
         self._wake = threading.Condition()
         self._orders: list[Callable[[], None]] = []  # for the thread, which alone touches the batch
@@ -102,11 +102,6 @@ class Engine:
     def goes(self) -> bool:
         """Whether requests are answered."""
         return self._thread.is_alive() and not self._closing
-
-    @property
-    def cache_bytes(self) -> int:
-        """Memory of all texts' keys and values."""
-        return bytes_of(self.batch.cache)
 
     @property
     def running(self) -> int:
@@ -206,9 +201,3 @@ class Engine:
     def _cancel(self, request: Request) -> None:
         self._tickets.pop(request, None)
         self.batch.cancel(request)
-
-
-def bytes_of(cache: KVCache) -> int:
-    """Return the bytes of a cache, whether its blocks share one tensor or have one each."""
-    parts = cache.kv if isinstance(cache.kv, list) else [cache.kv]
-    return sum(part.nbytes for part in parts)

@@ -67,7 +67,7 @@ def _run(serving: ServingOptions, generator: TextGenerator, place: socket.socket
     shown = f"[{host}]" if ":" in host else host
     say(
         f"serving {name} at http://{shown}:{port}/v1: {serving.max_batch_size} texts at a time, of up to {context}"
-        f" tokens, whose keys and values take {engine.cache_bytes / 2**20:,.0f} MiB"
+        f" tokens, whose keys and values take {engine.batch.cache.nbytes / 2**20:,.0f} MiB"
     )
     engine.start()
     try:

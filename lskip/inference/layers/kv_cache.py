@@ -38,6 +38,10 @@ class KVCache:
     def cells(self) -> int:
         return self.kv.shape[4]
 
+    @property
+    def nbytes(self) -> int:
+        return self.kv.nbytes
+
 
 def positions(starts: list[int], rows: int, device: torch.device) -> Tensor:
     """Return [A, n]: `rows` positions in each slot, those of slot a from starts[a] on."""
@@ -82,6 +86,10 @@ class RollingCache(KVCache):
     @property
     def cells(self) -> int:
         return self._cells
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.kv)
 
 
 def new_cache(
