@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lskip.models.decoder import BlockInputs
+from lskip.models.block_inputs import BlockInputs
 from lskip.utils.devices import to_device
 
 

@@ -14,14 +14,16 @@ from lskip.flops import TrainingFlops, training_flops
 from lskip.layer_dropout import draw_dropped, run_kept_rows
 from lskip.losses import head_loss
 from lskip.low_rank import LowRank
-from lskip.models.decoder import BlockInputs, Decoder
+from lskip.models.block_inputs import BlockInputs
+from lskip.models.decoder import Decoder
 from lskip.models.exit_heads import trained_exits
 from lskip.models.pretrained import load_model
 from lskip.models.readout import Readout, read_exits
 from lskip.models.scored import scored_of
 from lskip.optimization import WarmupCosine
 from lskip.targets import ExitTarget, Labels
-from lskip.training.exit_rows import ExitRows, sampled_positions
+from lskip.training.exit_rows import ExitRows, mean_loss, sampled_positions
+from lskip.training.flex_attention import check_flex_attention, use_flex_attention
 from lskip.training.fsdp2 import FSDP2, shard
 from lskip.training.layer_vector import LayerVector
 from lskip.training.lightning_utils import waits_for_all_gradients
@@ -60,6 +62,8 @@ class LayerSkipModule(RunModule):
         not_finite: a step whose loss or gradient is NaN or infinite ends the run (stop) or changes nothing (skip).
         gradient_checkpointing: keep only the input of each block for backward and run the block again there: less
             memory for one more forward pass of the blocks, the same gradients.
+        flex_attention: on a GPU attend by torch's flex attention, which leaves out what no document of a row sees,
+            where the usual one goes by a mask of all pairs of tokens.
         seed: of layer dropout and of the sampled positions.
         peak_flops: TFLOP/s of one device, for `train/mfu`; null: that of a GPU whose data sheet is known.
 
@@ -83,6 +87,7 @@ class LayerSkipModule(RunModule):
         learned_exit: bool = False,
         not_finite: Literal["stop", "skip"] = "stop",
         gradient_checkpointing: bool = False,
+        flex_attention: bool = False,
         seed: int = 0,
         peak_flops: float | None = None,
     ):
@@ -103,6 +108,9 @@ class LayerSkipModule(RunModule):
         self.model = model.train()
         if gradient_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
+        self.flex_attention = flex_attention
+        if flex_attention:
+            check_flex_attention(model)
         self.decoder = Decoder(model)
         self.exits = trained_exits(source, self.decoder, exit_heads, learned_exit)
         self.tokenizer = tokenizer
@@ -119,6 +127,8 @@ class LayerSkipModule(RunModule):
 
     def configure_model(self) -> None:
         strategy = self.trainer.strategy
+        if self.flex_attention:
+            use_flex_attention([root.model for root in (self, *self.supervision.teachers())], strategy.root_device)
         if isinstance(strategy, FSDP2) and self._sharded_by is None:
             self._sharded_by = strategy
             for root in (self, *self.supervision.teachers()):
@@ -219,7 +229,7 @@ class LayerSkipModule(RunModule):
             self.supervision.of_step([rows.picked for rows in read], last_states, batch, positions),
         )
         last = losses[len(losses) - len(read[-1].labels) :]
-        classifier_loss = self._mean([rows.classifier_loss for rows in read])
+        classifier_loss = mean_loss([rows.classifier_loss for rows in read])
         return total / max(len(positions), 1) + classifier_loss, last.sum() / max(len(last), 1)
 
     def _exit_rows(self, block: int, x: Tensor, positions: Tensor, targets: Tensor, micro_batch: int) -> ExitRows:
@@ -238,11 +248,6 @@ class LayerSkipModule(RunModule):
         weight = self.exit_weights.values[block] * len(positions) / max(len(rows), 1)
         weights = torch.full_like(rows, weight, dtype=torch.promote_types(self.decoder.dtype, torch.float32))
         return ExitRows(self.decoder.norm(states), labels, weights, picked, classifier_loss)
-
-    def _mean(self, losses: list[Tensor | None]) -> Tensor | float:
-        """Return the mean of the losses that are not None; 0 where all are."""
-        there = [loss for loss in losses if loss is not None]
-        return sum(there) / len(there) if there else 0.0
 
     def _exit_states(self, batch: dict[str, Tensor], exits: list[int], micro_batch: int):
         """Yield (block, its output [B, S, D]) for the blocks in `exits`, ascending, with layer dropout."""

@@ -17,6 +17,7 @@ from lskip.inference.exit_criteria import Entropy, Margin, Saturation
 from lskip.models.exit_adapter import AdapterShape, ExitAdapter
 from lskip.module import LayerSkipModule
 from lskip.targets import LK, Anchored, Labels, SelfDistillation
+from lskip.training.flex_attention import use_flex_attention
 from tests.conftest import make_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -147,3 +148,32 @@ def test_fit_resume_and_predict(tmp_path, tiny_config, capsys, monkeypatch):
     predict = ["predict", "--model=run", "--prompts=prompts.txt", "--output=answers.jsonl", "--batch_size=2"]
     assert main([*predict, "--exit_layer=2", "--num_speculations=2", "--max_new_tokens=8"]) == 0
     assert all(json.loads(line)["text"] for line in (tmp_path / "answers.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_flex_attention_has_the_gradients_of_the_mask(family):
+    """Documents of 1 to 150 tokens, windows, rows that skip blocks; head_dim 16, since kernels have none of 8."""
+    random = torch.Generator().manual_seed(1)
+    ends = torch.rand(6, 300, generator=random) < 1 / 60
+    places = torch.stack([torch.tensor(_places(row)) for row in ends.tolist()]).cuda()
+    ids = torch.randint(1, 300, (6, 300), generator=random).cuda()
+    windows = {"sliding_window": 40} if family == "mistral" else {}
+    found = []
+    for flex in (False, True):
+        model = make_model(family, head_dim=16, max_position_embeddings=512, **windows).cuda()
+        module = LayerSkipModule(model, flex_attention=flex)
+        if flex:
+            use_flex_attention([model], torch.device("cuda"))
+        module.drop_rates.write("test", [0.0, 0.3, 0.3, 0.5])
+        module.exit_weights.write("test", [0.1, 0.2, 0.3, 0.4])
+        losses = [module.early_exit_loss({"input_ids": ids, "position_ids": places}, batch)[0] for batch in range(5)]
+        torch.stack(losses).sum().backward()
+        found.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-3 * float(found[0].abs().max()))
+
+
+def _places(ends: list[bool]) -> list[int]:
+    places = [0]
+    for end in ends[:-1]:
+        places.append(0 if end else places[-1] + 1)
+    return places

@@ -93,6 +93,7 @@ MODULE = {
     "learned_exit": flag(good=("true",)),
     "not_finite": choice("stop", "skip", good=("skip",)),
     "gradient_checkpointing": flag(good=("true",)),
+    "flex_attention": flag(good=("true",)),
     "peak_flops": real(0, low_too=False, null=True, good=(1, "null")),
     "data": a_class(),
     "layer_dropout": a_class(good=("LayerDropout", "null")),
@@ -137,8 +138,15 @@ READ_LATER = (
 PLAN = {"mfu": real(0, 1, low_too=False, good=(1, 0.01)), "output": place_to_write()}
 PLANNED = (
     *("model", "optimizer", "optimizer.betas", "position_share", "exit_target", "anchor_weight", "low_rank"),
-    *("gradient_checkpointing", "peak_flops", "layer_dropout.p_max", "early_exit_loss.curriculum", "data"),
-    *("data.block_size", "data.batch_size", "trainer.accelerator", "trainer.strategy", "trainer.devices"),
+    *(
+        "gradient_checkpointing",
+        "flex_attention",
+        "peak_flops",
+        "layer_dropout.p_max",
+        "early_exit_loss.curriculum",
+        "data",
+    ),
+    *("data", "data.block_size", "data.batch_size", "trainer.accelerator", "trainer.strategy", "trainer.devices"),
     *("trainer.num_nodes", "trainer.precision", "trainer.max_steps", "trainer.accumulate_grad_batches"),
 )
 ONLY_OTHERS = {"verbose"}

@@ -2,8 +2,9 @@
 
     python -m benchmarks.training.documents [--lengths 256,1024,4096] [--rounds 20] [--output result.json] [--quick]
 
-The same tokens, of documents of 200 tokens on average, in rows of each length; both kinds of step take turns in one
-process. The table shows the median over the rounds of the ratio of the same round.
+The same tokens, of documents of 200 tokens on average, in rows of each length; the kinds of step take turns in one
+process, on a GPU also the one by flex attention. The table shows the median over the rounds of the ratio of the same
+round.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from benchmarks.environment import environment
 from benchmarks.training.train_step import paired_ratio, time_rounds
 from lskip.data.collation import Border, collate
 from lskip.module import LayerSkipModule
+from lskip.training.flex_attention import use_flex_attention
 from lskip.utils.output_files import write_json
 
 VOCABULARY, END, MEAN_LENGTH = 8192, 0, 200
-APART, JOINED = "separate", "joined"
+APART, JOINED, FLEX = "separate", "joined", "separate, flex attention"
 console = Console(width=120)
 
 
@@ -61,18 +63,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def measure(length: int, options: argparse.Namespace, device: torch.device) -> dict:
-    """Return the seconds of both kinds of step, and the median of their ratios."""
-    module = new_module(options.layers, options.hidden, length).to(device).train()
+    """Return the seconds of each kind of step, and the medians of their ratios to a step on joined documents."""
     rows = packed_rows(max(1, options.tokens // length), length)
     batches = {JOINED: collate(rows), APART: collate(rows, Border(END))}
     batches = {name: {key: part.to(device) for key, part in batch.items()} for name, batch in batches.items()}
+    module = new_module(options.layers, options.hidden, length).to(device).train()
     works = {name: partial(step, module, batch) for name, batch in batches.items()}
+    if device.type != "cpu":
+        flexible = new_module(options.layers, options.hidden, length).to(device).train()
+        use_flex_attention([flexible.model], device)
+        works[FLEX] = partial(step, flexible, batches[APART])
     seconds = time_rounds(works, options.rounds, device)
-    medians = {name: float(np.median(taken)) for name, taken in seconds.items()}
     documents = int((batches[APART]["position_ids"] == 0).sum())
     return {
-        **{"length": length, "rows": len(rows), "documents": documents, "seconds": medians},
-        "time_ratio": paired_ratio(seconds, APART, JOINED),
+        **{"length": length, "rows": len(rows), "documents": documents},
+        "seconds": {name: float(np.median(taken)) for name, taken in seconds.items()},
+        "time_ratio": {name: paired_ratio(seconds, name, JOINED) for name in works if name != JOINED},
     }
 
 
@@ -100,11 +106,12 @@ def step(module: LayerSkipModule, batch: dict[str, Tensor], micro_batch: int) ->
 
 
 def print_result(rows: list[dict]) -> None:
-    table = Table("tokens a row", "rows", "documents", "joined, s", "separate, s", "separate / joined")
+    others = list(rows[0]["time_ratio"])
+    table = Table("tokens a row", "rows", "documents", f"{JOINED}, s", *(f"{name} / {JOINED}" for name in others))
     for row in rows:
-        seconds = (f"{row['seconds'][name]:.3f}" for name in (JOINED, APART))
+        ratios = (f"{row['time_ratio'][name]:.3f}" for name in others)
         sizes = (str(row[name]) for name in ("length", "rows", "documents"))
-        table.add_row(*sizes, *seconds, f"{row['time_ratio']:.3f}")
+        table.add_row(*sizes, f"{row['seconds'][JOINED]:.3f}", *ratios)
     console.print(table)
 
 

@@ -152,8 +152,9 @@ def shape_of(built: Namespace) -> RunShape:
     if devices > MOST_DEVICES:
         raise ValueError(f"trainer.devices: {devices} on all nodes; a plan is for at most {MOST_DEVICES}")
     steps = trainer.max_steps if trainer.max_steps and trainer.max_steps > 0 else None
-    apart = getattr(built.data, "are_apart", False) or getattr(built.data, "pack", False)
-    batch = Batch(rows, length, trainer.accumulate_grad_batches, apart)
+    has_documents = getattr(built.data, "are_apart", False) or getattr(built.data, "pack", False)
+    has_mask = has_documents and not (on_gpu and built.flex_attention)
+    batch = Batch(rows, length, trainer.accumulate_grad_batches, has_mask)
     return RunShape(batch, devices, strategy_of(trainer.strategy, devices), precision, on_gpu, steps)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -10,42 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lskip.models.block_inputs import BlockInputs, block_mask, dense_mask
 from lskip.models.families import family_of
 
 if TYPE_CHECKING:  # its import takes seconds, for which checks of bad input shall not wait
+    from torch.nn.attention.flex_attention import BlockMask
     from transformers import PreTrainedModel
 
-
-@dataclass(frozen=True)
-class BlockInputs:
-    """The inputs that all blocks of one forward pass share, besides the states.
-
-    Attributes:
-        position_ids: [1 or B, Q], the position of each query token.
-        rotary: kind of attention (None: one for all blocks) -> (cos, sin), each [1 or B, Q, head_dim]; empty where
-            positions are not rotary.
-        masks: window (None: full attention) -> additive mask [1 or B, 1, Q, K], or None for plain causal attention.
-        cache: a transformers-compatible cache, or None.
-    """
-
-    position_ids: Tensor
-    rotary: dict[str | None, tuple[Tensor, Tensor]]
-    masks: dict[int | None, Tensor | None]
-    cache: Any = None
-
-    def rows(self, kept: Tensor, batch_size: int) -> BlockInputs:
-        """Return the inputs of the rows `kept` of a batch; parts that broadcast over the batch stay whole."""
-
-        def cut(part: Tensor | None) -> Tensor | None:
-            batch_shaped = part is not None and batch_size > 1 and part.shape[0] == batch_size
-            return part.index_select(0, kept) if batch_shaped else part
-
-        return replace(
-            self,
-            position_ids=cut(self.position_ids),
-            rotary={kind: tuple(cut(part) for part in parts) for kind, parts in self.rotary.items()},
-            masks={window: cut(mask) for window, mask in self.masks.items()},
-        )
+FLEX = "flex_attention"
+ATTENTIONS = ("sdpa", "eager", FLEX)
 
 
 class Decoder:
@@ -60,8 +32,8 @@ class Decoder:
     def __init__(self, model: PreTrainedModel):
         self.family = family_of(model.config)
         attention = model.config._attn_implementation
-        if attention not in ("sdpa", "eager"):
-            raise ValueError(f"attn_implementation: {attention!r} is not supported; allowed: sdpa, eager")
+        if attention not in ATTENTIONS:
+            raise ValueError(f"attn_implementation: {attention!r} is not supported; allowed: {', '.join(ATTENTIONS)}")
         self.model = model
         self.config = model.config
 
@@ -199,7 +171,8 @@ class Decoder:
         x = self.embed(input_ids, position_ids)
         if position_ids is None:
             return x, self.block_inputs(x)
-        return x, self.block_inputs(x, position_ids, documents=(position_ids == 0).cumsum(1))
+        documents = (position_ids == 0).cumsum(1).expand(len(x), -1)
+        return x, self.block_inputs(x, position_ids, documents=documents)
 
     def block_inputs(
         self,
@@ -218,15 +191,15 @@ class Decoder:
             key_positions: window of a block -> [1 or B, K], the positions of the keys in its cache; needed with a
                 cache. Masks are then always explicit: without one, scaled_dot_product_attention would cut a longer
                 cache to the first Q keys.
-            documents: [1 or B, Q], the number of each token's document, inside which attention stays; None: one a row.
+            documents: [B, Q], the number of each token's document, inside which attention stays; None: one a row.
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
         windows = {self.window(block) for block in range(self.num_layers)}
         if cache is None:
             key_positions = dict.fromkeys(windows)
-        masks = {window: self._mask(positions, window, key_positions[window], documents, x.dtype) for window in windows}
-        return BlockInputs(positions, self._cos_sin(x, positions), masks, cache)
+        masks = {window: self._mask(x, positions, window, key_positions[window], documents) for window in windows}
+        return BlockInputs(positions, self._cos_sin(x, positions), masks, cache, documents)
 
     def _within(self, positions: Tensor) -> Tensor:
         """Return positions within the context. A batch's text at its end drafts fillers beyond, which are never kept.
@@ -244,28 +217,15 @@ class Decoder:
         return {kind: self.rotary(x, positions, kind) for kind in set(self.config.layer_types)}
 
     def _mask(
-        self,
-        positions: Tensor,
-        window: int | None,
-        keys: Tensor | None,
-        documents: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor | None:
-        queries = positions.shape[1]
-        kernels_mask = keys is None and documents is None and self.config._attn_implementation == "sdpa"
-        if kernels_mask and (window is None or window >= queries):
+        self, x: Tensor, positions: Tensor, window: int | None, keys: Tensor | None, documents: Tensor | None
+    ) -> Tensor | BlockMask | None:
+        queries, attention, whole_rows = x.shape[1], self.config._attn_implementation, keys is None
+        if attention == FLEX and whole_rows:
+            return block_mask(queries, window, documents, x.device)
+        sees_all_before = documents is None and (window is None or window >= queries)
+        if attention == "sdpa" and whole_rows and sees_all_before:
             return None  # plain causal attention, which the kernels do without a mask
-        keys = positions if keys is None else keys
-        distance = positions[:, None, :, None] - keys[:, None, None, :]  # [B, 1, Q, K]
-        visible = distance >= 0
-        if window is not None:
-            visible &= distance < window
-        if documents is not None:
-            visible &= documents[:, None, :, None] == documents[:, None, None, :]
-        # Additive, since eager attention takes no boolean mask.
-        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
-            ~visible, torch.finfo(dtype).min
-        )
+        return dense_mask(positions, positions if whole_rows else keys, window, documents, x.dtype)
 
     def block(self, index: int, x: Tensor, inputs: BlockInputs) -> Tensor:
         """Return the output of block `index` (0-based) for states [B, Q, D]: x + f(x), the residual included."""

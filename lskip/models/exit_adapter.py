@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lskip.models.decoder import BlockInputs, Decoder
+from lskip.models.block_inputs import BlockInputs
+from lskip.models.decoder import Decoder
 from lskip.models.reading.config import with_layers
 from lskip.utils.checks import check_whole
 from lskip.utils.foreign import foreign

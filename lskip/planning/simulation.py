@@ -42,13 +42,13 @@ def module_of(config: PreTrainedConfig, arguments: dict, precision: str) -> Laye
 class Batch:
     """The shape of a micro-batch: rows of `length` tokens, all scored; `accumulate` of them make a step.
 
-    `apart`: a row has several documents, inside which attention stays by a mask.
+    `has_mask`: a row has several documents, inside which attention stays by a mask of all pairs of tokens.
     """
 
     rows: int
     length: int
     accumulate: int = 1
-    apart: bool = False
+    has_mask: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _label(block: nn.Module, record: Allocations) -> None:
 def _fake_batch(batch: Batch) -> dict[str, Tensor]:
     """Return a batch of which all is scored; called inside a FakeTensorMode."""
     scored = batch.rows * (batch.length - 1)
-    places = {"position_ids": torch.zeros(batch.rows, batch.length, dtype=torch.long)} if batch.apart else {}
+    places = {"position_ids": torch.zeros(batch.rows, batch.length, dtype=torch.long)} if batch.has_mask else {}
     return {
         **places,
         "input_ids": torch.zeros(batch.rows, batch.length, dtype=torch.long),

@@ -69,6 +69,14 @@ def test_checkpointing_is_the_other_column(tmp_path):
     assert plain["memory_bytes"]["total"] > again["memory_bytes"]["total"]
 
 
+def test_flex_attention_needs_no_mask_of_all_pairs(tmp_path):
+    """A mask of one row of 512: 512 x 512 numbers of four bytes."""
+    wide = f"--model={json.dumps(make_config(max_position_embeddings=512))}"
+    sizes = ("--data.block_size=512", "--data.batch_size=1", "--trainer.accelerator=gpu", "--data.documents=separate")
+    dense, flex = (planned(tmp_path, wide, *sizes, f"--flex_attention={on}") for on in ("false", "true"))
+    assert dense["memory_bytes"]["total"] - flex["memory_bytes"]["total"] >= 512 * 512 * 4
+
+
 @pytest.mark.parametrize("callback", ["AlternatingExits", "TwoStages"])
 def test_the_predecessors_recipes_are_planned(tmp_path, callback):
     options = ("--exit_heads=true", f"--trainer.callbacks+={callback}", "--trainer.max_steps=10")

@@ -1,5 +1,6 @@
 """Documents in one row that are kept apart, against each of them alone."""
 
+import warnings
 from functools import partial
 
 import numpy as np
@@ -14,6 +15,7 @@ from lskip.models.decoder import Decoder
 from lskip.models.readout import read_exits
 from lskip.module import LayerSkipModule
 from lskip.targets import SelfDistillation
+from lskip.training.flex_attention import use_flex_attention
 
 LENGTHS = ((5, 1, 9, 2), (7, 10))
 FAMILIES = {
@@ -78,6 +80,62 @@ def test_rows_that_keep_a_block_keep_their_documents(tiny_model):
     whole = decoder.block(0, x, inputs)
     torch.testing.assert_close(found[~dropped], whole[~dropped], rtol=1e-5, atol=1e-5)
     assert torch.equal(found[dropped], x[dropped])
+
+
+@pytest.fixture
+def without_compiler():
+    """Have flex attention run as it is written; compiling it takes a minute on a CPU."""
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings(action="ignore"):
+        yield
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt2"])  # transformers has none for it
+@torch.no_grad()
+def test_flex_attention_sees_what_the_mask_shows(tiny_config, family, apart, without_compiler):
+    """Also of the rows that keep a block; against eager attention, which goes by the mask of all pairs of tokens."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**tiny_config(family, **FAMILIES[family]))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    ids = torch.stack([torch.cat(row) for row in documents()]).repeat(2, 1)
+    found = {}
+    for attention in ("eager", "flex_attention"):
+        model.set_attn_implementation(attention)
+        decoder = Decoder(model)
+        x, inputs = decoder.enter(ids, positions().repeat(2, 1) if apart else None)
+        for block in range(decoder.num_layers):
+            dropped = np.array([block == 1, block > 1, False, block == 3])
+            x = run_kept_rows(partial(decoder.block, block), x, inputs, dropped)
+        found[attention] = x
+    torch.testing.assert_close(found["flex_attention"], found["eager"], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_loss_by_flex_attention_is_that_of_the_mask(tiny_model, without_compiler):
+    """With an anchor, and rows that skip blocks."""
+    packed, _ = batches()
+    losses = []
+    for flex in (False, True):
+        module = LayerSkipModule(tiny_model("mistral", sliding_window=4), flex_attention=flex, anchor_weight=0.5)
+        if flex:
+            models = [root.model for root in (module, *module.supervision.teachers())]
+            use_flex_attention(models, torch.device("cuda"))
+        module.drop_rates.values, module.exit_weights.values = [0.0, 0.4, 0.4, 0.4], [0.1, 0.2, 0.3, 0.4]
+        losses.append(torch.stack([module.early_exit_loss(packed, batch)[0] for batch in range(4)]))
+    assert len(set(losses[0].tolist())) > 1  # other rows skip
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "words"),
+    [
+        ("gpt2", {}, "flex_attention: true, and transformers has none for gpt2; allowed: false"),
+        ("llama", {"attention_dropout": 0.1}, "the model has attention_dropout 0.1"),
+    ],
+)
+def test_models_without_flex_attention_are_refused(tiny_model, family, config, words):
+    with pytest.raises(ValueError, match=words):
+        LayerSkipModule(tiny_model(family, **config), flex_attention=True)
 
 
 @pytest.mark.parametrize(
