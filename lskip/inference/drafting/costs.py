@@ -18,6 +18,8 @@ from lskip.utils.checks import check_whole, is_real
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 CONTEXT = 128  # positions that the measured rows attend to, besides each other
 REPEATS = 9
+BUSY = 1.5  # times as long as now, from which on a machine was busy when its costs were measured
+QUICK = 0.3  # seconds of a pass, up to which it is repeated to see how fast the machine is now
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,24 @@ def measure_costs(
             break
     times = {name: timer.medians() for name, timer in timers.items()}
     return Costs(runner.num_layers, **times, adapter_blocks=blocks_of(adapter_runner))
+
+
+@torch.inference_mode()
+def measured_while_busy(costs: Costs, runner: ModelRunner, draft_runner: ModelRunner | None) -> bool:
+    """Return whether one row takes much less now than it did then, in the model's blocks or in those that draft.
+
+    Costs of a busy machine say little of a quiet one: passes of all sizes then take about as long.
+    """
+    for known, each in ((costs.model, runner), (costs.draft, draft_runner)):
+        if known is None or each is None:
+            continue
+        timer, kept = Timer(each), known.block_seconds(1) * each.num_layers
+        passes = [timer.time(1)[0]]  # also pays for what is made on demand
+        while len(passes) < 4 and passes[-1] < QUICK:
+            passes.append(timer.time(1)[0])
+        if kept > BUSY * min(passes):
+            return True
+    return False
 
 
 def blocks_of(runner: ModelRunner | None) -> int:

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lskip.inference.drafting.costs import Costs, blocks_of, fields_of, measure_costs
+from lskip.inference.drafting.costs import Costs, blocks_of, fields_of, measure_costs, measured_while_busy
 from lskip.inference.drafting.learnt import check_learnt
 from lskip.inference.drafting.policies import DraftPolicy
 from lskip.inference.runners.base import ModelRunner
@@ -75,28 +75,38 @@ def keep_costs(
 ) -> Costs:
     """Return the costs in a JSON file of this model on this machine; measure and write them where there is none.
 
+    Those that were measured while the machine was busy are measured again.
+
     Raises:
         ValueError: a file that holds something else, or costs of another model or device.
     """
     here, layouts = runner.device.type, [getattr(each, "layout", None) for each in (runner, draft_runner)]
-    if not path.exists():
-        costs = measure_costs(runner, draft_runner, adapter_runner=adapter_runner, draft_head=draft_head)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"device": here, "layouts": layouts, "costs": costs.to_dict()})
-        except OSError as error:  # a full disk: the text that asked for them goes on
-            warn(f"costs_file: is not kept ({one_line(error)})")
-        return costs
-    saved = _read(path)
+    saved = _read(path) if path.exists() else None
+    if saved is not None:
+        _check_loaded(path, saved, here, layouts, (runner, draft_runner, adapter_runner, draft_head))
+        if not measured_while_busy(saved["costs"], runner, draft_runner):
+            return saved["costs"]
+    costs = measure_costs(runner, draft_runner, adapter_runner=adapter_runner, draft_head=draft_head)
+    known = {} if saved is None or saved["learnt"] is None else {"learnt": saved["learnt"]}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"device": here, "layouts": layouts, "costs": costs.to_dict(), **known})
+    except OSError as error:  # a full disk: the text that asked for them goes on
+        warn(f"costs_file: is not kept ({one_line(error)})")
+    return costs
+
+
+def _check_loaded(path: Path, saved: dict[str, Any], here: str, layouts: list, loaded: tuple) -> None:
+    """Raise ValueError where saved costs are of another device, or of something else than what is loaded."""
+    runner, draft_runner, adapter_runner, draft_head = loaded
     device, costs = saved["device"], saved["costs"]
     if device != here:
         raise ValueError(f"costs_file: '{path}' was measured on {device!r}, not on {here!r}; name another")
     measured = costs.num_layers, costs.draft is None, costs.adapter_blocks, costs.model.draft_head is None
-    loaded = runner.num_layers, draft_runner is None, blocks_of(adapter_runner), draft_head is None
-    if measured != loaded or saved["layouts"] not in (None, layouts):
+    there = runner.num_layers, draft_runner is None, blocks_of(adapter_runner), draft_head is None
+    if measured != there or saved["layouts"] not in (None, layouts):
         parts = "another model, of other draft_weights, of other draft_tokens or of another exit_adapter"
         raise ValueError(f"costs_file: '{path}' is of {parts}; name another file")
-    return costs
 
 
 def read_costs(path: Path) -> tuple[str, Costs]:

@@ -310,7 +310,7 @@ def test_costs_are_kept_in_a_file(clock, tmp_path):
     costs = keep_costs(path, runner)
     runs = len(runner.log)
     assert keep_costs(path, runner) == costs
-    assert len(runner.log) == runs  # read, not measured again
+    assert {rows for _, rows in runner.log[runs:]} == {1}  # read, not measured again
     with pytest.raises(ValueError, match=r"costs_file: .* other draft_weights"):
         keep_costs(path, runner, runner)
     with pytest.raises(ValueError, match=r"costs_file: .* other draft_tokens"):
@@ -332,6 +332,26 @@ def test_costs_are_kept_in_a_file(clock, tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match=r"costs_file: .* is not JSON"):
         keep_costs(path, runner)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_costs_of_a_busy_machine_are_measured_again(clock, tmp_path, drafts):
+    """Red where they stay for ever: no draft would seem to pay. What a policy learnt stays, as do better costs."""
+    path, runner = tmp_path / "costs.json", FakeRunner(clock, 1e-4, 1e-5, 3e-4)
+    draft = FakeRunner(clock, 1e-5, 1e-6, 3e-4) if drafts else None
+    slow = draft or runner
+    quiet = slow.block
+    slow.block = 40 * quiet
+    busy = keep_costs(path, runner, draft)
+    write_json(path, json.loads(path.read_text()) | {"learnt": {"drafts": {}, "extra": {}}})
+    slow.block = quiet
+    again = keep_costs(path, runner, draft)
+    assert again.model.block_seconds(1) == pytest.approx(1.1e-4) and again != busy
+    if drafts:
+        assert again.draft.block_seconds(1) == pytest.approx(1.1e-5)
+    assert json.loads(path.read_text())["learnt"] == {"drafts": {}, "extra": {}} and read_costs(path)[1] == again
+    slow.block = 40 * quiet
+    assert keep_costs(path, runner, draft) == again
 
 
 GOOD = {"num_layers": 5, "model": {"rows": [1, 64], "block": [1e-4, 1e-3], "head": [1e-4, 1e-3]}}
