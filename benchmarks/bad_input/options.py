@@ -57,6 +57,8 @@ DECODING = {
     "min_p": real(0, 1, null=True, good=(0, 1)),
     "repetition_penalty": real(0, low_too=False, null=True, good=(1,)),
     "stop_strings": texts(good=('["~~~"]', "[]", "null")),
+    "json_schema": file_to_read(),
+    "regex": text(good=("[a-z]{5}", "null")),
     "seed": whole(0, 2**64 - 1, null=True, good=(0, 2**64 - 1)),
     "chat": flag(null=True, good=("false", "null")),
 }

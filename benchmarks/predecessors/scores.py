@@ -10,10 +10,9 @@ from torch import Tensor
 
 from benchmarks.predecessors.arms import Arm, Sizes
 from lskip.inference import TextGenerator
-from lskip.inference.decoding.batch import bound
 from lskip.inference.decoding.early_exit import exit_round
 from lskip.inference.drafting.round import Slots
-from lskip.inference.exit_criteria import ExitCriterion
+from lskip.inference.exit_criteria import ExitCriterion, bound
 from lskip.inference.runners.base import ModelRunner
 from lskip.models.exit_heads import TrainedExits
 from lskip.models.readout import read_exits

@@ -1,5 +1,6 @@
 """The settings of `lskip predict`, saved beside an unfinished output: --resume needs the same ones."""
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from lskip.utils.output_files import hidden_beside, write_json
 from lskip.utils.untrusted import parse_json, read_text
 
 LOADING = ("dtype", "draft_weights", "exit_adapter", "bit_exact")  # of LoadingOptions; the others change only the speed
+ADDED = ("json_schema", "regex")  # settings that files of before do not name
 CHECKED_TOKENS = 32
 
 
 def answer_settings(decoding: DecodingOptions, loading: LoadingOptions) -> dict[str, Any]:
     """Return all settings that change the answers, as plain types."""
     said = {each.name: _plain(getattr(decoding, each.name)) for each in fields(decoding)}
+    said["json_schema"] = None if decoding.schema is None else json.dumps(decoding.schema)
     said |= {name: getattr(loading, name) for name in LOADING}
     return {"model": loading.model, "model_files": digest_of(loading.model), **said}
 
@@ -43,6 +46,8 @@ def check_same_settings(output: Path, settings: dict[str, Any]) -> bool:
         begun = parse_json(read_text(path, "output"), "")
     except ValueError:
         begun = None
+    if isinstance(begun, dict):
+        begun = dict.fromkeys(ADDED) | begun
     if not isinstance(begun, dict) or begun.keys() != settings.keys():
         advice = "remove it to have the answers looked at, or replace both by --overwrite true"
         raise ValueError(f"output: '{path}' does not say how '{output}' was begun; {advice}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from lskip.utils.checks import check_real, check_whole
 
 if TYPE_CHECKING:
-    from lskip.models.exit_heads import ExitClassifier
+    from lskip.models.exit_heads import ExitClassifier, TrainedExits
 
 Logits = Callable[[], Tensor]
 
@@ -191,6 +191,11 @@ class LearnedExit(ExitCriterion):
 
     def exits(self, exit_layer: int, before: Tensor, after: Tensor, logits: Logits) -> Tensor:
         return self.classifier(after) >= self.threshold
+
+
+def bound(criterion: ExitCriterion | None, exits: TrainedExits | None) -> ExitCriterion | None:
+    """Return a criterion for this model; ValueError if it needs an exit classifier that the model does not have."""
+    return None if criterion is None else criterion.bound(None if exits is None else exits.classifier)
 
 
 def _checked(threshold: float, lowest: int = 0) -> float:

@@ -10,7 +10,8 @@ from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING
 
 from lskip.inference.auto_draft import with_auto_draft
-from lskip.inference.decoding.batch import Batch, bound, longest_draft
+from lskip.inference.decoding.batch import Batch, longest_draft
+from lskip.inference.decoding.grammar_mask import GrammarMask, grammar_tokenizer
 from lskip.inference.decoding.request import Request
 from lskip.inference.decoding.sampling import TokenChooser
 from lskip.inference.decoding.state_recorder import StateRecorder, check_states_at
@@ -18,6 +19,7 @@ from lskip.inference.drafting.cost_aware import CostAwareDraft
 from lskip.inference.drafting.costs import Costs, measure_costs
 from lskip.inference.drafting.costs_file import Learner, keep_costs
 from lskip.inference.drafting.drafter import Runners
+from lskip.inference.exit_criteria import bound
 from lskip.inference.generation import Generation, TextStream
 from lskip.inference.layers.lm_head import screened_head
 from lskip.inference.model_defaults import read_defaults
@@ -35,6 +37,7 @@ from lskip.utils.devices import trim_heap
 from lskip.utils.user_paths import user_path
 
 if TYPE_CHECKING:
+    from llguidance import LLTokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lskip.models.exit_heads import TrainedExits
@@ -201,13 +204,21 @@ class TextGenerator:
         stop = stop_rule(self.eos_ids, len(ids), *limits, settings.stop_strings, self.tokenizer)
         seed = secrets.randbits(32) if settings.seed is None else (settings.seed + index) % 2**64
         rules = self.model_defaults
-        chooser = TokenChooser(settings, seed, self.eos_ids, ids, rules.by_text, rules.warpers)
+        by_text = rules.by_text
+        if settings.grammar is not None:
+            by_text += (GrammarMask(self.grammar_tokenizer, settings.grammar, len(ids)),)
+        chooser = TokenChooser(settings, seed, self.eos_ids, ids, by_text, rules.warpers)
         return Request(ids, chooser, stop, Generation(prompt_tokens=len(ids), seed=seed), index=index)
 
     @cached_property
     def auto_policy(self) -> CostAwareDraft:
         """The policy of draft "auto" where none is named; it goes on learning over all texts."""
         return CostAwareDraft()
+
+    @cached_property
+    def grammar_tokenizer(self) -> LLTokenizer:
+        """The tokenizer as grammars take it."""
+        return grammar_tokenizer(self.tokenizer, self.vocab_size, self.eos_ids)
 
     @cached_property
     def most_characters(self) -> int | None:
@@ -224,15 +235,7 @@ class TextGenerator:
 
     def memory(self) -> dict[str, int]:
         """Return bytes by part: "blocks", "head", "embedding", and of what drafts "draft", "draft_head", "adapter"."""
-        parts = self.runner.memory()
-        if self.draft_runner is not None:
-            draft = self.draft_runner.memory()
-            shared = self.draft_runner.head is getattr(self.runner, "screen", None)
-            parts["draft"] = draft["blocks"] + (0 if shared else draft["head"])
-        for name, part in (("draft_head", self.draft_head), ("adapter", self.adapter_runner)):
-            if part is not None:
-                parts[name] = part.nbytes
-        return parts
+        return self.runners.memory()
 
     def _prepare_all(
         self, prompts: list, batch_size: int, indices: list[int] | None, settings: dict

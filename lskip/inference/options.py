@@ -1,13 +1,15 @@
 """Options of the commands that decode: which model to load, and how to continue a prompt."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from lskip.inference import GenerationSettings, TextGenerator, load_generator
 from lskip.inference.drafting.policies import DraftPolicy
 from lskip.inference.exit_criteria import ExitCriterion
 from lskip.inference.settings import AUTO
 from lskip.utils.devices import DType
+from lskip.utils.untrusted import parse_json, read_text
+from lskip.utils.user_paths import user_path
 
 DraftWeights = Literal["int8", "int4"]  # quantized.DRAFT_WEIGHTS, in words that the parser reads
 
@@ -82,6 +84,8 @@ class DecodingOptions:
         min_p: sample among those with at least this share of the highest probability; null takes the model's default.
         repetition_penalty: above 1 makes tokens that were there before less likely; null takes the model's default.
         stop_strings: a list of texts, each of which ends the answer where it appears; null takes the model's default.
+        json_schema: JSON file with a schema that the answer, which is JSON then, follows; null: any text.
+        regex: regular expression that the whole answer matches; null: any text.
         seed: of sampling; null: another one each time.
         chat: whether a plain prompt goes through the chat template; null: when the model has one, and
             was not trained on pairs without it.
@@ -100,6 +104,8 @@ class DecodingOptions:
     min_p: float | None = None
     repetition_penalty: float | None = None
     stop_strings: list[str] | None = None
+    json_schema: str | None = None
+    regex: str | None = None
     seed: int | None = 0
     chat: bool | None = None
 
@@ -110,6 +116,8 @@ class DecodingOptions:
             ValueError: a value that no model allows, before any model is loaded.
         """
         settings = {name: value for name, value in vars(self).items() if value is not None}
+        if self.json_schema is not None:
+            settings["json_schema"] = self.schema
         GenerationSettings(**settings)
         for name in ("draft", "draft_policy"):
             if name in settings and not self.num_speculations and not self._is_auto:
@@ -117,6 +125,24 @@ class DecodingOptions:
                     f"num_speculations: 0 drafts nothing, but {name} is given; say how many tokens at most"
                 )
         return settings
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """What the file json_schema says; None: there is none.
+
+        Raises:
+            ValueError: it cannot be read, or is not a JSON object.
+        """
+        if self.json_schema is None:
+            return None
+        path = user_path(self.json_schema, "json_schema")
+        try:
+            schema = parse_json(read_text(path, "json_schema"), f"json_schema: '{path}'")
+        except OSError as error:
+            raise ValueError(f"json_schema: '{path}' cannot be read ({error.strerror})") from error
+        if not isinstance(schema, dict):
+            raise ValueError(f"json_schema: '{path}' holds no JSON object, which a schema is")
+        return schema
 
     @property
     def _is_auto(self) -> bool:

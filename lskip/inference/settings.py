@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from lskip.inference.drafting.drafter import Available
 from lskip.inference.drafting.policies import DraftPolicy
 from lskip.inference.drafting.registry import DRAFTERS, check_draft, check_fixed_exit
 from lskip.inference.exit_criteria import ExitCriterion
+from lskip.inference.grammar import compile_grammar
 from lskip.utils.checks import check_choice, check_parts, check_real, check_texts, check_unicode, check_whole
 
 AUTO = "auto"  # as a draft: whatever pays of what is loaded
@@ -49,6 +51,9 @@ class GenerationSettings:
             greedy decoding too; 1: off.
         stop_strings: texts that end the generation, with the token that completes one; they need a tokenizer. Only
             generated text counts, special tokens included.
+        json_schema: the text is JSON that follows this schema, and has no white space between its parts. Drafted or
+            not, the text is the same. None: any text.
+        regex: the text matches this regular expression from its beginning to its end. None: any text.
         seed: fixes the sampled text; None: another text each time.
         chat: whether a text prompt goes through the tokenizer's chat template; None: when it has one, and
             training pairs did not go without it.
@@ -68,6 +73,8 @@ class GenerationSettings:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop_strings: tuple[str, ...] = ()
+    json_schema: dict[str, Any] | None = None
+    regex: str | None = None
     seed: int | None = None
     chat: bool | None = None
 
@@ -93,8 +100,15 @@ class GenerationSettings:
         for stop_string in self.stop_strings:
             check_unicode("stop_strings", stop_string)
         object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+        if self.grammar is not None and self.min_new_tokens:
+            raise ValueError("min_new_tokens: does not go with json_schema or regex, which say where a text may end")
         if self.chat not in (None, True, False):
             raise ValueError(f"chat: {self.chat!r} is not true, false or null")
+
+    @property
+    def grammar(self) -> str | None:
+        """What json_schema or regex ask for, as llguidance takes it; None: neither is given."""
+        return compile_grammar(self.json_schema, self.regex)
 
     def _check_auto(self) -> None:
         if self.draft != AUTO:

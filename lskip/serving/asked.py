@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # Fields that change nothing here, whatever they say.
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
@@ -14,7 +14,7 @@ NEUTRAL: dict[str, tuple] = {
     **dict.fromkeys(("presence_penalty", "frequency_penalty"), (0,)),
     **dict.fromkeys(("logprobs", "echo"), (False,)),
     **{"tools": ([],), "functions": ([],), "logit_bias": ({},), "modalities": (["text"],)},
-    **{"tool_choice": ("none", "auto"), "response_format": ({"type": "text"},), "suffix": ("",)},
+    **{"tool_choice": ("none", "auto"), "suffix": ("",)},
 }
 MOST_STOPS = 4  # as OpenAI's
 
@@ -33,10 +33,39 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+class Schema(BaseModel):
+    """A JSON schema, with what OpenAI's clients say beside it."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class ResponseFormat(BaseModel):
+    """What form the answer has."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Schema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema: goes with type json_schema, and has to")
+        return self
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """The schema that the answer follows; None: it is a text."""
+        return {"type": "object"} if self.type == "json_object" else self.json_schema and self.json_schema.schema_
+
+
 class Asked(BaseModel):
     """Fields of both kinds of request. Those of the last paragraph are lskip's own.
 
     Attributes:
+        regex: the whole answer matches it.
         exit_layer, num_speculations, draft: bounds on how to draft for this text, which stays the same: the deepest
             exit that may draft, the most tokens of a draft, "none" for no draft at all.
     """
@@ -51,17 +80,22 @@ class Asked(BaseModel):
     temperature: float | None = None
     top_p: float | None = None
     max_tokens: int | None = None
+    response_format: ResponseFormat | None = None
 
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    regex: str | None = None
     exit_layer: Annotated[int, Field(ge=1)] | None = None
     num_speculations: Annotated[int, Field(ge=0)] | None = None
     draft: Literal["none"] | None = None
 
     def settings(self) -> dict[str, Any]:
         """Return the GenerationSettings that are asked for; what is not is left to the model."""
-        named = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "regex")
+        named = {name: getattr(self, name) for name in names}
+        if self.response_format is not None:
+            named["json_schema"] = self.response_format.schema_of_answer
         found = {name: value for name, value in named.items() if value is not None}
         if self.stops:
             found["stop_strings"] = tuple(self.stops)
@@ -74,7 +108,7 @@ class Asked(BaseModel):
     @property
     def client_names(self) -> dict[str, str]:
         """Fields of GenerationSettings, and the prompt -> the names by which the client knows them."""
-        return {"max_new_tokens": "max_tokens", "stop_strings": "stop"}
+        return {"max_new_tokens": "max_tokens", "stop_strings": "stop", "json_schema": "response_format"}
 
     @property
     def stops(self) -> list[str]:

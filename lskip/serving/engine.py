@@ -175,13 +175,17 @@ class Engine:
     def _round(self) -> None:
         under_way = [*self.batch.requests, *([self.batch.joining.request] if self.batch.joining else ())]
         try:
-            for request, tokens in self.batch.round():
-                self._tell(request, News(tokens, request.generation.finish_reason))
+            self._tell_all(self.batch.round())
         except RequestError as error:
+            self._tell_all(error.news)
             self._fail([error.request], error)
         except Exception as error:  # whatever it is: the server goes on with those that wait
             traceback.print_exc()
             self._fail(under_way, error)
+
+    def _tell_all(self, news: list[tuple[Request, list[int]]]) -> None:
+        for request, tokens in news:
+            self._tell(request, News(tokens, request.generation.finish_reason))
 
     def _fail(self, requests: list[Request], error: Exception) -> None:
         for request in requests:

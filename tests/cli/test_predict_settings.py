@@ -27,6 +27,7 @@ def models(tmp_path_factory, tiny_tokenizer) -> Path:
         make_model(seed=seed).save_pretrained(folder / name)
         tiny_tokenizer.save_pretrained(folder / name)
     shutil.copytree(folder / "a", folder / "moved")
+    (folder / "schema.json").write_text('{"type": "boolean"}')
     return folder
 
 
@@ -69,6 +70,8 @@ OTHERS = [
         ["--exit_criterion=Margin", "--exit_criterion.threshold=0.5"], "exit_criterion: .*Margin.* but", id="criterion"
     ),
     pytest.param(['--stop_strings=["x"]'], "stop_strings: .*x.* but", id="stop_strings"),
+    pytest.param(["--regex=[a-z]+"], r"regex: '\[a-z\]\+', but", id="regex"),
+    pytest.param(["--json_schema={models}/schema.json"], "json_schema: .*boolean.* but", id="json_schema"),
 ]
 
 
@@ -120,6 +123,39 @@ def test_a_model_whose_files_have_changed_is_another(tmp_path, models, command, 
     shutil.copy(models / "b" / "model.safetensors", tmp_path / "model")
     assert main([*command, f"--model={tmp_path}/model", *BASE, "--resume=true"]) == 2
     assert "whose files have changed" in capsys.readouterr().err
+
+
+@pytest.mark.kind(RESUMED)
+def test_answers_follow_the_schema_of_a_file_as_it_was_at_the_start(tmp_path, models, command, capsys, monkeypatch):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["a", 12, null]}')
+    command = [*command, f"--model={models}/a", *BASE, f"--json_schema={schema}"]
+    stop_after(monkeypatch, 3)
+    assert main(command) == 130
+    schema.write_text('{"enum": ["b", 12, null]}')
+    assert main([*command, "--resume=true"]) == 2
+    assert "json_schema: " in capsys.readouterr().err
+    schema.write_text('{"enum": ["a", 12, null]}')
+    assert main([*command, "--resume=true"]) == 0
+    assert [json.loads(row["text"]) in ("a", 12, None) for row in rows(tmp_path)] == [True] * 8
+
+
+BAD_SCHEMAS = {
+    "not there": (None, "json_schema: .*schema.json"),
+    "not JSON": ("{", "is not JSON"),
+    "a list": ("[1]", "json_schema: .* holds no JSON object, which a schema is"),
+    "unknown": ('{"type": "objct"}', "json_schema: Invalid type: objct"),
+}
+
+
+@pytest.mark.parametrize(("text", "sentence"), BAD_SCHEMAS.values(), ids=BAD_SCHEMAS)
+def test_bad_schemas_are_named_before_a_model_is_loaded(tmp_path, models, command, capsys, monkeypatch, text, sentence):
+    if text is not None:
+        (tmp_path / "schema.json").write_text(text)
+    monkeypatch.setattr(command_options, "load_generator", None)
+    for way in (command, ["generate", "--prompt=a"]):
+        assert main([*way, f"--model={models}/a", f"--json_schema={tmp_path}/schema.json"]) == 2
+        assert re.search(sentence, capsys.readouterr().err)
 
 
 @pytest.mark.kind("B5 B13 two writers")

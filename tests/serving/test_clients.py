@@ -7,6 +7,7 @@ import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import jsonschema
 import openai
 import pytest
 
@@ -113,7 +114,6 @@ def test_many_clients_at_once_get_their_own_texts(serve, tiny_generator):
         ({"n": 2}, openai.BadRequestError, "n"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools"),
         ({"logprobs": True}, openai.BadRequestError, "logprobs"),
-        ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format"),
         ({"presence_penalty": 0.5}, openai.BadRequestError, "presence_penalty"),
         ({"temperature": -1.0}, openai.BadRequestError, "temperature"),
         ({"top_p": 0.0}, openai.BadRequestError, "top_p"),
@@ -123,6 +123,14 @@ def test_many_clients_at_once_get_their_own_texts(serve, tiny_generator):
         ({"messages": []}, openai.BadRequestError, "messages"),
         ({"messages": [{"role": "user", "content": "a" * 5000}]}, openai.BadRequestError, "messages"),
         ({"messages": [{"role": "robot", "content": "a"}]}, openai.BadRequestError, "messages.0.role"),
+        ({"response_format": {"type": "xml"}}, openai.BadRequestError, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, openai.BadRequestError, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "objct"}}}},
+            openai.BadRequestError,
+            "response_format",
+        ),
+        ({"extra_body": {"regex": "a("}}, openai.BadRequestError, "regex"),
         ({"extra_body": {"exit_layer": 0}}, openai.BadRequestError, "exit_layer"),
         ({"extra_body": {"acceptance": "rejection"}}, openai.BadRequestError, "acceptance"),
         ({"model": "another"}, openai.NotFoundError, "model"),
@@ -138,6 +146,41 @@ def test_fields_that_change_nothing_are_taken(serve):
     neutral = {"n": 1, "presence_penalty": 0, "user": "someone", "logprobs": False, "response_format": {"type": "text"}}
     with serve() as server:
         server.client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=3, **neutral)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 6}, "size": {"type": "integer", "maximum": 99}},
+    "required": ["name", "size"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_follow_a_schema(serve, tiny_generator, stream):
+    """While free texts are under way beside it; the text is that of `generate`."""
+    wanted = expected(tiny_generator, MESSAGES, json_schema=SCHEMA, max_new_tokens=150)
+    asked = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True}}
+    with serve() as server, ThreadPoolExecutor(2) as pool:
+        free = pool.submit(server.client.completions.create, model="tiny", prompt=[7, 42], max_tokens=60)
+        chat = {"model": "tiny", "messages": MESSAGES, "max_tokens": 150, "response_format": asked, "stream": stream}
+        found = server.client.chat.completions.create(**chat)
+        text = "".join(each.choices[0].delta.content or "" for each in found) if stream else None
+        text = text or found.choices[0].message.content
+        word = server.client.completions.create(
+            model="tiny", prompt="a", max_tokens=20, extra_body={"regex": "(yes|no)!"}
+        )
+        assert free.result().usage.completion_tokens == 60
+    assert text == wanted.text
+    jsonschema.validate(json.loads(text), SCHEMA)
+    assert word.choices[0].text in ("yes!", "no!") and word.choices[0].finish_reason == "stop"
+
+
+def test_any_object_is_asked_for(serve):
+    with serve() as server:
+        chat = {"model": "tiny", "messages": MESSAGES, "max_tokens": 30}
+        found = server.client.chat.completions.create(**chat, response_format={"type": "json_object"})
+    assert found.choices[0].message.content.startswith("{")
 
 
 def raw(server, method: str, path: str, body: bytes = b"", **headers) -> tuple[int, dict | str, dict]:

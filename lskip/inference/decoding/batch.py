@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from lskip.inference.decoding.batch_chooser import BatchChooser
 from lskip.inference.decoding.early_exit import exit_round
 from lskip.inference.decoding.engine import Round, check_logits, prefill, verify
+from lskip.inference.decoding.grammar_mask import GrammarError
 from lskip.inference.decoding.probe import Probe, agreements
 from lskip.inference.decoding.request import Joining, Request, RequestError
 from lskip.inference.decoding.state_recorder import StateRecorder
@@ -23,14 +23,11 @@ from lskip.inference.drafting.drafter import Runners
 from lskip.inference.drafting.policies import DraftPolicy, FixedDraft
 from lskip.inference.drafting.registry import DRAFTERS, drafts_of
 from lskip.inference.drafting.round import Drafted, Observer, Slots, check_drafted, check_plan, nothing_drafted
-from lskip.inference.exit_criteria import ExitCriterion, Logits
+from lskip.inference.exit_criteria import Logits, bound
 from lskip.inference.layers.kv_cache import PREFILL_ROWS
 from lskip.inference.runners.adapter_exit_runner import AdapterExitRunner
 from lskip.inference.runners.exit_head_runner import read_at
 from lskip.inference.settings import GenerationSettings
-
-if TYPE_CHECKING:
-    from lskip.models.exit_heads import TrainedExits
 
 LONGEST_DRAFT = PREFILL_ROWS - 1  # tokens in each slot that one pass may verify
 
@@ -114,11 +111,19 @@ class Batch:
 
     @torch.inference_mode()
     def round(self) -> list[tuple[Request, list[int]]]:
-        """Let waiting requests join, add tokens to every request, and return what each one got."""
+        """Let waiting requests join, add tokens to every request, and return what each one got.
+
+        Raises:
+            RequestError: one cannot be answered; it is taken out, and the next round goes on with the others.
+        """
         news = self._join()
-        if self.requests:
-            for request, tokens in self._advance():
-                news[request] = news.get(request, []) + tokens
+        try:
+            advanced = self._advance() if self.requests else []
+        except RequestError as error:
+            error.news = list(news.items())
+            raise
+        for request, tokens in advanced:
+            news[request] = news.get(request, []) + tokens
         for slot in reversed(range(len(self.requests))):
             if self.requests[slot].ended:
                 self._record(self.requests[slot], slot)
@@ -126,11 +131,7 @@ class Batch:
         return list(news.items())
 
     def _join(self) -> dict[Request, list[int]]:
-        """Prefill waiting requests into free slots, and return the first token of each, which the prefill brings.
-
-        Raises:
-            RequestError: one cannot be answered; it is taken out.
-        """
+        """Prefill waiting requests into free slots, and return the first token of each, which the prefill brings."""
         news, pieces = {}, 0
         while pieces != self.pieces_a_round and (self.joining or self._begin_next()):
             request = self.joining.request
@@ -201,7 +202,12 @@ class Batch:
 
     def _advance(self) -> list[tuple[Request, list[int]]]:
         chooser = BatchChooser([request.chooser for request in self.requests])
-        outcome, draft = self._speculate(chooser) if self.criterion is None else (self._exit(chooser), None)
+        try:
+            outcome, draft = self._speculate(chooser) if self.criterion is None else (self._exit(chooser), None)
+        except GrammarError as error:  # the round has changed nothing yet
+            request = next(each for each in self.requests if error.mask in each.chooser.by_text)
+            self._leave(self.requests.index(request))
+            raise RequestError(request, error) from error
         return [
             (request, request.add(tokens, drafted, accepted, draft))
             for request, tokens, drafted, accepted in zip(self.requests, *outcome, strict=True)
@@ -284,11 +290,6 @@ def _only(*observers: Observer | None) -> Observer | None:
     if len(found) > 1:
         raise ValueError("draft: only one may observe states: states_at, the exit adapter or one drafter of your own")
     return found[0] if found else None
-
-
-def bound(criterion: ExitCriterion | None, exits: TrainedExits | None) -> ExitCriterion | None:
-    """Return a criterion for this model; ValueError if it needs an exit classifier that the model does not have."""
-    return None if criterion is None else criterion.bound(None if exits is None else exits.classifier)
 
 
 def longest_draft(settings: GenerationSettings) -> int:

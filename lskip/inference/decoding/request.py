@@ -77,8 +77,10 @@ class RequestError(ValueError):
 
     Attributes:
         request: which.
+        news: what others got in the same round, as of Batch.round.
     """
 
     def __init__(self, request: Request, reason: ValueError):
         super().__init__(str(reason))
         self.request = request
+        self.news: list[tuple[Request, list[int]]] = []

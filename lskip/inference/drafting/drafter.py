@@ -69,6 +69,18 @@ class Runners:
         runner = runner if self.draft_head is None else DraftHeadRunner(runner, self.draft_head)
         return read_at(runner, self.exits, exit_layer)
 
+    def memory(self) -> dict[str, int]:
+        """Return bytes by part, as TextGenerator.memory says."""
+        parts = self.model.memory()
+        if self.draft is not None:
+            draft = self.draft.memory()
+            shared = self.draft.head is getattr(self.model, "screen", None)
+            parts["draft"] = draft["blocks"] + (0 if shared else draft["head"])
+        for name, part in (("draft_head", self.draft_head), ("adapter", self.adapter)):
+            if part is not None:
+                parts[name] = part.nbytes
+        return parts
+
     @property
     def available(self) -> Available:
         """Parts that may draft."""

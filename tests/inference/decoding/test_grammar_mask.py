@@ -1,0 +1,196 @@
+"""Texts that follow a grammar: valid by another library's judgement, and the same with and without drafts."""
+
+import json
+import random
+import re
+import sys
+
+import jsonschema
+import pytest
+import torch
+
+from lskip.inference import TextGenerator
+from lskip.inference.decoding.batch import Batch
+from lskip.inference.decoding.grammar_mask import GrammarError, GrammarMask, grammar_tokenizer
+from lskip.inference.grammar import LONGEST_STRING, compile_grammar
+from lskip.models.exit_adapter import AdapterShape, ExitAdapter
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "kind": {"enum": ["a", "b\n", 3, None]},
+        "sizes": {"type": "array", "items": {"type": "integer", "minimum": -20, "maximum": 3000}, "maxItems": 3},
+        "on": {"type": "boolean"},
+    },
+    "required": ["name", "sizes"],
+    "additionalProperties": False,
+}
+PROMPTS = [[7, 42, 99], [5] * 12, [250, 18, 77, 3], [9, 8, 9, 8, 9, 8]]
+WAYS = {
+    "layers": {"exit_layer": 2, "num_speculations": 3},
+    "ngram": {"draft": "ngram", "num_speculations": 4},
+    "adapter": {"draft": "adapter", "num_speculations": 3},
+    "auto": {"draft": "auto"},
+}
+
+
+@pytest.fixture
+def generator(tiny_model, tiny_tokenizer):
+    return TextGenerator(tiny_model("llama", max_position_embeddings=512), tiny_tokenizer)
+
+
+@pytest.mark.parametrize("sampled", [{}, {"temperature": 1.2, "seed": 3}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("way", WAYS)
+def test_texts_are_valid_and_the_same_with_drafts(generator, tiny_model, tiny_tokenizer, quick_costs, way, sampled):
+    settings = {"json_schema": SCHEMA, "max_new_tokens": 120, **sampled}
+    expected = [generator.generate(ids, **{**settings, "seed": 3 + at}) for at, ids in enumerate(PROMPTS)]
+    for outcome in expected:
+        assert outcome.finish_reason == "eos"
+        jsonschema.validate(json.loads(outcome.text), SCHEMA)
+        assert json.dumps(json.loads(outcome.text), separators=(",", ":"), ensure_ascii=False) == outcome.text
+    if way == "adapter":
+        model = tiny_model("llama", max_position_embeddings=512)
+        some = torch.tensor(sorted(random.Random(0).sample(range(300), 100)))
+        adapter = ExitAdapter(model, AdapterShape(exit_layer=2), some)
+        generator = TextGenerator(model, tiny_tokenizer, exit_adapter=adapter)
+    for batch_size in (1, 3):
+        found = dict(generator.generate_batch(PROMPTS, batch_size, **settings, **WAYS[way]))
+        assert [found[at].token_ids for at in range(len(PROMPTS))] == [each.token_ids for each in expected]
+        assert way == "auto" or sum(each.drafted for each in found.values()) > 0
+
+
+def test_rejection_sampling_follows_it_too(generator):
+    settings = {"json_schema": SCHEMA, "max_new_tokens": 120, "temperature": 1.2, "acceptance": "rejection"}
+    for seed in range(4):
+        outcome = generator.generate(PROMPTS[0], exit_layer=2, num_speculations=3, seed=seed, **settings)
+        jsonschema.validate(json.loads(outcome.text), SCHEMA)
+
+
+def test_grammars_and_free_texts_share_a_batch(generator):
+    """Each slot has its own; the free text is what it is alone."""
+    requests = []
+    for at, more in enumerate(({}, {"json_schema": SCHEMA}, {"regex": "(ab){1,9}c"}, {})):
+        settings = generator.settings(max_new_tokens=60, **more)
+        requests.append(generator.prepare(PROMPTS[at], settings))
+    batch = Batch(generator.runners, generator.settings(exit_layer=2, num_speculations=3), 4, 100, lambda: None)
+    for request in requests:
+        batch.add(request)
+    while batch.busy:
+        batch.round()
+    texts = [generator.tokenizer.decode(each.generation.token_ids, skip_special_tokens=True) for each in requests]
+    jsonschema.validate(json.loads(texts[1]), SCHEMA)
+    assert re.fullmatch("(ab){1,9}c", texts[2])
+    for at in (0, 3):
+        assert requests[at].generation.token_ids == generator.generate(PROMPTS[at], max_new_tokens=60).token_ids
+
+
+WORDS = ("yes", "yellow", "no", "nobody")
+
+
+def mask_of(tokenizer, regex: str) -> GrammarMask:
+    return GrammarMask(grammar_tokenizer(tokenizer, 300, (0,)), compile_grammar(None, regex), 2)
+
+
+def allowed_by(mask: GrammarMask, text: list[int]) -> set[int]:
+    scores = mask(torch.tensor([[7, 7, *text]]), torch.zeros(1, 300))
+    return set(torch.nonzero(scores[0].isfinite())[:, 0].tolist())
+
+
+def test_what_is_allowed_is_what_can_still_become_a_word(tiny_tokenizer):
+    """By hand, from the words; asked for in any order, also behind tokens that no word has."""
+    mask = mask_of(tiny_tokenizer, "|".join(WORDS))
+    spelled = [tiny_tokenizer.decode([token]) for token in range(len(tiny_tokenizer))]
+    texts = [[]]
+    for length in range(1, 5):
+        texts += [tiny_tokenizer(word[:length])["input_ids"] for word in (*WORDS, "zz")]
+    random.Random(0).shuffle(texts)
+    for text in texts * 2:
+        before = tiny_tokenizer.decode(text)
+        if not any(word.startswith(before) for word in WORDS):
+            assert len(allowed_by(mask, text)) == 300  # is refused anyway
+            continue
+        longer = {token: before + spelled[token] for token in range(1, len(spelled))}
+        goes_on = {token for token, text in longer.items() if any(word.startswith(text) for word in WORDS)}
+        assert allowed_by(mask, text) == goes_on | ({0} if before in WORDS else set())
+
+
+def test_the_grammar_wins_over_what_leaves_nothing(tiny_tokenizer):
+    """Tokens that another rule has banned, or that a draft's head lacks."""
+    mask = mask_of(tiny_tokenizer, "ab")
+    scores = mask(torch.tensor([[7, 7]]), torch.full((1, 300), float("-inf")))
+    assert tiny_tokenizer.decode(scores.argmax(-1)) in ("a", "ab")
+
+
+def test_a_grammar_that_takes_too_much_ends_its_own_text_alone(generator, monkeypatch):
+    expected = generator.generate(PROMPTS[0], max_new_tokens=40)
+    settings = generator.settings(max_new_tokens=40)
+    free, strict = (
+        generator.prepare(PROMPTS[0], settings),
+        generator.prepare(PROMPTS[1], generator.settings(max_new_tokens=40, regex="a{30}")),
+    )
+    (mask,) = strict.chooser.by_text
+    check = mask._mask_behind
+    monkeypatch.setattr(mask, "_mask_behind", lambda text, size: fail(mask) if len(text) > 5 else check(text, size))
+    batch = Batch(generator.runners, settings, 2, 100, lambda: None)
+    batch.add(free)
+    batch.add(strict)
+    failed = []
+    while batch.busy:
+        try:
+            batch.round()
+        except ValueError as error:
+            failed.append(error.request)
+    assert failed == [strict] and free.generation.token_ids == expected.token_ids
+
+
+def fail(mask: GrammarMask):
+    raise GrammarError(mask, "too much")
+
+
+def test_strings_and_arrays_get_a_bound_and_keep_their_own(tiny_tokenizer):
+    def is_whole(schema: dict, value) -> bool:
+        mask = GrammarMask(grammar_tokenizer(tiny_tokenizer, 300, (0,)), compile_grammar(schema, None), 2)
+        return 0 in allowed_by(mask, tiny_tokenizer(json.dumps(value, separators=(",", ":")))["input_ids"])
+
+    plain = {"type": "object", "properties": {"a": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}
+    longer = {"type": "object", "properties": {"a": {"type": "string", "maxLength": LONGEST_STRING + 9}}}
+    for schema, extra, allowed in ((plain, 0, True), (plain, 1, False), (longer, 9, True), (longer, 10, False)):
+        text = {"a": "x" * (LONGEST_STRING + extra)}
+        mask = GrammarMask(grammar_tokenizer(tiny_tokenizer, 300, (0,)), compile_grammar(schema, None), 2)
+        ids = tiny_tokenizer(json.dumps(text, separators=(",", ":")))["input_ids"]
+        assert (allowed_by(mask, ids) == {0}) == allowed
+    assert is_whole({"type": "array", "items": {"type": "integer"}}, list(range(9)))
+    assert is_whole({"type": "string", "minLength": 300}, "y" * 300)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"json_schema": {"type": "objct"}}, "json_schema: Invalid type: objct"),
+        ({"json_schema": {"dependentSchemas": {}}}, "json_schema: Unimplemented keys"),
+        ({"json_schema": [1]}, r"json_schema: \[1\] is not an object"),
+        ({"regex": "a("}, "regex: unclosed group"),
+        ({"regex": 5}, "regex: 5 is not a text"),
+        ({"regex": "a", "json_schema": {}}, "regex: does not go with json_schema"),
+        ({"regex": "a", "min_new_tokens": 3}, "min_new_tokens: does not go with"),
+    ],
+)
+def test_bad_grammars_are_named(generator, settings, words):
+    with pytest.raises(ValueError, match=words):
+        generator.generate(PROMPTS[0], **settings)
+
+
+def test_models_that_cannot_end_a_text_are_refused(tiny_model, tiny_tokenizer):
+    with pytest.raises(ValueError, match="need a tokenizer"):
+        TextGenerator(tiny_model("llama")).generate(PROMPTS[0], regex="a")
+    generator = TextGenerator(tiny_model("llama"), tiny_tokenizer)
+    generator.eos_ids = ()
+    with pytest.raises(ValueError, match="a token that ends a text"):
+        generator.generate(PROMPTS[0], regex="a")
+
+
+def test_without_llguidance_one_sentence_says_what_to_install(generator, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(ValueError, match=r"regex: needs llguidance, .*; pip install 'lskip\[grammar\]'"):
+        generator.generate(PROMPTS[0], regex="a")
