@@ -25,6 +25,7 @@ MODULES = {
     "data": "lskip.cli.data",
     "predict": "lskip.cli.predict",
     "generate": "lskip.cli.generate",
+    "chat": "lskip.cli.chat",
     "serve": "lskip.cli.serve",
     "adapt": "lskip.adapters.adapt",
     "export": "lskip.export.to_hf",

@@ -23,6 +23,7 @@ HELP = """usage: lskip COMMAND [options]
   test       the same on the test split
   predict    answer a file of prompts, one JSON line each
   generate   answer one prompt, streamed
+  chat       talk with a model in the terminal
   serve      answer clients of OpenAI's interface, many at a time
   sweep      speed-up of every way to draft on the prompts of a task: table, figure, advice
   tune       the best way to draft for a task, in minutes; generate and predict use it with --task
@@ -38,7 +39,8 @@ HELP = """usage: lskip COMMAND [options]
 """
 _TRAINING = ("fit", "validate", "test")
 _PLANNING = ("plan",)
-_PLAIN = ("data", "predict", "generate", "serve", "export", "adapt", "sweep", "tune", "evaluate", "compare", "inspect")
+_DECODING = ("predict", "generate", "chat", "serve")
+_PLAIN = ("data", *_DECODING, "export", "adapt", "sweep", "tune", "evaluate", "compare", "inspect")
 COMMANDS = (*_TRAINING, *_PLANNING, *_PLAIN, "configs")
 
 

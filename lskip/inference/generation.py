@@ -27,6 +27,16 @@ class TextRound(NamedTuple):
     own: int | None
     draft: Draft | None
 
+    @property
+    def kinds(self) -> list[str]:
+        """How each of its tokens came: "accepted" (drafted, and right), then the model's own.
+
+        That one is "corrected" (in place of a draft that was wrong), "bonus" (behind drafts that were all right) or
+        "plain" (nothing was drafted).
+        """
+        own = "plain" if not self.drafted else "bonus" if self.accepted == len(self.drafted) else "corrected"
+        return ["accepted"] * self.accepted + ([] if self.own is None else [own])
+
 
 @dataclass
 class Generation:
@@ -36,6 +46,7 @@ class Generation:
         text: the continuation, special tokens left out ("" without a tokenizer).
         token_ids: its tokens, an end-of-text token included.
         prompt_tokens: tokens of the prompt, chat template included.
+        cached_prompt_tokens: how many of them were not run, since an earlier text of a server began with them.
         seconds: from the start of the prefill to the last token.
         finish_reason: "eos", "stop_string", "length" (max_new_tokens reached), "context" (no position left), or None
             while it runs or where the caller stopped it.
@@ -53,6 +64,7 @@ class Generation:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
     seconds: float = 0.0
     finish_reason: str | None = None
     drafted: int = 0

@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from lskip.inference import Generation
 
 FINISH = {"eos": "stop", "stop_string": "stop", "length": "length", "context": "length"}
+
+
+class Token(NamedTuple):
+    """A token of an answer: its number, the text that was final with it, and how it came (TextRound.kinds)."""
+
+    id: int
+    text: str
+    kind: str
+
+
+class Piece(NamedTuple):
+    """What a round brought to the answer to one of a client's prompts."""
+
+    place: int
+    tokens: list[Token]
+    finish_reason: str | None
+
+    @property
+    def text(self) -> str:
+        return "".join(token.text for token in self.tokens)
 
 
 class Form:
@@ -40,9 +60,12 @@ class Form:
         role = {"delta": {"role": "assistant", "content": ""}}
         return [self._with([self._choice(place, role, "", None)]) for place in range(count)] if self.chat else []
 
-    def piece(self, place: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+    def piece(self, piece: Piece, shows_tokens: bool = False) -> dict[str, Any]:
         """Return the chunk of a piece of text, perhaps the last."""
-        return self._with([self._choice(place, {"delta": {"content": text} if text else {}}, text, finish_reason)])
+        text = piece.text
+        choice = self._choice(piece.place, {"delta": {"content": text} if text else {}}, text, piece.finish_reason)
+        shown = {"lskip": {"tokens": [each._asdict() for each in piece.tokens]}} if shows_tokens else {}
+        return {**self._with([choice]), **shown}
 
     def usage(self, generations: list[Generation]) -> dict[str, Any]:
         """Return the chunk that says what was used."""
@@ -57,7 +80,7 @@ class Form:
 
 
 def usage(generations: list[Generation]) -> dict[str, Any]:
-    """Return how many tokens there were, and how many drafted ones were kept and not."""
+    """Return how many tokens there were, of prompts those not run again, of drafted ones those kept and not."""
     prompts = sum(each.prompt_tokens for each in generations)
     completions = sum(len(each.token_ids) for each in generations)
     accepted = sum(each.accepted for each in generations)
@@ -66,7 +89,8 @@ def usage(generations: list[Generation]) -> dict[str, Any]:
         "rejected_prediction_tokens": sum(each.drafted for each in generations) - accepted,
     }
     totals = {"prompt_tokens": prompts, "completion_tokens": completions, "total_tokens": prompts + completions}
-    return {"usage": {**totals, "completion_tokens_details": details}}
+    cached = {"cached_tokens": sum(each.cached_prompt_tokens for each in generations)}
+    return {"usage": {**totals, "prompt_tokens_details": cached, "completion_tokens_details": details}}
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

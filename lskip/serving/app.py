@@ -7,23 +7,27 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from functools import partial
+from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from lskip.inference.decoding.request import Request as DecodingRequest
 from lskip.serving.answer_text import AnswerText
-from lskip.serving.answers import Form, error_body, event
-from lskip.serving.asked import Asked, Chat, Completion, RequestRefusedError, read_asked
+from lskip.serving.answers import Form, Piece, Token, error_body, event
+from lskip.serving.asked import Asked, Chat, Completion, RequestRefusedError, Settling, read_asked
 from lskip.serving.engine import BusyError, Engine, News, Ticket
 from lskip.serving.metrics import Metrics
+from lskip.serving.settling import settling_layers
 
 MOST_BYTES = 2**20  # of a body
 MOST_SECONDS = 30  # that a body may take to come
 RETRY_AFTER = 1  # seconds
+# The page is one file; it may ask this server alone, and show what it got as text.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 HERE = ("localhost", "127.0.0.1", "::1")
 
 
@@ -51,6 +55,8 @@ class Server:
         keyed = {"dependencies": [Depends(self._check_key)]}
         app.add_api_route("/health", self._health, methods=["GET"])
         app.add_api_route("/metrics", self._metrics, methods=["GET"])
+        app.add_api_route("/", self._page, methods=["GET"])
+        app.add_api_route("/lskip/settling", self._settling, methods=["POST"], **keyed)
         app.add_api_route("/v1/models", self._models, methods=["GET"], **keyed)
         app.add_api_route("/v1/completions", self._complete, methods=["POST"], **keyed)
         app.add_api_route("/v1/chat/completions", self._chat, methods=["POST"], **keyed)
@@ -78,6 +84,22 @@ class Server:
     async def _metrics(self) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    async def _page(self) -> Response:
+        page = files("lskip.serving").joinpath("page.html").read_text(encoding="utf-8")
+        return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
+
+    async def _settling(self, http: Request) -> dict[str, Any]:
+        asked = read_asked(Settling, await read_body(http))
+        if not self.engine.goes:
+            raise RequestRefusedError(503, "the server ends", code="busy")
+        generator = self.engine.generator
+        try:
+            work = partial(settling_layers, generator, asked.messages_for_template, asked.tokens, self.engine.context)
+            layers = await asyncio.wrap_future(self.engine.call(work))
+        except ValueError as error:
+            raise RequestRefusedError(400, str(error), str(error).partition(": ")[0]) from error
+        return {"layers": layers, "num_layers": generator.num_layers}
+
     async def _models(self) -> dict[str, Any]:
         return {"object": "list", "data": [{"id": self.model, "object": "model", "created": 0, "owned_by": "lskip"}]}
 
@@ -94,12 +116,19 @@ class Server:
             raise RequestRefusedError(404, sentence, "model", "model_not_found")
         answer = Answer(self, asked)
         if asked.stream:
-            return StreamingResponse(answer.events(), media_type="text/event-stream")
-        return await unless_gone(http, answer.whole())
+            return Streamed(answer)
+        try:
+            return await unless_gone(http, answer.whole())
+        finally:
+            answer.stop()
 
 
 class Answer:
-    """The answer to one request of a client: to one prompt or to several."""
+    """The answer to one request of a client: to one prompt or to several.
+
+    Attributes:
+        left: place of a prompt -> its ticket, of texts that have not ended; `stop` has to be called however it ends.
+    """
 
     def __init__(self, server: Server, asked: Asked):
         """Hand the prompts to the engine.
@@ -117,11 +146,12 @@ class Answer:
         self.requests = self._prepare()
         self.texts = [AnswerText(self.engine.generator.tokenizer, asked.stops) for _ in self.requests]
         try:
-            self.tickets = self.engine.submit(self.requests, partial(_put, loop, self.news))
+            tickets = self.engine.submit(self.requests, partial(_put, loop, self.news))
         except BusyError as error:
             server.metrics.refused("busy")
             status, why = (429, "too many requests wait") if self.engine.goes else (503, "the server ends")
             raise RequestRefusedError(status, f"{why}; try again", code="busy") from error
+        self.left: dict[int, Ticket] = dict(enumerate(tickets))
 
     def _prepare(self) -> list[DecodingRequest]:
         changed = {} if self.form.chat else {"chat": False}
@@ -136,35 +166,38 @@ class Answer:
             request.most_drafted, request.deepest_draft = self.asked.most_drafted, self.asked.exit_layer
         return found
 
-    async def pieces(self) -> AsyncIterator[tuple[int, str, str | None]]:
-        """Yield (place of the prompt, piece of its text, finish_reason with its last); free the slots however it ends.
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Yield what each round brings to one of the prompts.
 
         Raises:
             RequestRefusedError: what went wrong in the engine.
         """
-        left: dict[int, Ticket] = dict(enumerate(self.tickets))
-        outcome = "cancelled"
-        try:
-            while left:
-                place, news = await self.news.get()
-                if news.error is not None:
-                    outcome = "error"
-                    raise RequestRefusedError(500, str(news.error))
-                piece = self.texts[place].push(news.tokens, news.finish_reason is not None)
-                if news.finish_reason is not None:
-                    self.server.metrics.ended(left.pop(place), news.finish_reason)
-                if piece or news.finish_reason is not None:
-                    yield place, piece, news.finish_reason
-        finally:
-            for ticket in left.values():
-                self.engine.cancel(ticket)
-                self.server.metrics.ended(ticket, outcome)
+        while self.left:
+            place, news = await self.news.get()
+            if news.error is not None:
+                self.stop("error")
+                raise RequestRefusedError(500, str(news.error))
+            text, last = self.texts[place], len(news.tokens) - 1
+            tokens = [
+                Token(token, text.push([token], ended=at == last and news.finish_reason is not None), kind)
+                for at, (token, kind) in enumerate(zip(news.tokens, news.kinds, strict=True))
+            ]
+            if news.finish_reason is not None:
+                self.server.metrics.ended(self.left.pop(place), news.finish_reason)
+            yield Piece(place, tokens, news.finish_reason)
+
+    def stop(self, outcome: str = "cancelled") -> None:
+        """Free the slots of texts that have not ended."""
+        while self.left:
+            _, ticket = self.left.popitem()
+            self.engine.cancel(ticket)
+            self.server.metrics.ended(ticket, outcome)
 
     async def whole(self) -> Response:
         """Return the answer once it is complete."""
         texts = [""] * len(self.requests)
-        async for place, piece, _ in self.pieces():
-            texts[place] += piece
+        async for piece in self.pieces():
+            texts[piece.place] += piece.text
         return JSONResponse(self.form.whole(texts, [request.generation for request in self.requests]))
 
     async def events(self) -> AsyncIterator[str]:
@@ -172,14 +205,29 @@ class Answer:
         for chunk in self.form.first(len(self.requests)):
             yield event(chunk)
         try:
-            async for place, piece, finish_reason in self.pieces():
-                yield event(self.form.piece(place, piece, finish_reason))
+            async for piece in self.pieces():
+                if piece.text or piece.finish_reason is not None or self.asked.show_rounds:
+                    yield event(self.form.piece(piece, self.asked.show_rounds))
         except RequestRefusedError as error:
             yield event(error_body(error.status, error.message))
             return
         if self.asked.stream_options is not None and self.asked.stream_options.include_usage:
             yield event(self.form.usage([request.generation for request in self.requests]))
         yield event("[DONE]")
+
+
+class Streamed(StreamingResponse):
+    """The events of an answer, whose slots are free once it is over, even where the client left before the first."""
+
+    def __init__(self, answer: Answer):
+        super().__init__(answer.events(), media_type="text/event-stream")
+        self.answer = answer
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.answer.stop()
 
 
 def _put(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue, place: int, news: News) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -66,6 +66,7 @@ class Asked(BaseModel):
 
     Attributes:
         regex: the whole answer matches it.
+        show_rounds: chunks of a streamed answer say of each token how it came, in a field `lskip`.
         exit_layer, num_speculations, draft: bounds on how to draft for this text, which stays the same: the deepest
             exit that may draft, the most tokens of a draft, "none" for no draft at all.
     """
@@ -86,6 +87,7 @@ class Asked(BaseModel):
     min_p: float | None = None
     repetition_penalty: float | None = None
     regex: str | None = None
+    show_rounds: bool = False
     exit_layer: Annotated[int, Field(ge=1)] | None = None
     num_speculations: Annotated[int, Field(ge=0)] | None = None
     draft: Literal["none"] | None = None
@@ -187,12 +189,28 @@ class Chat(Asked):
         return {**super().client_names, "max_new_tokens": limit, "prompt": "messages"}
 
 
+class Settling(BaseModel):
+    """A request of /lskip/settling: an answer's tokens, as `show_rounds` gave them, behind the messages."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+    @property
+    def messages_for_template(self) -> list[dict[str, str]]:
+        return [message.as_template_takes_it() for message in self.messages]
+
+
+Read = TypeVar("Read", Asked, Settling)
+
+
 def changes_nothing(name: str, value: Any) -> bool:
     """Return whether a field that is not supported says what happens without it."""
     return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in NEUTRAL.get(name, ()))
 
 
-def read_asked(kind: type[Asked], body: bytes) -> Asked:
+def read_asked(kind: type[Read], body: bytes) -> Read:
     """Return a request; RequestRefusedError, by the name of the field, for one that is not understood."""
     try:
         asked = kind.model_validate_json(body)
@@ -200,5 +218,6 @@ def read_asked(kind: type[Asked], body: bytes) -> Asked:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         name = ".".join(map(str, first["loc"])) or "body"
         raise RequestRefusedError(400, f"{name}: {first['msg'].lower()}", name) from error
-    asked.check()
+    if isinstance(asked, Asked):
+        asked.check()
     return asked

@@ -6,9 +6,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lskip.inference import GenerationSettings, TextGenerator
 from lskip.inference.decoding.batch import Batch
@@ -24,11 +25,13 @@ class News(NamedTuple):
     Attributes:
         tokens: its new tokens.
         finish_reason: of Generation, with its last ones; else None.
+        kinds: how each of them came, as TextRound.kinds.
         error: why it failed, and gets no more; else None.
     """
 
     tokens: list[int]
     finish_reason: str | None = None
+    kinds: list[str] | None = None
     error: Exception | None = None
 
 
@@ -46,6 +49,7 @@ class Ticket:
         came: time of its coming, of time.perf_counter.
         first: time of its first token; None while there is none.
         last: time of its last token so far.
+        told: rounds of it that were told.
     """
 
     request: Request
@@ -53,6 +57,7 @@ class Ticket:
     came: float
     first: float | None = None
     last: float = 0.0
+    told: int = 0
 
 
 class Engine:
@@ -76,7 +81,9 @@ class Engine:
         self._learner = Learner(generator.costs_file, settings.draft_policy)
         self._learner.recall()
         self.batch = Batch(
-            generator.runners, settings, slots, context, lambda: generator.costs, pieces_a_round=PIECES_A_ROUND
+            *(generator.runners, settings, slots, context, lambda: generator.costs),
+            pieces_a_round=PIECES_A_ROUND,
+            keeps_texts=True,
         )
         self._tickets: dict[Request, Ticket] = {}
         self._wake = threading.Condition()
@@ -123,8 +130,8 @@ class Engine:
         room = self.context - len(request.prompt)
         if room < 1:
             raise ValueError(
-                f"prompt: {len(request.prompt)} tokens leave no room for an answer in this server's context of"
-                f" {self.context}"
+                f"prompt: {len(request.prompt)} tokens leave no room for an answer in the {self.context} that are kept"
+                " here for both"
             )
         if room < request.stop.max_new_tokens:
             request.stop = replace(request.stop, max_new_tokens=room, limit="context")
@@ -152,6 +159,19 @@ class Engine:
     def cancel(self, ticket: Ticket) -> None:
         """Free a request's slot before the next round, unless it has ended."""
         self._order(partial(self._cancel, ticket.request))
+
+    def call(self, work: Callable[[], Any]) -> Future:
+        """Return the outcome of `work`, done in the engine's thread between two rounds, as the model is its own."""
+        future: Future = Future()
+
+        def do() -> None:
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._order(do)
+        return future
 
     def _order(self, order: Callable[[], None]) -> None:
         with self._wake:
@@ -185,7 +205,11 @@ class Engine:
 
     def _tell_all(self, news: list[tuple[Request, list[int]]]) -> None:
         for request, tokens in news:
-            self._tell(request, News(tokens, request.generation.finish_reason))
+            if (ticket := self._tickets.get(request)) is not None:
+                rounds = request.generation.history[ticket.told :]
+                ticket.told += len(rounds)
+                kinds = [kind for each in rounds for kind in each.kinds]
+                self._tell(request, News(tokens, request.generation.finish_reason, kinds))
 
     def _fail(self, requests: list[Request], error: Exception) -> None:
         for request in requests:

@@ -19,7 +19,7 @@ class Metrics:
         self._ended = self._counter("requests", "requests that have ended, by how", "outcome")
         self._tokens = {
             name: self._counter(f"{name}_tokens", f"{name} tokens").labels(model)
-            for name in ("prompt", "generated", "drafted", "accepted")
+            for name in ("prompt", "cached_prompt", "generated", "drafted", "accepted")
         }
         self._rounds = self._counter("rounds", "passes of the whole model over a text").labels(model)
         self._first = self._histogram("time_to_first_token_seconds", "from a request's coming", FIRST)
@@ -39,7 +39,8 @@ class Metrics:
         self._ended.labels(self.model, outcome).inc()
         done = ticket.request.generation
         counts = {"generated": len(done.token_ids), "drafted": done.drafted, "accepted": done.accepted}
-        for name, count in (*counts.items(), ("prompt", done.prompt_tokens)):
+        prompts = {"prompt": done.prompt_tokens, "cached_prompt": done.cached_prompt_tokens}
+        for name, count in (*counts.items(), *prompts.items()):
             self._tokens[name].inc(count)
         self._rounds.inc(done.rounds)
         for name, count in (*counts.items(), ("rounds", done.rounds)):

@@ -4,8 +4,10 @@ import http.client
 import json
 import random
 import re
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import jsonschema
 import openai
@@ -287,3 +289,33 @@ def test_metrics_count_what_was_done(serve):
     assert values["prompt_tokens_total"] == sum(answer.usage.prompt_tokens for answer in answers)
     assert values["time_to_first_token_seconds_count"] == values["time_per_token_seconds_count"] == 2
     assert values["tokens_per_round"] == values["generated_tokens_total"] / values["rounds_total"]
+
+
+def test_a_second_turn_starts_behind_the_first(serve, tiny_generator):
+    """The text is that of `generate`; the tokens that were not run again are told, and counted."""
+    with serve(slots=2) as server:
+        ask = server.client.chat.completions.create
+        first = ask(model="tiny", messages=MESSAGES, max_tokens=40)
+        more = [*MESSAGES, {"role": "assistant", "content": first.choices[0].message.content}]
+        more += [{"role": "user", "content": "again"}]
+        second = ask(model="tiny", messages=more, max_tokens=40)
+        _, told, _ = raw(server, "GET", "/metrics")
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    known = second.usage.prompt_tokens_details.cached_tokens
+    assert first.usage.prompt_tokens <= known < second.usage.prompt_tokens
+    assert second.choices[0].message.content == expected(tiny_generator, more).text
+    assert f'lskip_cached_prompt_tokens_total{{model="tiny"}} {float(known)}' in told
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_before_its_answer_begins_frees_its_slot(serve, stream):
+    """Connections that are closed as soon as the request is sent."""
+    body = json.dumps({"prompt": "a", "max_tokens": 900, "stream": stream}).encode()
+    with serve(slots=1, most_waiting=100) as server:
+        for _ in range(30):
+            place = urlsplit(server.url)
+            with socket.create_connection((place.hostname, place.port)) as connection:
+                head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+                connection.sendall(head.encode() + body)
+        wait_until(lambda: server.engine.running == server.engine.waiting == 0)
+        assert server.client.completions.create(model="tiny", prompt="a", max_tokens=5).usage.completion_tokens == 5

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,16 +13,25 @@ from lskip.inference.decoding.batch_chooser import BatchChooser
 from lskip.inference.decoding.early_exit import exit_round
 from lskip.inference.decoding.engine import Round, check_logits, prefill, verify
 from lskip.inference.decoding.grammar_mask import GrammarError
+from lskip.inference.decoding.kept_texts import KeptTexts
 from lskip.inference.decoding.probe import Probe, agreements
 from lskip.inference.decoding.request import Joining, Request, RequestError
 from lskip.inference.decoding.state_recorder import StateRecorder
 from lskip.inference.drafting.costs import Costs
 from lskip.inference.drafting.draft import PLAIN, Draft, DraftPlan
 from lskip.inference.drafting.drafter import Runners
+from lskip.inference.drafting.drafts_on import DraftsOn
 from lskip.inference.drafting.policies import DraftPolicy, FixedDraft
 from lskip.inference.drafting.registry import DRAFTERS, drafts_of
-from lskip.inference.drafting.round import Drafted, Observer, Slots, check_drafted, check_plan, nothing_drafted
-from lskip.inference.exit_criteria import Logits, bound
+from lskip.inference.drafting.round import (
+    Drafted,
+    Slots,
+    check_drafted,
+    check_plan,
+    nothing_drafted,
+    only_observer,
+)
+from lskip.inference.exit_criteria import bound
 from lskip.inference.layers.kv_cache import PREFILL_ROWS
 from lskip.inference.runners.adapter_exit_runner import AdapterExitRunner
 from lskip.inference.runners.exit_head_runner import read_at
@@ -53,6 +61,7 @@ class Batch:
         costs: Callable[[], Costs],
         recorder: StateRecorder | None = None,
         pieces_a_round: int | None = None,
+        keeps_texts: bool = False,
     ):
         """Make room in a cache.
 
@@ -65,6 +74,8 @@ class Batch:
             recorder: keeps the states of each text for its Generation, where there is no adapter; None: keep none.
             pieces_a_round: pieces of prompts that are prefilled between two rounds at most, so that texts under way do
                 not wait for a long one; None: all.
+            keeps_texts: a text that has ended keeps its slot's memory until that is needed, and a prompt that begins
+                like it starts there; not where states are observed, or a window forgets.
         """
         self.runners, self.recorder, num_layers = runners, recorder, runners.model.num_layers
         self.pieces_a_round = pieces_a_round
@@ -86,7 +97,10 @@ class Batch:
         if num_speculations:
             self.drafts = drafts_of(settings.draft, settings.exit_layer, runners.available)
         self.drafters = {draft.kind: DRAFTERS[draft.kind](runners, self.slots) for draft in self.drafts}
-        self.slots.observer = _only(recorder, *(drafter.observer for drafter in self.drafters.values()))
+        self.slots.observer = only_observer(recorder, *(drafter.observer for drafter in self.drafters.values()))
+        self.kept = None
+        if keeps_texts and self.cache.keeps_all and self.slots.observer is None:
+            self.kept = KeptTexts(self.cache)
         if self.drafts:
             self.policy.begin(self.drafts, costs, num_speculations)
 
@@ -156,7 +170,9 @@ class Batch:
         observer = None if self.slots.observer is None else self.slots.observer.begin(slot)
         for drafter in self.drafters.values():
             drafter.begin(slot)
-        pieces = prefill(self.runner, self.cache.slot(slot), request.prompt, self.full, observer)
+        known = 0 if self.kept is None else self.kept.prepare(slot, request.prompt)
+        request.generation.cached_prompt_tokens = known
+        pieces = prefill(self.runner, self.cache.slot(slot), request.prompt, self.full, observer, known)
         self.joining = Joining(request, slot, pieces)
         return True
 
@@ -184,17 +200,22 @@ class Batch:
             )
 
     def _leave(self, slot: int) -> None:
-        last = len(self.requests) - 1
+        last, text = len(self.requests) - 1, self.requests[slot].chooser.text
         if slot != last:
             self._move(last, slot)
             self.requests[slot] = self.requests[last]
             self.slots.pending[slot] = self.slots.pending[last]
         self.requests.pop()
         self.slots.pending = self.slots.pending[:last]
+        if self.kept is not None:
+            self.kept.keep(last, text)
 
     def _move(self, source: int, target: int) -> None:
         """Move what is kept of the text in slot `source` to slot `target`, which has none."""
-        self.cache.move(source, target)
+        if self.kept is None:
+            self.cache.move(source, target)
+        else:
+            self.kept.exchange(source, target)
         if self.slots.observer is not None:
             self.slots.observer.move(source, target)
         for drafter in self.drafters.values():
@@ -257,7 +278,8 @@ class Batch:
             if plan.draft is None or plan.num_speculations == 0:
                 return plan, nothing_drafted(self.slots)
             check_plan(plan, most, without)
-            goes_on = partial(self._goes_on, plan.draft.exit_layer, [False] * len(self.requests))
+            ends = [request.stop.eos_ids for request in self.requests]
+            goes_on = DraftsOn(self.policy, self.draft_criterion, plan.draft.exit_layer, ends)
             drafter = self.drafters[plan.draft.kind]
             if (drafted := drafter.propose(plan.draft, plan.num_speculations, chooser, goes_on)) is not None:
                 check_drafted(drafted, plan, len(self.requests))
@@ -270,26 +292,6 @@ class Batch:
         room = self.cache.cells - 1 - max(self.slots.starts)
         allowed = [each.most_drafted for each in self.requests if each.most_drafted is not None]
         return min(room, max(request.left for request in self.requests) - 1, LONGEST_DRAFT, *allowed)
-
-    def _goes_on(self, exit_layer: int, ended: list[bool], logits: Logits, ids: Tensor, states: Tensor) -> bool:
-        """Return whether to draft on; `ended` tells of this round's drafts which have come to an end of the text."""
-        if ids.device.type == "cpu":  # elsewhere each look would wait for the device, and cost more than it saves
-            for slot, (request, token) in enumerate(zip(self.requests, ids.tolist(), strict=True)):
-                ended[slot] |= token in request.stop.eos_ids
-            if all(ended):
-                return False
-        if self.draft_criterion is not None:
-            sure = self.draft_criterion.exits(exit_layer, states[:, 0], states[:, 0], lambda: logits()[:, 0])
-            return 2 * int((~sure).sum()) < len(sure)
-        return self.policy.goes_on(lambda: logits()[:, 0].float().softmax(-1).gather(1, ids[:, None])[:, 0].tolist())
-
-
-def _only(*observers: Observer | None) -> Observer | None:
-    """Return the one observer that there is, or None; ValueError where there are several."""
-    found = [observer for observer in observers if observer is not None]
-    if len(found) > 1:
-        raise ValueError("draft: only one may observe states: states_at, the exit adapter or one drafter of your own")
-    return found[0] if found else None
 
 
 def longest_draft(settings: GenerationSettings) -> int:

@@ -44,18 +44,24 @@ def _exit_of(observer: Observer | None) -> list[int]:
 
 
 def prefill(
-    runner: ModelRunner, cache: KVCache, prompt: list[int], full: int, observer: Observer | None = None
+    runner: ModelRunner,
+    cache: KVCache,
+    prompt: list[int],
+    full: int,
+    observer: Observer | None = None,
+    start: int = 0,
 ) -> Iterator[Tensor | None]:
     """Run blocks 0 … `full`-1 on a prompt, piece by piece, into a `cache` of one slot, from its first cell on.
 
     Args:
         observer: of that slot.
+        start: tokens of the prompt whose keys and values the cache has already.
 
     Returns:
         None after each piece but the last; after that the logits [1, 1, V] behind the prompt's last token.
     """
-    start, stops = 0, _exit_of(observer)
-    for rows in torch.tensor([prompt], device=runner.device).split(PREFILL_ROWS, dim=1):
+    stops = _exit_of(observer)
+    for rows in torch.tensor([prompt[start:]], device=runner.device).split(PREFILL_ROWS, dim=1):
         states = run_past(runner, runner.embed(rows, [start]), cache, [start], 0, full, stops)
         if observer is not None:
             observer.observe(states[observer.exit_layer], runner.norm(states[full]), [start])

@@ -39,6 +39,14 @@ class Observer(Protocol):
     def move(self, source: int, target: int) -> None: ...
 
 
+def only_observer(*observers: Observer | None) -> Observer | None:
+    """Return the one observer that there is, or None; ValueError where there are several."""
+    found = [observer for observer in observers if observer is not None]
+    if len(found) > 1:
+        raise ValueError("draft: only one may observe states: states_at, the exit adapter or one drafter of your own")
+    return found[0] if found else None
+
+
 @dataclass
 class Slots:
     """Texts under way, in the cache's first A slots.

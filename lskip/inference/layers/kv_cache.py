@@ -34,6 +34,20 @@ class KVCache:
         length = self.lengths[target] = self.lengths[source]
         self.kv[:, target, :, :, :length] = self.kv[:, source, :, :, :length]
 
+    def exchange(self, one: int, other: int) -> None:
+        """Give each of two slots what the other holds."""
+        lengths = self.lengths
+        length = max(lengths[one], lengths[other])
+        kept = self.kv[:, one, :, :, :length].clone()
+        self.kv[:, one, :, :, :length] = self.kv[:, other, :, :, :length]
+        self.kv[:, other, :, :, :length] = kept
+        lengths[one], lengths[other] = lengths[other], lengths[one]
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every position of a text stays, so that another text can go on from any of them."""
+        return True
+
     @property
     def cells(self) -> int:
         return self.kv.shape[4]
@@ -82,6 +96,10 @@ class RollingCache(KVCache):
         self.lengths[target] = self.lengths[source]
         for part in self.kv:
             part[target] = part[source]
+
+    @property
+    def keeps_all(self) -> bool:
+        return False
 
     @property
     def cells(self) -> int:

@@ -1,0 +1,155 @@
+"""`lskip chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from queue import Queue
+
+from lskip.cli.generate import check_adapter_is_used, check_exit_layer
+from lskip.inference import GenerationSettings, TextGenerator
+from lskip.inference.options import DecodingOptions, LoadingOptions
+from lskip.inference.settings import AUTO
+from lskip.inference.text import TextPieces
+from lskip.serving.engine import Engine, News
+from lskip.serving.options import MOST_CONTEXT
+from lskip.utils.untrusted import printable
+
+HELP = """/draft off, /draft on    whether anything drafts; the text stays the same
+/exit_layer 8, /exit_layer off    no draft from a deeper exit
+/system TEXT    another system message, and a new conversation
+/new    a new conversation
+/quit    or Ctrl-D; Ctrl-C stops an answer"""
+
+
+def chat(decoding: DecodingOptions, loading: LoadingOptions, system: str | None = None) -> None:
+    """Talk with a model: lines of standard input are messages, its answers come as they are made.
+
+    What was said before is not run again. Lines that begin with / are commands; /help lists them.
+
+    Args:
+        decoding: how answers are continued. Where nothing here says what drafts, it is as by draft auto.
+        loading: which model.
+        system: a system message; null: none, or the one of the model's chat template.
+    """
+    decoding = with_drafts(decoding)
+    loading = loading.for_draft(decoding.draft)
+    settings = decoding.settings()
+    check_exit_layer(decoding, loading)
+    generator = loading.load()
+    check_adapter_is_used(decoding, loading, generator)
+    if generator.tokenizer is None or generator.tokenizer.chat_template is None:
+        raise ValueError(f"model: {loading.model!r} has no chat template; use lskip generate")
+    with suppress(ImportError):  # not everywhere: lines can be edited, and called again
+        import readline  # noqa: F401
+    talk = Conversation(generator, generator.settings(**settings), system)
+    try:
+        for line in lines():
+            if line.startswith("/"):
+                if line.strip() == "/quit":
+                    break
+                print(talk.command(line), file=sys.stderr)
+            elif line.strip():
+                talk.answer(line)
+    finally:
+        talk.engine.close()
+
+
+def with_drafts(decoding: DecodingOptions) -> DecodingOptions:
+    """Return the options with draft auto, where they say nothing of drafts or exits."""
+    said = (decoding.draft, decoding.draft_policy, decoding.exit_layer, decoding.exit_criterion)
+    silent = decoding.num_speculations is None and all(each is None for each in said)
+    return replace(decoding, draft=AUTO) if silent else decoding
+
+
+def lines() -> Iterator[str]:
+    """Yield lines of standard input until its end; Ctrl-C gives up a line."""
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+
+
+@dataclass
+class Bounds:
+    """What the drafts of answers may be."""
+
+    drafts: bool = True
+    exit_layer: int | None = None
+
+
+class Conversation:
+    """Messages so far, and the engine that answers them."""
+
+    def __init__(self, generator: TextGenerator, settings: GenerationSettings, system: str | None):
+        self.generator, self.settings, self.bounds = generator, settings, Bounds()
+        # One may wait: an answer that was stopped leaves its slot before the next round.
+        self.engine = Engine(generator, settings, 1, min(generator.context_length, MOST_CONTEXT), 1)
+        self.engine.start()
+        self.begin(system)
+
+    def begin(self, system: str | None) -> None:
+        """Forget what was said."""
+        self.system = system
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+
+    def command(self, line: str) -> str:
+        """Do what a line that begins with / says, and return what to tell of it."""
+        name, _, value = line[1:].strip().partition(" ")
+        value = value.strip()
+        if name == "new":
+            self.begin(self.system)
+            return "a new conversation"
+        if name == "system":
+            self.begin(value or None)
+            return "a new conversation with this system message" if value else "a new conversation"
+        if name == "draft" and value in ("on", "off"):
+            self.bounds.drafts = value == "on"
+            return f"drafts are {value}"
+        if name == "exit_layer" and (value == "off" or value.isdecimal()):
+            self.bounds.exit_layer = None if value == "off" else int(value)
+            return f"exit_layer: {value}"
+        return HELP if name == "help" else f"{line.strip()}: is no command; these are:\n{HELP}"
+
+    def answer(self, text: str) -> None:
+        """Write the answer to a message as it comes, and what it took on standard error; Ctrl-C stops it."""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        try:
+            request = self.engine.prepare(messages, self.settings)
+        except ValueError as error:  # too long by now: the conversation goes on
+            print(error, file=sys.stderr)
+            return
+        request.most_drafted = None if self.bounds.drafts else 0
+        request.deepest_draft = self.bounds.exit_layer
+        news: Queue[News] = Queue()
+        (ticket,) = self.engine.submit([request], lambda _, each: news.put(each))
+        pieces, said = TextPieces(self.generator.tokenizer), ""
+        try:
+            for piece in _pieces(news, pieces):
+                said += piece
+                print(printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+        except KeyboardInterrupt:
+            self.engine.cancel(ticket)
+            said += pieces.rest()
+        print()
+        self.messages = [*messages, {"role": "assistant", "content": said}]
+        done = request.generation
+        rate = "" if done.acceptance_rate is None else f", acceptance_rate {done.acceptance_rate:.2f}"
+        print(f"[{len(done.token_ids)} tokens, {done.tokens_per_second:.1f} tokens/s{rate}]", file=sys.stderr)
+
+
+def _pieces(news: Queue[News], pieces: TextPieces) -> Iterator[str]:
+    """Yield an answer's text as it comes; ValueError where it fails."""
+    while True:
+        each = news.get()
+        if each.error is not None:
+            raise ValueError(str(each.error)) from each.error
+        yield pieces.push(each.tokens)
+        if each.finish_reason is not None:
+            yield pieces.rest()
+            return
