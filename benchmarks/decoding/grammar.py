@@ -30,7 +30,7 @@ from lskip.utils.output_files import write_json
 
 NAMES = ("name", "title", "city", "country", "year", "price", "color", "size", "tags", "notes", "author", "active")
 TOPICS = ("a river", "a book", "a phone", "a city", "a painter", "a recipe", "a train", "a bird", "a film", "a game")
-PATTERNS = ("[A-Z]{2}-[0-9]{4}", "[a-z]+@[a-z]+\\.(com|org)", "(19|20)[0-9]{2}")
+PATTERNS = ("[A-Z]{2}-[0-9]{4}", "[a-z]{1,12}@[a-z]{1,12}\\.(com|org)", "(19|20)[0-9]{2}")
 WAYS: dict[str, dict[str, Any]] = {
     "none": {},
     "layers": {"draft": "layers", "exit_layer": 20, "num_speculations": 3},

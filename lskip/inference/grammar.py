@@ -7,7 +7,8 @@ from typing import Any
 
 # Bounds where a schema has none: greedy decoding of a small model repeats itself, and would never close a string.
 LONGEST_STRING = 256  # characters
-MOST_ITEMS = 32  # of an array
+MOST_ITEMS = 16  # of an array
+LARGEST = 2**53 - 1  # of an integer, and its opposite: beyond it programs read JSON's numbers differently (RFC 8259)
 SEVERAL = ("anyOf", "oneOf", "allOf", "prefixItems")  # lists of schemas
 NAMED = ("properties", "patternProperties", "$defs", "definitions")  # names with schemas
 ONE = ("items", "additionalProperties", "contains")
@@ -16,7 +17,7 @@ ONE = ("items", "additionalProperties", "contains")
 def compile_grammar(json_schema: dict[str, Any] | None, regex: str | None) -> str | None:
     """Return llguidance's grammar of a JSON schema, or of a regular expression; None where neither is given.
 
-    JSON has no white space between its parts. Strings and arrays without a bound of their own get one.
+    JSON has no white space between its parts. Strings, arrays and integers without a bound of their own get one.
 
     Raises:
         ValueError: both are given, one is not understood, or llguidance is not installed.
@@ -49,7 +50,7 @@ def compile_grammar(json_schema: dict[str, Any] | None, regex: str | None) -> st
 
 
 def _bounded(schema: Any) -> Any:
-    """Return a schema whose strings and arrays have a largest length."""
+    """Return a schema whose strings, arrays and integers have bounds."""
     if not isinstance(schema, dict):
         return schema
     found = {
@@ -68,4 +69,11 @@ def _bounded(schema: Any) -> Any:
         found["maxLength"] = max(LONGEST_STRING, schema.get("minLength", 0))
     if "array" in kinds and not {"maxItems", "enum", "const"} & schema.keys():
         found["maxItems"] = max(MOST_ITEMS, schema.get("minItems", 0))
+    if "integer" in kinds and not {"enum", "const", "multipleOf"} & schema.keys():
+        for bounds, largest in (
+            (("minimum", "exclusiveMinimum"), -LARGEST),
+            (("maximum", "exclusiveMaximum"), LARGEST),
+        ):
+            if not set(bounds) & schema.keys():
+                found[bounds[0]] = largest
     return found

@@ -58,7 +58,9 @@ class ResponseFormat(BaseModel):
     @property
     def schema_of_answer(self) -> dict[str, Any] | None:
         """The schema that the answer follows; None: it is a text."""
-        return {"type": "object"} if self.type == "json_object" else self.json_schema and self.json_schema.schema_
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return {"type": "object"} if self.type == "json_object" else None
 
 
 class Asked(BaseModel):
@@ -110,7 +112,8 @@ class Asked(BaseModel):
     @property
     def client_names(self) -> dict[str, str]:
         """Fields of GenerationSettings, and the prompt -> the names by which the client knows them."""
-        return {"max_new_tokens": "max_tokens", "stop_strings": "stop", "json_schema": "response_format"}
+        grammars = dict.fromkeys(("json_schema", "json_schema, regex"), "response_format")
+        return {"max_new_tokens": "max_tokens", "stop_strings": "stop", **grammars}
 
     @property
     def stops(self) -> list[str]:

@@ -162,6 +162,8 @@ def test_strings_and_arrays_get_a_bound_and_keep_their_own(tiny_tokenizer):
         assert (allowed_by(mask, ids) == {0}) == allowed
     assert is_whole({"type": "array", "items": {"type": "integer"}}, list(range(9)))
     assert is_whole({"type": "string", "minLength": 300}, "y" * 300)
+    assert is_whole({"type": "integer"}, -(2**53) + 1) and not is_whole({"type": "integer"}, 2**53)
+    assert is_whole({"type": "integer", "maximum": 10**18}, 10**18)
 
 
 @pytest.mark.parametrize(
