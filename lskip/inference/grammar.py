@@ -70,10 +70,7 @@ def _bounded(schema: Any) -> Any:
     if "array" in kinds and not {"maxItems", "enum", "const"} & schema.keys():
         found["maxItems"] = max(MOST_ITEMS, schema.get("minItems", 0))
     if "integer" in kinds and not {"enum", "const", "multipleOf"} & schema.keys():
-        for bounds, largest in (
-            (("minimum", "exclusiveMinimum"), -LARGEST),
-            (("maximum", "exclusiveMaximum"), LARGEST),
-        ):
-            if not set(bounds) & schema.keys():
-                found[bounds[0]] = largest
+        for end, largest in (("minimum", -LARGEST), ("maximum", LARGEST)):
+            if not {end, f"exclusive{end.capitalize()}"} & schema.keys():
+                found[end] = largest
     return found
