@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lskip.inference.exit_criteria import ExitCriterion
 from lskip.models.exit_heads import ExitClassifier, closeness
 from lskip.module import LayerSkipModule
+from lskip.training.exit_rows import mean_loss
 from lskip.utils.checks import check_whole
 
 
@@ -114,7 +115,7 @@ class TaskModule(LayerSkipModule):
             if self.classifier is not None and block + 1 < self.decoder.num_layers:
                 self.took_part.add(("classifier", 0))
                 classifier_losses.append(self.classifier.loss(states, self.task.rightness(outputs, targets)))
-        return total + self._mean(classifier_losses), loss.detach()
+        return total + mean_loss(classifier_losses), loss.detach()
 
     @torch.inference_mode()
     def answer(
