@@ -16,13 +16,13 @@ from lskip.losses import head_loss
 from lskip.low_rank import LowRank
 from lskip.models.block_inputs import BlockInputs
 from lskip.models.decoder import Decoder
-from lskip.models.exit_heads import trained_exits
+from lskip.models.exit_heads import mean_loss, trained_exits
 from lskip.models.pretrained import load_model
 from lskip.models.readout import Readout, read_exits
 from lskip.models.scored import scored_of
 from lskip.optimization import WarmupCosine
 from lskip.targets import ExitTarget, Labels
-from lskip.training.exit_rows import ExitRows, mean_loss, sampled_positions
+from lskip.training.exit_rows import ExitRows, sampled_positions
 from lskip.training.flex_attention import check_flex_attention, use_flex_attention
 from lskip.training.fsdp2 import FSDP2, shard
 from lskip.training.layer_vector import LayerVector

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lskip.inference.exit_criteria import ExitCriterion
-from lskip.models.exit_heads import ExitClassifier, closeness
+from lskip.models.exit_heads import ExitClassifier, closeness, mean_loss
 from lskip.module import LayerSkipModule
-from lskip.training.exit_rows import mean_loss
 from lskip.utils.checks import check_whole
 
 

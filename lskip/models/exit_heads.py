@@ -180,3 +180,9 @@ def trained_exits(source, decoder: Decoder, heads: bool, classifier: bool) -> Tr
     if own is not None:
         exits.load_state_dict(own.state_dict(), strict=False)
     return exits
+
+
+def mean_loss(losses: list[Tensor | None]) -> Tensor | float:
+    """Return the mean of the losses of exits that are not None; 0 where all are."""
+    there = [loss for loss in losses if loss is not None]
+    return sum(there) / len(there) if there else 0.0

@@ -39,9 +39,3 @@ def sampled_positions(
     random = np.random.default_rng([seed, micro_batch, block, 1])
     picked = random.permutation(count)[: max(1, round(share * count))]
     return to_device(torch.tensor(picked), device)
-
-
-def mean_loss(losses: list[Tensor | None]) -> Tensor | float:
-    """Return the mean of the losses that are not None; 0 where all are."""
-    there = [loss for loss in losses if loss is not None]
-    return sum(there) / len(there) if there else 0.0
