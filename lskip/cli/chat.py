@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from queue import Queue
 
 from lskip.cli.generate import check_adapter_is_used, check_exit_layer
 from lskip.inference import GenerationSettings, TextGenerator
+from lskip.inference.generation import TextStream
 from lskip.inference.options import DecodingOptions, LoadingOptions
 from lskip.inference.settings import AUTO
-from lskip.inference.text import TextPieces
 from lskip.serving.engine import Engine, News
 from lskip.serving.options import MOST_CONTEXT
 from lskip.utils.untrusted import printable
@@ -75,19 +75,17 @@ def lines() -> Iterator[str]:
             print(file=sys.stderr)
 
 
-@dataclass
-class Bounds:
-    """What the drafts of answers may be."""
-
-    drafts: bool = True
-    exit_layer: int | None = None
-
-
 class Conversation:
-    """Messages so far, and the engine that answers them."""
+    """Messages so far, and the engine that answers them.
+
+    Attributes:
+        most_drafted, deepest_draft: of its requests; None: no bound.
+    """
 
     def __init__(self, generator: TextGenerator, settings: GenerationSettings, system: str | None):
-        self.generator, self.settings, self.bounds = generator, settings, Bounds()
+        self.generator, self.settings = generator, settings
+        self.most_drafted: int | None = None
+        self.deepest_draft: int | None = None
         # One may wait: an answer that was stopped leaves its slot before the next round.
         self.engine = Engine(generator, settings, 1, min(generator.context_length, MOST_CONTEXT), 1)
         self.engine.start()
@@ -109,10 +107,10 @@ class Conversation:
             self.begin(value or None)
             return "a new conversation with this system message" if value else "a new conversation"
         if name == "draft" and value in ("on", "off"):
-            self.bounds.drafts = value == "on"
+            self.most_drafted = None if value == "on" else 0
             return f"drafts are {value}"
         if name == "exit_layer" and (value == "off" or value.isdecimal()):
-            self.bounds.exit_layer = None if value == "off" else int(value)
+            self.deepest_draft = None if value == "off" else int(value)
             return f"exit_layer: {value}"
         return HELP if name == "help" else f"{line.strip()}: is no command; these are:\n{HELP}"
 
@@ -124,18 +122,16 @@ class Conversation:
         except ValueError as error:  # too long by now: the conversation goes on
             print(error, file=sys.stderr)
             return
-        request.most_drafted = None if self.bounds.drafts else 0
-        request.deepest_draft = self.bounds.exit_layer
+        request.most_drafted, request.deepest_draft = self.most_drafted, self.deepest_draft
         news: Queue[News] = Queue()
         (ticket,) = self.engine.submit([request], lambda _, each: news.put(each))
-        pieces, said = TextPieces(self.generator.tokenizer), ""
+        said = ""
         try:
-            for piece in _pieces(news, pieces):
+            for piece in TextStream(self.generator.tokenizer, _rounds(news), request.generation):
                 said += piece
                 print(printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
         except KeyboardInterrupt:
             self.engine.cancel(ticket)
-            said += pieces.rest()
         print()
         self.messages = [*messages, {"role": "assistant", "content": said}]
         done = request.generation
@@ -143,13 +139,12 @@ class Conversation:
         print(f"[{len(done.token_ids)} tokens, {done.tokens_per_second:.1f} tokens/s{rate}]", file=sys.stderr)
 
 
-def _pieces(news: Queue[News], pieces: TextPieces) -> Iterator[str]:
-    """Yield an answer's text as it comes; ValueError where it fails."""
-    while True:
+def _rounds(news: Queue[News]) -> Iterator[list[int]]:
+    """Yield the tokens of each round of an answer, to its end; ValueError where it fails."""
+    ended = False
+    while not ended:
         each = news.get()
         if each.error is not None:
             raise ValueError(str(each.error)) from each.error
-        yield pieces.push(each.tokens)
-        if each.finish_reason is not None:
-            yield pieces.rest()
-            return
+        yield each.tokens
+        ended = each.finish_reason is not None

@@ -205,8 +205,8 @@ class TextGenerator:
         seed = secrets.randbits(32) if settings.seed is None else (settings.seed + index) % 2**64
         rules = self.model_defaults
         by_text = rules.by_text
-        if settings.grammar is not None:
-            by_text += (GrammarMask(self.grammar_tokenizer, settings.grammar, len(ids)),)
+        if (grammar := settings.grammar) is not None:
+            by_text += (GrammarMask(self.grammar_tokenizer, grammar, len(ids)),)
         chooser = TokenChooser(settings, seed, self.eos_ids, ids, by_text, rules.warpers)
         return Request(ids, chooser, stop, Generation(prompt_tokens=len(ids), seed=seed), index=index)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from typing import Any
 
 # Bounds where a schema has none: greedy decoding of a small model repeats itself, and would never close a string.
@@ -30,17 +31,25 @@ def compile_grammar(json_schema: dict[str, Any] | None, regex: str | None) -> st
     if not isinstance(given, dict if field == "json_schema" else str):
         raise ValueError(f"{field}: {given!r} is not {'an object' if field == 'json_schema' else 'a text'}")
     try:
+        text = given if field == "regex" else json.dumps(_bounded(given))
+    except (ValueError, TypeError, RecursionError) as error:  # a dict that is no JSON
+        raise ValueError(f"{field}: {error}") from error
+    return _compiled(field, text)
+
+
+@lru_cache(maxsize=64)  # settings are made several times for one text, and prompts of a file share theirs
+def _compiled(field: str, text: str) -> str:
+    try:
         from llguidance import LLMatcher
     except ModuleNotFoundError as error:
         raise ValueError(f"{field}: needs llguidance, which is not installed; pip install 'lskip[grammar]'") from error
     try:
-        if regex is not None:
-            grammar = LLMatcher.grammar_from_regex(regex)
+        if field == "regex":
+            grammar = LLMatcher.grammar_from_regex(text)
         else:
-            schema = json.dumps(_bounded(json_schema))
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
+            grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
         wrong = LLMatcher.validate_grammar(grammar)
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         wrong = str(error)
     if wrong:
         lines = wrong.splitlines()  # of a regular expression with the place, and the reason behind that

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from lskip.inference.decoding.request import Request as DecodingRequest
 from lskip.serving.answer_text import AnswerText
 from lskip.serving.answers import Form, Piece, Token, error_body, event
-from lskip.serving.asked import Asked, Chat, Completion, RequestRefusedError, Settling, read_asked
+from lskip.serving.asked import Asked, Chat, Completion, RequestRefusedError, Settling, for_template, read_asked
 from lskip.serving.engine import BusyError, Engine, News, Ticket
 from lskip.serving.metrics import Metrics
 from lskip.serving.settling import settling_layers
@@ -94,7 +94,7 @@ class Server:
             raise RequestRefusedError(503, "the server ends", code="busy")
         generator = self.engine.generator
         try:
-            work = partial(settling_layers, generator, asked.messages_for_template, asked.tokens, self.engine.context)
+            work = partial(settling_layers, generator, for_template(asked.messages), asked.tokens, self.engine.context)
             layers = await asyncio.wrap_future(self.engine.call(work))
         except ValueError as error:
             raise RequestRefusedError(400, str(error), str(error).partition(": ")[0]) from error

@@ -123,7 +123,8 @@ class Asked(BaseModel):
     def most_tokens(self) -> int | None:
         return self.max_tokens
 
-    def check(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> Asked:
         """Raise RequestRefusedError for fields, or values, that are not supported."""
         for name, value in (self.model_extra or {}).items():
             if value is not None and name not in IGNORED and not changes_nothing(name, value):
@@ -131,6 +132,7 @@ class Asked(BaseModel):
                 raise RequestRefusedError(400, sentence, name, "unsupported_parameter")
         if len(self.stops) > MOST_STOPS or "" in self.stops:
             raise RequestRefusedError(400, f"stop: give 1 to {MOST_STOPS} texts, none of them empty", "stop")
+        return self
 
     @property
     def most_drafted(self) -> int | None:
@@ -171,6 +173,11 @@ class Message(BaseModel):
         return {"role": role, "content": text}
 
 
+def for_template(messages: list[Message]) -> list[dict[str, str]]:
+    """Return messages as the chat template takes them."""
+    return [message.as_template_takes_it() for message in messages]
+
+
 class Chat(Asked):
     """A request of /v1/chat/completions."""
 
@@ -180,7 +187,7 @@ class Chat(Asked):
     @property
     def prompts(self) -> list[list[dict[str, str]]]:
         """The one prompt: its messages."""
-        return [[message.as_template_takes_it() for message in self.messages]]
+        return [for_template(self.messages)]
 
     @property
     def most_tokens(self) -> int | None:
@@ -200,10 +207,6 @@ class Settling(BaseModel):
     messages: Annotated[list[Message], Field(min_length=1)]
     tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
-    @property
-    def messages_for_template(self) -> list[dict[str, str]]:
-        return [message.as_template_takes_it() for message in self.messages]
-
 
 Read = TypeVar("Read", Asked, Settling)
 
@@ -216,11 +219,8 @@ def changes_nothing(name: str, value: Any) -> bool:
 def read_asked(kind: type[Read], body: bytes) -> Read:
     """Return a request; RequestRefusedError, by the name of the field, for one that is not understood."""
     try:
-        asked = kind.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         name = ".".join(map(str, first["loc"])) or "body"
         raise RequestRefusedError(400, f"{name}: {first['msg'].lower()}", name) from error
-    if isinstance(asked, Asked):
-        asked.check()
-    return asked

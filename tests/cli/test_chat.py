@@ -8,6 +8,7 @@ import pytest
 from lskip.cli import chat as chat_command
 from lskip.cli import main
 from lskip.inference import load_generator
+from lskip.inference.generation import TextStream
 from lskip.serving.engine import Engine
 from tests.serving.conftest import TEMPLATE
 
@@ -83,16 +84,17 @@ def test_a_system_message_of_the_command_line(talk, saved):
 
 
 def test_ctrl_c_stops_an_answer_and_the_talk_goes_on(talk, saved, monkeypatch):
-    pieces, calls = chat_command._pieces, []
+    calls = []
 
-    def interrupted(*arguments):
-        calls.append(arguments)
-        for count, piece in enumerate(pieces(*arguments)):
-            if count == 2 and len(calls) == 1:
-                raise KeyboardInterrupt
-            yield piece
+    class Interrupted(TextStream):
+        def __iter__(self):
+            calls.append(self)
+            for count, piece in enumerate(super().__iter__()):
+                if count == 2 and len(calls) == 1:
+                    raise KeyboardInterrupt
+                yield piece
 
-    monkeypatch.setattr(chat_command, "_pieces", interrupted)
+    monkeypatch.setattr(chat_command, "TextStream", Interrupted)
     out, _ = talk("a", "/new", "c")
     whole = expected(saved, "a")
     assert whole.startswith(out.split("\n")[0]) and out.endswith(expected(saved, "c")) and len(calls) == 2
