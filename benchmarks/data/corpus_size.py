@@ -99,7 +99,7 @@ def measured(source: Path, cache: Path, cores: int, options: argparse.Namespace,
         *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
         *([] if options.tokenizer is None else [f"--data.tokenizer={options.tokenizer}"]),
     ]
-    log, most, began = options.out / "fit.log", 0, time.perf_counter()
+    log, highest, began = options.out / "fit.log", [0], time.perf_counter()
     variables = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     allowed = set(sorted(os.sched_getaffinity(0))[:cores])
     with (
@@ -109,11 +109,12 @@ def measured(source: Path, cache: Path, cores: int, options: argparse.Namespace,
         ) as process,
     ):
         while process.poll() is None:
-            most = max(most, sum(map(anonymous_bytes, family(process.pid))))
+            highest = max(highest, [*map(anonymous_bytes, family(process.pid))], key=sum)
             time.sleep(EVERY)
     if process.returncode:
         raise SystemExit(f"benchmarks.data.corpus_size: lskip fit failed\n{log.read_text()[-2000:]}")
-    return {"seconds": round(time.perf_counter() - began, 1), "anonymous_bytes": most}
+    seconds = round(time.perf_counter() - began, 1)
+    return {"seconds": seconds, "anonymous_bytes": sum(highest), "of_each_process": highest}
 
 
 def family(process: int) -> list[int]:
