@@ -14,6 +14,7 @@ from lskip.inference.generation import TextStream
 from lskip.inference.options import DecodingOptions, LoadingOptions
 from lskip.inference.settings import AUTO
 from lskip.serving.engine import Engine, News
+from lskip.serving.lanes import Lane, prepare_request
 from lskip.serving.options import MOST_CONTEXT
 from lskip.utils.untrusted import printable
 
@@ -86,8 +87,9 @@ class Conversation:
         self.generator, self.settings = generator, settings
         self.most_drafted: int | None = None
         self.deepest_draft: int | None = None
+        self.lane = Lane(generator, settings, 1, min(generator.context_length, MOST_CONTEXT))
         # One may wait: an answer that was stopped leaves its slot before the next round.
-        self.engine = Engine(generator, settings, 1, min(generator.context_length, MOST_CONTEXT), 1)
+        self.engine = Engine([self.lane], 1)
         self.engine.start()
         self.begin(system)
 
@@ -118,13 +120,13 @@ class Conversation:
         """Write the answer to a message as it comes, and what it took on standard error; Ctrl-C stops it."""
         messages = [*self.messages, {"role": "user", "content": text}]
         try:
-            request = self.engine.prepare(messages, self.settings)
+            request = prepare_request(self.lane, messages, self.settings)
         except ValueError as error:  # too long by now: the conversation goes on
             print(error, file=sys.stderr)
             return
         request.most_drafted, request.deepest_draft = self.most_drafted, self.deepest_draft
         news: Queue[News] = Queue()
-        (ticket,) = self.engine.submit([request], lambda _, each: news.put(each))
+        (ticket,) = self.engine.submit(self.lane, [request], lambda _, each: news.put(each))
         said = ""
         try:
             for piece in TextStream(self.generator.tokenizer, _rounds(news), request.generation):

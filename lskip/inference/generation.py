@@ -45,6 +45,7 @@ class Generation:
     Attributes:
         text: the continuation, special tokens left out ("" without a tokenizer).
         token_ids: its tokens, an end-of-text token included.
+        logprobs: their log probabilities by the model's own logits; empty unless asked for.
         prompt_tokens: tokens of the prompt, chat template included.
         cached_prompt_tokens: how many of them were not run, since an earlier text of a server began with them.
         seconds: from the start of the prefill to the last token.
@@ -63,6 +64,7 @@ class Generation:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     seconds: float = 0.0

@@ -54,6 +54,8 @@ class GenerationSettings:
         json_schema: the text is JSON that follows this schema, and has no white space between its parts. Drafted or
             not, the text is the same. None: any text.
         regex: the text matches this regular expression from its beginning to its end. None: any text.
+        logprobs: whether the outcome has the log probability of each token, by the model's own logits: before
+            penalties, temperature and grammar.
         seed: fixes the sampled text; None: another text each time.
         chat: whether a text prompt goes through the tokenizer's chat template; None: when it has one, and
             training pairs did not go without it.
@@ -75,6 +77,7 @@ class GenerationSettings:
     stop_strings: tuple[str, ...] = ()
     json_schema: dict[str, Any] | None = None
     regex: str | None = None
+    logprobs: bool = False
     seed: int | None = None
     chat: bool | None = None
 
@@ -102,6 +105,8 @@ class GenerationSettings:
         object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
         if self.grammar is not None and self.min_new_tokens:
             raise ValueError("min_new_tokens: does not go with json_schema or regex, which say where a text may end")
+        if self.logprobs not in (True, False):
+            raise ValueError(f"logprobs: {self.logprobs!r} is not true or false")
         if self.chat not in (None, True, False):
             raise ValueError(f"chat: {self.chat!r} is not true, false or null")
 

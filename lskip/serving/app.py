@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import Sequence
 from functools import partial
 from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from lskip.inference.decoding.request import Request as DecodingRequest
-from lskip.serving.answer_text import AnswerText
-from lskip.serving.answers import Form, Piece, Token, error_body, event
+from lskip.serving.answer import Answer, Streamed
+from lskip.serving.answer_form import error_body
 from lskip.serving.asked import Asked, Chat, Completion, RequestRefusedError, Settling, for_template, read_asked
-from lskip.serving.engine import BusyError, Engine, News, Ticket
-from lskip.serving.metrics import Metrics
+from lskip.serving.engine import Engine
+from lskip.serving.lanes import Endpoint
+from lskip.serving.metrics import Counters, Metrics
 from lskip.serving.settling import settling_layers
 
 MOST_BYTES = 2**20  # of a body
@@ -36,15 +35,20 @@ class Server:
 
     Attributes:
         engine: decodes.
-        model: the name that clients give.
+        endpoints: by the name that clients give; the first one answers those that give none.
         hosts: names under which clients reach it, or *: another one is a web page's trick (DNS rebinding).
         api_key: that clients must send; None: none.
     """
 
-    def __init__(self, engine: Engine, model: str, hosts: tuple[str, ...] = (), api_key: str | None = None):
-        self.engine, self.model, self.api_key = engine, model, api_key
+    def __init__(
+        self, engine: Engine, endpoints: Sequence[Endpoint], hosts: tuple[str, ...] = (), api_key: str | None = None
+    ):
+        self.engine, self.api_key = engine, api_key
+        self.endpoints = {endpoint.name: endpoint for endpoint in endpoints}
         self.hosts = {*HERE, *hosts}
-        self.metrics = Metrics(model, engine)
+        counters = Counters()
+        self.metrics = {endpoint.name: Metrics(endpoint, engine, counters) for endpoint in endpoints}
+        self._counted = counters.text
 
     def app(self) -> FastAPI:
         """Return the application."""
@@ -82,7 +86,7 @@ class Server:
         return JSONResponse({"status": "ok" if goes else "the engine has ended"}, 200 if goes else 503)
 
     async def _metrics(self) -> Response:
-        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(self._counted(), media_type="text/plain; version=0.0.4")
 
     async def _page(self) -> Response:
         page = files("lskip.serving").joinpath("page.html").read_text(encoding="utf-8")
@@ -92,16 +96,18 @@ class Server:
         asked = read_asked(Settling, await read_body(http))
         if not self.engine.goes:
             raise RequestRefusedError(503, "the server ends", code="busy")
-        generator = self.engine.generator
+        lane = self._endpoint(asked.model).lane
+        generator = lane.generator
         try:
-            work = partial(settling_layers, generator, for_template(asked.messages), asked.tokens, self.engine.context)
+            work = partial(settling_layers, generator, for_template(asked.messages), asked.tokens, lane.context)
             layers = await asyncio.wrap_future(self.engine.call(work))
         except ValueError as error:
             raise RequestRefusedError(400, str(error), str(error).partition(": ")[0]) from error
         return {"layers": layers, "num_layers": generator.num_layers}
 
     async def _models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": self.model, "object": "model", "created": 0, "owned_by": "lskip"}]}
+        about = {"object": "model", "created": 0, "owned_by": "lskip"}
+        return {"object": "list", "data": [{"id": name, **about} for name in self.endpoints]}
 
     async def _complete(self, http: Request) -> Response:
         return await self._answer(http, Completion)
@@ -111,10 +117,8 @@ class Server:
 
     async def _answer(self, http: Request, kind: type[Asked]) -> Response:
         asked = read_asked(kind, await read_body(http))
-        if asked.model not in (None, self.model):
-            sentence = f"model: {asked.model!r} is not served here; it is {self.model!r}"
-            raise RequestRefusedError(404, sentence, "model", "model_not_found")
-        answer = Answer(self, asked)
+        endpoint = self._endpoint(asked.model)
+        answer = Answer(self.engine, endpoint, self.metrics[endpoint.name], asked)
         if asked.stream:
             return Streamed(answer)
         try:
@@ -122,117 +126,14 @@ class Server:
         finally:
             answer.stop()
 
-
-class Answer:
-    """The answer to one request of a client: to one prompt or to several.
-
-    Attributes:
-        left: place of a prompt -> its ticket, of texts that have not ended; `stop` has to be called however it ends.
-    """
-
-    def __init__(self, server: Server, asked: Asked):
-        """Hand the prompts to the engine.
-
-        Raises:
-            RequestRefusedError: a bad field or prompt, or too many requests.
-        """
-        self.server, self.engine, self.asked = server, server.engine, asked
-        self.form = Form(server.model, isinstance(asked, Chat))
-        self.news: asyncio.Queue[tuple[int, News]] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        if len(asked.prompts) > self.engine.most:
-            sentence = f"prompt: {len(asked.prompts)} prompts; this server takes {self.engine.most} at a time"
-            raise RequestRefusedError(400, sentence, "prompt")
-        self.requests = self._prepare()
-        self.texts = [AnswerText(self.engine.generator.tokenizer, asked.stops) for _ in self.requests]
-        try:
-            tickets = self.engine.submit(self.requests, partial(_put, loop, self.news))
-        except BusyError as error:
-            server.metrics.refused("busy")
-            status, why = (429, "too many requests wait") if self.engine.goes else (503, "the server ends")
-            raise RequestRefusedError(status, f"{why}; try again", code="busy") from error
-        self.left: dict[int, Ticket] = dict(enumerate(tickets))
-
-    def _prepare(self) -> list[DecodingRequest]:
-        changed = {} if self.form.chat else {"chat": False}
-        try:
-            settings = self.engine.generator.settings(**changed, **self.asked.settings())
-            found = [self.engine.prepare(prompt, settings, place) for place, prompt in enumerate(self.asked.prompts)]
-        except ValueError as error:
-            field, _, said = str(error).partition(": ")
-            name = self.asked.client_names.get(field, field)
-            raise RequestRefusedError(400, f"{name}: {said}", name) from error
-        for request in found:
-            request.most_drafted, request.deepest_draft = self.asked.most_drafted, self.asked.exit_layer
-        return found
-
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """Yield what each round brings to one of the prompts.
-
-        Raises:
-            RequestRefusedError: what went wrong in the engine.
-        """
-        while self.left:
-            place, news = await self.news.get()
-            if news.error is not None:
-                self.stop("error")
-                raise RequestRefusedError(500, str(news.error))
-            text, last = self.texts[place], len(news.tokens) - 1
-            tokens = [
-                Token(token, text.push([token], ended=at == last and news.finish_reason is not None), kind)
-                for at, (token, kind) in enumerate(zip(news.tokens, news.kinds, strict=True))
-            ]
-            if news.finish_reason is not None:
-                self.server.metrics.ended(self.left.pop(place), news.finish_reason)
-            yield Piece(place, tokens, news.finish_reason)
-
-    def stop(self, outcome: str = "cancelled") -> None:
-        """Free the slots of texts that have not ended."""
-        while self.left:
-            _, ticket = self.left.popitem()
-            self.engine.cancel(ticket)
-            self.server.metrics.ended(ticket, outcome)
-
-    async def whole(self) -> Response:
-        """Return the answer once it is complete."""
-        texts = [""] * len(self.requests)
-        async for piece in self.pieces():
-            texts[piece.place] += piece.text
-        return JSONResponse(self.form.whole(texts, [request.generation for request in self.requests]))
-
-    async def events(self) -> AsyncIterator[str]:
-        """Yield the answer in server-sent events as it comes."""
-        for chunk in self.form.first(len(self.requests)):
-            yield event(chunk)
-        try:
-            async for piece in self.pieces():
-                if piece.text or piece.finish_reason is not None or self.asked.show_rounds:
-                    yield event(self.form.piece(piece, self.asked.show_rounds))
-        except RequestRefusedError as error:
-            yield event(error_body(error.status, error.message))
-            return
-        if self.asked.stream_options is not None and self.asked.stream_options.include_usage:
-            yield event(self.form.usage([request.generation for request in self.requests]))
-        yield event("[DONE]")
-
-
-class Streamed(StreamingResponse):
-    """The events of an answer, whose slots are free once it is over, even where the client left before the first."""
-
-    def __init__(self, answer: Answer):
-        super().__init__(answer.events(), media_type="text/event-stream")
-        self.answer = answer
-
-    async def __call__(self, scope, receive, send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.answer.stop()
-
-
-def _put(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue, place: int, news: News) -> None:
-    with suppress(RuntimeError):  # the loop has been closed: nobody reads any more
-        loop.call_soon_threadsafe(queue.put_nowait, (place, news))
+    def _endpoint(self, model: str | None) -> Endpoint:
+        """Return the endpoint of a name; RequestRefusedError where there is none."""
+        name = next(iter(self.endpoints)) if model is None else model
+        if name not in self.endpoints:
+            there = ", ".join(map(repr, self.endpoints))
+            sentence = f"model: {name!r} is not served here; there is {there}"
+            raise RequestRefusedError(404, sentence, "model", "model_not_found")
+        return self.endpoints[name]
 
 
 async def read_body(http: Request) -> bytes:

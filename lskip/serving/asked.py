@@ -6,15 +6,16 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lskip.serving.lanes import CRITERIA, EarlyExit
+
 # Fields that change nothing here, whatever they say.
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 # Fields that are not supported, and the values with which they change nothing.
 NEUTRAL: dict[str, tuple] = {
     **dict.fromkeys(("n", "best_of"), (1,)),
     **dict.fromkeys(("presence_penalty", "frequency_penalty"), (0,)),
-    **dict.fromkeys(("logprobs", "echo"), (False,)),
-    **{"tools": ([],), "functions": ([],), "logit_bias": ({},), "modalities": (["text"],)},
-    **{"tool_choice": ("none", "auto"), "suffix": ("",)},
+    **{"echo": (False,), "top_logprobs": (0,), "tools": ([],), "functions": ([],), "logit_bias": ({},)},
+    **{"modalities": (["text"],), "tool_choice": ("none", "auto"), "suffix": ("",)},
 }
 MOST_STOPS = 4  # as OpenAI's
 
@@ -63,6 +64,15 @@ class ResponseFormat(BaseModel):
         return {"type": "object"} if self.type == "json_object" else None
 
 
+class Criterion(BaseModel):
+    """A criterion by which each token exits."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: Literal[tuple(CRITERIA)]
+    threshold: float
+
+
 class Asked(BaseModel):
     """Fields of both kinds of request. Those of the last paragraph are lskip's own.
 
@@ -71,6 +81,8 @@ class Asked(BaseModel):
         show_rounds: chunks of a streamed answer say of each token how it came, in a field `lskip`.
         exit_layer, num_speculations, draft: bounds on how to draft for this text, which stays the same: the deepest
             exit that may draft, the most tokens of a draft, "none" for no draft at all.
+        fixed_exit, exit_criterion: where the text leaves the model for good, so that it is another text: behind so
+            many blocks, or token by token where the criterion is sure enough.
     """
 
     model_config = ConfigDict(extra="allow", strict=True)
@@ -93,6 +105,8 @@ class Asked(BaseModel):
     exit_layer: Annotated[int, Field(ge=1)] | None = None
     num_speculations: Annotated[int, Field(ge=0)] | None = None
     draft: Literal["none"] | None = None
+    fixed_exit: Annotated[int, Field(ge=1)] | None = None
+    exit_criterion: Criterion | None = None
 
     def settings(self) -> dict[str, Any]:
         """Return the GenerationSettings that are asked for; what is not is left to the model."""
@@ -107,13 +121,28 @@ class Asked(BaseModel):
             found["seed"] = self.seed % 2**64  # OpenAI's may be negative
         if self.most_tokens is not None:
             found["max_new_tokens"] = self.most_tokens
-        return found
+        if self.wants_logprobs:
+            found["logprobs"] = True
+        return found if self.early_exit is None else {**found, **self.early_exit.settings()}
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the log probabilities of the answer's tokens are asked for."""
+        raise NotImplementedError
+
+    @property
+    def early_exit(self) -> EarlyExit | None:
+        """Where the text leaves the model for good; None: nothing is said of it."""
+        if self.exit_criterion is not None:
+            return EarlyExit(self.fixed_exit, self.exit_criterion.name, self.exit_criterion.threshold)
+        return None if self.fixed_exit is None else EarlyExit(self.fixed_exit)
 
     @property
     def client_names(self) -> dict[str, str]:
         """Fields of GenerationSettings, and the prompt -> the names by which the client knows them."""
         grammars = dict.fromkeys(("json_schema", "json_schema, regex"), "response_format")
-        return {"max_new_tokens": "max_tokens", "stop_strings": "stop", **grammars}
+        exits = {"exit_layer": "fixed_exit", "threshold": "exit_criterion.threshold"}
+        return {"max_new_tokens": "max_tokens", "stop_strings": "stop", **grammars, **exits}
 
     @property
     def stops(self) -> list[str]:
@@ -132,6 +161,10 @@ class Asked(BaseModel):
                 raise RequestRefusedError(400, sentence, name, "unsupported_parameter")
         if len(self.stops) > MOST_STOPS or "" in self.stops:
             raise RequestRefusedError(400, f"stop: give 1 to {MOST_STOPS} texts, none of them empty", "stop")
+        for name in ("exit_layer", "num_speculations", "draft"):
+            if self.early_exit is not None and getattr(self, name) is not None:
+                sentence = f"{name}: bounds drafts; with fixed_exit or exit_criterion there are none"
+                raise RequestRefusedError(400, sentence, name)
         return self
 
     @property
@@ -144,6 +177,14 @@ class Completion(Asked):
     """A request of /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | bool | None = None  # so many alternatives to each token; 0: its own alone
+
+    @property
+    def wants_logprobs(self) -> bool:
+        if self.logprobs not in (None, 0):  # True is 1
+            sentence = f"logprobs: {self.logprobs!r}; this server gives 0, the chosen tokens' own without alternatives"
+            raise RequestRefusedError(400, sentence, "logprobs")
+        return self.logprobs is not None and self.logprobs is not False
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -183,6 +224,11 @@ class Chat(Asked):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return bool(self.logprobs)
 
     @property
     def prompts(self) -> list[list[dict[str, str]]]:
@@ -204,6 +250,7 @@ class Settling(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    model: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)]
     tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 

@@ -1,22 +1,18 @@
-"""The thread that decodes all requests of a server in one continuous batch."""
+"""The thread that decodes all requests of a server, in continuous batches that take turns."""
 
 from __future__ import annotations
 
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from lskip.inference import GenerationSettings, TextGenerator
-from lskip.inference.decoding.batch import Batch
 from lskip.inference.decoding.request import Request, RequestError
-from lskip.inference.drafting.costs_file import Learner
-
-PIECES_A_ROUND = 1  # of a prompt, so that the others' next tokens wait for no more than that
+from lskip.serving.lanes import EarlyExit, ExitLane, Lane
 
 
 class News(NamedTuple):
@@ -26,12 +22,14 @@ class News(NamedTuple):
         tokens: its new tokens.
         finish_reason: of Generation, with its last ones; else None.
         kinds: how each of them came, as TextRound.kinds.
+        logprobs: their log probabilities, where they were asked for.
         error: why it failed, and gets no more; else None.
     """
 
     tokens: list[int]
     finish_reason: str | None = None
     kinds: list[str] | None = None
+    logprobs: list[float] | None = None
     error: Exception | None = None
 
 
@@ -45,6 +43,7 @@ class Ticket:
 
     Attributes:
         request: its generation is complete once a round has brought its end.
+        lane: that decodes it.
         deliver: called in the engine's thread with what each round brings.
         came: time of its coming, of time.perf_counter.
         first: time of its first token; None while there is none.
@@ -53,6 +52,7 @@ class Ticket:
     """
 
     request: Request
+    lane: Lane | ExitLane
     deliver: Callable[[News], None]
     came: float
     first: float | None = None
@@ -61,33 +61,21 @@ class Ticket:
 
 
 class Engine:
-    """One thread that takes requests into a batch, runs round after round, and tells each request what it got.
+    """One thread that decodes all requests: each lane that has any gets a round in turn.
 
     Requests join and leave between rounds. A request that fails fails alone; a failing round fails those under way.
     """
 
-    def __init__(
-        self, generator: TextGenerator, settings: GenerationSettings, slots: int, context: int, most_waiting: int
-    ):
-        """Make room for the texts, and measure what passes cost where the policy goes by that.
+    def __init__(self, lanes: Sequence[Lane | ExitLane], most_waiting: int):
+        """Take lanes, which are the thread's from now on.
 
         Args:
-            settings: how to draft; how tokens are chosen comes with each request.
-            slots: texts that are decoded together.
-            context: tokens that a prompt and its answer may have together.
-            most_waiting: requests that may wait for a slot.
+            most_waiting: requests of a lane that may wait for a slot.
         """
-        self.generator, self.context, self.most_waiting = generator, context, most_waiting
-        self._learner = Learner(generator.costs_file, settings.draft_policy)
-        self._learner.recall()
-        self.batch = Batch(
-            *(generator.runners, settings, slots, context, lambda: generator.costs),
-            pieces_a_round=PIECES_A_ROUND,
-            keeps_texts=True,
-        )
+        self.lanes, self.most_waiting = lanes, most_waiting
         self._tickets: dict[Request, Ticket] = {}
         self._wake = threading.Condition()
-        self._orders: list[Callable[[], None]] = []  # for the thread, which alone touches the batch
+        self._orders: list[Callable[[], None]] = []  # for the thread, which alone touches the lanes
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="lskip engine")
 
@@ -98,67 +86,51 @@ class Engine:
         """End the thread once no request is left; those under way are finished unless they are cancelled."""
         self._order(partial(setattr, self, "_closing", True))
         self._thread.join()
-        self._learner.keep()
-
-    @property
-    def most(self) -> int:
-        """Requests that it takes at a time, those that wait among them."""
-        return self.most_waiting + len(self.batch.cache.lengths)
+        for lane in self.lanes:
+            lane.keep()
 
     @property
     def goes(self) -> bool:
         """Whether requests are answered."""
         return self._thread.is_alive() and not self._closing
 
-    @property
-    def running(self) -> int:
-        """Requests that have a slot."""
-        return len(self.batch.requests) + (self.batch.joining is not None)
+    def running(self, *lanes: Lane | ExitLane) -> int:
+        """Return the requests of lanes that have a slot."""
+        return sum(len(lane.under_way) for lane in lanes)
 
-    @property
-    def waiting(self) -> int:
-        """Requests that have none yet."""
-        return max(len(self._tickets) - self.running, 0)
+    def waiting(self, *lanes: Lane | ExitLane) -> int:
+        """Return the requests of lanes that have none yet."""
+        return max(sum(self._held(lane) for lane in lanes) - self.running(*lanes), 0)
 
-    def prepare(self, prompt, settings: GenerationSettings, index: int = 0) -> Request:
-        """Return the request of a prompt, one of several of a client; ValueError where no room is left for an answer.
+    def most(self, lane: Lane | ExitLane) -> int:
+        """Return the requests that a lane takes at a time, those that wait among them."""
+        return self.most_waiting + lane.slots
 
-        Args:
-            index: its place among them, which its seed depends on.
-        """
-        request = self.generator.prepare(prompt, settings, index)
-        room = self.context - len(request.prompt)
-        if room < 1:
-            raise ValueError(
-                f"prompt: {len(request.prompt)} tokens leave no room for an answer in the {self.context} that are kept"
-                " here for both"
-            )
-        if room < request.stop.max_new_tokens:
-            request.stop = replace(request.stop, max_new_tokens=room, limit="context")
-        return request
-
-    def submit(self, requests: list[Request], deliver: Callable[[int, News], None]) -> list[Ticket]:
+    def submit(
+        self, lane: Lane | ExitLane, requests: list[Request], deliver: Callable[[int, News], None], *how: EarlyExit
+    ) -> list[Ticket]:
         """Queue requests, all or none.
 
         Args:
             deliver: called in the engine's thread with a request's place in the list and its news.
+            how: of an ExitLane the exit.
 
         Raises:
             BusyError: too many wait.
         """
         with self._wake:
-            if self._closing or len(self._tickets) + len(requests) > self.most:
+            if self._closing or self._held(lane) + len(requests) > self.most(lane):
                 raise BusyError
             came = time.perf_counter()
-            tickets = [Ticket(each, partial(deliver, place), came) for place, each in enumerate(requests)]
+            tickets = [Ticket(each, lane, partial(deliver, place), came) for place, each in enumerate(requests)]
             self._tickets |= {ticket.request: ticket for ticket in tickets}
         for request in requests:
-            self._order(partial(self.batch.add, request))
+            self._order(partial(lane.add, request, *how))
         return tickets
 
     def cancel(self, ticket: Ticket) -> None:
         """Free a request's slot before the next round, unless it has ended."""
-        self._order(partial(self._cancel, ticket.request))
+        self._order(partial(self._cancel, ticket))
 
     def call(self, work: Callable[[], Any]) -> Future:
         """Return the outcome of `work`, done in the engine's thread between two rounds, as the model is its own."""
@@ -173,6 +145,10 @@ class Engine:
         self._order(do)
         return future
 
+    def _held(self, lane: Lane | ExitLane) -> int:
+        """Return the requests of a lane that have not ended."""
+        return sum(ticket.lane is lane for ticket in list(self._tickets.values()))
+
     def _order(self, order: Callable[[], None]) -> None:
         with self._wake:
             self._orders.append(order)
@@ -181,21 +157,22 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._orders or self.batch.busy or self._closing)
+                self._wake.wait_for(lambda: self._orders or self._closing or any(lane.busy for lane in self.lanes))
                 orders, self._orders = self._orders, []
             for order in orders:
                 order()
-            if self.batch.busy:
-                self._round()
-            elif self._closing:
+            busy = [lane for lane in self.lanes if lane.busy]
+            if not busy and self._closing:
                 return
-            if not self.batch.busy:
-                self._learner.keep()  # while nobody waits
+            for lane in busy:
+                self._round(lane)
+                if not lane.busy:
+                    lane.keep()  # while nobody waits for it
 
-    def _round(self) -> None:
-        under_way = [*self.batch.requests, *([self.batch.joining.request] if self.batch.joining else ())]
+    def _round(self, lane: Lane | ExitLane) -> None:
+        under_way = lane.under_way
         try:
-            self._tell_all(self.batch.round())
+            self._tell_all(lane.round())
         except RequestError as error:
             self._tell_all(error.news)
             self._fail([error.request], error)
@@ -206,15 +183,18 @@ class Engine:
     def _tell_all(self, news: list[tuple[Request, list[int]]]) -> None:
         for request, tokens in news:
             if (ticket := self._tickets.get(request)) is not None:
-                rounds = request.generation.history[ticket.told :]
+                done = request.generation
+                rounds = done.history[ticket.told :]
                 ticket.told += len(rounds)
                 kinds = [kind for each in rounds for kind in each.kinds]
-                self._tell(request, News(tokens, request.generation.finish_reason, kinds))
+                logprobs = done.logprobs[len(done.logprobs) - len(tokens) :] if done.logprobs else None
+                self._tell(request, News(tokens, done.finish_reason, kinds, logprobs))
 
     def _fail(self, requests: list[Request], error: Exception) -> None:
         for request in requests:
-            self._tell(request, News([], error=error))
-            self._cancel(request)
+            if (ticket := self._tickets.get(request)) is not None:
+                self._tell(request, News([], error=error))
+                self._cancel(ticket)
 
     def _tell(self, request: Request, news: News) -> None:
         if (ticket := self._tickets.get(request)) is None:
@@ -226,6 +206,6 @@ class Engine:
             del self._tickets[request]
         ticket.deliver(news)
 
-    def _cancel(self, request: Request) -> None:
-        self._tickets.pop(request, None)
-        self.batch.cancel(request)
+    def _cancel(self, ticket: Ticket) -> None:
+        self._tickets.pop(ticket.request, None)
+        ticket.lane.cancel(ticket.request)

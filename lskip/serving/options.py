@@ -1,12 +1,28 @@
 """Options of `lskip serve`: where to listen, how many texts at a time, what drafts."""
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from lskip.inference.drafting.policies import DraftPolicy
+from lskip.inference.options import LoadingOptions
 from lskip.inference.settings import AUTO
 from lskip.utils.checks import check_whole
 
 MOST_CONTEXT = 4096  # tokens, where none are named: each takes memory in every slot
+
+
+class Served(NamedTuple):
+    """A model to serve.
+
+    Attributes:
+        name: that clients give.
+        settings: generation settings that say how to draft, or where to exit.
+        loading: which model, and how; those that are loaded alike are loaded once.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    loading: LoadingOptions
 
 
 @dataclass(frozen=True)
@@ -17,6 +33,9 @@ class ServingOptions:
         host: address to listen at; 0.0.0.0 is every one of this machine, for which an api_key is wise.
         port: to listen at.
         name: of the model, for clients; null: the last part of --model.
+        endpoint: several models, each under a name of its own, as NAME=MODEL, NAME=MODEL:TASK (drafts as lskip tune has
+            saved for that task) or NAME=MODEL:exit_layer=8 (a fixed exit, so another text); the other options are
+            common to them. null: --model alone.
         allowed_hosts: names by which clients reach this machine, beside localhost and host; * for any. A request for
             another name is refused: a web page may have sent it.
         api_key: that clients must send as a bearer token; null: none.
@@ -35,6 +54,7 @@ class ServingOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     name: str | None = None
+    endpoint: list[str] | None = None
     allowed_hosts: list[str] | None = None
     api_key: str | None = None
     max_batch_size: int = 8
@@ -55,6 +75,9 @@ class ServingOptions:
             check_whole("max_context", self.max_context, 2)
         if self.api_key == "" or self.name == "":
             raise ValueError(f"{'api_key' if self.api_key == '' else 'name'}: is empty; leave it out, or give one")
+        if self.endpoint is not None and (not self.endpoint or self.name is not None):
+            wrong = "endpoint: is empty" if not self.endpoint else "name: does not go with endpoint, which names each"
+            raise ValueError(f"{wrong}; leave it out")
         if self.exit_layer is not None and not self.num_speculations:
             raise ValueError("exit_layer: is of drafts here; say by num_speculations how many tokens they have at most")
 

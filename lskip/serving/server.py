@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import closing
-from pathlib import PurePath
 
 from lskip.inference import TextGenerator
 from lskip.inference.options import LoadingOptions
-from lskip.serving.options import ServingOptions
+from lskip.serving.lanes import Endpoint, ExitLane, Lane
+from lskip.serving.options import Served, ServingOptions
 from lskip.utils.console import say
 
 NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
@@ -36,39 +37,54 @@ def listen(host: str, port: int) -> socket.socket:
         raise ValueError(f"port: cannot listen at port {port} of {host} ({reason})") from error
 
 
-def serve_model(serving: ServingOptions, loading: LoadingOptions) -> None:
-    """Load a model and serve it until SIGTERM or Ctrl-C; answers under way may end before.
+def serve_models(serving: ServingOptions, models: Sequence[Served]) -> None:
+    """Load models and serve them until SIGTERM or Ctrl-C; answers under way may end before.
 
     Raises:
-        ValueError: a bad option, before the model is loaded where it can be told by then.
+        ValueError: a bad option, before a model is loaded where it can be told by then.
     """
     check_packages()
     with closing(listen(serving.host, serving.port)) as place:
-        generator = loading.for_draft(serving.draft).load(serving.max_batch_size)
-        if generator.tokenizer is None:
-            raise ValueError(f"model: {loading.model!r} has no tokenizer, without which there is no text to serve")
-        name = serving.name or PurePath(loading.model).name or loading.model
-        _run(serving, generator, place, name)
+        generators: dict[LoadingOptions, TextGenerator] = {}
+        for _, _, loading in models:
+            if loading not in generators:
+                generators[loading] = _load(loading, serving.max_batch_size)
+        _run(serving, [_endpoint(serving, each, generators[each.loading]) for each in models], place)
 
 
-def _run(serving: ServingOptions, generator: TextGenerator, place: socket.socket, name: str) -> None:
+def _load(loading: LoadingOptions, batch_size: int) -> TextGenerator:
+    generator = loading.load(batch_size)
+    if generator.tokenizer is None:
+        raise ValueError(f"model: {loading.model!r} has no tokenizer, without which there is no text to serve")
+    return generator
+
+
+def _endpoint(serving: ServingOptions, served: Served, generator: TextGenerator) -> Endpoint:
+    room = serving.max_batch_size, serving.context(generator.context_length)
+    try:
+        lane = Lane(generator, generator.settings(**served.settings), *room)
+    except ValueError as error:
+        raise ValueError(f"{served.name}: {error}") if serving.endpoint else error from None
+    return Endpoint(served.name, lane, ExitLane(generator, *room))
+
+
+def _run(serving: ServingOptions, endpoints: list[Endpoint], place: socket.socket) -> None:
     import uvicorn  # of an extra, as what follows
 
     from lskip.serving.app import Server
     from lskip.serving.engine import Engine
 
-    context = serving.context(generator.context_length)
-    settings = generator.settings(**serving.settings())
-    engine = Engine(generator, settings, serving.max_batch_size, context, serving.max_waiting)
-    app = Server(engine, name, (serving.host, *(serving.allowed_hosts or ())), serving.api_key).app()
+    engine = Engine([lane for _, *lanes in endpoints for lane in lanes], serving.max_waiting)
+    app = Server(engine, endpoints, (serving.host, *(serving.allowed_hosts or ())), serving.api_key).app()
     how = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": serving.stop_seconds}
     server = uvicorn.Server(uvicorn.Config(app, lifespan="off", **how))
     host, port = place.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    say(
-        f"serving {name} at http://{shown}:{port}/v1: {serving.max_batch_size} texts at a time, of up to {context}"
-        f" tokens, whose keys and values take {engine.batch.cache.nbytes / 2**20:,.0f} MiB"
-    )
+    for name, lane, _ in endpoints:
+        say(
+            f"serving {name} at http://{shown}:{port}/v1: {lane.slots} texts at a time, of up to {lane.context} tokens,"
+            f" whose keys and values take {lane.nbytes / 2**20:,.0f} MiB"
+        )
     engine.start()
     try:
         server.run(sockets=[place])

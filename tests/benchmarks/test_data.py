@@ -2,7 +2,11 @@
 
 import argparse
 import json
+import os
 import random
+import signal
+import subprocess
+import time
 
 from benchmarks.data import corpus_size, kills
 from benchmarks.training import padding
@@ -26,6 +30,21 @@ def test_the_memory_and_time_of_a_corpus(tmp_path):
     (row,) = json.loads((tmp_path / "result.json").read_text())["corpora"]
     assert row["documents"] >= 500 and row["stored_bytes"] > 10**6
     assert all(10**8 < row[part]["anonymous_bytes"] < 2 * 10**9 for part in ("prepare", "train"))
+
+
+def test_a_process_that_is_about_to_become_another_is_not_counted():
+    """Between fork and exec a process' memory is its parent's; afterwards it is its own."""
+    if (forked := os.fork()) == 0:
+        time.sleep(60)
+        os._exit(0)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        try:
+            counted = corpus_size.family(os.getpid())
+        finally:
+            other.kill()
+            os.kill(forked, signal.SIGKILL)
+            os.waitpid(forked, 0)
+    assert os.getpid() in counted and other.pid in counted and forked not in counted
 
 
 def test_packed_pairs_compute_less_than_pairs_as_they_come(tmp_path):

@@ -12,6 +12,7 @@ import uvicorn
 from lskip.inference import TextGenerator
 from lskip.serving.app import Server
 from lskip.serving.engine import Engine
+from lskip.serving.lanes import Endpoint, ExitLane, Lane
 from lskip.serving.server import listen
 
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}<assistant>"
@@ -27,14 +28,26 @@ def tiny_generator(tiny_model, tiny_tokenizer):
 
 @pytest.fixture
 def serve(tiny_generator):
-    """Return a context manager that serves: it yields the Server, its engine and a client of it."""
+    """Return a context manager that serves: it yields the Server, its engine and a client of it.
+
+    The endpoint "tiny" drafts; "exit" leaves the model behind its first block, and is there if asked for.
+    """
 
     @contextmanager
-    def started(slots=3, context=1024, most_waiting=8, api_key=None, drafting=None):
-        settings = tiny_generator.settings(**{"draft": "ngram", "num_speculations": 3, **(drafting or {})})
-        engine = Engine(tiny_generator, settings, slots, context, most_waiting)
+    def started(slots=3, context=1024, most_waiting=8, api_key=None, drafting=None, with_exit=False):
+        kinds = {"tiny": {"draft": "ngram", "num_speculations": 3, **(drafting or {})}}
+        kinds |= {"exit": {"exit_layer": 1}} if with_exit else {}
+        endpoints = [
+            Endpoint(
+                name,
+                Lane(tiny_generator, tiny_generator.settings(**settings), slots, context),
+                ExitLane(tiny_generator, slots, context),
+            )
+            for name, settings in kinds.items()
+        ]
+        engine = Engine([lane for _, *lanes in endpoints for lane in lanes], most_waiting)
         place = listen("127.0.0.1", 0)
-        server = Server(engine, "tiny", api_key=api_key)
+        server = Server(engine, endpoints, api_key=api_key)
         running = uvicorn.Server(uvicorn.Config(server.app(), lifespan="off", log_level="warning"))
         thread = threading.Thread(target=running.run, kwargs={"sockets": [place]})
         engine.start()

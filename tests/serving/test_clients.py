@@ -19,6 +19,16 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
 SAMPLED = {"temperature": 1.3, "seed": 7, "top_p": 0.9}
 
 
+def under_way(server):
+    """Return the requests that have a slot or wait for one."""
+    lanes = server.engine.lanes
+    return server.engine.running(*lanes) + server.engine.waiting(*lanes)
+
+
+def idle(server):
+    return under_way(server) == 0
+
+
 def expected(generator, prompt, **settings):
     return generator.generate(prompt, **{"max_new_tokens": 40, **settings})
 
@@ -115,7 +125,7 @@ def test_many_clients_at_once_get_their_own_texts(serve, tiny_generator):
     [
         ({"n": 2}, openai.BadRequestError, "n"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools"),
-        ({"logprobs": True}, openai.BadRequestError, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 2}, openai.BadRequestError, "top_logprobs"),
         ({"presence_penalty": 0.5}, openai.BadRequestError, "presence_penalty"),
         ({"temperature": -1.0}, openai.BadRequestError, "temperature"),
         ({"top_p": 0.0}, openai.BadRequestError, "top_p"),
@@ -208,7 +218,7 @@ def test_bodies_that_are_no_requests(serve):
             assert status == 200 or answer["error"]["message"], body
         assert raw(server, "POST", "/v1/completions", b" " * 2**21)[0] == 413
         assert raw(server, "GET", "/v1/nothing")[1]["error"]["message"] == "Not Found"
-        assert raw(server, "POST", "/v1/completions", good)[0] == 200 and server.engine.running == 0
+        assert raw(server, "POST", "/v1/completions", good)[0] == 200 and idle(server)
 
 
 def test_a_request_that_fails_fails_alone(serve, tiny_generator):
@@ -220,7 +230,7 @@ def test_a_request_that_fails_fails_alone(serve, tiny_generator):
             with pytest.raises(openai.InternalServerError, match="not finite"):
                 ask([5, 299])
             assert all(each.result().usage.completion_tokens == 30 for each in others)
-        assert server.engine.running == server.engine.waiting == 0
+        assert idle(server)
 
 
 def test_clients_that_go_away_free_their_slots(serve):
@@ -232,7 +242,7 @@ def test_clients_that_go_away_free_their_slots(serve):
             if streams:
                 connection.getresponse().read(10)
             connection.close()
-        wait_until(lambda: server.engine.running == server.engine.waiting == 0)
+        wait_until(lambda: idle(server))
         assert server.client.completions.create(model="tiny", prompt="def", max_tokens=5).usage.completion_tokens == 5
         cancelled = re.search(
             r'requests_total{model="tiny",outcome="cancelled"} (\d+)', raw(server, "GET", "/metrics")[1]
@@ -243,11 +253,12 @@ def test_clients_that_go_away_free_their_slots(serve):
 def test_more_than_may_wait_are_told_to_come_again(serve):
     goes_on = threading.Event()
     with serve(slots=1, most_waiting=1) as server, ThreadPoolExecutor(2) as pool:
-        round_of = server.engine.batch.round
-        server.engine.batch.round = lambda: goes_on.wait() and round_of()
+        lane = server.endpoints["tiny"].lane
+        round_of = lane.round
+        lane.round = lambda: goes_on.wait() and round_of()
         ask = lambda: server.client.completions.create(model="tiny", prompt="def", max_tokens=3)  # noqa: E731
         taken = [pool.submit(ask), pool.submit(ask)]
-        wait_until(lambda: server.engine.waiting + server.engine.running == 2)
+        wait_until(lambda: under_way(server) == 2)
         with pytest.raises(openai.RateLimitError) as caught:
             ask()
         goes_on.set()
@@ -317,5 +328,5 @@ def test_a_client_that_leaves_before_its_answer_begins_frees_its_slot(serve, str
             with socket.create_connection((place.hostname, place.port)) as connection:
                 head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
                 connection.sendall(head.encode() + body)
-        wait_until(lambda: server.engine.running == server.engine.waiting == 0)
+        wait_until(lambda: idle(server))
         assert server.client.completions.create(model="tiny", prompt="a", max_tokens=5).usage.completion_tokens == 5

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lskip.inference.decoding.batch_chooser import BatchChooser
 from lskip.inference.decoding.early_exit import exit_round
-from lskip.inference.decoding.engine import Round, check_logits, prefill, verify
+from lskip.inference.decoding.engine import Round, check_logits, choose, logprobs_of, prefill, verify
 from lskip.inference.decoding.grammar_mask import GrammarError
 from lskip.inference.decoding.kept_texts import KeptTexts
 from lskip.inference.decoding.probe import Probe, agreements
@@ -181,8 +181,8 @@ class Batch:
         (request, slot), self.joining = (self.joining.request, self.joining.slot), None
         self.cache.lengths[slot] = len(request.prompt)
         none = torch.empty(1, 0, dtype=torch.long, device=logits.device)
-        _, token = BatchChooser([request.chooser]).verify(logits, none)
-        news = request.add(token.tolist())
+        _, token, told = choose(logits, none, BatchChooser([request.chooser]))
+        news = request.add(token.tolist(), logprobs=logprobs_of(told, [token.tolist()])[0])
         if request.ended:
             self._record(request, slot)
         else:
@@ -230,8 +230,8 @@ class Batch:
             self._leave(self.requests.index(request))
             raise RequestError(request, error) from error
         return [
-            (request, request.add(tokens, drafted, accepted, draft))
-            for request, tokens, drafted, accepted in zip(self.requests, *outcome, strict=True)
+            (request, request.add(tokens, drafted, accepted, draft, logprobs))
+            for request, tokens, drafted, accepted, logprobs in zip(self.requests, *outcome, strict=True)
         ]
 
     def _speculate(self, chooser: BatchChooser) -> tuple[Round, Draft | None]:

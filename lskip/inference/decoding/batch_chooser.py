@@ -14,6 +14,7 @@ class BatchChooser:
     Attributes:
         takes_argmax: whether the tokens are the argmax of logits after `ban`.
         rejects: whether a text's drafts are verified by rejection sampling, where equal choices say little.
+        logprobs: whether a text's log probabilities are asked for.
     """
 
     def __init__(self, choosers: list[TokenChooser]):
@@ -21,6 +22,7 @@ class BatchChooser:
         self.choosers = choosers
         self.takes_argmax = all(chooser.takes_argmax for chooser in choosers)
         self.rejects = any(chooser.rejection for chooser in choosers)
+        self.logprobs = any(chooser.logprobs for chooser in choosers)
         self._slots = [RejectionChooser(chooser) if chooser.rejection else chooser for chooser in choosers]
 
     def ban(self, logits: Tensor, drafted: Tensor) -> None:

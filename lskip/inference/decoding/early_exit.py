@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lskip.inference.decoding.engine import Round
+from lskip.inference.decoding.engine import Round, choose, logprobs_of
 from lskip.inference.drafting.round import Chooser, Slots, nothing_drafted
 from lskip.inference.exit_criteria import ExitCriterion, Logits
 from lskip.inference.runners.base import ModelRunner
@@ -40,11 +40,11 @@ def exit_round(
         The round, and the exit layer of each slot's token.
     """
     logits, depths = descend(runner, slots, criterion, full, trained)
-    _, slots.pending = chooser.verify(logits()[:, None], nothing_drafted(slots).ids)
-    tokens = slots.pending.tolist()
+    _, slots.pending, told = choose(logits()[:, None], nothing_drafted(slots).ids, chooser)
+    tokens = [[token] for token in slots.pending.tolist()]
     for slot in range(len(tokens)):
         slots.cache.lengths[slot] += 1
-    return Round([[token] for token in tokens], [[] for _ in tokens], [0] * len(tokens)), depths
+    return Round(tokens, [[] for _ in tokens], [0] * len(tokens), logprobs_of(told, tokens)), depths
 
 
 def descend(

@@ -20,11 +20,45 @@ from lskip.inference.runners.base import ModelRunner
 
 
 class Round(NamedTuple):
-    """Outcome of a round, by slot: the new tokens, the drafted ones, and how many of these were accepted."""
+    """Outcome of a round, by slot.
+
+    Attributes:
+        tokens: the new tokens.
+        drafted: the drafted ones.
+        accepted: how many of these are among the new ones.
+        logprobs: log probabilities of the new tokens; empty where no text of the batch asks for them.
+    """
 
     tokens: list[list[int]]
     drafted: list[list[int]]
     accepted: list[int]
+    logprobs: list[list[float]]
+
+
+class LogProbs:
+    """Log probabilities by a model's own logits, before anything is done to them."""
+
+    def __init__(self, logits: Tensor):
+        """Take logits [A, n, V] of new tokens, before they are written to."""
+        self._logits, self._sums = logits, logits.float().logsumexp(-1)
+
+    def of(self, tokens: list[list[int]]) -> list[list[float]]:
+        """Return the log probabilities of each slot's tokens, at most n."""
+        return [
+            (self._logits[slot, range(len(row)), row].float() - self._sums[slot, : len(row)]).tolist()
+            for slot, row in enumerate(tokens)
+        ]
+
+
+def choose(logits: Tensor, drafted: Tensor, chooser: Chooser) -> tuple[Tensor, Tensor, LogProbs | None]:
+    """Return how many drafted tokens [A] are kept, the own token [A] behind them, and what is told of both."""
+    told = LogProbs(logits) if chooser.logprobs else None
+    return *chooser.verify(logits, drafted), told
+
+
+def logprobs_of(told: LogProbs | None, tokens: list[list[int]]) -> list[list[float]]:
+    """Return the log probabilities of each slot's tokens; none where none are told."""
+    return [[] for _ in tokens] if told is None else told.of(tokens)
 
 
 def run_past(
@@ -104,10 +138,11 @@ def verify(
     stops = [*_exit_of(slots.observer), *([] if probe is None else probe.exits)]
     states = run_past(runner, x, slots.cache, starts, drafted.exit_block, full, stops)
     x = states[full]
-    if (found := find_argmax(runner, x, chooser, drafted.ids)) is not None:
+    told = None
+    if not chooser.logprobs and (found := find_argmax(runner, x, chooser, drafted.ids)) is not None:
         accepted, own = keep_agreeing(found, drafted.ids)
     else:
-        accepted, own = chooser.verify(runner.decode(x), drafted.ids)
+        accepted, own, told = choose(runner.decode(x), drafted.ids, chooser)
     said = None if probe is None else probe.read(states, drafted.ids, chooser)
     # The round's one transfer from the device.
     table = torch.cat([accepted[:, None], own[:, None], drafted.ids], 1).tolist()
@@ -122,4 +157,5 @@ def verify(
         probe.compare(said, tokens)
     counts = drafted.counts or [num_drafted] * len(table)
     drafts = [ids[:count] for (_, _, *ids), count in zip(table, counts, strict=True)]
-    return Round(tokens, drafts, [min(row[0], count) for row, count in zip(table, counts, strict=True)])
+    right = [min(row[0], count) for row, count in zip(table, counts, strict=True)]
+    return Round(tokens, drafts, right, logprobs_of(told, tokens))

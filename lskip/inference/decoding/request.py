@@ -51,13 +51,20 @@ class Request:
         return self.deepest_draft is None or draft.exit_layer <= self.deepest_draft
 
     def add(
-        self, tokens: list[int], drafted: Sequence[int] = (), accepted: int = 0, draft: Draft | None = None
+        self,
+        tokens: list[int],
+        drafted: Sequence[int] = (),
+        accepted: int = 0,
+        draft: Draft | None = None,
+        logprobs: Sequence[float] = (),
     ) -> list[int]:
         """Add a round's tokens up to the end of the text, and return these."""
         # What was drafted beyond its last token, or behind an end of the text, was drafted for its neighbours.
         drafted = self.stop.up_to_end(drafted[: self.left - 1])
         kept, self.generation.finish_reason = self.stop.cut(tokens, self.generation.token_ids)
         self.generation.add(kept, drafted, min(accepted, len(drafted)), draft)
+        if self.chooser.logprobs:
+            self.generation.logprobs += logprobs[: len(kept)]
         self.generation.seconds = time.perf_counter() - self.began
         self.chooser.text += kept
         return kept

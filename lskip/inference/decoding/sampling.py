@@ -30,6 +30,7 @@ class TokenChooser:
     Attributes:
         text: tokens of the prompt and the answer so far; its owner extends it after each round.
         rejection: whether drafted tokens are to be verified by rejection sampling (RejectionChooser).
+        logprobs: whether the log probabilities of its tokens are asked for.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class TokenChooser:
         """
         self.text, self.seed, self.eos_ids = list(prompt), seed, tuple(eos_ids)
         self.first_eos = len(prompt) + settings.min_new_tokens
-        self.greedy = settings.temperature == 0
+        self.greedy, self.logprobs = settings.temperature == 0, settings.logprobs
         self.rejection = settings.acceptance == "rejection" and not self.greedy
         self.by_text = LogitsProcessorList(by_text)
         if settings.repetition_penalty != 1:

@@ -20,6 +20,7 @@ class Chooser(Protocol):
 
     takes_argmax: bool
     rejects: bool
+    logprobs: bool
 
     def ban(self, logits: Tensor, drafted: Tensor) -> None: ...
     def sample(self, logits: Tensor, drafted: Tensor) -> Tensor: ...

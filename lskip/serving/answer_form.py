@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
+from itertools import accumulate
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -20,12 +22,24 @@ class Token(NamedTuple):
     kind: str
 
 
+class LogProb(NamedTuple):
+    """The log probability of a token, and the text that the token completes, stop strings included."""
+
+    text: str
+    value: float
+
+
 class Piece(NamedTuple):
-    """What a round brought to the answer to one of a client's prompts."""
+    """What a round brought to the answer to one of a client's prompts.
+
+    Attributes:
+        logprobs: of its tokens but one that ends the text; None: they are not asked for.
+    """
 
     place: int
     tokens: list[Token]
     finish_reason: str | None
+    logprobs: list[LogProb] | None = None
 
     @property
     def text(self) -> str:
@@ -46,13 +60,17 @@ class Form:
         self._object, self._chunk = name, name + ".chunk" * chat
         self._head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}", "created": int(time.time())}
         self._model = model
+        self._lengths: Counter[int] = Counter()  # of the text of each place, as far as its log probabilities are told
 
-    def whole(self, texts: list[str], generations: list[Generation]) -> dict[str, Any]:
-        """Return the body of an answer that is not streamed."""
-        choices = [
-            self._choice(place, {"message": {"role": "assistant", "content": text}}, text, generation.finish_reason)
-            for place, (text, generation) in enumerate(zip(texts, generations, strict=True))
-        ]
+    def whole(self, pieces: list[list[Piece]], generations: list[Generation]) -> dict[str, Any]:
+        """Return the body of an answer that is not streamed, from all pieces of each prompt's."""
+        choices = []
+        for place, (parts, generation) in enumerate(zip(pieces, generations, strict=True)):
+            text, told = "".join(part.text for part in parts), None
+            if parts[-1].logprobs is not None:
+                told = [each for part in parts for each in part.logprobs]
+            message = {"message": {"role": "assistant", "content": text}}
+            choices.append(self._choice(place, message, text, generation.finish_reason, told))
         return {**self._head, "object": self._object, "model": self._model, "choices": choices, **usage(generations)}
 
     def first(self, count: int) -> list[dict[str, Any]]:
@@ -63,7 +81,8 @@ class Form:
     def piece(self, piece: Piece, shows_tokens: bool = False) -> dict[str, Any]:
         """Return the chunk of a piece of text, perhaps the last."""
         text = piece.text
-        choice = self._choice(piece.place, {"delta": {"content": text} if text else {}}, text, piece.finish_reason)
+        delta = {"delta": {"content": text} if text else {}}
+        choice = self._choice(piece.place, delta, text, piece.finish_reason, piece.logprobs)
         shown = {"lskip": {"tokens": [each._asdict() for each in piece.tokens]}} if shows_tokens else {}
         return {**self._with([choice]), **shown}
 
@@ -74,9 +93,26 @@ class Form:
     def _with(self, choices: list[dict]) -> dict[str, Any]:
         return {**self._head, "object": self._chunk, "model": self._model, "choices": choices}
 
-    def _choice(self, place: int, of_chat: dict, text: str, finish_reason: str | None) -> dict[str, Any]:
+    def _choice(
+        self, place: int, of_chat: dict, text: str, finish_reason: str | None, told: list[LogProb] | None = None
+    ) -> dict[str, Any]:
         content = of_chat if self.chat else {"text": text}
-        return {"index": place, **content, "logprobs": None, "finish_reason": FINISH.get(finish_reason)}
+        logprobs = None if told is None else self._logprobs(place, told)
+        return {"index": place, **content, "logprobs": logprobs, "finish_reason": FINISH.get(finish_reason)}
+
+    def _logprobs(self, place: int, told: list[LogProb]) -> dict[str, Any]:
+        """Return log probabilities in the form of a chat, or of a completion, which counts on from chunk to chunk."""
+        if self.chat:
+            content = [
+                {"token": text, "logprob": value, "bytes": list(text.encode()), "top_logprobs": []}
+                for text, value in told
+            ]
+            return {"content": content, "refusal": None}
+        texts = [each.text for each in told]
+        offsets = list(accumulate(map(len, texts), initial=self._lengths[place]))
+        self._lengths[place] = offsets.pop()
+        values = [each.value for each in told]
+        return {"tokens": texts, "token_logprobs": values, "top_logprobs": None, "text_offset": offsets}
 
 
 def usage(generations: list[Generation]) -> dict[str, Any]:
