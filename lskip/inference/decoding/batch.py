@@ -258,7 +258,7 @@ class Batch:
         foreseeing = [draft for draft in plan.probed if DRAFTERS[draft.kind].foresees]
         # A round brings one token more than it drafts.
         most = plan.num_speculations + 1
-        return plan, probe, {draft: self.drafters[draft.kind].foresee(most) for draft in foreseeing}
+        return plan, probe, {draft: chooser.possible(self.drafters[draft.kind].foresee(most)) for draft in foreseeing}
 
     def _exit(self, chooser: BatchChooser) -> Round:
         outcome, depths = exit_round(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lskip.inference.decoding.engine import keep_agreeing
+from lskip.inference.decoding.grammar_mask import GrammarMask
 from lskip.inference.decoding.rejection import RejectionChooser
 from lskip.inference.decoding.sampling import TokenChooser
 
@@ -62,6 +63,16 @@ class BatchChooser:
         return torch.stack(
             [chooser.sample(*rows) for chooser, *rows in zip(self.choosers, logits, drafted, strict=True)]
         )
+
+    def possible(self, guesses: list[list[int]]) -> list[list[int]]:
+        """Return the first tokens of each slot's guess of what follows its text, before one its grammar forbids."""
+        cut = []
+        for chooser, guess in zip(self.choosers, guesses, strict=True):
+            for mask in chooser.by_text:
+                if isinstance(mask, GrammarMask):
+                    guess = mask.possible(chooser.text, guess)
+            cut.append(guess)
+        return cut
 
     def _argmax(self, logits: Tensor, drafted: Tensor) -> Tensor:
         self.ban(logits, drafted)

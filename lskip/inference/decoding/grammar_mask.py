@@ -89,11 +89,31 @@ class GrammarMask(LogitsProcessor):
         allowed = scores.clamp(min=torch.finfo(scores.dtype).min)
         return torch.where(mask.to(scores.device), allowed, float("-inf"))
 
+    def possible(self, text: list[int], guess: list[int]) -> list[int]:
+        """Return the first tokens of a guess of what follows `text`, prompt included, before a forbidden one.
+
+        Raises:
+            GrammarError: the grammar asks for too much work.
+        """
+        self._go_behind(text[self.prompt_tokens :])
+        allowed = self._matcher.validate_tokens(guess)
+        self._check()
+        return guess[:allowed]
+
     def _mask_behind(self, text: list[int], vocab_size: int) -> Tensor | None:
         """Return which tokens [V] may follow; None behind a token that may not be there, which is about to be refused.
 
         Behind the end of a text any may: what was drafted there is left out.
         """
+        self._go_behind(text)
+        if len(self._at) < len(text):
+            return None
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        return torch.from_numpy(np.unpackbits(bits, count=vocab_size, bitorder="little").astype(bool))
+
+    def _go_behind(self, text: list[int]) -> None:
+        """Lead the matcher behind a text, or before its first token that may not be there."""
         shared = 0
         for before, now in zip(self._at, text, strict=False):
             if before != now:
@@ -102,9 +122,9 @@ class GrammarMask(LogitsProcessor):
         self._matcher.rollback(len(self._at) - shared)
         consumed = self._matcher.try_consume_tokens(text[shared:])
         self._at = text[: shared + consumed]
-        if len(self._at) < len(text):
-            return None
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+
+    def _check(self) -> None:
+        """Raise GrammarError where the matcher has given up: it forbids everything from then on."""
         if self._matcher.is_error():
             raise GrammarError(self, self._matcher.get_error().splitlines()[0])
-        return torch.from_numpy(np.unpackbits(bits, count=vocab_size, bitorder="little").astype(bool))

@@ -151,12 +151,16 @@ class Drafter(ABC):
 
         Args:
             draft: one of `drafts`.
-            chooser: chooses tokens from logits, for drafters that compute logits.
+            chooser: chooses tokens from logits, for drafters that compute logits; cuts the guesses of those that
+                do not (`possible`).
             goes_on: to be asked after each token but the last, by drafters that make one token after another.
         """
 
     def foresee(self, count: int) -> list[list[int]]:
-        """Return up to `count` tokens that it would draft now in each slot, fewer or none where it has none."""
+        """Return up to `count` tokens that it would draft now in each slot, fewer or none where it has none.
+
+        They are still to be cut by the chooser's `possible`.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not foresee")
 
     def begin(self, slot: int) -> None:

@@ -28,7 +28,7 @@ class NgramDrafter(Drafter):
         self._indices[target] = self._indices[source]
 
     def propose(self, draft: Draft, count: int, chooser: Chooser, goes_on: GoesOn) -> Drafted | None:
-        guesses = self.foresee(count)
+        guesses = chooser.possible(self.foresee(count))
         if not (longest := max(map(len, guesses))):
             return None
         filled = [guess + [0] * (longest - len(guess)) for guess in guesses]

@@ -12,7 +12,10 @@ from transformers import LogitsProcessor
 
 from lskip.inference import TextGenerator
 from lskip.inference.decoding.batch import Batch
+from lskip.inference.decoding.batch_chooser import BatchChooser
 from lskip.inference.decoding.grammar_mask import GrammarError, GrammarMask, grammar_tokenizer
+from lskip.inference.drafting.draft import PLAIN, Draft
+from lskip.inference.drafting.policies import FixedDraft
 from lskip.inference.grammar import LONGEST_STRING, compile_grammar
 from lskip.models.exit_adapter import AdapterShape, ExitAdapter
 
@@ -74,16 +77,25 @@ def test_grammars_and_free_texts_share_a_batch(generator):
     for at, more in enumerate(({}, {"json_schema": SCHEMA}, {"regex": "(ab){1,9}c"}, {})):
         settings = generator.settings(max_new_tokens=60, **more)
         requests.append(generator.prepare(PROMPTS[at], settings))
-    batch = Batch(generator.runners, generator.settings(exit_layer=2, num_speculations=3), 4, 100, lambda: None)
-    for request in requests:
-        batch.add(request)
-    while batch.busy:
-        batch.round()
+    run(generator, generator.settings(exit_layer=2, num_speculations=3), requests)
     texts = [generator.tokenizer.decode(each.generation.token_ids, skip_special_tokens=True) for each in requests]
     jsonschema.validate(json.loads(texts[1]), SCHEMA)
     assert re.fullmatch("(ab){1,9}c", texts[2])
     for at in (0, 3):
         assert requests[at].generation.token_ids == generator.generate(PROMPTS[at], max_new_tokens=60).token_ids
+
+
+def run(generator, settings, requests) -> list:
+    """Decode requests in one batch; return those that failed."""
+    batch, failed = Batch(generator.runners, settings, len(requests), 200, lambda: None), []
+    for request in requests:
+        batch.add(request)
+    while batch.busy:
+        try:
+            batch.round()
+        except ValueError as error:
+            failed.append(error.request)
+    return failed
 
 
 WORDS = ("yes", "yellow", "no", "nobody")
@@ -131,16 +143,8 @@ def test_a_grammar_that_takes_too_much_ends_its_own_text_alone(generator):
         generator.prepare(PROMPTS[1], generator.settings(max_new_tokens=40, regex="a{30}")),
     )
     strict.chooser.by_text[0] = TakesTooMuch(strict.chooser.by_text[0], len(PROMPTS[1]) + 5)
-    batch = Batch(generator.runners, settings, 2, 100, lambda: None)
-    batch.add(free)
-    batch.add(strict)
-    failed = []
-    while batch.busy:
-        try:
-            batch.round()
-        except ValueError as error:
-            failed.append(error.request)
-    assert failed == [strict] and free.generation.token_ids == expected.token_ids
+    assert run(generator, settings, [free, strict]) == [strict]
+    assert free.generation.token_ids == expected.token_ids
 
 
 class TakesTooMuch(LogitsProcessor):
@@ -153,6 +157,108 @@ class TakesTooMuch(LogitsProcessor):
         if input_ids.shape[1] > self.most:
             raise GrammarError(self, "too much")
         return self.mask(input_ids, scores)
+
+
+class Foreseen(FixedDraft):
+    """A policy that drafts nothing, and asks what n-grams would have said."""
+
+    def __init__(self):
+        self.agreed = []
+
+    def plan(self, slots, most, without=frozenset()):
+        return PLAIN._replace(probed=self.drafts)
+
+    def judge(self, agreed):
+        self.agreed += agreed[Draft("ngram", 0)]
+
+
+def letters(tokenizer, text: str) -> list[int]:
+    """Return one token a letter, "$" the end of a text."""
+    return [0 if letter == "$" else tokenizer.convert_tokens_to_ids(letter) for letter in text]
+
+
+def test_a_guess_is_cut_before_the_first_token_that_the_grammar_forbids(tiny_tokenizer):
+    """By hand, in any order: a wrong letter, one repetition too many, an end too early, what is behind an end."""
+    cases = [
+        ("", "abac", "aba"),
+        ("ab", "ababab", "abab"),
+        ("aba", "a", ""),
+        ("ab", "ab", "ab"),
+        ("", "a$", "a"),
+        ("a", "bab$ab", "bab$"),
+        ("abab", "", ""),
+    ]
+    mask = mask_of(tiny_tokenizer, "(ab){1,3}")
+    for before, guess, possible in cases * 2:
+        text = letters(tiny_tokenizer, before)
+        assert mask.possible([7, 7, *text], letters(tiny_tokenizer, guess)) == letters(tiny_tokenizer, possible)
+        assert allowed_by(mask, text) == allowed_by(mask_of(tiny_tokenizer, "(ab){1,3}"), text)
+
+
+def test_ngrams_guess_only_what_the_grammar_allows(generator):
+    """By hand: behind xy the prompt goes on with z, which may not come; behind aa may come as many as are left."""
+    prompt = letters(generator.tokenizer, "xyzx")
+    settings = {"regex": "ya{5}", "max_new_tokens": 20, "draft": "ngram", "num_speculations": 4}
+    outcome = generator.generate(prompt, **settings)
+    assert outcome.token_ids == letters(generator.tokenizer, "yaaaaa$")
+    a = letters(generator.tokenizer, "a")[0]
+    rounds = [(each.drafted, each.accepted, each.own) for each in outcome.history]
+    assert rounds[1:] == [((), 0, a)] * 3 + [((a, a), 2, 0)]
+    policy = Foreseen()
+    outcome = generator.generate(prompt, draft_policy=policy, **settings)
+    assert outcome.token_ids == letters(generator.tokenizer, "yaaaaa$")
+    # What a round brings, and so what it tells of, is one token. Of the end behind the last letter none is foreseen.
+    assert policy.agreed == [[], [], [], [True], [True], []]
+
+
+@pytest.mark.parametrize("sampled", [{}, {"temperature": 1.2, "seed": 3}], ids=["greedy", "sampled"])
+def test_cut_guesses_leave_the_texts_and_draft_less(generator, monkeypatch, sampled):
+    """In a batch of texts with and without a grammar."""
+    drafting = generator.settings(draft="ngram", num_speculations=6)
+
+    own = ({"json_schema": SCHEMA}, {}, {"regex": "(ab){1,9}c[ab]{20}"}, {"json_schema": SCHEMA})
+
+    def texts(settings):
+        requests = []
+        for at, more in enumerate(own):
+            asked = generator.settings(max_new_tokens=100, **more, **sampled)
+            requests.append(generator.prepare(PROMPTS[at], asked, at))
+        assert run(generator, settings, requests) == []
+        outcomes = [request.generation for request in requests]
+        return [each.token_ids for each in outcomes], [(each.drafted, each.accepted) for each in outcomes]
+
+    expected, _ = texts(generator.settings(num_speculations=0))
+    found, counts = texts(drafting)
+    monkeypatch.setattr(BatchChooser, "possible", lambda self, guesses: guesses)
+    uncut, more = texts(drafting)
+    assert found == uncut == expected
+    assert sum(drafted for drafted, _ in counts) < sum(drafted for drafted, _ in more)
+    assert [accepted for _, accepted in counts] == [accepted for _, accepted in more] != [0] * 4
+    assert counts[1] == more[1]  # the free text's
+
+
+@pytest.mark.parametrize("policy", [FixedDraft, Foreseen])
+def test_a_grammar_that_takes_too_much_while_cutting_ends_its_own_text_alone(generator, monkeypatch, policy):
+    expected = generator.generate(PROMPTS[0], max_new_tokens=40)
+    settings = generator.settings(max_new_tokens=40, draft="ngram", num_speculations=4, draft_policy=policy())
+    free = generator.prepare(PROMPTS[0], settings)
+    strict = generator.prepare(PROMPTS[1], generator.settings(max_new_tokens=40, regex="a{30}"))
+    (mask,) = strict.chooser.by_text
+    outside = [len(generator.tokenizer) + 100]  # of the vocabulary: the matcher gives up
+    possible = mask.possible
+    monkeypatch.setattr(mask, "possible", lambda text, guess: possible(text, outside if len(text) > 16 else guess))
+    assert run(generator, settings, [strict, free]) == [strict]
+    assert 4 <= len(strict.generation.token_ids) < 30 and free.generation.token_ids == expected.token_ids
+
+
+def test_a_matcher_that_has_given_up_is_an_error_and_no_leave_to_write_anything(tiny_tokenizer):
+    mask = mask_of(tiny_tokenizer, "a{9}")
+    with pytest.raises(GrammarError, match="json_schema, regex: token id 400 out of range"):
+        allowed_by(mask, [400])
+    with pytest.raises(GrammarError, match="out of range"):
+        mask.possible([7, 7], letters(tiny_tokenizer, "a"))
+    with pytest.raises(GrammarError, match="out of range"):
+        mask_of(tiny_tokenizer, "a{9}").possible([7, 7], [400])
 
 
 def test_strings_and_arrays_get_a_bound_and_keep_their_own(tiny_tokenizer):
