@@ -61,10 +61,10 @@ def test_each_answer_knows_what_was_said(talk, saved, options):
 
 
 def test_what_was_said_before_is_not_run_again(talk, monkeypatch):
-    prepared, prepare = [], Engine.prepare
-    monkeypatch.setattr(Engine, "prepare", lambda self, *rest: prepared.append(prepare(self, *rest)) or prepared[-1])
+    submitted, submit = [], Engine.submit
+    monkeypatch.setattr(Engine, "submit", lambda *given: submitted.extend(given[2]) or submit(*given))
     talk("def add(a, b):", "again", "/new", "def")
-    first, second, third = (each.generation for each in prepared)
+    first, second, third = (each.generation for each in submitted)
     assert second.cached_prompt_tokens >= first.prompt_tokens > third.cached_prompt_tokens
 
 

@@ -12,9 +12,14 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installe
 
 
 @pytest.fixture
-def page(serve):
+def with_exit():
+    return False
+
+
+@pytest.fixture
+def page(serve, with_exit):
     """Return a page of a served tiny model, and what its console said."""
-    with serve(slots=1, drafting={"num_speculations": 4}) as server, playwright.sync_playwright() as driver:
+    with serve(slots=1, drafting={"num_speculations": 4}, with_exit=with_exit) as server, playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         page = browser.new_page()
         said = []
@@ -38,7 +43,7 @@ def ask(page, text: str):
 
 def test_a_talk(page):
     page, said = page
-    page.get_by_role("heading", name="tiny").wait_for()
+    page.get_by_role("option", name="tiny").wait_for(state="attached")
     answer = ask(page, "def add(a, b):")
     kinds = answer.locator("> span:not(.counts)").evaluate_all("all => all.map(each => each.className)")
     assert kinds[0] == "plain" and {"accepted", "corrected"} <= set(kinds) <= KINDS
@@ -57,6 +62,17 @@ def test_a_talk(page):
 
 def speeds(page) -> str:
     return page.locator("#speeds").inner_text()
+
+
+@pytest.mark.parametrize("with_exit", [True])
+def test_another_endpoint_is_chosen(page, tiny_generator):
+    page, said = page
+    page.get_by_label("model").select_option("exit")
+    page.get_by_label("message").focus()
+    pieces = ask(page, "def add(a, b):").locator("> span:not(.counts)")
+    text = "".join(pieces.evaluate_all("all => all.map(each => each.textContent)"))
+    early = tiny_generator.generate([{"role": "user", "content": "def add(a, b):"}], exit_layer=1)
+    assert text == early.text and said == []
 
 
 def test_escape_stops_an_answer(page):
