@@ -4,7 +4,10 @@
 
 Some clients leave at random moments, before the first piece among them, some read slowly, some send bodies that are no
 requests or of 10 MB, while others ask and read to the end. Slots, threads and resident memory of the server before and
-after, and the others' texts against those that they get when nothing else is asked. Writes result.json into --out.
+after, and the others' texts against those that they get when nothing else is asked.
+
+Then SIGTERM to another server while clients ask again and again, streamed and not, more than have a slot: what became
+of every request, those it had before the signal apart, and how the process ended. Writes result.json into --out.
 """
 
 from __future__ import annotations
@@ -12,12 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import socket
 import sys
+import tempfile
 import time
 import urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -41,6 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     with lskip_server(options.model, "--max_batch_size=4", f"--max_waiting={2 * options.clients}") as server:
         found = misbehave(server, options)
+    found["sigterm"] = end_under_load(options)
     result = {"environment": environment(torch.device("cpu")), "options": vars(options), **found}
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / "result.json", result)
@@ -55,10 +63,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--malformed", type=int, default=50, help="bodies that are no requests")
     parser.add_argument("--good", type=int, default=12, help="clients that read to the end")
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--asking", type=int, default=12, help="clients that ask when SIGTERM comes; 4 have a slot")
+    parser.add_argument("--stop_seconds", type=int, default=60, help="of the server that gets SIGTERM")
     parser.add_argument("--quick", action="store_true", help="few, to see that it runs")
     options = parser.parse_args(arguments)
     if options.quick:
         options.clients, options.malformed, options.good, options.tokens = 6, 8, 2, 8
+        options.asking = 6
     return options
 
 
@@ -91,7 +102,7 @@ def misbehave(server: Server, options: argparse.Namespace) -> dict:
 
 def held(server: Server) -> dict[str, float]:
     """Return megabytes of resident memory, threads, and requests that have a slot or wait."""
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{server.pid}/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{server.process.pid}/status").read_text().splitlines())
     running, waiting = requests_of(server)
     megabytes = int(status["VmRSS"].split()[0]) / 1024
     return {"megabytes": megabytes, "threads": int(status["Threads"]), "running": running, "waiting": waiting}
@@ -147,6 +158,57 @@ def send(server: Server, body: bytes) -> int:
             return int(connection.recv(4096).split()[1])
         except (OSError, IndexError):  # it closed the connection amid a large body
             return 0
+
+
+def end_under_load(options: argparse.Namespace) -> dict:
+    """Return what became of requests to a server that gets SIGTERM, and how it ended."""
+    with tempfile.TemporaryFile("w+") as errors:
+        bounds = ("--max_batch_size=4", f"--stop_seconds={options.stop_seconds}")
+        with lskip_server(options.model, *bounds, errors=errors) as server, ThreadPoolExecutor(options.asking) as pool:
+            asking = [pool.submit(ask_until_refused, server, number, options) for number in range(options.asking)]
+            while sum(requests_of(server)) < options.asking:
+                time.sleep(0.02)
+            server.process.terminate()
+            signalled = time.perf_counter()
+            code = server.process.wait(timeout=options.stop_seconds + 120)
+            seconds = time.perf_counter() - signalled
+            found = [each.result() for each in asking]
+        errors.seek(0)
+        said = errors.read()
+    return {
+        "before_the_signal": Counter(first for first, *_ in found),
+        "since": Counter(outcome for _, *since in found for outcome in since),
+        **{"exit_code": code, "seconds": seconds, "in_time": seconds <= options.stop_seconds, "stderr": said},
+    }
+
+
+def ask_until_refused(server: Server, number: int, options: argparse.Namespace) -> list[str]:
+    """Return the outcomes of a client's requests one after the other, of which the last was not answered."""
+    body = {"messages": prompt_of(number), "max_tokens": options.tokens, "temperature": 0, "stream": number % 2 == 0}
+    outcomes = []
+    with closing(HTTPConnection(urlsplit(server.url).netloc, timeout=600)) as connection:
+        while not outcomes or outcomes[-1] == "complete":
+            outcomes.append(outcome_of(connection, body))
+    return outcomes
+
+
+def outcome_of(connection: HTTPConnection, body: dict) -> str:
+    """Return what became of a request: complete, refused, told (an error ends its stream) or cut."""
+    try:
+        connection.request("POST", "/v1/chat/completions", json.dumps(body))
+        response = connection.getresponse()
+    except ConnectionError:
+        return "refused"
+    try:
+        said = response.read().decode()
+    except (ConnectionError, HTTPException):
+        return "cut"
+    if response.status != 200:
+        return "refused" if response.status == 503 else f"status {response.status}"
+    if 'data: {"error"' in said:
+        return "told"
+    ended = re.search(r'"finish_reason": ?"(stop|length)"', said) and ("data: [DONE]" in said or not body["stream"])
+    return "complete" if ended else "cut"
 
 
 if __name__ == "__main__":

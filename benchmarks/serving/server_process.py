@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import openai
 
@@ -27,25 +29,59 @@ class Server(NamedTuple):
     """A process that serves, and the address of its interface."""
 
     url: str
-    pid: int
+    process: subprocess.Popen
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=600)
 
 
 @contextmanager
-def lskip_server(model: str, *options: str) -> Iterator[Server]:
-    """Serve a model by `lskip serve`."""
+def lskip_server(model: str, *options: str, errors: IO | None = None) -> Iterator[Server]:
+    """Serve a model by `lskip serve`; its stderr goes to `errors`, else where this process's goes."""
     command = [sys.executable, "-m", "lskip", "serve", f"--model={model}", "--port=0", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
+    with _ended(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)) as process:
         said = process.stdout.readline()
         if (found := re.search(r"http://\S+/v1", said)) is None:
             raise RuntimeError(f"lskip serve did not start: {said!r}")
-        yield Server(found[0], process.pid)
+        yield Server(found[0], process)
+
+
+@contextmanager
+def other_server(command: Sequence[str], log: Path, seconds: float = 300) -> Iterator[Server]:
+    """Serve by another program, which takes --host and --port; what it says goes to `log`.
+
+    Raises:
+        RuntimeError: it ended, or has not answered after so many seconds.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    where = ["--host", "127.0.0.1", "--port", str(port)]
+    with (
+        log.open("w") as said,
+        _ended(subprocess.Popen([*command, *where], stdout=said, stderr=subprocess.STDOUT)) as process,
+    ):
+        server, end = Server(f"http://127.0.0.1:{port}/v1", process), time.monotonic() + seconds
+        while not _answers(server):
+            if process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"{' '.join(command)} did not start: see {log}")
+            time.sleep(0.5)
+        yield server
+
+
+@contextmanager
+def _ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
+    try:
+        yield process
     finally:
         process.terminate()
         process.wait()
+
+
+def _answers(server: Server) -> bool:
+    try:
+        return bool(server.client().models.list().data)
+    except openai.APIError:
+        return False
 
 
 def ask(client: openai.OpenAI, model: str, messages: Sequence[dict], **fields) -> Served:

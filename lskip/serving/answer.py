@@ -72,13 +72,14 @@ class Answer:
         """Yield what each round brings to one of the prompts.
 
         Raises:
-            RequestRefusedError: what went wrong in the engine.
+            RequestRefusedError: what went wrong in the engine, or that the server ends.
         """
         while self.left:
             place, news = await self.news.get()
             if news.error is not None:
                 self.stop("error")
-                raise RequestRefusedError(500, str(news.error))
+                refused = isinstance(news.error, RequestRefusedError)
+                raise news.error if refused else RequestRefusedError(500, str(news.error))
             text, last = self.texts[place], len(news.tokens) - 1
             tokens = [
                 Token(token, text.push([token], ended=at == last and news.finish_reason is not None), kind)
@@ -94,6 +95,10 @@ class Answer:
         values = zip(news.tokens, news.logprobs, strict=True)
         found = [LogProb(self.token_texts[place].push([token]), value) for token, value in values]
         return found[:-1] if news.finish_reason == "eos" else found
+
+    def end(self) -> None:
+        """Let its client be told that the server ends."""
+        self.news.put_nowait((0, News([], error=RequestRefusedError(503, "the server ends", code="busy"))))
 
     def stop(self, outcome: str = "cancelled") -> None:
         """Free the slots of texts that have not ended."""

@@ -9,6 +9,7 @@ from functools import partial
 from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -49,6 +50,7 @@ class Server:
         counters = Counters()
         self.metrics = {endpoint.name: Metrics(endpoint, engine, counters) for endpoint in endpoints}
         self._counted = counters.text
+        self._answers: WeakSet[Answer] = WeakSet()
 
     def app(self) -> FastAPI:
         """Return the application."""
@@ -65,6 +67,11 @@ class Server:
         app.add_api_route("/v1/completions", self._complete, methods=["POST"], **keyed)
         app.add_api_route("/v1/chat/completions", self._chat, methods=["POST"], **keyed)
         return app
+
+    def end_answers(self) -> None:
+        """End those that are under way by an error 503."""
+        for answer in list(self._answers):
+            answer.end()
 
     async def _check_host(self, http: Request) -> None:
         if "*" in self.hosts:
@@ -119,6 +126,7 @@ class Server:
         asked = read_asked(kind, await read_body(http))
         endpoint = self._endpoint(asked.model)
         answer = Answer(self.engine, endpoint, self.metrics[endpoint.name], asked)
+        self._answers.add(answer)
         if asked.stream:
             return Streamed(answer)
         try:

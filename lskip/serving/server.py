@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import socket
@@ -14,6 +15,7 @@ from lskip.serving.lanes import Endpoint, ExitLane, Lane
 from lskip.serving.options import Served, ServingOptions
 from lskip.utils.console import say
 
+SECONDS_TO_SAY_SO = 5  # for answers that the end of the server cut to tell their clients
 NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
 
 
@@ -38,7 +40,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve_models(serving: ServingOptions, models: Sequence[Served]) -> None:
-    """Load models and serve them until SIGTERM or Ctrl-C; answers under way may end before.
+    """Load models and serve them until SIGTERM or Ctrl-C; answers under way have stop_seconds to end.
 
     Raises:
         ValueError: a bad option, before a model is loaded where it can be told by then.
@@ -75,9 +77,16 @@ def _run(serving: ServingOptions, endpoints: list[Endpoint], place: socket.socke
     from lskip.serving.engine import Engine
 
     engine = Engine([lane for _, *lanes in endpoints for lane in lanes], serving.max_waiting)
-    app = Server(engine, endpoints, (serving.host, *(serving.allowed_hosts or ())), serving.api_key).app()
-    how = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": serving.stop_seconds}
-    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", **how))
+    routes = Server(engine, endpoints, (serving.host, *(serving.allowed_hosts or ())), serving.api_key)
+
+    class Ending(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            asyncio.get_running_loop().call_later(serving.stop_seconds, routes.end_answers)
+            await super().shutdown(sockets)
+
+    how = {"log_level": "warning", "access_log": False}
+    how["timeout_graceful_shutdown"] = serving.stop_seconds + SECONDS_TO_SAY_SO
+    server = Ending(uvicorn.Config(routes.app(), lifespan="off", **how))
     host, port = place.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     for name, lane, _ in endpoints:
@@ -88,5 +97,8 @@ def _run(serving: ServingOptions, endpoints: list[Endpoint], place: socket.socke
     engine.start()
     try:
         server.run(sockets=[place])
+    except KeyboardInterrupt:  # uvicorn sends the signal again once it has ended as asked, which is no failure
+        if server.force_exit or not server.should_exit:  # a second Ctrl-C, or another signal
+            raise
     finally:
         engine.close()

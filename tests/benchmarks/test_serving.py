@@ -30,3 +30,20 @@ def test_clients_that_misbehave_harm_nobody(tmp_path):
     assert (result["left"], result["others_harmed"], result["slow_readers_complete"]) == (6, 0, 4)
     assert result["malformed"] == [400] and result["large"] in (413, 0)
     assert (result["after"]["running"], result["after"]["waiting"]) == (0, 0)
+    ended = result["sigterm"]
+    assert ended["before_the_signal"] == {"complete": 6} and set(ended["since"]) <= {"complete", "refused"}
+    assert (ended["exit_code"], ended["in_time"], ended["stderr"]) == (0, True, "")
+
+
+def test_peers_that_are_missing_are_left_out(tmp_path, capsys, monkeypatch):
+    from benchmarks.serving.peers import FIRST, main
+
+    for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE"):  # which it sets for the servers
+        monkeypatch.setenv(name, "1")
+    main([f"--out={tmp_path}", "--quick", "--transformers_python=false", "--llama_cpp_python=false"])
+    assert capsys.readouterr().out.count("left out") == 2
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [(row["clients"], row["server"]) for row in rows[::2]] == [(1, FIRST), (2, FIRST)]
+    assert len(rows) == 4 and all(row["tokens_per_second"] > 0 and row["answers"] == 4 for row in rows)
+    assert all(row["differing"] <= 1 for row in rows) and rows[0]["first_over_this"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]

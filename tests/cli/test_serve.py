@@ -2,14 +2,15 @@
 
 import copy
 import json
-import os
 import re
-import signal
 import socket
 import subprocess
 import sys
-import threading
+import time
+import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 
@@ -33,28 +34,56 @@ def ask(url: str, **fields) -> dict:
         return json.load(answer)
 
 
-def test_a_signal_lets_answers_end(saved):
-    """After SIGTERM an answer under way comes whole, and the process ends as one that was asked to."""
-    command = [sys.executable, "-m", "lskip", "serve", f"--model={saved}", "--port=0", "--max_batch_size=2"]
+@contextmanager
+def started(saved, *options: str):
+    """Yield the process of a server, what it said, and its address."""
+    command = [sys.executable, "-m", "lskip", "serve", f"--model={saved}", "--port=0", "--max_batch_size=2", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         said = process.stdout.readline()
-        assert "serving tiny" in said and "2 texts at a time, of up to 4096 tokens" in said
-        url = re.search(r"http://\S+/v1", said)[0]
-        assert ask(url)["usage"]["completion_tokens"] == 4
-        found = []
-        client = threading.Thread(target=lambda: found.append(ask(url, prompt="return a", max_tokens=1500)))
-        client.start()
-        while b'running{model="tiny"} 1.0' not in urllib.request.urlopen(url.replace("/v1", "/metrics")).read():
-            assert client.is_alive()
-        os.kill(process.pid, signal.SIGTERM)
-        client.join()
-        assert found[0]["usage"]["completion_tokens"] == 1500
-        assert process.wait(60) == 143
-        assert "Traceback" not in process.stderr.read()
+        yield process, said, re.search(r"http://\S+/v1", said)[0]
     finally:
         process.kill()
         process.communicate()
+
+
+def wait_until_running(url: str, texts: int) -> None:
+    end = time.monotonic() + 60
+    while (
+        f'running{{model="tiny"}} {texts}.0'
+        not in urllib.request.urlopen(url.replace("/v1", "/metrics")).read().decode()
+    ):
+        assert time.monotonic() < end
+
+
+def test_a_signal_lets_answers_end(saved):
+    """After SIGTERM an answer under way comes whole, and the process ends as one that did what it was asked to."""
+    with started(saved) as (process, said, url):
+        assert "serving tiny" in said and "2 texts at a time, of up to 4096 tokens" in said
+        assert ask(url)["usage"]["completion_tokens"] == 4
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(ask, url, prompt="return a", max_tokens=1500)
+            wait_until_running(url, 1)
+            process.terminate()
+            assert answer.result()["usage"]["completion_tokens"] == 1500
+        assert process.wait(60) == 0
+        assert process.stderr.read() == ""
+
+
+def test_answers_that_take_longer_are_told_that_the_server_ends(saved):
+    # Without drafts, since a text that repeats itself is over at once with them.
+    with started(saved, "--stop_seconds=0", "--draft=null") as (process, _, url), ThreadPoolExecutor() as pool:
+        whole = pool.submit(ask, url, max_tokens=4000)
+        body = json.dumps({"prompt": "def add", "max_tokens": 4000, "stream": True}).encode()
+        streamed = pool.submit(lambda: urllib.request.urlopen(f"{url}/completions", body, timeout=60).read().decode())
+        wait_until_running(url, 2)
+        process.terminate()
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            whole.result()
+        last = streamed.result().split("data: ")[-1]
+        assert json.loads(last)["error"]["message"] == "the server ends"
+        assert process.wait(60) == 0
+        assert process.stderr.read() == ""
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,10 @@ def with_exit():
 @pytest.fixture
 def page(serve, with_exit):
     """Return a page of a served tiny model, and what its console said."""
-    with serve(slots=1, drafting={"num_speculations": 4}, with_exit=with_exit) as server, playwright.sync_playwright() as driver:
+    with (
+        serve(slots=1, drafting={"num_speculations": 4}, with_exit=with_exit) as server,
+        playwright.sync_playwright() as driver,
+    ):
         browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         page = browser.new_page()
         said = []
