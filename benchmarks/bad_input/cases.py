@@ -10,6 +10,7 @@ from random import Random
 from jsonargparse import ArgumentParser
 
 from benchmarks.bad_input.options import NOT_TRIED, OPTIONS
+from benchmarks.bad_input.servers import OPTIONS as SERVERS
 from benchmarks.bad_input.training_options import OPTIONS as TRAINING
 from benchmarks.bad_input.training_options import PLAN
 from benchmarks.bad_input.verdict import Case
@@ -17,7 +18,7 @@ from lskip.cli import main
 
 MODULES = (
     *("options", "training_options", "prompts", "data", "rows", "configs", "strangers"),
-    *("models", "tokenizers", "weights", "gguf", "records", "outputs", "tasks", "names", "terminals"),
+    *("models", "tokenizers", "weights", "gguf", "records", "outputs", "tasks", "names", "terminals", "servers"),
 )
 
 
@@ -45,7 +46,7 @@ def chosen(cases: list[Case], only: str, limit: int, seed: int) -> list[Case]:
 
 def options_without_cases() -> list[str]:
     """Return the options of the command line that no table covers."""
-    said = {**OPTIONS, "fit": TRAINING, "plan": {**TRAINING, **PLAN}}
+    said = {**OPTIONS, **SERVERS, "fit": TRAINING, "plan": {**TRAINING, **PLAN}}
     return [
         f"{command} --{name}"
         for command, table in said.items()

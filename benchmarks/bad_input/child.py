@@ -32,6 +32,7 @@ LAZY = {
     "evaluate": ("lm_eval.evaluator", "lm_eval.tasks", "lskip.evaluation.lm_eval.exit_model"),
     "compare": ("tensorboard.backend.event_processing.event_accumulator", "matplotlib.pyplot"),
     "inspect": ("matplotlib.image", "torch.utils.tensorboard"),
+    "serve": ("uvicorn", "lskip.serving.app"),
     "fit": ("peft", "pyarrow.parquet", "transformers.models.gpt2.modeling_gpt2"),
 }
 # beginning of Verdict.wrong -> kind
@@ -41,6 +42,7 @@ KINDS = {
     "crash": "crash",
     "memory": "memory",
     "exit code 0": "not refused",
+    "exit code 143": "not refused",  # a server that was ended
     "exit code": "refused what is right",
     "wrong effect": "wrong effect",
     "ran": "ran a stranger's code",

@@ -92,7 +92,8 @@ def _run(serving: ServingOptions, endpoints: list[Endpoint], place: socket.socke
     for name, lane, _ in endpoints:
         say(
             f"serving {name} at http://{shown}:{port}/v1: {lane.slots} texts at a time, of up to {lane.context} tokens,"
-            f" whose keys and values take {lane.nbytes / 2**20:,.0f} MiB"
+            f" whose keys and values take {lane.nbytes / 2**20:,.0f} MiB",
+            flush=True,
         )
     engine.start()
     try:

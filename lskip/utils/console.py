@@ -12,9 +12,13 @@ from lskip.utils.untrusted import printable
 WIDTH = 1000  # of a table that goes to a file or a pipe
 
 
-def say(sentence: str, file: TextIO | None = None) -> None:
-    """Print one line to `file`, standard output by default, its control characters escaped."""
-    print(printable(sentence, keep=""), file=file)
+def say(sentence: str, file: TextIO | None = None, flush: bool = False) -> None:
+    """Print one line to `file`, standard output by default, its control characters escaped.
+
+    Args:
+        flush: also where it is no terminal, which would keep it until the command ends.
+    """
+    print(printable(sentence, keep=""), file=file, flush=flush)
 
 
 def warn(sentence: str) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import pytest
 
 from lskip.cli import main
+from lskip.inference import load_generator
 from tests.serving.conftest import TEMPLATE
 
 
@@ -117,3 +118,49 @@ def test_packages_that_are_missing_are_named(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else find(name))
     assert main(["serve", "--model", "no/such/model"]) == 2
     assert "pip install uvicorn" in capsys.readouterr().err
+
+
+def test_endpoints_are_models_of_their_own(saved):
+    """One with a tuned task drafts as that says, another leaves the model early, and both are of one loaded model."""
+    found = {"exit_layer": 1, "num_speculations": 3, "draft": "layers", "draft_weights": None, "exit_adapter": None}
+    (saved / "tuned.json").write_text(json.dumps({"Code": {**found, "device": "cpu"}}))
+    names = [f"plain={saved}", f"code={saved}:Code", f"quick={saved}:exit_layer=1"]
+    command = [sys.executable, "-m", "lskip", "serve", "--endpoint", *names, "--port=0", "--draft=null", "--device=cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        said = [process.stdout.readline() for _ in names]
+        assert [re.match(r"serving (\w+) at", line)[1] for line in said] == ["plain", "code", "quick"], said
+        url = re.search(r"http://\S+/v1", said[0])[0]
+        plain, code, quick = (ask(url, model=name, max_tokens=20) for name in ("plain", "code", "quick"))
+    finally:
+        process.kill()
+        process.communicate()
+    drafted = [sum(answer["usage"]["completion_tokens_details"].values()) for answer in (plain, code, quick)]
+    assert drafted[0] == drafted[2] == 0 < drafted[1]
+    generator = load_generator(str(saved), device="cpu")
+    for answer, settings in ((plain, {}), (code, {}), (quick, {"exit_layer": 1})):
+        wanted = generator.generate("def add", chat=False, max_new_tokens=20, **settings)
+        assert answer["choices"][0]["text"] == wanted.text
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "said"),
+    [
+        (["smollm2"], "endpoint: 'smollm2' is not NAME=MODEL, NAME=MODEL:TASK or NAME=MODEL:exit_layer=8"),
+        (["=smollm2"], "endpoint: '=smollm2' is not NAME=MODEL"),
+        (["a="], "endpoint: 'a=' is not NAME=MODEL"),
+        (["a={saved}:"], ":' is not NAME=MODEL"),
+        (["a={saved}", "a={saved}"], "endpoint: 'a' is given twice"),
+        (["a={saved}:Nothing"], ":Nothing': task: 'Nothing' is not tuned for"),
+        (["a={saved}:exit_layer=x"], "exit_layer: 'x' is not a whole number"),
+        (["a={saved}:exit_layer=0"], "exit_layer: 0"),
+        (["a={saved}:exit_layer=99"], "exit_layer: 99"),
+        (["a=no/such/model"], "no/such/model"),
+        (["a={saved}", "--name=b"], "name: does not go with endpoint"),
+        (["a={saved}", "--model={saved}"], "is not served beside endpoint"),
+    ],
+)
+def test_endpoints_that_cannot_be_are_one_sentence(saved, endpoints, said, capsys):
+    assert main(["serve", "--port=0", "--endpoint", *(each.format(saved=saved) for each in endpoints)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
