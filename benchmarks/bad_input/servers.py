@@ -16,6 +16,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from random import Random
@@ -65,6 +66,8 @@ OPTIONS: dict[str, dict[str, Domain]] = {
         "system": text(good=("null",)),
         **DECODING,
         "num_speculations": whole(1, null=True, good=(1, 3)),
+        "exit_layer": whole(1, 3, null=True, good=(1, 3)),
+        "regex": replace(DECODING["regex"], bad=(("choice", "a("),), good=("null",)),  # another text than transformers'
         "chat": choice("true", null=True, good=("true", "null")),  # a talk is always one
         **LOADING,
     },
@@ -77,13 +80,14 @@ BASES = {
 }
 ALONE = ("--draft=null", "--num_speculations=null")
 EXTRA = {  # without which an option says nothing, or does not go with the others
+    "endpoint": ("--model=smollm2",),
     "draft": ("--exit_layer=2",),
     "exit_layer": LAYERS,
     "exit_criterion": ALONE,
     "draft_policy": LAYERS,
     "draft_tokens": LAYERS,
 }
-LATE = {*LOADING, "max_batch_size"}  # that the model's files, or memory, may have to tell
+LATE = {*LOADING, "max_batch_size", "regex"}  # that the model's files, or memory, may have to tell
 
 
 def cases(random: Random) -> Iterator[Case]:
@@ -266,7 +270,6 @@ def models() -> Iterator[Case]:
             "no tokenizer",
             *model,
             right=refused("model", lacks),
-            early=True,
             prepare=without_tokenizer,
         )
         empty = lambda here: shutil.rmtree(here / "model") or (here / "model").mkdir()  # noqa: E731

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from queue import Queue
 
-from lskip.cli.generate import check_adapter_is_used, check_exit_layer
+from lskip.cli.generate import check_adapter_is_used, check_exit_layer, write_text
 from lskip.inference import GenerationSettings, TextGenerator
 from lskip.inference.generation import TextStream
 from lskip.inference.options import DecodingOptions, LoadingOptions
@@ -17,6 +17,7 @@ from lskip.serving.engine import Engine, News
 from lskip.serving.lanes import Lane, prepare_request
 from lskip.serving.options import MOST_CONTEXT
 from lskip.utils.untrusted import printable
+from lskip.utils.user_errors import one_line
 
 HELP = """/draft off, /draft on    whether anything drafts; the text stays the same
 /exit_layer 8, /exit_layer off    no draft from a deeper exit
@@ -35,6 +36,8 @@ def chat(decoding: DecodingOptions, loading: LoadingOptions, system: str | None 
         loading: which model.
         system: a system message; null: none, or the one of the model's chat template.
     """
+    if system == "":
+        raise ValueError("system: is empty; leave it out, or give a message")
     decoding = with_drafts(decoding)
     loading = loading.for_draft(decoding.draft)
     settings = decoding.settings()
@@ -51,7 +54,7 @@ def chat(decoding: DecodingOptions, loading: LoadingOptions, system: str | None 
             if line.startswith("/"):
                 if line.strip() == "/quit":
                     break
-                print(talk.command(line), file=sys.stderr)
+                print(printable(talk.command(line)), file=sys.stderr)
             elif line.strip():
                 talk.answer(line)
     finally:
@@ -66,12 +69,18 @@ def with_drafts(decoding: DecodingOptions) -> DecodingOptions:
 
 
 def lines() -> Iterator[str]:
-    """Yield lines of standard input until its end; Ctrl-C gives up a line."""
-    while True:
+    """Yield lines of standard input until its end; Ctrl-C gives up a line.
+
+    Raises:
+        ValueError: it holds no text, or cannot be read.
+    """
+    while sys.stdin is not None:
         try:
             yield input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
+        except (UnicodeDecodeError, OSError) as error:
+            raise ValueError(f"standard input: cannot be read as UTF-8 text ({one_line(error)})") from error
         except KeyboardInterrupt:
             print(file=sys.stderr)
 
@@ -111,9 +120,13 @@ class Conversation:
         if name == "draft" and value in ("on", "off"):
             self.most_drafted = None if value == "on" else 0
             return f"drafts are {value}"
-        if name == "exit_layer" and (value == "off" or value.isdecimal()):
-            self.deepest_draft = None if value == "off" else int(value)
-            return f"exit_layer: {value}"
+        if name == "exit_layer" and value == "off":
+            self.deepest_draft = None
+            return "exit_layer: off"
+        if name == "exit_layer":
+            layers = {str(layer): layer for layer in range(1, self.generator.num_layers + 1)}
+            self.deepest_draft = layers.get(value, self.deepest_draft)
+            return f"exit_layer: {value}" if value in layers else f"exit_layer: is off, or from 1 to {len(layers)}"
         return HELP if name == "help" else f"{line.strip()}: is no command; these are:\n{HELP}"
 
     def answer(self, text: str) -> None:
@@ -131,7 +144,7 @@ class Conversation:
         try:
             for piece in TextStream(self.generator.tokenizer, _rounds(news), request.generation):
                 said += piece
-                print(printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+                write_text(piece)
         except KeyboardInterrupt:
             self.engine.cancel(ticket)
         print()

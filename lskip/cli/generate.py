@@ -42,13 +42,13 @@ def generate(
     try:
         for piece in stream:
             if not json:
-                _write(piece)
+                write_text(piece)
     except KeyboardInterrupt as pressed:
         interrupt = pressed
     if json:
         _write_json(prompt, stream.generation)
     else:
-        _write("\n")
+        write_text("\n")
         policy = generator.settings(**settings).draft_policy
         print(_summary(stream.generation, policy, generator.draft_weights), file=sys.stderr)
     if interrupt is not None:
@@ -100,7 +100,7 @@ def _read_prompt(prompt: str) -> str:
     return prompt
 
 
-def _write(text: str) -> None:
+def write_text(text: str) -> None:
     """Write text to standard output, its control characters escaped if that is a terminal."""
     if sys.stdout.isatty():
         text = printable(text)
@@ -115,7 +115,7 @@ def _write(text: str) -> None:
 
 def _write_json(prompt: str, generation: Generation) -> None:
     fields = {"prompt": prompt, "prompt_tokens": generation.prompt_tokens, **result_fields(generation)}
-    _write(json.dumps(fields, ensure_ascii=False) + "\n")
+    write_text(json.dumps(fields, ensure_ascii=False) + "\n")
 
 
 def _summary(generation: Generation, policy: DraftPolicy | None, draft_weights: str | None) -> str:

@@ -9,7 +9,7 @@ from pathlib import PurePath
 from lskip.cli.generate import check_exit_layer
 from lskip.evaluation.sweep.tuned import tuned_options
 from lskip.inference.options import DecodingOptions, LoadingOptions
-from lskip.serving.options import Served, ServingOptions
+from lskip.serving.options import DRAFTING, Served, ServingOptions
 from lskip.serving.server import serve_models
 
 FORMS = "NAME=MODEL, NAME=MODEL:TASK or NAME=MODEL:exit_layer=8"
@@ -34,7 +34,7 @@ def models_of(serving: ServingOptions, loading: LoadingOptions) -> Iterator[Serv
     """
     if serving.endpoint is None:
         name = serving.name or PurePath(loading.model).name or loading.model
-        yield Served(name, serving.settings(), loading.for_draft(serving.draft))
+        yield _served(name, serving.drafting, loading)
         return
     if loading.model != LoadingOptions.model:
         raise ValueError(f"model: {loading.model!r} is not served beside endpoint; give it a NAME=MODEL there")
@@ -55,15 +55,17 @@ def models_of(serving: ServingOptions, loading: LoadingOptions) -> Iterator[Serv
 
 def _endpoint(name: str, how: str, serving: ServingOptions, loading: LoadingOptions) -> Served:
     if not how:
-        return Served(name, serving.settings(), loading.for_draft(serving.draft))
+        return _served(name, serving.drafting, loading)
     if how.startswith(FIXED_EXIT):
         layer = how.removeprefix(FIXED_EXIT)
         if not layer.isascii() or not layer.isdecimal():
             raise ValueError(f"exit_layer: {layer!r} is not a whole number from 1 up")
-        decoding = DecodingOptions(exit_layer=int(layer))
-    else:
-        decoding, loading = tuned_options(how, DecodingOptions(), loading)
-    settings = decoding.settings()
+        return _served(name, DecodingOptions(exit_layer=int(layer)), loading)
+    return _served(name, *tuned_options(how, DecodingOptions(), loading))
+
+
+def _served(name: str, decoding: DecodingOptions, loading: LoadingOptions) -> Served:
+    """Return a model to serve; ValueError, before it is loaded, for drafts or an exit that cannot be."""
+    settings, loading = decoding.settings(), loading.for_draft(decoding.draft)
     check_exit_layer(decoding, loading)
-    names = ("draft", "exit_layer", "num_speculations", "draft_policy")
-    return Served(name, {key: settings[key] for key in names if key in settings}, loading)
+    return Served(name, {key: settings[key] for key in DRAFTING if key in settings}, loading)

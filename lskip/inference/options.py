@@ -136,6 +136,8 @@ class DecodingOptions:
         if self.json_schema is None:
             return None
         path = user_path(self.json_schema, "json_schema")
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError(f"json_schema: '{path}' is not a file")
         try:
             schema = parse_json(read_text(path, "json_schema"), f"json_schema: '{path}'")
         except OSError as error:

@@ -46,7 +46,7 @@ class Server:
     ):
         self.engine, self.api_key = engine, api_key
         self.endpoints = {endpoint.name: endpoint for endpoint in endpoints}
-        self.hosts = {*HERE, *hosts}
+        self.hosts = {*HERE, *map(str.lower, hosts)}
         counters = Counters()
         self.metrics = {endpoint.name: Metrics(endpoint, engine, counters) for endpoint in endpoints}
         self._counted = counters.text

@@ -1,13 +1,16 @@
 """Options of `lskip serve`: where to listen, how many texts at a time, what drafts."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lskip.inference.drafting.policies import DraftPolicy
-from lskip.inference.options import LoadingOptions
+from lskip.inference.options import DecodingOptions, LoadingOptions
 from lskip.inference.settings import AUTO
 from lskip.utils.checks import check_whole
 
+DRAFTING = ("draft", "exit_layer", "num_speculations", "draft_policy")  # what says how to draft
+HOST = r"\*|[\w.-]+|[0-9a-fA-F.]*(:[0-9a-fA-F.]*){2,}"  # any, a name or IPv4 address, an IPv6 address
 MOST_CONTEXT = 4096  # tokens, where none are named: each takes memory in every slot
 
 
@@ -75,16 +78,23 @@ class ServingOptions:
             check_whole("max_context", self.max_context, 2)
         if self.api_key == "" or self.name == "":
             raise ValueError(f"{'api_key' if self.api_key == '' else 'name'}: is empty; leave it out, or give one")
+        if self.api_key is not None and not re.fullmatch(r"[!-~]([ -~]*[!-~])?", self.api_key):
+            raise ValueError(
+                "api_key: has characters that no header carries; allowed are ASCII's, no spaces at its ends"
+            )
+        for name in self.allowed_hosts or ():
+            if not re.fullmatch(HOST, name):
+                raise ValueError(f"allowed_hosts: {name!r} is no name or address alone, such as my.host, nor *")
         if self.endpoint is not None and (not self.endpoint or self.name is not None):
             wrong = "endpoint: is empty" if not self.endpoint else "name: does not go with endpoint, which names each"
             raise ValueError(f"{wrong}; leave it out")
         if self.exit_layer is not None and not self.num_speculations:
             raise ValueError("exit_layer: is of drafts here; say by num_speculations how many tokens they have at most")
 
-    def settings(self) -> dict:
-        """Return the generation settings that say how to draft."""
-        names = ("draft", "exit_layer", "num_speculations", "draft_policy")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+    @property
+    def drafting(self) -> DecodingOptions:
+        """What they say of drafts."""
+        return DecodingOptions(**{name: getattr(self, name) for name in DRAFTING})
 
     def context(self, of_model: int) -> int:
         """Return the tokens that a text may have, of a model with so many positions.

@@ -30,8 +30,9 @@ def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens; ValueError where it cannot."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    except OSError as error:
-        raise ValueError(f"host: {host!r} is no address to listen at ({error.strerror})") from error
+    except (OSError, UnicodeError) as error:  # UnicodeError: a label of more than 63 characters
+        reason = error.strerror if isinstance(error, OSError) else "no name of a host"
+        raise ValueError(f"host: {host[:80]!r} is no address to listen at ({reason})") from error
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:

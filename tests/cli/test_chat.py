@@ -79,6 +79,18 @@ def test_commands(talk, saved):
     assert "/nothing: is no command; these are:" in told and "exit_layer: 1" in told
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/exit_layer 0", "exit_layer: is off, or from 1 to 4"),
+        ("/exit_layer " + "9" * 5000, "exit_layer: is off, or from 1 to 4"),
+        ("/\x1b[2J", "/\\x1b[2J: is no command"),
+    ],
+)
+def test_commands_that_cannot_be_are_told(talk, line, said):
+    assert said in talk(line)[1]
+
+
 def test_a_system_message_of_the_command_line(talk, saved):
     assert talk("c", options=["--system=Be brief."]).out == expected(saved, "c", system="Be brief.")
 
