@@ -30,6 +30,8 @@ def point(criterion: str, threshold: float | None, mean_layers: float, **quality
 class Given:
     """A Chooser that takes the given text's next token, and records the loss and hit of each prediction."""
 
+    logprobs = False
+
     def __init__(self, texts: Tensor):
         """Take the tokens of `texts` [A, n], which follow the context."""
         self.texts, self.losses, self.hits = texts, [], []
