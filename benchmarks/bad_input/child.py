@@ -42,7 +42,6 @@ KINDS = {
     "crash": "crash",
     "memory": "memory",
     "exit code 0": "not refused",
-    "exit code 143": "not refused",  # a server that was ended
     "exit code": "refused what is right",
     "wrong effect": "wrong effect",
     "ran": "ran a stranger's code",

@@ -68,6 +68,7 @@ class Turn(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    torch.set_num_threads(options.threads)
     os.environ |= {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}  # for the servers
     options.out.mkdir(parents=True, exist_ok=True)
     result = {"environment": environment(torch.device("cpu")), "options": vars(options)}

@@ -30,6 +30,8 @@ def compile_grammar(json_schema: dict[str, Any] | None, regex: str | None) -> st
         raise ValueError("regex: does not go with json_schema; give one of them")
     if not isinstance(given, dict if field == "json_schema" else str):
         raise ValueError(f"{field}: {given!r} is not {'an object' if field == 'json_schema' else 'a text'}")
+    if given == "":
+        raise ValueError("regex: is empty, which only an empty answer matches; leave it out, or give one")
     try:
         text = given if field == "regex" else json.dumps(_bounded(given))
     except (ValueError, TypeError, RecursionError) as error:  # a dict that is no JSON

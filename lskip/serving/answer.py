@@ -58,8 +58,9 @@ class Answer:
         changed = {} if self.form.chat else {"chat": False}
         try:
             settings = self.lane.generator.settings(**changed, **self.asked.settings())
-            prepare = partial(prepare_request, self.lane)
-            found = [prepare(prompt, settings, place) for place, prompt in enumerate(self.asked.prompts)]
+            found = [
+                prepare_request(self.lane, prompt, settings, place) for place, prompt in enumerate(self.asked.prompts)
+            ]
         except ValueError as error:
             field, _, said = str(error).partition(": ")
             name = self.asked.client_names.get(field, field)

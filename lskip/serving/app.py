@@ -47,9 +47,8 @@ class Server:
         self.engine, self.api_key = engine, api_key
         self.endpoints = {endpoint.name: endpoint for endpoint in endpoints}
         self.hosts = {*HERE, *map(str.lower, hosts)}
-        counters = Counters()
-        self.metrics = {endpoint.name: Metrics(endpoint, engine, counters) for endpoint in endpoints}
-        self._counted = counters.text
+        self._counters = Counters()
+        self.metrics = {endpoint.name: Metrics(endpoint, engine, self._counters) for endpoint in endpoints}
         self._answers: WeakSet[Answer] = WeakSet()
 
     def app(self) -> FastAPI:
@@ -93,7 +92,7 @@ class Server:
         return JSONResponse({"status": "ok" if goes else "the engine has ended"}, 200 if goes else 503)
 
     async def _metrics(self) -> Response:
-        return Response(self._counted(), media_type="text/plain; version=0.0.4")
+        return Response(self._counters.text(), media_type="text/plain; version=0.0.4")
 
     async def _page(self) -> Response:
         page = files("lskip.serving").joinpath("page.html").read_text(encoding="utf-8")

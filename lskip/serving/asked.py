@@ -95,6 +95,7 @@ class Asked(BaseModel):
     temperature: float | None = None
     top_p: float | None = None
     max_tokens: int | None = None
+    logprobs: bool | None = None
     response_format: ResponseFormat | None = None
 
     top_k: int | None = None
@@ -127,8 +128,8 @@ class Asked(BaseModel):
 
     @property
     def wants_logprobs(self) -> bool:
-        """Whether the log probabilities of the answer's tokens are asked for."""
-        raise NotImplementedError
+        """Whether the log probabilities of the answer's tokens are asked for: by true, or by a number, 0 too."""
+        return self.logprobs is not None and self.logprobs is not False
 
     @property
     def early_exit(self) -> EarlyExit | None:
@@ -179,12 +180,12 @@ class Completion(Asked):
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | bool | None = None  # so many alternatives to each token; 0: its own alone
 
-    @property
-    def wants_logprobs(self) -> bool:
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> Completion:
         if self.logprobs not in (None, 0):  # True is 1
             sentence = f"logprobs: {self.logprobs!r}; this server gives 0, the chosen tokens' own without alternatives"
             raise RequestRefusedError(400, sentence, "logprobs")
-        return self.logprobs is not None and self.logprobs is not False
+        return self
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -224,11 +225,6 @@ class Chat(Asked):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-
-    @property
-    def wants_logprobs(self) -> bool:
-        return bool(self.logprobs)
 
     @property
     def prompts(self) -> list[list[dict[str, str]]]:

@@ -188,22 +188,20 @@ class Engine:
                 ticket.told += len(rounds)
                 kinds = [kind for each in rounds for kind in each.kinds]
                 logprobs = done.logprobs[len(done.logprobs) - len(tokens) :] if done.logprobs else None
-                self._tell(request, News(tokens, done.finish_reason, kinds, logprobs))
+                self._tell(ticket, News(tokens, done.finish_reason, kinds, logprobs))
 
     def _fail(self, requests: list[Request], error: Exception) -> None:
         for request in requests:
             if (ticket := self._tickets.get(request)) is not None:
-                self._tell(request, News([], error=error))
+                self._tell(ticket, News([], error=error))
                 self._cancel(ticket)
 
-    def _tell(self, request: Request, news: News) -> None:
-        if (ticket := self._tickets.get(request)) is None:
-            return
+    def _tell(self, ticket: Ticket, news: News) -> None:
         ticket.last = time.perf_counter()
         if ticket.first is None:
             ticket.first = ticket.last
-        if request.ended:
-            del self._tickets[request]
+        if ticket.request.ended:
+            del self._tickets[ticket.request]
         ticket.deliver(news)
 
     def _cancel(self, ticket: Ticket) -> None:

@@ -49,9 +49,9 @@ def serve_models(serving: ServingOptions, models: Sequence[Served]) -> None:
     check_packages()
     with closing(listen(serving.host, serving.port)) as place:
         generators: dict[LoadingOptions, TextGenerator] = {}
-        for _, _, loading in models:
-            if loading not in generators:
-                generators[loading] = _load(loading, serving.max_batch_size)
+        for each in models:
+            if each.loading not in generators:
+                generators[each.loading] = _load(each.loading, serving.max_batch_size)
         _run(serving, [_endpoint(serving, each, generators[each.loading]) for each in models], place)
 
 

@@ -35,7 +35,7 @@ def test_clients_that_misbehave_harm_nobody(tmp_path):
     assert (ended["exit_code"], ended["in_time"], ended["stderr"]) == (0, True, "")
 
 
-def test_peers_that_are_missing_are_left_out(tmp_path, capsys, monkeypatch):
+def test_peers_that_are_missing_are_left_out(tmp_path, capsys, monkeypatch, process_settings):
     from benchmarks.serving.peers import FIRST, main
 
     for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE"):  # which it sets for the servers

@@ -36,9 +36,9 @@ def ask(url: str, **fields) -> dict:
 
 
 @contextmanager
-def started(saved, *options: str):
-    """Yield the process of a server, what it said, and its address."""
-    command = [sys.executable, "-m", "lskip", "serve", f"--model={saved}", "--port=0", "--max_batch_size=2", *options]
+def started(*options: str):
+    """Yield the process of a server, its first line, and its address."""
+    command = [sys.executable, "-m", "lskip", "serve", "--port=0", "--max_batch_size=2", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         said = process.stdout.readline()
@@ -59,7 +59,7 @@ def wait_until_running(url: str, texts: int) -> None:
 
 def test_a_signal_lets_answers_end(saved):
     """After SIGTERM an answer under way comes whole, and the process ends as one that did what it was asked to."""
-    with started(saved) as (process, said, url):
+    with started(f"--model={saved}") as (process, said, url):
         assert "serving tiny" in said and "2 texts at a time, of up to 4096 tokens" in said
         assert ask(url)["usage"]["completion_tokens"] == 4
         with ThreadPoolExecutor() as pool:
@@ -73,7 +73,8 @@ def test_a_signal_lets_answers_end(saved):
 
 def test_answers_that_take_longer_are_told_that_the_server_ends(saved):
     # Without drafts, since a text that repeats itself is over at once with them.
-    with started(saved, "--stop_seconds=0", "--draft=null") as (process, _, url), ThreadPoolExecutor() as pool:
+    options = (f"--model={saved}", "--stop_seconds=0", "--draft=null")
+    with started(*options) as (process, _, url), ThreadPoolExecutor() as pool:
         whole = pool.submit(ask, url, max_tokens=4000)
         body = json.dumps({"prompt": "def add", "max_tokens": 4000, "stream": True}).encode()
         streamed = pool.submit(lambda: urllib.request.urlopen(f"{url}/completions", body, timeout=60).read().decode())
@@ -129,16 +130,10 @@ def test_endpoints_are_models_of_their_own(saved):
     found = {"exit_layer": 1, "num_speculations": 3, "draft": "layers", "draft_weights": None, "exit_adapter": None}
     (saved / "tuned.json").write_text(json.dumps({"Code": {**found, "device": "cpu"}}))
     names = [f"plain={saved}", f"code={saved}:Code", f"quick={saved}:exit_layer=1"]
-    command = [sys.executable, "-m", "lskip", "serve", "--endpoint", *names, "--port=0", "--draft=null", "--device=cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        said = [process.stdout.readline() for _ in names]
+    with started("--endpoint", *names, "--draft=null", "--device=cpu") as (process, first, url):
+        said = [first, *(process.stdout.readline() for _ in names[1:])]
         assert [re.match(r"serving (\w+) at", line)[1] for line in said] == ["plain", "code", "quick"], said
-        url = re.search(r"http://\S+/v1", said[0])[0]
         plain, code, quick = (ask(url, model=name, max_tokens=20) for name in ("plain", "code", "quick"))
-    finally:
-        process.kill()
-        process.communicate()
     drafted = [sum(answer["usage"]["completion_tokens_details"].values()) for answer in (plain, code, quick)]
     assert drafted[0] == drafted[2] == 0 < drafted[1]
     generator = load_generator(str(saved), device="cpu")

@@ -182,7 +182,8 @@ class Batch:
         self.cache.lengths[slot] = len(request.prompt)
         none = torch.empty(1, 0, dtype=torch.long, device=logits.device)
         _, token, told = choose(logits, none, BatchChooser([request.chooser]))
-        news = request.add(token.tolist(), logprobs=logprobs_of(told, [token.tolist()])[0])
+        tokens = token.tolist()
+        news = request.add(tokens, logprobs=logprobs_of(told, [tokens])[0])
         if request.ended:
             self._record(request, slot)
         else:

@@ -286,6 +286,7 @@ def test_strings_and_arrays_get_a_bound_and_keep_their_own(tiny_tokenizer):
         ({"json_schema": {"type": "objct"}}, "json_schema: Invalid type: objct"),
         ({"json_schema": {"dependentSchemas": {}}}, "json_schema: Unimplemented keys"),
         ({"json_schema": [1]}, r"json_schema: \[1\] is not an object"),
+        ({"regex": ""}, "regex: is empty"),
         ({"regex": "a("}, "regex: unclosed group"),
         ({"regex": 5}, "regex: 5 is not a text"),
         ({"regex": "a", "json_schema": {}}, "regex: does not go with json_schema"),
