@@ -272,7 +272,8 @@ class TextGenerator:
             batch.add(requests.popleft())
         try:
             while batch.busy:
-                yield from batch.round()
+                for news in batch.steps():
+                    yield from news
         finally:
             learner.keep()
 

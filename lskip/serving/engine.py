@@ -158,9 +158,7 @@ class Engine:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._orders or self._closing or any(lane.busy for lane in self.lanes))
-                orders, self._orders = self._orders, []
-            for order in orders:
-                order()
+            self._take_orders()
             busy = [lane for lane in self.lanes if lane.busy]
             if not busy and self._closing:
                 return
@@ -169,16 +167,23 @@ class Engine:
                 if not lane.busy:
                     lane.keep()  # while nobody waits for it
 
+    def _take_orders(self) -> None:
+        with self._wake:
+            orders, self._orders = self._orders, []
+        for order in orders:
+            order()
+
     def _round(self, lane: Lane | ExitLane) -> None:
-        under_way = lane.under_way
+        """Run a round of a lane. What came meanwhile joins in it, as far as there is room."""
         try:
-            self._tell_all(lane.round())
+            for news in lane.steps():
+                self._tell_all(news)
+                self._take_orders()
         except RequestError as error:
-            self._tell_all(error.news)
             self._fail([error.request], error)
         except Exception as error:  # whatever it is: the server goes on with those that wait
             traceback.print_exc()
-            self._fail(under_way, error)
+            self._fail(lane.under_way, error)
 
     def _tell_all(self, news: list[tuple[Request, list[int]]]) -> None:
         for request, tokens in news:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,7 +13,6 @@ from lskip.inference.decoding.request import Request, RequestError
 from lskip.inference.drafting.costs_file import Learner
 from lskip.inference.exit_criteria import Entropy, ExitCriterion, LearnedExit, Margin, Saturation
 
-PIECES_A_ROUND = 1  # of a prompt, so that the others' next tokens wait for no more than that
 CRITERIA: dict[str, type[ExitCriterion]] = {kind.__name__: kind for kind in (Entropy, LearnedExit, Margin, Saturation)}
 
 
@@ -36,7 +36,7 @@ class Lane:
         self._learner.recall()
         self.batch = Batch(
             *(generator.runners, settings, slots, context, lambda: generator.costs),
-            pieces_a_round=PIECES_A_ROUND,
+            bounds_prefill=True,
             keeps_texts=True,
         )
 
@@ -64,9 +64,9 @@ class Lane:
         """Take a request out, whether it waits or runs."""
         self.batch.cancel(request)
 
-    def round(self) -> list[tuple[Request, list[int]]]:
-        """Run a round, as Batch.round."""
-        return self.batch.round()
+    def steps(self) -> Iterator[list[tuple[Request, list[int]]]]:
+        """Run a round, as Batch.steps."""
+        return self.batch.steps()
 
     def keep(self) -> None:
         """Write what the policy has learnt."""
@@ -126,8 +126,8 @@ class ExitLane:
         if self._lane is not None:
             self._lane.cancel(request)
 
-    def round(self) -> list[tuple[Request, list[int]]]:
-        """Let those join that ask for the exit of the batch, and run a round, as Batch.round."""
+    def steps(self) -> Iterator[list[tuple[Request, list[int]]]]:
+        """Let those join that ask for the exit of the batch, and run a round, as Batch.steps."""
         while self._waiting:
             request, early_exit = self._waiting[0]
             if early_exit != self._exit:
@@ -136,7 +136,8 @@ class ExitLane:
                 self._turn_to(early_exit, request)
             self._lane.add(request)
             self._waiting.popleft()
-        return [] if self._lane is None else self._lane.round()
+        if self._lane is not None:
+            yield from self._lane.steps()
 
     def keep(self) -> None:
         """Do nothing: an exit learns nothing."""

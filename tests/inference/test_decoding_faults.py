@@ -184,7 +184,7 @@ class Interleaving:
 
     def round(self) -> None:
         by_request = {id(one.request): one for one in self.joined}
-        for request, tokens in self.batch.round():
+        for request, tokens in (each for news in self.batch.steps() for each in news):
             by_request[id(request)].got += tokens
         for one in self.joined:
             assert one.got == one.request.generation.token_ids == one.solo.tokens[: len(one.got)]

@@ -254,8 +254,8 @@ def test_more_than_may_wait_are_told_to_come_again(serve):
     goes_on = threading.Event()
     with serve(slots=1, most_waiting=1) as server, ThreadPoolExecutor(2) as pool:
         lane = server.endpoints["tiny"].lane
-        round_of = lane.round
-        lane.round = lambda: goes_on.wait() and round_of()
+        steps_of = lane.steps
+        lane.steps = lambda: goes_on.wait() and steps_of()
         ask = lambda: server.client.completions.create(model="tiny", prompt="def", max_tokens=3)  # noqa: E731
         taken = [pool.submit(ask), pool.submit(ask)]
         wait_until(lambda: under_way(server) == 2)

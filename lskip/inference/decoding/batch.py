@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class Batch:
         cells: int,
         costs: Callable[[], Costs],
         recorder: StateRecorder | None = None,
-        pieces_a_round: int | None = None,
+        bounds_prefill: bool = False,
         keeps_texts: bool = False,
     ):
         """Make room in a cache.
@@ -72,13 +73,12 @@ class Batch:
             cells: cells that the longest text needs: one a token, but for its last.
             costs: measures what rounds cost, for a policy that asks.
             recorder: keeps the states of each text for its Generation, where there is no adapter; None: keep none.
-            pieces_a_round: pieces of prompts that are prefilled between two rounds at most, so that texts under way do
-                not wait for a long one; None: all.
+            bounds_prefill: prefill PREFILL_ROWS tokens of prompts at most between two rounds of the texts under way.
             keeps_texts: a text that has ended keeps its slot's memory until that is needed, and a prompt that begins
                 like it starts there; not where states are observed, or a window forgets.
         """
         self.runners, self.recorder, num_layers = runners, recorder, runners.model.num_layers
-        self.pieces_a_round = pieces_a_round
+        self.most_prefilled = PREFILL_ROWS if bounds_prefill else math.inf
         self.full, num_speculations = settings.full_depth(num_layers), longest_draft(settings)
         self.runner = read_at(runners.model, runners.exits, self.full)
         if settings.exits_by_adapter(runners.available):
@@ -124,41 +124,37 @@ class Batch:
         return bool(self.requests or self.joining or self.waiting)
 
     @torch.inference_mode()
-    def round(self) -> list[tuple[Request, list[int]]]:
-        """Let waiting requests join, add tokens to every request, and return what each one got.
+    def steps(self) -> Iterator[list[tuple[Request, list[int]]]]:
+        """Run a round: let waiting requests join, then add tokens to all; yield what requests got, step by step.
+
+        Requests may be added and cancelled between two steps.
 
         Raises:
             RequestError: one cannot be answered; it is taken out, and the next round goes on with the others.
         """
-        news = self._join()
-        try:
-            advanced = self._advance() if self.requests else []
-        except RequestError as error:
-            error.news = list(news.items())
-            raise
-        for request, tokens in advanced:
-            news[request] = news.get(request, []) + tokens
-        for slot in reversed(range(len(self.requests))):
-            if self.requests[slot].ended:
-                self._record(self.requests[slot], slot)
-                self._leave(slot)
-        return list(news.items())
+        left = self.most_prefilled
+        while (self.joining or self._begin_next()) and (piece := self.joining.next_piece) <= left:
+            left -= piece
+            yield self._prefill()
+        if self.requests:
+            news = self._advance()
+            for slot in reversed(range(len(self.requests))):
+                if self.requests[slot].ended:
+                    self._record(self.requests[slot], slot)
+                    self._leave(slot)
+            yield news
 
-    def _join(self) -> dict[Request, list[int]]:
-        """Prefill waiting requests into free slots, and return the first token of each, which the prefill brings."""
-        news, pieces = {}, 0
-        while pieces != self.pieces_a_round and (self.joining or self._begin_next()):
-            request = self.joining.request
-            try:
-                logits = next(self.joining.pieces)
-                if logits is not None:
-                    check_logits(logits)
-                    news[request] = self._end_prefill(logits)
-            except ValueError as error:
-                self.joining = None
-                raise RequestError(request, error) from error
-            pieces += 1
-        return news
+    def _prefill(self) -> list[tuple[Request, list[int]]]:
+        """Run the next piece of the prompt that joins; behind its last one return the text's first token."""
+        request, self.joining.start = self.joining.request, self.joining.start + self.joining.next_piece
+        try:
+            if (logits := next(self.joining.pieces)) is None:
+                return []
+            check_logits(logits)
+            return [(request, self._end_prefill(logits))]
+        except ValueError as error:
+            self.joining = None
+            raise RequestError(request, error) from error
 
     def _begin_next(self) -> bool:
         """Give the next waiting request a slot; return whether there is one, and room."""
@@ -173,7 +169,7 @@ class Batch:
         known = 0 if self.kept is None else self.kept.prepare(slot, request.prompt)
         request.generation.cached_prompt_tokens = known
         pieces = prefill(self.runner, self.cache.slot(slot), request.prompt, self.full, observer, known)
-        self.joining = Joining(request, slot, pieces)
+        self.joining = Joining(request, slot, pieces, known)
         return True
 
     def _end_prefill(self, logits: Tensor) -> list[int]:

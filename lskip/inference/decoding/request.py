@@ -11,6 +11,7 @@ from torch import Tensor
 from lskip.inference.decoding.sampling import TokenChooser
 from lskip.inference.drafting.draft import Draft
 from lskip.inference.generation import Generation
+from lskip.inference.layers.kv_cache import PREFILL_ROWS
 from lskip.inference.stopping import StopRule
 
 
@@ -72,11 +73,22 @@ class Request:
 
 @dataclass
 class Joining:
-    """A request whose prompt is under way, in the slot behind the texts that there were when it began."""
+    """A request whose prompt is under way, in the slot behind the texts that there were when it began.
+
+    Attributes:
+        pieces: runs a piece of the prompt at each step.
+        start: tokens of the prompt that have been run.
+    """
 
     request: Request
     slot: int
     pieces: Iterator[Tensor | None]
+    start: int = 0
+
+    @property
+    def next_piece(self) -> int:
+        """Number of tokens of the next piece."""
+        return min(len(self.request.prompt) - self.start, PREFILL_ROWS)
 
 
 class RequestError(ValueError):
@@ -84,10 +96,8 @@ class RequestError(ValueError):
 
     Attributes:
         request: which.
-        news: what others got in the same round, as of Batch.round.
     """
 
     def __init__(self, request: Request, reason: ValueError):
         super().__init__(str(reason))
         self.request = request
-        self.news: list[tuple[Request, list[int]]] = []

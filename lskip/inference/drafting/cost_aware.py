@@ -13,7 +13,7 @@ from lskip.inference.drafting.draft import PLAIN, Draft, DraftPlan
 from lskip.inference.drafting.learnt import check_learnt
 from lskip.inference.drafting.policies import DraftPolicy
 from lskip.inference.drafting.registry import DRAFTERS
-from lskip.inference.drafting.round_times import RoundTimes
+from lskip.inference.drafting.round_times import RoundTimes, power_of
 from lskip.utils.checks import check_real, check_whole
 
 
@@ -74,6 +74,7 @@ class CostAwareDraft(DraftPolicy):
         self.budget, self.memory = budget, memory
         self._account = self.ALLOWANCE
         self._records: dict[Draft, Acceptance] = {}
+        self._foretold: dict[tuple[Draft, int], Acceptance] = {}  # of n-grams, by about how many slots
         self._recalled: dict[str, Any] = {}
         self._times = RoundTimes()
         self._rounds: dict[Draft | None, Counter[int]] = {}
@@ -114,7 +115,7 @@ class CostAwareDraft(DraftPolicy):
 
     def plan(self, slots: int, most: int, without: frozenset[Draft] = frozenset()) -> DraftPlan:
         most, self._looks = min(most, self.num_speculations), False
-        if most < 1 or not self.drafts or self._times.plain_is_due(self._speed):
+        if most < 1 or not self.drafts or self._times.plain_is_due(self._speed, slots):
             return PLAIN
         if self._held < 1 or slots != self._ranked_for:
             self._rank(slots)
@@ -133,7 +134,7 @@ class CostAwareDraft(DraftPolicy):
         if self._until_probe < 1:
             others = [draft for draft in self._exits_to_read(slots) if draft != plan.draft]
             exits = tuple(sorted(others, key=lambda draft: self._records[draft].tested)[: self.PROBED])
-            for count in self._counts(plan, most):
+            for count in self._counts(plan, most, slots):
                 longer = plan._replace(num_speculations=count)
                 cost = self._times.expected(longer, slots) + self._times.probe(longer, len(exits), slots)
                 if cost <= 1 + self._account:
@@ -141,10 +142,10 @@ class CostAwareDraft(DraftPolicy):
                     return longer._replace(probed=foreseen + exits)
         return plan._replace(probed=foreseen)
 
-    def _counts(self, plan: DraftPlan, most: int) -> list[int]:
+    def _counts(self, plan: DraftPlan, most: int, slots: int) -> list[int]:
         """Return the plan's number of tokens, behind a larger one where nobody knows how long the draft's runs are."""
         count = plan.num_speculations
-        if plan.draft and count < self.LONG and self._records[plan.draft].is_short(self.LONG):
+        if plan.draft and count < self.LONG and self._record(plan.draft, slots).is_short(self.LONG):
             return [max(count, min(most, self.LONG)), count]
         return [count]
 
@@ -153,27 +154,27 @@ class CostAwareDraft(DraftPolicy):
         self._fade()
         offers = [
             self._offer(draft, record.chances(prior, more * (self.TRUSTED if draft in self._read else 1)), slots)
-            for draft, record, prior, more in self._hoped()
+            for draft, record, prior, more in self._hoped(slots)
         ]
         offers.sort(reverse=True)
         self._ranking = [offer for offer in offers if offer.speed >= self.MIN_SPEEDUP]
         self._speed, self._held, self._ranked_for = 1.0, self.HELD, slots
         if self._ranking:
             best = self._ranking[0].draft
-            self._speed = max(1.0, self._offer(best, self._known(best).chances(self._priors[best]), slots).speed)
+            self._speed = max(1.0, self._offer(best, self._known(best, slots).chances(self._priors[best]), slots).speed)
             # What is in use is what a round tells of; the first of the ranking may find nothing in this text.
-            tested = 0.0 if self._used is None else self._records[self._used].tested
+            tested = 0.0 if self._used is None else self._record(self._used, slots).tested
             self._held = min(self.HELD, 1 + int(tested / 16))
         self._hopes = None
         if not 0.8 < self._speed / self._probed_at < 1.25:  # acceptance has changed
             self._probe_wait, self._until_probe = 1, min(self._until_probe, 1)
             self._probed_at = self._speed
 
-    def _hoped(self) -> Iterator[tuple[Draft, Acceptance, Prior, float]]:
+    def _hoped(self, slots: int) -> Iterator[tuple[Draft, Acceptance, Prior, float]]:
         """Yield the drafts, each with what counts for it, its prior, and its standard error of acceptance."""
         deeper: dict[str, tuple[float, float]] = {}
         for draft in self._by_depth:
-            record, prior = self._known(draft), self._priors[draft]
+            record, prior = self._known(draft, slots), self._priors[draft]
             most_likely, most = (1.0, 1.0) if draft in self._read else deeper.get(draft.kind, (1.0, 1.0))
             prior = prior._replace(chance=min(prior.chance, most_likely))
             chance, error = record.pooled(prior)
@@ -186,7 +187,7 @@ class CostAwareDraft(DraftPolicy):
         if self._hopes is None:
             offers = [
                 self._offer(draft, record.chances(prior, self.HOPED * more), slots, math.inf)
-                for draft, record, prior, more in self._hoped()
+                for draft, record, prior, more in self._hoped(slots)
                 if draft in self._read
             ]
             exits = {offer.draft.exit_layer for offer in offers if offer.speed > self._speed * self.MIN_SPEEDUP}
@@ -194,10 +195,16 @@ class CostAwareDraft(DraftPolicy):
             self._hopes = [draft for draft in readable if draft.exit_layer in exits] or readable
         return self._hopes
 
-    def _known(self, draft: Draft) -> Acceptance:
+    def _known(self, draft: Draft, slots: int) -> Acceptance:
         """Return what counts for a draft: its own record, and that of the same exit in the model's other weights."""
-        alike = self._alike.get(draft)
-        return self._records[draft] if alike is None else self._records[draft].beside(alike, self.ALIKE)
+        alike, record = self._alike.get(draft), self._record(draft, slots)
+        return record if alike is None else record.beside(alike, self.ALIKE)
+
+    def _record(self, draft: Draft, slots: int) -> Acceptance:
+        """Return a draft's counts; of n-grams by slots: a text without any is a refusal only beside one that has."""
+        if slots == 1 or not DRAFTERS[draft.kind].foresees:
+            return self._records[draft]
+        return self._foretold.setdefault((draft, power_of(slots)), Acceptance())
 
     def _offer(self, draft: Draft, chances: list[float], slots: int, limit: float | None = None) -> Offer:
         """Return a draft's best speed at these chances, of rounds that cost at most `limit`; None: what is allowed."""
@@ -210,14 +217,14 @@ class CostAwareDraft(DraftPolicy):
 
     def _fade(self) -> None:
         kept = (1 - 1 / (self.FADING * self.memory)) ** self._unfaded
-        for record in self._records.values():
+        for record in [*self._records.values(), *self._foretold.values()]:
             record.fade(kept)
         self._unfaded = 0
 
     def judge(self, agreed: Mapping[Draft, Sequence[Sequence[bool]]]) -> None:
         for draft, by_slot in agreed.items():
             for run in by_slot:
-                self._records[draft].add_run(run, 1 - 1 / self.memory)
+                self._record(draft, len(by_slot)).add_run(run, 1 - 1 / self.memory)
 
     def learn(self, plan: DraftPlan, drafted: int, accepted: list[int], seconds: float | None = None) -> None:
         slots, plan = len(accepted), plan if drafted else plan._replace(draft=None)
@@ -236,7 +243,7 @@ class CostAwareDraft(DraftPolicy):
         if drafted:
             self._used = plan.draft
             for count in accepted:
-                self._records[plan.draft].add_draft(count, drafted, 1 - 1 / self.memory)
+                self._record(plan.draft, slots).add_draft(count, drafted, 1 - 1 / self.memory)
             self._times.learn_drafted(plan.draft, drafted, slots, seconds)
         else:
             self._times.learn_plain(slots, seconds)
@@ -261,6 +268,7 @@ class CostAwareDraft(DraftPolicy):
         for draft in self._records:
             if counts := self._rounds.get(draft):
                 by_count = dict(sorted(counts.items()))
-                q = self._records[draft].rate
+                records = [self._records[draft], *(each for key, each in self._foretold.items() if key[0] == draft)]
+                q = sum(sum(each.accepted) for each in records) / sum(each.tested for each in records)
                 said[str(draft)] = {"rounds": sum(counts.values()), "q": q, "num_speculations": by_count}
         return said | ({"probes": self.probes} if self.probes else {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lskip.inference.drafting.costs import Costs
 from lskip.inference.drafting.draft import Draft, DraftPlan
 from lskip.inference.drafting.registry import probe_seconds, round_seconds
@@ -9,7 +11,7 @@ from lskip.inference.drafting.registry import probe_seconds, round_seconds
 TABLE = 8  # weight of what is believed of a draft's extra time, in timed rounds
 STEADY = 64  # timed rounds that a correction averages: after few, the plan that looks best is the luckiest
 FEW = 4  # plain rounds that are timed at first: all others are compared with them
-AGAIN = 2  # where an earlier process has timed rounds
+AGAIN = 2  # where an earlier process has timed rounds, or some of other numbers of slots were
 SOON = 8  # rounds that draft between two that are timed, at least
 PLAIN_SHARE = 0.01  # of the tokens, at most, is lost by timing plain rounds again where drafts pay
 SAME = 0.25  # a plain round that differs more says that the machine has changed
@@ -34,23 +36,47 @@ class Line:
         return (y * dd - d * dy) / scale, (n * dy - d * y) / scale
 
 
+@dataclass
+class PlainTimes:
+    """What plain rounds of about so many slots take over the table of costs.
+
+    Attributes:
+        scale: their time, in those of the table.
+        timed: how many rounds say so.
+        since: timed rounds that have drafted since.
+    """
+
+    scale: float = 1.0
+    timed: int = 0
+    since: int = 0
+
+    def learn(self, ratio: float) -> None:
+        """Learn from a plain round that took `ratio` times what the table says."""
+        known = self.scale
+        if self.timed:
+            ratio = min(max(ratio, 0.7 * known), 1.4 * known)
+        steady = abs(ratio - known) < SAME * known
+        self.timed = min(self.timed + 1, STEADY if steady else FEW)
+        self.scale += (ratio - known) / self.timed
+        self.since = 0
+
+
 class RoundTimes:
     """Costs of rounds on this machine, measured in plain rounds.
 
-    A round of d drafted tokens takes s T + a + d x: T by the table of costs, s what plain rounds take over the table, a
-    and x what a round and a drafted token take besides (choosing it, Python, a table that is wrong). These are fitted
-    for each draft, and pulled to what all drafts of its kind take.
+    A round of d drafted tokens takes s T + a + d x: T by the table of costs, s what plain rounds of about so many slots
+    take over the table, a and x what a round and a drafted token take besides (choosing it, Python, a table that is
+    wrong). These are fitted for each draft, and pulled to what all drafts of its kind take. The table knows one slot
+    of many rows, so that s grows with slots: each has keys of its own to attend to, and a token to choose.
 
     Attributes:
-        scale: s.
         known: a and x by name of a draft or kind, in plain rounds, from an earlier process.
     """
 
     def __init__(self):
-        self.scale, self._plain_timed = 1.0, 0
         self.known: dict[str, tuple[float, float]] = {}
+        self._plain: dict[int, PlainTimes] = {}  # by the power of two that numbers of slots reach up to
         self._lines: dict[Draft | str, Line] = {}
-        self._since_plain = 0
         self._are_timed = False
         self._has_just_drafted = False  # drafting drives the model's weights out of caches: a plain round is slow then
         self._costs: Costs | None = None
@@ -64,14 +90,15 @@ class RoundTimes:
         self._costs, self._most, self._tables = costs, most, {}
         return True
 
-    def plain_is_due(self, speed: float) -> bool:
+    def plain_is_due(self, speed: float, slots: int) -> bool:
         """Return whether a plain round is to be timed again, where drafts are `speed` times as fast.
 
         The faster they are the more it costs, and the less it matters what exactly a plain round takes.
         """
-        few = AGAIN if self.known else FEW
+        plain = self._plain.get(power_of(slots), PlainTimes())
+        few = AGAIN if self.known or any(each.timed for each in self._plain.values() if each is not plain) else FEW
         lost = 2 * (speed - 1)  # two rounds: the one behind a drafted one is not timed
-        return self._are_timed and (self._plain_timed < few or self._since_plain >= max(SOON, lost / PLAIN_SHARE))
+        return self._are_timed and (plain.timed < few or plain.since >= max(SOON, lost / PLAIN_SHARE))
 
     def rounds(self, draft: Draft, slots: int) -> list[float]:
         """Return what rounds of 1, 2, … tokens of a draft cost."""
@@ -103,13 +130,7 @@ class RoundTimes:
         """Learn from a round that drafted nothing and looked at nothing; it says little right after drafting."""
         self._are_timed |= seconds is not None
         if seconds is not None and not self._has_just_drafted:
-            ratio, known = seconds / self._costs.plain(slots), self.scale
-            if self._plain_timed:
-                ratio = min(max(ratio, 0.7 * known), 1.4 * known)
-            steady = abs(ratio - known) < SAME * known
-            self._plain_timed = min(self._plain_timed + 1, STEADY if steady else FEW)
-            self.scale += (ratio - known) / self._plain_timed
-            self._since_plain = 0
+            self._plain.setdefault(power_of(slots), PlainTimes()).learn(seconds / self._costs.plain(slots))
         self._has_just_drafted = False
 
     def learn_drafted(self, draft: Draft, drafted: int, slots: int, seconds: float | None) -> None:
@@ -117,7 +138,8 @@ class RoundTimes:
         self._has_just_drafted = True
         if seconds is None:
             return
-        self._are_timed, self._since_plain = True, self._since_plain + 1
+        self._are_timed = True
+        self._plain.setdefault(power_of(slots), PlainTimes()).since += 1
         table, (fixed, each) = self._table(draft, slots)[drafted - 1], self._beyond(draft)
         expected = max(table + fixed + drafted * each, 0.1)
         found = min(max(self._in_plain_rounds(seconds, slots), 0.7 * expected), 1.4 * expected) - table
@@ -140,7 +162,13 @@ class RoundTimes:
         return kinds | {str(draft): list(self._beyond(draft)) for draft in drafts}
 
     def _in_plain_rounds(self, seconds: float, slots: int) -> float:
-        return seconds / (self._costs.plain(slots) * self.scale)
+        return seconds / (self._costs.plain(slots) * self._scale(slots))
+
+    def _scale(self, slots: int) -> float:
+        """Return what plain rounds take over the table, of the nearest number of slots of which any were timed."""
+        timed = [power for power, plain in self._plain.items() if plain.timed]
+        nearest = min(timed, key=lambda power: abs(power - power_of(slots)), default=None)
+        return 1.0 if nearest is None else self._plain[nearest].scale
 
     def _table(self, draft: Draft, slots: int) -> list[float]:
         if (draft, slots) not in self._tables:
@@ -148,3 +176,8 @@ class RoundTimes:
             plans = [DraftPlan(draft, 1 + count) for count in range(self._most)]
             self._tables[draft, slots] = [round_seconds(self._costs, plan, slots) / plain for plan in plans]
         return self._tables[draft, slots]
+
+
+def power_of(slots: int) -> int:
+    """Return the exponent of the least power of two that is not below a number of slots."""
+    return (slots - 1).bit_length()

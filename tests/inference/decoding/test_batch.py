@@ -78,7 +78,7 @@ def test_streamed_pieces_of_a_batch_are_the_texts(generator):
 
 
 def test_a_prompt_that_cannot_be_answered_is_named_before_any_work(generator, monkeypatch):
-    monkeypatch.setattr(Batch, "round", None)
+    monkeypatch.setattr(Batch, "steps", None)
     with pytest.raises(ValueError, match=r"prompts\[1\]: prompt: is empty"):
         generator.generate_batch([[1], []])
     with pytest.raises(ValueError, match="batch_size: 0 is not a whole number from 1 up"):
@@ -259,15 +259,16 @@ def test_a_long_prompt_joins_piece_by_piece_while_others_go_on(tiny_model, tiny_
         generator.prepare(prompt, generator.settings(**{**vars(settings), "max_new_tokens": length}), index)
         for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
     ]
-    batch = Batch(generator.runners, settings, 3, 1600, lambda: None, pieces_a_round=1)
+    batch = Batch(generator.runners, settings, 3, 1600, lambda: None, bounds_prefill=True)
     for request in requests:
         batch.add(request)
     rounds = defaultdict(list)
     count = 0
     while batch.busy:
         count += 1
-        for request, tokens in batch.round():
-            rounds[request.index].append(count)
+        got = {request.index: tokens for news in batch.steps() for request, tokens in news}
+        for index, tokens in got.items():
+            rounds[index].append(count)
             assert tokens
     assert rounds[2][0] - rounds[1][0] >= -(-len(long) // 256)  # it came in pieces
     assert rounds[1] == list(range(rounds[1][0], rounds[1][-1] + 1))  # and the other had its tokens in each round
@@ -277,16 +278,45 @@ def test_a_long_prompt_joins_piece_by_piece_while_others_go_on(tiny_model, tiny_
         assert request.generation.token_ids == alone.token_ids
 
 
+def test_short_prompts_join_together_up_to_a_piece_of_a_long_one(tiny_model):
+    """Sixty tokens each: four join before a round, in which the first texts draft while the others would wait."""
+    generator = TextGenerator(tiny_model("llama", max_position_embeddings=512, eos_token_id=None))
+    settings = generator.settings(max_new_tokens=20)
+    requests = [generator.prepare([7 + index] * 60, settings) for index in range(6)]
+    batch = Batch(generator.runners, settings, 6, 200, lambda: None, bounds_prefill=True)
+    for request in requests:
+        batch.add(request)
+    begun = []
+    for _ in range(3):
+        list(batch.steps())
+        begun.append(sum(bool(request.generation.token_ids) for request in requests))
+    assert begun == [4, 6, 6]
+
+
+def test_first_tokens_are_told_before_the_round_and_who_comes_meanwhile_joins_in_it(tiny_model):
+    generator = TextGenerator(tiny_model("llama", eos_token_id=None))
+    settings = generator.settings(max_new_tokens=20)
+    one, other = (generator.prepare(prompt, settings) for prompt in PROMPTS[:2])
+    batch = Batch(generator.runners, settings, 2, 100, lambda: None)
+    batch.add(one)
+    steps = batch.steps()
+    assert next(steps) == [(one, generator.generate(PROMPTS[0], max_new_tokens=1).token_ids)]
+    batch.add(other)
+    assert next(steps) == [(other, generator.generate(PROMPTS[1], max_new_tokens=1).token_ids)]
+    assert {request: len(tokens) for request, tokens in next(steps)} == {one: 1, other: 1}
+    assert not list(steps)
+
+
 def test_a_request_that_joins_can_be_cancelled(tiny_model, tiny_tokenizer):
     generator = TextGenerator(tiny_model("llama", max_position_embeddings=2048), tiny_tokenizer)
     settings = generator.settings(max_new_tokens=5)
-    batch = Batch(generator.runners, settings, 1, 1024, lambda: None, pieces_a_round=1)
+    batch = Batch(generator.runners, settings, 1, 1024, lambda: None, bounds_prefill=True)
     one, other = generator.prepare([3] * 900, settings), generator.prepare([7, 42, 99], settings)
     batch.add(one)
     batch.add(other)
-    assert batch.round() == []  # its first piece, of four
+    assert list(batch.steps()) == [[]]  # its first piece, of four
     batch.cancel(one)
     while batch.busy:
-        batch.round()
+        list(batch.steps())
     assert one.generation.token_ids == []
     assert other.generation.token_ids == generator.generate([7, 42, 99], max_new_tokens=5).token_ids

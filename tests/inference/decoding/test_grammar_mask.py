@@ -92,7 +92,7 @@ def run(generator, settings, requests) -> list:
         batch.add(request)
     while batch.busy:
         try:
-            batch.round()
+            list(batch.steps())
         except ValueError as error:
             failed.append(error.request)
     return failed

@@ -31,7 +31,7 @@ def answered(generator, batch: Batch, prompt: list[int], length: int = 12) -> tu
     request = generator.prepare(prompt, generator.settings(max_new_tokens=length))
     batch.add(request)
     while batch.busy:
-        batch.round()
+        list(batch.steps())
     return request.generation.token_ids, request.generation.cached_prompt_tokens
 
 
@@ -76,7 +76,7 @@ def test_conversations_that_come_and_go_get_their_own_texts(generator, slots, dr
             batch.add(request)
         given_up = random_.choice(list(asked))
         while batch.busy:
-            batch.round()
+            list(batch.steps())
             if given_up in asked and random_.random() < 0.3:
                 batch.cancel(asked.pop(given_up)[1])
         for talk, request in asked.values():
@@ -111,7 +111,7 @@ def test_nothing_is_kept_where_states_are_observed_or_a_window_forgets(generator
             request = each.prepare([7] * 300, each.settings(max_new_tokens=5))
             batch.add(request)
             while batch.busy:
-                batch.round()
+                list(batch.steps())
             assert request.generation.cached_prompt_tokens == 0
 
 

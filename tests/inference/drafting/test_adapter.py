@@ -110,7 +110,7 @@ def decode_and_record(generator, policy, slots, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(batch_module, "verify", verify)
         while batch.busy:
-            batch.round()
+            list(batch.steps())
     return requests, rounds
 
 

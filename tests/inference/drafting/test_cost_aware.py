@@ -366,6 +366,34 @@ def test_a_machine_that_is_slower_throughout_changes_no_plan(factor):
     assert moments[-1].speed * factor > 0.93 * best_fixed(TABLES["flat"], {EARLY: 0.75})
 
 
+def test_ngrams_that_pay_for_a_text_alone_need_not_in_a_batch():
+    """Alone a text is asked only if it has any; beside others it is drafted for, and refused, if one of them has some.
+
+    Red where both count together.
+    """
+    policy, shares = CostAwareDraft(), {1: [], 8: []}
+    for turn, slots in product(range(20), (1, 8)):
+        moments = simulate(policy, TABLES["flat"], {NGRAM: 0.9 if slots == 1 else 0.12}, 8, slots, 100, turn)
+        shares[slots] += [moment.plan.num_speculations > 0 for moment in moments]
+    assert mean(shares[1]) > 0.95 and mean(shares[8]) < 0.05
+
+
+@pytest.mark.parametrize("over", [1.3, 1.6])
+@pytest.mark.parametrize(("draft", "q"), [(WEIGHTS, 0.8), (EARLY, 0.7), (EARLY, 0.9)])
+def test_rounds_of_many_slots_that_take_more_than_the_table_says_mislead_those_of_one_in_nothing(draft, q, over):
+    """All rounds of 8 slots take `over` times the table's seconds, one slot's just those, in turns.
+
+    Red where plain rounds of all numbers of slots are one average.
+    """
+    costs, policy, speeds = TABLES["flat"], CostAwareDraft(), {1: [], 8: []}
+    for turn, slots in product(range(40), (1, 8)):
+        times = over if slots == 8 else 1.0
+        moments = simulate(policy, costs, {draft: q}, 12, slots, 64, turn, seconds=lambda _, times=times: times)
+        speeds[slots].append(moments[-1].speed * times)
+    for slots, found in speeds.items():
+        assert mean(found[5:]) > 0.97 * best_fixed(costs, {draft: q}, 12, slots)
+
+
 def test_a_hiccup_of_the_machine_changes_little():
     rng = random.Random(1)
     moments = simulate(
