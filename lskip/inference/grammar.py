@@ -44,7 +44,7 @@ def _compiled(field: str, text: str) -> str:
     try:
         from llguidance import LLMatcher
     except ModuleNotFoundError as error:
-        raise ValueError(f"{field}: needs llguidance, which is not installed; pip install 'lskip[grammar]'") from error
+        raise ValueError(f"{field}: needs llguidance, which is not installed; pip install llguidance") from error
     try:
         if field == "regex":
             grammar = LLMatcher.grammar_from_regex(text)
