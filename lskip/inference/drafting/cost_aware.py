@@ -37,15 +37,16 @@ class CostAwareDraft(DraftPolicy):
     states. Where none can be read, a deeper exit is taken to agree at least as often as an earlier one. N-grams are
     judged by what came, without a pass.
 
-    The loss against plain decoding is bounded by one account, in times of a plain round: it begins with ALLOWANCE,
-    each round adds `budget` of a plain round for each token and what it gained, and it never exceeds SAVINGS. A round
-    that would overdraw it if all its tokens were refused is not planned. So N tokens a slot take at most
-    (1 + budget) N + ALLOWANCE plain rounds, whatever is accepted: by default never less than 0.97 x plain decoding's
-    speed from 300 tokens on. (A later stretch may lose SAVINGS.)
+    The loss against plain decoding is bounded by accounts, in times of a plain round: each round adds `budget` of a
+    plain round for each token and what it gained. All together may owe ALLOWANCE, and a round that would owe more if
+    all its tokens were refused is not planned. So N tokens a slot take at most (1 + budget) N + ALLOWANCE plain rounds,
+    whatever is accepted: by default never less than 0.97 x plain decoding's speed from 300 tokens on. What was gained,
+    SAVINGS at most, a later stretch may lose. Each number of slots has its own account (up to the next power of two):
+    what drafts gain for a text alone is not lost in a batch.
     """
 
     ALLOWANCE = 6.0
-    SAVINGS = 20.0
+    SAVINGS = 14.0
     MIN_SPEEDUP = 1.02  # over plain decoding, for a draft to be used; over the best plan, for an exit to be probed
     FADING = 4  # counts of a draft fade in `memory` tokens of its own, or in so many times as many rounds without any
     HELD = 4  # rounds that a ranking holds at most: one takes a twentieth of a small model's round
@@ -72,7 +73,7 @@ class CostAwareDraft(DraftPolicy):
         check_real("budget", budget, "from 0 to 1", lambda number: 0 <= number <= 1)
         check_whole("memory", memory, 2)
         self.budget, self.memory = budget, memory
-        self._account = self.ALLOWANCE
+        self._accounts: dict[int, float] = {}
         self._records: dict[Draft, Acceptance] = {}
         self._foretold: dict[tuple[Draft, int], Acceptance] = {}  # of n-grams, by about how many slots
         self._recalled: dict[str, Any] = {}
@@ -124,7 +125,7 @@ class CostAwareDraft(DraftPolicy):
         for offer in self._ranking:
             if offer.draft in without:
                 continue
-            if offer.cost <= 1 + self._account:
+            if offer.cost <= self._limit(slots):
                 return self._looking(DraftPlan(offer.draft, min(offer.count, most)), most, slots, without)
         return self._looking(PLAIN, most, slots, without)
 
@@ -137,7 +138,7 @@ class CostAwareDraft(DraftPolicy):
             for count in self._counts(plan, most, slots):
                 longer = plan._replace(num_speculations=count)
                 cost = self._times.expected(longer, slots) + self._times.probe(longer, len(exits), slots)
-                if cost <= 1 + self._account:
+                if cost <= self._limit(slots):
                     self._looks = bool(exits) or count > plan.num_speculations
                     return longer._replace(probed=foreseen + exits)
         return plan._replace(probed=foreseen)
@@ -208,12 +209,17 @@ class CostAwareDraft(DraftPolicy):
 
     def _offer(self, draft: Draft, chances: list[float], slots: int, limit: float | None = None) -> Offer:
         """Return a draft's best speed at these chances, of rounds that cost at most `limit`; None: what is allowed."""
-        best, limit = Offer(0.0, 0, 0.0, draft), 1 + self._account if limit is None else limit
+        best, limit = Offer(0.0, 0, 0.0, draft), self._limit(slots) if limit is None else limit
         tokens, costs = expected_tokens(chances, self.num_speculations), self._times.rounds(draft, slots)
         for count, (brought, cost) in enumerate(zip(tokens, costs, strict=True), 1):
             if cost <= limit and brought > best.speed * cost:
                 best = Offer(brought / max(cost, 0.1), count, cost, draft)
         return best
+
+    def _limit(self, slots: int) -> float:
+        """Return what a round may cost, by what is left of ALLOWANCE and what was gained at about so many slots."""
+        owed = sum(min(each, 0.0) for each in self._accounts.values())
+        return 1 + self.ALLOWANCE + owed + max(self._accounts.get(power_of(slots), 0.0), 0.0)
 
     def _fade(self) -> None:
         kept = (1 - 1 / (self.FADING * self.memory)) ** self._unfaded
@@ -233,7 +239,8 @@ class CostAwareDraft(DraftPolicy):
         probing = self._times.probe(plan, len(exits), slots) if exits else 0.0
         cost = self._times.taken(self._times.expected(plan, slots) + probing, slots, seconds)
         tokens = 1 + sum(accepted) / slots
-        self._account = min(self.SAVINGS, self._account + (1 + self.budget) * tokens - cost)
+        own = self._accounts.get(power_of(slots), 0.0) + (1 + self.budget) * tokens - cost
+        self._accounts[power_of(slots)] = min(self.SAVINGS, own)
         self._rounds.setdefault(plan.draft, Counter())[drafted] += 1
         self._held, self._unfaded, self._until_probe = self._held - 1, self._unfaded + 1, self._until_probe - 1
         if self._looks:

@@ -366,6 +366,17 @@ def test_a_machine_that_is_slower_throughout_changes_no_plan(factor):
     assert moments[-1].speed * factor > 0.93 * best_fixed(TABLES["flat"], {EARLY: 0.75})
 
 
+def test_what_drafts_gain_for_a_text_alone_is_not_lost_in_a_batch():
+    """Drafts take twice the table's seconds beside others. Red where gains and losses are one account."""
+    policy, lost = CostAwareDraft(), 0.0
+    for turn in range(8):
+        alone = simulate(policy, TABLES["flat"], {EARLY: 0.9}, 8, 1, 200, turn, seconds=excess(1.0, 1.0))
+        assert alone[-1].speed > 1.1
+        beside = simulate(policy, TABLES["flat"], {EARLY: 0.9}, 8, 8, 100, turn, seconds=excess(1.0, 2.0))
+        lost += beside[-1].steps - 1.01 * beside[-1].tokens
+    assert lost <= 6 + 3
+
+
 def test_ngrams_that_pay_for_a_text_alone_need_not_in_a_batch():
     """Alone a text is asked only if it has any; beside others it is drafted for, and refused, if one of them has some.
 
