@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import closing
+from types import FrameType
 
 from lskip.inference import TextGenerator
 from lskip.inference.options import LoadingOptions
@@ -81,8 +82,21 @@ def _run(serving: ServingOptions, endpoints: list[Endpoint], place: socket.socke
     routes = Server(engine, endpoints, (serving.host, *(serving.allowed_hosts or ())), serving.api_key)
 
     class Ending(uvicorn.Server):
+        signals = 0
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            self.loop = asyncio.get_running_loop()
+            await super().startup(sockets)
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            self.signals += 1
+            if self.signals == 2:  # whoever asks twice does not wait for answers, but their clients are told
+                self.loop.call_soon_threadsafe(routes.end_answers)
+            else:
+                super().handle_exit(sig, frame)
+
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            asyncio.get_running_loop().call_later(serving.stop_seconds, routes.end_answers)
+            self.loop.call_later(serving.stop_seconds, routes.end_answers)
             await super().shutdown(sockets)
 
     how = {"log_level": "warning", "access_log": False}
@@ -100,7 +114,7 @@ def _run(serving: ServingOptions, endpoints: list[Endpoint], place: socket.socke
     try:
         server.run(sockets=[place])
     except KeyboardInterrupt:  # uvicorn sends the signal again once it has ended as asked, which is no failure
-        if server.force_exit or not server.should_exit:  # a second Ctrl-C, or another signal
+        if server.force_exit or not server.should_exit:  # a third Ctrl-C, or another signal
             raise
     finally:
         engine.close()

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -71,22 +72,41 @@ def test_a_signal_lets_answers_end(saved):
         assert process.stderr.read() == ""
 
 
-def test_answers_that_take_longer_are_told_that_the_server_ends(saved):
+@pytest.mark.parametrize(
+    ("stop_seconds", "signals"), [(0, [signal.SIGTERM]), (50, [signal.SIGINT, signal.SIGINT])], ids=["late", "twice"]
+)
+def test_answers_that_take_longer_are_told_that_the_server_ends(saved, stop_seconds, signals):
     # Answers of half a minute, which have no end token: on a busy machine the signal comes late.
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2**16}))
-    options = (f"--model={saved}", "--stop_seconds=0", "--draft=null", "--max_context=60000")
+    options = (f"--model={saved}", f"--stop_seconds={stop_seconds}", "--draft=null", "--max_context=60000")
     with started(*options) as (process, _, url), ThreadPoolExecutor() as pool:
         whole = pool.submit(ask, url, prompt="return a", max_tokens=50_000)
         body = json.dumps({"prompt": "return a", "max_tokens": 50_000, "stream": True}).encode()
         streamed = pool.submit(lambda: urllib.request.urlopen(f"{url}/completions", body, timeout=60).read().decode())
         wait_until_running(url, 2)
-        process.terminate()
+        for each in signals:
+            process.send_signal(each)
+            time.sleep(0.5)
         with pytest.raises(urllib.error.HTTPError, match="503"):
             whole.result()
         last = streamed.result().split("data: ")[-1]
         assert json.loads(last)["error"]["message"] == "the server ends"
         assert process.wait(60) == 0
+        assert process.stderr.read() == ""
+
+
+def test_a_client_that_reads_nothing_does_not_hold_the_end(saved):
+    body = b'{"prompt": "return a", "max_tokens": 4000, "stream": true}'
+    with started(f"--model={saved}", "--stop_seconds=0", "--draft=null") as (process, _, url):
+        host, port = re.search(r"//(.*):(\d+)", url).groups()
+        with socket.create_connection((host, int(port))) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body)
+            wait_until_running(url, 1)
+            process.terminate()
+            assert process.wait(30) == 0
         assert process.stderr.read() == ""
 
 
