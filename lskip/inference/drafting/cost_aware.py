@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 from lskip.inference.drafting.acceptance import Acceptance, Prior, expected_tokens
@@ -275,7 +276,7 @@ class CostAwareDraft(DraftPolicy):
         for draft in self._records:
             if counts := self._rounds.get(draft):
                 by_count = dict(sorted(counts.items()))
-                records = [self._records[draft], *(each for key, each in self._foretold.items() if key[0] == draft)]
-                q = sum(sum(each.accepted) for each in records) / sum(each.tested for each in records)
-                said[str(draft)] = {"rounds": sum(counts.values()), "q": q, "num_speculations": by_count}
+                of_batches = [each for key, each in self._foretold.items() if key[0] == draft]
+                record = reduce(lambda one, other: one.beside(other, math.inf), of_batches, self._records[draft])
+                said[str(draft)] = {"rounds": sum(counts.values()), "q": record.rate, "num_speculations": by_count}
         return said | ({"probes": self.probes} if self.probes else {})
