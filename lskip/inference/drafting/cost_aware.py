@@ -55,7 +55,7 @@ class CostAwareDraft(DraftPolicy):
     LONG = 8  # tokens that the round of a probe drafts at least: how long runs are is seen by long drafts alone
     PROBED = 4  # exits that a probe reads at most
     ALIKE = 32.0  # tested tokens of an exit that count for the same exit in rounded weights, at most
-    LOOKING = 0.05  # of the time, at most, goes to probes
+    LOOKING = 0.05  # of the time, at most, goes to probes, and no more than a quarter of what drafts gain
     SELDOM = 128  # rounds between two probes at most
     WHOLE_STACK = Prior(0.8, 4.0)  # acceptance of all blocks in rounded weights
 
@@ -257,7 +257,8 @@ class CostAwareDraft(DraftPolicy):
             self._times.learn_plain(slots, seconds)
 
     def _have_looked(self, cost: float) -> None:
-        share = self.LOOKING if self._ranking else max(self.budget / 2, cost / self.SELDOM)
+        least = max(self.budget / 2, cost / self.SELDOM)
+        share = max(least, min(self.LOOKING, (self._speed - 1) / 4))
         self._held, self._until_probe = 0, max(self._probe_wait, round(cost / share))
         self._probe_wait = min(2 * self._probe_wait, self.SELDOM)
 
