@@ -165,15 +165,21 @@ class Interleaving:
 
     def run(self) -> None:
         while self.left or self.batch.busy:
-            happens = self.random.random()
-            if self.left and happens < 0.3:
-                self.left -= 1
-                self.joined.append(join(self.random.choice(self.solos), self.random, self.tokenizer))
-                self.batch.add(self.joined[-1].request)
-            elif self.joined and happens < 0.36:
-                self.cancel(self.random.choice(self.joined))
-            else:
+            if not self.something_happens():
                 self.round()
+
+    def something_happens(self) -> bool:
+        """Let a request come or go, perhaps, and return whether one did."""
+        happens = self.random.random()
+        if self.left and happens < 0.3:
+            self.left -= 1
+            self.joined.append(join(self.random.choice(self.solos), self.random, self.tokenizer))
+            self.batch.add(self.joined[-1].request)
+        elif self.joined and happens < 0.36:
+            self.cancel(self.random.choice(self.joined))
+        else:
+            return False
+        return True
 
     def cancel(self, one: Joined) -> None:
         """Cancel a request that waits, runs or is long gone."""
@@ -183,9 +189,12 @@ class Interleaving:
         assert not any(request is one.request for request in (*self.batch.requests, *self.batch.waiting))
 
     def round(self) -> None:
-        by_request = {id(one.request): one for one in self.joined}
-        for request, tokens in (each for news in self.batch.steps() for each in news):
-            by_request[id(request)].got += tokens
+        for news in self.batch.steps():
+            by_request = {id(one.request): one for one in self.joined}
+            for request, tokens in news:
+                by_request[id(request)].got += tokens
+            if self.random.random() < 0.3:
+                self.something_happens()
         for one in self.joined:
             assert one.got == one.request.generation.token_ids == one.solo.tokens[: len(one.got)]
         assert len(self.batch.requests) <= self.batch.cache.kv.shape[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
@@ -74,9 +74,9 @@ class CostAwareDraft(DraftPolicy):
         check_real("budget", budget, "from 0 to 1", lambda number: 0 <= number <= 1)
         check_whole("memory", memory, 2)
         self.budget, self.memory = budget, memory
-        self._accounts: dict[int, float] = {}
+        self._accounts: dict[int, float] = defaultdict(float)  # by power_of slots
         self._records: dict[Draft, Acceptance] = {}
-        self._foretold: dict[tuple[Draft, int], Acceptance] = {}  # of n-grams, by about how many slots
+        self._foretold: dict[tuple[Draft, int], Acceptance] = defaultdict(Acceptance)  # of n-grams, by power_of slots
         self._recalled: dict[str, Any] = {}
         self._times = RoundTimes()
         self._rounds: dict[Draft | None, Counter[int]] = {}
@@ -206,7 +206,7 @@ class CostAwareDraft(DraftPolicy):
         """Return a draft's counts; of n-grams by slots: a text without any is a refusal only beside one that has."""
         if slots == 1 or not DRAFTERS[draft.kind].foresees:
             return self._records[draft]
-        return self._foretold.setdefault((draft, power_of(slots)), Acceptance())
+        return self._foretold[draft, power_of(slots)]
 
     def _offer(self, draft: Draft, chances: list[float], slots: int, limit: float | None = None) -> Offer:
         """Return a draft's best speed at these chances, of rounds that cost at most `limit`; None: what is allowed."""
@@ -220,7 +220,7 @@ class CostAwareDraft(DraftPolicy):
     def _limit(self, slots: int) -> float:
         """Return what a round may cost, by what is left of ALLOWANCE and what was gained at about so many slots."""
         owed = sum(min(each, 0.0) for each in self._accounts.values())
-        return 1 + self.ALLOWANCE + owed + max(self._accounts.get(power_of(slots), 0.0), 0.0)
+        return 1 + self.ALLOWANCE + owed + max(self._accounts[power_of(slots)], 0.0)
 
     def _fade(self) -> None:
         kept = (1 - 1 / (self.FADING * self.memory)) ** self._unfaded
@@ -240,7 +240,7 @@ class CostAwareDraft(DraftPolicy):
         probing = self._times.probe(plan, len(exits), slots) if exits else 0.0
         cost = self._times.taken(self._times.expected(plan, slots) + probing, slots, seconds)
         tokens = 1 + sum(accepted) / slots
-        own = self._accounts.get(power_of(slots), 0.0) + (1 + self.budget) * tokens - cost
+        own = self._accounts[power_of(slots)] + (1 + self.budget) * tokens - cost
         self._accounts[power_of(slots)] = min(self.SAVINGS, own)
         self._rounds.setdefault(plan.draft, Counter())[drafted] += 1
         self._held, self._unfaded, self._until_probe = self._held - 1, self._unfaded + 1, self._until_probe - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 from lskip.inference.drafting.costs import Costs
@@ -75,7 +76,7 @@ class RoundTimes:
 
     def __init__(self):
         self.known: dict[str, tuple[float, float]] = {}
-        self._plain: dict[int, PlainTimes] = {}  # by the power of two that numbers of slots reach up to
+        self._plain: dict[int, PlainTimes] = defaultdict(PlainTimes)  # by power_of slots
         self._lines: dict[Draft | str, Line] = {}
         self._are_timed = False
         self._has_just_drafted = False  # drafting drives the model's weights out of caches: a plain round is slow then
@@ -95,7 +96,7 @@ class RoundTimes:
 
         The faster they are the more it costs, and the less it matters what exactly a plain round takes.
         """
-        plain = self._plain.get(power_of(slots), PlainTimes())
+        plain = self._plain[power_of(slots)]
         few = AGAIN if self.known or any(each.timed for each in self._plain.values() if each is not plain) else FEW
         lost = 2 * (speed - 1)  # two rounds: the one behind a drafted one is not timed
         return self._are_timed and (plain.timed < few or plain.since >= max(SOON, lost / PLAIN_SHARE))
@@ -130,7 +131,7 @@ class RoundTimes:
         """Learn from a round that drafted nothing and looked at nothing; it says little right after drafting."""
         self._are_timed |= seconds is not None
         if seconds is not None and not self._has_just_drafted:
-            self._plain.setdefault(power_of(slots), PlainTimes()).learn(seconds / self._costs.plain(slots))
+            self._plain[power_of(slots)].learn(seconds / self._costs.plain(slots))
         self._has_just_drafted = False
 
     def learn_drafted(self, draft: Draft, drafted: int, slots: int, seconds: float | None) -> None:
@@ -139,7 +140,7 @@ class RoundTimes:
         if seconds is None:
             return
         self._are_timed = True
-        self._plain.setdefault(power_of(slots), PlainTimes()).since += 1
+        self._plain[power_of(slots)].since += 1
         table, (fixed, each) = self._table(draft, slots)[drafted - 1], self._beyond(draft)
         expected = max(table + fixed + drafted * each, 0.1)
         found = min(max(self._in_plain_rounds(seconds, slots), 0.7 * expected), 1.4 * expected) - table
