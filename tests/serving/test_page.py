@@ -63,6 +63,19 @@ def test_a_talk(page):
     assert page.locator(".error").count() == 0 and said == []
 
 
+def test_a_message_sent_before_the_models_are_known_waits_for_them(page):
+    page, said = page
+    held = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.reload()
+    page.keyboard.type("def add")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Stop").wait_for()
+    held[0].continue_()
+    page.get_by_role("button", name="layers").wait_for()
+    assert page.locator(".error").count() == 0 and said == []
+
+
 def speeds(page) -> str:
     return page.locator("#speeds").inner_text()
 
