@@ -35,7 +35,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 LOADING = {
     "model": file_to_read(),
     "dtype": choice(*DTYPES),
-    "weights": choice("auto", "plain", "packed", "halved", good=("plain", "packed")),
+    "weights": choice("auto", "plain", "packed", "halved", "int8", good=("plain", "packed", "int8")),
     "draft_weights": choice("int8", "int4", null=True),
     "device": choice("auto", "cpu", good=("cpu",)),
     "bit_exact": flag(null=True, good=("true", "false", "null")),
@@ -121,6 +121,7 @@ OPTIONS: dict[str, dict[str, Domain]] = {
         "overwrite": flag(),
         "confirm_run_unsafe_code": flag(),
         "exit_adapter": file_to_read(),
+        "weights": choice("auto", "int8", good=("int8",)),
     },
     "compare": {"runs": file_to_read(), "figure": place_to_write()},
     "data": {**DATA, "split": choice("train", "val", "test", good=("train", "val")), "show": whole(0, good=(0, 1))},

@@ -130,7 +130,9 @@ def loads(model: Model) -> list[Load]:
     """Return every way of loading `model` that is recorded, with layouts that a commit may no longer have."""
     every = [Load("auto", GREEDY_WITHOUT_COPY + SAMPLED_WITHOUT_COPY)]
     every.append(Load("auto for 4", FEW, {"batch_size": BATCH}))
-    every += [Load(f"weights {name}", FEW, {"weights": name}) for name in ("plain", "packed", "transposed", "halved")]
+    every += [
+        Load(f"weights {name}", FEW, {"weights": name}) for name in ("plain", "packed", "transposed", "halved", "int8")
+    ]
     every += [Load(f"drafts {name}", WITH_COPY, {"draft_weights": name}) for name in ("int8", "int4", "int8_dynamic")]
     if model.adapter is not None:
         every.append(Load("adapter", WITH_ADAPTER, {"exit_adapter": model.adapter}))

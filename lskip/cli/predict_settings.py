@@ -11,12 +11,13 @@ from lskip.cli.predict_output import rows_of
 from lskip.inference import GenerationSettings, TextGenerator
 from lskip.inference.options import DecodingOptions, LoadingOptions
 from lskip.inference.prompt_file import Prompt
+from lskip.inference.settings import AUTO
 from lskip.models.reading.sources import digest_of
 from lskip.utils.output_files import hidden_beside, write_json
 from lskip.utils.untrusted import parse_json, read_text
 
 LOADING = ("dtype", "draft_weights", "exit_adapter", "bit_exact")  # of LoadingOptions; the others change only the speed
-ADDED = ("json_schema", "regex")  # settings that files of before do not name
+ADDED = {"json_schema": None, "regex": None, "weights": AUTO}  # settings that files of before do not name
 CHECKED_TOKENS = 32
 
 
@@ -25,6 +26,7 @@ def answer_settings(decoding: DecodingOptions, loading: LoadingOptions) -> dict[
     said = {each.name: _plain(getattr(decoding, each.name)) for each in fields(decoding)}
     said["json_schema"] = None if decoding.schema is None else json.dumps(decoding.schema)
     said |= {name: getattr(loading, name) for name in LOADING}
+    said["weights"] = loading.weights if loading.rounds else AUTO
     return {"model": loading.model, "model_files": digest_of(loading.model), **said}
 
 
@@ -47,7 +49,7 @@ def check_same_settings(output: Path, settings: dict[str, Any]) -> bool:
     except ValueError:
         begun = None
     if isinstance(begun, dict):
-        begun = dict.fromkeys(ADDED) | begun
+        begun = ADDED | begun
     if not isinstance(begun, dict) or begun.keys() != settings.keys():
         advice = "remove it to have the answers looked at, or replace both by --overwrite true"
         raise ValueError(f"output: '{path}' does not say how '{output}' was begun; {advice}")

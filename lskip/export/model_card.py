@@ -7,10 +7,12 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
+from lskip.models.families import FUSED_FAMILIES
 from lskip.models.reading.sources import run_of
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NUM_SPECULATIONS = 4  # the default
+ROUNDED = "\n\n`--weights int8` is faster on x86 CPUs. It rounds the model to 8 bits: the text is another one then."
 TAGS = ["lskip", "layerskip", "early-exit", "self-speculative-decoding"]
 
 
@@ -38,7 +40,7 @@ def model_card(
     parts = [
         f"# {name}",
         _about(config, base, trained_from),
-        _with_lskip(name, exit_layer, num_speculations),
+        _with_lskip(name, config.model_type, exit_layer, num_speculations),
         _with_transformers(name, exit_layer, draft),
         _with_llama_cpp(name, draft) if gguf else None,
         None if run is None else _layers(run),
@@ -76,13 +78,14 @@ def _about(config: PreTrainedConfig, base: str | None, trained_from: str | dict 
     )
 
 
-def _with_lskip(name: str, exit_layer: int | None, num_speculations: int | None) -> str:
+def _with_lskip(name: str, model_type: str, exit_layer: int | None, num_speculations: int | None) -> str:
     exit_flags, advice = "", ""
     if exit_layer is not None:
         exit_flags = f" --exit_layer {exit_layer} --num_speculations {num_speculations or NUM_SPECULATIONS}"
     if exit_layer is not None and num_speculations is not None:
         advice = f"\n\nRecommended: exit_layer {exit_layer}, num_speculations {num_speculations}."
-    return f'## lskip\n\n    lskip generate --model {name} --prompt "…"{exit_flags}{advice}'
+    rounded = "" if model_type not in FUSED_FAMILIES else ROUNDED
+    return f'## lskip\n\n    lskip generate --model {name} --prompt "…"{exit_flags}{advice}{rounded}'
 
 
 def _with_transformers(name: str, exit_layer: int | None, draft: int | None) -> str:

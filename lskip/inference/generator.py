@@ -24,9 +24,9 @@ from lskip.inference.generation import Generation, TextStream
 from lskip.inference.layers.lm_head import screened_head
 from lskip.inference.model_defaults import read_defaults
 from lskip.inference.runners.adapter_runner import AdapterRunner, check_made_for
-from lskip.inference.runners.build import build_draft_runner, build_runner, suited_draft_weights
+from lskip.inference.runners.build import build_draft_runner, build_runner, resolve_draft_weights
 from lskip.inference.runners.draft_head import DraftHead
-from lskip.inference.settings import AUTO, GenerationSettings
+from lskip.inference.settings import GenerationSettings
 from lskip.inference.stopping import end_tokens, stop_rule
 from lskip.inference.text import TextPieces, decode_text, encode_prompt
 from lskip.models.decoder import Decoder
@@ -73,11 +73,10 @@ class TextGenerator:
         Args:
             model: a causal LM of a supported family, on its device and in its dtype. It is left as it is.
             tokenizer: None: prompts are token ids, and the text stays empty.
-            weights: their layout: "plain"; "packed" or "halved" (for the CPU); or "auto": by a rule what suits them
-                and this machine (on a CPU without bfloat16 products bfloat16 is computed in float32).
-            draft_weights: "int8" or "int4": drafts come from a rounded copy of the blocks (of all of them where no
-                exit_layer is named) and are verified by the model's own weights; no training, CPU only. "auto": those
-                that suit the model and this machine, if any do. None: drafts come from the model's own first layers.
+            weights: their layout: "plain"; "packed" or "halved" (for the CPU); "int8": rounded, so that the text is
+                another one (x86); or "auto": by a rule what suits them and this machine, never rounded.
+            draft_weights: "int8" or "int4": a rounded copy of the blocks drafts (all of them where no exit_layer is
+                named); no training, CPU only. "auto": what suits model and machine. None: the model's first layers.
             release_model: free the model's blocks while converting. The model is of no use afterwards.
             bit_exact: a text's logits are the same bits alone, in any batch, with and without speculation, in bfloat16
                 too. Costs 15 to 22 % of the speed. False: texts are equal in float32 up to ties within rounding. None:
@@ -102,7 +101,7 @@ class TextGenerator:
         self.context_length = decoder.context_length
         # First, since building `runner` may take the model apart.
         screen = cache(partial(screened_head, decoder))
-        self.draft_weights = suited_draft_weights(decoder, batch_size) if draft_weights == AUTO else draft_weights
+        self.draft_weights = resolve_draft_weights(draft_weights, weights, decoder, batch_size)
         self.draft_runner = None
         if self.draft_weights is not None:
             self.draft_runner = build_draft_runner(decoder, self.draft_weights, screen, batch_size)

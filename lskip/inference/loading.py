@@ -4,7 +4,7 @@ import torch
 
 from lskip.inference.drafting.costs_file import cached_costs_file, check_costs_file, digest_of
 from lskip.inference.generator import TextGenerator
-from lskip.inference.runners.build import suited_draft_weights
+from lskip.inference.runners.build import resolve_draft_weights
 from lskip.inference.settings import AUTO
 from lskip.models.decoder import Decoder
 from lskip.models.draft_tokens import ALL, find_draft_tokens
@@ -53,9 +53,9 @@ def load_generator(
     listed = find_draft_tokens(draft_tokens, model)
     loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
     decoder = Decoder(loaded.eval().to(place))
-    if draft_weights == AUTO:
-        draft_weights = suited_draft_weights(decoder, batch_size)
-        folder = folder or (find_adapter(model) if draft_weights is None and model in SHIPPED else None)
+    asked, draft_weights = draft_weights, resolve_draft_weights(draft_weights, weights, decoder, batch_size)
+    if asked == AUTO and draft_weights is None and model in SHIPPED:
+        folder = folder or find_adapter(model)
     adapter = None if folder is None else load_adapter(folder, loaded)
     few = None if listed is None else listed.ids(decoder.vocab_size, tokenizer)
     if costs_file == AUTO:

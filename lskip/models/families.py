@@ -95,3 +95,7 @@ def check_family(name) -> None:
     """Raise ValueError unless `name` is the model_type of a supported family."""
     if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"model: the family {name!r} is not supported; allowed: {', '.join(FAMILIES)}")
+
+
+# Whose blocks are Llama's: an RMS norm before attention and MLP, SiLU and gate; Qwen3 norms queries and keys too.
+FUSED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")

@@ -151,7 +151,7 @@ BAD = [
     (f"generate --prompt=x {ASK} --draft_weights=int8_dynamic", "draft_weights: 'int8_dynamic' int8, int4"),
     (f"generate --prompt=x {ASK} --dtype=int3", "dtype: 'int3' float32, bfloat16"),
     (f"generate --prompt=x {ASK} --weights=heavy", "weights: 'heavy' packed"),
-    (f"generate --prompt=x {ASK} --weights=transposed", "weights: 'transposed' auto, plain, packed, halved"),
+    (f"generate --prompt=x {ASK} --weights=transposed", "weights: 'transposed' auto, plain, packed, halved, int8"),
     (f"generate --prompt=x {ASK} --compiled=true", "compiled"),
     (f"generate --prompt=x {ASK} --device=abacus", "device: 'abacus'"),
     (f"{PREDICT}/missing.txt", "prompts missing.txt"),

@@ -69,6 +69,7 @@ OTHERS = [
     pytest.param(
         ["--exit_criterion=Margin", "--exit_criterion.threshold=0.5"], "exit_criterion: .*Margin.* but", id="criterion"
     ),
+    pytest.param(["--weights=int8"], "weights: 'int8', but .* begun with 'auto'", id="weights"),
     pytest.param(['--stop_strings=["x"]'], "stop_strings: .*x.* but", id="stop_strings"),
     pytest.param(["--regex=[a-z]+"], r"regex: '\[a-z\]\+', but", id="regex"),
     pytest.param(["--json_schema={models}/schema.json"], "json_schema: .*boolean.* but", id="json_schema"),

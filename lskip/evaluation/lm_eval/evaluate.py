@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import importlib.util
 import itertools
 import json
@@ -11,23 +10,19 @@ import logging
 import random
 import re
 import traceback
+from collections.abc import Iterable
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from rich.table import Table
 
-from lskip.inference import TextGenerator
-from lskip.inference.drafting.drafter import Available
-from lskip.inference.drafting.registry import check_fixed_exit
+from lskip.evaluation.lm_eval.models import load_parts, models_to_score
 from lskip.inference.loading import resolve_device
-from lskip.models.decoder import Decoder
-from lskip.models.exit_adapter import ExitAdapter, find_adapter, load_adapter
-from lskip.models.exit_heads import load_trained_exits
+from lskip.models.exit_adapter import find_adapter
 from lskip.models.exit_names import exit_layers_of, exit_names, layers_of
-from lskip.models.pretrained import load_model
 from lskip.utils.checks import check_choice, check_real, check_whole
 from lskip.utils.console import plain_console, plain_table
 from lskip.utils.devices import DTYPES, DType
@@ -39,6 +34,7 @@ if TYPE_CHECKING:
     from lskip.evaluation.lm_eval.exit_model import ExitModel
 
 BOOTSTRAP_SAMPLES = 1000  # for standard errors; lm-eval's default takes minutes an exit
+WEIGHTS = ("auto", "int8")
 SEED = 1234  # of few-shot examples, lm-eval's default
 
 
@@ -57,6 +53,7 @@ def evaluate(
     overwrite: bool = False,
     confirm_run_unsafe_code: bool = False,
     exit_adapter: str | None = None,
+    weights: Literal["auto", "int8"] = "auto",
 ) -> None:
     """Score exits on tasks of lm-eval-harness, all exits from one forward pass: a table and a JSON file.
 
@@ -76,10 +73,10 @@ def evaluate(
         confirm_run_unsafe_code: let tasks that run what the model writes (HumanEval, MBPP) do so, on this machine.
         exit_adapter: folder of an exit adapter without joins_last_state, through which its exit is read; others are
             read as without. null: none.
+        weights: int8: score the model, and once more with its blocks in 8 bits, as weights int8 decodes it.
     """
     names, asked_exits = [name.strip() for name in tasks.split(",") if name.strip()], exit_names(exits)
-    _check_numbers(batch_size, num_fewshot, limit)
-    check_choice("dtype", dtype, DTYPES)
+    _check_values(batch_size, num_fewshot, limit, dtype, weights)
     path = _free(user_path(results_name(model) if output is None else output, "output"), overwrite)
     _require_lm_eval()
     place, exit_layers = resolve_device(device), exit_layers_of(asked_exits, layers_of(model))
@@ -91,9 +88,10 @@ def evaluate(
             "apply_chat_template": chat,
             "confirm_run_unsafe_code": confirm_run_unsafe_code,
         }
-        models = _exit_models(model, exit_layers, batch_size, getattr(torch, dtype), place, adapter)
-        if chat and models[0].tokenizer.chat_template is None:
+        parts = load_parts(model, exit_layers, getattr(torch, dtype), place, adapter)
+        if chat and parts.tokenizer.chat_template is None:
             raise ValueError("chat: true needs a chat template, and the model's tokenizer has none")
+        models = models_to_score(parts, exit_layers, batch_size, weights)
         record = {"model": model, "dtype": dtype, "tasks": names, "num_fewshot": num_fewshot, **options}
         record |= {} if exit_adapter is None else {"exit_adapter": exit_adapter}
         results = _evaluate_all(models, loaded, options, path, record | {"lm_eval": version("lm-eval")})
@@ -107,8 +105,8 @@ def results_name(model: str) -> str:
     return f"results_{name}_{datetime.now():%Y-%m-%d_%H-%M-%S}.json"
 
 
-def _evaluate_all(models: list[ExitModel], tasks: dict, options: dict, path: Path, record: dict) -> dict[str, dict]:
-    """Return {exit layer: lm-eval's results}, written to `path` after each exit, so that a failure loses one exit only.
+def _evaluate_all(models: Iterable[ExitModel], tasks: dict, options: dict, path: Path, record: dict) -> dict[str, dict]:
+    """Return {exit: lm-eval's results}, written to `path` after each exit, so that a failure loses one exit only.
 
     Raises:
         ValueError: the logits of an exit are NaN, or the disk is full (the table so far is then printed).
@@ -116,7 +114,7 @@ def _evaluate_all(models: list[ExitModel], tasks: dict, options: dict, path: Pat
     results: dict[str, dict] = {}
     for model in models:
         try:
-            results[str(model.exit_layer)] = _evaluate_exit(model, tasks, options)
+            results[model.exit_name] = _evaluate_exit(model, tasks, options)
         except KeyboardInterrupt as pressed:  # or its subclass for SIGTERM
             kept = f"exits {', '.join(results)} are in '{path}'" if results else "nothing is scored yet"
             raise type(pressed)(f"; {kept}") from None
@@ -134,9 +132,9 @@ def results_table(results: dict[str, dict[str, dict]]) -> Table:
     """Return a table with one row per task and metric, one column per exit, and standard errors after ±.
 
     Args:
-        results: exit layer -> task -> lm-eval's results ("acc,none", "acc_stderr,none" …).
+        results: exit -> task -> lm-eval's results ("acc,none", "acc_stderr,none" …).
     """
-    exits = (f"exit {exit_layer}" for exit_layer in results)
+    exits = (f"exit {name}" for name in results)
     table = plain_table("task", "metric", *exits, title="Exits on tasks", right=2)
     for task, scores in next(iter(results.values())).items():
         for metric in filter(_is_metric, scores):
@@ -155,7 +153,9 @@ def _cell(scores: dict, metric: str) -> str:
     return f"{value} ± {error:.2g}" if isinstance(error, float) else value
 
 
-def _check_numbers(batch_size: int, num_fewshot: int | None, limit: float | None) -> None:
+def _check_values(batch_size: int, num_fewshot: int | None, limit: float | None, dtype: str, weights: str) -> None:
+    check_choice("dtype", dtype, DTYPES)
+    check_choice("weights", weights, WEIGHTS)
     check_whole("batch_size", batch_size, 1)
     if num_fewshot is not None:
         check_whole("num_fewshot", num_fewshot, 0)
@@ -227,38 +227,6 @@ def _own_tasks(names: list[str], include_path: str | None):
         return None
     manager = TaskManager(include_path=include_path, include_defaults=False)
     return manager if set(names) <= set(manager.all_subtasks) else None
-
-
-def _exit_models(
-    source: str, exit_layers: list[int], batch_size: int, dtype: torch.dtype, place: torch.device, folder: Path | None
-) -> list[ExitModel]:
-    from lskip.evaluation.lm_eval.exit_model import ExitModel, ExitScorer
-
-    loaded, tokenizer = load_model(source, dtype)
-    if tokenizer is None:
-        raise ValueError(f"model: {source!r} has no tokenizer, which tasks need")
-    decoder = Decoder(loaded.eval().to(place))
-    trained = load_trained_exits(source, decoder)
-    adapter = None if folder is None else load_adapter(folder, loaded)
-    if adapter is not None:
-        check_adapter(adapter, exit_layers, decoder)
-    scorer = ExitScorer(decoder, exit_layers, batch_size, trained, adapter)
-    parts = {"trained_exits": trained, "exit_adapter": adapter}
-    generator = functools.cache(lambda: TextGenerator(loaded, tokenizer, **parts))
-    return [ExitModel(exit_layer, scorer, generator, tokenizer) for exit_layer in exit_layers]
-
-
-def check_adapter(adapter: ExitAdapter, exit_layers: list[int], decoder: Decoder) -> None:
-    """Raise ValueError unless the adapter reads one of the exits, for every token and without the last layer."""
-    shape = adapter.shape
-    if shape.exit_layer not in exit_layers:
-        raise ValueError(f"exits: {shape.exit_layer}, for which the exit_adapter was made, is none of them")
-    check_fixed_exit(shape.exit_layer, Available(decoder.num_layers, False, shape.exit_layer, shape.joins_last_state))
-    if len(adapter.token_ids) < decoder.vocab_size:
-        raise ValueError(
-            f"exit_adapter: knows {len(adapter.token_ids)} of {decoder.vocab_size} tokens, and gives all others no"
-            " probability; train one on the whole vocabulary (adapt --vocabulary null)"
-        )
 
 
 def _evaluate_exit(model: ExitModel, tasks: dict, options: dict) -> dict[str, dict]:

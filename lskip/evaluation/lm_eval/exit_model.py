@@ -115,6 +115,10 @@ class ExitModel(HFLM):
         scorer: shared by the models of all exits.
         generator: returns the TextGenerator for generative tasks, also shared.
         tokenizer: of the model.
+        weights: of its blocks; "auto": as they are.
+
+    Attributes:
+        exit_name: the exit layer, and the weights where they are not as they are.
     """
 
     def __init__(
@@ -123,6 +127,7 @@ class ExitModel(HFLM):
         scorer: ExitScorer,
         generator: Callable[[], TextGenerator],
         tokenizer: PreTrainedTokenizerBase,
+        weights: str = "auto",
     ):
         decoder = scorer.decoder
         super().__init__(
@@ -133,6 +138,7 @@ class ExitModel(HFLM):
             batch_size=scorer.batch_size,
         )
         self.exit_layer, self._scorer, self._generator = exit_layer, scorer, generator
+        self.exit_name = str(exit_layer) if weights == "auto" else f"{exit_layer} {weights}"
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
         pairs = [(context, continuation) for _, context, continuation in requests]

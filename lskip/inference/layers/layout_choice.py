@@ -7,26 +7,18 @@ A layout is left out only where its operations are missing or compute something 
 import torch
 from torch import Tensor
 
-from lskip.inference.layers.linear import (
-    EXACT_WIDTH,
-    Bagged,
-    Halved,
-    Layout,
-    Packed,
-    Plain,
-    Sliced,
-    Widened,
-    bags_pay,
-)
+from lskip.inference.layers.bags import Bagged, BaggedInt8, bags_pay
+from lskip.inference.layers.linear import EXACT_WIDTH, Halved, Layout, Packed, Plain, Sliced, Widened
 
-LAYOUTS = {"plain": Plain, "packed": Packed, "halved": Halved}
+LAYOUTS = {"plain": Plain, "packed": Packed, "halved": Halved, "int8": BaggedInt8}
 
 
 def choose_layouts(weights: str, sample: Tensor, lone_rows: bool = True) -> list[Layout]:
     """Return the layouts for a model's weights; each matrix takes the first that can hold it (`pack`).
 
     Args:
-        weights: a name in LAYOUTS; or "auto": by the model's type, and by what its products will see.
+        weights: a name in LAYOUTS; or "auto": by the model's type, and by what its products will see, and never one
+            that rounds.
         sample: [out, in], one of the model's matrices.
         lone_rows: most passes have a single row: one text at a time, and nothing drafts that has weights of its own.
 

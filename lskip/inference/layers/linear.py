@@ -1,6 +1,5 @@
 """Layouts of a weight matrix for decoding: how it lies in memory, and its product with a few rows."""
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from lskip.inference.layers.torchscript import scripted
 
 EXACT_WIDTH = 4  # rows that products and attention groups see at once where bits must not depend on neighbours
-WIDEST = 120  # numbers of an embedding: more do not fit into the 16 registers of AVX2 beside what else is there
+ROUNDED = 0.25  # of a product: how far rounded weights may be off
 
 # The products, in the part of Python that TorchScript knows.
 
@@ -30,19 +29,6 @@ def packed_plus(residual: Tensor, x: Tensor, packed: tuple[Tensor, Tensor | None
         return residual + packed_product(x, packed)
     weight, bias = packed
     return torch.ops.mkldnn._linear_pointwise(x, residual, weight, bias, "add")
-
-
-def bagged_product(x: Tensor, packed: tuple[Tensor, Tensor | None, Tensor, Tensor]) -> Tensor:
-    parts, bias, rows, starts = packed
-    if x.size(0) > 1:
-        product = torch.bmm(x.expand(parts.size(0), -1, -1), parts).transpose(0, 1).reshape(x.size(0), -1)
-    else:
-        share = x.expand(parts.size(0), -1).flatten()
-        sums, _, _, _ = torch.embedding_bag(
-            parts.flatten(0, 1), rows, starts, scale_grad_by_freq=False, mode=0, sparse=False, per_sample_weights=share
-        )
-        product = sums.view(1, -1)
-    return product if bias is None else product + bias
 
 
 def sliced_product(x: Tensor, packed: tuple[Tensor, Tensor | None, int]) -> Tensor:
@@ -182,55 +168,6 @@ def power_to_halve(weight: Tensor) -> int | None:
     power = min(15 - int(torch.frexp(largest).exponent), 100)  # the largest becomes one of 2^14 … 2^15
     scaled = weight.float() * 2.0**power
     return power if torch.equal(scaled.half().float(), scaled) else None
-
-
-class Bagged(Plain):
-    """The matrix in parts of some outputs each, [in, part], one after another in memory (float32).
-
-    A lone row's product with a part is a sum of its rows, weighted: a bag of embeddings. FBGEMM's kernel for these
-    keeps the sum in registers while it reads the part from its first number to its last, and fetches ahead. Several
-    rows go by torch.bmm over the parts.
-    """
-
-    product = staticmethod(bagged_product)
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        """Copy weight [out, in] into the new layout; keep bias [out].
-
-        Raises:
-            ValueError: it is not float32, or `out` not a multiple of 8.
-        """
-        if weight.dtype != torch.float32:
-            raise ValueError(f"not for {weight.dtype}")
-        super().__init__(in_parts(weight), bias)
-        self.packed = self.weight, bias, *bags(len(self.weight), weight.shape[1])
-
-    @property
-    def nbytes(self) -> int:
-        """Count the bytes without the bags, which all matrices of a shape share."""
-        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
-
-
-def bags_pay() -> bool:
-    """Say whether bags are the fastest for a lone row of float32, and as fast as oneDNN for several: with AVX2 alone.
-
-    With AVX-512 oneDNN takes half of their time for three rows and more.
-    """
-    return torch.backends.cpu.get_cpu_capability() == "AVX2"
-
-
-def in_parts(weight: Tensor) -> Tensor:
-    """Return [out, in] as [parts, in, part], as wide as parts may be; ValueError where `out` is no multiple of 8."""
-    if len(weight) % 8:
-        raise ValueError(f"it has {len(weight)} rows, not a multiple of 8")
-    width = max(count for count in range(8, WIDEST + 1, 8) if len(weight) % count == 0)
-    return weight.unflatten(0, (-1, width)).transpose(1, 2).contiguous()
-
-
-@functools.cache
-def bags(count: int, size: int) -> tuple[Tensor, Tensor]:
-    """Return `count` bags of `size` embeddings each, one after another: which ones, and where each bag begins."""
-    return torch.arange(count * size, dtype=torch.int32), torch.arange(0, count * size, size, dtype=torch.int32)
 
 
 class Sliced(Plain):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lskip.inference.layers.layout_choice import obstacle_to
-from lskip.inference.layers.linear import Plain
-from lskip.inference.layers.quantized import ROUNDED, ROWS_AT_ONCE, round_to_int8
+from lskip.inference.layers.linear import ROUNDED, Plain
+from lskip.inference.layers.quantized import ROWS_AT_ONCE, round_to_int8
 from lskip.inference.layers.rotation import Rotation
 from lskip.inference.layers.torchscript import scripted
 from lskip.models.decoder import Decoder

@@ -1,15 +1,15 @@
-"""Weights rounded to 8 or 4 bits: for drafts only, since the model's own text needs the model's own weights."""
+"""Weights rounded for drafts, to 8 or 4 bits: the model's own text needs the model's own weights."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lskip.inference.layers.bags import BaggedInt8
 from lskip.inference.layers.layout_choice import obstacle_to
-from lskip.inference.layers.linear import Bagged, Layout, Plain, bags, in_parts
+from lskip.inference.layers.linear import ROUNDED, Layout, Plain
 
 GROUP = 32  # weights of a row that share a scale in int4
 ROWS_AT_ONCE = 1024  # of a matrix that is converted: more leave the CPU's caches, and take five times as long
-ROUNDED = 0.25  # of a product: how far rounded weights may be off
 LEVELS = 127  # to either side of 0 in int8
 KERNEL_DTYPE = torch.bfloat16  # of activations and scales: the kernels for other types are ten times slower
 
@@ -17,20 +17,6 @@ KERNEL_DTYPE = torch.bfloat16  # of activations and scales: the kernels for othe
 def int8_product(x: Tensor, packed: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
     weight, scale, bias = packed
     product = torch._weight_int8pack_mm(x.to(scale.dtype), weight, scale)
-    return product if bias is None else product + bias
-
-
-def bagged_int8_product(x: Tensor, packed: tuple[Tensor, Tensor, Tensor, int, Tensor | None]) -> Tensor:
-    table, rows, starts, parts, bias = packed
-    count = x.size(0)
-    share = x.float().expand(parts, -1, -1).flatten()
-    if count > 1:  # a part after another, for all rows: it stays in the CPU's caches
-        rows = rows.view(parts, 1, -1).expand(-1, count, -1).flatten()
-        starts = torch.arange(0, rows.size(0), x.size(1), dtype=rows.dtype)
-    sums = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
-        table, rows, starts, False, 0, False, share, None, False
-    )
-    product = sums.view(parts, count, -1).transpose(0, 1).reshape(count, -1)
     return product if bias is None else product + bias
 
 
@@ -54,25 +40,6 @@ class Int8(Plain):
         check_width(weight, 16)  # the kernel would read beyond the matrix, without a word
         rounded, scale = round_to_int8(weight, LEVELS)
         self.packed = rounded, scale.to(KERNEL_DTYPE), None if bias is None else bias.to(KERNEL_DTYPE)
-
-
-class BaggedInt8(Plain):
-    """A scale and a zero point for each part of a column, as Bagged has them; inputs and products in float32. CPU.
-
-    For one row faster than Int8, with finer scales; each further row takes half as long again.
-    """
-
-    inner_dtype = torch.float32
-    error = ROUNDED
-    product = staticmethod(bagged_int8_product)
-    nbytes = Bagged.nbytes
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        """Round weight [out, in], keep bias [out] as float32; ValueError unless `out` is a multiple of 8."""
-        parts = in_parts(weight.float())
-        table = torch.ops.quantized.embedding_bag_byte_prepack(parts.flatten(0, 1))
-        self.weight, self.bias = table, None if bias is None else bias.float()
-        self.packed = table, *bags(len(parts), weight.shape[1]), len(parts), self.bias
 
 
 def round_to_int8(weight: Tensor, levels: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from lskip.inference.layers.layout_choice import choose_exact_layout, choose_layouts, exact_by_default
+from lskip.inference.layers.layout_choice import choose_exact_layout, choose_layouts, exact_by_default, stand_in
 from lskip.inference.layers.linear import EXACT_WIDTH, Plain
 from lskip.inference.layers.lm_head import ScreenedHead
 from lskip.inference.layers.quantized import choose_draft_layouts, draft_head_layouts, stored_in_4_bits
@@ -33,7 +33,7 @@ def build_runner(
         ValueError: `weights` is unknown, does not work here, or asks for a layout that the modules do not have.
     """
     if (reason := obstacle(decoder)) is not None:
-        if choose_layouts(weights, decoder.head_weight.detach()) != [Plain] and weights != "auto":
+        if choose_layouts(weights, stand_in(decoder.head_weight)) != [Plain] and weights != "auto":
             raise ValueError(f"weights: {weights!r} is not for this model ({reason}); use 'auto' or 'plain'")
         if bit_exact:
             raise ValueError(f"bit_exact: is not for this model ({reason}); leave it out")
@@ -43,18 +43,29 @@ def build_runner(
     if exact_by_default(layouts, sample) if bit_exact is None else bit_exact:
         return FusedRunner(decoder, layouts, release, width=EXACT_WIDTH)
     of_float32 = (layouts[0].inner_dtype or decoder.dtype) is torch.float32
-    return FusedRunner(decoder, layouts, release, screen=screen() if of_float32 else None)
+    # A head decides between close logits: where blocks are rounded, it is not.
+    head = Plain(decoder.head_weight.detach().float(), decoder.head_bias) if layouts[0].error else None
+    return FusedRunner(decoder, layouts, release, head, screen=screen() if of_float32 else None)
 
 
-def suited_draft_weights(decoder: Decoder, batch_size: int = 1) -> str | None:
-    """Return the rounded weights that suit a model to draft: int4 where it was stored in 4 bits, else int8.
+def resolve_draft_weights(draft_weights: str | None, weights: str, decoder: Decoder, batch_size: int) -> str | None:
+    """Return `draft_weights`; for "auto" those that suit the model: int4 where it was stored in 4 bits, else int8.
 
-    None where their kernels, or the fused runner, do not work for it.
+    None where their kernels, or the fused runner, do not work for it, or its own `weights` are these already.
+
+    Raises:
+        ValueError: `draft_weights` are what `weights` are.
     """
+    if draft_weights != "auto":
+        if draft_weights == weights:
+            raise ValueError(f"draft_weights: {draft_weights!r} is what weights are already; leave one of the two out")
+        return draft_weights
     if decoder.device.type != "cpu" or obstacle(decoder) is not None:
         return None
     samples = sample_weights(decoder)
     name = "int4" if all(map(stored_in_4_bits, samples)) else "int8"
+    if name == weights:
+        return None
     try:
         choose_draft_layouts(name, samples, batch_size)
     except ValueError:

@@ -10,9 +10,8 @@ from lskip.inference.layers.attention import Heads, Part
 from lskip.inference.layers.block_functions import block_functions, norm
 from lskip.inference.layers.linear import Layout, Plain, pack
 from lskip.models.decoder import Decoder
+from lskip.models.families import FUSED_FAMILIES
 
-# Families whose blocks are made of the parts in EXPECTED alone.
-FUSED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Rotary embeddings whose frequencies do not depend on how long the text is.
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
@@ -44,20 +43,17 @@ class Block:
             dtype: of states between the products.
             width: rows that bits are to be kept for; 1: any.
         """
-        attention, mlp, self.window = layer.self_attn, layer.mlp, window
-        device = attention.q_proj.weight.device
-        orders = pair_order(heads.queries, heads.size, device), pair_order(heads.keys, heads.size, device), None
-        self.qkv = fuse(layouts, (attention.q_proj, attention.k_proj, attention.v_proj), orders)
-        self.output = fuse(layouts, (attention.o_proj,))
-        self.gate_up = fuse(layouts, (mlp.gate_proj, mlp.up_proj))
-        self.down = fuse(layouts, (mlp.down_proj,))
+        self.window = window
+        matrices = [fuse(layouts, linears, orders) for linears, orders in fused_linears(layer, heads)]
+        self.qkv, self.output, self.gate_up, self.down = matrices
+        first = layer.self_attn.q_proj.weight
         attention_norm, mlp_norm = Norm(layer.input_layernorm, dtype), Norm(layer.post_attention_layernorm, dtype)
-        inner_dtype = layouts[0].inner_dtype or attention.q_proj.weight.dtype
-        self.functions = block_functions(tuple(map(type, self.matrices)), device.type == "cpu")
+        inner_dtype = layouts[0].inner_dtype or first.dtype
+        self.functions = block_functions(tuple(map(type, self.matrices)), first.device.type == "cpu")
         self.packed = (
             (tuple(heads), attention_norm.eps, width, dtype, inner_dtype),
-            (attention_norm.weight, mlp_norm.weight, qk_norm(attention, heads), attention_norm.floor),
-            *(matrix.packed for matrix in self.matrices),
+            (attention_norm.weight, mlp_norm.weight, qk_norm(layer.self_attn, heads), attention_norm.floor),
+            *(matrix.packed for matrix in matrices),
         )
 
     @property
@@ -122,9 +118,23 @@ def qk_norm(attention: nn.Module, heads: Heads) -> Tensor | None:
     return torch.cat([q[order].expand(heads.queries, -1), k[order].expand(heads.keys, -1)])
 
 
-def fuse(layouts: Sequence[Layout], parts: tuple[nn.Linear, ...], orders: tuple[Tensor | None, ...] = ()) -> Plain:
+def fused_linears(
+    layer: nn.Module, heads: Heads
+) -> tuple[tuple[tuple[nn.Linear, ...], tuple[Tensor | None, ...]], ...]:
+    """Return which of a block's linears make up qkv, output, gate_up and down, and the orders of their rows there."""
+    attention, mlp = layer.self_attn, layer.mlp
+    device = attention.q_proj.weight.device
+    orders = pair_order(heads.queries, heads.size, device), pair_order(heads.keys, heads.size, device), None
+    return (
+        ((attention.q_proj, attention.k_proj, attention.v_proj), orders),
+        ((attention.o_proj,), (None,)),
+        ((mlp.gate_proj, mlp.up_proj), (None, None)),
+        ((mlp.down_proj,), (None,)),
+    )
+
+
+def fuse(layouts: Sequence[Layout], parts: tuple[nn.Linear, ...], orders: tuple[Tensor | None, ...]) -> Plain:
     """Return one matrix for several on the same input, the rows of each part reordered where an order is given."""
-    orders = orders or (None,) * len(parts)
 
     def joined(name: str) -> Tensor:
         tensors = [getattr(part, name).detach() for part in parts]

@@ -12,7 +12,9 @@ import torch
 
 from lskip.cli import main
 from lskip.evaluation.lm_eval import evaluate as module
+from lskip.evaluation.lm_eval import models
 from lskip.evaluation.lm_eval.evaluate import results_table
+from lskip.inference.runners.rounded_model import round_to_int8
 from lskip.models.decoder import Decoder
 from lskip.models.exit_adapter import AdapterShape, ExitAdapter
 from lskip.models.pretrained import load_model
@@ -78,6 +80,26 @@ def test_every_exits_perplexity_by_a_slow_reference(folder, capsys):
         assert found == pytest.approx(slow_perplexity(model, tokenizer, exit_layer), rel=1e-4)
         assert f"exit {exit_layer}" in table and f"{found:.4g}" in table
         assert 0 <= scores["questions"]["acc,none"] <= 1
+
+
+def test_the_rounded_model_is_scored_beside_it(folder, capsys, tiny_model):
+    tiny_model(vocab_size=304).save_pretrained("model")  # a multiple of 8, as rows of matrices have it
+    assert run("--exits=2,last", "--output=scores.json", "--weights=int8") == 0
+    results = json.loads((folder / "scores.json").read_text())["results"]
+    assert list(results) == ["2", "4", "2 int8", "4 int8"] and "exit 4 int8" in capsys.readouterr().out
+    model, tokenizer = load_model("model")
+    own = {exit_layer: slow_perplexity(model, tokenizer, exit_layer) for exit_layer in (2, 4)}
+    round_to_int8(Decoder(model))
+    for exit_layer in (2, 4):
+        found = [results[name]["texts"]["word_perplexity,none"] for name in (f"{exit_layer}", f"{exit_layer} int8")]
+        assert found == pytest.approx([own[exit_layer], slow_perplexity(model, tokenizer, exit_layer)], rel=1e-4)
+        assert found[0] != pytest.approx(found[1], rel=1e-6)
+
+
+def test_what_cannot_be_rounded_is_refused_before_scoring(folder, capsys, tiny_model):
+    tiny_model("gpt2").save_pretrained("model")
+    assert run("--output=scores.json", "--weights=int8") == 2
+    assert "weights: 'int8' is not for this model" in capsys.readouterr().err and not (folder / "scores.json").exists()
 
 
 def save_adapter(folder, model, joins=False, tokens=None):
@@ -181,7 +203,7 @@ def test_ctrl_c_says_which_exits_are_kept(folder, capsys, monkeypatch):
 
 @pytest.mark.kind("B5 B13 two writers")
 def test_two_evaluations_are_kept_apart(folder, capsys, monkeypatch):
-    monkeypatch.setattr(module, "load_model", None)
+    monkeypatch.setattr(models, "load_model", None)
     with only_writer(folder / "o.json", "output"):
         assert run("--output=o.json") == 2
     assert "is being written by another process" in capsys.readouterr().err
@@ -321,7 +343,7 @@ def test_a_mistake_is_told_before_the_model_is_loaded(folder, capsys, monkeypatc
             include_path=include_path, include_defaults=False
         ),
     )
-    monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("the model was loaded"))
     assert run(*flags) == 2
     assert sentence in capsys.readouterr().err
 

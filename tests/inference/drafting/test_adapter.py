@@ -17,8 +17,9 @@ from lskip.inference.drafting.draft import Draft, DraftPlan
 from lskip.inference.drafting.drafter import Available
 from lskip.inference.drafting.policies import DraftPolicy, FixedDraft
 from lskip.inference.drafting.registry import drafts_of
+from lskip.inference.layers.bags import BaggedInt8
 from lskip.inference.layers.linear import Plain
-from lskip.inference.layers.quantized import BaggedInt8, Int8
+from lskip.inference.layers.quantized import Int8
 from lskip.inference.runners import adapter_runner
 from lskip.inference.runners.adapter_runner import AdapterRunner
 from lskip.inference.runners.fused_runner import FusedRunner

@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from lskip.inference import TextGenerator
+from lskip.inference.layers.bags import Bagged, BaggedInt8
 from lskip.inference.layers.block_functions import block_functions
 from lskip.inference.layers.linear import (
     EXACT_WIDTH,
-    Bagged,
     Halved,
     Packed,
     Plain,
     Sliced,
 )
-from lskip.inference.layers.quantized import BaggedInt8, Int4, Int8
+from lskip.inference.layers.quantized import Int4, Int8
 from lskip.inference.layers.torchscript import scripted
 from lskip.inference.runners.fused_blocks import Stack
 from lskip.inference.runners.fused_runner import FusedRunner

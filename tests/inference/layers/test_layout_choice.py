@@ -8,8 +8,9 @@ import torch
 
 from lskip.inference import TextGenerator
 from lskip.inference.layers import layout_choice
+from lskip.inference.layers.bags import Bagged
 from lskip.inference.layers.layout_choice import choose_layouts
-from lskip.inference.layers.linear import Bagged, Halved, Packed, Plain, Widened
+from lskip.inference.layers.linear import Halved, Packed, Plain, Widened
 from lskip.models.exit_adapter import AdapterShape, ExitAdapter
 from tests.conftest import HALVED_WORKS, needs_halved
 
@@ -165,5 +166,5 @@ def test_bad_weights(tiny_model):
     assert choose_layouts("plain", numbers(torch.float32)) == [Plain]
     assert choose_layouts("auto", torch.empty(16, 8, device="meta")) == [Plain]
     for name in ("int3", "transposed"):
-        with pytest.raises(ValueError, match=f"weights: '{name}' is not one of auto, plain, packed, halved"):
+        with pytest.raises(ValueError, match=f"weights: '{name}' is not one of auto, plain, packed, halved, int8"):
             TextGenerator(tiny_model("llama"), weights=name)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from lskip.inference.layers.bags import WIDEST, Bagged
 from lskip.inference.layers.layout_choice import obstacle_to
-from lskip.inference.layers.linear import WIDEST, Bagged, Halved, Packed, Plain, Widened, pack, power_to_halve
+from lskip.inference.layers.linear import Halved, Packed, Plain, Widened, pack, power_to_halve
 from tests.conftest import needs_halved
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lskip.inference import TextGenerator
+from lskip.inference.layers.bags import BaggedInt8
 from lskip.inference.layers.linear import Plain
-from lskip.inference.layers.quantized import DRAFT_WEIGHTS, BaggedInt8, Int4, Int8, choose_draft_layouts
+from lskip.inference.layers.quantized import DRAFT_WEIGHTS, Int4, Int8, choose_draft_layouts
 from lskip.inference.options import DraftWeights
 from lskip.inference.runners import build
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lskip.inference import TextGenerator
-from lskip.inference.layers.linear import Bagged, Halved, Packed, Plain, Sliced
+from lskip.inference.layers.bags import Bagged
+from lskip.inference.layers.linear import Halved, Packed, Plain, Sliced
 from lskip.inference.runners.fused_blocks import obstacle
 from lskip.inference.runners.fused_runner import FusedRunner
 from lskip.inference.runners.module_runner import ModuleRunner
