@@ -1,4 +1,4 @@
-"""Writing of Llama models as GGUF files for llama.cpp."""
+"""Writing of Llama, Qwen2 and Qwen3 models as GGUF files for llama.cpp."""
 
 import importlib.util
 import json
@@ -7,18 +7,38 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lskip.models.reading.gguf_rope import FREQUENCIES, LLAMA3, SCALED, llama3_frequencies
+
+FAMILIES = ("llama", "qwen2", "qwen3")
 # Pre-tokenizers of byte-level BPE: llama.cpp's name -> the steps in tokenizer.json.
 _GPT2_WORDS = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|NUMBER| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _split(number: str) -> list[dict]:
+    pattern = {"Regex": _SPLIT.replace("NUMBER", number)}
+    return [
+        {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+    ]
+
+
 PRE_TOKENIZERS = {
     "gpt-2": [_GPT2_WORDS],  # also of tokenizers trained by lskip
     "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2_WORDS],
+    "qwen2": _split(r"\p{N}"),
+    "llama-bpe": _split(r"\p{N}{1,3}"),
 }
+WHOLE_WORDS = ("llama-bpe",)  # a word in the vocabulary is not split
+NORMALIZED = ("qwen2",)  # to NFC, which llama.cpp leaves out: as in the files of Qwen's authors
 
 
 def write_gguf(
-    model: LlamaForCausalLM, path: Path, tokenizer: PreTrainedTokenizerBase | Path | None = None, name: str = ""
+    model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase | Path | None = None, name: str = ""
 ) -> None:
     """Write `model` to `path`, matrices in the model's dtype, norms in float32 as llama.cpp requires.
 
@@ -36,10 +56,11 @@ def write_gguf(
         raise ValueError(f"model: cannot be written as GGUF ({reason})")
     import gguf
 
-    writer = gguf.GGUFWriter(str(path), "llama")
+    writer = gguf.GGUFWriter(str(path), model.config.model_type)
     if name:
         writer.add_name(name)
     _add_sizes(writer, model.config)
+    _add_rope(writer, model.config)
     _add_tokenizer(writer, tokenizer, model.config)
     file_types = gguf.LlamaFileType
     writer.add_file_type(
@@ -60,24 +81,40 @@ def obstacle(config, tokenizer: PreTrainedTokenizerBase | Path | None = None) ->
     """Return why a model of `config` with `tokenizer` cannot be written; None if it can."""
     if importlib.util.find_spec("gguf") is None:
         return "it needs: pip install gguf"
-    if not isinstance(config, LlamaConfig):
-        return f"its family is {config.model_type}, only llama is covered"
-    if config.attention_bias or config.mlp_bias:
+    if config.model_type not in FAMILIES:
+        return f"its family is {config.model_type}, only {', '.join(FAMILIES)} are covered"
+    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
         return "its linears have a bias"
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act}"
-    kind = config.rope_parameters["rope_type"]
-    if kind != "default":
-        return f"its rotary embedding is of type {kind}"
+    if getattr(config, "sliding_window", None) is not None:
+        return f"its attention sees {config.sliding_window} tokens"
+    if (reason := _rope_obstacle(config.rope_parameters)) is not None:
+        return reason
     return _tokenizer_obstacle(tokenizer, config) if isinstance(tokenizer, PreTrainedTokenizerBase) else None
 
 
-def _tokenizer_obstacle(tokenizer: PreTrainedTokenizerBase, config: LlamaConfig) -> str | None:
+def _rope_obstacle(rope: dict) -> str | None:
+    kind = rope["rope_type"]
+    known = {"rope_type", "rope_theta"}
+    known |= {"linear": {"factor"}, "llama3": {"factor", *LLAMA3}}.get(kind, set())
+    known |= {"factor", "original_max_position_embeddings"} if kind == "yarn" else set()
+    if kind not in ("default", "llama3", *SCALED):
+        return f"its rotary embedding is of type {kind}"
+    if kind == "llama3" and any(rope[name] != value for name, value in LLAMA3.items()):
+        return "its rotary embedding is scaled by other numbers than Llama 3's"
+    if more := sorted(name for name in rope.keys() - known if rope[name] is not None):
+        return f"its rotary embedding has {more[0]}, which a file cannot say"
+    return None
+
+
+def _tokenizer_obstacle(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> str | None:
     rules = _rules(tokenizer)
     if rules is None or rules["model"]["type"] != "BPE" or rules["model"].get("byte_fallback"):
         return "its tokenizer is no byte-level BPE"
-    changed = rules["normalizer"] is not None or rules["model"].get("ignore_merges")
-    if changed or _pre_tokenizer(rules) is None:
+    name = _pre_tokenizer(rules)
+    normalized = rules["normalizer"] not in (None, {"type": "NFC"} if name in NORMALIZED else None)
+    if name is None or normalized or bool(rules["model"].get("ignore_merges")) != (name in WHOLE_WORDS):
         return f"its tokenizer cuts text in another way than {' and '.join(PRE_TOKENIZERS)}"
     if tokenizer.eos_token_id is None:
         return "its tokenizer has no end-of-text token"
@@ -100,9 +137,13 @@ def _pre_tokenizer(rules: dict) -> str | None:
     return next((name for name, known in PRE_TOKENIZERS.items() if known == steps), None)
 
 
-def _add_sizes(writer, config: LlamaConfig) -> None:
+def _head_dim(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _add_sizes(writer, config: PreTrainedConfig) -> None:
     """Write the hyperparameters."""
-    head_dim = config.head_dim
+    head_dim = _head_dim(config)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -117,7 +158,23 @@ def _add_sizes(writer, config: LlamaConfig) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def _add_tokenizer(writer, tokenizer: PreTrainedTokenizerBase | Path | None, config: LlamaConfig) -> None:
+def _add_rope(writer, config: PreTrainedConfig) -> None:
+    """Write how the rotary embedding is scaled."""
+    import gguf
+
+    rope = config.rope_parameters
+    kind = rope["rope_type"]
+    if kind in SCALED:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if kind == "llama3":
+        frequencies = llama3_frequencies(rope["rope_theta"], _head_dim(config), rope["factor"])
+        writer.add_tensor(FREQUENCIES, frequencies)
+
+
+def _add_tokenizer(writer, tokenizer: PreTrainedTokenizerBase | Path | None, config: PreTrainedConfig) -> None:
     if tokenizer is None:
         writer.add_tokenizer_model("no_vocab")
     elif isinstance(tokenizer, Path):
@@ -135,7 +192,7 @@ def _copy_tokenizer(writer, path: Path) -> None:
             writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub_type)
 
 
-def _add_byte_level_bpe(writer, tokenizer: PreTrainedTokenizerBase, config: LlamaConfig) -> None:
+def _add_byte_level_bpe(writer, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     rules = _rules(tokenizer)
     tokens, kinds = _entries(tokenizer, config.vocab_size)
     writer.add_tokenizer_model("gpt2")  # llama.cpp's name for any byte-level BPE
@@ -169,21 +226,24 @@ def _entries(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[list[
     return tokens, kinds
 
 
-def _add_weights(writer, model: LlamaForCausalLM) -> None:
+def _add_weights(writer, model: PreTrainedModel) -> None:
     import gguf
 
     kinds = gguf.GGMLQuantizationType
     matrices = {torch.float32: kinds.F32, torch.float16: kinds.F16, torch.bfloat16: kinds.BF16}[model.dtype]
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    family = gguf.MODEL_ARCH[model.config.model_type.upper()]
+    names = gguf.get_tensor_name_map(family, model.config.num_hidden_layers)
     for name, weight in model.named_parameters():  # a tied head is left out, in GGUF too
         kind = matrices if weight.ndim == 2 else kinds.F32
         array = gguf.quants.quantize(_array(name, weight, model.config), kind)
-        writer.add_tensor(names.get_name(name, (".weight",)), array, raw_dtype=kind)
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), array, raw_dtype=kind)
 
 
-def _array(name: str, weight: Tensor, config: LlamaConfig) -> np.ndarray:
-    """Return a weight in float32, with the rows of q and k in the order of llama.cpp's rotary embedding."""
+def _array(name: str, weight: Tensor, config: PreTrainedConfig) -> np.ndarray:
+    """Return a weight in float32, a Llama's rows of q and k in the order of llama.cpp's rotary embedding."""
     array = weight.detach().float().cpu().numpy()
+    if config.model_type != "llama":  # llama.cpp rotates these by halves, as transformers does
+        return array
     if "q_proj" in name:
         return rotary_pairs(array, config.num_attention_heads)
     return rotary_pairs(array, config.num_key_value_heads) if "k_proj" in name else array

@@ -61,7 +61,7 @@ def export(
         num_speculations: tokens that transformers' `generate` drafts at a time, with exit_layer or draft; null: 4.
         draft: blocks of a draft model to write to output/draft: the first blocks, the final norm and the head, for
             decoders that take a draft model (vLLM, llama.cpp, transformers); null: none.
-        gguf: write model.gguf into output, and into output/draft, for llama.cpp; Llama family.
+        gguf: write model.gguf into output, and into output/draft, for llama.cpp; Llama, Qwen2, Qwen3.
 
     Raises:
         ValueError: `output` is not empty or not writable, the model has fewer layers, or GGUF does not support it.

@@ -12,13 +12,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lskip.data.tokenizer import train_bpe
 from lskip.export.to_gguf import obstacle, rotary_pairs, write_gguf
-from lskip.models.pretrained import load_model
+from lskip.models.pretrained import load_model, load_tokenizer
 from tests.conftest import make_model
 
 gguf = pytest.importorskip("gguf")
@@ -119,6 +119,65 @@ def test_a_file_is_parsed_once_whatever_is_read_of_it(tmp_path, monkeypatch):
     assert gguf.GGUFReader is reader  # others' calls are not remembered
 
 
+SCALINGS = {
+    "default": {"rope_type": "default", "rope_theta": 5e3},
+    "linear": {"rope_type": "linear", "factor": 3.0, "rope_theta": 5e3},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192, "rope_theta": 5e5,
+    },
+}  # fmt: skip
+
+
+def scaled_model(family, scaling, **overrides):
+    """With norms and biases that are not one and not zero, and as many positions as scaling is for."""
+    longest = 256 if scaling == "yarn" else 32768
+    given = {"head_dim": 16, "max_position_embeddings": longest, "vocab_size": 340, **overrides}
+    model = make_model(family, rope_parameters=SCALINGS[scaling], **given)
+    for part in model.parameters():
+        if part.ndim == 1:
+            part.data += 0.3 * torch.randn_like(part)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("scaling", list(SCALINGS))
+def test_what_is_written_is_read(tmp_path, family, scaling):
+    """Far into the text too, where scaling is seen."""
+    model = scaled_model(family, scaling)
+    write_gguf(model, tmp_path / "model.gguf", byte_level())
+    again, tokenizer = load_model(str(tmp_path / "model.gguf"))
+    assert again.config.model_type == family and tokenizer("a b")["input_ids"] == byte_level()("a b")["input_ids"]
+    ids = torch.randint(340, (1, 200))
+    with torch.inference_mode():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+        far = torch.arange(200)[None] * (1 if scaling == "yarn" else 100)
+        found, expected = (each(ids, position_ids=far).logits for each in (again, model))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("words", ["qwen2", "llama-bpe"])
+def test_words_of_qwen_and_llama_3_are_written_and_read(tmp_path, words):
+    """As their tokenizer.json has them (the regular expressions are those of the models' own files)."""
+    number = r"\p{N}" if words == "qwen2" else r"\p{N}{1,3}"
+    split = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + number + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    )
+    steps = [pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    tokenizer = byte_level(pre_tokenizers.Sequence(steps))
+    if words == "qwen2":
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    else:
+        tokenizer.backend_tokenizer.model.ignore_merges = True
+    write_gguf(make_model(vocab_size=340), tmp_path / "model.gguf", tokenizer)
+    assert contents(tmp_path / "model.gguf")["tokenizer.ggml.pre"] == words
+    again = load_tokenizer(str(tmp_path / "model.gguf"))
+    for text in [*TEXTS, "1234567 a", "we'LL  12"]:
+        assert again(text, add_special_tokens=False)["input_ids"] == tokenizer(text)["input_ids"], text
+
+
 def contents(path) -> dict:
     return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
 
@@ -191,10 +250,14 @@ def test_transformers_reads_the_same_tokenizer(tmp_path):
 @pytest.mark.parametrize(
     ("family", "overrides", "reason"),
     [
-        ("qwen3", {}, "its family is qwen3"),
+        ("phi3", {}, "its family is phi3, only llama, qwen2, qwen3 are covered"),
         ("llama", {"attention_bias": True}, "its linears have a bias"),
+        ("qwen3", {"attention_bias": True}, "its linears have a bias"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, "sees 8 tokens"),
         ("llama", {"hidden_act": "gelu"}, "its activation is gelu"),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "of type linear"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "of type dynamic"),
+        ("llama", {"rope_parameters": {**SCALINGS["yarn"], "beta_fast": 16.0}}, "has beta_fast, which"),
+        ("qwen3", {"rope_parameters": {**SCALINGS["llama3"], "low_freq_factor": 2.0}}, "other numbers than Llama 3's"),
     ],
 )
 def test_a_model_that_gguf_would_get_wrong_is_refused(tmp_path, family, overrides, reason):
@@ -267,6 +330,22 @@ def test_llama_cpp_computes_and_tokenizes_the_same(tmp_path, llama_cpp_python):
             ids = torch.tensor([prompt])
             expected = model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
             assert len(greedy) == tokens and greedy == expected[0, len(prompt) :].tolist()
+
+
+def test_llama_cpp_runs_every_family_and_scaling(tmp_path, llama_cpp_python):
+    """Of 200 tokens before the answer, where a scaling that is not there is seen."""
+    prompt, tokens = torch.randint(340, (1, 200), generator=torch.Generator().manual_seed(0)), 12
+    requests, models = [], []
+    for family in ("llama", "qwen2", "qwen3"):
+        for scaling in SCALINGS:
+            model = scaled_model(family, scaling)
+            write_gguf(model, path := tmp_path / f"{family}-{scaling}.gguf", byte_level())
+            requests.append({"path": str(path), "texts": [], "prompts": [prompt[0].tolist()], "tokens": tokens})
+            models.append(model)
+    answers = ask_llama_cpp(llama_cpp_python, tmp_path, requests)
+    for model, request, answer in zip(models, requests, answers, strict=True):
+        expected = model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        assert answer["greedy"] == [expected[0, 200:].tolist()], request["path"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

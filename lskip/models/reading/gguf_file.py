@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lskip.models.reading.config import without_memory
 from lskip.models.reading.config_values import MAX_LAYERS
+from lskip.models.reading.gguf_rope import FREQUENCIES, SCALED, scaling_of
 from lskip.models.reading.weights_report import first_of
 
 MARK = "\u2581"  # a space in sentencepiece's tokens
@@ -43,6 +44,7 @@ _TOKENIZER_FACTS = {
     *("ggml.fim_rep_token_id", "ggml.fim_sep_token_id", "ggml.prefix_token_id", "ggml.suffix_token_id"),
     *("ggml.middle_token_id", "huggingface.json"),
 }
+_NOT_READ = {"ggml.add_sep_token": False}  # unless it has this value
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,13 @@ class Facts:
         place: the file, for messages.
         values: metadata key -> value; for a list of more than 1,000 entries, its length.
         tensors: name -> number of elements.
+        frequencies: the numbers of tensor gguf_rope.FREQUENCIES; None: there is none.
     """
 
     place: str
     values: Mapping[str, Any]
     tensors: Mapping[str, int]
+    frequencies: np.ndarray | None = None
 
     @property
     def architecture(self) -> str:
@@ -110,7 +114,9 @@ def read_facts(path: str) -> Facts:
     values = {
         key: field.contents() if len(field.data) <= 1000 else len(field.data) for key, field in reader.fields.items()
     }
-    return Facts(path, values, {tensor.name: int(tensor.n_elements) for tensor in reader.tensors})
+    sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+    own = (np.array(tensor.data) for tensor in reader.tensors if tensor.name == FREQUENCIES)
+    return Facts(path, values, sizes, next(own, None))
 
 
 def check_facts(facts: Facts) -> None:
@@ -144,7 +150,8 @@ def _check_tokenizer(facts: Facts) -> None:
     elif kind == "gpt2" and pre_tokenizer not in DIGITS | _GPT2 | _LLAMA3 | _REGEXES:
         raise facts.refuse("tokenizer.ggml.pre", "a way to cut text into words that lskip does not know")
     for key in values:
-        if key.startswith("tokenizer.") and key.removeprefix("tokenizer.") not in _TOKENIZER_FACTS:
+        name = key.removeprefix("tokenizer.")
+        if name != key and name not in _TOKENIZER_FACTS and (name not in _NOT_READ or values[key] != _NOT_READ[name]):
             raise facts.refuse(key, "which lskip does not read")
 
 
@@ -156,10 +163,16 @@ def correct_config(config: PreTrainedConfig, facts: Facts) -> None:
     """
     values, architecture = facts.values, facts.architecture
     width = values.get(f"{architecture}.attention.key_length")
-    if width is not None and hasattr(config, "head_dim"):
+    if width is not None and (hasattr(config, "head_dim") or width * config.num_attention_heads != config.hidden_size):
         config.head_dim = width
     if config.model_type == "mistral":
         config.sliding_window = None  # a Llama named Mistral; llama.cpp knows no window
+    if architecture == "phi3":
+        config.sliding_window = values.get("phi3.attention.sliding_window")
+    if hasattr(config, "query_pre_attn_scalar"):  # as llama.cpp, which tells the one exception by its layers
+        is_27b = config.num_hidden_layers == {"gemma2": 46, "gemma3": 62}[architecture]
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if is_27b else config.head_dim
+    _set_scaling(config, facts)
     stands_for = _stands_for(config)
     for key, value in values.items():
         if not key.startswith(f"{architecture}."):
@@ -171,6 +184,19 @@ def correct_config(config: PreTrainedConfig, facts: Facts) -> None:
             raise facts.refuse(key, f"which lskip does not read: the model would have {meant!r}")
 
 
+def _set_scaling(config: PreTrainedConfig, facts: Facts) -> None:
+    """Set how the rotary embedding is scaled."""
+    if rope := _rope(config):
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        rope |= scaling_of(facts.values, facts.architecture, facts.frequencies, rope["rope_theta"], width)
+
+
+def _rope(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the config's own `rope_parameters`, in Gemma 3 those of full attention, which llama.cpp scales."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("full_attention", rope)
+
+
 ANY = object()  # any value: the key changes nothing
 
 
@@ -180,8 +206,7 @@ def _stands_for(config: PreTrainedConfig) -> dict[str, Any]:
     def get(name: str, default: Any = None) -> Any:
         return getattr(config, name, default)
 
-    rope = get("rope_parameters") or {}
-    rope = rope.get("full_attention", rope)
+    rope = _rope(config)
     width = get("head_dim") or config.hidden_size // config.num_attention_heads
     return {
         "context_length": config.max_position_embeddings,
@@ -203,8 +228,8 @@ def _stands_for(config: PreTrainedConfig) -> dict[str, Any]:
         "final_logit_softcapping": get("final_logit_softcapping"),
         "rope.freq_base": rope.get("rope_theta"),
         "rope.dimension_count": int(width * rope.get("partial_rotary_factor", 1.0)),
-        "rope.scaling.type": "none",
-        "rope.scaling.factor": 1.0,
+        "rope.scaling.type": rope["rope_type"] if rope.get("rope_type") in SCALED else "none",
+        "rope.scaling.factor": rope["factor"] if rope.get("rope_type") in SCALED else 1.0,
         "rope.scaling.attn_factor": 1.0,
         "rope.scaling.original_context_length": ANY,
         "rope.scaling.finetuned": ANY,
@@ -228,6 +253,8 @@ def check_tensors(config: PreTrainedConfig, facts: Facts) -> None:
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == facts.architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     own = {names.get_name(name, (".weight", ".bias")): part.numel() for name, part in model.named_parameters()}
+    if _rope(config).get("rope_type") == "llama3":
+        own[FREQUENCIES] = facts.tensors[FREQUENCIES]
     if more := sorted(facts.tensors.keys() - own.keys()):
         raise ValueError(f"model: {facts.place!r} holds tensor {first_of(more)}, which lskip does not read")
     if fewer := sorted(own.keys() - facts.tensors.keys()):

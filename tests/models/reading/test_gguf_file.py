@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lskip.export.to_gguf import write_gguf
 from lskip.models.pretrained import load_config, load_model, load_tokenizer
-from tests.conftest import make_model
+from tests.conftest import make_config, make_model
 from tests.export.test_to_gguf import TEXTS, byte_level, smollm_words
 
 gguf = pytest.importorskip("gguf")
@@ -65,7 +66,7 @@ def written(tmp_path, monkeypatch):
 ONES = np.ones
 # tensors, keys -> words of the sentence
 REFUSED = {
-    "F4 rope_freqs": ({"rope_freqs.weight": ONES(4, np.float32)}, {}, "holds tensor 'rope_freqs.weight'"),
+    "F4 rope_freqs": ({"rope_freqs.weight": 2 * ONES(4, np.float32)}, {}, "holds tensor 'rope_freqs.weight'"),
     "F8 deepseek-coder": ({}, {"tokenizer.ggml.pre": "deepseek-coder"}, "tokenizer.ggml.pre = 'deepseek-coder'"),
     "bias": ({"blk.0.attn_q.bias": ONES(32, np.float32)}, {}, "holds tensor 'blk.0.attn_q.bias'"),
     "norm of the queries": ({"blk.1.attn_q_norm.weight": ONES(8, np.float32)}, {}, "'blk.1.attn_q_norm.weight'"),
@@ -76,8 +77,10 @@ REFUSED = {
     "block_count of more": ({}, {"llama.block_count": 5}, "lacks tensor 'blk.4."),
     "block_count of fewer": ({}, {"llama.block_count": 3}, "holds tensor 'blk.3."),
     "block_count of a billion": ({}, {"llama.block_count": 10**9}, "llama.block_count = 1000000000"),
-    "linear scaling": ({}, {"llama.rope.scaling.type": "linear"}, "llama.rope.scaling.type = 'linear'"),
-    "yarn": ({}, {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "llama.rope.scaling"),
+    "linear scaling by nothing": ({}, {"llama.rope.scaling.type": "linear"}, "llama.rope.scaling.type = 'linear'"),
+    "yarn of no length": ({}, {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "rope.scaling"),
+    "longrope": ({}, {"llama.rope.scaling.type": "longrope"}, "llama.rope.scaling.type = 'longrope'"),
+    "a separator": ({}, {"tokenizer.ggml.add_sep_token": True}, "tokenizer.ggml.add_sep_token = True"),
     "factor alone": ({}, {"llama.rope.scaling.factor": 8.0}, "llama.rope.scaling.factor = 8.0"),
     "old key of a factor": ({}, {"llama.rope.scale_linear": 4.0}, "llama.rope.scale_linear = 4.0"),
     "experts": ({}, {"llama.expert_count": 8}, "llama.expert_count = 8"),
@@ -111,6 +114,7 @@ def test_what_would_be_dropped_is_refused_by_its_name(written, tensors, keys, wo
 # Facts that say what is so anyway, as converters write them.
 NEUTRAL = {
     "no scaling": {"llama.rope.scaling.type": "none"},
+    "no separator": {"tokenizer.ggml.add_sep_token": False},
     "no experts": {"llama.expert_count": 0, "llama.expert_used_count": 0},
     "causal": {"llama.attention.causal": True},
     "descriptions": {"general.license": "mit", "general.quantized_by": "x", "quantize.imatrix.file": "y"},
@@ -275,39 +279,129 @@ def test_a_cut_file(written, keep):
             load(path)
 
 
-@pytest.mark.kind(K2)
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_other_architectures_have_all_their_tensors(tmp_path, family):
-    """Written tensor by tensor, as llama.cpp's converter does it: biases of Qwen2, norms and widths of Qwen3."""
-    model = make_model(family, head_dim=8 if family == "qwen2" else 16, tie_word_embeddings=False)
+# As llama.cpp's converter writes them: keys beside the common ones, by family.
+KEYS = {
+    "qwen2": {},
+    "qwen3": {"attention.key_length": "head_dim"},
+    "phi3": {"attention.sliding_window": "sliding_window", "rope.dimension_count": "head_dim"},
+    "gemma2": {
+        "attention.key_length": "head_dim",
+        "attention.sliding_window": "sliding_window",
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
+    "gemma3": {"attention.key_length": "head_dim", "attention.sliding_window": "sliding_window"},
+}
+COMMON = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "vocab_size": "vocab_size",
+}
+
+
+def model_of(family, **overrides):
+    given = {"head_dim": 8, "hidden_size": 32, "tie_word_embeddings": family.startswith("gemma")}
+    given |= {"sliding_window": 6} if family in ("phi3", "gemma2", "gemma3") else {}
+    given |= {"vocab_size": 32064} if family == "phi3" else {}  # its config class has token 32000
+    given |= overrides
+    given |= {"query_pre_attn_scalar": given["head_dim"]} if family.startswith("gemma") else {}
+    config = AutoConfig.for_model(**make_config("gemma3_text" if family == "gemma3" else family, **given))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for part in model.parameters():
         if part.ndim == 1:
             part.data += 0.3 * torch.randn_like(part)
-    writer = gguf.GGUFWriter(str(tmp_path / "a.gguf"), family)
-    config = model.config
-    width = config.head_dim
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    if family == "qwen3":
-        writer.add_key_length(width)
-        writer.add_value_length(width)
+    return model
+
+
+# Of types that the package gguf reads and does not write: bytes of a block of 256 numbers, those of its scales.
+BLOCKS = {"Q4_K": (144, slice(0, 4)), "Q6_K": (210, slice(208, 210))}
+
+
+def quantized(array, kind):
+    """Return a matrix in a type, or one of its size in random bytes, with small scales."""
+    if kind.name not in BLOCKS:
+        return gguf.quants.quantize(array, kind)
+    size, scales = BLOCKS[kind.name]
+    blocks = np.random.default_rng(0).integers(0, 256, (array.size // 256, size), dtype=np.uint8)
+    blocks[:, scales] = np.full((scales.stop - scales.start) // 2, 1e-4, np.float16).view(np.uint8)
+    return blocks.reshape(len(array), -1)
+
+
+def write_as_converted(path, family, model, kind=None, more=()):
+    """Write a file tensor by tensor, as llama.cpp's converter does it; `kind`: what matrices are quantized to."""
+    writer, config = gguf.GGUFWriter(str(path), family), model.config
+    for key, name in (COMMON | KEYS[family]).items():
+        value = getattr(config, name)
+        writer.add_key_value(f"{family}.{key}", value, gguf.GGUFValueType.get_type(value))
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    for key, value in more:
+        writer.add_key_value(f"{family}.{key}", value, gguf.GGUFValueType.get_type(value))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config.num_hidden_layers)
     for name, part in model.named_parameters():
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), part.detach().numpy())
+        array = part.detach().numpy()
+        if family.startswith("gemma") and name.endswith("norm.weight"):
+            array = array + 1
+        if kind is not None and part.ndim == 2:
+            data = quantized(array, kind)
+            part.data = torch.from_numpy(gguf.quants.dequantize(data, kind).copy())
+            writer.add_tensor(names.get_name(name, (".weight", ".bias")), data, raw_dtype=kind)
+        else:
+            writer.add_tensor(names.get_name(name, (".weight", ".bias")), np.ascontiguousarray(array))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.mark.kind(K2)
+@pytest.mark.parametrize("family", list(KEYS))
+def test_other_architectures_are_the_model_they_were_made_from(tmp_path, family):
+    """Biases of Qwen2, norms and widths of Qwen3, windows of Phi-3 and Gemma, soft caps of Gemma 2, in a text longer
+    than a window."""
+    model = model_of(family)
+    write_as_converted(tmp_path / "a.gguf", family, model)
+    loaded, _ = load_model(str(tmp_path / "a.gguf"))
+    ids = torch.randint(3, 300, (1, 24))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.kind(K2)
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q4_0", "Q4_K", "Q6_K"])
+def test_quantized_files_are_the_numbers_that_they_hold(tmp_path, family, kind):
+    """By the package gguf's own reading of each type."""
+    kind = gguf.GGMLQuantizationType[kind]
+    model = model_of(family, hidden_size=256, intermediate_size=256, num_hidden_layers=2, head_dim=64)
+    write_as_converted(tmp_path / "a.gguf", family, model, kind)
     loaded, _ = load_model(str(tmp_path / "a.gguf"))
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.kind(K2)
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_a_scaled_rotary_embedding_is_read(tmp_path, family, kind):
+    scaling = {"rope_type": kind, "factor": 4.0} | ({"original_max_position_embeddings": 32} if kind == "yarn" else {})
+    rope = {**scaling, "rope_theta": 1e4}
+    if family == "gemma3":  # of full attention alone, as llama.cpp has it
+        rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    model = model_of(family, rope_parameters=rope, max_position_embeddings=128)
+    more = [("rope.scaling.type", kind), ("rope.scaling.factor", 4.0)]
+    more += [("rope.scaling.original_context_length", 32)] if kind == "yarn" else []
+    write_as_converted(tmp_path / "a.gguf", family, model, more=more)
+    loaded, _ = load_model(str(tmp_path / "a.gguf"))
+    ids = torch.randint(3, 300, (1, 100))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_the_helpers_of_these_tests_write_what_lskip_writes(written):
