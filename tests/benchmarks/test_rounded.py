@@ -1,4 +1,4 @@
-"""The benchmark of a model in 8 bits: every way decodes, drafts change no text, perplexities are of the right models."""
+"""The benchmark of a model in 8 bits: every way decodes, drafts change no text, perplexities are their models'."""
 
 import json
 
@@ -20,10 +20,8 @@ def test_a_quick_run(tmp_path, tiny_tokenizer, capsys):
     make_model(vocab_size=304, max_position_embeddings=1024).save_pretrained(tmp_path / "model")
     tiny_tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    main(
-        [f"--model={tmp_path / 'model'}", f"--out={tmp_path / 'out'}", "--max_new_tokens=8", "--limit_prompts=2"]
-        + ["--tokens_scored=1024", "--threads=1"]
-    )
+    few = ["--max_new_tokens=8", "--limit_prompts=2", "--tokens_scored=1024", "--threads=1"]
+    main([f"--model={tmp_path / 'model'}", f"--out={tmp_path / 'out'}", *few])
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     for kind in ("chat", "copying"):
         assert result[kind]["mismatches"] == {"int8 ngram": 0, "int8 auto": 0} and result[kind]["prompts"] == 2
