@@ -25,8 +25,9 @@ from lskip.models.decoder import Decoder
 from lskip.models.draft_tokens import find_draft_tokens, keep_draft_tokens
 from lskip.models.exit_heads import load_trained_exits
 from lskip.models.families import family_of
-from lskip.models.pretrained import GENERATION_FILE, find_source, load_config, load_model, load_tokenizer
+from lskip.models.pretrained import find_source, load_config, load_model, load_tokenizer
 from lskip.models.reading.config import with_layers
+from lskip.models.reading.folder_checks import GENERATION_FILE
 from lskip.utils.checks import check_whole
 from lskip.utils.console import say
 from lskip.utils.devices import DType

@@ -14,6 +14,7 @@ No code that comes with a model is run: checkpoints are read with `weights_only`
 False. Only the files of a tokenizer are trusted: package tokenizers reads them, without limits of time or memory.
 """
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,14 +22,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lskip.models.checkpoint import check_checksums, merged_low_rank, read_checkpoint, unpack_tokenizer
+from lskip.models.kept_example import EXAMPLE, keep, kept_folder
 from lskip.models.reading.config import build_config, check_memory, check_weights_hold, make_config
-from lskip.models.reading.generation_values import check_kinds
+from lskip.models.reading.folder_checks import GENERATION_FILE, check_folder
+from lskip.models.reading.generation_values import check_kinds, generation_config_of
 from lskip.models.reading.gguf_file import (
     Facts,
     check_facts,
@@ -41,7 +44,7 @@ from lskip.models.reading.gguf_file import (
 )
 from lskip.models.reading.shards import read_tensors
 from lskip.models.reading.sources import LAST_CHECKPOINT, Source, ask_hub, find_source, is_run
-from lskip.models.reading.weights_report import check_report, check_types, types_in, weights_files
+from lskip.models.reading.weights_report import check_report, check_types
 from lskip.utils.foreign import first_line, foreign, quietly
 from lskip.utils.untrusted import parse_json, read_text
 
@@ -56,7 +59,6 @@ __all__ = [
     "make_config",
     "read_checkpoint",
 ]
-GENERATION_FILE = "generation_config.json"
 
 
 def load_model(
@@ -76,6 +78,8 @@ def load_model(
     found = _located(source)
     if found.kind == "checkpoint":
         return _from_checkpoint(Path(found.place), dtype)
+    if source == EXAMPLE and (kept := kept_folder(found.place)) is not None:
+        return _from_kept(kept, found, dtype)
     if found.kind == "gguf":
         return _from_gguf(found, dtype)
     model = _from_files(found, dtype, _read_config(found))
@@ -142,7 +146,7 @@ def _from_files(found: Source, dtype: torch.dtype, config: PreTrainedConfig) -> 
     if found.kind == "hub":
         check_memory(config, dtype)
     elif found.kind == "folder":
-        _check_folder(Path(found.place), config)
+        check_folder(Path(found.place), config)
     arguments = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True, "config": config}
     with foreign(f"model: {found.place!r}"), quietly():
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -153,33 +157,6 @@ def _from_files(found: Source, dtype: torch.dtype, config: PreTrainedConfig) -> 
         check_kinds(model.generation_config.to_dict(), f"model: {found.place!r}: {GENERATION_FILE}")
     _tie(model)
     return model
-
-
-def _check_folder(folder: Path, config: PreTrainedConfig) -> None:
-    """Raise ValueError for what transformers ignores, such as weights that cannot fit the config."""
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(f"model: '{folder}' holds an adapter of peft, which is not read; merge it into the model")
-    files = [path for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind)]
-    if files:
-        check_weights_hold(config, sum(path.stat().st_size for path in files), str(folder))
-    for file in weights_files(folder):
-        with foreign(f"model: {str(folder)!r}"):
-            types = types_in(file)
-        check_types(types, str(file))
-    if (folder / GENERATION_FILE).is_file():
-        where = f"model: '{folder / GENERATION_FILE}'"
-        _generation_config(parse_json(read_text(folder / GENERATION_FILE, "model"), where), where)
-
-
-def _generation_config(values: object, where: str) -> GenerationConfig:
-    """Return the settings for `generate`; raise ValueError, its message beginning with `where`, if they are invalid."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} is not a mapping")
-    check_kinds(values, where)
-    try:
-        return GenerationConfig.from_dict(values)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where} is not valid ({first_line(error)})") from error
 
 
 def _read_tokenizer(found: Source, field: str = "model") -> PreTrainedTokenizerBase:
@@ -236,6 +213,21 @@ def _from_gguf(found: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, PreT
         return model.eval(), _gguf_tokenizer(found, facts)
 
 
+def _from_kept(folder: Path, found: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the example model from the folder where it is kept; what is not there, or not whole, is made anew."""
+    kept = Source("folder", str(folder))
+    try:
+        if folder.is_dir():
+            model, tokenizer = _from_files(kept, dtype, _read_config(kept)).eval(), _read_tokenizer(kept)
+            tokenizer.name_or_path = found.place
+            return model, tokenizer
+    except (ValueError, OSError):
+        shutil.rmtree(folder, ignore_errors=True)
+    model, tokenizer = _from_gguf(found, torch.float32)
+    keep(folder, model, tokenizer)
+    return (model, tokenizer) if dtype is torch.float32 else _from_gguf(found, dtype)
+
+
 def _gguf_config(found: Source, facts: Facts) -> PreTrainedConfig:
     with foreign(f"model: {found.place!r}"):
         config = AutoConfig.from_pretrained(**found.transformers_arguments(), trust_remote_code=False)
@@ -285,7 +277,7 @@ def _from_checkpoint(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, P
     _tie(model)
     if saved.get("generation_config"):
         where = f"model: {str(path)!r}: generation_config"
-        model.generation_config = _generation_config(saved["generation_config"], where)
+        model.generation_config = generation_config_of(saved["generation_config"], where)
     return model.eval(), _saved_tokenizer(saved, path)
 
 

@@ -270,6 +270,7 @@ class Batch:
         most = self._most()
         without = frozenset(draft for draft in self.drafts if not all(each.allows(draft) for each in self.requests))
         self.slots.texts = [request.chooser.text for request in self.requests]
+        self.policy.reach(sum(self.slots.starts) // len(self.slots.starts))
         while self.drafts and most >= 1:
             plan = self.policy.plan(len(self.requests), most, without)
             if plan.draft is None or plan.num_speculations == 0:

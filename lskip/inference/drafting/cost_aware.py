@@ -115,6 +115,10 @@ class CostAwareDraft(DraftPolicy):
         whole = {draft for draft, twin in twins.items() if twin.kind and twin.exit_layer == num_layers}
         self._priors = {draft: self.WHOLE_STACK if draft in whole else Prior() for draft in self.drafts}
 
+    def reach(self, positions: int) -> None:
+        if self.drafts and self._times.reach(positions):
+            self._held = 0
+
     def plan(self, slots: int, most: int, without: frozenset[Draft] = frozenset()) -> DraftPlan:
         most, self._looks = min(most, self.num_speculations), False
         if most < 1 or not self.drafts or self._times.plain_is_due(self._speed, slots):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from statistics import median
 from time import perf_counter
@@ -16,10 +16,13 @@ from lskip.inference.runners.draft_head import DraftHead, DraftHeadRunner
 from lskip.utils.checks import check_whole, is_real
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-CONTEXT = 128  # positions that the measured rows attend to, besides each other
+CONTEXT, FAR = 128, 1024  # positions that the measured rows attend to, besides each other
 REPEATS = 9
 BUSY = 1.5  # times as long as now, from which on a machine was busy when its costs were measured
 QUICK = 0.3  # seconds of a pass, up to which it is repeated to see how fast the machine is now
+
+
+OPTIONAL = ("draft_head", "far")  # of RowCosts
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,14 @@ class RowCosts:
         block: seconds of one block over so many rows (the mean over all blocks).
         head: seconds of final norm, head and argmax over so many rows.
         draft_head: the same with the head of few tokens that drafts are decoded with; None: they have the whole head.
+        far: seconds of one block over so many rows that attend to FAR positions, not to CONTEXT; None: not measured.
     """
 
     rows: tuple[int, ...]
     block: tuple[float, ...]
     head: tuple[float, ...]
     draft_head: tuple[float, ...] | None = None
+    far: tuple[float, ...] | None = None
 
     def __post_init__(self):
         """Raise ValueError unless there are two numbers of rows or more, ascending, with a time above 0 each."""
@@ -44,15 +49,23 @@ class RowCosts:
             check_whole("rows", count, 1)
         if len(self.rows) < 2 or any(a >= b for a, b in zip(self.rows, self.rows[1:], strict=False)):
             raise ValueError(f"rows: {list(self.rows)} are not two or more ascending numbers")
-        for name in ("block", "head", "draft_head"):
+        for name in ("block", "head", *OPTIONAL):
             seconds = getattr(self, name)
-            if seconds is None and name == "draft_head":
+            if seconds is None and name in OPTIONAL:
                 continue
             if len(seconds) != len(self.rows):
                 raise ValueError(f"{name}: has {len(seconds)} times for {len(self.rows)} numbers of rows")
             for value in seconds:
                 if not is_real(value) or value <= 0:
                     raise ValueError(f"{name}: {value!r} is not a number of seconds above 0")
+
+    def at(self, positions: int) -> RowCosts:
+        """Return the times of rows that attend to so many positions: on the line through CONTEXT and FAR."""
+        if self.far is None:
+            return self
+        share = max(0.0, (positions - CONTEXT) / (FAR - CONTEXT))
+        more = (max(0.0, far - near) for near, far in zip(self.block, self.far, strict=True))
+        return replace(self, block=tuple(near + share * each for near, each in zip(self.block, more, strict=True)))
 
     def block_seconds(self, rows: int) -> float:
         """Return the seconds of one block over `rows` rows."""
@@ -107,6 +120,11 @@ class Costs:
     adapter: RowCosts | None = None
     adapter_blocks: int = 0
 
+    def at(self, positions: int) -> Costs:
+        """Return the costs of rounds of texts that are so many tokens long."""
+        model, *others = (each and each.at(positions) for each in (self.model, self.draft, self.adapter))
+        return Costs(self.num_layers, model, *others, self.adapter_blocks)
+
     def verify(self, done: int, rows: int) -> float:
         """Return the seconds of one pass over `rows` rows, of which the first `done` blocks have been run."""
         return self.model.token_seconds(self.num_layers - done, rows)
@@ -139,15 +157,15 @@ class Costs:
 
 
 def _row_costs(saved: Any) -> RowCosts:
-    has_draft_head = isinstance(saved, dict) and saved.get("draft_head") is not None
-    if isinstance(saved, dict) and not has_draft_head:  # null, or a file of before drafts had a head of their own
-        saved = {name: value for name, value in saved.items() if name != "draft_head"}
-    expected = ("rows", "block", "head", *(["draft_head"] * has_draft_head))
-    fields = fields_of(saved, "model, draft or adapter", expected)
+    found: tuple[str, ...] = ()
+    if isinstance(saved, dict):  # what is optional may be null, or a file is from before it was measured
+        found = tuple(name for name in OPTIONAL if saved.get(name) is not None)
+        saved = {name: value for name, value in saved.items() if name not in OPTIONAL or name in found}
+    fields = fields_of(saved, "model, draft or adapter", ("rows", "block", "head", *found))
     for name, value in fields.items():
         if not isinstance(value, list | tuple):
             raise ValueError(f"{name}: {value!r} is not a list")
-    return RowCosts(*map(tuple, fields.values()))
+    return RowCosts(**{name: tuple(value) for name, value in fields.items()})
 
 
 def fields_of(saved: Any, name: str, expected: tuple[str, ...]) -> dict[str, Any]:
@@ -217,7 +235,7 @@ class Timer:
     def __init__(self, runner: ModelRunner, draft_head: DraftHead | None = None):
         self.runner = runner
         self.readers = [runner] if draft_head is None else [runner, DraftHeadRunner(runner, draft_head)]
-        self.cache = runner.new_cache(1, CONTEXT + ROWS[-1])
+        self.cache = runner.new_cache(1, FAR + ROWS[-1])
         self.samples: dict[int, list[tuple[float, ...]]] = {}
 
     def choose_rows(self, seconds: float) -> None:
@@ -238,12 +256,13 @@ class Timer:
             samples.append(self.time(rows))
 
     def time(self, rows: int) -> tuple[float, ...]:
-        """Return the seconds of all blocks, and of each head, over `rows` rows of one slot."""
+        """Return the seconds of all blocks, of all behind FAR positions, and of each head, over `rows` rows."""
         runner = self.runner
         x = runner.embed(torch.zeros(1, rows, dtype=torch.long, device=runner.device), [0])
         times = [self._now()]
-        runner.run(x, self.cache, [CONTEXT], 0, runner.num_layers)
-        times.append(self._now())
+        for positions in (CONTEXT, FAR):
+            runner.run(x, self.cache, [positions], 0, runner.num_layers)
+            times.append(self._now())
         # The head is timed on the embeddings: behind an empty cache the blocks' output is unlike any text's, with all
         # tokens about as probable, so that a screened head could rule none out.
         for reader in self.readers:
@@ -254,8 +273,10 @@ class Timer:
 
     def medians(self) -> RowCosts:
         """Return the medians of all samples so far."""
-        runs, *heads = zip(*(map(median, zip(*samples, strict=True)) for samples in self.samples.values()), strict=True)
-        return RowCosts(tuple(self.samples), tuple(run / self.runner.num_layers for run in runs), *heads)
+        found = (map(median, zip(*samples, strict=True)) for samples in self.samples.values())
+        runs, far, *heads = zip(*found, strict=True)
+        block, far = (tuple(each / self.runner.num_layers for each in passes) for passes in (runs, far))
+        return RowCosts(tuple(self.samples), block, *heads, far=far)
 
     def _now(self) -> float:
         if self.runner.device.type != "cpu":

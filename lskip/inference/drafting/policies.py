@@ -34,6 +34,10 @@ class DraftPolicy(ABC):
         """
         self.drafts, self.num_speculations = tuple(drafts), num_speculations
 
+    def reach(self, positions: int) -> None:
+        """Learn, before a round is planned, how many tokens the texts have by now, on average."""
+        return
+
     @abstractmethod
     def plan(self, slots: int, most: int, without: frozenset[Draft] = frozenset()) -> DraftPlan:
         """Return the plan of the next round. It may be called again for the same round, and learns nothing.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
-from lskip.inference.drafting.costs import Costs
+from lskip.inference.drafting.costs import CONTEXT, Costs
 from lskip.inference.drafting.draft import Draft, DraftPlan
 from lskip.inference.drafting.registry import probe_seconds, round_seconds
 
@@ -65,10 +66,11 @@ class PlainTimes:
 class RoundTimes:
     """Costs of rounds on this machine, measured in plain rounds.
 
-    A round of d drafted tokens takes s T + a + d x: T by the table of costs, s what plain rounds of about so many slots
-    take over the table, a and x what a round and a drafted token take besides (choosing it, Python, a table that is
-    wrong). These are fitted for each draft, and pulled to what all drafts of its kind take. The table knows one slot
-    of many rows, so that s grows with slots: each has keys of its own to attend to, and a token to choose.
+    A round of d drafted tokens takes s T + a + d x: T by the costs of texts of about this length, s what plain rounds
+    of about so many slots take over these, a and x what a round and a drafted token take besides (choosing it, Python,
+    a table that is wrong). These are fitted for each draft, and pulled to what all drafts of its kind take. The table
+    knows one slot of many rows, so that s grows with slots: each has keys of its own to attend to, and a token to
+    choose.
 
     Attributes:
         known: a and x by name of a draft or kind, in plain rounds, from an earlier process.
@@ -82,13 +84,23 @@ class RoundTimes:
         self._has_just_drafted = False  # drafting drives the model's weights out of caches: a plain round is slow then
         self._costs: Costs | None = None
         self._most = 0
-        self._tables: dict[tuple[Draft, int], list[float]] = {}
+        self._far = 0  # doublings of CONTEXT up to the texts' length
+        self._here: Costs | None = None  # costs of texts of about this length
+        self._tables: dict[tuple[Draft, int, int], list[float]] = {}
 
     def begin(self, costs: Costs, most: int) -> bool:
         """Take the table of costs, for rounds of up to `most` drafted tokens; return whether they are others."""
         if (self._costs, self._most) == (costs, most):
             return False
-        self._costs, self._most, self._tables = costs, most, {}
+        self._costs, self._most, self._tables, self._here = costs, most, {}, costs.at(CONTEXT << self._far)
+        return True
+
+    def reach(self, positions: int) -> bool:
+        """Take the costs of texts of so many tokens, to the nearest doubling; return whether they are others."""
+        far = max(0, round(math.log2(max(positions, 1) / CONTEXT)))
+        if far == self._far:
+            return False
+        self._far, self._here = far, self._costs.at(CONTEXT << far)
         return True
 
     def plain_is_due(self, speed: float, slots: int) -> bool:
@@ -108,7 +120,7 @@ class RoundTimes:
 
     def probe(self, plan: DraftPlan, exits: int, slots: int) -> float:
         """Return what the round of `plan` costs besides, if verification's states are read at so many `exits`."""
-        return probe_seconds(self._costs, plan, exits, slots) / self._costs.plain(slots)
+        return probe_seconds(self._here, plan, exits, slots) / self._here.plain(slots)
 
     def expected(self, plan: DraftPlan, slots: int) -> float:
         """Return what a round costs, its probe left out."""
@@ -131,7 +143,7 @@ class RoundTimes:
         """Learn from a round that drafted nothing and looked at nothing; it says little right after drafting."""
         self._are_timed |= seconds is not None
         if seconds is not None and not self._has_just_drafted:
-            self._plain[power_of(slots)].learn(seconds / self._costs.plain(slots))
+            self._plain[power_of(slots)].learn(seconds / self._here.plain(slots))
         self._has_just_drafted = False
 
     def learn_drafted(self, draft: Draft, drafted: int, slots: int, seconds: float | None) -> None:
@@ -163,7 +175,7 @@ class RoundTimes:
         return kinds | {str(draft): list(self._beyond(draft)) for draft in drafts}
 
     def _in_plain_rounds(self, seconds: float, slots: int) -> float:
-        return seconds / (self._costs.plain(slots) * self._scale(slots))
+        return seconds / (self._here.plain(slots) * self._scale(slots))
 
     def _scale(self, slots: int) -> float:
         """Return what plain rounds take over the table, of the nearest number of slots of which any were timed."""
@@ -172,11 +184,12 @@ class RoundTimes:
         return 1.0 if nearest is None else self._plain[nearest].scale
 
     def _table(self, draft: Draft, slots: int) -> list[float]:
-        if (draft, slots) not in self._tables:
-            plain = self._costs.plain(slots)
+        place = draft, slots, self._far
+        if place not in self._tables:
+            plain = self._here.plain(slots)
             plans = [DraftPlan(draft, 1 + count) for count in range(self._most)]
-            self._tables[draft, slots] = [round_seconds(self._costs, plan, slots) / plain for plan in plans]
-        return self._tables[draft, slots]
+            self._tables[place] = [round_seconds(self._here, plan, slots) / plain for plan in plans]
+        return self._tables[place]
 
 
 def power_of(slots: int) -> int:

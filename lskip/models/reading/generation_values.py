@@ -1,9 +1,12 @@
-"""Checks of the types of values in a generation_config."""
+"""Settings for `generate` from a generation_config, whose values have their types checked."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from transformers import GenerationConfig
+
 from lskip.utils.checks import is_real
+from lskip.utils.foreign import first_line
 
 _WHOLE = (
     *("max_new_tokens", "min_new_tokens", "max_length", "min_length", "top_k", "num_beams", "num_return_sequences"),
@@ -48,3 +51,14 @@ _KINDS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("stop_strings",), "a text, or a list of texts, none of them empty", _are_texts),
     (("do_sample",), "true or false", lambda value: isinstance(value, bool)),
 )
+
+
+def generation_config_of(values: object, where: str) -> GenerationConfig:
+    """Return the settings for `generate`; raise ValueError, its message beginning with `where`, if they are invalid."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is not a mapping")
+    check_kinds(values, where)
+    try:
+        return GenerationConfig.from_dict(values)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where} is not valid ({first_line(error)})") from error

@@ -366,6 +366,22 @@ def test_a_machine_that_is_slower_throughout_changes_no_plan(factor):
     assert moments[-1].speed * factor > 0.93 * best_fixed(TABLES["flat"], {EARLY: 0.75})
 
 
+def test_long_texts_cost_what_attention_costs():
+    """Rounded weights take three tenths of a block's time, and attend to the same keys as the model's own: behind
+    4096 positions a draft takes nearly what a plain round takes."""
+
+    def rows(block):
+        return RowCosts(ROWS, flat(block), flat(8.0), far=tuple(1.0 + each for each in flat(block)))
+
+    costs, policy = Costs(30, rows(1.0), rows(0.3)), CostAwareDraft()
+    simulate(policy, costs, {WEIGHTS: 0.75}, tokens=1000)
+    plans = []
+    for positions in (100, 4096, 100):
+        policy.reach(positions)
+        plans.append(policy.plan(1, 100))
+    assert [plan.draft for plan in plans] == [WEIGHTS, None, WEIGHTS] and plans[0] == plans[2]
+
+
 def test_what_drafts_gain_for_a_text_alone_is_not_lost_in_a_batch():
     """Drafts take twice the table's seconds beside others. Red where gains and losses are one account."""
     policy, lost = CostAwareDraft(), 0.0

@@ -73,6 +73,18 @@ def test_rounds_by_hand_with_an_adapter(draft, d, slots, seconds):
     assert round_seconds(WITH_ADAPTER, DraftPlan(draft, d), slots) == seconds
 
 
+def test_times_of_long_texts():
+    """A block of 1 and 4 rows takes 1 and 2 more behind 1024 positions than behind 128, so half of it behind 576."""
+    times = RowCosts((1, 4), (1.0, 3.0), (10.0, 10.0), far=(2.0, 5.0))
+    assert times.at(576).block == (1.5, 4.0) and times.at(1920).block == (3.0, 7.0) and times.at(5).block == (1.0, 3.0)
+    assert times.at(576).head == times.head and COSTS.model.at(4000) == COSTS.model
+    # Rounded weights attend to the same keys: three of their rounds and a verification, at 576 positions.
+    costs = Costs(10, times, RowCosts((1, 4), (0.5, 0.5), (5.0, 5.0), far=(1.5, 1.5))).at(576)
+    assert round_seconds(costs, DraftPlan(WEIGHTS, 3), 1) == 3 * (8 * 1.0 + 5) + (10 * 4.0 + 10)
+    noisy = RowCosts((1, 4), (1.0, 3.0), (10.0, 10.0), far=(0.9, 5.0))
+    assert noisy.at(4000).block[0] == 1.0  # longer texts are never cheaper
+
+
 def test_rounds_by_hand_with_a_draft_head():
     """Few tokens take 2 behind the model's layers and 1 behind rounded weights; verification keeps the whole head."""
     model, draft = replace(COSTS.model, draft_head=(2.0,) * 4), replace(COSTS.draft, draft_head=(1.0, 1.0))
@@ -96,9 +108,10 @@ def test_draft_weights_that_were_not_measured():
 
 
 WITH_HEAD = Costs(10, replace(COSTS.model, draft_head=(2.0, 2.0, 3.0, 3.0)))
+FAR = Costs(10, replace(COSTS.model, far=(2.0, 3.0, 5.0, 9.0)), COSTS.draft)
 
 
-@pytest.mark.parametrize("costs", [COSTS, Costs(10, COSTS.model), WITH_ADAPTER, WITH_HEAD])
+@pytest.mark.parametrize("costs", [COSTS, Costs(10, COSTS.model), WITH_ADAPTER, WITH_HEAD, FAR])
 def test_json_round_trip(costs):
     assert Costs.from_dict(json.loads(json.dumps(costs.to_dict()))) == costs
     assert Costs.from_dict(costs.to_dict()) == costs
@@ -151,17 +164,21 @@ class Clock:
 
 
 class FakeRunner:
-    """Runner that takes `block` + `row` n seconds for a block over n rows and `head` for the head, by `clock`."""
+    """Runner that takes `block` + `row` n seconds for a block over n rows and `head` for the head, by `clock`.
+
+    Behind 1024 positions a block takes `longer` more; such passes are not logged.
+    """
 
     num_layers, device = 5, torch.device("cpu")
 
     def __init__(self, clock, block, row, head, name="model", log=None):
         self.clock, self.block, self.row, self.head, self.name = clock, block, row, head, name
         self.log = [] if log is None else log
+        self.longer = 0.0
         self.hiccups = []  # numbers of runs that take 50 times as long
 
     def new_cache(self, slots, cells):
-        assert slots == 1 and cells >= 128 + max(ROWS)
+        assert slots == 1 and cells >= 1024 + max(ROWS)
         self.cache = object()
         return self.cache
 
@@ -171,7 +188,11 @@ class FakeRunner:
 
     def run(self, x, cache, starts, first, last):
         assert torch.is_inference_mode_enabled()
-        assert cache is self.cache and (starts, first, last) == ([128], 0, self.num_layers)
+        assert cache is self.cache and (first, last) == (0, self.num_layers)
+        if starts != [128]:
+            assert starts == [1024]
+            self.clock.now += self.num_layers * (self.block + self.row * x.shape[1] + self.longer)
+            return x
         slow = 50 if len(self.log) in self.hiccups else 1
         self.log.append((self.name, x.shape[1]))
         self.clock.now += slow * self.num_layers * (self.block + self.row * x.shape[1])
@@ -211,9 +232,18 @@ def test_measures_all_weights_as_they_are(clock):
     assert (alone.draft, alone.adapter, alone.adapter_blocks) == (None, None, 0)
 
 
+def test_long_texts_are_measured(clock):
+    runner = FakeRunner(clock, 1e-4, 1e-5, 3e-4)
+    runner.longer = 7e-5
+    costs = measure_costs(runner)
+    assert costs.at(1024).plain(1) == pytest.approx(5 * (1.1e-4 + 7e-5) + 3e-4)
+    assert costs.at(128) == costs and costs.at(1920).model.block_seconds(3) == pytest.approx(1.3e-4 + 14e-5)
+
+
 def test_rounds_are_interleaved_and_a_hiccup_does_not_count(clock):
     log = []
-    model, draft = FakeRunner(clock, 1e-4, 1e-5, 3e-4, "model", log), FakeRunner(clock, 1e-4, 1e-5, 3e-4, "draft", log)
+    times = 2**-13, 2**-17, 2**-12  # whose sums are exact
+    model, draft = FakeRunner(clock, *times, "model", log), FakeRunner(clock, *times, "draft", log)
     warm_up = 2 * (len(ROWS) + 1)
     model.hiccups = [0, warm_up + 2, warm_up + 2 * len(ROWS) + 5]
     costs = measure_costs(model, draft)
@@ -249,7 +279,7 @@ def test_waits_for_a_device_around_each_timing(clock, monkeypatch):
     runner.device = torch.device("meta")
     calls = len(runner.log)
     measure_costs(runner)
-    assert waits == [runner.device] * 3 * (len(runner.log) - calls)
+    assert waits == [runner.device] * 4 * (len(runner.log) - calls)
 
 
 class RunnerWithLogits(FakeRunner):

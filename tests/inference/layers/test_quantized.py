@@ -45,14 +45,14 @@ def test_products_are_those_of_the_rounded_matrix(layout, bias):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("rows", [1, 2, 7, 9, 40])
 def test_bagged_int8_rounds_each_part_of_a_column_on_its_own(rows, bias):
     """To 256 levels from its least to its largest number; inputs are not rounded."""
     torch.manual_seed(0)
     scales = torch.logspace(-3, 3, 240)[:, None]  # rows that one scale for a column would leave nothing of
     weight, offset = torch.randn(240, 64) * scales, torch.randn(240) if bias else None
     x, residual = torch.randn(rows, 64), torch.randn(rows, 240)
-    parts = weight.double().view(2, 120, 64)
+    parts = weight.double().view(5, 48, 64)
     low = parts.amin(1, keepdim=True)
     scale = (parts.amax(1, keepdim=True) - low) / 255
     rounded = (torch.round((parts - low) / scale) * scale + low).view(240, 64)
@@ -62,7 +62,8 @@ def test_bagged_int8_rounds_each_part_of_a_column_on_its_own(rows, bias):
     off = (matrix(x).double() - expected).norm() / (x.double() @ (rounded - weight.double()).T).norm()
     assert off < 0.05 and matrix(x).dtype == torch.float32
     assert torch.allclose(matrix.add_to(residual, x), residual + matrix(x))
-    assert matrix.nbytes == 240 * 64 + 2 * 64 * (4 + 4) + 4 * 240 * bias  # a scale and a zero for each part of a column
+    assert (matrix.numbers - rounded).norm() / (rounded - weight).norm() < 0.05
+    assert matrix.nbytes == 240 * 64 + 5 * 64 * (4 + 4) + 4 * 240 * bias  # a scale and a zero for each part of a column
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
