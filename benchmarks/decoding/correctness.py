@@ -1,6 +1,7 @@
 """Long versions of tests/inference/test_decoding_*.py: correctness of the decoding engine, and how often it fails.
 
     python -m benchmarks.decoding.correctness equality     greedy text against transformers' generate, in float32
+    python -m benchmarks.decoding.correctness rounded      the same of models in 8 bits, against the rounded model's
     python -m benchmarks.decoding.correctness bit_exact    logits under the bit-exact option, bit for bit
     python -m benchmarks.decoding.correctness sampling     draws against exact enumeration, by chi-square
 
@@ -13,7 +14,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -45,22 +46,33 @@ ROUND_OF_DRAWS = 5000  # texts that are prepared at a time
 
 def equality(options: argparse.Namespace) -> Iterator[dict]:
     """Models of every family in turn, each with prompts of its own, until so many tokens of `generate` are compared."""
+    return of_families(tuple(texts.FAMILIES), options, texts.make_generators)
+
+
+def rounded(options: argparse.Namespace) -> Iterator[dict]:
+    """The same with `weights: int8`, of the families that it is for."""
+    families = tuple(family for family in texts.FAMILIES if family != "modules")
+    return of_families(families, options, texts.make_rounded_generators)
+
+
+def of_families(families: tuple[str, ...], options: argparse.Namespace, make_generators: Callable) -> Iterator[dict]:
     done, seed = 0, options.seed
     while done < options.tokens:
-        for family in texts.FAMILIES:
-            record = compare_texts(family, seed)
+        for family in families:
+            record = compare_texts(family, seed, make_generators)
             done += record["tokens"]
             yield record
         seed += 1
 
 
-def compare_texts(family: str, seed: int) -> dict:
+def compare_texts(family: str, seed: int, make_generators: Callable) -> dict:
     """A random model's texts for some prompts, decoded in several ways; near-ties of its logits are counted too."""
     random, model = Random(f"{family} {seed}"), texts.make_case_model(family, seed, CONTEXT)
     lengths = [1, CONTEXT - 1, *(random.randint(1, CONTEXT - 2) for _ in range(PROMPTS - 2))]
     prompts = [texts.make_prompt(length, random) for length in lengths]
+    generators = make_generators(model, family)  # those of rounded weights round the model itself
     reference = texts.transformers_texts(model, prompts, NEW_TOKENS, CONTEXT)
-    generators, compared, drafted, wrong = texts.make_generators(model, family), 0, 0, []
+    compared, drafted, wrong = 0, 0, []
     for _ in range(WAYS):
         way = texts.make_way(generators, random.randint(1, texts.LAYERS - 1), random.randint(1, 16), random)
         ours = texts.decode(generators[way.generator], prompts, way, NEW_TOKENS)
@@ -123,7 +135,7 @@ def sampling(options: argparse.Namespace) -> Iterator[dict]:
         yield {**setup._asdict(), "draws": options.draws, "p": p, "mismatches": wrong}
 
 
-CHECKS = {"equality": equality, "bit_exact": bit_exact, "sampling": sampling}
+CHECKS = {"equality": equality, "rounded": rounded, "bit_exact": bit_exact, "sampling": sampling}
 
 
 def run(options: argparse.Namespace) -> list[dict]:
@@ -146,8 +158,10 @@ def summary(records: list[dict]) -> str:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_parser("benchmarks.decoding.correctness", __doc__.splitlines()[0])
     parser.add_argument("check", choices=CHECKS)
-    parser.add_argument("--tokens", type=int, default=20_000, help="equality: tokens of `generate` to compare with")
-    parser.add_argument("--seed", type=int, default=0, help="equality: of the first model")
+    parser.add_argument(
+        "--tokens", type=int, default=20_000, help="equality, rounded: tokens of `generate` to compare with"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="equality, rounded: of the first model")
     parser.add_argument("--context", type=int, default=2_000, help="bit_exact: positions")
     parser.add_argument(
         "--threads_tried", type=int, nargs="+", default=[1, 2], help="bit_exact: two are slow on a busy machine"

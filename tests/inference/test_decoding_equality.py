@@ -16,8 +16,12 @@ from lskip.inference import TextGenerator
 from lskip.inference.drafting.cost_aware import CostAwareDraft
 from lskip.inference.drafting.costs import Costs, RowCosts
 from lskip.inference.drafting.policies import ConfidenceDraft, DraftPolicy, FixedDraft
+from lskip.inference.layers.bags import BaggedInt8
+from lskip.inference.layers.layout_choice import obstacle_to
 from lskip.inference.runners.fused_runner import FusedRunner
 from lskip.inference.runners.module_runner import ModuleRunner
+from lskip.inference.runners.rounded_model import round_to_int8
+from lskip.models.decoder import Decoder
 from lskip.models.exit_adapter import AdapterShape, ExitAdapter
 from tests.conftest import make_model
 
@@ -103,6 +107,17 @@ def make_generators(model, family: str) -> dict[str, TextGenerator]:
     return generators
 
 
+def make_rounded_generators(model, family: str) -> dict[str, TextGenerator]:
+    """Generators that hold the model in 8 bits, with what may draft for them; the model is rounded in place then."""
+    adapter = ExitAdapter(model, AdapterShape(exit_layer=2))
+    given = {"int8": {}, "int8 and int4": {"draft_weights": "int4"}, "int8 and adapter": {"exit_adapter": adapter}}
+    generators = {name: TextGenerator(model, weights="int8", **more) for name, more in given.items()}
+    for generator in generators.values():
+        generator.costs = cheap_drafts(generator)
+    round_to_int8(Decoder(model))
+    return generators
+
+
 def cheap_drafts(generator: TextGenerator) -> Costs:
     """Return made-up costs by which every draft is worth a try: more rows are free, and a draft's blocks cheap."""
     times = RowCosts((1, 64), (1.0, 1.01), (0.1, 0.11))
@@ -164,6 +179,21 @@ def test_greedy_text_equals_generate(family):
         accepted += sum(one.accepted for one in ours)
     # Nothing would be seen if no draft, or every one, were accepted.
     assert drafted > 1000 and 0.05 < accepted / drafted < 0.95
+
+
+@pytest.mark.skipif(obstacle_to(BaggedInt8, torch.ones(16, 16)) is not None, reason="no bags of 8 bits here")
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "modules"])
+def test_text_of_a_model_in_8_bits_equals_the_rounded_models(family):
+    """With drafts and in batches, from whatever row on a product is rounded otherwise."""
+    model, random, most = make_case_model(family, seed=4), Random(family), 26
+    prompts = [make_prompt(length, random) for length in (1, 9, 34, 61, CONTEXT - 1)]
+    generators = make_rounded_generators(model, family)
+    reference = transformers_texts(model, prompts, most)
+    assert min(map(min, reference.margins)) > ROUNDING  # or choose another seed
+    for num_speculations in range(1, 17, 2):
+        way = make_way(generators, 1 + num_speculations % (LAYERS - 1), num_speculations, random)
+        ours = decode(generators[way.generator], prompts, way, most)
+        assert mismatches(reference, [one.token_ids for one in ours]) == [], way
 
 
 def test_policies_do_draft_and_change_their_minds():
