@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lskip.inference.drafting.costs import Costs, blocks_of, fields_of, measure_costs, measured_while_busy
+from lskip.inference.drafting.costs import FAR, Costs, blocks_of, fields_of, measure_costs, measured_while_busy
 from lskip.inference.drafting.learnt import check_learnt
 from lskip.inference.drafting.policies import DraftPolicy
 from lskip.inference.runners.base import ModelRunner
@@ -41,7 +41,7 @@ def cached_costs_file(loaded: list, device: torch.device) -> str | None:
     """
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()
-    here = [platform.node(), os.cpu_count(), torch.get_num_threads(), torch.__version__, device.type, name]
+    here = [FAR, platform.node(), os.cpu_count(), torch.get_num_threads(), torch.__version__, device.type, name]
     key = hashlib.sha256(json.dumps([loaded, here], sort_keys=True, default=str).encode()).hexdigest()[:24]
     try:
         path = user_path(CACHE, "costs_file") / f"{key}.json"
@@ -75,7 +75,7 @@ def keep_costs(
 ) -> Costs:
     """Return the costs in a JSON file of this model on this machine; measure and write them where there is none.
 
-    Those that were measured while the machine was busy, or for short texts alone, are measured again.
+    Those that were measured while the machine was busy are measured again.
 
     Raises:
         ValueError: a file that holds something else, or costs of another model or device.
@@ -84,8 +84,7 @@ def keep_costs(
     saved = _read(path) if path.exists() else None
     if saved is not None:
         _check_loaded(path, saved, here, layouts, (runner, draft_runner, adapter_runner, draft_head))
-        is_whole = saved["costs"].model.far is not None  # files of before say nothing of long texts
-        if is_whole and not measured_while_busy(saved["costs"], runner, draft_runner):
+        if not measured_while_busy(saved["costs"], runner, draft_runner):
             return saved["costs"]
     costs = measure_costs(runner, draft_runner, adapter_runner=adapter_runner, draft_head=draft_head)
     known = {} if saved is None or saved["learnt"] is None else {"learnt": saved["learnt"]}
