@@ -1,5 +1,6 @@
 """The benchmark of a model in 8 bits: every way decodes, drafts change no text, perplexities are their models'."""
 
+import copy
 import json
 
 import pytest
@@ -18,8 +19,9 @@ def test_a_quick_run(tmp_path, tiny_tokenizer, capsys):
     from benchmarks.decoding.rounded import main
 
     make_model(vocab_size=304, max_position_embeddings=1024).save_pretrained(tmp_path / "model")
-    tiny_tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "model")
     few = ["--max_new_tokens=8", "--limit_prompts=2", "--tokens_scored=1024", "--threads=1"]
     main([f"--model={tmp_path / 'model'}", f"--out={tmp_path / 'out'}", *few])
     result = json.loads((tmp_path / "out" / "result.json").read_text())
