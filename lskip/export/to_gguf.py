@@ -89,18 +89,26 @@ def obstacle(config, tokenizer: PreTrainedTokenizerBase | Path | None = None) ->
         return f"its activation is {config.hidden_act}"
     if getattr(config, "sliding_window", None) is not None:
         return f"its attention sees {config.sliding_window} tokens"
-    if (reason := _rope_obstacle(config.rope_parameters)) is not None:
+    width = _head_dim(config)
+    if config.model_type == "qwen2" and width * config.num_attention_heads != config.hidden_size:
+        return f"its heads are {width} wide, which llama.cpp does not read of a qwen2"
+    if (reason := _rope_obstacle(config, width)) is not None:
         return reason
     return _tokenizer_obstacle(tokenizer, config) if isinstance(tokenizer, PreTrainedTokenizerBase) else None
 
 
-def _rope_obstacle(rope: dict) -> str | None:
+def _rope_obstacle(config: PreTrainedConfig, head_dim: int) -> str | None:
+    rope = config.rope_parameters
     kind = rope["rope_type"]
     known = {"rope_type", "rope_theta"}
     known |= {"linear": {"factor"}, "llama3": {"factor", *LLAMA3}}.get(kind, set())
     known |= {"factor", "original_max_position_embeddings"} if kind == "yarn" else set()
     if kind not in ("default", "llama3", *SCALED):
         return f"its rotary embedding is of type {kind}"
+    if kind == "llama3" and config.model_type != "llama":
+        return f"its rotary embedding is scaled as Llama 3's, which llama.cpp does not read of a {config.model_type}"
+    if kind == "llama3" and llama3_frequencies(rope["rope_theta"], head_dim, rope["factor"]).max() < rope["factor"]:
+        return "its rotary embedding has no wave that is stretched by its factor, by which a file says it"
     if kind == "llama3" and any(rope[name] != value for name, value in LLAMA3.items()):
         return "its rotary embedding is scaled by other numbers than Llama 3's"
     if more := sorted(name for name in rope.keys() - known if rope[name] is not None):

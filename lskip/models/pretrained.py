@@ -28,7 +28,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lskip.models.checkpoint import check_checksums, merged_low_rank, read_checkpoint, unpack_tokenizer
-from lskip.models.kept_example import EXAMPLE, keep, kept_folder
+from lskip.models.kept_example import EXAMPLE, is_whole, keep, kept_folder
 from lskip.models.reading.config import build_config, check_memory, check_weights_hold, make_config
 from lskip.models.reading.folder_checks import GENERATION_FILE, check_folder
 from lskip.models.reading.generation_values import check_kinds, generation_config_of
@@ -217,12 +217,13 @@ def _from_kept(folder: Path, found: Source, dtype: torch.dtype) -> tuple[PreTrai
     """Return the example model from the folder where it is kept; what is not there, or not whole, is made anew."""
     kept = Source("folder", str(folder))
     try:
-        if folder.is_dir():
+        if is_whole(folder):
             model, tokenizer = _from_files(kept, dtype, _read_config(kept)).eval(), _read_tokenizer(kept)
             tokenizer.name_or_path = found.place
             return model, tokenizer
     except (ValueError, OSError):
-        shutil.rmtree(folder, ignore_errors=True)
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
     model, tokenizer = _from_gguf(found, torch.float32)
     keep(folder, model, tokenizer)
     return (model, tokenizer) if dtype is torch.float32 else _from_gguf(found, dtype)

@@ -133,7 +133,12 @@ SCALINGS = {
 def scaled_model(family, scaling, **overrides):
     """With norms and biases that are not one and not zero, and as many positions as scaling is for."""
     longest = 256 if scaling == "yarn" else 32768
-    given = {"head_dim": 16, "max_position_embeddings": longest, "vocab_size": 340, **overrides}
+    given = {
+        "head_dim": 8 if family == "qwen2" else 16,
+        "max_position_embeddings": longest,
+        "vocab_size": 340,
+        **overrides,
+    }
     model = make_model(family, rope_parameters=SCALINGS[scaling], **given)
     for part in model.parameters():
         if part.ndim == 1:
@@ -141,8 +146,15 @@ def scaled_model(family, scaling, **overrides):
     return model
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("scaling", list(SCALINGS))
+WRITTEN = [
+    (family, scaling)
+    for family in ("llama", "qwen2", "qwen3")
+    for scaling in SCALINGS
+    if scaling != "llama3" or family == "llama"
+]
+
+
+@pytest.mark.parametrize(("family", "scaling"), WRITTEN)
 def test_what_is_written_is_read(tmp_path, family, scaling):
     """Far into the text too, where scaling is seen."""
     model = scaled_model(family, scaling)
@@ -257,7 +269,10 @@ def test_transformers_reads_the_same_tokenizer(tmp_path):
         ("llama", {"hidden_act": "gelu"}, "its activation is gelu"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "of type dynamic"),
         ("llama", {"rope_parameters": {**SCALINGS["yarn"], "beta_fast": 16.0}}, "has beta_fast, which"),
-        ("qwen3", {"rope_parameters": {**SCALINGS["llama3"], "low_freq_factor": 2.0}}, "other numbers than Llama 3's"),
+        ("llama", {"rope_parameters": {**SCALINGS["llama3"], "low_freq_factor": 2.0}}, "other numbers than Llama 3's"),
+        ("llama", {"rope_parameters": {**SCALINGS["llama3"], "rope_theta": 1e4}}, "no wave that is stretched"),
+        ("qwen3", {"rope_parameters": SCALINGS["llama3"]}, "does not read of a qwen3"),
+        ("qwen2", {"head_dim": 16}, "its heads are 16 wide, which llama.cpp does not read of a qwen2"),
     ],
 )
 def test_a_model_that_gguf_would_get_wrong_is_refused(tmp_path, family, overrides, reason):
@@ -336,16 +351,25 @@ def test_llama_cpp_runs_every_family_and_scaling(tmp_path, llama_cpp_python):
     """Of 200 tokens before the answer, where a scaling that is not there is seen."""
     prompt, tokens = torch.randint(340, (1, 200), generator=torch.Generator().manual_seed(0)), 12
     requests, models = [], []
-    for family in ("llama", "qwen2", "qwen3"):
-        for scaling in SCALINGS:
-            model = scaled_model(family, scaling)
-            write_gguf(model, path := tmp_path / f"{family}-{scaling}.gguf", byte_level())
-            requests.append({"path": str(path), "texts": [], "prompts": [prompt[0].tolist()], "tokens": tokens})
-            models.append(model)
+    for family, scaling in WRITTEN:
+        model = scaled_model(family, scaling)
+        write_gguf(model, path := tmp_path / f"{family}-{scaling}.gguf", byte_level())
+        requests.append({"path": str(path), "texts": [], "prompts": [prompt[0].tolist()], "tokens": tokens})
+        models.append(model)
     answers = ask_llama_cpp(llama_cpp_python, tmp_path, requests)
     for model, request, answer in zip(models, requests, answers, strict=True):
-        expected = model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-        assert answer["greedy"] == [expected[0, 200:].tolist()], request["path"]
+        assert behind_best(model, prompt, answer["greedy"][0]) < 0.25, request["path"]
+    unscaled = models[WRITTEN.index(("llama", "default"))]
+    assert all(behind_best(unscaled, prompt, answer["greedy"][0]) > 1 for answer in answers[1:4])
+
+
+@torch.no_grad()
+def behind_best(model, prompt, tokens) -> float:
+    """Return how far a chosen token's logit is under the best at most, in standard deviations: llama.cpp keeps keys
+    and values in 16 bits, so that near ties are decided otherwise."""
+    logits = model(torch.cat([prompt, torch.tensor([tokens])], 1)).logits[0, prompt.shape[1] - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    return ((logits.amax(1) - chosen) / logits.std(1)).max().item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

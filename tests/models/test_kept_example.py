@@ -63,11 +63,15 @@ def test_another_file_is_another_model(example):
     check_is(load_model("smollm2"), example)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_what_is_not_whole_is_made_anew(example, tmp_path, monkeypatch, name):
+FILES = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("name", [*FILES, "chat_template.jinja"])
+def test_what_is_not_whole_is_made_anew(example, tmp_path, monkeypatch, name, cut):
     load_model("smollm2")
     (kept,) = (tmp_path / "home").rglob(name)
-    kept.write_bytes(kept.read_bytes()[:100])
+    kept.write_bytes(kept.read_bytes()[:10]) if cut else kept.unlink()
     check_is(load_model("smollm2"), example)
     monkeypatch.setattr(gguf, "GGUFReader", no_reading)
     load_model("smollm2")
