@@ -10,6 +10,7 @@ from torch import nn
 
 from lskip.models.decoder import Decoder
 from lskip.models.exit_heads import TrainedExits
+from lskip.models.families import head_dim_of
 
 # Of one device, dense products in bfloat16 or float16, by a part of its name; the makers' data sheets.
 PEAKS = {
@@ -116,7 +117,7 @@ def training_flops(
     """
     trains = decoder.embedding.weight.requires_grad
     embed = _products(decoder.project_in, trains)
-    width = decoder.config.num_attention_heads * _head_width(decoder)
+    width = decoder.config.num_attention_heads * head_dim_of(decoder.config)
     blocks, attention = [], []
     for block in decoder.blocks:
         trains = trains or any(part.requires_grad for part in block.parameters())
@@ -141,11 +142,6 @@ def training_flops(
         teacher,
         4 * width * len(blocks) * anchored,
     )
-
-
-def _head_width(decoder: Decoder) -> int:
-    config = decoder.config
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _forward(module: nn.Module | None) -> float:

@@ -14,7 +14,6 @@ drafting is a model without a rounded copy, in the layout that suits it best. Wr
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 import time
 from itertools import count, product
@@ -27,6 +26,7 @@ from rich.table import Table
 
 from benchmarks.command_line import command_parser
 from benchmarks.decoding.options import number, numbers
+from benchmarks.decoding.speed_ratio import in_words, speed_ratio
 from benchmarks.environment import environment
 from lskip.evaluation.tasks import embedded
 from lskip.evaluation.tasks.prompts import prompts_of
@@ -35,7 +35,6 @@ from lskip.inference.prompt_file import read_prompts
 from lskip.utils.output_files import write_json
 
 TASKS = ("HomeAssistant", "StdlibCode", "DocstringToCode", "PythonTopics", "HumanEval")
-SAMPLES = 2000  # of the bootstrap
 console = Console(width=160)
 
 
@@ -192,13 +191,7 @@ def in_turns(rivals: list[Contestant], groups: list[Group], tokens: int) -> dict
 
 def ratio(seconds: dict[str, list[float]], rival: str) -> dict[str, float]:
     """Return how many times as fast as the rival the policy was, with a 95 % interval by bootstrap over groups."""
-    pairs, rng = list(zip(seconds[rival], seconds["policy"], strict=True)), random.Random(0)
-    drawn = sorted(_over(rng.choices(pairs, k=len(pairs))) for _ in range(SAMPLES))
-    return {"ratio": _over(pairs), "low": drawn[SAMPLES // 40], "high": drawn[-SAMPLES // 40 - 1]}
-
-
-def _over(pairs: list[tuple[float, float]]) -> float:
-    return sum(theirs for theirs, _ in pairs) / sum(ours for _, ours in pairs)
+    return speed_ratio(seconds[rival], seconds["policy"])
 
 
 def print_result(batches: list[dict[str, Any]]) -> None:
@@ -206,7 +199,7 @@ def print_result(batches: list[dict[str, Any]]) -> None:
         "batch", "copy", "best cell", "over none (first half)", "policy over best", "policy over none", "tokens"
     )
     for found in batches:
-        over = [f"{each['ratio']:.3f} ({each['low']:.3f} to {each['high']:.3f})" for each in ratios_of(found)]
+        over = map(in_words, ratios_of(found))
         best = found["best"]
         table.add_row(
             str(found["batch"]),

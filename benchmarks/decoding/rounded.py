@@ -32,10 +32,12 @@ from transformers import PreTrainedModel
 from benchmarks.command_line import command_parser
 from benchmarks.decoding.llama_cpp_peer import LlamaCppProcess, find_python, write_files
 from benchmarks.decoding.options import number
+from benchmarks.decoding.speed_ratio import in_words, speed_ratio
 from benchmarks.environment import environment
 from lskip.inference import TextGenerator
 from lskip.inference.prompt_file import read_prompts
 from lskip.inference.runners.rounded_model import round_to_int8
+from lskip.inference.text import encode_prompt
 from lskip.models.decoder import Decoder
 from lskip.models.pretrained import load_model
 from lskip.utils.output_files import write_json
@@ -56,7 +58,6 @@ CODE = '''def {name}(values, {key}):
 NAMES = ("sum_of_sizes", "find_total", "count_weights", "add_prices", "measure_lengths")
 KEYS = ("size", "price", "weight", "length")
 WINDOW = 512
-SAMPLES = 2000  # of the bootstrap
 console = Console(width=140)
 
 Decode = Callable[[list[int]], list[int]]
@@ -73,7 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     prompts = {"chat": chat_prompts(), "copying": copying_prompts()}
     ids = {
-        kind: [encoded(text, tokenizer) for text in texts[: options.limit_prompts]] for kind, texts in prompts.items()
+        kind: [encode_prompt(text, tokenizer, None, model.config.vocab_size) for text in texts[: options.limit_prompts]]
+        for kind, texts in prompts.items()
     }
     result: dict[str, Any] = {"options": vars(options), "environment": environment(torch.device("cpu"))}
     with tempfile.TemporaryDirectory() as files:
@@ -101,10 +103,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--tokens_scored", type=number, default=20000, help="for perplexity")
     add("--threads", type=number, default=2)
     return parser.parse_args(arguments)
-
-
-def encoded(text: str, tokenizer) -> list[int]:
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
 
 
 def chat_prompts() -> list[str]:
@@ -169,21 +167,10 @@ def in_turns(ways: dict[str, Decode], prompts: list[list[int]]) -> dict[str, Any
     tokens = len(prompts) * len(texts["int8"])
     return {
         "tokens_per_second": {name: tokens / sum(taken) for name, taken in seconds.items()},
-        "over_int8": {name: ratio(seconds["int8"], taken) for name, taken in seconds.items()},
+        "over_int8": {name: speed_ratio(seconds["int8"], taken) for name, taken in seconds.items()},
         "mismatches": mismatches,
         "prompts": len(prompts),
     }
-
-
-def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
-    """Return how many times as fast as int8 without drafts a way was, with a 95 % interval by bootstrap."""
-    pairs, rng = list(zip(ours, theirs, strict=True)), random.Random(0)
-
-    def over(drawn: list[tuple[float, float]]) -> float:
-        return sum(a for a, _ in drawn) / sum(b for _, b in drawn)
-
-    found = sorted(over(rng.choices(pairs, k=len(pairs))) for _ in range(SAMPLES))
-    return {"ratio": over(pairs), "low": found[SAMPLES // 40], "high": found[-SAMPLES // 40 - 1]}
 
 
 def perplexities(model: PreTrainedModel, tokenizer, files: Path, tokens: int) -> dict[str, float]:
@@ -210,9 +197,8 @@ def print_result(result: dict[str, Any], kinds: list[str]) -> None:
     for kind in kinds:
         found = result[kind]
         for name, each in found["over_int8"].items():
-            spread = f"{each['ratio']:.3f} ({each['low']:.3f} to {each['high']:.3f})"
             speed = f"{found['tokens_per_second'][name]:.1f}"
-            table.add_row(kind, name, speed, spread, str(found["mismatches"].get(name, "")))
+            table.add_row(kind, name, speed, in_words(each), str(found["mismatches"].get(name, "")))
     console.print(table)
     console.print("perplexity", {name: round(value, 4) for name, value in result["perplexity"].items()})
     console.print("bytes", result["bytes"])

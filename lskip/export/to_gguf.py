@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lskip.models.families import head_dim_of
 from lskip.models.reading.gguf_rope import FREQUENCIES, LLAMA3, SCALED, llama3_frequencies
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -32,6 +33,13 @@ PRE_TOKENIZERS = {
     "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2_WORDS],
     "qwen2": _split(r"\p{N}"),
     "llama-bpe": _split(r"\p{N}{1,3}"),
+}
+# Types of rotary embeddings, with what a file says of each besides its base.
+SAID = {
+    "default": set(),
+    "linear": {"factor"},
+    "yarn": {"factor", "original_max_position_embeddings"},
+    "llama3": {"factor", *LLAMA3},
 }
 WHOLE_WORDS = ("llama-bpe",)  # a word in the vocabulary is not split
 NORMALIZED = ("qwen2",)  # to NFC, which llama.cpp leaves out: as in the files of Qwen's authors
@@ -89,7 +97,7 @@ def obstacle(config, tokenizer: PreTrainedTokenizerBase | Path | None = None) ->
         return f"its activation is {config.hidden_act}"
     if getattr(config, "sliding_window", None) is not None:
         return f"its attention sees {config.sliding_window} tokens"
-    width = _head_dim(config)
+    width = head_dim_of(config)
     if config.model_type == "qwen2" and width * config.num_attention_heads != config.hidden_size:
         return f"its heads are {width} wide, which llama.cpp does not read of a qwen2"
     if (reason := _rope_obstacle(config, width)) is not None:
@@ -100,10 +108,7 @@ def obstacle(config, tokenizer: PreTrainedTokenizerBase | Path | None = None) ->
 def _rope_obstacle(config: PreTrainedConfig, head_dim: int) -> str | None:
     rope = config.rope_parameters
     kind = rope["rope_type"]
-    known = {"rope_type", "rope_theta"}
-    known |= {"linear": {"factor"}, "llama3": {"factor", *LLAMA3}}.get(kind, set())
-    known |= {"factor", "original_max_position_embeddings"} if kind == "yarn" else set()
-    if kind not in ("default", "llama3", *SCALED):
+    if kind not in SAID:
         return f"its rotary embedding is of type {kind}"
     if kind == "llama3" and config.model_type != "llama":
         return f"its rotary embedding is scaled as Llama 3's, which llama.cpp does not read of a {config.model_type}"
@@ -111,7 +116,9 @@ def _rope_obstacle(config: PreTrainedConfig, head_dim: int) -> str | None:
         return "its rotary embedding has no wave that is stretched by its factor, by which a file says it"
     if kind == "llama3" and any(rope[name] != value for name, value in LLAMA3.items()):
         return "its rotary embedding is scaled by other numbers than Llama 3's"
-    if more := sorted(name for name in rope.keys() - known if rope[name] is not None):
+    if more := sorted(
+        name for name in rope.keys() - SAID[kind] - {"rope_type", "rope_theta"} if rope[name] is not None
+    ):
         return f"its rotary embedding has {more[0]}, which a file cannot say"
     return None
 
@@ -145,13 +152,9 @@ def _pre_tokenizer(rules: dict) -> str | None:
     return next((name for name, known in PRE_TOKENIZERS.items() if known == steps), None)
 
 
-def _head_dim(config: PreTrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def _add_sizes(writer, config: PreTrainedConfig) -> None:
     """Write the hyperparameters."""
-    head_dim = _head_dim(config)
+    head_dim = head_dim_of(config)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -178,7 +181,7 @@ def _add_rope(writer, config: PreTrainedConfig) -> None:
     if kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     if kind == "llama3":
-        frequencies = llama3_frequencies(rope["rope_theta"], _head_dim(config), rope["factor"])
+        frequencies = llama3_frequencies(rope["rope_theta"], head_dim_of(config), rope["factor"])
         writer.add_tensor(FREQUENCIES, frequencies)
 
 

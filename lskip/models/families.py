@@ -91,6 +91,11 @@ def family_of(config: PreTrainedConfig) -> Family:
     return FAMILIES[name]
 
 
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """Return the width of an attention head of a config's model."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def check_family(name) -> None:
     """Raise ValueError unless `name` is the model_type of a supported family."""
     if not isinstance(name, str) or name not in FAMILIES:

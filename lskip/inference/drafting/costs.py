@@ -216,9 +216,9 @@ def measured_while_busy(costs: Costs, runner: ModelRunner, draft_runner: ModelRu
         if known is None or each is None:
             continue
         timer, kept = Timer(each), known.block_seconds(1) * each.num_layers
-        passes = [timer.time(1)[0]]  # also pays for what is made on demand
+        passes = [timer.time(1, (CONTEXT,))[0]]  # also pays for what is made on demand
         while len(passes) < 4 and passes[-1] < QUICK:
-            passes.append(timer.time(1)[0])
+            passes.append(timer.time(1, (CONTEXT,))[0])
         if kept > BUSY * min(passes):
             return True
     return False
@@ -255,12 +255,12 @@ class Timer:
         for rows, samples in self.samples.items():
             samples.append(self.time(rows))
 
-    def time(self, rows: int) -> tuple[float, ...]:
-        """Return the seconds of all blocks, of all behind FAR positions, and of each head, over `rows` rows."""
+    def time(self, rows: int, contexts: tuple[int, ...] = (CONTEXT, FAR)) -> tuple[float, ...]:
+        """Return the seconds of all blocks behind each of `contexts` positions, and of each head, over `rows` rows."""
         runner = self.runner
         x = runner.embed(torch.zeros(1, rows, dtype=torch.long, device=runner.device), [0])
         times = [self._now()]
-        for positions in (CONTEXT, FAR):
+        for positions in contexts:
             runner.run(x, self.cache, [positions], 0, runner.num_layers)
             times.append(self._now())
         # The head is timed on the embeddings: behind an empty cache the blocks' output is unlike any text's, with all

@@ -18,6 +18,7 @@ from tokenizers import decoders, normalizers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from lskip.models.families import head_dim_of
 from lskip.models.reading.config import without_memory
 from lskip.models.reading.config_values import MAX_LAYERS
 from lskip.models.reading.gguf_rope import FREQUENCIES, SCALED, scaling_of
@@ -44,7 +45,7 @@ _TOKENIZER_FACTS = {
     *("ggml.fim_rep_token_id", "ggml.fim_sep_token_id", "ggml.prefix_token_id", "ggml.suffix_token_id"),
     *("ggml.middle_token_id", "huggingface.json"),
 }
-_NOT_READ = {"ggml.add_sep_token": False}  # unless it has this value
+_ONLY = {"ggml.add_sep_token": False}  # facts of the tokenizer that are not read, with the value that changes no tokens
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _check_tokenizer(facts: Facts) -> None:
         raise facts.refuse("tokenizer.ggml.pre", "a way to cut text into words that lskip does not know")
     for key in values:
         name = key.removeprefix("tokenizer.")
-        if name != key and name not in _TOKENIZER_FACTS and (name not in _NOT_READ or values[key] != _NOT_READ[name]):
+        if name != key and name not in _TOKENIZER_FACTS and values[key] != _ONLY.get(name):
             raise facts.refuse(key, "which lskip does not read")
 
 
@@ -187,8 +188,7 @@ def correct_config(config: PreTrainedConfig, facts: Facts) -> None:
 def _set_scaling(config: PreTrainedConfig, facts: Facts) -> None:
     """Set how the rotary embedding is scaled."""
     if rope := _rope(config):
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        rope |= scaling_of(facts.values, facts.architecture, facts.frequencies, rope["rope_theta"], width)
+        rope |= scaling_of(facts.values, facts.architecture, facts.frequencies, rope["rope_theta"], head_dim_of(config))
 
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def _stands_for(config: PreTrainedConfig) -> dict[str, Any]:
         return getattr(config, name, default)
 
     rope = _rope(config)
-    width = get("head_dim") or config.hidden_size // config.num_attention_heads
+    width = head_dim_of(config)
     return {
         "context_length": config.max_position_embeddings,
         "block_count": config.num_hidden_layers,
