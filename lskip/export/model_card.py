@@ -24,6 +24,7 @@ def model_card(
     num_speculations: int | None = None,
     draft: int | None = None,
     gguf: bool = False,
+    tokenizer_reader: str = "AutoTokenizer",
 ) -> str:
     """Return the card: Markdown with a YAML header, and a table of layers if the run has measured them.
 
@@ -32,6 +33,7 @@ def model_card(
         name: of the exported folder.
         config: of the exported model.
         exit_layer: as in `lskip.export.to_hf.export`, like num_speculations, draft and gguf.
+        tokenizer_reader: class of transformers that reads its tokenizer.
     """
     run = run_of(source)
     trained_from = None if run is None else _trained_from(run)
@@ -41,7 +43,7 @@ def model_card(
         f"# {name}",
         _about(config, base, trained_from),
         _with_lskip(name, config.model_type, exit_layer, num_speculations),
-        _with_transformers(name, exit_layer, draft),
+        _with_transformers(name, exit_layer, draft, tokenizer_reader),
         _with_llama_cpp(name, draft) if gguf else None,
         None if run is None else _layers(run),
     ]
@@ -88,12 +90,12 @@ def _with_lskip(name: str, model_type: str, exit_layer: int | None, num_speculat
     return f'## lskip\n\n    lskip generate --model {name} --prompt "…"{exit_flags}{advice}{rounded}'
 
 
-def _with_transformers(name: str, exit_layer: int | None, draft: int | None) -> str:
+def _with_transformers(name: str, exit_layer: int | None, draft: int | None, tokenizer_reader: str) -> str:
     lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import AutoModelForCausalLM, {tokenizer_reader}",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("{name}")',
-        f'inputs = AutoTokenizer.from_pretrained("{name}")("…", return_tensors="pt")',
+        f'inputs = {tokenizer_reader}.from_pretrained("{name}")("…", return_tensors="pt")',
     ]
     if exit_layer is None:
         lines += ["model.generate(**inputs, max_new_tokens=100)"]

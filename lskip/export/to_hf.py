@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -29,7 +30,7 @@ from lskip.models.pretrained import find_source, load_config, load_model, load_t
 from lskip.models.reading.config import with_layers
 from lskip.models.reading.folder_checks import GENERATION_FILE
 from lskip.utils.checks import check_whole
-from lskip.utils.console import say
+from lskip.utils.console import say, warn
 from lskip.utils.devices import DType
 from lskip.utils.finite import check_finite_weights
 from lskip.utils.foreign import first_line, quietly
@@ -82,12 +83,13 @@ def export(
         parts = {folder.name: (loaded, partial)}
         if draft is not None:
             parts[f"{folder.name}-draft"] = first_layers(loaded, draft), partial / DRAFT_FOLDER
-        card = model_card(model, folder.name, config, gguf=gguf, **drafts)
         with _written(folder):
             for name, (part, place) in parts.items():
                 _save(part, tokenizer, place)
                 if gguf:
                     gguf_file.write_gguf(part, place / GGUF_FILE, source or tokenizer, name)
+            reader = AutoTokenizer if tokenizer is None else _tokenizer_reader(tokenizer, partial)
+            card = model_card(model, folder.name, config, gguf=gguf, tokenizer_reader=reader.__name__, **drafts)
             if exits is not None:
                 exits.save(partial)
             if tokens is not None:
@@ -96,6 +98,9 @@ def export(
             # Renamed last, so that `output` is never a partial model.
             os.replace(partial, folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if reader is not AutoTokenizer:
+        others = f"transformers' AutoTokenizer reads this tokenizer by the rules of {config.model_type} models"
+        warn(f"{others}, so that some texts get other tokens; the model card reads it by {reader.__name__}")
     advice = f"decode with it: lskip generate --model {folder} --prompt …"
     say(f"{folder}: {size / 1e6:,.1f} MB; {advice}")
 
@@ -111,6 +116,13 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fol
     settings.to_json_file(folder / GENERATION_FILE, use_diff=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _tokenizer_reader(tokenizer: PreTrainedTokenizerBase, folder: Path) -> type:
+    """Return the class of transformers that reads the saved tokenizer back as it is: AutoTokenizer, or its own class."""
+    with quietly():
+        read = AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer if type(read) is type(tokenizer) else type(tokenizer)
 
 
 def _set_drafts(

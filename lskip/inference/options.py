@@ -63,9 +63,10 @@ class LoadingOptions:
 
     def load(self, batch_size: int = 1) -> TextGenerator:
         """Return load_generator's TextGenerator for batches of `batch_size` texts; say so where weights are rounded."""
+        generator = load_generator(**vars(self), batch_size=batch_size)
         if self.rounds:
             warn(f"weights: {self.weights} rounds the model: its text is another one than the model's own")
-        return load_generator(**vars(self), batch_size=batch_size)
+        return generator
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lskip.models.checkpoint import check_checksums, merged_low_rank, read_checkpoint, unpack_tokenizer
@@ -59,6 +60,7 @@ __all__ = [
     "make_config",
     "read_checkpoint",
 ]
+OF_NO_FAMILY = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes of tokenizers that are all in tokenizer.json
 
 
 def load_model(
@@ -160,8 +162,12 @@ def _from_files(found: Source, dtype: torch.dtype, config: PreTrainedConfig) -> 
 
 
 def _read_tokenizer(found: Source, field: str = "model") -> PreTrainedTokenizerBase:
+    arguments = found.transformers_arguments()
     with foreign(f"{field}: the tokenizer in {found.place!r}"):
-        return _tried(AutoTokenizer.from_pretrained(**found.transformers_arguments(), trust_remote_code=False))
+        declared = get_tokenizer_config(arguments["pretrained_model_name_or_path"]).get("tokenizer_class")
+        # AutoTokenizer splits words as Qwen does for any Qwen2, also where tokenizer.json, which is complete, does not.
+        reader = PreTrainedTokenizerFast if declared in OF_NO_FAMILY else AutoTokenizer
+        return _tried(reader.from_pretrained(**arguments, trust_remote_code=False))
 
 
 def _tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

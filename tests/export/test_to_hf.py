@@ -187,6 +187,23 @@ def test_the_cards_code_runs(tmp_path, checkpoint, monkeypatch):
     exec(code.replace("=100", "=10"), {})
 
 
+def test_a_tokenizer_that_transformers_reads_otherwise(tmp_path, tiny_model, tiny_tokenizer, monkeypatch, capsys):
+    """AutoTokenizer splits the words of any Qwen2 as Qwen does: this is said, and the card reads it as it is."""
+    path = save(tmp_path / "qwen2.ckpt", tiny_model("qwen2"), tiny_tokenizer)
+    export(str(path), str(tmp_path / "out"))
+    assert "AutoTokenizer reads this tokenizer by the rules of qwen2" in capsys.readouterr().err
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    text, names = "don't SAY 2024", {}
+    exec(code.replace('"…"', repr(text)).replace("=100", "=10"), names)
+    assert names["inputs"]["input_ids"].tolist() == [tiny_tokenizer(text)["input_ids"]]
+
+
+def test_a_tokenizer_that_transformers_reads_as_it_is(tmp_path, checkpoint, capsys):
+    export(str(checkpoint[0]), str(tmp_path / "out"))
+    assert "AutoTokenizer" not in capsys.readouterr().err
+
+
 def test_dtype(tmp_path, checkpoint):
     path, _ = checkpoint
     export(str(path), str(tmp_path / "out"), dtype="bfloat16", draft=2)

@@ -61,6 +61,19 @@ def test_a_folder_gives_the_same_logits(tmp_path, tiny_model, tiny_tokenizer):
     assert load_tokenizer(str(tmp_path)).eos_token_id == 0
 
 
+SPLIT = "don't SAY 2024  e\u0301"  # Qwen's rules keep "SAY" and digits apart otherwise, and compose the accent
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo2"])
+def test_a_tokenizer_that_is_not_its_familys_keeps_its_rules(tmp_path, tiny_model, tiny_tokenizer, family):
+    """As every model that is trained here has: transformers' AutoTokenizer has rules of its own for any Qwen2."""
+    tiny_model(family).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    expected = tiny_tokenizer(SPLIT)["input_ids"]
+    assert load_model(str(tmp_path))[1](SPLIT)["input_ids"] == expected
+    assert load_tokenizer(str(tmp_path))(SPLIT)["input_ids"] == expected
+
+
 def test_dtype_is_the_one_asked_for(tmp_path, tiny_model, tiny_config):
     path = save_checkpoint(tmp_path / "a.ckpt", tiny_model())
     for source in (str(path), tiny_config()):

@@ -73,7 +73,8 @@ def evaluate(
         confirm_run_unsafe_code: let tasks that run what the model writes (HumanEval, MBPP) do so, on this machine.
         exit_adapter: folder of an exit adapter without joins_last_state, through which its exit is read; others are
             read as without. null: none.
-        weights: int8: score the model, and once more with its blocks in 8 bits, as weights int8 decodes it.
+        weights: int8: score the model, and once more with its blocks in 8 bits, as weights int8 decodes it; with
+            dtype float32 alone.
     """
     names, asked_exits = [name.strip() for name in tasks.split(",") if name.strip()], exit_names(exits)
     _check_values(batch_size, num_fewshot, limit, dtype, weights)
@@ -156,6 +157,8 @@ def _cell(scores: dict, metric: str) -> str:
 def _check_values(batch_size: int, num_fewshot: int | None, limit: float | None, dtype: str, weights: str) -> None:
     check_choice("dtype", dtype, DTYPES)
     check_choice("weights", weights, WEIGHTS)
+    if weights == "int8" and dtype != "float32":  # which would round the numbers once more, to others
+        raise ValueError(f"dtype: {dtype!r} is not for weights int8, which is scored in float32; leave it out")
     check_whole("batch_size", batch_size, 1)
     if num_fewshot is not None:
         check_whole("num_fewshot", num_fewshot, 0)

@@ -148,6 +148,8 @@ def check_grid(
     for name, given, choices in (("drafts", drafts, draft_names()), ("policies", policies, get_args(PolicyName))):
         for value in given:
             check_choice(name, value, choices)
+    if loading.weights in drafts:
+        raise ValueError(f"drafts: {loading.weights!r} is what weights are already; leave one of the two out")
     if loading.draft_weights is not None:
         raise ValueError(f"draft_weights: {loading.draft_weights!r} is set by the grid here; use drafts [int8, int4]")
     if loading.costs_file not in (None, AUTO):

@@ -35,6 +35,7 @@ class Search:
             left out. Else it is an error, since the user has named it.
         exit_layers, num_speculations, criterion, precision: of `tune`.
         num_layers: L.
+        weights: of the model, which do not draft for themselves.
     """
 
     drafts: Sequence[str]
@@ -44,12 +45,13 @@ class Search:
     num_layers: int
     criterion: str | None = None
     precision: float = PRECISION
+    weights: str = "auto"
 
     def run(self, answers: Answers, rounds: int, decoded_cells: int) -> tuple[list[dict[str, Any]], str]:
         """Return the records, as a sweep's, of the cells that were worth decoding; and a line on what was not tried."""
         refused: dict[str, str] = {}
         whole = {cell.draft for cell in self.cells() if cell.exit_layer is None}
-        others = [draft for draft in NEED_NO_TRAINING if draft not in whole]
+        others = [draft for draft in NEED_NO_TRAINING if draft not in {*whole, self.weights}]
         least = 1.0 if self.goes_on and others else 0.0
         records = self._decode(answers, self.cells(), rounds, decoded_cells, refused, least)
         if trained_draft_pays(records) or not others:

@@ -67,13 +67,17 @@ def tune(
         ValueError: a value that is not allowed.
     """
     num_speculations = list(range(1, MOST_SPECULATIONS + 1)) if num_speculations is None else num_speculations
-    named = (["layers", "int8"] if loading.exit_adapter is None else ["adapter"]) if drafts is None else drafts
+    named = drafts
+    if named is None:
+        named = ["adapter"] if loading.exit_adapter is not None else ["layers", "int8"]
+        named = [draft for draft in named if draft != loading.weights]
     check_grid(named, exit_layers, num_speculations, ["FixedDraft"], loading)
     counts = {"num_prompts": num_prompts, "rounds": rounds, "decoded_cells": decoded_cells, "batch_size": batch_size}
     for name, value in counts.items():
         check_whole(name, value, 1)
     precise = check_criterion(criterion, precision, named)
-    search = Search(named, drafts is None, exit_layers, num_speculations, layers_of(loading.model), criterion, precise)
+    layers = layers_of(loading.model)
+    search = Search(named, drafts is None, exit_layers, num_speculations, layers, criterion, precise, loading.weights)
     search.cells()  # refused before a model is loaded
     path = tuned_path(loading.model)
     check_place(path)

@@ -128,7 +128,7 @@ def tuned_options(
     if _drafts_otherwise(found, decoding, loading):
         count = None if decoding.draft == AUTO else found["num_speculations"]  # a fixed draft's says nothing of it
         found = dict.fromkeys(found) | {"num_speculations": count}
-    _check_found(task, found, loading.model)
+    _check_found(task, found, loading)
     policy = _policy_of(found)
     decoding = _filled(decoding, found, DECODING)
     if policy is not None and decoding.draft_policy is None and decoding.exit_layer == found["exit_layer"]:
@@ -136,8 +136,8 @@ def tuned_options(
     return decoding, _filled(loading, found, (*LOADING, "draft_tokens"))
 
 
-def _check_found(task: str, found: dict[str, Any], model: str) -> None:
-    """Raise ValueError or FileNotFoundError where the model lacks the layer, or weights or adapter are gone."""
+def _check_found(task: str, found: dict[str, Any], loading: LoadingOptions) -> None:
+    """Raise ValueError or FileNotFoundError where the model cannot draft so, or weights or adapter are gone."""
     from lskip.models.pretrained import find_source, load_config
 
     if found["draft"] not in (None, *DRAFTERS):
@@ -147,15 +147,18 @@ def _check_found(task: str, found: dict[str, Any], model: str) -> None:
     if weights not in (None, *allowed):
         one_of = f"is not one of {', '.join(allowed)}; tune again"
         raise ValueError(f"task: {task!r} was tuned with draft_weights {weights!r}, which {one_of}")
+    if weights is not None and weights == loading.weights:
+        advice = f"tune it with --weights {weights}, or name another draft"
+        raise ValueError(f"task: {task!r} drafts in {weights!r}, which weights are already; {advice}")
     if found["exit_adapter"] is not None:
         find_adapter(found["exit_adapter"], f"task: {task!r} was tuned with an exit_adapter")
     tokens = found.get("draft_tokens")
     if tokens not in (None, ALL) and not user_path(tokens, "task").is_file():
         raise FileNotFoundError(f"task: {task!r} was tuned with draft_tokens {tokens!r}, and there is no such file")
     exit_layer = found["exit_layer"]
-    if exit_layer is None or find_source(model).kind not in ("folder", "checkpoint"):
+    if exit_layer is None or find_source(loading.model).kind not in ("folder", "checkpoint"):
         return  # the tuned file of others goes by their name, so it is of this model
-    if exit_layer > (layers := load_config(model).num_hidden_layers):
+    if exit_layer > (layers := load_config(loading.model).num_hidden_layers):
         raise ValueError(f"task: {task!r} was tuned for another model: exit_layer {exit_layer} of {layers}; tune again")
 
 

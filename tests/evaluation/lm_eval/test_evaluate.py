@@ -102,6 +102,12 @@ def test_what_cannot_be_rounded_is_refused_before_scoring(folder, capsys, tiny_m
     assert "weights: 'int8' is not for this model" in capsys.readouterr().err and not (folder / "scores.json").exists()
 
 
+def test_numbers_that_another_dtype_would_round_again_are_refused(folder, capsys, tiny_model):
+    tiny_model(vocab_size=304).save_pretrained("model")
+    assert run("--output=scores.json", "--weights=int8", "--dtype=bfloat16") == 2
+    assert "dtype: 'bfloat16' is not for weights int8" in capsys.readouterr().err
+
+
 def save_adapter(folder, model, joins=False, tokens=None):
     torch.manual_seed(3)
     adapter = ExitAdapter(model, AdapterShape(2, 1, joins), tokens)

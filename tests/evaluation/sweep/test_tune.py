@@ -215,6 +215,18 @@ def test_where_no_exit_pays_what_needs_no_training_is_tried(place, monkeypatch, 
     assert found["draft"] == "ngram" and found["exit_layer"] is None
 
 
+def test_a_rounded_model_does_not_draft_for_itself(place, monkeypatch, capsys):
+    """It needs rows of a multiple of 8."""
+    make_model(num_hidden_layers=6, eos_token_id=None, vocab_size=304).save_pretrained(place / "model")
+    decoded = search_with(monkeypatch, place, "--weights=int8", pays=lambda cell: cell.draft == "int4")
+    assert {cell.draft for cell in decoded} == {"int4", "ngram"}
+    printed = capsys.readouterr().out
+    assert "trying int4, ngram, which need no training" in printed and "not tried" not in printed
+    task = ["--task=LocalTask", f"--task.path={place}/adds.jsonl"]
+    assert main(["tune", f"--model={place}/model", *task, "--weights=int8", "--drafts=[int8]"]) == 2
+    assert "drafts: 'int8' is what weights are already" in capsys.readouterr().err
+
+
 def test_exits_that_cannot_pay_are_not_decoded(place, monkeypatch):
     """The head takes nearly all of the time, row by row: a drafted token costs as much as one of the whole model."""
     decoded = search_with(monkeypatch, place, head=(1.0, 64.0))

@@ -79,6 +79,15 @@ def test_a_criterion_is_used_at_its_own_exit_alone_and_not_in_place_of_the_users
     assert policy(draft_policy=mine) is mine
 
 
+def test_a_task_that_drafts_in_what_the_weights_are_is_told(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "model")
+    save_tuned(tmp_path / "model" / "tuned.json", "code", LAYERS | ON_CPU | {"draft_weights": "int8"})
+    with pytest.raises(ValueError, match=r"task: 'code' drafts in 'int8', which weights are already; tune it with --w"):
+        options_of(tmp_path / "model", "code", {"weights": "int8"})
+    assert options_of(tmp_path / "model", "code", {"weights": "int8"}, num_speculations=0) == NOTHING
+    assert options_of(tmp_path / "model", "chat", {"weights": "int8"}) == WEIGHTS
+
+
 def test_what_was_found_on_another_kind_of_device_is_not_used(folder):
     with pytest.raises(ValueError, match="task: 'chat' was tuned on 'cpu', not on 'meta'; tune it there"):
         options_of(folder, "chat", {"device": "meta"})

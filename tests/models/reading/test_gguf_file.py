@@ -152,12 +152,15 @@ LLAMA_CPP = {
 
 
 @pytest.mark.kind(K2)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("name", list(LLAMA_CPP))
-def test_text_is_cut_as_llama_cpp_cuts_it(written, name):
+def test_text_is_cut_as_llama_cpp_cuts_it(written, name, family):
+    """By what the file says of it, whatever the family: transformers has a tokenizer class for Qwen2's models alone."""
     steps = [pre_tokenizers.Split(Regex(each), "isolated") for each in LLAMA_CPP[name]]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     kind = name.rpartition(" ")[2]
-    loaded = load_tokenizer(written(**{"tokenizer.ggml.pre": kind}))
+    model = make_model(family, vocab_size=340, head_dim=8)
+    loaded = load_tokenizer(written(model=model, **{"tokenizer.ggml.pre": kind}))
     expected = byte_level(bos_token="<|begin|>")
     expected.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     expected.backend_tokenizer.model.ignore_merges = kind == "llama-bpe"
