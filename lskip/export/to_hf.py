@@ -119,7 +119,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fol
 
 
 def _tokenizer_reader(tokenizer: PreTrainedTokenizerBase, folder: Path) -> type:
-    """Return the class of transformers that reads the saved tokenizer back as it is: AutoTokenizer, or its own class."""
+    """Return the class of transformers that reads the saved tokenizer as it is: AutoTokenizer, or its own class."""
     with quietly():
         read = AutoTokenizer.from_pretrained(folder)
     return AutoTokenizer if type(read) is type(tokenizer) else type(tokenizer)

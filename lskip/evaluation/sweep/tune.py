@@ -52,7 +52,8 @@ def tune(
         task: as in sweep.
         loading: which model. Its draft weights are set by the drafts.
         drafts: as in sweep; null: the exit_adapter where one is named, else the exits in the model's own weights and
-            in int8. Where none of these pays, also what needs no training: int8, int4, ngram.
+            in int8. Where none of these pays, also what needs no training: int8, int4, ngram. (int8 only where
+            weights are not.)
         exit_layers: layers that may draft; null: all but the last, and all of them for int8 and int4.
         num_speculations: tokens drafted; null: 1 to 12.
         num_prompts: prompts of the task that are answered.

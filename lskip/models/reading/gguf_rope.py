@@ -24,17 +24,21 @@ def scaling_of(
     """
     kind, factor = (values.get(f"{architecture}.rope.scaling.{name}") for name in ("type", "factor"))
     if frequencies is not None:
+        if len(frequencies) != head_dim // 2:
+            return {}
         factor = float(frequencies.max())
-        known = len(frequencies) == head_dim // 2 and np.allclose(
-            frequencies, llama3_frequencies(theta, head_dim, factor), rtol=1e-4
-        )
+        known = np.allclose(frequencies, llama3_frequencies(theta, head_dim, factor), rtol=1e-4)
         return {"rope_type": "llama3", "factor": factor, **LLAMA3} if known else {}
     if kind not in SCALED or factor is None:
         return {}
     if kind == "linear":
         return {"rope_type": kind, "factor": factor}
     length = values.get(f"{architecture}.rope.scaling.original_context_length")
-    return {} if length is None else {"rope_type": kind, "factor": factor, "original_max_position_embeddings": length}
+    return (
+        {}
+        if not isinstance(length, int)
+        else {"rope_type": kind, "factor": factor, "original_max_position_embeddings": length}
+    )
 
 
 def llama3_frequencies(theta: float, head_dim: int, factor: float) -> np.ndarray:

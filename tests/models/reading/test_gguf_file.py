@@ -64,9 +64,11 @@ def written(tmp_path, monkeypatch):
 
 
 ONES = np.ones
+YARN = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
 # tensors, keys -> words of the sentence
 REFUSED = {
     "F4 rope_freqs": ({"rope_freqs.weight": 2 * ONES(4, np.float32)}, {}, "holds tensor 'rope_freqs.weight'"),
+    "no rope_freqs": ({"rope_freqs.weight": ONES(0, np.float32)}, {}, "holds tensor 'rope_freqs.weight'"),
     "F8 deepseek-coder": ({}, {"tokenizer.ggml.pre": "deepseek-coder"}, "tokenizer.ggml.pre = 'deepseek-coder'"),
     "bias": ({"blk.0.attn_q.bias": ONES(32, np.float32)}, {}, "holds tensor 'blk.0.attn_q.bias'"),
     "norm of the queries": ({"blk.1.attn_q_norm.weight": ONES(8, np.float32)}, {}, "'blk.1.attn_q_norm.weight'"),
@@ -78,7 +80,10 @@ REFUSED = {
     "block_count of fewer": ({}, {"llama.block_count": 3}, "holds tensor 'blk.3."),
     "block_count of a billion": ({}, {"llama.block_count": 10**9}, "llama.block_count = 1000000000"),
     "linear scaling by nothing": ({}, {"llama.rope.scaling.type": "linear"}, "llama.rope.scaling.type = 'linear'"),
-    "yarn of no length": ({}, {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "rope.scaling"),
+    "yarn of no length": ({}, YARN, "rope.scaling"),
+    "yarn of a word": (
+        {}, {**YARN, "llama.rope.scaling.original_context_length": "32"}, "llama.rope.scaling.type = 'yarn'"
+    ),
     "longrope": ({}, {"llama.rope.scaling.type": "longrope"}, "llama.rope.scaling.type = 'longrope'"),
     "a separator": ({}, {"tokenizer.ggml.add_sep_token": True}, "tokenizer.ggml.add_sep_token = True"),
     "factor alone": ({}, {"llama.rope.scaling.factor": 8.0}, "llama.rope.scaling.factor = 8.0"),
