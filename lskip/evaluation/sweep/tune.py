@@ -68,10 +68,7 @@ def tune(
         ValueError: a value that is not allowed.
     """
     num_speculations = list(range(1, MOST_SPECULATIONS + 1)) if num_speculations is None else num_speculations
-    named = drafts
-    if named is None:
-        named = ["adapter"] if loading.exit_adapter is not None else ["layers", "int8"]
-        named = [draft for draft in named if draft != loading.weights]
+    named = _first_tried(loading) if drafts is None else drafts
     check_grid(named, exit_layers, num_speculations, ["FixedDraft"], loading)
     counts = {"num_prompts": num_prompts, "rounds": rounds, "decoded_cells": decoded_cells, "batch_size": batch_size}
     for name, value in counts.items():
@@ -91,6 +88,12 @@ def tune(
         records, untried = search.run(answers, rounds, decoded_cells)
         exits = exits_of_answers(answers, search) if "layers" in named else []
     show_and_save(records, exits, untried, task, path, found_of(records, loading, prompts))
+
+
+def _first_tried(loading: LoadingOptions) -> list[str]:
+    """Return the drafts that are tried first where none are named; rounded weights do not draft for themselves."""
+    named = ["adapter"] if loading.exit_adapter is not None else ["layers", "int8"]
+    return [draft for draft in named if draft != loading.weights]
 
 
 def show_and_save(
