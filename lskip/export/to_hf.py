@@ -98,9 +98,6 @@ def export(
             # Renamed last, so that `output` is never a partial model.
             os.replace(partial, folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if reader is not AutoTokenizer:
-        others = f"transformers' AutoTokenizer reads this tokenizer by the rules of {config.model_type} models"
-        warn(f"{others}, so that some texts get other tokens; the model card reads it by {reader.__name__}")
     advice = f"decode with it: lskip generate --model {folder} --prompt …"
     say(f"{folder}: {size / 1e6:,.1f} MB; {advice}")
 
@@ -119,10 +116,15 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fol
 
 
 def _tokenizer_reader(tokenizer: PreTrainedTokenizerBase, folder: Path) -> type:
-    """Return the class of transformers that reads the saved tokenizer as it is: AutoTokenizer, or its own class."""
+    """Return the class of transformers that reads the tokenizer as it is; say so where that is not AutoTokenizer."""
     with quietly():
         read = AutoTokenizer.from_pretrained(folder)
-    return AutoTokenizer if type(read) is type(tokenizer) else type(tokenizer)
+    if type(read) is type(tokenizer):
+        return AutoTokenizer
+    own = type(tokenizer)
+    others = f"transformers' AutoTokenizer reads this tokenizer by the rules of {type(read).__name__}"
+    warn(f"{others}, so that some texts get other tokens; the model card reads it by {own.__name__}")
+    return own
 
 
 def _set_drafts(

@@ -191,7 +191,7 @@ def test_a_tokenizer_that_transformers_reads_otherwise(tmp_path, tiny_model, tin
     """AutoTokenizer splits the words of any Qwen2 as Qwen does: this is said, and the card reads it as it is."""
     path = save(tmp_path / "qwen2.ckpt", tiny_model("qwen2"), tiny_tokenizer)
     export(str(path), str(tmp_path / "out"))
-    assert "AutoTokenizer reads this tokenizer by the rules of qwen2" in capsys.readouterr().err
+    assert "AutoTokenizer reads this tokenizer by the rules of Qwen2Tokenizer" in capsys.readouterr().err
     code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     text, names = "don't SAY 2024", {}
