@@ -34,11 +34,9 @@ def scaling_of(
     if kind == "linear":
         return {"rope_type": kind, "factor": factor}
     length = values.get(f"{architecture}.rope.scaling.original_context_length")
-    return (
-        {}
-        if not isinstance(length, int)
-        else {"rope_type": kind, "factor": factor, "original_max_position_embeddings": length}
-    )
+    if not isinstance(length, int):
+        return {}
+    return {"rope_type": kind, "factor": factor, "original_max_position_embeddings": length}
 
 
 def llama3_frequencies(theta: float, head_dim: int, factor: float) -> np.ndarray:
