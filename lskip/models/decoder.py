@@ -144,6 +144,10 @@ class Decoder:
         kinds = getattr(self.config, "layer_types", None)
         return None if kinds is None else kinds[block]
 
+    def rotary_kind(self, block: int) -> str | None:
+        """Return the kind of attention by whose angles this block rotates; None: all blocks rotate by the same."""
+        return self._kind(block) if self.family.rotary_by_kind else None
+
     def embed(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Return the input of block 0, [B, S, D], for token ids [B, S].
 
@@ -231,7 +235,7 @@ class Decoder:
         """Return the output of block `index` (0-based) for states [B, Q, D]: x + f(x), the residual included."""
         arguments = {self.family.cache_argument: inputs.cache}
         if inputs.rotary:
-            arguments["position_embeddings"] = inputs.rotary[self._kind(index) if self.family.rotary_by_kind else None]
+            arguments["position_embeddings"] = inputs.rotary[self.rotary_kind(index)]
         return self.blocks[index](
             x,
             attention_mask=inputs.masks[self.window(index)],
@@ -247,5 +251,9 @@ class Decoder:
 
     def decode(self, x: Tensor) -> Tensor:
         """Return the logits [..., V] of exit states [..., D]: g of the paper (section 4.2)."""
-        logits, cap = self.head(self.norm(x)), self.logit_softcap
-        return logits if cap is None else (logits / cap).tanh() * cap
+        return capped(self.head(self.norm(x)), self.logit_softcap)
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Return logits as `Decoder.logit_softcap` has them."""
+    return logits if cap is None else (logits / cap).tanh() * cap

@@ -102,5 +102,6 @@ def check_family(name) -> None:
         raise ValueError(f"model: the family {name!r} is not supported; allowed: {', '.join(FAMILIES)}")
 
 
-# Whose blocks are Llama's: an RMS norm before attention and MLP, SiLU and gate; Qwen3 norms queries and keys too.
-FUSED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Whose blocks are Llama's: an RMS norm before attention and MLP, SiLU and gate. Qwen3 norms queries and keys too;
+# Gemma 3 does, and what attention and MLP add, and has GELU.
+FUSED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lskip.inference.decoding.batch_chooser import BatchChooser
 from lskip.inference.decoding.early_exit import exit_round
-from lskip.inference.decoding.engine import Round, check_logits, choose, logprobs_of, prefill, verify
+from lskip.inference.decoding.engine import Round, logprobs_of, prefill, read, verify
 from lskip.inference.decoding.grammar_mask import GrammarError
 from lskip.inference.decoding.kept_texts import KeptTexts
 from lskip.inference.decoding.probe import Probe, agreements
@@ -148,10 +148,8 @@ class Batch:
         """Run the next piece of the prompt that joins; behind its last one return the text's first token."""
         request, self.joining.start = self.joining.request, self.joining.start + self.joining.next_piece
         try:
-            if (logits := next(self.joining.pieces)) is None:
-                return []
-            check_logits(logits)
-            return [(request, self._end_prefill(logits))]
+            states = next(self.joining.pieces)
+            return [] if states is None else [(request, self._end_prefill(states))]
         except ValueError as error:
             self.joining = None
             raise RequestError(request, error) from error
@@ -172,12 +170,13 @@ class Batch:
         self.joining = Joining(request, slot, pieces, known)
         return True
 
-    def _end_prefill(self, logits: Tensor) -> list[int]:
+    def _end_prefill(self, states: Tensor) -> list[int]:
         """Give the request that joins its first token, and its place behind the others if it goes on."""
-        (request, slot), self.joining = (self.joining.request, self.joining.slot), None
+        request, slot = self.joining.request, self.joining.slot
+        none = torch.empty(1, 0, dtype=torch.long, device=states.device)
+        _, token, told = read(self.runner, states, none, BatchChooser([request.chooser]), check=True)
+        self.joining = None
         self.cache.lengths[slot] = len(request.prompt)
-        none = torch.empty(1, 0, dtype=torch.long, device=logits.device)
-        _, token, told = choose(logits, none, BatchChooser([request.chooser]))
         tokens = token.tolist()
         news = request.add(tokens, logprobs=logprobs_of(told, [tokens])[0])
         if request.ended:

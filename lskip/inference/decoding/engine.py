@@ -56,6 +56,22 @@ def choose(logits: Tensor, drafted: Tensor, chooser: Chooser) -> tuple[Tensor, T
     return *chooser.verify(logits, drafted), told
 
 
+def read(
+    runner: ModelRunner, x: Tensor, drafted: Tensor, chooser: Chooser, check: bool = False
+) -> tuple[Tensor, Tensor, LogProbs | None]:
+    """Return what `choose` does of the logits of states x [A, n, D], without these where only the highest matters.
+
+    Args:
+        check: whether to raise ValueError where the highest is not finite; a GPU has to be waited for then.
+    """
+    if not chooser.logprobs and (found := find_argmax(runner, x, chooser, drafted)) is not None:
+        return *keep_agreeing(found, drafted), None
+    logits = runner.decode(x)
+    if check:
+        check_logits(logits)
+    return choose(logits, drafted, chooser)
+
+
 def logprobs_of(told: LogProbs | None, tokens: list[list[int]]) -> list[list[float]]:
     """Return the log probabilities of each slot's tokens; none where none are told."""
     return [[] for _ in tokens] if told is None else told.of(tokens)
@@ -92,7 +108,7 @@ def prefill(
         start: tokens of the prompt whose keys and values the cache has already.
 
     Returns:
-        None after each piece but the last; after that the logits [1, 1, V] behind the prompt's last token.
+        None after each piece but the last; after that the states [1, 1, D] of the prompt's last token.
     """
     stops = _exit_of(observer)
     for rows in torch.tensor([prompt[start:]], device=runner.device).split(PREFILL_ROWS, dim=1):
@@ -100,7 +116,7 @@ def prefill(
         if observer is not None:
             observer.observe(states[observer.exit_layer], runner.norm(states[full]), [start])
         start += rows.shape[1]
-        yield runner.decode(states[full][:, -1:]) if start == len(prompt) else None
+        yield states[full][:, -1:] if start == len(prompt) else None
 
 
 def keep_agreeing(own: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,11 +154,7 @@ def verify(
     stops = [*_exit_of(slots.observer), *([] if probe is None else probe.exits)]
     states = run_past(runner, x, slots.cache, starts, drafted.exit_block, full, stops)
     x = states[full]
-    told = None
-    if not chooser.logprobs and (found := find_argmax(runner, x, chooser, drafted.ids)) is not None:
-        accepted, own = keep_agreeing(found, drafted.ids)
-    else:
-        accepted, own, told = choose(runner.decode(x), drafted.ids, chooser)
+    accepted, own, told = read(runner, x, drafted.ids, chooser)
     said = None if probe is None else probe.read(states, drafted.ids, chooser)
     # The round's one transfer from the device.
     table = torch.cat([accepted[:, None], own[:, None], drafted.ids], 1).tolist()

@@ -11,7 +11,7 @@ from lskip.inference.layers.linear import Layout, Plain, pack
 from lskip.inference.layers.lm_head import Ban
 from lskip.inference.layers.quantized import choose_draft_layouts
 from lskip.inference.runners.base import ModelRunner
-from lskip.models.decoder import Decoder
+from lskip.models.decoder import Decoder, capped
 
 
 class DraftHead:
@@ -46,7 +46,7 @@ class DraftHead:
     def __call__(self, x: Tensor) -> Tensor:
         """Return logits [..., W] of normed states [..., D], in their type."""
         logits = self.matrix(x.flatten(0, -2).to(self.dtype)).to(x.dtype).view(*x.shape[:-1], -1)
-        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+        return capped(logits, self.softcap)
 
     @property
     def nbytes(self) -> int:

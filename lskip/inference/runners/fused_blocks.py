@@ -14,6 +14,7 @@ from lskip.models.families import FUSED_FAMILIES
 
 # Rotary embeddings whose frequencies do not depend on how long the text is.
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+GELU = "gelu_pytorch_tanh"
 
 
 class Block:
@@ -35,6 +36,7 @@ class Block:
         layouts: Sequence[Layout],
         dtype: torch.dtype,
         width: int,
+        gelu: bool,
     ):
         """Convert the weights of the model's `layer`.
 
@@ -42,17 +44,23 @@ class Block:
             layouts: each matrix takes the first that can hold it.
             dtype: of states between the products.
             width: rows that bits are to be kept for; 1: any.
+            gelu: whether the MLP has GELU, not SiLU.
         """
         self.window = window
         matrices = [fuse(layouts, linears, orders) for linears, orders in fused_linears(layer, heads)]
         self.qkv, self.output, self.gate_up, self.down = matrices
         first = layer.self_attn.q_proj.weight
-        attention_norm, mlp_norm = Norm(layer.input_layernorm, dtype), Norm(layer.post_attention_layernorm, dtype)
+        attention_norm, *norms = norms_of(layer, dtype)
         inner_dtype = layouts[0].inner_dtype or first.dtype
         self.functions = block_functions(tuple(map(type, self.matrices)), first.device.type == "cpu")
         self.packed = (
-            (tuple(heads), attention_norm.eps, width, dtype, inner_dtype),
-            (attention_norm.weight, mlp_norm.weight, qk_norm(layer.self_attn, heads), attention_norm.floor),
+            (tuple(heads), attention_norm.eps, width, dtype, inner_dtype, gelu),
+            (
+                attention_norm.weight,
+                *(None if norm is None else norm.weight for norm in norms),
+                qk_norm(layer.self_attn, heads, dtype),
+                attention_norm.floor,
+            ),
             *(matrix.packed for matrix in matrices),
         )
 
@@ -79,13 +87,14 @@ class Stack:
             self._runs.append((first, first + len(packed), functions.stack(packed)))
             first += len(packed)
 
-    def __call__(self, x: Tensor, factors: Tensor, parts: list[Part], slots: int, first: int) -> Tensor:
+    def __call__(self, x: Tensor, factors: list[Tensor], parts: list[Part], slots: int, first: int) -> Tensor:
         """Return x [N, D] after as many blocks from `first` on as there are `parts`, their own of the cache."""
         last = first + len(parts)
         for begin, end, run in self._runs:
             low, high = max(first, begin), min(last, end)
             if low < high:
-                x = run(x, factors, parts[low - first : high - first], slots, low - begin)
+                here = slice(low - first, high - first)
+                x = run(x, factors[here], parts[here], slots, low - begin)
         return x
 
 
@@ -94,7 +103,8 @@ class Norm:
 
     def __init__(self, module: nn.Module, dtype: torch.dtype):
         """Take the weight of a norm of the model; dtype: of the states."""
-        self.eps, self.weight, self.floor = module.variance_epsilon, module.weight.detach().to(dtype), None
+        self.floor = None
+        self.weight, self.eps = factors_of(module, dtype)
         if self.weight.device.type == "cpu" and dtype == torch.float32:
             self.floor = torch.tensor((len(self.weight) * self.eps) ** 0.5)
             self.weight = self.weight * len(self.weight) ** 0.5
@@ -103,17 +113,41 @@ class Norm:
         return norm(x, self.weight, self.floor, self.eps)
 
 
+def factors_of(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Return what an RMS norm of the model multiplies by, for states of `dtype`, and its eps.
+
+    Gemma's keep their factors less 1, and multiply in float32 (and name the eps otherwise).
+    """
+    weight = module.weight.detach()
+    if hasattr(module, "variance_epsilon"):
+        return weight.to(dtype), module.variance_epsilon
+    return 1 + weight.float(), module.eps
+
+
+def norms_of(layer: nn.Module, dtype: torch.dtype) -> tuple[Norm, Norm, Norm | None, Norm | None]:
+    """Return a block's norms before attention and before the MLP, and Gemma's of what each adds."""
+    before, after = Norm(layer.input_layernorm, dtype), Norm(layer.post_attention_layernorm, dtype)
+    if not hasattr(layer, "pre_feedforward_layernorm"):
+        return before, after, None, None  # Llama has the MLP's under that name
+    return (
+        before,
+        Norm(layer.pre_feedforward_layernorm, dtype),
+        after,
+        Norm(layer.post_feedforward_layernorm, dtype),
+    )
+
+
 def pair_order(heads: int, size: int, device: torch.device) -> Tensor:
     """Return [heads size]: the row that each reordered row of q or k comes from; rotary pairs are side by side then."""
     rows = torch.arange(heads * size, device=device)
     return rows.view(heads, 2, -1).transpose(1, 2).reshape(-1)
 
 
-def qk_norm(attention: nn.Module, heads: Heads) -> Tensor | None:
-    """Return [H + KV, head_dim]: Qwen3's norm weights of every head, in the order of `pair_order`."""
+def qk_norm(attention: nn.Module, heads: Heads, dtype: torch.dtype) -> Tensor | None:
+    """Return [H + KV, head_dim]: what every head's norm multiplies by (Qwen3, Gemma), in the order of `pair_order`."""
     if not hasattr(attention, "q_norm"):
         return None
-    q, k = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
+    q, k = factors_of(attention.q_norm, dtype)[0], factors_of(attention.k_norm, dtype)[0]
     order = pair_order(1, heads.size, q.device)
     return torch.cat([q[order].expand(heads.queries, -1), k[order].expand(heads.keys, -1)])
 
@@ -149,14 +183,30 @@ def obstacle(decoder: Decoder) -> str | None:
     config, block = decoder.config, decoder.blocks[0]
     if config.model_type not in FUSED_FAMILIES:
         return f"its family is {config.model_type}"
-    if config.hidden_act != "silu":
-        return f"its activation is {config.hidden_act}"
-    rope = getattr(decoder.rotary, "rope_type", None)
-    if rope not in FIXED_ROPE:
-        return f"its rotary embedding is of type {rope}"
-    if 2 * len(decoder.rotary.inv_freq) != block.self_attn.head_dim:
-        return "its rotary embedding rotates a part of each head"
+    if activation_of(decoder) not in ("silu", GELU):
+        return f"its activation is {activation_of(decoder)}"
+    for rope, inv_freq, _ in rotaries(decoder).values():
+        if rope not in FIXED_ROPE:
+            return f"its rotary embedding is of type {rope}"
+        if 2 * len(inv_freq) != block.self_attn.head_dim:
+            return "its rotary embedding rotates a part of each head"
     return unexpected_part(block)
+
+
+def activation_of(decoder: Decoder) -> str:
+    """Return the name of the MLP's activation, for which Gemma has a field of its own."""
+    return getattr(decoder.config, "hidden_activation", None) or decoder.config.hidden_act
+
+
+def rotaries(decoder: Decoder) -> dict[str | None, tuple[str, Tensor, float]]:
+    """Return type, inverse frequencies and scale of the rotary embedding, by `Decoder.rotary_kind`."""
+    rotary = decoder.rotary
+    if not decoder.family.rotary_by_kind:
+        return {None: (rotary.rope_type, rotary.inv_freq, rotary.attention_scaling)}
+    return {
+        kind: (rope, getattr(rotary, f"{kind}_inv_freq"), getattr(rotary, f"{kind}_attention_scaling"))
+        for kind, rope in rotary.rope_type.items()
+    }
 
 
 def sample_weights(decoder: Decoder) -> list[Tensor]:
@@ -166,7 +216,10 @@ def sample_weights(decoder: Decoder) -> list[Tensor]:
 
 
 EXPECTED = {
-    "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
+    "": {
+        *("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"),
+        *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    },
     "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"},
     "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
 }

@@ -12,12 +12,12 @@ from lskip.inference.layers.kv_cache import KVCache, new_cache
 from lskip.inference.layers.linear import Layout, Plain, pack
 from lskip.inference.layers.lm_head import Ban, ScreenedHead
 from lskip.inference.layers.torchscript import as_written
-from lskip.inference.runners.fused_blocks import Block, Norm, Stack, obstacle
-from lskip.models.decoder import Decoder
+from lskip.inference.runners.fused_blocks import GELU, Block, Norm, Stack, activation_of, obstacle, rotaries
+from lskip.models.decoder import Decoder, capped
 
 
 class FusedRunner:
-    """Llama, Mistral, Qwen2 and Qwen3 on states [A, n, D]: n rows in each of A slots.
+    """Llama, Mistral, Qwen2, Qwen3 and Gemma 3 on states [A, n, D]: n rows in each of A slots.
 
     Q, K and V are one product, gate and up another. Rotary embedding is one complex product, in place, since q
     and k rows were reordered at load from [first half, second half] to interleaved pairs. The residual is added
@@ -61,18 +61,23 @@ class FusedRunner:
         self.dtype = torch.float32 if self.device.type == "cpu" else decoder.dtype
         self.inner_dtype = layouts[0].inner_dtype or decoder.dtype
         self.heads = heads_of(layers[0].self_attn)
-        self.rotary = Rotary(decoder.rotary.inv_freq, decoder.rotary.attention_scaling)
+        self.rotaries = {kind: Rotary(*numbers) for kind, (_, *numbers) in rotaries(decoder).items()}
+        self.rotary_kinds = [decoder.rotary_kind(index) for index in range(self.num_layers)]
         windows = {decoder.window(index) for index in range(self.num_layers)}
         kind = AlignedAttention if width > 1 else Attention
         self.attention = kind(self.heads, windows, self.dtype, self.device, width)
         self.rolling = RollingAttention(self.heads, windows, self.dtype, self.device)
-        self.embedding = decoder.embedding.weight.detach()
+        self.embedding, self.softcap = decoder.embedding.weight.detach(), decoder.logit_softcap
+        scale = getattr(decoder.embedding, "embed_scale", None)  # Gemma's, of the weights' type
+        self.embedding_scale = None if scale is None else scale.to(self.embedding.dtype)
         self.final_norm = Norm(decoder.final_norm, self.dtype)
         self.screen = screen
         self.head = head or pack_head(layouts, decoder)
+        gelu = activation_of(decoder) == GELU
         self.blocks: list[Block] = []
         for index in range(self.num_layers):
-            self.blocks.append(Block(layers[index], decoder.window(index), self.heads, layouts, self.dtype, width))
+            window = decoder.window(index)
+            self.blocks.append(Block(layers[index], window, self.heads, layouts, self.dtype, width, gelu))
             if release:
                 layers[index] = nn.Identity()
         self.stack = Stack(self.blocks)
@@ -104,7 +109,8 @@ class FusedRunner:
 
     def embed(self, ids: Tensor, starts: list[int] | None = None) -> Tensor:
         """Return [A, n, D] of [A, n] token ids; where they stand makes no difference here."""
-        return F.embedding(ids, self.embedding).to(self.dtype)
+        rows = F.embedding(ids, self.embedding)
+        return (rows if self.embedding_scale is None else rows * self.embedding_scale).to(self.dtype)
 
     def norm(self, x: Tensor) -> Tensor:
         """Return the final norm of states [..., D]."""
@@ -114,7 +120,7 @@ class FusedRunner:
         """Return logits [..., V] of exit states [..., D]: final norm and head."""
         flat = x.reshape(-1, self.hidden_size)
         logits = self.head(self.final_norm(self._pad(flat)).to(self.inner_dtype))
-        return logits[: len(flat)].view(*x.shape[:-1], -1).to(self.dtype)
+        return capped(logits[: len(flat)].view(*x.shape[:-1], -1).to(self.dtype), self.softcap)
 
     def argmax(self, x: Tensor, ban: Ban | None = None) -> Tensor | None:
         """Return the argmax of exit states [A, n, D], of what `ban` leaves; None: by `decode` it is as fast."""
@@ -128,20 +134,20 @@ class FusedRunner:
         """
         if first == last:
             return x
-        span, factors = self._places(x, cache, starts)
+        span, factors = self._places(x, cache, starts, first, last)
         rows, shape = self._rows(x), x.shape
         with as_written():
             rows = self._run(rows, cache.kv[first:last], span, factors, first)
         return rows[: shape[0] * shape[1]].view(shape)
 
-    def _run(self, rows: Tensor, kv: Tensor | list[Tensor], span: Span, factors: Tensor, first: int) -> Tensor:
+    def _run(self, rows: Tensor, kv: Tensor | list[Tensor], span: Span, factors: list[Tensor], first: int) -> Tensor:
         """Return the rows after as many blocks from `first` on as `kv` has parts."""
         blocks, attention = self.blocks[first : first + len(kv)], self._attention_over(kv)
         parts = attention.parts(kv, span, [block.window for block in blocks])
         if self.width == 1:
             return self.stack(rows, factors, parts, len(span.starts), first)
-        for block, part in zip(blocks, parts, strict=True):
-            qkv = block.project(rows, factors)
+        for block, part, turned in zip(blocks, parts, factors, strict=True):
+            qkv = block.project(rows, turned)
             write(qkv, part.target, part.written)
             rows = block.finish(rows, attention.attend(qkv[:, : self.heads.queries], part, span))
         return rows
@@ -155,19 +161,20 @@ class FusedRunner:
 
         For tokens that exited before these blocks (CALM, arXiv 2207.07061).
         """
-        span, factors = self._places(x, cache, starts)
+        span, factors = self._places(x, cache, starts, first, last)
         rows = self._rows(x)
         blocks = self.blocks[first:last]
         attention = self._attention_over(cache.kv)
         parts = attention.parts(cache.kv[first:last], span, [block.window for block in blocks])
         with as_written():
-            for block, part in zip(blocks, parts, strict=True):
-                write(block.project(rows, factors), part.target, part.written)
+            for block, part, turned in zip(blocks, parts, factors, strict=True):
+                write(block.project(rows, turned), part.target, part.written)
 
-    def _places(self, x: Tensor, cache: KVCache, starts: list[int]) -> tuple[Span, Tensor]:
-        factors = self.rotary.factors(starts, x.shape[1])
+    def _places(self, x: Tensor, cache: KVCache, starts: list[int], first: int, last: int) -> tuple[Span, list[Tensor]]:
+        """Return the Span of a pass, and the rotary factors for blocks `first` … `last`-1."""
+        factors = {kind: rotary.factors(starts, x.shape[1]) for kind, rotary in self.rotaries.items()}
         span = self._attention_over(cache.kv).span(starts, x.shape[1], cache.cells)
-        return span, factors
+        return span, [factors[kind] for kind in self.rotary_kinds[first:last]]
 
     def _rows(self, x: Tensor) -> Tensor:
         """Return states [A, n, D] as the blocks take them."""

@@ -43,7 +43,7 @@ def outcome_of(runner, starts, rows):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])  # qwen2 has biases, qwen3 more norms
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"])
 def test_torchscript_changes_no_bit(tiny_model, family, layout):
     """Not in the first call, nor in later ones, which TorchScript would like to make faster."""
     width = EXACT_WIDTH if layout in (Sliced, Packed) else 1

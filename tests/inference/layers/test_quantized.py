@@ -47,15 +47,15 @@ def test_products_are_those_of_the_rounded_matrix(layout, bias):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 7, 9, 40])
 def test_bagged_int8_rounds_each_part_of_a_column_on_its_own(rows, bias):
-    """To 256 levels from its least to its largest number; inputs are not rounded."""
+    """To 256 levels from its least to its largest number; inputs are not rounded. Four parts, not three: so two threads have as much to do."""
     torch.manual_seed(0)
-    scales = torch.logspace(-3, 3, 240)[:, None]  # rows that one scale for a column would leave nothing of
-    weight, offset = torch.randn(240, 64) * scales, torch.randn(240) if bias else None
-    x, residual = torch.randn(rows, 64), torch.randn(rows, 240)
-    parts = weight.double().view(5, 48, 64)
+    scales = torch.logspace(-3, 3, 288)[:, None]  # rows that one scale for a column would leave nothing of
+    weight, offset = torch.randn(288, 64) * scales, torch.randn(288) if bias else None
+    x, residual = torch.randn(rows, 64), torch.randn(rows, 288)
+    parts = weight.double().view(4, 72, 64)
     low = parts.amin(1, keepdim=True)
     scale = (parts.amax(1, keepdim=True) - low) / 255
-    rounded = (torch.round((parts - low) / scale) * scale + low).view(240, 64)
+    rounded = (torch.round((parts - low) / scale) * scale + low).view(288, 64)
     expected = x.double() @ rounded.T + (0 if offset is None else offset)
     matrix = BaggedInt8(weight, offset)
     # The kernel's scales are float32: by them some numbers fall to the neighbouring level.
@@ -63,10 +63,10 @@ def test_bagged_int8_rounds_each_part_of_a_column_on_its_own(rows, bias):
     assert off < 0.05 and matrix(x).dtype == torch.float32
     assert torch.allclose(matrix.add_to(residual, x), residual + matrix(x))
     assert (matrix.numbers - rounded).norm() / (rounded - weight).norm() < 0.05
-    assert matrix.nbytes == 240 * 64 + 5 * 64 * (4 + 4) + 4 * 240 * bias  # a scale and a zero for each part of a column
+    assert matrix.nbytes == 288 * 64 + 4 * 64 * (4 + 4) + 4 * 288 * bias  # a scale and a zero for each part of a column
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"])
 @pytest.mark.parametrize("layout", [Int8, BaggedInt8, Int4])
 def test_text_is_the_models_own(tiny_model, monkeypatch, family, layout):
     monkeypatch.setattr(build, "choose_draft_layouts", lambda *_: [layout])

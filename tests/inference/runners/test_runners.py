@@ -47,6 +47,17 @@ FAMILIES = {
         "max_window_layers": 2,
         "layer_types": ["full_attention", "full_attention", "sliding_attention", "sliding_attention"],
     },
+    "gemma3": {
+        "family": "gemma3_text",
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 24,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+        },
+    },
+    "gemma3_capped": {"family": "gemma3_text", "final_logit_softcapping": 2.0},
 }
 RUNNERS = {
     "plain": lambda decoder: FusedRunner(decoder, [Plain]),
@@ -131,7 +142,7 @@ def test_long_prompt_goes_in_pieces(tiny_model, runner):
     assert ours.token_ids == truth.tolist()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
 def test_bfloat16_logits_are_near_transformers(tiny_model, name):
     model = build(tiny_model, name).to(torch.bfloat16)
     exact = build(tiny_model, name)
