@@ -33,6 +33,7 @@ ASKS_ABOUT_TEXT = (
     "What does this mean? ",
 )
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Farid", "Grace", "Hugo")
+WORDS_OF_A_BEGINNING = 16
 GOODS = ("apples", "stamps", "marbles", "pencils", "tickets", "cookies")
 
 
@@ -54,8 +55,8 @@ def everyday(kind: str) -> Iterator[str]:
         yield form.format(**words, **articles).strip()
 
 
-def docstrings() -> Iterator[str]:
-    """The functions of the standard library, as tasks."""
+def purposes() -> Iterator[tuple[str, str]]:
+    """The functions of the standard library, and what their docstrings say of each."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.parts):
@@ -68,15 +69,31 @@ def docstrings() -> Iterator[str]:
             if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)):
                 purpose = " ".join(text.split("\n\n")[0].split())
                 if len(purpose) > 20:
-                    yield f"Write a Python function `{node.name}`. It should: {purpose[:200]}"
+                    yield node.name, purpose
+
+
+def docstrings() -> Iterator[str]:
+    """These functions, as tasks."""
+    for name, purpose in purposes():
+        yield f"Write a Python function `{name}`. It should: {purpose[:200]}"
+
+
+def paragraphs_of_the_manual() -> list[str]:
+    texts = [" ".join(part.split()) for text in topics.values() for part in text.split("\n\n")]
+    texts = [text for text in texts if 80 < len(text) < 400 and re.match(r"[A-Za-z]", text) and "::=" not in text]
+    return list(dict.fromkeys(texts))
 
 
 def paragraphs() -> Iterator[str]:
     """The paragraphs of the language reference, with each thing that one may ask about a text."""
-    texts = [" ".join(part.split()) for text in topics.values() for part in text.split("\n\n")]
-    texts = [text for text in texts if 80 < len(text) < 400 and re.match(r"[A-Za-z]", text) and "::=" not in text]
-    for index, text in enumerate(dict.fromkeys(texts)):
+    for index, text in enumerate(paragraphs_of_the_manual()):
         yield ASKS_ABOUT_TEXT[index % 5] + text
+
+
+def beginnings() -> Iterator[str]:
+    """How paragraphs of the language reference and descriptions of functions begin: what a base model goes on with."""
+    for text in chain(paragraphs_of_the_manual(), (purpose for _, purpose in purposes())):
+        yield " ".join(text.split()[:WORDS_OF_A_BEGINNING])
 
 
 def arithmetic() -> Iterator[str]:
@@ -100,15 +117,18 @@ def kinds() -> dict[str, tuple[Callable[[], Iterator[str]], int]]:
     return {"docstrings": (docstrings, 3), "paragraphs": (paragraphs, 2), **templates, "arithmetic": (arithmetic, 1)}
 
 
-def make_prompts(number: int, seed: int = 0) -> list[str]:
+def make_prompts(number: int, seed: int = 0, base_model: bool = False) -> list[str]:
     """So many different prompts in an order of the seed; fewer prompts are the beginning of more.
+
+    Args:
+        base_model: beginnings of texts, for a model that goes on with a text and answers nobody.
 
     Raises:
         ValueError: more than there are.
     """
     draw = random.Random(seed)
     stocks, turns = {}, []
-    for kind, (made, share) in kinds().items():
+    for kind, (made, share) in ({"beginnings": (beginnings, 1)} if base_model else kinds()).items():
         stocks[kind] = list(dict.fromkeys(made()))
         draw.shuffle(stocks[kind])
         turns += [kind] * share
@@ -128,8 +148,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help=".jsonl file to write, one prompt a line")
     parser.add_argument("--number", type=int, default=5000, help="of prompts")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--base_model", action="store_true", help="beginnings of texts, for a model without chat")
     options = parser.parse_args()
-    prompts = make_prompts(options.number, options.seed)
+    prompts = make_prompts(options.number, options.seed, options.base_model)
     text = "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text, encoding="utf-8")

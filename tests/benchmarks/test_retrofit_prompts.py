@@ -40,6 +40,12 @@ def test_retrofit_prompts(retrofit_prompts, tmp_path, monkeypatch):
     assert [prompt.content for prompt in read_prompts(tmp_path / "new" / "out.jsonl")] == prompts[:40]
 
 
+def test_a_base_model_gets_beginnings_of_texts(retrofit_prompts):
+    prompts = retrofit_prompts.make_prompts(300, base_model=True)
+    assert "Return the number 7 times x." in retrofit_prompts.make_prompts(600, base_model=True)
+    assert len(set(prompts)) == 300 and all(0 < len(prompt.split()) <= 16 for prompt in prompts)
+
+
 def test_nothing_is_trained_on_what_is_published(retrofit_prompts):
     published = [
         json.loads(line)["prompt"]

@@ -47,7 +47,10 @@ def test_products_are_those_of_the_rounded_matrix(layout, bias):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 7, 9, 40])
 def test_bagged_int8_rounds_each_part_of_a_column_on_its_own(rows, bias):
-    """To 256 levels from its least to its largest number; inputs are not rounded. Four parts, not three: so two threads have as much to do."""
+    """To 256 levels from its least to its largest number; inputs are not rounded.
+
+    Parts are four, not three: so that two threads have as much to do.
+    """
     torch.manual_seed(0)
     scales = torch.logspace(-3, 3, 288)[:, None]  # rows that one scale for a column would leave nothing of
     weight, offset = torch.randn(288, 64) * scales, torch.randn(288) if bias else None
