@@ -89,7 +89,7 @@ def test_files_that_are_no_answers(tmp_path, tiny_model, tiny_tokenizer, content
         read_answers([tmp_path / "answers.jsonl"], tiny_model(), tiny_tokenizer, 40)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
 def test_states_on_disk_are_the_models_own(tmp_path, tiny_model, rows, family):
     """Against transformers' hidden states of each row alone."""
     model = tiny_model(family)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from lskip.models.decoder import Decoder
 from lskip.models.exit_adapter import SHAPE_FILE, WEIGHTS_FILE, AdapterShape, ExitAdapter, fingerprint, load_adapter
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 WORDS = torch.tensor([0, 7, 8, 150, 299])
 
 

@@ -12,7 +12,7 @@ from lskip.inference.layers.layout_choice import obstacle_to
 from lskip.inference.runners.rounded_model import round_to_int8
 from lskip.models.decoder import Decoder
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 PROMPTS = [[5, 6, 7], [8, 9] * 6, [3] * 20, [11]]
 LENGTHS = {"max_new_tokens": 60, "min_new_tokens": 60}
 pytestmark = pytest.mark.skipif(
