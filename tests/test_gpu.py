@@ -28,6 +28,7 @@ FAMILIES = {
     "llama": {},
     "qwen3": {"tie_word_embeddings": False},
     "mistral": {"sliding_window": 6},
+    "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "gelu": {"family": "llama", "hidden_act": "gelu"},
 }
 WAYS = {

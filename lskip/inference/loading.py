@@ -5,6 +5,7 @@ import torch
 from lskip.inference.drafting.costs_file import cached_costs_file, check_costs_file, digest_of
 from lskip.inference.generator import TextGenerator
 from lskip.inference.runners.build import resolve_draft_weights
+from lskip.inference.runners.fused_blocks import obstacle
 from lskip.inference.settings import AUTO
 from lskip.models.decoder import Decoder
 from lskip.models.draft_tokens import ALL, find_draft_tokens
@@ -59,7 +60,7 @@ def load_generator(
     adapter = None if folder is None else load_adapter(folder, loaded)
     few = None if listed is None else listed.ids(decoder.vocab_size, tokenizer)
     if costs_file == AUTO:
-        how = [dtype, weights, bit_exact, batch_size, draft_weights, adapter and adapter.shape, few]
+        how = [dtype, weights, bit_exact, batch_size, draft_weights, adapter and adapter.shape, few, obstacle(decoder)]
         costs_file = cached_costs_file([digest_of(loaded.state_dict()), *how], place)
     return TextGenerator(
         loaded,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lskip.models.block_inputs import BlockInputs, block_mask, dense_mask
-from lskip.models.families import family_of
+from lskip.models.families import family_of, field_of
 
 if TYPE_CHECKING:  # its import takes seconds, for which checks of bad input shall not wait
     from torch.nn.attention.flex_attention import BlockMask
@@ -105,7 +105,7 @@ class Decoder:
     @property
     def logit_softcap(self) -> float | None:
         """c, where logits become c tanh(logits / c) (Gemma, arXiv 2408.00118 section 2); None: no cap."""
-        return getattr(self.config, "final_logit_softcapping", None)
+        return field_of(self.config, "final_logit_softcapping")
 
     @property
     def project_in(self) -> nn.Module | None:
@@ -137,11 +137,11 @@ class Decoder:
         """Return how many keys a query of this block sees, itself included; None: all before it."""
         if self._kind(block) not in (None, "sliding_attention"):
             return None
-        return getattr(self.config, "sliding_window", None)
+        return field_of(self.config, "sliding_window")
 
     def _kind(self, block: int) -> str | None:
         """Return the block's kind of attention, where the config has several."""
-        kinds = getattr(self.config, "layer_types", None)
+        kinds = field_of(self.config, "layer_types")
         return None if kinds is None else kinds[block]
 
     def rotary_kind(self, block: int) -> str | None:

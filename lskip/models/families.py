@@ -1,6 +1,8 @@
 """The supported families of causal LMs: paths to their modules, and what differs around their blocks."""
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -91,9 +93,20 @@ def family_of(config: PreTrainedConfig) -> Family:
     return FAMILIES[name]
 
 
+def field_of(config: PreTrainedConfig, name: str) -> Any:
+    """Return a field of a config; None where the family's code reads none of that name, for a config keeps any."""
+    read = hasattr(_default_of(type(config)), name) or name in FAMILIES[config.model_type].unnamed_fields
+    return getattr(config, name, None) if read else None
+
+
+@functools.cache
+def _default_of(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
+    return kind()
+
+
 def head_dim_of(config: PreTrainedConfig) -> int:
     """Return the width of an attention head of a config's model."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return field_of(config, "head_dim") or config.hidden_size // config.num_attention_heads
 
 
 def check_family(name) -> None:

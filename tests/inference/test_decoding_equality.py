@@ -30,6 +30,7 @@ FAMILIES = {
     "llama": {},
     "qwen3": {"tie_word_embeddings": False},
     "mistral": {"sliding_window": 11},
+    "gemma3_text": {"sliding_window": 11, "layer_types": ["sliding_attention", "full_attention"] * 3},
     "modules": {"family": "llama", "hidden_act": "gelu"},  # the fused runner does not cover it
 }
 ROUNDING = 2e-5  # an argmax with a lead above this is the same in any order of summation

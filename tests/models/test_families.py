@@ -260,6 +260,27 @@ def test_an_exit_adapter_drafts(family):
     assert answer.token_ids == text_of(model, PROMPTS[1]) and answer.drafted > 0
 
 
+@every_family
+def test_fields_that_a_family_does_not_read_change_nothing(family):
+    """transformers keeps any field of a config.json, and no block looks at it."""
+    strays = {"sliding_window": 3, "layer_types": ["sliding_attention"] * 4, "head_dim": 4}
+    strays |= {"final_logit_softcapping": 1.0, "hidden_activation": "gelu_pytorch_tanh"}
+    known = (AutoConfig.for_model(family), PECULIARITIES.get(family, {}), FAMILIES[family].unnamed_fields)
+    strays = {name: value for name, value in strays.items() if not hasattr(known[0], name) and name not in known[2]}
+    plain, strange = make(family), make(family, **strays)
+    with torch.no_grad():
+        ids = BATCH["input_ids"]
+        logits = [model(ids).logits for model in (plain, strange)]
+        decoder = Decoder(strange)
+        x, inputs = decoder.enter(ids)
+        for index in range(4):
+            x = decoder.block(index, x, inputs)
+        assert torch.equal(*logits) and torch.allclose(decoder.decode(x), logits[0], atol=1e-4)
+    ours = [TextGenerator(model).generate(PROMPTS[1], max_new_tokens=20, logprobs=True) for model in (plain, strange)]
+    assert ours[0].token_ids == ours[1].token_ids == text_of(plain, PROMPTS[1])
+    assert ours[0].logprobs == pytest.approx(ours[1].logprobs, abs=1e-4)
+
+
 def test_longrope_is_decoded_up_to_where_its_angles_change():
     factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 32}
     rope = {"rope_type": "longrope", "rope_theta": 100.0, "factor": 4.0, **factors}

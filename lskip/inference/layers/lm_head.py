@@ -82,25 +82,26 @@ class ScreenedHead:
     def argmax(self, x: Tensor, ban: Ban | None = None) -> Tensor | None:
         """Return the argmax [A, n] of normed states [A, n, D], float32, of what `ban` leaves; the first of equals.
 
-        None where too few tokens are out for this to pay, or a number is not finite.
+        None where too few tokens are out for this to pay, or a number that decides is not finite.
         """
         rows = x.flatten(0, 1)
         rotated = self.rotation.rotate(rows)
         bound = self.bound(rotated)
-        if not bound[0].isfinite():  # nor is any other, and the rounded product refuses such rows
+        if not bound.isfinite().all():  # where x is not, none is, and the rounded product refuses such rows
             return None
         screen = self.rounded(rotated)
         if ban is not None:
             ban(screen.view(*x.shape[:-1], -1))
         lowest = (screen - bound).amax(1, keepdim=True)
         ids = (screen + bound >= lowest).any(0).nonzero()[:, 0]
-        if len(ids) > MOST_LEFT * len(self.weight):
+        if not 0 < len(ids) <= MOST_LEFT * len(self.weight):  # none: rounded products that are not finite
             return None
         copies = (self.weight.index_select(0, some).to(rows.dtype) for some in ids.split(COPIED_AT_ONCE))
         logits = torch.cat([rows @ copy.T for copy in copies], 1)
         if ban is not None:
             logits.masked_fill_(screen.index_select(1, ids) == -torch.inf, -torch.inf)
-        return ids[logits.argmax(1)].view(x.shape[:-1])
+        highest, places = logits.max(1)
+        return ids[places].view(x.shape[:-1]) if highest.isfinite().all() else None
 
     def bound(self, x: Tensor) -> Tensor:
         """Return how far each token's rounded logits of rotated x [N, D] may be off, in any row: [V]."""
@@ -130,7 +131,7 @@ def screened_head(decoder: Decoder) -> ScreenedHead | None:
     """
     weight = decoder.head_weight.detach()
     tied = decoder.head_weight is decoder.embedding.weight and decoder.head_bias is None
-    if not tied or weight.numel() < FEWEST_NUMBERS:
+    if not tied or weight.numel() < FEWEST_NUMBERS or decoder.logit_softcap is not None:  # capped, close ones are equal
         return None
     return ScreenedHead(weight) if keeps_bounds(weight[:ROWS_AT_ONCE]) else None
 

@@ -27,6 +27,11 @@ class PairedCache:
         self.upper.move(source, target)
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether another text can go on from any position of one that has ended: nothing here exchanges slots."""
+        return False
+
+    @property
     def cells(self) -> int:
         return min(self.lower.cells, self.upper.cells)
 

@@ -10,7 +10,7 @@ from lskip.inference.layers.attention import Heads, Part
 from lskip.inference.layers.block_functions import block_functions, norm
 from lskip.inference.layers.linear import Layout, Plain, pack
 from lskip.models.decoder import Decoder
-from lskip.models.families import FUSED_FAMILIES
+from lskip.models.families import FUSED_FAMILIES, field_of
 
 # Rotary embeddings whose frequencies do not depend on how long the text is.
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")
@@ -195,7 +195,7 @@ def obstacle(decoder: Decoder) -> str | None:
 
 def activation_of(decoder: Decoder) -> str:
     """Return the name of the MLP's activation, for which Gemma has a field of its own."""
-    return getattr(decoder.config, "hidden_activation", None) or decoder.config.hidden_act
+    return field_of(decoder.config, "hidden_activation") or decoder.config.hidden_act
 
 
 def rotaries(decoder: Decoder) -> dict[str | None, tuple[str, Tensor, float]]:

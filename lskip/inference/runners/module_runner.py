@@ -6,7 +6,7 @@ from torch import Tensor
 from lskip.inference.layers.kv_cache import KVCache, cell_positions, new_cache, positions
 from lskip.inference.layers.lm_head import Ban
 from lskip.models.decoder import Decoder
-from lskip.models.families import head_dim_of
+from lskip.models.families import field_of, head_dim_of
 
 
 class CacheView:
@@ -35,9 +35,7 @@ class ModuleRunner:
         self.num_layers = decoder.num_layers
         self.dtype, self.device = decoder.dtype, decoder.device
         config = decoder.config
-        # A stray field of a family without grouped heads is kept in a config, and its blocks do not read it.
-        grouped = hasattr(type(config)(), "num_key_value_heads")
-        self.kv_heads = (config.num_key_value_heads if grouped else None) or config.num_attention_heads
+        self.kv_heads = field_of(config, "num_key_value_heads") or config.num_attention_heads
         self.head_dim = head_dim_of(config)
 
     def new_cache(self, slots: int, cells: int) -> KVCache:

@@ -125,3 +125,17 @@ def test_slots_exchange_what_they_hold(generator):
     assert torch.equal(cache.kv[:, 0, ..., :5, :], before[:, 2, ..., :5, :])
     assert torch.equal(cache.kv[:, 2, ..., :3, :], before[:, 0, ..., :3, :])
     assert torch.equal(cache.kv[:, 1], before[:, 1])
+
+
+def test_texts_that_leave_through_an_adapter_keep_nothing(generator, tiny_model):
+    """Its blocks have a cache of their own."""
+    model = tiny_model("llama", max_position_embeddings=512, eos_token_id=None)
+    leaves = TextGenerator(model, exit_adapter=ExitAdapter(model, AdapterShape(2, joins_last_state=False)).eval())
+    batch = batch_of(leaves, 2, exit_layer=2)
+    for _ in range(2):
+        request = leaves.prepare([7, 42, 99], leaves.settings(max_new_tokens=8, exit_layer=2))
+        batch.add(request)
+        while batch.busy:
+            list(batch.steps())
+        assert request.generation.cached_prompt_tokens == 0
+        assert request.generation.token_ids == leaves.generate([7, 42, 99], max_new_tokens=8, exit_layer=2).token_ids

@@ -94,6 +94,15 @@ def test_few_tokens_are_left_or_it_says_so():
     assert head.argmax(torch.full((1, 1, SIZE), torch.nan)) is None
 
 
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, 1e38])
+def test_it_says_so_where_a_token_has_numbers_that_are_not_finite(broken):
+    """Wherever the token stands: the whole head's logits show it then."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(WORDS, SIZE), torch.full((1, 1, SIZE), 10.0)
+    weight[2000, 5] = broken
+    assert ScreenedHead(weight).argmax(x) is None
+
+
 def test_however_many_are_left_few_are_copied_at_once(monkeypatch):
     monkeypatch.setattr(module, "COPIED_AT_ONCE", 10)
     weight, x = head_and_states("flat")
