@@ -30,7 +30,11 @@ FAMILIES = {
     "llama": {},
     "qwen3": {"tie_word_embeddings": False},
     "mistral": {"sliding_window": 11},
-    "gemma3_text": {"sliding_window": 11, "layer_types": ["sliding_attention", "full_attention"] * 3},
+    "gemma3_text": {
+        "sliding_window": 11,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "tie_word_embeddings": False,  # tied, it repeats itself
+    },
     "modules": {"family": "llama", "hidden_act": "gelu"},  # the fused runner does not cover it
 }
 ROUNDING = 2e-5  # an argmax with a lead above this is the same in any order of summation
@@ -66,6 +70,9 @@ def make_case_model(family: str, seed: int, context: int = CONTEXT):
     for index, layer in enumerate(model.model.layers):
         layer.self_attn.o_proj.weight.data *= 0.75**index
         layer.mlp.down_proj.weight.data *= 0.75**index
+        if family == "gemma3_text":  # what they add is normed again, by weights that lack 1
+            for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
+                norm.weight.data += 0.75**index - 1
     return model
 
 
