@@ -130,6 +130,14 @@ def test_models_that_differ_anywhere_have_costs_of_their_own(cache):
     assert len(list(cache.iterdir())) == 3
 
 
+def test_so_have_models_that_lskip_runs_by_other_code(cache):
+    """The same weights on fused blocks, and with an activation for which they go through their own modules."""
+    decode(cache, draft_weights=None, costs_file="auto")
+    make_model(eos_token_id=None, hidden_act="gelu").save_pretrained(cache.parent / "model")
+    decode(cache, draft_weights=None, costs_file="auto")
+    assert len(list(cache.iterdir())) == 2
+
+
 def test_a_cache_that_is_broken_or_cannot_be_written_stops_nothing(cache, monkeypatch, capsys):
     text = decode(cache)
     (file,) = cache.iterdir()
