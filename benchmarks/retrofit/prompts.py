@@ -1,6 +1,7 @@
 """Prompts of typical requests to an assistant, to train an exit adapter on the answers; made without network access.
 
     python -m benchmarks.retrofit.prompts --out prompts.jsonl --number 5000
+    python -m benchmarks.retrofit.prompts --out prompts.jsonl --number 1000 --base_model
 
 The standard library's docstrings ("Write a Python function …") and the paragraphs of its manual (explain, summarize,
 rewrite), sums, and everyday requests from the forms in prompts.yaml. The subjects of lskip/prompts/chat.jsonl,
