@@ -129,12 +129,7 @@ def norms_of(layer: nn.Module, dtype: torch.dtype) -> tuple[Norm, Norm, Norm | N
     before, after = Norm(layer.input_layernorm, dtype), Norm(layer.post_attention_layernorm, dtype)
     if not hasattr(layer, "pre_feedforward_layernorm"):
         return before, after, None, None  # Llama has the MLP's under that name
-    return (
-        before,
-        Norm(layer.pre_feedforward_layernorm, dtype),
-        after,
-        Norm(layer.post_feedforward_layernorm, dtype),
-    )
+    return before, Norm(layer.pre_feedforward_layernorm, dtype), after, Norm(layer.post_feedforward_layernorm, dtype)
 
 
 def pair_order(heads: int, size: int, device: torch.device) -> Tensor:
@@ -217,8 +212,12 @@ def sample_weights(decoder: Decoder) -> list[Tensor]:
 
 EXPECTED = {
     "": {
-        *("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"),
-        *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        "self_attn",
+        "mlp",
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
     },
     "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"},
     "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
