@@ -34,8 +34,8 @@ ASKS_ABOUT_TEXT = (
     "What does this mean? ",
 )
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Farid", "Grace", "Hugo")
-WORDS_OF_A_BEGINNING = 16
 GOODS = ("apples", "stamps", "marbles", "pencils", "tickets", "cookies")
+WORDS_OF_A_BEGINNING = 16
 
 
 def articled(noun: str) -> str:

@@ -1,7 +1,7 @@
 """The supported families of causal LMs: paths to their modules, and what differs around their blocks."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -95,13 +95,14 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 def field_of(config: PreTrainedConfig, name: str) -> Any:
     """Return a field of a config; None where the family's code reads none of that name, for a config keeps any."""
-    read = hasattr(_default_of(type(config)), name) or name in FAMILIES[config.model_type].unnamed_fields
-    return getattr(config, name, None) if read else None
+    return getattr(config, name, None) if name in fields_read(config.model_type, type(config)) else None
 
 
 @functools.cache
-def _default_of(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
-    return kind()
+def fields_read(family: str, kind: type[PreTrainedConfig]) -> frozenset[str]:
+    """Return the names, and other names, of the fields that a family's code reads; kind: the class of its configs."""
+    declared = {field.name for field in fields(kind)}
+    return frozenset({*declared, *kind.attribute_map, *FAMILIES[family].unnamed_fields})
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:

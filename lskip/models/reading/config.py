@@ -7,14 +7,13 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from lskip.models.families import FAMILIES, check_family, family_of
+from lskip.models.families import FAMILIES, check_family, family_of, fields_read
 from lskip.models.reading.config_values import check_values
 
 _ROPE_BEFORE_5 = ("rope_theta", "rope_scaling")  # transformers 5 has one field for both, rope_parameters
@@ -186,13 +185,12 @@ def _refuse_unknown_fields(values: Mapping[str, Any], kind: type, dtype: torch.d
     transformers keeps unknown fields and builds the default model, which would waste a training run.
     """
     family = values["model_type"]
-    own = {field.name for field in fields(kind)}
-    allowed = own | {"model_type", "torch_dtype"} | set(kind.attribute_map) | set(FAMILIES[family].unnamed_fields)
-    if "rope_parameters" in own:
+    allowed = {"model_type", "torch_dtype"} | fields_read(family, kind)
+    if "rope_parameters" in allowed:
         allowed |= set(_ROPE_BEFORE_5)
     for name, value in values.items():
         if name not in allowed:
-            raise ValueError(f"model.{name}: a {family} config has no field {name!r}{_meant(name, own | allowed)}")
+            raise ValueError(f"model.{name}: a {family} config has no field {name!r}{_meant(name, allowed)}")
         made = str(dtype).removeprefix("torch.")
         if name in ("dtype", "torch_dtype") and value is not None and str(value) not in (made, str(dtype)):
             raise ValueError(f"model.{name}: {value!r} has no effect, a model is made in {made}; leave it out")
